@@ -1,0 +1,117 @@
+"""Every key, its default and what it means. No logic: recipes change values, nothing else does."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+
+    c.run_dir = "runs/default"  # checkpoints, metrics, logs and the resolved config go here
+    c.seed = 0  # shuffling, initialisation and sampling follow from it
+
+    c.student = ConfigDict()
+    c.student.path = ""  # HF directory or .gguf file: architecture and initial weights
+    c.student.config = ""  # HF config.json (or its directory): random initial weights instead
+    c.student.tokenizer = ""  # HF tokenizer directory; empty: the one beside student.path
+    c.student.chat_template = ""  # Jinja file used instead of the tokenizer's chat template
+    c.student.compute_dtype = "bfloat16"  # matrix products and activations; master weights fp32
+    c.student.remat = "full"  # none | dots | full: what the backward pass recomputes per layer
+
+    c.teacher = ConfigDict()
+    c.teacher.path = ""  # HF directory or .gguf file of the teacher that scores the traces
+    c.teacher.name = ""  # name in the manifest; empty: the directory's name
+    c.teacher.revision = ""  # revision in the manifest, as you know it
+    c.teacher.dtype = "bfloat16"  # weights and compute dtype of the teacher
+
+    c.data = ConfigDict()
+    c.data.traces = ""  # raw traces: .jsonl file(s), a glob, or an HF dataset (local path or hub id)
+    c.data.eval_traces = ""  # raw held-out traces, the same forms; empty: split off by eval_fraction
+    c.data.split = "train"  # split to read from an HF dataset
+    c.data.dataset = ""  # trace dataset directory; empty: run_dir/dataset, written by prepare
+    c.data.eval_fraction = 0.0  # share of the traces held out by a hash of their prompt
+    c.data.max_length = 2048  # longest trace in tokens; a longer one is dropped and counted
+    c.data.seq_len = 2048  # tokens in a packed row
+    c.data.batch_size = 8  # packed rows in a global batch
+    c.data.prefetch = 4  # batches read ahead
+    c.data.verify_checksums = True  # hash every shard when the dataset is opened
+
+    c.prepare = ConfigDict()
+    c.prepare.prompt_field = ""  # name of the prompt field; empty: prompt, question or problem
+    c.prepare.completion_field = ""  # name of the completion field; empty: completion or response
+    c.prepare.answer_field = "answer"  # name of the reference answer field
+    c.prepare.system_prompt = ""  # system message put before traces that have none
+    c.prepare.filter_correct = True  # drop traces whose final answer is wrong (where answer exists)
+    c.prepare.grade_timeout = 5.0  # seconds for one answer comparison
+    c.prepare.workers = 0  # worker processes; 0: one for each core
+    c.prepare.deduplicate = True  # drop traces equal in prompt and completion
+    c.prepare.overlap_files = ()  # evaluation sets (JSONL): traces that overlap with them are dropped
+    c.prepare.overlap_ngram = 13  # words in a shared n-gram that counts as overlap
+    c.prepare.logprobs = "ignore"  # ignore | require: log-probs delivered with the traces
+    c.prepare.shard_records = 8192  # traces in a shard
+
+    c.score = ConfigDict()
+    c.score.top_k = 0  # also store the teacher's top-k distribution; 0: the trace token only
+    c.score.batch_tokens = 16384  # tokens in a scoring batch, padding included
+    c.score.overwrite = False  # replace log-probs that another teacher wrote
+
+    c.loss = ConfigDict()
+    c.loss.divergence = "nll"  # nll
+    c.loss.head_chunk = 512  # tokens whose logits exist at one time in the vocabulary head
+    c.loss.weights = ConfigDict()
+    c.loss.weights.name = "sigmoid"  # uniform | sigmoid (DisCorD) | clip | power | dft
+    c.loss.weights.temperature = 1.0  # of sigmoid and power; the paper's value is not known to us
+    c.loss.weights.offset = 0.0  # added to the log-ratio inside the sigmoid
+    c.loss.weights.clip = 2.0  # upper bound of clip and power
+    c.loss.weights.scope = "token"  # token | prefix | sequence: where the log-ratio is averaged
+    c.loss.weights.normalize = "mean"  # mean | none | sequence
+    c.loss.weights.warmup_steps = 0  # steps over which the weights rise from 1 to their value
+
+    c.optim = ConfigDict()
+    c.optim.learning_rate = 1e-5  # peak
+    c.optim.schedule = "cosine"  # cosine | linear | constant, after warmup
+    c.optim.warmup_steps = 10  # steps of linear warmup from 0
+    c.optim.final_fraction = 0.1  # learning rate at the end, as a share of the peak
+    c.optim.weight_decay = 0.0  # AdamW, on matrices only
+    c.optim.b1 = 0.9  # AdamW first moment
+    c.optim.b2 = 0.95  # AdamW second moment
+    c.optim.eps = 1e-8  # AdamW epsilon
+    c.optim.clip_norm = 1.0  # global gradient norm; 0: no clipping
+
+    c.train = ConfigDict()
+    c.train.steps = 1000  # optimizer steps
+    c.train.microbatches = 1  # pieces a batch is split into for gradient accumulation
+    c.train.log_every = 10  # steps between metric lines
+    c.train.eval_every = 100  # steps between held-out losses; 0: never
+    c.train.eval_batches = 0  # held-out batches; 0: all
+    c.train.save_every = 100  # steps between checkpoints; 0: only at the end
+    c.train.keep = 2  # newest checkpoints kept, beside the best
+    c.train.best_metric = "eval/loss"  # lower is better; empty: keep by age only
+    c.train.init_from = ""  # run directory or checkpoint whose parameters to start from
+    c.train.progress = True  # progress bars
+
+    c.mesh = ConfigDict()
+    c.mesh.data = -1  # replicas; -1: the devices that are left
+    c.mesh.fsdp = 1  # pieces parameters and optimizer are split into
+    c.mesh.tensor = 1  # pieces heads, mlp and vocabulary are split into
+
+    c.generate = ConfigDict()
+    c.generate.prompts = ""  # prompts JSONL (prompt, answer): sample traces from the teacher first
+    c.generate.samples = 1  # traces sampled for each prompt
+    c.generate.temperature = 1.0  # of sampling; log-probs are always at temperature 1
+    c.generate.max_new_tokens = 256  # longest completion sampled
+    c.generate.batch_size = 64  # sequences decoded together
+
+    c.evaluate = ConfigDict()
+    c.evaluate.problems = ""  # held-out problems JSONL (prompt, answer) for greedy accuracy
+    c.evaluate.limit = 0  # problems to take; 0: all
+    c.evaluate.max_new_tokens = 256  # longest answer
+    c.evaluate.batch_size = 64  # sequences decoded together
+
+    c.export = ConfigDict()
+    c.export.path = ""  # HF directory to write; empty: run_dir/export
+    c.export.dtype = "bfloat16"  # of the written weights
+    c.export.step = -1  # checkpoint step; -1: the best by train.best_metric, else the newest
+    c.export.max_shard_gb = 4.0  # larger weights are split into files of this size
+
+    c.compare = ConfigDict()  # variants {name: {dotted key: value}} trained from one start, in a table
+    return c

@@ -1,0 +1,64 @@
+"""The dimension legend and the records that cross module borders.
+
+Legend: B batch, T time, V vocab, K top-k, D model, N query heads, G kv heads, H head dim,
+F mlp, L layers, C completion tokens of one trace.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+Params = dict[str, Any]  # nested dict of arrays; the paths are the model's attribute paths
+
+
+class DcodError(Exception):
+    """A mistake in what the user gave; the message is the whole report, no traceback needed."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Packed rows, already shifted: position t of every field speaks about predicting targets[t].
+
+    tokens=[5 6 7 8], targets=[6 7 8 0], loss_mask=[F T T F] for prompt [5 6], completion [7 8]:
+    the first supervised position is the last prompt token.
+    """
+
+    tokens: Int[Array, "B T"]
+    targets: Int[Array, "B T"]
+    loss_mask: Bool[Array, "B T"]
+    segment_ids: Int[Array, "B T"]  # 1, 2, ... within a row; 0 is padding
+    positions: Int[Array, "B T"]  # restart at 0 in each segment
+    teacher_logprobs: Float[Array, "B T"]  # log p(targets[t]), nats; 0 where loss_mask is False
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything a restart needs besides the data iterator; a plain pytree."""
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """One tokenised trace at rest, unshifted: entry i of every field speaks about token_ids[i].
+
+    logprobs, topk_* and tail_logprobs hold one row per completion token, in order (C rows).
+    """
+
+    id: str
+    token_ids: np.ndarray  # int32 [n]
+    completion_mask: np.ndarray  # bool [n]; True on tokens the teacher wrote
+    logprobs: np.ndarray | None = None  # float32 [C], log p(token | prefix), nats
+    topk_ids: np.ndarray | None = None  # int32 [C, K], most probable first
+    topk_logprobs: np.ndarray | None = None  # bfloat16 [C, K]
+    tail_logprobs: np.ndarray | None = None  # float32 [C], log(1 - sum of the K probabilities)
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)  # answer, source "file:line", ...
