@@ -1,10 +1,12 @@
 """Every key, its default and what it means. No logic: recipes change values, nothing else does."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 
-def get_config() -> ConfigDict:
-    c = ConfigDict()
+def get_config() -> Any:
+    c: Any = ConfigDict()
 
     c.run_dir = "runs/default"  # checkpoints, metrics, logs and the resolved config go here
     c.seed = 0  # shuffling, initialisation and sampling follow from it
@@ -24,8 +26,8 @@ def get_config() -> ConfigDict:
     c.teacher.dtype = "bfloat16"  # weights and compute dtype of the teacher
 
     c.data = ConfigDict()
-    c.data.traces = ""  # raw traces: .jsonl file(s), a glob, or an HF dataset (local path or hub id)
-    c.data.eval_traces = ""  # raw held-out traces, the same forms; empty: split off by eval_fraction
+    c.data.traces = ""  # raw traces: .jsonl files, a glob, or an HF dataset (path or hub id)
+    c.data.eval_traces = ""  # raw held-out traces, same forms; empty: split off by eval_fraction
     c.data.split = "train"  # split to read from an HF dataset
     c.data.dataset = ""  # trace dataset directory; empty: run_dir/dataset, written by prepare
     c.data.eval_fraction = 0.0  # share of the traces held out by a hash of their prompt
@@ -44,9 +46,10 @@ def get_config() -> ConfigDict:
     c.prepare.grade_timeout = 5.0  # seconds for one answer comparison
     c.prepare.workers = 0  # worker processes; 0: one for each core
     c.prepare.deduplicate = True  # drop traces equal in prompt and completion
-    c.prepare.overlap_files = ()  # evaluation sets (JSONL): traces that overlap with them are dropped
+    c.prepare.overlap_files = ()  # evaluation sets (JSONL): traces that overlap are dropped
     c.prepare.overlap_ngram = 13  # words in a shared n-gram that counts as overlap
     c.prepare.logprobs = "ignore"  # ignore | require: log-probs delivered with the traces
+    c.prepare.on_bad_record = "error"  # error | quarantine: a record that is malformed
     c.prepare.shard_records = 8192  # traces in a shard
 
     c.score = ConfigDict()
@@ -113,5 +116,5 @@ def get_config() -> ConfigDict:
     c.export.step = -1  # checkpoint step; -1: the best by train.best_metric, else the newest
     c.export.max_shard_gb = 4.0  # larger weights are split into files of this size
 
-    c.compare = ConfigDict()  # variants {name: {dotted key: value}} trained from one start, in a table
-    return c
+    c.compare = ()  # variants trained from one start: ("sft loss.weights.name=uniform", ...)
+    return c.lock()

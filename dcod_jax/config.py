@@ -1,0 +1,290 @@
+"""Recipe and command line -> one checked, frozen config; the only file that knows ConfigDict."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import json
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from dcod_jax.types import DcodError
+
+ROOT = Path(__file__).resolve().parents[1]  # the checkout: recipes say `from configs.base import`
+BASE = ROOT / "configs" / "base.py"
+EXIT_INTERRUPTED = 75  # a signal stopped the run after its state was saved: start it again
+
+
+# ---------------------------------------------------------------- reading
+
+
+def load(argv: Sequence[str], *, verb: str) -> Any:
+    """Config of `python -m dcod_jax.<verb> --config recipe.py [--config.key=value ...]`.
+
+    Precedence: configs/base.py < the recipe < the command line, left to right. Raises DcodError
+    naming the nearest key on an unknown key, and key, expected type and value on a wrong type.
+    `--help` prints every key with its comment and the value it has in the given recipe, and exits.
+    """
+    recipe, overrides, wants_help = _parse(argv)
+    config = load_recipe(recipe) if recipe else load_recipe(BASE)
+    for key, text in overrides:
+        assign(config, key, text)
+    if wants_help:
+        print(help_text(verb, config))
+        raise SystemExit(0)
+    if not recipe:
+        raise DcodError(
+            f"no recipe given: python -m dcod_jax.{verb} --config configs/<recipe>.py "
+            "[--config.key=value ...]; --help lists the keys"
+        )
+    check(config)
+    return FrozenConfigDict(config)
+
+
+def _parse(argv: Sequence[str]) -> tuple[str, list[tuple[str, str]], bool]:
+    recipe, overrides, wants_help = "", [], False
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word in ("-h", "--help"):
+            wants_help = True
+            continue
+        flag, equals, value = word.partition("=")
+        if flag != "--config" and not flag.startswith("--config."):
+            raise DcodError(
+                f"unknown argument {word!r}: expected --config FILE or --config.key=value; "
+                "--help lists the keys"
+            )
+        if not equals:
+            if not words:
+                raise DcodError(f"{flag} needs a value: {flag}=VALUE")
+            value = words.pop(0)
+        if flag == "--config":
+            recipe = value
+        else:
+            overrides.append((flag.removeprefix("--config."), value))
+    return recipe, overrides, wants_help
+
+
+def load_recipe(path: str | Path) -> Any:
+    """Run a recipe file's get_config(); mistakes in it are reported with its line."""
+    path = Path(path)
+    if not path.is_file():
+        raise DcodError(f"--config {path}: no such file; a recipe is a Python file")
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    spec = importlib.util.spec_from_file_location(f"dcod_recipe_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise DcodError(f"--config {path}: not a Python file (.py) with get_config()")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except (AttributeError, KeyError, TypeError, ValueError, ImportError, SyntaxError) as error:
+        raise DcodError(_recipe_error(path, error)) from error
+    if not isinstance(config, ConfigDict):
+        raise DcodError(f"{path}: get_config() returned {type(config).__name__}, not a ConfigDict")
+    return config
+
+
+def _recipe_error(path: Path, error: Exception) -> str:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path]
+    line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else 0
+    text = str(error)
+    unknown = re.search(r'Key "(\w+)" does not exist', text)
+    if unknown:
+        text = f"unknown key {unknown[1]!r}{nearest(unknown[1], keys(load_recipe(BASE)))}"
+    return f"{path}:{line}: {text}"
+
+
+def assign(config: Any, key: str, text: str) -> None:
+    """Set one dotted key from command-line text, read as the type that the key has now."""
+    known = keys(config)
+    if key not in known:
+        raise DcodError(f"unknown key --config.{key}{nearest(key, known)}; --help lists the keys")
+    node, _, leaf = key.rpartition(".")
+    parent = config
+    for name in node.split(".") if node else ():
+        parent = parent[name]
+    parent[leaf] = _read(key, text, parent[leaf])
+
+
+def _read(key: str, text: str, old: Any) -> Any:
+    kind = type(old)
+    wrong = DcodError(f"--config.{key}={text!r}: expected {kind.__name__}, such as {old!r}")
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if kind is int:
+            return int(text)
+        if kind is float:
+            return float(text)
+        if kind is tuple:
+            if text.startswith(("(", "[")):
+                return tuple(ast.literal_eval(text))
+            return tuple(part.strip() for part in text.split(",") if part.strip())
+    except (KeyError, ValueError, SyntaxError, TypeError):
+        raise wrong from None
+    return text
+
+
+def keys(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{dotted key: value} of the leaves."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, (ConfigDict, FrozenConfigDict)):
+            flat |= keys(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def nearest(key: str, known: Any) -> str:
+    """'; did you mean "x"?' for the closest known dotted key or leaf name, or nothing."""
+    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
+    if not close:
+        by_leaf = {name.rpartition(".")[2]: name for name in known}
+        leaf = difflib.get_close_matches(key.rpartition(".")[2], list(by_leaf), n=1, cutoff=0.7)
+        close = [by_leaf[leaf[0]]] if leaf else []
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def variants(config: Any) -> Iterator[tuple[str, Any]]:
+    """The runs named by config.compare, each in run_dir/<name>; without any, the config itself."""
+    if not config.compare:
+        yield "", config
+        return
+    for text in config.compare:
+        name, *changes = text.split()
+        variant: Any = ConfigDict(config.to_dict()).lock()
+        for change in changes:
+            key, _, value = change.partition("=")
+            assign(variant, key, value)
+        variant.data.dataset = dataset_dir(config)
+        variant.run_dir = str(Path(config.run_dir) / name)
+        variant.compare = ()
+        check(variant)
+        yield name, FrozenConfigDict(variant)
+
+
+def dataset_dir(config: Any) -> str:
+    """Where prepare writes and score and train read."""
+    return config.data.dataset or str(Path(config.run_dir) / "dataset")
+
+
+def to_json(config: Any) -> str:
+    """The resolved config, one key a line, for storing beside what it made."""
+    return json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n"
+
+
+# ---------------------------------------------------------------- checks
+
+CHOICES = {
+    "student.compute_dtype": ("bfloat16", "float32"),
+    "student.remat": ("none", "dots", "full"),
+    "teacher.dtype": ("bfloat16", "float32"),
+    "export.dtype": ("bfloat16", "float32", "float16"),
+    "prepare.logprobs": ("ignore", "require"),
+    "prepare.on_bad_record": ("error", "quarantine"),
+    "loss.divergence": ("nll",),
+    "loss.weights.name": ("uniform", "sigmoid", "clip", "power", "dft"),
+    "loss.weights.scope": ("token", "prefix", "sequence"),
+    "loss.weights.normalize": ("mean", "none", "sequence"),
+    "optim.schedule": ("cosine", "linear", "constant"),
+}
+
+POSITIVE = (
+    "data.max_length data.seq_len data.batch_size data.prefetch prepare.grade_timeout "
+    "prepare.overlap_ngram prepare.shard_records score.batch_tokens loss.head_chunk "
+    "loss.weights.temperature loss.weights.clip optim.learning_rate optim.eps train.steps "
+    "train.microbatches train.log_every train.keep generate.samples generate.max_new_tokens "
+    "generate.batch_size evaluate.max_new_tokens evaluate.batch_size export.max_shard_gb"
+).split()
+
+NOT_NEGATIVE = (
+    "seed prepare.workers score.top_k loss.weights.warmup_steps optim.warmup_steps "
+    "optim.weight_decay optim.clip_norm optim.final_fraction train.eval_every train.eval_batches "
+    "train.save_every generate.temperature evaluate.limit data.eval_fraction"
+).split()
+
+
+def check(config: Any) -> None:
+    """Everything that can be refused before a device or a file is touched.
+
+    Raises DcodError with one line for each mistake, all of them at once.
+    """
+    flat, wrong = keys(config), []
+    for key, allowed in CHOICES.items():
+        if flat[key] not in allowed:
+            hint = nearest(str(flat[key]), allowed)
+            wrong.append(f"{key}={flat[key]!r} must be one of {', '.join(allowed)}{hint}")
+    wrong += [f"{k}={flat[k]} must be greater than 0" for k in POSITIVE if not flat[k] > 0]
+    wrong += [f"{k}={flat[k]} must not be negative" for k in NOT_NEGATIVE if not flat[k] >= 0]
+    for key in ("optim.b1", "optim.b2", "data.eval_fraction"):
+        if not 0 <= flat[key] < 1:
+            wrong.append(f"{key}={flat[key]} must be in [0, 1)")
+    if flat["data.max_length"] > flat["data.seq_len"]:
+        wrong.append(
+            f"data.max_length={flat['data.max_length']} must not exceed "
+            f"data.seq_len={flat['data.seq_len']}: a trace has to fit into one packed row"
+        )
+    if flat["data.batch_size"] % flat["train.microbatches"]:
+        wrong.append(
+            f"data.batch_size={flat['data.batch_size']} must be a multiple of "
+            f"train.microbatches={flat['train.microbatches']}"
+        )
+    if flat["student.path"] and flat["student.config"]:
+        wrong.append("student.path and student.config are both set: weights from one or none")
+    save, evaluate = flat["train.save_every"], flat["train.eval_every"]
+    if save and evaluate and flat["train.best_metric"] and save % evaluate:
+        wrong.append(
+            f"train.save_every={save} must be a multiple of train.eval_every={evaluate}, or the "
+            f"best checkpoint by {flat['train.best_metric']} could not be told; or set "
+            "train.best_metric=''"
+        )
+    if wrong:
+        raise DcodError("\n".join(wrong))
+
+
+# ---------------------------------------------------------------- help and the verbs' entry
+
+
+def comments() -> dict[str, str]:
+    """{dotted key: comment} as written in configs/base.py."""
+    found = {}
+    for line in BASE.read_text().splitlines():
+        match = re.match(r"\s+c\.([\w.]+) = (?!ConfigDict\(\)).*?  # (.*)$", line)
+        if match:
+            found[match[1]] = match[2]
+    return found
+
+
+def help_text(verb: str, config: Any) -> str:
+    """Usage, the verb's own description and every key with its value and comment."""
+    spec = importlib.util.find_spec(f"dcod_jax.{verb}")
+    source = Path(spec.origin).read_text() if spec and spec.origin else ""
+    about = ast.get_docstring(ast.parse(source)) or ""
+    usage = f"python -m dcod_jax.{verb} --config configs/<recipe>.py [--config.key=value ...]"
+    lines, notes = [about, "", f"usage: {usage}", ""], comments()
+    for key, value in keys(config).items():
+        lines.append(f"  --config.{key}={value!r}\n        {notes.get(key, '')}")
+    return "\n".join(lines)
+
+
+def run_verb(verb: str, function: Callable[[Any], object]) -> None:
+    """Entry of `python -m dcod_jax.<verb>`: a DcodError is printed as it is, with exit code 1."""
+    try:
+        function(load(sys.argv[1:], verb=verb))
+    except DcodError as error:
+        print(f"dcod_jax.{verb}: error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print(f"dcod_jax.{verb}: interrupted; the same command goes on", file=sys.stderr)
+        raise SystemExit(130) from None

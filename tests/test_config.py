@@ -1,0 +1,116 @@
+"""Recipes and the command line: precedence, types, and messages that name the mistake."""
+
+import pytest
+
+from dcod_jax import config
+from dcod_jax.types import DcodError
+
+BASE = ["--config", str(config.BASE)]
+
+
+def load(*words):
+    return config.load([*BASE, *words], verb="train")
+
+
+def recipe(tmp_path, body):
+    head = ["from configs.base import get_config as base", "", "def get_config():"]
+    inside = ["c = base()", *body, "return c"]
+    path = tmp_path / "mine.py"
+    path.write_text("\n".join([*head, *(f"    {line}" for line in inside), ""]))
+    return ["--config", str(path)]
+
+
+def test_precedence_is_base_then_recipe_then_command_line(tmp_path):
+    words = recipe(tmp_path, ["c.seed = 3", "c.train.steps = 7"])
+    loaded = config.load([*words, "--config.train.steps=9", "--config.seed", "4"], verb="train")
+    assert (loaded.seed, loaded.train.steps, loaded.train.keep) == (4, 9, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("--config.data.verify_checksums=false", False),
+        ("--config.data.verify_checksums=1", True),
+        ("--config.prepare.overlap_files=a.jsonl,b.jsonl", ("a.jsonl", "b.jsonl")),
+        ("--config.prepare.overlap_files=('a.jsonl',)", ("a.jsonl",)),
+        ("--config.optim.learning_rate=3e-4", 3e-4),
+        ("--config.train.best_metric=", ""),
+    ],
+)
+def test_values_are_read_as_the_type_of_their_key(text, expected):
+    key = text.partition("=")[0].removeprefix("--config.")
+    assert config.keys(load(text))[key] == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--config.loss.weights.temprature=2"], "did you mean 'loss.weights.temperature'?"),
+        (["--config.learning_rate=2"], "did you mean 'optim.learning_rate'?"),
+        (["--config.train.steps=many"], "expected int, such as 1000"),
+        (["--config.train.steps=1.5"], "expected int"),
+        (["--config.train.progress=maybe"], "expected bool"),
+        (["--config.loss.weights.name=sigmod"], "did you mean 'sigmoid'?"),
+        (["--config.train.steps=0"], "train.steps=0 must be greater than 0"),
+        (["--config.optim.b1=1.0"], "optim.b1=1.0 must be in [0, 1)"),
+        (["--config.data.seq_len=64"], "data.max_length=2048 must not exceed data.seq_len=64"),
+        (["--config.train.microbatches=3"], "must be a multiple of train.microbatches=3"),
+        (["--config.train.save_every=150"], "must be a multiple of train.eval_every=100"),
+        (["--seed=1"], "unknown argument '--seed=1'"),
+        (["--config.seed"], "--config.seed needs a value"),
+        (["--config", "no/such.py"], "no such file"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named(words, said):
+    with pytest.raises(DcodError) as caught:
+        load(*words)
+    assert said in str(caught.value)
+
+
+def test_all_mistakes_are_told_at_once():
+    with pytest.raises(DcodError) as caught:
+        load("--config.train.steps=0", "--config.loss.divergence=kl")
+    assert str(caught.value).count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (["c.loss.weights.temprature = 2"], "mine.py:5: unknown key 'temprature'"),
+        (["", "c.seed = 'x'"], "mine.py:6: Could not override field 'seed'"),
+        (["c.seed ="], "mine.py:5:"),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_named_with_its_line(tmp_path, body, said):
+    with pytest.raises(DcodError) as caught:
+        config.load(recipe(tmp_path, body), verb="train")
+    assert said in str(caught.value)
+
+
+def test_help_lists_every_key_with_its_comment(capsys):
+    with pytest.raises(SystemExit) as caught:
+        load("--config.seed=41", "--help")
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert "--config.seed=41" in text
+    notes = config.comments()
+    for key in config.keys(config.load_recipe(config.BASE)):
+        assert f"--config.{key}=" in text
+        assert notes.get(key), f"{key} has no comment in configs/base.py"
+        assert notes[key] in text
+
+
+def test_variants_change_only_what_they_say(tmp_path):
+    words = recipe(tmp_path, ["c.compare = ('a seed=1', 'b seed=2 loss.weights.name=uniform')"])
+    base = config.load([*words, "--config.run_dir=out"], verb="train")
+    (name_a, a), (name_b, b) = config.variants(base)
+    assert (name_a, a.seed, a.run_dir, a.data.dataset) == ("a", 1, "out/a", "out/dataset")
+    assert (name_b, b.seed, b.run_dir, b.loss.weights.name) == ("b", 2, "out/b", "uniform")
+    different = {k for k, v in config.keys(a).items() if config.keys(b)[k] != v}
+    assert different == {"seed", "run_dir", "loss.weights.name"}
+
+
+def test_a_variant_with_a_wrong_key_is_refused(tmp_path):
+    base = config.load(recipe(tmp_path, ["c.compare = ('a sed=1',)"]), verb="train")
+    with pytest.raises(DcodError, match="did you mean 'seed'"):
+        list(config.variants(base))
