@@ -1,0 +1,124 @@
+"""The manifest of a trace dataset: what is in it, where it came from, and proof that it is whole.
+
+A directory is a dataset when it holds manifest.json, which is written last. Fields:
+
+    format, version        of this layout
+    shards                 [{file, records, tokens, completion_tokens, bytes, sha256}, ...]
+    lengths                {file, bytes, sha256}: int32 [records, 2], tokens and completion tokens
+    totals                 {records, tokens, completion_tokens}
+    scored, top_k          whether every trace has teacher log-probs; K of the stored top-k, or 0
+    tokenizer, template    {fingerprint, ...}: what the token ids and the mask were made with
+    teacher                {name, revision, weights, ...} or absent; weights is a content hash
+    counts, config, ...    whatever else the writing verb reports (kept and dropped by reason, ...)
+
+It holds no time stamps and no absolute order of work, so equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from dcod_jax.types import DcodError
+
+FORMAT = "dcod_jax.traces"
+VERSION = 1
+MANIFEST = "manifest.json"
+LENGTHS = "lengths.npy"
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_path(path: str | os.PathLike[str]) -> None:
+    """Force a file's content, or a directory's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def commit_file(temporary: Path, final: Path) -> None:
+    """Give a finished file its name; after a crash there is the old content or the new, whole."""
+    fsync_path(temporary)
+    os.replace(temporary, final)
+    fsync_path(final.parent)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write `content` to `path` atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    commit_file(temporary, path)
+
+
+def to_json(value: Any) -> bytes:
+    """Canonical JSON bytes; raises DcodError for what JSON cannot hold."""
+    try:
+        text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise DcodError(f"the manifest can only hold JSON values: {error}") from error
+    return text.encode() + b"\n"
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+    replace_file(directory / MANIFEST, to_json(manifest))
+
+
+def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The manifest of a complete dataset.
+
+    Raises DcodError when the directory is missing, half written, or of another format or version.
+    """
+    directory = Path(directory)
+    path = directory / MANIFEST
+    if not directory.is_dir():
+        raise DcodError(
+            f"{directory} is not a directory; expected a trace dataset "
+            "(write one with `python -m dcod_jax.prepare`, or set data.dataset)"
+        )
+    if not path.is_file():
+        inner = sorted(p.parent.name for p in directory.glob(f"*/{MANIFEST}"))
+        hint = (
+            f"it holds the datasets {', '.join(inner)}: name one of them"
+            if inner
+            else "prepare was interrupted before the dataset was complete, or never ran; "
+            "run the same `python -m dcod_jax.prepare` command again"
+        )
+        raise DcodError(f"{directory} has no {MANIFEST}: {hint}")
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DcodError(f"{path} is not valid JSON ({error}); prepare the dataset again") from error
+    found = (manifest.get("format"), manifest.get("version"))
+    if found != (FORMAT, VERSION):
+        raise DcodError(
+            f"{path}: expected format {FORMAT} version {VERSION}, found {found[0]} "
+            f"version {found[1]}; prepare the dataset again with this version of dcod_jax"
+        )
+    return manifest
+
+
+def check_file(directory: Path, entry: dict[str, Any], *, verify: bool) -> None:
+    """Compare a file with its manifest entry: presence and size, with `verify` also the hash."""
+    path = directory / entry["file"]
+    mend = "restore the file from a good copy, or prepare (and score) the dataset again"
+    if not path.is_file():
+        raise DcodError(f"{path} is missing, but {MANIFEST} lists it; {mend}")
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise DcodError(f"{path} is damaged: expected {entry['bytes']} bytes, found {size}; {mend}")
+    if verify and (actual := file_sha256(path)) != entry["sha256"]:
+        raise DcodError(
+            f"{path} is damaged: expected sha256 {entry['sha256']}, found {actual}; {mend}"
+        )

@@ -1,0 +1,403 @@
+"""The on-disk trace dataset: ArrayRecord shards and a manifest; writer, reader and extension.
+
+    with DatasetWriter(directory, shard_records=8192, manifest={...}) as writer:
+        writer.write(trace)
+    extend(directory, teacher={...}, settings={...}, score_shard=function)  # adds log-probs
+    TraceDataset(directory).read([3, 1])
+
+At every moment, kill -9 included, the directory is the old complete dataset, the new one, or
+recognisably none: files are written under a temporary name, forced to disk and renamed, and the
+manifest, which alone makes them a dataset, comes last. Equal traces give equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+# The compiled reader and writer; they come without type stubs.
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
+
+from dcod_jax.data import manifest as manifests
+from dcod_jax.data.codec import decode, encode
+from dcod_jax.types import DcodError, Trace
+
+# One record per chunk, no compression: two to three times the random reads of zstd for a fifth
+# more bytes (token ids and float log-probs hardly compress).
+_WRITER_OPTIONS = "group_size:1,uncompressed"
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+_PROGRESS = "score-progress.json"
+_OWN_FILES = (
+    "traces-*.array_record",
+    "scored-*.array_record",
+    "*.array_record.tmp",
+    "*.json.tmp",
+    manifests.LENGTHS + "*",
+    _PROGRESS,
+)
+
+
+def _remove_all_but(directory: Path, keep: Iterable[str]) -> None:
+    """Delete this format's files that are not in `keep`; other files are left alone."""
+    kept = {*keep}
+    for path in {path for pattern in _OWN_FILES for path in directory.glob(pattern)}:
+        if path.name not in kept:
+            path.unlink()
+
+
+def _listed(manifest: dict[str, Any]) -> set[str]:
+    return {entry["file"] for entry in [*manifest["shards"], manifest["lengths"]]}
+
+
+def _write_shard(path: Path, traces: Sequence[Trace]) -> dict[str, Any]:
+    """Write a whole shard under a temporary name, check it, name it; returns its manifest entry."""
+    temporary = path.with_name(path.name + ".tmp")
+    records = [encode(trace) for trace in traces]
+    try:
+        writer = array_record_module.ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
+        for record in records:
+            writer.write(record)
+        writer.close()
+        manifests.commit_file(temporary, path)
+    except (RuntimeError, OSError) as error:
+        temporary.unlink(missing_ok=True)
+        raise DcodError(f"cannot write {path}: {error}; free space and run it again") from error
+    return manifests.file_entry(path) | {
+        "records": len(traces),
+        "tokens": sum(len(trace.token_ids) for trace in traces),
+        "completion_tokens": sum(int(np.count_nonzero(t.completion_mask)) for t in traces),
+    }
+
+
+def _kind(trace: Trace) -> tuple[bool, int]:
+    """(scored, top_k) of a trace."""
+    return trace.logprobs is not None, 0 if trace.topk_ids is None else trace.topk_ids.shape[-1]
+
+
+class DatasetWriter:
+    """Writes a dataset into a directory; it exists as such only after a clean exit of `with`.
+
+    `manifest` holds the caller's fields (see data/manifest.py). What an interrupted run left is
+    removed on entry. Raises DcodError when the directory already is a dataset, when traces with
+    and without log-probs are mixed, when an id comes twice, or when nothing was written.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        shard_records: int,
+        manifest: dict[str, Any],
+    ):
+        if shard_records < 1:
+            raise DcodError(f"prepare.shard_records={shard_records} must be at least 1")
+        self._directory = Path(directory)
+        self._shard_records = shard_records
+        self._fields = dict(manifest)
+        self._buffer: list[Trace] = []
+        self._shards: list[dict[str, Any]] = []
+        self._lengths: list[tuple[int, int]] = []
+        self._ids: set[str] = set()
+        self._kind: tuple[bool, int] | None = None
+
+    def __enter__(self) -> DatasetWriter:
+        if (self._directory / manifests.MANIFEST).exists():
+            raise DcodError(
+                f"{self._directory} already holds a complete dataset; "
+                "remove it or choose another directory (data.dataset)"
+            )
+        self._directory.mkdir(parents=True, exist_ok=True)
+        _remove_all_but(self._directory, ())
+        return self
+
+    def write(self, trace: Trace) -> None:
+        kind = _kind(trace)
+        if self._kind is None:
+            self._kind = kind
+        if kind != self._kind:
+            raise DcodError(
+                f"trace {trace.id!r} has (log-probs, top-k) {kind}, the ones before it "
+                f"{self._kind}; a dataset holds one or the other"
+            )
+        if trace.id in self._ids:
+            raise DcodError(f"trace id {trace.id!r} comes twice; ids must be unique")
+        if len(trace.token_ids) < 2 or not np.any(trace.completion_mask[1:]):
+            raise DcodError(f"trace {trace.id!r} has no completion token that could be a target")
+        self._ids.add(trace.id)
+        completion = int(np.count_nonzero(trace.completion_mask))
+        self._lengths.append((len(trace.token_ids), completion))
+        self._buffer.append(trace)
+        if len(self._buffer) == self._shard_records:
+            self._flush()
+
+    def update_manifest(self, **fields: Any) -> None:
+        """Add or replace fields that are known only once the traces were read."""
+        self._fields.update(fields)
+
+    def _flush(self) -> None:
+        path = self._directory / f"traces-{len(self._shards):05d}.array_record"
+        self._shards.append(_write_shard(path, self._buffer))
+        self._buffer = []
+
+    def _finish(self) -> None:
+        if self._buffer:
+            self._flush()
+        if self._kind is None:
+            raise DcodError(f"no trace was written to {self._directory}; all were dropped?")
+        path = self._directory / manifests.LENGTHS
+        temporary = path.with_name(path.name + ".tmp")
+        with temporary.open("wb") as file:
+            np.save(file, np.asarray(self._lengths, "<i4"))
+        manifests.commit_file(temporary, path)
+        totals = {
+            name: sum(shard[name] for shard in self._shards)
+            for name in ("records", "tokens", "completion_tokens")
+        }
+        own = {
+            "format": manifests.FORMAT,
+            "version": manifests.VERSION,
+            "shards": self._shards,
+            "lengths": manifests.file_entry(path),
+            "totals": totals,
+            "scored": self._kind[0],
+            "top_k": self._kind[1],
+        }
+        manifests.write_manifest(self._directory, self._fields | own)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self._finish()
+
+
+class TraceDataset:
+    """A complete dataset, read at random; safe to share between threads.
+
+    With `verify` every shard is hashed on opening. Raises DcodError naming the damaged or missing
+    file, what its manifest says and what was found.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, verify: bool = True):
+        self.directory = Path(directory)
+        self.manifest = manifests.read_manifest(self.directory)
+        manifests.check_file(self.directory, self.manifest["lengths"], verify=True)
+        for shard in self.manifest["shards"]:
+            manifests.check_file(self.directory, shard, verify=verify)
+        self.lengths: np.ndarray = np.load(self.directory / self.manifest["lengths"]["file"])
+        self.scored: bool = self.manifest["scored"]
+        self.top_k: int = self.manifest["top_k"]
+        self._ends = np.cumsum([shard["records"] for shard in self.manifest["shards"]])
+        self._readers: dict[int, Any] = {}
+        self._lock = threading.Lock()
+        if len(self.lengths) != len(self):
+            raise DcodError(
+                f"{self.directory}: {len(self.lengths)} lengths but {len(self)} records; "
+                "prepare the dataset again"
+            )
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _reader(self, shard: int) -> Any:
+        reader = self._readers.get(shard)
+        if reader is None:
+            with self._lock:
+                reader = self._readers.get(shard)
+                if reader is None:
+                    path = self.directory / self.manifest["shards"][shard]["file"]
+                    reader = array_record_module.ArrayRecordReader(
+                        str(path), _READER_OPTIONS, file_reader_buffer_size=1 << 15
+                    )
+                    self._readers[shard] = reader
+        return reader
+
+    def read_records(self, indices: Sequence[int] | np.ndarray) -> list[bytes]:
+        """The encoded records of these traces, in the order asked for."""
+        wanted = np.asarray(indices, np.int64)
+        if np.any((wanted < 0) | (wanted >= len(self))):
+            raise DcodError(f"trace index out of range: {self.directory} holds {len(self)} traces")
+        shards = np.searchsorted(self._ends, wanted, side="right")
+        records: list[bytes] = [b""] * len(wanted)
+        for shard in np.unique(shards).tolist():
+            places = np.flatnonzero(shards == shard)
+            first = self._ends[shard] - self.manifest["shards"][shard]["records"]
+            try:
+                found = self._reader(shard).read((wanted[places] - first).tolist())
+            except RuntimeError as error:
+                name = self.manifest["shards"][shard]["file"]
+                raise DcodError(
+                    f"{self.directory / name} is damaged: {error}; restore the file from a good "
+                    "copy, or prepare (and score) the dataset again"
+                ) from error
+            for place, record in zip(places.tolist(), found, strict=True):
+                records[place] = record
+        return records
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> list[Trace]:
+        """These traces, in the order asked for."""
+        return [decode(record) for record in self.read_records(indices)]
+
+
+def check_fingerprints(
+    dataset: TraceDataset,
+    *,
+    tokenizer: str | None = None,
+    template: str | None = None,
+    teacher: str | None = None,
+) -> None:
+    """Refuse a dataset made with another tokenizer, chat template or teacher (None: not checked).
+
+    Compares with manifest["tokenizer"]["fingerprint"], ["template"]["fingerprint"] and
+    ["teacher"]["weights"].
+    """
+    checks = (
+        (
+            "tokenizer",
+            "fingerprint",
+            tokenizer,
+            "set student.tokenizer or prepare the traces again",
+        ),
+        ("template", "fingerprint", template, "set student.chat_template or prepare them again"),
+        ("teacher", "weights", teacher, "set teacher.path, or score again with score.overwrite"),
+    )
+    for name, key, expected, mend in checks:
+        found = (dataset.manifest.get(name) or {}).get(key)
+        if expected is not None and found != expected:
+            raise DcodError(
+                f"{dataset.directory / manifests.MANIFEST}: written with another {name}: "
+                f"expected {key} {expected}, found {found}; {mend}"
+            )
+
+
+def _check_scored(given: Sequence[Trace], scored: Sequence[Trace], *, shard: str) -> None:
+    """Scoring may add log-probs to traces and nothing else."""
+    same = len(given) == len(scored) and all(
+        before.id == after.id
+        and np.array_equal(before.token_ids, after.token_ids)
+        and np.array_equal(before.completion_mask, after.completion_mask)
+        and after.logprobs is not None
+        for before, after in zip(given, scored, strict=True)
+    )
+    kinds = {_kind(trace) for trace in scored}
+    if not same or len(kinds) != 1:
+        raise DcodError(
+            f"scoring {shard} must return its {len(given)} traces in order with logprobs, all "
+            f"with the same top-k; got {len(scored)} traces of (scored, top-k) {sorted(kinds)}"
+        )
+
+
+def _score_sums(traces: Sequence[Trace]) -> dict[str, float]:
+    """Sums over completion tokens for the manifest: log-probs and the mass inside the top-k."""
+    sums = {"logprob": 0.0, "mass": 0.0}
+    for trace in traces:
+        sums["logprob"] += float(np.sum(np.asarray(trace.logprobs), dtype=np.float64))
+        if trace.tail_logprobs is not None:
+            sums["mass"] -= float(np.sum(np.expm1(trace.tail_logprobs.astype(np.float64))))
+    return sums
+
+
+def _finished_shards(directory: Path, work: dict[str, Any], *, overwrite: bool) -> list[Any]:
+    """Shards an interrupted run of the same work finished: the longest undamaged prefix."""
+    path = directory / _PROGRESS
+    if not path.exists():
+        return []
+    progress = json.loads(path.read_bytes())
+    if progress["work"] != work:
+        if overwrite:
+            return []
+        raise DcodError(
+            f"{path}: an unfinished scoring has teacher {progress['work']['teacher']} and "
+            f"settings {progress['work']['settings']}; this run has teacher {work['teacher']} and "
+            f"settings {work['settings']}; go on with the former, or set score.overwrite=True"
+        )
+    finished = []
+    for entry in progress["shards"]:
+        file = directory / entry["shard"]["file"]
+        if not file.is_file() or manifests.file_sha256(file) != entry["shard"]["sha256"]:
+            break
+        finished.append(entry)
+    return finished
+
+
+def extend(
+    directory: str | os.PathLike[str],
+    *,
+    teacher: dict[str, Any],
+    settings: dict[str, Any],
+    score_shard: Callable[[list[Trace]], list[Trace]],
+    on_shard: Callable[[int, int], None] | None = None,
+    overwrite: bool = False,
+    write: bool = True,
+) -> dict[str, Any]:
+    """Add a teacher's log-probs to a dataset, shard by shard; returns the new manifest.
+
+    `score_shard` gets a shard's traces without scores and returns them with; it must not depend on
+    earlier calls. `on_shard(done, total)` is told of progress. Killed at any time, the same call
+    goes on after the last finished shard and ends with the same bytes; until the end the directory
+    stays the old dataset. A run with the manifest's own teacher and settings does nothing. Of many
+    hosts all call this, one with `write` (the others compute along and return the old manifest).
+
+    Raises DcodError when another teacher scored, or began to score, and `overwrite` is not given.
+    """
+    dataset = TraceDataset(directory)
+    directory, manifest = dataset.directory, dataset.manifest
+    teacher, settings = json.loads(manifests.to_json([teacher, settings]))
+    if manifest.get("teacher") == teacher and manifest.get("score") == settings:
+        if write:
+            _remove_all_but(directory, _listed(manifest))
+        return manifest
+    if dataset.scored and not overwrite:
+        name = (manifest.get("teacher") or {}).get("name", "the source of the traces")
+        raise DcodError(
+            f"{directory} already holds log-probs from {name}, made with settings "
+            f"{manifest.get('score')}; set score.overwrite=True to replace them"
+        )
+    shards = manifest["shards"]
+    source = [shard["sha256"] for shard in shards]
+    work = {"teacher": teacher, "settings": settings, "source": source}
+    # The work's hash in the name keeps a second teacher's shards apart from the first one's.
+    key = hashlib.sha256(manifests.to_json(work)).hexdigest()[:8]
+    done = _finished_shards(directory, work, overwrite=overwrite)
+    first = sum(entry["shard"]["records"] for entry in done)
+    for number in range(len(done), len(shards)):
+        traces = dataset.read(range(first, first + shards[number]["records"]))
+        first += len(traces)
+        bare = [Trace(t.id, t.token_ids, t.completion_mask, meta=t.meta) for t in traces]
+        scored = score_shard(bare)
+        _check_scored(traces, scored, shard=shards[number]["file"])
+        if write:
+            entry = _write_shard(directory / f"scored-{key}-{number:05d}.array_record", scored)
+            done.append({"shard": entry, "top_k": _kind(scored[0])[1], **_score_sums(scored)})
+            content = manifests.to_json({"work": work, "shards": done})
+            manifests.replace_file(directory / _PROGRESS, content)
+        if on_shard is not None:
+            on_shard(number + 1, len(shards))
+    if not write:
+        return manifest
+    tokens = manifest["totals"]["completion_tokens"]
+    new = manifest | {
+        "shards": [entry["shard"] for entry in done],
+        "scored": True,
+        "teacher": teacher,
+        "score": settings,
+        "top_k": done[0]["top_k"],
+        "mean_logprob": sum(entry["logprob"] for entry in done) / tokens,
+    }
+    new.pop("captured_mass", None)
+    if new["top_k"]:
+        new["captured_mass"] = sum(entry["mass"] for entry in done) / tokens
+    manifests.write_manifest(directory, new)
+    _remove_all_but(directory, _listed(new))  # only now: the manifest no longer names them
+    return new
