@@ -40,6 +40,11 @@ def bytes_per_token(top_k: int) -> int:
     return 6 * top_k + 8 if top_k else 4
 
 
+def score_kind(trace: Trace) -> tuple[bool, int]:
+    """(has log-probs, K of its top-k or 0)."""
+    return trace.logprobs is not None, 0 if trace.topk_ids is None else trace.topk_ids.shape[-1]
+
+
 def _check(trace: Trace) -> tuple[int, int, int]:
     """(n, C, K) of a consistent trace; raises DcodError naming the field and both sizes."""
     tokens, mask = len(trace.token_ids), len(trace.completion_mask)

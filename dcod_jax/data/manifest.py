@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,15 @@ FORMAT = "dcod_jax.traces"
 VERSION = 1
 MANIFEST = "manifest.json"
 LENGTHS = "lengths.npy"
+PROGRESS = "score-progress.json"  # exists only while a teacher's scores are being added
+_OWN_FILES = (
+    "traces-*.array_record",
+    "scored-*.array_record",
+    "*.array_record.tmp",
+    "*.json.tmp",
+    LENGTHS + "*",
+    PROGRESS,
+)
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -122,3 +132,16 @@ def check_file(directory: Path, entry: dict[str, Any], *, verify: bool) -> None:
         raise DcodError(
             f"{path} is damaged: expected sha256 {entry['sha256']}, found {actual}; {mend}"
         )
+
+
+def listed(manifest: dict[str, Any]) -> set[str]:
+    """Names of the files the manifest speaks of."""
+    return {entry["file"] for entry in [*manifest["shards"], manifest["lengths"]]}
+
+
+def remove_all_but(directory: Path, keep: Iterable[str]) -> None:
+    """Delete this format's files that are not in `keep`; other files are left alone."""
+    kept = {MANIFEST, *keep}
+    for path in {path for pattern in _OWN_FILES for path in directory.glob(pattern)}:
+        if path.name not in kept:
+            path.unlink()

@@ -12,11 +12,10 @@ manifest, which alone makes them a dataset, comes last. Equal traces give equal 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,34 +26,14 @@ import numpy as np
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
 from dcod_jax.data import manifest as manifests
-from dcod_jax.data.codec import decode, encode
+from dcod_jax.data import progress
+from dcod_jax.data.codec import decode, encode, score_kind
 from dcod_jax.types import DcodError, Trace
 
 # One record per chunk, no compression: two to three times the random reads of zstd for a fifth
 # more bytes (token ids and float log-probs hardly compress).
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
-_PROGRESS = "score-progress.json"
-_OWN_FILES = (
-    "traces-*.array_record",
-    "scored-*.array_record",
-    "*.array_record.tmp",
-    "*.json.tmp",
-    manifests.LENGTHS + "*",
-    _PROGRESS,
-)
-
-
-def _remove_all_but(directory: Path, keep: Iterable[str]) -> None:
-    """Delete this format's files that are not in `keep`; other files are left alone."""
-    kept = {*keep}
-    for path in {path for pattern in _OWN_FILES for path in directory.glob(pattern)}:
-        if path.name not in kept:
-            path.unlink()
-
-
-def _listed(manifest: dict[str, Any]) -> set[str]:
-    return {entry["file"] for entry in [*manifest["shards"], manifest["lengths"]]}
 
 
 def _write_shard(path: Path, traces: Sequence[Trace]) -> dict[str, Any]:
@@ -75,11 +54,6 @@ def _write_shard(path: Path, traces: Sequence[Trace]) -> dict[str, Any]:
         "tokens": sum(len(trace.token_ids) for trace in traces),
         "completion_tokens": sum(int(np.count_nonzero(t.completion_mask)) for t in traces),
     }
-
-
-def _kind(trace: Trace) -> tuple[bool, int]:
-    """(scored, top_k) of a trace."""
-    return trace.logprobs is not None, 0 if trace.topk_ids is None else trace.topk_ids.shape[-1]
 
 
 class DatasetWriter:
@@ -115,11 +89,11 @@ class DatasetWriter:
                 "remove it or choose another directory (data.dataset)"
             )
         self._directory.mkdir(parents=True, exist_ok=True)
-        _remove_all_but(self._directory, ())
+        manifests.remove_all_but(self._directory, ())
         return self
 
     def write(self, trace: Trace) -> None:
-        kind = _kind(trace)
+        kind = score_kind(trace)
         if self._kind is None:
             self._kind = kind
         if kind != self._kind:
@@ -281,56 +255,6 @@ def check_fingerprints(
             )
 
 
-def _check_scored(given: Sequence[Trace], scored: Sequence[Trace], *, shard: str) -> None:
-    """Scoring may add log-probs to traces and nothing else."""
-    same = len(given) == len(scored) and all(
-        before.id == after.id
-        and np.array_equal(before.token_ids, after.token_ids)
-        and np.array_equal(before.completion_mask, after.completion_mask)
-        and after.logprobs is not None
-        for before, after in zip(given, scored, strict=True)
-    )
-    kinds = {_kind(trace) for trace in scored}
-    if not same or len(kinds) != 1:
-        raise DcodError(
-            f"scoring {shard} must return its {len(given)} traces in order with logprobs, all "
-            f"with the same top-k; got {len(scored)} traces of (scored, top-k) {sorted(kinds)}"
-        )
-
-
-def _score_sums(traces: Sequence[Trace]) -> dict[str, float]:
-    """Sums over completion tokens for the manifest: log-probs and the mass inside the top-k."""
-    sums = {"logprob": 0.0, "mass": 0.0}
-    for trace in traces:
-        sums["logprob"] += float(np.sum(np.asarray(trace.logprobs), dtype=np.float64))
-        if trace.tail_logprobs is not None:
-            sums["mass"] -= float(np.sum(np.expm1(trace.tail_logprobs.astype(np.float64))))
-    return sums
-
-
-def _finished_shards(directory: Path, work: dict[str, Any], *, overwrite: bool) -> list[Any]:
-    """Shards an interrupted run of the same work finished: the longest undamaged prefix."""
-    path = directory / _PROGRESS
-    if not path.exists():
-        return []
-    progress = json.loads(path.read_bytes())
-    if progress["work"] != work:
-        if overwrite:
-            return []
-        raise DcodError(
-            f"{path}: an unfinished scoring has teacher {progress['work']['teacher']} and "
-            f"settings {progress['work']['settings']}; this run has teacher {work['teacher']} and "
-            f"settings {work['settings']}; go on with the former, or set score.overwrite=True"
-        )
-    finished = []
-    for entry in progress["shards"]:
-        file = directory / entry["shard"]["file"]
-        if not file.is_file() or manifests.file_sha256(file) != entry["shard"]["sha256"]:
-            break
-        finished.append(entry)
-    return finished
-
-
 def extend(
     directory: str | os.PathLike[str],
     *,
@@ -356,7 +280,7 @@ def extend(
     teacher, settings = json.loads(manifests.to_json([teacher, settings]))
     if manifest.get("teacher") == teacher and manifest.get("score") == settings:
         if write:
-            _remove_all_but(directory, _listed(manifest))
+            manifests.remove_all_but(directory, manifests.listed(manifest))
         return manifest
     if dataset.scored and not overwrite:
         name = (manifest.get("teacher") or {}).get("name", "the source of the traces")
@@ -364,40 +288,26 @@ def extend(
             f"{directory} already holds log-probs from {name}, made with settings "
             f"{manifest.get('score')}; set score.overwrite=True to replace them"
         )
+    work = progress.describe(manifest, teacher, settings)
+    done = progress.finished(directory, work, overwrite=overwrite)
     shards = manifest["shards"]
-    source = [shard["sha256"] for shard in shards]
-    work = {"teacher": teacher, "settings": settings, "source": source}
-    # The work's hash in the name keeps a second teacher's shards apart from the first one's.
-    key = hashlib.sha256(manifests.to_json(work)).hexdigest()[:8]
-    done = _finished_shards(directory, work, overwrite=overwrite)
-    first = sum(entry["shard"]["records"] for entry in done)
+    first = sum(shard["records"] for shard in shards[: len(done)])
     for number in range(len(done), len(shards)):
         traces = dataset.read(range(first, first + shards[number]["records"]))
         first += len(traces)
         bare = [Trace(t.id, t.token_ids, t.completion_mask, meta=t.meta) for t in traces]
         scored = score_shard(bare)
-        _check_scored(traces, scored, shard=shards[number]["file"])
+        progress.check_scored(bare, scored, shard=shards[number]["file"])
         if write:
-            entry = _write_shard(directory / f"scored-{key}-{number:05d}.array_record", scored)
-            done.append({"shard": entry, "top_k": _kind(scored[0])[1], **_score_sums(scored)})
-            content = manifests.to_json({"work": work, "shards": done})
-            manifests.replace_file(directory / _PROGRESS, content)
+            entry = _write_shard(directory / progress.shard_name(work, number), scored)
+            done.append(progress.score_sums(scored) | {"shard": entry})
+            progress.save(directory, work, done)
         if on_shard is not None:
             on_shard(number + 1, len(shards))
     if not write:
         return manifest
-    tokens = manifest["totals"]["completion_tokens"]
-    new = manifest | {
-        "shards": [entry["shard"] for entry in done],
-        "scored": True,
-        "teacher": teacher,
-        "score": settings,
-        "top_k": done[0]["top_k"],
-        "mean_logprob": sum(entry["logprob"] for entry in done) / tokens,
-    }
-    new.pop("captured_mass", None)
-    if new["top_k"]:
-        new["captured_mass"] = sum(entry["mass"] for entry in done) / tokens
-    manifests.write_manifest(directory, new)
-    _remove_all_but(directory, _listed(new))  # only now: the manifest no longer names them
-    return new
+    scored_manifest = progress.scored_manifest(manifest, work, done)
+    manifests.write_manifest(directory, scored_manifest)
+    # Only now: the manifest no longer names the old shards.
+    manifests.remove_all_but(directory, manifests.listed(scored_manifest))
+    return scored_manifest
