@@ -1,0 +1,181 @@
+"""Answers are found by the stated rules, compared right, and nothing a model wrote can stop it."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from dcod_jax import grading
+from dcod_jax.answers import Extraction, compare_plain, extract_answer
+from dcod_jax.grading import Grader, grade
+
+SOLVERS = {
+    "6b_finetuning": 286,
+    "6b_verification": 515,
+    "175b_finetuning": 458,
+    "175b_verification": 742,
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "rule"),
+    [
+        ("first \\boxed{3}, no: \\boxed{\\frac{1}{2}} done 7", "\\frac{1}{2}", "boxed"),
+        ("set \\boxed{\\{1, 2\\}}.", "\\{1, 2\\}", "boxed"),
+        ("\\boxed{} then \\boxed 5.", "5", "boxed"),
+        ("2 + 2 = <<2+2=4>>4\n#### 1,234", "1,234", "hash"),
+        ("She has 18 left\nA: 18", "18", "answer_line"),
+        ("**Final Answer:** 42", "42", "answer_line"),
+        ("Thus the answer is $18$ dollars. Good luck with 7.", "$18$ dollars", "answer_is"),
+        ("The answer is: 3.5.", "3.5", "answer_is"),
+        ("10 eggs minus 3 gives 7 eggs.", "7", "last_number"),
+        ("that costs $1,200.50, all told", "1,200.50", "last_number"),
+    ],
+)
+def test_extraction_rules(text: str, answer: str, rule: str) -> None:
+    assert extract_answer(text) == Extraction(answer, rule)
+
+
+def test_no_answer_is_told_from_a_wrong_one() -> None:
+    grades = grade([("I do not know.", "5"), ("it is 6", "5")], timeout=5, workers=1)
+    assert [(g.reason, g.extracted) for g in grades] == [("no_answer", None), ("wrong", "6")]
+
+
+@pytest.mark.parametrize(
+    ("predicted", "reference", "expected"),
+    [
+        ("10{,}000", "10000", True),
+        ("$1,234.00", "1234", True),
+        ("\\text{(B)}", "B", True),
+        ("18.", "18", True),
+        ("17", "18", False),
+        ("(1,234)", "(1234)", None),
+        ("1/2", "0.5", None),
+    ],
+)
+def test_plain_comparison(predicted: str, reference: str, expected: bool | None) -> None:
+    assert compare_plain(predicted, reference) is expected
+
+
+def test_algebra_agrees_and_keeps_order() -> None:
+    pairs = [
+        ("\\boxed{0.5}", "\\frac{1}{2}"),
+        ("\\boxed{1/3}", "\\frac{1}{2}"),
+        ("\\boxed{(x+1)^2}", "x^2 + 2x + 1"),
+        ("\\boxed{(1,234)}", "(1234)"),
+        ("\\boxed{7}", "7"),
+        ("\\boxed{\\{2, 1\\}}", "\\{1,2\\}"),
+        ("\\boxed{2\\sqrt{2}}", "\\sqrt{8}"),
+        ("\\boxed{18 \\text{ dollars}}", "The sum.\n#### 18"),
+    ]
+    expected = [True, False, True, False, True, True, True, True]
+    assert [g.correct for g in grade(pairs, timeout=5, workers=2)] == expected
+
+
+def test_a_tower_of_powers_a_crash_and_a_flood_do_not_stop_the_rest() -> None:
+    tower = "\\boxed{9^{9^{9^{9}}}}"
+    pairs = [("\\boxed{1/2}", "0.5"), (tower, "5"), ("\\boxed{" + "(" * 400 + "}", "2x")]
+    pairs += [("\\boxed{1/4}", "0.25")] * 20
+    started = time.monotonic()
+    grades = grade(pairs, timeout=1, workers=2)
+    assert time.monotonic() - started < 20
+    assert grades[0].correct
+    assert grades[1].reason in ("timeout", "error", "wrong")
+    assert not grades[2].correct
+    assert all(g.correct for g in grades[3:])
+
+
+def test_a_worker_that_dies_is_replaced() -> None:
+    with Grader(timeout=5, workers=1) as grader:
+        first = list(grader.stream([(0, "\\boxed{1/2}", "0.5")]))
+        os.kill(grader.workers[0].process.pid, signal.SIGKILL)
+        rest = list(grader.stream((i, "\\boxed{1/4}", "0.25") for i in range(20)))
+        children = [w.process for w in grader.workers]
+    assert first[0][1].correct
+    assert [payload for payload, g in rest if g.correct] == list(range(20))
+    assert all(child.poll() is not None for child in children)
+
+
+def test_an_answer_that_kills_its_worker_twice_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = (
+        "import sys, os; print('ready', flush=True)\n"
+        "for line in sys.stdin:\n"
+        "    os._exit(3) if 'bomb' in line else print('correct', flush=True)\n"
+    )
+    real = grading.subprocess.Popen
+    monkeypatch.setattr(
+        grading.subprocess, "Popen", lambda args, **kw: real([args[0], "-c", program], **kw)
+    )
+    pairs = [("\\boxed{a}", "b"), ("\\boxed{bomb}", "b"), ("\\boxed{a}", "b")]
+    assert [g.reason for g in grade(pairs, timeout=5, workers=1)] == ["correct", "error", "correct"]
+
+
+def test_a_worker_that_ignores_its_alarm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = (
+        "import sys, time; print('ready', flush=True)\n"
+        "for line in sys.stdin:\n"
+        "    time.sleep(1000) if 'stuck' in line else print('correct', flush=True)\n"
+    )
+    real = grading.subprocess.Popen
+    monkeypatch.setattr(
+        grading.subprocess, "Popen", lambda args, **kw: real([args[0], "-c", program], **kw)
+    )
+    monkeypatch.setattr(grading, "GRACE_SECONDS", 0.2)
+    pairs = [("\\boxed{a}", "b"), ("\\boxed{stuck}", "b"), ("\\boxed{a}", "b")]
+    reasons = [g.reason for g in grade(pairs, timeout=0.3, workers=1)]
+    assert reasons == ["correct", "timeout", "correct"]
+
+
+def test_an_item_without_a_reference_passes_ungraded() -> None:
+    with Grader(timeout=5, workers=1) as grader:
+        out = list(grader.stream([("a", "text", None), ("b", "it is 5", "5")]))
+    assert out[0] == ("a", None)
+    assert out[1][1].correct
+
+
+def test_a_long_text_is_searched_in_linear_time() -> None:
+    for text in ("answer is " * 20000, "\\boxed{" * 20000, "1,2" * 60000, "#### " * 20000):
+        started = time.monotonic()
+        extract_answer(text)
+        assert time.monotonic() - started < 3
+
+
+@pytest.mark.shared
+def test_real_qwen_traces_sampled(shared_data) -> None:
+    """Every fourth problem, eight samples each, against the scores that came with them."""
+    check_qwen(shared_data, step=4)
+
+
+@pytest.mark.long
+@pytest.mark.shared
+def test_real_qwen_traces_all(shared_data) -> None:
+    assert check_qwen(shared_data, step=1) == 800
+
+
+def check_qwen(shared_data, *, step: int) -> int:
+    path = shared_data / "qwen25_math_traces" / "math_cot_100.jsonl"
+    problems = [json.loads(line) for line in path.read_text().splitlines()][::step]
+    pairs = [(text, p["answer"]) for p in problems for text in p["code"]]
+    scores = [score for p in problems for score in p["score"]]
+    grades = grade(pairs, timeout=5, workers=2)
+    differ = [
+        (g.extracted, pair[1])
+        for g, pair, score in zip(grades, pairs, scores, strict=True)
+        if g.correct != score
+    ]
+    # The scores hold 10000 and 10{,}000 for different: theirs is the mistake.
+    assert set(differ) <= {("10000", "10{,}000")}
+    return len(pairs)
+
+
+@pytest.mark.shared
+def test_real_gsm8k_solutions_of_four_solvers(shared_data) -> None:
+    path = shared_data / "gsm8k" / "example_model_solutions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    pairs = [(row[name]["solution"], row["ground_truth"]) for name in SOLVERS for row in rows]
+    expected = [row[name]["is_correct"] for name in SOLVERS for row in rows]
+    correct = [g.correct for g in grade(pairs, timeout=5, workers=2)]
+    assert correct == expected
+    assert [sum(correct[i * 1319 : (i + 1) * 1319]) for i in range(4)] == list(SOLVERS.values())
