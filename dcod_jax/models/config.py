@@ -1,0 +1,363 @@
+"""ModelConfig: what one decoder-only transformer can be, and its mapping from and to HF configs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from dcod_jax.types import DcodError
+
+Raw = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3 rope scaling: long wavelengths are stretched by factor, middle ones blended."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape and options of a model; hashable, so it can be a static argument under jit."""
+
+    model_type: str
+    vocab_size: int  # rows of the embedding, padding included
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    qk_norm: bool
+    max_position_embeddings: int
+    initializer_range: float
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How one HF model_type sets the options, and what HF assumes for keys a file leaves out."""
+
+    options: Callable[[Raw], dict[str, bool]]
+    defaults: Raw
+    architecture: str
+
+
+_COMMON_DEFAULTS: Raw = {
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+    "attention_bias": False,
+}
+
+# Another family is one more entry here and one more weight table in models/hf.py.
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        options=lambda raw: {
+            "qkv_bias": raw["attention_bias"],
+            "o_bias": raw["attention_bias"],
+            "qk_norm": False,
+        },
+        defaults={
+            **_COMMON_DEFAULTS,
+            "max_position_embeddings": 2048,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        architecture="LlamaForCausalLM",
+    ),
+    "qwen2": Family(
+        options=lambda raw: {"qkv_bias": True, "o_bias": False, "qk_norm": False},
+        defaults={**_COMMON_DEFAULTS, "max_position_embeddings": 32768},
+        architecture="Qwen2ForCausalLM",
+    ),
+    "qwen3": Family(
+        options=lambda raw: {
+            "qkv_bias": raw["attention_bias"],
+            "o_bias": raw["attention_bias"],
+            "qk_norm": True,
+        },
+        defaults={**_COMMON_DEFAULTS, "max_position_embeddings": 32768, "head_dim": 128},
+        architecture="Qwen3ForCausalLM",
+    ),
+}
+
+# Config key -> the only values under which the model computed here is the one HF computes.
+# A key that is absent from the file has one of these values in HF.
+ACCEPTED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "mlp_bias": (False, None),
+    "pretraining_tp": (1, None),
+    "attention_dropout": (0, 0.0, None),
+    "partial_rotary_factor": (1, 1.0, None),
+    "rope_interleaved": (False, None),
+    "original_max_position_embeddings": (None,),
+    "quantization_config": (None,),
+    "is_causal": (True, None),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "use_bidirectional_attention": (False, None),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0),
+    "no_rope_layers": (None,),
+    "auto_map": (None,),
+}
+
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+
+
+def _refuse(source: str, key: str, value: Any, supported: str) -> DcodError:
+    return DcodError(
+        f"{source}: {key}={value!r} is not supported (supported: {supported}); "
+        f"use a model without it"
+    )
+
+
+def _check_supported(raw: Raw, source: str) -> Family:
+    model_type = raw.get("model_type")
+    if model_type not in FAMILIES:
+        raise _refuse(source, "model_type", model_type, ", ".join(sorted(FAMILIES)))
+    family = FAMILIES[model_type]
+    for architecture in raw.get("architectures") or ():
+        if architecture != family.architecture:
+            raise _refuse(source, "architectures", architecture, family.architecture)
+    for key, accepted in ACCEPTED.items():
+        if key in raw and raw[key] not in accepted:
+            raise _refuse(source, key, raw[key], " or ".join(repr(value) for value in accepted))
+    _check_full_attention(raw, source)
+    missing = [key for key in _REQUIRED if raw.get(key) is None]
+    if missing:
+        raise DcodError(f"{source}: missing key {missing[0]!r}; is it a complete HF config.json?")
+    return family
+
+
+def _check_full_attention(raw: Raw, source: str) -> None:
+    """Refuse sliding-window attention where HF would use it (by layer_types, else by window)."""
+    layer_types = raw.get("layer_types")
+    if layer_types is not None:
+        other = [name for name in layer_types if name != "full_attention"]
+        if other:
+            raise _refuse(source, "layer_types", other[0], "full_attention in every layer")
+        return
+    window, first = raw.get("sliding_window", 4096), raw.get("max_window_layers", 28)
+    if raw.get("use_sliding_window") and window and first < raw.get("num_hidden_layers", 32):
+        raise _refuse(source, "use_sliding_window", True, "false")
+
+
+def _rope(raw: Raw, source: str) -> tuple[float, RopeScaling | None]:
+    """(rope_theta, scaling) from rope_scaling + rope_theta (old) or rope_parameters (new)."""
+    key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    rope = raw.get(key) or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise _refuse(source, key, rope, "one flat rope for all layers")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    theta = float(rope.get("rope_theta") or raw["rope_theta"])
+    partial = rope.get("partial_rotary_factor")
+    if partial not in ACCEPTED["partial_rotary_factor"]:
+        raise _refuse(source, f"{key}.partial_rotary_factor", partial, "1.0")
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise _refuse(source, f"{key}.rope_type", kind, "default, llama3")
+    names = [field.name for field in dataclasses.fields(RopeScaling)]
+    values = {"original_max_position_embeddings": raw["max_position_embeddings"], **rope}
+    missing = [name for name in names if values.get(name) is None]
+    if missing:
+        raise DcodError(f"{source}: {key}.{missing[0]} is missing; rope_type llama3 needs {names}")
+    return theta, RopeScaling(
+        factor=float(values["factor"]),
+        low_freq_factor=float(values["low_freq_factor"]),
+        high_freq_factor=float(values["high_freq_factor"]),
+        original_max_position_embeddings=int(values["original_max_position_embeddings"]),
+    )
+
+
+def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _check_sizes(config: ModelConfig, source: str) -> None:
+    sizes = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+    }
+    for key, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise DcodError(f"{source}: {key}={value!r} must be a positive whole number")
+    if config.num_heads % config.num_kv_heads:
+        raise DcodError(
+            f"{source}: num_attention_heads={config.num_heads} must be a multiple of "
+            f"num_key_value_heads={config.num_kv_heads}"
+        )
+    if config.head_dim % 2:
+        raise DcodError(f"{source}: head_dim={config.head_dim} must be even for rotary positions")
+
+
+def from_hf(raw: Raw, source: str = "config.json") -> ModelConfig:
+    """ModelConfig of an HF config dict, in the form of transformers 4 or 5.
+
+    Raises DcodError naming the key and its value for whatever is not computed here exactly.
+    """
+    family = _check_supported(raw, source)
+    raw = {**family.defaults, **raw}
+    theta, scaling = _rope(raw, source)
+    heads, width = raw["num_attention_heads"], raw["hidden_size"]
+    if raw.get("head_dim") is None and isinstance(heads, int) and heads and width % heads:
+        raise DcodError(
+            f"{source}: hidden_size={width} must be a multiple of num_attention_heads={heads} "
+            f"where head_dim is not given"
+        )
+    config = ModelConfig(
+        model_type=raw["model_type"],
+        vocab_size=raw["vocab_size"],
+        hidden_size=width,
+        intermediate_size=raw["intermediate_size"],
+        num_layers=raw["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=raw.get("head_dim") or width // max(heads, 1),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        rms_norm_eps=float(raw["rms_norm_eps"]),
+        tie_word_embeddings=bool(raw["tie_word_embeddings"]),
+        **{name: bool(value) for name, value in family.options(raw).items()},
+        max_position_embeddings=raw["max_position_embeddings"],
+        initializer_range=float(raw["initializer_range"]),
+        bos_token_id=raw.get("bos_token_id"),
+        eos_token_ids=_token_ids(raw.get("eos_token_id")),
+        pad_token_id=raw.get("pad_token_id"),
+    )
+    _check_sizes(config, source)
+    return config
+
+
+def to_hf(config: ModelConfig, *, dtype: str) -> Raw:
+    """The config.json that transformers 5 (and 4) reads back to the same model.
+
+    Raises DcodError where the family's HF class cannot express the options.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise _refuse("export", "model_type", config.model_type, ", ".join(sorted(FAMILIES)))
+    attention_bias = config.o_bias
+    options = {"qkv_bias": config.qkv_bias, "o_bias": config.o_bias, "qk_norm": config.qk_norm}
+    if options != family.options({"attention_bias": attention_bias}):
+        raise _refuse(f"export as {config.model_type}", "options", options, family.architecture)
+    eos = config.eos_token_ids
+    raw: Raw = {
+        "architectures": [family.architecture],
+        "model_type": config.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_position_embeddings,
+        "initializer_range": config.initializer_range,
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
+        "pad_token_id": config.pad_token_id,
+        "rope_theta": config.rope_theta,  # read by transformers 4
+        "rope_scaling": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "dtype": dtype,
+        "torch_dtype": dtype,  # read by transformers 4
+    }
+    if "attention_bias" in family.defaults and config.model_type != "qwen2":
+        raw["attention_bias"] = attention_bias
+    if config.rope_scaling is not None:
+        scaling = {"rope_type": "llama3", **dataclasses.asdict(config.rope_scaling)}
+        raw["rope_scaling"] = scaling
+        raw["rope_parameters"] = {**scaling, "rope_theta": config.rope_theta}
+    return raw
+
+
+def num_params(config: ModelConfig) -> int:
+    """Trained parameters; a tied head is counted once."""
+    shape = config
+    heads, kv_heads = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    layer = _layer_matmul_params(config) + 2 * shape.hidden_size
+    layer += (heads + 2 * kv_heads) * shape.qkv_bias + shape.hidden_size * shape.o_bias
+    layer += 2 * shape.head_dim * shape.qk_norm
+    tables = 1 if shape.tie_word_embeddings else 2
+    embeddings = tables * shape.vocab_size * shape.hidden_size
+    return embeddings + shape.num_layers * layer + shape.hidden_size
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Floating point operations of training on one token: 3 x forward, head included.
+
+    Per token forward: 2 per matmul parameter, and 4 * N * H * (seq_len + 1) / 2 per layer for
+    causal attention scores and their weighted sum. Recomputation (remat) is not counted.
+    """
+    matmul = config.num_layers * _layer_matmul_params(config)
+    matmul += config.vocab_size * config.hidden_size
+    attention = config.num_layers * 4 * config.num_heads * config.head_dim * (seq_len + 1) / 2
+    return 3.0 * (2 * matmul + attention)
+
+
+def _layer_matmul_params(config: ModelConfig) -> int:
+    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    attention = config.hidden_size * (2 * heads + 2 * kv_heads)
+    return attention + 3 * config.hidden_size * config.intermediate_size
+
+
+def rope_frequencies(config: ModelConfig) -> list[float]:
+    """Inverse frequencies [H/2] of the rotary table, llama3 scaling applied (arXiv 2407.21783).
+
+    With wavelength w = 2π/f and original length n: f where w < n/high, f/factor where
+    w > n/low, and in between ((1−s)/factor + s)·f with s = (n/w − low)/(high − low).
+    """
+    half = range(0, config.head_dim, 2)
+    plain = [config.rope_theta ** (-index / config.head_dim) for index in half]
+    scaling = config.rope_scaling
+    if scaling is None:
+        return plain
+    length = scaling.original_max_position_embeddings
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    frequencies = []
+    for frequency in plain:
+        wavelength = 2 * math.pi / frequency
+        if wavelength < length / high:
+            frequencies.append(frequency)
+        elif wavelength > length / low:
+            frequencies.append(frequency / scaling.factor)
+        else:
+            smooth = (length / wavelength - low) / (high - low)
+            frequencies.append(((1 - smooth) / scaling.factor + smooth) * frequency)
+    return frequencies
