@@ -13,9 +13,15 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
-install_import_hook("dcod_jax", "beartype.beartype")
-
 ROOT = Path(__file__).resolve().parents[1]
+
+# Every module but types.py: its records are pytrees, and also hold shardings and shapes.
+MODULES = [
+    f"dcod_jax.{path.stem}"
+    for path in (ROOT / "dcod_jax").iterdir()
+    if path.stem not in ("__init__", "__pycache__", "types", "assets")
+]
+install_import_hook(MODULES, "beartype.beartype")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,197 @@
+"""Checkpoints of a run, and where a run's parameters come from.
+
+Restore precedence (decided in train.py, first that applies):
+  1. the run's own directory: params, optimizer, step and data position (resume);
+  2. train.init_from: the parameters of another run's checkpoint, step 0;
+  3. student.path: HF or GGUF weights;
+  4. student.config: random initial weights.
+A missing or mismatched piece is an error, never a warning.
+
+Layout: run_dir/checkpoints/<step>/{params,opt_state,run}; a step directory gets its name only
+when all of it is on disk, so a half-written one is never read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from dcod_jax.types import DcodError, Params, TrainState
+
+ITEMS = ("params", "opt_state", "run")
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a checkpoint holds besides the state."""
+
+    step: int
+    progress: dict[str, Any]  # data position and counters, exactly as they were saved
+    config: dict[str, Any]  # resolved config of the run that wrote it
+    metrics: dict[str, float]  # held-out metrics at this step, where there were any
+
+
+class Checkpointer:
+    """Asynchronous checkpoints of one run: the newest `keep` of them, and the best."""
+
+    def __init__(self, run_dir: str | Path, *, keep: int = 2, best_metric: str = ""):
+        self.directory = Path(run_dir).resolve() / "checkpoints"
+        self.best_metric = best_metric
+        newest: Any = policies.LatestN(keep)
+        policy = newest
+        if best_metric:
+            best = policies.BestN(
+                get_metric_fn=lambda metrics: -metrics[best_metric],
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            )
+            policy = policies.AnyPreservationPolicy([newest, best])
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy, cleanup_tmp_directories=True
+        )
+        with self._explained("open"):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self.manager = ocp.CheckpointManager(self.directory, item_names=ITEMS, options=options)
+
+    def steps(self) -> list[int]:
+        """Steps that can be restored, oldest first."""
+        return sorted(self.manager.all_steps())
+
+    def best(self) -> int | None:
+        """Step with the lowest best_metric; None when no checkpoint has it."""
+        scored = []
+        for step in self.steps():
+            metrics = read_run(self.directory.parent, step).metrics
+            if self.best_metric in metrics:
+                scored.append((metrics[self.best_metric], step))
+        return min(scored)[1] if scored else None
+
+    def save(
+        self,
+        state: TrainState,
+        *,
+        step: int,
+        progress: dict[str, Any],
+        config: dict[str, Any],
+        metrics: dict[str, float] | None = None,
+    ) -> None:
+        """Start writing a checkpoint; returns as soon as the state may be donated.
+
+        metrics without best_metric do not take part in the choice of the best. An error of this or
+        the save before it, such as a full disk, is raised as DcodError here or in wait().
+        """
+        metrics = metrics or {}
+        run = {"step": step, "progress": progress, "config": config, "metrics": metrics}
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            opt_state=ocp.args.StandardSave(state.opt_state),
+            run=ocp.args.JsonSave(run),
+        )
+        ranked = metrics if self.best_metric in metrics else None
+        with self._explained("save"):
+            self.manager.save(step, args=items, metrics=ranked, force=True)
+
+    def wait(self) -> None:
+        """Until everything started is on disk; raises DcodError when it could not be written."""
+        with self._explained("save"):
+            self.manager.wait_until_finished()
+            self.manager.check_for_errors()
+
+    def close(self) -> None:
+        self.wait()
+        self.manager.close()
+
+    def restore(self, like: TrainState, *, step: int | None = None) -> tuple[TrainState, Restored]:
+        """State at a step (default: the newest) with the shapes, dtypes and shardings of `like`.
+
+        like may hold arrays or jax.ShapeDtypeStruct with shardings. Raises DcodError when there is
+        no checkpoint, when it is damaged, or when a shape differs from the model's.
+        """
+        step = self._existing(step)
+        items = ocp.args.Composite(
+            params=ocp.args.StandardRestore(_abstract(like.params)),
+            opt_state=ocp.args.StandardRestore(_abstract(like.opt_state)),
+            run=ocp.args.JsonRestore(),
+        )
+        with self._explained("restore", step):
+            found = self.manager.restore(step, args=items)
+        state = TrainState(
+            step=jax.device_put(jnp.int32(step), getattr(like.step, "sharding", None)),
+            params=found["params"],
+            opt_state=found["opt_state"],
+        )
+        return state, _restored(found["run"])
+
+    def restore_params(self, like: Params, *, step: int | None = None) -> tuple[Params, Restored]:
+        """Parameters alone, with the shapes, dtypes and shardings of `like`."""
+        step = self._existing(step)
+        items = ocp.args.Composite(
+            params=ocp.args.StandardRestore(_abstract(like)), run=ocp.args.JsonRestore()
+        )
+        with self._explained("restore", step):
+            found = self.manager.restore(step, args=items)
+        return found["params"], _restored(found["run"])
+
+    def _existing(self, step: int | None) -> int:
+        steps = self.steps()
+        if step is None and steps:
+            return steps[-1]
+        if step is None or step not in steps:
+            asked = "a checkpoint" if step is None else f"step {step}"
+            raise DcodError(f"{self.directory}: {asked} was expected, but it holds steps {steps}")
+        return step
+
+    @contextmanager
+    def _explained(self, what: str, step: int | None = None) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            where = self.directory / (str(step) if step is not None else "")
+            text = " ".join(str(error).split())[:400] or type(error).__name__
+            if "space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error):
+                hint = "free disk space and run the same command again"
+            elif what == "restore":
+                others = [s for s in self._finished() if s != step]
+                hint = (
+                    "the directory is damaged or of another model; move it away to go on from "
+                    + (f"step {others[-1]}" if others else "the beginning")
+                )
+            else:
+                hint = "see that the directory can be written, and run the same command again"
+            kept = (
+                f"; finished checkpoints {self._finished()} are untouched" if what == "save" else ""
+            )
+            raise DcodError(f"{where}: cannot {what} a checkpoint: {text}{kept}; {hint}") from error
+
+    def _finished(self) -> list[int]:
+        names = [p.name for p in self.directory.iterdir()] if self.directory.is_dir() else []
+        return sorted(int(name) for name in names if name.isdigit())
+
+
+def read_run(run_dir: str | Path, step: int) -> Restored:
+    """The small part of a checkpoint (step, data position, config, metrics), without its arrays."""
+    path = Path(run_dir) / "checkpoints" / str(step) / "run" / "metadata"
+    try:
+        return _restored(json.loads(path.read_text()))
+    except (OSError, json.JSONDecodeError, KeyError) as error:
+        raise DcodError(f"{path}: expected a finished checkpoint's record: {error}") from error
+
+
+def _restored(run: dict[str, Any]) -> Restored:
+    return Restored(run["step"], run["progress"], run["config"], run["metrics"])
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
+        tree,
+    )
