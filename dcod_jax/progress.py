@@ -23,7 +23,7 @@ class Advance(Protocol):
 def track(
     label: str, total: int, *, unit: str = "tokens", done: int = 0, enabled: bool = True
 ) -> Iterator[Advance]:
-    """Yield advance(n, text); `done` of the total was finished by an earlier run and has no rate."""
+    """Yield advance(n, text); `done` of the total was finished before and has no rate."""
     console = Console(stderr=True)
     if not enabled:
         yield lambda amount, text="": None

@@ -1,0 +1,109 @@
+"""Add the teacher's log-probability of each completion token to a trace dataset.
+
+Reads teacher.path and data.dataset (train/ and, where there is one, eval/); an interrupted run goes
+on behind the last finished shard and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dcod_jax.config import dataset_dir, run_verb
+from dcod_jax.data import chat
+from dcod_jax.data.manifest import read_manifest
+from dcod_jax.data.records import TraceDataset, bytes_per_token, check_fingerprints, extend
+from dcod_jax.mesh import make_mesh
+from dcod_jax.progress import track
+from dcod_jax.scoring import ScoreSettings, Teacher, load_teacher, score_traces
+from dcod_jax.types import DcodError, Trace
+
+SPLITS = ("train", "eval")
+
+
+def score(config: Any) -> dict[str, dict[str, Any]]:
+    """Score every split of the dataset; returns their manifests.
+
+    Traces that this teacher scored with these settings before are left as they are. Raises
+    DcodError when the teacher's tokenizer is another one than the dataset's, and when another
+    teacher's log-probs are there and score.overwrite is not set.
+    """
+    root = Path(dataset_dir(config))
+    splits = [root / name for name in SPLITS if (root / name).is_dir()]
+    if not splits:
+        read_manifest(root)  # a dataset of one split, or the error that says what is missing
+        splits = [root]
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, tensor=config.mesh.tensor)
+    teacher = load_teacher(config.teacher, mesh=mesh, chat_template=config.student.chat_template)
+    return {split.name: _score_split(config, split, teacher, mesh) for split in splits}
+
+
+def _score_split(config: Any, path: Path, teacher: Teacher, mesh: Any) -> dict[str, Any]:
+    dataset = TraceDataset(path, verify=config.data.verify_checksums)
+    _check_tokenizer(dataset, teacher)
+    settings = ScoreSettings(
+        top_k=config.score.top_k,
+        batch_tokens=config.score.batch_tokens,
+        head_chunk=config.loss.head_chunk,
+        compute_dtype=config.teacher.dtype,
+        valid_vocab=len(teacher.tokenizer),
+    )
+    stored = {"top_k": settings.top_k}
+    if (dataset.manifest.get("teacher"), dataset.manifest.get("score")) == (
+        teacher.provenance(),
+        stored,
+    ):
+        print(f"{path}: {teacher.name} scored these traces before; nothing to do")
+    total = dataset.manifest["totals"]["tokens"]
+    with track(f"scoring {path.name}", total, enabled=config.train.progress) as advance:
+
+        def score_shard(traces: list[Trace]) -> list[Trace]:
+            return score_traces(
+                teacher.config,
+                teacher.params,
+                traces,
+                settings=settings,
+                mesh=mesh,
+                on_tokens=advance,
+            )
+
+        manifest = extend(
+            path,
+            teacher=teacher.provenance(),
+            settings=stored,
+            score_shard=score_shard,
+            overwrite=config.score.overwrite,
+            write=jax.process_index() == 0,
+        )
+    _report(path, manifest)
+    return manifest
+
+
+def _check_tokenizer(dataset: TraceDataset, teacher: Teacher) -> None:
+    """Only the padded vocabulary may differ; token ids must mean the same."""
+    fingerprint = chat.tokenizer_fingerprint(teacher.tokenizer)
+    try:
+        check_fingerprints(dataset, tokenizer=fingerprint)
+    except DcodError as error:
+        raise DcodError(
+            f"{error}\nThe teacher {teacher.name} can only score token ids of its own tokenizer: "
+            "prepare the traces with it (student and teacher must share one)"
+        ) from None
+
+
+def _report(path: Path, manifest: dict[str, Any]) -> None:
+    tokens = manifest["totals"]["completion_tokens"]
+    size = bytes_per_token(manifest["top_k"])
+    text = (
+        f"{path}: {tokens:,} completion tokens scored by {manifest['teacher']['name']}, mean "
+        f"log-prob {manifest['mean_logprob']:.4f}, {size} bytes a token"
+    )
+    if manifest["top_k"]:
+        text += f", top-{manifest['top_k']} hold {manifest['captured_mass']:.2%} of the mass"
+    print(text)
+
+
+if __name__ == "__main__":
+    run_verb("score", score)
