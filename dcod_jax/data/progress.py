@@ -100,6 +100,8 @@ def scored_manifest(
         "score": work["settings"],
         "top_k": top_k,
         "mean_logprob": sum(entry["logprob"] for entry in done) / tokens,
-        "captured_mass": sum(entry["mass"] for entry in done) / tokens if top_k else None,
     }
-    return {name: value for name, value in new.items() if value is not None}
+    new.pop("captured_mass", None)
+    if top_k:
+        new["captured_mass"] = sum(entry["mass"] for entry in done) / tokens
+    return new

@@ -1,0 +1,227 @@
+"""Trace dataset -> shuffled, packed, prefetched host batches (Grain) -> sharded device batches.
+
+The rows of a run are one endless stream: epoch e is the traces shuffled by (seed, e), packed
+first-fit, and batches are cut from the stream without regard to where an epoch ends. So the
+stream depends on the dataset, seq_len and seed alone, each host takes its slice of each global
+batch, and a position is two numbers, the same on every host and for every number of hosts:
+
+    iterator.get_state() -> {"epoch": 1, "row": 640, "stream": "3f0c..."}
+
+"stream" is a hash of what the stream depends on; a state of another one is refused.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import hashlib
+import weakref
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dcod_jax import mesh as meshes
+from dcod_jax.data import packing
+from dcod_jax.data.codec import decode_columns
+from dcod_jax.data.records import TraceDataset
+from dcod_jax.types import Batch, DcodError
+
+HostBatch = dict[str, np.ndarray]  # the Batch fields, [B / hosts, T]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stream:
+    """What a stream of rows is made of; batch and host are cuts through it."""
+
+    dataset: TraceDataset
+    seq_len: int
+    seed: int | None  # None: one pass in the dataset's order, the last batch filled up
+    batch_size: int
+    process_index: int
+    process_count: int
+
+    def key(self) -> str:
+        parts = f"{self.seq_len} {self.seed} {packing.OPEN_BINS} ".encode()
+        return hashlib.sha256(parts + self.dataset.lengths.tobytes()).hexdigest()[:16]
+
+    def plan(self, epoch: int) -> list[np.ndarray]:
+        """The epoch's rows, each the indices of its traces."""
+        lengths = self.dataset.lengths[:, 0]
+        order = np.arange(len(lengths))
+        if self.seed is not None:
+            # Raw bits and a stable sort: NumPy promises both to stay the same across versions.
+            bits = np.random.Philox(np.random.SeedSequence((self.seed, epoch)))
+            order = np.argsort(bits.random_raw(len(lengths)), kind="stable")
+        rows = packing.first_fit(lengths[order], self.seq_len)
+        traces = order[np.concatenate(rows)]
+        return np.split(traces, np.cumsum([len(row) for row in rows])[:-1])
+
+
+class _PackedDataset(grain.IterDataset):
+    def __init__(self, stream: _Stream):
+        super().__init__()
+        self._stream = stream
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _PackedIterator(self._stream)
+
+
+class _PackedIterator(grain.DatasetIterator):
+    """Yields (HostBatch, trace_index) and holds the plans of the epochs a batch touches."""
+
+    def __init__(self, stream: _Stream):
+        super().__init__()
+        self._stream = stream
+        self._key = stream.key()
+        self._epoch = 0
+        self._row = 0  # of the epoch; the first row of the next global batch
+        self._plans: dict[int, list[np.ndarray]] = {}
+
+    def _plan(self, epoch: int) -> list[np.ndarray]:
+        if epoch not in self._plans:
+            self._plans = {e: plan for e, plan in self._plans.items() if e == epoch - 1}
+            self._plans[epoch] = self._stream.plan(epoch)
+        return self._plans[epoch]
+
+    def _advance(self) -> list[np.ndarray]:
+        """The next global batch's rows; fewer, or none, at the end of a single pass."""
+        rows: list[np.ndarray] = []
+        while len(rows) < self._stream.batch_size:
+            plan = self._plan(self._epoch)
+            if self._row == len(plan):
+                if self._stream.seed is None:
+                    break
+                self._epoch, self._row = self._epoch + 1, 0
+                continue
+            taken = plan[self._row : self._row + self._stream.batch_size - len(rows)]
+            self._row += len(taken)
+            rows.extend(taken)
+        return rows
+
+    def __next__(self) -> tuple[HostBatch, np.ndarray]:
+        stream = self._stream
+        rows = self._advance()
+        if not rows:
+            raise StopIteration
+        rows += [np.zeros(0, np.int64)] * (stream.batch_size - len(rows))
+        share = stream.batch_size // stream.process_count
+        rows = rows[stream.process_index * share : (stream.process_index + 1) * share]
+        traces = np.concatenate(rows)
+        columns = decode_columns(stream.dataset.read_records(traces))
+        batch = packing.fill_rows(columns, [len(row) for row in rows], stream.seq_len)
+        index = np.append(traces, -1).astype(np.int32)  # -1, padding, picks the -1 at the end
+        return batch, index[batch.pop("trace_index")]
+
+    def get_state(self) -> dict[str, Any]:
+        return {"epoch": self._epoch, "row": self._row, "stream": self._key}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        if state["stream"] != self._key:
+            raise DcodError(
+                f"the data position belongs to stream {state['stream']}, this run reads "
+                f"{self._key}: the trace dataset ({self._stream.dataset.directory}), data.seq_len "
+                "or seed changed; restore them, or start a new run with train.init_from"
+            )
+        self._epoch, self._row = int(state["epoch"]), int(state["row"])
+        self._plans = {}
+
+
+def _close(reference: weakref.ref[grain.DatasetIterator]) -> None:
+    iterator = reference()
+    if iterator is not None:
+        iterator.close()
+
+
+def _open(stream: _Stream, *, prefetch: int, require_scores: bool) -> grain.DatasetIterator:
+    dataset = stream.dataset
+    if stream.batch_size < 1 or stream.batch_size % stream.process_count:
+        raise DcodError(
+            f"data.batch_size={stream.batch_size} must be a positive multiple of the "
+            f"{stream.process_count} hosts that read; set data.batch_size"
+        )
+    if stream.seed is not None and stream.seed < 0:
+        raise DcodError(f"seed={stream.seed} must not be negative")
+    if require_scores and not dataset.scored:
+        raise DcodError(
+            f"{dataset.directory} holds no teacher log-probs, which the loss needs; run "
+            "`python -m dcod_jax.score` with the same --config, or set loss.weights.name to "
+            "uniform or dft"
+        )
+    source = str(dataset.directory)
+    packing.check_lengths(dataset.lengths[:, 0], stream.seq_len, source=source)
+    packed = _PackedDataset(stream)
+    ahead = grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=prefetch)
+    iterator = iter(ahead)
+    # A thread that is inside native code when the interpreter ends would abort the process.
+    atexit.register(_close, weakref.ref(iterator))
+    return iterator
+
+
+def train_batches(
+    dataset: TraceDataset,
+    *,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    prefetch: int = 4,
+    require_scores: bool = True,
+) -> grain.DatasetIterator:
+    """Endless iterator of (HostBatch, trace_index [B / hosts, T] int32, -1 in padding).
+
+    `batch_size` counts the rows of the global batch; the host gets its contiguous slice. A thread
+    reads `prefetch` batches ahead (0: none); get_state() speaks of what was yielded. Raises
+    DcodError for traces longer than seq_len, for a batch the hosts cannot divide, and for a
+    dataset without log-probs unless `require_scores` is off (teacher_logprobs are 0 then).
+    """
+    stream = _Stream(dataset, seq_len, seed, batch_size, process_index, process_count)
+    return _open(stream, prefetch=prefetch, require_scores=require_scores)
+
+
+def eval_batches(
+    dataset: TraceDataset,
+    *,
+    seq_len: int,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    prefetch: int = 4,
+    require_scores: bool = True,
+) -> grain.DatasetIterator:
+    """One pass in the dataset's order, as train_batches; empty rows fill the last batch."""
+    stream = _Stream(dataset, seq_len, None, batch_size, process_index, process_count)
+    return _open(stream, prefetch=prefetch, require_scores=require_scores)
+
+
+def rows_per_epoch(dataset: TraceDataset, *, seq_len: int, seed: int, epoch: int = 0) -> int:
+    """Packed rows of an epoch; it varies a little with the epoch's shuffle."""
+    packing.check_lengths(dataset.lengths[:, 0], seq_len, source=str(dataset.directory))
+    return len(_Stream(dataset, seq_len, seed, 1, 0, 1).plan(epoch))
+
+
+def host_slice(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+    """(process_index, process_count) to read with: hosts that hold the same rows read the same.
+
+    Without model parallelism across hosts this is this host's number and the number of hosts.
+    """
+    layout = meshes.sharding(mesh, ("batch", None)).devices_indices_map((batch_size, 1))
+    rows: dict[int, set[int]] = {}
+    for device, (piece, _) in layout.items():
+        rows.setdefault(device.process_index, set()).add(piece.start or 0)
+    shares = sorted({tuple(sorted(starts)) for starts in rows.values()})
+    return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
+
+
+def to_device(batch: HostBatch, mesh: Mesh) -> Batch:
+    """The global batch, its rows split over the mesh, from each host's slice."""
+    layout = meshes.sharding(mesh, ("batch", None))
+    return Batch(
+        **{
+            name: jax.make_array_from_process_local_data(layout, value)
+            for name, value in batch.items()
+        }
+    )
