@@ -26,7 +26,7 @@ import numpy as np
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
 from dcod_jax.data import manifest as manifests
-from dcod_jax.data import progress
+from dcod_jax.data import score_progress as progress
 from dcod_jax.data.codec import decode, encode, score_kind
 from dcod_jax.types import DcodError, Trace
 
