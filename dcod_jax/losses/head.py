@@ -1,0 +1,223 @@
+"""The vocabulary head without a [B,T,V] array: logits exist for one chunk of tokens at a time.
+
+Layout. T is cut into n chunks of Tc positions and the batch into the S shards of the mesh, so a
+scan runs over n pieces [S, B/S, Tc, D]: every device works on its own rows in every piece.
+
+Gradient. A custom VJP whose forward pass already forms dhidden and dW piece by piece (the loss is
+a sum, so its cotangent is a single number that scales both in the backward pass). That needs one
+pass over the logits where recomputation needs two. dW is carried as per-shard partial sums
+[S,V,D], float32: one reduction over devices at the end. Without differentiation only values are
+computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from dcod_jax.losses.divergences import target_logprobs
+from dcod_jax.mesh import batch_shards, constrain
+from dcod_jax.types import DcodError
+
+MASKED_LOGIT = -1e30  # of padded vocabulary rows: probability 0, and finite so that 0 * it is 0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenStats:
+    """Per-token values that the loss yields on the way; they carry no gradient."""
+
+    student_logprobs: Float[Array, "*N"]  # log q(y)
+    weights: Float[Array, "*N"]  # final, before the batch normalisation
+
+
+# (logits [..., V] float32, targets [...], aux, shared) -> (loss [...], statistics of [...]).
+# It is differentiated in logits only.
+TokenLoss = Callable[[Array, Array, Any, Any], tuple[Array, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What is static under jit."""
+
+    token_loss: TokenLoss
+    mesh: Mesh | None
+    shards: int  # S
+    chunk: int  # Tc
+    chunks: int  # n
+    valid_vocab: int | None
+
+
+def _plan(
+    shape: tuple[int, ...],
+    token_loss: TokenLoss,
+    chunk: int,
+    mesh: Mesh | None,
+    valid_vocab: int | None,
+) -> _Plan:
+    batch, length = shape
+    shards = batch_shards(mesh)
+    if batch % shards:
+        raise DcodError(f"a batch of {batch} rows must be a multiple of the {shards} batch shards")
+    if chunk < 1:
+        raise DcodError(f"loss.head_chunk={chunk} must be >= 1")
+    positions = max(1, chunk // (batch // shards))  # chunk counts the tokens of one shard
+    chunks = -(-length // positions)
+    return _Plan(token_loss, mesh, shards, -(-length // chunks), chunks, valid_vocab)
+
+
+def _split(plan: _Plan, x: Array) -> Array:
+    """[B, T, ...] -> [n, S, B/S, Tc, ...], T padded with zeros."""
+    padding = plan.chunks * plan.chunk - x.shape[1]
+    if padding:
+        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+    rows = x.shape[0] // plan.shards
+    x = x.reshape(plan.shards, rows, plan.chunks, plan.chunk, *x.shape[2:])
+    return constrain(jnp.moveaxis(x, 2, 0), plan.mesh, None, "batch")
+
+
+def _join(plan: _Plan, x: Array, length: int) -> Array:
+    """[n, S, B/S, Tc, ...] -> [B, T, ...]; the inverse of _split."""
+    x = jnp.moveaxis(x, 0, 2)
+    x = x.reshape(x.shape[0] * x.shape[1], plan.chunks * plan.chunk, *x.shape[4:])
+    return constrain(x[:, :length], plan.mesh, "batch")
+
+
+def _piece_weight(plan: _Plan, hidden: Array, head_weight: Array) -> Array:
+    """[V,D] in the compute dtype, gathered over "embed" once, before the scan."""
+    return constrain(head_weight.astype(hidden.dtype), plan.mesh, "vocab", None)
+
+
+def _piece_logits(plan: _Plan, hidden: Array, weight: Array) -> Array:
+    """[S, B/S, Tc, D], [V, D] -> float32 [S, B/S, Tc, V], V sharded."""
+    logits = jnp.einsum("sbtd,vd->sbtv", hidden, weight, preferred_element_type=jnp.float32)
+    return constrain(logits, plan.mesh, "batch", None, None, "vocab")
+
+
+def _piece_loss(
+    plan: _Plan, logits: Array, targets: Array, mask: Array, aux: Any, shared: Any
+) -> tuple[Array, Any]:
+    """Sum of the per-token loss inside the mask, and the per-token statistics."""
+    if plan.valid_vocab is not None and plan.valid_vocab < logits.shape[-1]:
+        vocabulary = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+        logits = jnp.where(vocabulary < plan.valid_vocab, logits, MASKED_LOGIT)
+    loss, stats = plan.token_loss(logits, targets, aux, shared)
+    return jnp.where(mask, loss, 0.0).sum(), stats
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _head(
+    plan: _Plan, hidden: Array, head_weight: Array, inputs: tuple[Array, Array, Any], shared: Any
+) -> tuple[Array, Any]:
+    """(loss sum, statistics [n, S, B/S, Tc]); hidden and inputs are already split."""
+    weight = _piece_weight(plan, hidden, head_weight)
+
+    def piece(total: Array, xs: tuple[Array, tuple[Array, Array, Any]]) -> tuple[Array, Any]:
+        hidden, (targets, mask, aux) = xs
+        logits = _piece_logits(plan, hidden, weight)
+        loss, stats = _piece_loss(plan, logits, targets, mask, aux, shared)
+        return total + loss, stats
+
+    return jax.lax.scan(piece, jnp.zeros((), jnp.float32), (hidden, inputs))
+
+
+def _head_forward(
+    plan: _Plan, hidden: Array, head_weight: Array, inputs: tuple[Array, Array, Any], shared: Any
+) -> tuple[tuple[Array, Any], tuple[Array, Array]]:
+    """As _head, and as residuals the gradient of the loss sum in hidden and head_weight."""
+    weight = _piece_weight(plan, hidden, head_weight)
+
+    def piece(carry: tuple[Array, Array], xs: Any) -> tuple[tuple[Array, Array], Any]:
+        total, weight_gradient = carry
+        hidden, (targets, mask, aux) = xs
+        logits = _piece_logits(plan, hidden, weight)
+        loss_of = functools.partial(_piece_loss, plan)
+        (loss, stats), logits_gradient = jax.value_and_grad(loss_of, has_aux=True)(
+            logits, targets, mask, aux, shared
+        )
+        logits_gradient = logits_gradient.astype(hidden.dtype)
+        hidden_gradient = jnp.einsum(
+            "sbtv,vd->sbtd", logits_gradient, weight, preferred_element_type=jnp.float32
+        ).astype(hidden.dtype)
+        hidden_gradient = constrain(hidden_gradient, plan.mesh, "batch")
+        partial_sum = jnp.einsum(
+            "sbtv,sbtd->svd", logits_gradient, hidden, preferred_element_type=jnp.float32
+        )
+        weight_gradient = constrain(weight_gradient + partial_sum, plan.mesh, "batch", "vocab")
+        return (total + loss, weight_gradient), (hidden_gradient, stats)
+
+    partial_sums = jnp.zeros((plan.shards, *head_weight.shape), jnp.float32)
+    start = (jnp.zeros((), jnp.float32), constrain(partial_sums, plan.mesh, "batch", "vocab"))
+    (total, partial_sums), (hidden_gradient, stats) = jax.lax.scan(piece, start, (hidden, inputs))
+    weight_gradient = constrain(partial_sums.sum(axis=0), plan.mesh, "vocab", "embed")
+    return (total, stats), (hidden_gradient, weight_gradient.astype(head_weight.dtype))
+
+
+def _head_backward(
+    plan: _Plan, residuals: tuple[Array, Array], cotangents: tuple[Array, Any]
+) -> tuple[Array, Array, None, None]:
+    hidden_gradient, weight_gradient = residuals
+    scale = cotangents[0]  # of the loss sum; the statistics carry no gradient
+    scaled = (scale * hidden_gradient).astype(hidden_gradient.dtype)
+    return scaled, (scale * weight_gradient).astype(weight_gradient.dtype), None, None
+
+
+_head.defvjp(_head_forward, _head_backward)
+
+
+def head_loss(
+    hidden: Float[Array, "B T D"],
+    head_weight: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    loss_mask: Bool[Array, "B T"],
+    aux: Any,
+    token_loss: TokenLoss,
+    *,
+    chunk: int,
+    mesh: Mesh | None = None,
+    valid_vocab: int | None = None,
+    shared: Any = None,
+) -> tuple[Float[Array, ""], Any]:
+    """Sum of token_loss inside loss_mask, differentiable in hidden and head_weight.
+
+    aux is a pytree of [B,T,...] that token_loss gets piece by piece; shared goes to it whole
+    (a scalar, a teacher's head). Matrix products take operands in hidden's dtype and
+    accumulate in float32; softmax and loss are float32. Returns the sum and token_loss's
+    statistics as [B,T,...]. chunk is the number of tokens of one batch shard whose logits
+    exist at one time (at least one position of each row). Rows of head_weight from
+    valid_vocab on have probability 0.
+    """
+    plan = _plan(targets.shape, token_loss, chunk, mesh, valid_vocab)
+    split = functools.partial(_split, plan)
+    inputs = jax.tree.map(split, (targets, loss_mask, aux))
+    total, stats = _head(plan, split(hidden), head_weight, inputs, shared)
+    join = functools.partial(_join, plan, length=targets.shape[1])
+    return total, jax.lax.stop_gradient(jax.tree.map(join, stats))
+
+
+def _logprob_only(logits: Array, targets: Array, aux: Any, shared: Any) -> tuple[Array, Array]:
+    logprobs = target_logprobs(logits, targets)
+    return jnp.zeros_like(logprobs), logprobs
+
+
+def token_logprobs(
+    hidden: Float[Array, "B T D"],
+    head_weight: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    *,
+    chunk: int,
+    mesh: Mesh | None = None,
+    valid_vocab: int | None = None,
+) -> Float[Array, "B T"]:
+    """log q(targets[t]) at every position, float32, without gradient."""
+    hidden, head_weight = jax.lax.stop_gradient((hidden, head_weight))
+    everywhere = jnp.ones(targets.shape, bool)
+    options = {"chunk": chunk, "mesh": mesh, "valid_vocab": valid_vocab}
+    return head_loss(hidden, head_weight, targets, everywhere, (), _logprob_only, **options)[1]

@@ -1,0 +1,78 @@
+"""The only place that averages: sums over the global batch, divided once.
+
+The gradient is taken of the sum, micro-batches are added, and the division by the global
+divisor comes last; so the result cannot depend on packing, padding, micro-batching or devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """Sums over completion tokens (m is the loss mask, w the weight, d the per-token loss)."""
+
+    loss: Float[Array, ""]  # Σ w·d·m
+    nll: Float[Array, ""]  # Σ nll·m
+    weight: Float[Array, ""]  # Σ w·m
+    count: Int[Array, ""]  # Σ m
+
+
+def token_sums(
+    loss_sum: Float[Array, ""],
+    student_logprobs: Float[Array, "B T"],
+    weights: Float[Array, "B T"],
+    loss_mask: Bool[Array, "B T"],
+) -> Sums:
+    """Sums of one batch from the head's loss sum and its per-token values."""
+    return Sums(
+        loss=loss_sum,
+        nll=-jnp.where(loss_mask, student_logprobs, 0.0).sum(),
+        weight=jnp.where(loss_mask, weights, 0.0).sum(),
+        count=loss_mask.sum(dtype=jnp.int32),
+    )
+
+
+def zero() -> Sums:
+    """The neutral element of `add`."""
+    nothing = jnp.zeros((), jnp.float32)
+    return Sums(loss=nothing, nll=nothing, weight=nothing, count=jnp.zeros((), jnp.int32))
+
+
+def add(left: Sums, right: Sums) -> Sums:
+    """Sums of two batches taken together."""
+    return jax.tree.map(jnp.add, left, right)
+
+
+def inverse_divisor(sums: Sums, normalize: str) -> Float[Array, ""]:
+    """1 / Σ w·m for normalize "mean" (self-normalised importance sampling), else 1 / Σ m.
+
+    0 where the divisor is 0 (no completion token in the batch, or every weight underflowed):
+    then the loss and its gradient are 0, and the step changes nothing but the moments.
+    """
+    divisor = sums.weight if normalize == "mean" else sums.count.astype(jnp.float32)
+    usable = divisor > jnp.finfo(jnp.float32).tiny  # the inverse of a denormal overflows
+    return jnp.where(usable, 1.0 / jnp.where(usable, divisor, 1.0), 0.0)
+
+
+def finish(sums: Sums, normalize: str) -> Float[Array, ""]:
+    """The loss: the weighted sum over the divisor of `normalize`; 0 where the divisor is 0."""
+    return sums.loss * inverse_divisor(sums, normalize)
+
+
+def mean_nll(sums: Sums) -> Float[Array, ""]:
+    """Unweighted negative log-likelihood per completion token; NaN (absent) without any."""
+    return sums.nll / sums.count.astype(jnp.float32)
+
+
+def mean_gradients(gradients: Any, sums: Sums, normalize: str) -> Any:
+    """Gradient of `finish` from the gradient of the sum (the divisor carries no gradient)."""
+    scale = inverse_divisor(sums, normalize)
+    return jax.tree.map(lambda gradient: gradient * scale, gradients)

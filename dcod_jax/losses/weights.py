@@ -1,0 +1,196 @@
+"""Alignment weights: how much the student's own distribution agrees with each teacher token.
+
+Every weight is a bounded function of the log-ratio r_t = sg[log q(y_t) - log p(y_t)] (of
+log q(y_t) alone for `dft`), float32, and carries no gradient: stop_gradient lives here.
+Order: log-ratio -> scope -> bounded weight -> warmup -> sequence normalisation; the batch
+normalisation is the divisor in reduce.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from dcod_jax.types import DcodError
+
+SCOPES = ("token", "prefix", "sequence")
+NORMALIZATIONS = ("mean", "none", "sequence")
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightConfig:
+    """loss.weights.* of the configuration; defaults and meanings are in configs/base.py."""
+
+    name: str
+    temperature: float
+    offset: float
+    clip: float
+    scope: str
+    normalize: str
+    warmup_steps: int
+
+
+def _clip(cfg: WeightConfig, r: Array) -> Array:
+    # exp(min(r, log c)) instead of min(exp(r), c): exp(r) overflows above r = 88.
+    return jnp.minimum(jnp.exp(jnp.minimum(r, math.log(cfg.clip))), cfg.clip)
+
+
+WEIGHTS: dict[str, Callable[[WeightConfig, Array], Array]] = {
+    "uniform": lambda cfg, r: jnp.ones_like(r),
+    "sigmoid": lambda cfg, r: jax.nn.sigmoid((r + cfg.offset) / cfg.temperature),  # DisCorD
+    "clip": _clip,  # token-level truncated importance sampling
+    "power": lambda cfg, r: _clip(cfg, r / cfg.temperature),  # tempered ratio
+    "dft": lambda cfg, r: jnp.exp(r),  # r is log q here; arXiv 2508.05629
+}
+
+
+def config_errors(cfg: WeightConfig) -> list[DcodError]:
+    """What is wrong with the configuration, one error for each key; empty when it is fine."""
+    key = "loss.weights."
+    errors = [
+        f"{key}{name}={value!r} is not known; choose one of {', '.join(known)}"
+        for name, value, known in (
+            ("name", cfg.name, tuple(WEIGHTS)),
+            ("scope", cfg.scope, SCOPES),
+            ("normalize", cfg.normalize, NORMALIZATIONS),
+        )
+        if value not in known
+    ]
+    for name, value in (("temperature", cfg.temperature), ("clip", cfg.clip)):
+        if not (math.isfinite(value) and value > 0):
+            errors.append(f"{key}{name}={value} must be a finite number > 0")
+    if not math.isfinite(cfg.offset):
+        errors.append(f"{key}offset={cfg.offset} must be a finite number")
+    if cfg.warmup_steps < 0:
+        errors.append(f"{key}warmup_steps={cfg.warmup_steps} must be >= 0 (0: no warmup)")
+    return [DcodError(error) for error in errors]
+
+
+def needs_teacher(cfg: WeightConfig) -> bool:
+    """Whether the weight reads the teacher's log-probabilities."""
+    return cfg.name not in ("uniform", "dft")
+
+
+def needs_logprob_pass(cfg: WeightConfig) -> bool:
+    """Whether a weight depends on other tokens, so that log q is needed before the loss."""
+    return cfg.name != "uniform" and (cfg.scope != "token" or cfg.normalize == "sequence")
+
+
+def log_ratio(
+    cfg: WeightConfig, student_logprobs: Float[Array, "..."], teacher_logprobs: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """r = sg[log q - log p] per token; for `dft`, which knows no teacher, sg[log q]."""
+    student = jax.lax.stop_gradient(student_logprobs).astype(jnp.float32)
+    if not needs_teacher(cfg):
+        return student
+    return student - jax.lax.stop_gradient(teacher_logprobs).astype(jnp.float32)
+
+
+def token_weights(
+    cfg: WeightConfig, student_logprobs: Float[Array, "..."], teacher_logprobs: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """Raw bounded weight of each token on its own.
+
+    sigmoid at temperature 1, offset 0: q=0.2, p=0.6 -> q/(q+p) = 0.25.
+    """
+    return WEIGHTS[cfg.name](cfg, log_ratio(cfg, student_logprobs, teacher_logprobs))
+
+
+def warm(
+    cfg: WeightConfig, weights: Float[Array, "..."], step: Int[Array, ""] | int
+) -> Float[Array, "..."]:
+    """w <- 1 + a (w - 1) with a = min(step / warmup_steps, 1); a = 1 without warmup."""
+    if cfg.warmup_steps == 0 or cfg.name == "uniform":
+        return weights
+    a = jnp.minimum(jnp.asarray(step, jnp.float32) / cfg.warmup_steps, 1.0)
+    return (1.0 - a) + a * weights  # this order keeps a tiny weight exact at a = 1
+
+
+def segment_cumsum(
+    values: Float[Array, "B T"], segment_ids: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """Running sum that restarts where the segment id changes.
+
+    values [1 1 1 1], segment_ids [1 1 2 2] -> [1 2 1 2]. A segmented scan, not a difference
+    of cumulative sums: what stands in another segment cannot even change the rounding.
+    """
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    starts = jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
+
+    def combine(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
+        return left[0] | right[0], jnp.where(right[0], right[1], left[1] + right[1])
+
+    return jax.lax.associative_scan(combine, (starts, values), axis=1)[1]
+
+
+def segment_total(
+    values: Float[Array, "B T"], segment_ids: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """Sum over the whole segment, the same number at each of its positions."""
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    ends = jnp.pad(changes, ((0, 0), (0, 1)), constant_values=True)
+
+    def combine(later: tuple[Array, Array], here: tuple[Array, Array]) -> tuple[Array, Array]:
+        return later[0] | here[0], jnp.where(here[0], here[1], later[1])
+
+    running = segment_cumsum(values, segment_ids)
+    return jax.lax.associative_scan(combine, (ends, running), axis=1, reverse=True)[1]
+
+
+def scoped_log_ratio(
+    cfg: WeightConfig,
+    r: Float[Array, "B T"],
+    loss_mask: Bool[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+) -> Float[Array, "B T"]:
+    """r itself, or its mean over the segment's completion tokens up to and with t, or over all.
+
+    prefix, all in the mask, one segment: [-1 -3 -2] -> [-1 -2 -2].
+    """
+    if cfg.scope == "token":
+        return r
+    mean_over = {"prefix": segment_cumsum, "sequence": segment_total}[cfg.scope]
+    mask = loss_mask.astype(jnp.float32)
+    # where, not a product: what stands outside the mask may be anything, -inf too.
+    total = mean_over(jnp.where(loss_mask, r, 0.0), segment_ids)
+    return total / jnp.maximum(mean_over(mask, segment_ids), 1.0)
+
+
+def raw_weights(
+    cfg: WeightConfig,
+    student_logprobs: Float[Array, "B T"],
+    teacher_logprobs: Float[Array, "B T"],
+    loss_mask: Bool[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+) -> Float[Array, "B T"]:
+    """Bounded weights after the scope, before warmup and any normalisation."""
+    r = log_ratio(cfg, student_logprobs, teacher_logprobs)
+    return WEIGHTS[cfg.name](cfg, scoped_log_ratio(cfg, r, loss_mask, segment_ids))
+
+
+def weigh(
+    cfg: WeightConfig,
+    student_logprobs: Float[Array, "B T"],
+    teacher_logprobs: Float[Array, "B T"],
+    loss_mask: Bool[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    step: Int[Array, ""] | int,
+) -> Float[Array, "B T"]:
+    """Final weights before the batch normalisation: scope, warmup, sequence normalisation.
+
+    0 outside loss_mask. With normalize "sequence" the completion tokens of each segment have
+    mean weight 1 (all 0 where every weight of the segment underflows).
+    """
+    raw = raw_weights(cfg, student_logprobs, teacher_logprobs, loss_mask, segment_ids)
+    weights = jnp.where(loss_mask, warm(cfg, raw, step), 0.0)
+    if cfg.normalize != "sequence" or cfg.name == "uniform":
+        return weights
+    count = segment_total(loss_mask.astype(jnp.float32), segment_ids)
+    mean = segment_total(weights, segment_ids) / jnp.maximum(count, 1.0)
+    usable = mean > jnp.finfo(jnp.float32).tiny
+    return jnp.where(usable, weights / jnp.where(usable, mean, 1.0), 0.0)
