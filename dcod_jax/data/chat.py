@@ -1,0 +1,369 @@
+"""Messages to token ids and a completion mask; the single owner of chat templates.
+
+A conversation is rendered to text once, the supervised part of each assistant turn is found in
+that text, and token borders are put exactly on its two ends:
+
+    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n«Hello<|im_end|>»\\n
+
+A supervised turn starts where the generation prompt ends, so that training sees what sampling
+sees, and ends with the end-of-turn token; what a template writes after that (a newline) is not
+supervised. Where a template has `{% generation %}` markers they decide, and are checked; elsewhere
+the text of the prompt with its generation prompt must be a prefix of the whole. A tokenizer
+without a template gives prompt + completion + eos, prompt and completion being plain strings.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from jaxtyping import Bool, Int
+from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from dcod_jax.types import DcodError, Trace
+
+Message = dict[str, Any]  # {"role": ..., "content": ...}
+Span = tuple[int, int]  # characters [start, end) of a text
+_Text = tuple[str, list[Span]]
+
+# Templates that print a date take it from here, so that a trace has the same tokens every day.
+TEMPLATE_DATE = "26 Jul 2024"
+_MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_EMPTY_THINKING = "<think></think>"  # some templates write it before a turn without reasoning
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_tokenizer(path: str | os.PathLike[str], *, chat_template: str = "") -> Any:
+    """The tokenizer of an HF directory (or hub id), exactly as its tokenizer.json has it.
+
+    `chat_template` names a Jinja file that takes the place of the tokenizer's own template.
+    """
+    directory = Path(path)
+    if directory.is_dir() and not (directory / "tokenizer.json").is_file():
+        found = ", ".join(sorted(p.name for p in directory.iterdir())[:12]) or "nothing"
+        raise DcodError(
+            f"{directory} has no tokenizer.json (it holds {found}); set student.tokenizer, or "
+            "convert with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+    try:
+        # The generic class: family classes rebuild the pre-tokenizer instead of reading it.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise DcodError(
+            f"no tokenizer at {path!s}: expected a directory with tokenizer.json, or a hub id "
+            f"that can be reached ({str(error).splitlines()[0]})"
+        ) from error
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    if chat_template:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DcodError(f"student.chat_template={chat_template}: {error}") from error
+    return tokenizer
+
+
+def chat_template(tokenizer: Any) -> str | None:
+    """The Jinja text in use, or None: the plain form prompt + completion + eos."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        if "default" not in template:
+            raise DcodError(
+                f"the tokenizer has the chat templates {', '.join(sorted(template))} and no "
+                "'default'; write the one you mean to a file and set student.chat_template"
+            )
+        template = template["default"]
+    return template or None
+
+
+# ---------------------------------------------------------------- fingerprints
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Content hash of all that decides which ids a text gets: equal tokenizers, equal hash.
+
+    Vocabulary, merges, normalizer, pre-tokenizer, added tokens, bos and eos. Not the directory,
+    the padding and truncation settings, the pad token, or the rows of a model's embedding.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = dict(backend["model"])
+    if model.get("merges"):
+        model["merges"] = [m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"]]
+    return _digest(
+        {
+            "model": model,
+            "normalizer": backend["normalizer"],
+            "pre_tokenizer": backend["pre_tokenizer"],
+            "added_tokens": sorted(backend["added_tokens"], key=lambda token: token["id"]),
+            "bos": tokenizer.bos_token,
+            "eos": tokenizer.eos_token,
+        }
+    )
+
+
+def template_fingerprint(tokenizer: Any) -> str:
+    """Content hash of the template and of the special tokens it can name."""
+    return _digest([chat_template(tokenizer), tokenizer.bos_token, tokenizer.eos_token])
+
+
+# ---------------------------------------------------------------- text and its supervised spans
+
+
+@functools.lru_cache(maxsize=4)
+def _special(tokenizer: Any) -> re.Pattern[str]:
+    """Any special token, as text."""
+    added = tokenizer.added_tokens_decoder.values()
+    names = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+    longest_first = sorted((name for name in names if name.strip()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _render(
+    tokenizer: Any, messages: Sequence[Message], *, template: str, prompt: bool, marks: bool
+) -> tuple[str, list[Span]]:
+    """Rendered text, and with `marks` the spans of the template's generation markers."""
+    try:
+        rendered = render_jinja_template(
+            conversations=[list(messages)],
+            chat_template=template,
+            return_assistant_tokens_mask=marks,
+            add_generation_prompt=prompt,
+            date_string=TEMPLATE_DATE,
+            **tokenizer.special_tokens_map,
+        )
+    except jinja2.TemplateError as error:
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        raise DcodError(f"the chat template refuses the roles ({roles}): {error}") from error
+    texts, spans = rendered
+    return texts[0], [(int(start), int(end)) for start, end in spans[0]] if marks else []
+
+
+def _shared_prefix(left: str, right: str) -> int:
+    differ = (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
+    return next(differ, min(len(left), len(right)))
+
+
+def _squeeze(text: str) -> str:
+    return "".join(text.split())
+
+
+def _turn_end(text: str, start: int, *, content: str, special: re.Pattern[str]) -> int:
+    """The end of the turn at `start`: behind the first special token after its content."""
+    place = text.find(content.strip(), start)
+    found = special.search(text, start if place < 0 else place + len(content.strip()))
+    if found is None:
+        raise DcodError(
+            "the chat template does not end an assistant turn with a special token, so a student "
+            "could not learn to stop; end the turn with {{ eos_token }} in a template of your "
+            "own (student.chat_template)"
+        )
+    return found.end()
+
+
+def _check_turn(content: str, turn: str) -> None:
+    """Refuse a template that alters a completion or puts supervised text before it."""
+    place = _squeeze(turn).find(_squeeze(content))
+    if place < 0:
+        raise DcodError(
+            f"the chat template changes the completion: {content[:60]!r} became {turn[:60]!r} "
+            "(templates of reasoning models drop the reasoning); give one that keeps it "
+            "(student.chat_template)"
+        )
+    lead = _squeeze(turn)[:place]
+    if lead not in ("", _EMPTY_THINKING):
+        raise DcodError(
+            f"the chat template writes {lead!r} before the completion, but not in its generation "
+            "prompt; move it under `if add_generation_prompt` or mark the completion with "
+            "{% generation %} (student.chat_template)"
+        )
+
+
+def _marked_spans(tokenizer: Any, messages: Sequence[Message], template: str) -> _Text:
+    text, spans = _render(tokenizer, messages, template=template, prompt=False, marks=True)
+    turns = [message for message in messages if message["role"] == "assistant"]
+    if len(spans) != len(turns):
+        raise DcodError(
+            f"the chat template marks {len(spans)} spans with {{% generation %}} for "
+            f"{len(turns)} assistant turns; every turn needs one"
+        )
+    special = _special(tokenizer)
+    trimmed = []
+    for (start, end), message in zip(spans, turns, strict=True):
+        _check_turn(message["content"], text[start:end])
+        stop = _turn_end(text, start, content=message["content"], special=special)
+        if stop > end:
+            raise DcodError(
+                f"the chat template's {{% generation %}} block leaves out the end-of-turn token "
+                f"after {text[max(start, end - 30) : end]!r}; move {{% endgeneration %}} behind it"
+            )
+        trimmed.append((start, stop))
+    return text, trimmed
+
+
+def _prefix_spans(tokenizer: Any, messages: Sequence[Message], template: str) -> _Text:
+    def render(count: int, *, prompt: bool) -> str:
+        shown = messages[:count]
+        return _render(tokenizer, shown, template=template, prompt=prompt, marks=False)[0]
+
+    text, spans = render(len(messages), prompt=False), []
+    special = _special(tokenizer)
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = render(index, prompt=True)
+        if not text.startswith(before):
+            same = _shared_prefix(text, before)
+            raise DcodError(
+                f"the chat template is not prefix-stable: before assistant turn {index} the "
+                f"prompt goes on {before[same:][:60]!r}, the whole conversation "
+                f"{text[same:][:60]!r}; the completion cannot be told from the prompt. Give a "
+                "template with {% generation %} markers or one that keeps earlier text "
+                "(student.chat_template)"
+            )
+        end = _turn_end(text, len(before), content=message["content"], special=special)
+        _check_turn(message["content"], text[len(before) : end])
+        spans.append((len(before), end))
+    return text, spans
+
+
+def _plain_spans(tokenizer: Any, messages: Sequence[Message]) -> _Text:
+    if [message["role"] for message in messages] != ["user", "assistant"]:
+        roles = ", ".join(message["role"] for message in messages)
+        raise DcodError(
+            f"the tokenizer has no chat template, and without one only a plain prompt and "
+            f"completion can be told apart (the roles here: {roles}); set student.chat_template"
+        )
+    if not tokenizer.eos_token:
+        raise DcodError("the tokenizer has neither a chat template nor an eos token to end with")
+    start = _bos(tokenizer) + messages[0]["content"]
+    text = start + messages[1]["content"] + tokenizer.eos_token
+    return text, [(len(start), len(text))]
+
+
+def _bos(tokenizer: Any) -> str:
+    """The bos token's text where the tokenizer itself puts one before a text, else ''."""
+    first = tokenizer.backend_tokenizer.encode("a", add_special_tokens=True).ids[:1]
+    return tokenizer.bos_token if first == [tokenizer.bos_token_id] else ""
+
+
+# ---------------------------------------------------------------- encoding
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _encode_at(tokenizer: Any, text: str, borders: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Ids of `text` with token borders at the given characters; and the token index of each.
+
+    The whole text is encoded, and each prefix must be a prefix in tokens too. Where a token
+    would cross a border (a completion that starts with a newline) the pieces are encoded alone,
+    as sampling does; that must decode to the same text.
+    """
+    whole = _ids(tokenizer, text)
+    cuts = []
+    for border in borders:
+        prefix = whole if border == len(text) else _ids(tokenizer, text[:border])
+        if whole[: len(prefix)] != prefix:
+            break
+        cuts.append(len(prefix))
+    else:
+        return whole, cuts
+    ids, cuts, last = [], [], 0
+    for border in [*borders, len(text)]:
+        ids += _ids(tokenizer, text[last:border])
+        cuts.append(len(ids))
+        last = border
+    decoded = tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
+    if decoded != text:
+        place = _shared_prefix(decoded, text)
+        raise DcodError(
+            "a token of this tokenizer crosses the border between prompt and completion, near "
+            f"{text[max(0, place - 20) : place + 20]!r}; end the generation prompt of the "
+            "template with a special token or a newline (student.chat_template)"
+        )
+    return ids, cuts[:-1]
+
+
+def _check_content(tokenizer: Any, messages: Sequence[Message]) -> None:
+    special = _special(tokenizer)
+    for message in messages:
+        found = special.search(message["content"])
+        if found:
+            raise DcodError(
+                f"the {message['role']} message holds the special token {found.group(0)!r} as "
+                "text, which would be read as the token; remove it (vLLM: skip_special_tokens)"
+            )
+
+
+def encode(
+    tokenizer: Any, messages: Sequence[Message], *, first_completion: int = 0
+) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
+    """Token ids of a conversation and the mask of its supervised tokens.
+
+    Every assistant message from index `first_completion` on is supervised, up to and with its
+    end-of-turn token. Raises DcodError where the mask would be empty, full or inexact.
+    """
+    _check_content(tokenizer, messages)
+    template = chat_template(tokenizer)
+    if template is None:
+        text, spans = _plain_spans(tokenizer, messages)
+    elif _MARKERS.search(template):
+        text, spans = _marked_spans(tokenizer, messages, template)
+    else:
+        text, spans = _prefix_spans(tokenizer, messages, template)
+    earlier = sum(message["role"] == "assistant" for message in messages[:first_completion])
+    spans = spans[earlier:]
+    ids, cuts = _encode_at(tokenizer, text, [border for span in spans for border in span])
+    mask = np.zeros(len(ids), bool)
+    for start, end in zip(cuts[::2], cuts[1::2], strict=True):
+        mask[start:end] = True
+    if not mask.any():
+        raise DcodError("no token of the conversation is supervised: it has no assistant turn")
+    if mask.all():
+        raise DcodError("every token of the conversation is supervised: it has no prompt")
+    return np.asarray(ids, np.int32), mask
+
+
+def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Ids of a prompt up to where the completion starts: what `encode` masks out before it."""
+    _check_content(tokenizer, messages)
+    template = chat_template(tokenizer)
+    if template is not None:
+        text, _ = _render(tokenizer, messages, template=template, prompt=True, marks=False)
+    elif [message["role"] for message in messages] == ["user"]:
+        text = _bos(tokenizer) + messages[0]["content"]
+    else:
+        raise DcodError(
+            "the tokenizer has no chat template, so a prompt must be one plain text; "
+            "set student.chat_template"
+        )
+    return _ids(tokenizer, text)
+
+
+def render_sample(tokenizer: Any, trace: Trace) -> str:
+    """The decoded trace with its supervised tokens between « and »."""
+    parts, start = [], 0
+    flips = np.flatnonzero(np.diff(trace.completion_mask)) + 1
+    for end in [*flips.tolist(), len(trace.token_ids)]:
+        ids = trace.token_ids[start:end].tolist()
+        text = tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
+        parts.append(f"«{text}»" if trace.completion_mask[start] else text)
+        start = end
+    return "".join(parts)

@@ -1,0 +1,257 @@
+"""Masks are exact for the templates in use, and what cannot be exact is refused."""
+
+import json
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from dcod_jax.data import chat
+from dcod_jax.types import DcodError, Trace
+
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}"
+    "<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+MARKED = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>\n"
+    "{% endgeneration %}{% else %}{{ message['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<s>",
+    "</s>",
+)
+MERGES = [("h", "e"), ("Ċ", "Ċ"), ("l", "l"), ("Ġ", "a")]
+
+
+def backend(merges=MERGES, *, special=SPECIAL, split=False) -> Tokenizer:
+    """Byte-level BPE over all bytes with a few merges; `split` changes the pre-tokenizer."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate(alphabet)}
+    for left, right in merges:
+        vocab[left + right] = len(vocab)
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split)
+    tokenizer.pre_tokenizer = byte_level
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in special])
+    return tokenizer
+
+
+def build(template: str | None = CHATML, **kwargs):
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend(**kwargs), bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def conversation(*contents: str) -> list[dict[str, str]]:
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+def supervised(tokenizer, messages, **kwargs) -> list[str]:
+    ids, mask = chat.encode(tokenizer, messages, **kwargs)
+    trace = Trace("x", ids, mask)
+    return chat.render_sample(tokenizer, trace).replace("»", "«").split("«")[1::2]
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [(CHATML, "<|im_end|>"), (LLAMA3, "<|eot_id|>"), (MARKED, "<|im_end|>"), (None, "</s>")],
+    ids=["chatml", "llama3", "markers", "plain"],
+)
+def test_the_mask_is_the_completion_and_its_end_token(template, end) -> None:
+    tokenizer = build(template)
+    messages = conversation("hello?", "a hell of é 3")
+    ids, mask = chat.encode(tokenizer, messages)
+    assert supervised(tokenizer, messages) == ["a hell of é 3" + end]
+    prompt = chat.encode_prompt(tokenizer, messages[:1])
+    assert ids[: len(prompt)].tolist() == prompt
+    assert mask.tolist()[: len(prompt)] == [False] * len(prompt)
+    assert mask[len(prompt)]
+    completion = ids[mask].tolist()
+    assert tokenizer.convert_ids_to_tokens(completion[-1]) == end
+
+
+def test_text_and_mask_agree_with_transformers() -> None:
+    messages = conversation("hello?", "a hell of", "more", "all")
+    for template in (CHATML, LLAMA3, MARKED):
+        tokenizer = build(template)
+        ids, mask = chat.encode(tokenizer, messages)
+        theirs = tokenizer.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=template == MARKED
+        )
+        assert ids.tolist() == theirs["input_ids"]
+        if template == MARKED:  # ours leaves out the newline behind the end-of-turn token
+            assert sum(theirs["assistant_masks"]) == mask.sum() + 2
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, MARKED])
+def test_every_assistant_turn_or_only_those_of_the_completion(template) -> None:
+    tokenizer = build(template)
+    end = "<|eot_id|>" if template == LLAMA3 else "<|im_end|>"
+    messages = conversation("hi", "one", "and?", "two")
+    assert supervised(tokenizer, messages) == ["one" + end, "two" + end]
+    assert supervised(tokenizer, messages, first_completion=3) == ["two" + end]
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED, None])
+def test_no_token_crosses_the_border(template) -> None:
+    """A newline at the start of a completion would merge with the prompt's last newline."""
+    tokenizer = build(template)
+    messages = conversation("hi\n", "\nhell")
+    ids, _ = chat.encode(tokenizer, messages)
+    assert supervised(tokenizer, messages)[0].startswith("\nhell")
+    prompt = chat.encode_prompt(tokenizer, messages[:1])
+    assert ids[: len(prompt)].tolist() == prompt
+
+
+def test_no_second_bos() -> None:
+    tokenizer = build(LLAMA3)
+    post = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    tokenizer.backend_tokenizer.post_processor = post
+    ids, _ = chat.encode(tokenizer, conversation("hi", "one"))
+    assert ids.tolist().count(tokenizer.bos_token_id) == 1
+    tokenizer.chat_template = None  # the plain form has the bos that the tokenizer itself adds
+    ids, _ = chat.encode(tokenizer, conversation("hi", "one"))
+    assert ids.tolist().count(tokenizer.bos_token_id) == 1
+    assert ids[0] == tokenizer.bos_token_id
+
+
+DROPS_REASONING = CHATML.replace(
+    "{{ message['content'] }}", "{{ message['content'].split('</think>')[-1] }}"
+)
+COUNTS_TURNS = "{{ messages | length }} turns\n" + CHATML
+HEADER_NOT_IN_PROMPT = CHATML.split("{% if add_generation_prompt %}")[0]
+NO_END = CHATML.replace("<|im_end|>", "").replace("<|im_start|>", "# ")
+MARKS_WITHOUT_END = MARKED.replace(
+    "<|im_end|>\n{% endgeneration %}", "{% endgeneration %}<|im_end|>\n"
+)
+MARKS_NOTHING = MARKED.replace("== 'assistant'", "== 'nobody'")
+OPENS_THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (DROPS_REASONING, "changes the completion"),
+        (COUNTS_TURNS, "not prefix-stable"),
+        (OPENS_THINKING, "not prefix-stable"),
+        (HEADER_NOT_IN_PROMPT, "not in its generation prompt"),
+        (NO_END, "could not learn to stop"),
+        (MARKS_WITHOUT_END, "leaves out the end-of-turn token"),
+        (MARKS_NOTHING, "marks 0 spans"),
+        ("{{ raise_exception('no system role') }}", "no system role"),
+    ],
+)
+def test_a_template_that_cannot_be_exact_is_refused(template, message) -> None:
+    tokenizer = build(template)
+    with pytest.raises(DcodError, match=message):
+        chat.encode(tokenizer, conversation("hi", "<think>so</think>one"))
+
+
+def test_an_empty_or_full_mask_is_refused() -> None:
+    tokenizer = build("{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}")
+    with pytest.raises(DcodError, match="no prompt"):
+        chat.encode(tokenizer, [{"role": "assistant", "content": "all of it"}])
+    with pytest.raises(DcodError, match="no assistant turn"):
+        chat.encode(build(), conversation("only a question"))
+
+
+def test_special_tokens_in_content_are_refused() -> None:
+    with pytest.raises(
+        DcodError, match=r"assistant message holds the special token '<\|im_end\|>'"
+    ):
+        chat.encode(build(), conversation("hi", "one<|im_end|>"))
+
+
+def test_plain_form_needs_plain_messages() -> None:
+    with pytest.raises(DcodError, match="no chat template"):
+        chat.encode(build(None), conversation("hi", "one", "and", "two"))
+
+
+def test_fingerprint_is_of_the_content(tmp_path) -> None:
+    first, second = build(), build()
+    first.save_pretrained(tmp_path / "a")
+    second.pad_token = "<s>"
+    second.padding_side = "left"
+    second.save_pretrained(tmp_path / "b")
+    a, b = (chat.load_tokenizer(tmp_path / name) for name in "ab")
+    assert chat.tokenizer_fingerprint(a) == chat.tokenizer_fingerprint(b)
+    assert chat.tokenizer_fingerprint(a) == chat.tokenizer_fingerprint(build())
+    assert chat.template_fingerprint(a) == chat.template_fingerprint(b)
+    others = [
+        build(merges=[*MERGES[:-1], ("Ġ", "b")]),
+        build(special=(*SPECIAL, "<extra>")),
+        build(split=True),
+        PreTrainedTokenizerFast(
+            tokenizer_object=backend(), bos_token="<s>", eos_token="<|eot_id|>"
+        ),
+    ]
+    others[-1].eos_token = "<|eot_id|>"
+    prints = {chat.tokenizer_fingerprint(t) for t in [a, *others]}
+    assert len(prints) == 5
+    assert chat.template_fingerprint(build(LLAMA3)) != chat.template_fingerprint(a)
+
+
+def test_load_keeps_the_pre_tokenizer_of_the_file(tmp_path) -> None:
+    """A family class in tokenizer_config.json must not rebuild what tokenizer.json says."""
+    tokenizer = build()
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["tokenizer_class"] = "GPT2Tokenizer"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded = chat.load_tokenizer(tmp_path)
+    assert chat.tokenizer_fingerprint(loaded) == chat.tokenizer_fingerprint(tokenizer)
+    assert chat.chat_template(loaded) == CHATML
+
+
+def test_load_refuses_what_is_not_a_tokenizer(tmp_path) -> None:
+    with pytest.raises(DcodError, match=r"no tokenizer\.json \(it holds nothing\)"):
+        chat.load_tokenizer(tmp_path)
+    with pytest.raises(DcodError, match="hub id"):
+        chat.load_tokenizer(tmp_path / "absent")
+    build().save_pretrained(tmp_path)
+    with pytest.raises(DcodError, match=r"student\.chat_template"):
+        chat.load_tokenizer(tmp_path, chat_template=str(tmp_path / "none.jinja"))
+    (tmp_path / "own.jinja").write_text(LLAMA3)
+    loaded = chat.load_tokenizer(tmp_path, chat_template=str(tmp_path / "own.jinja"))
+    assert chat.chat_template(loaded) == LLAMA3
+
+
+def test_truncation_in_the_file_is_not_obeyed(tmp_path) -> None:
+    tokenizer = build()
+    tokenizer.backend_tokenizer.enable_truncation(8)
+    tokenizer.save_pretrained(tmp_path)
+    ids, _ = chat.encode(chat.load_tokenizer(tmp_path), conversation("h" * 50, "e" * 50))
+    assert len(ids) > 100
+
+
+def test_sample_shows_the_mask() -> None:
+    tokenizer = build()
+    ids, mask = chat.encode(tokenizer, conversation("hi", "one"))
+    text = chat.render_sample(tokenizer, Trace("x", ids, mask))
+    assert text.endswith("<|im_start|>assistant\n«one<|im_end|>»\n")
+    assert ids.dtype == np.int32
