@@ -1,0 +1,271 @@
+"""GGUF files: weights (dequantised) and tokenizer, through the `gguf` package (extra gguf)."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+from dcod_jax.models import config as configs
+from dcod_jax.models.config import ModelConfig
+from dcod_jax.models.weights import Slot, Table, Weight, assemble, slots
+from dcod_jax.types import DcodError, Params
+
+_LLAMA: Table = {
+    "embed_tokens.embedding": Weight("token_embd.weight"),
+    "layers.input_layernorm.scale": Weight("blk.{layer}.attn_norm.weight"),
+    "layers.self_attn.q_proj.kernel": Weight("blk.{layer}.attn_q.weight", transpose=True),
+    "layers.self_attn.q_proj.bias": Weight("blk.{layer}.attn_q.bias"),
+    "layers.self_attn.k_proj.kernel": Weight("blk.{layer}.attn_k.weight", transpose=True),
+    "layers.self_attn.k_proj.bias": Weight("blk.{layer}.attn_k.bias"),
+    "layers.self_attn.v_proj.kernel": Weight("blk.{layer}.attn_v.weight", transpose=True),
+    "layers.self_attn.v_proj.bias": Weight("blk.{layer}.attn_v.bias"),
+    "layers.self_attn.o_proj.kernel": Weight("blk.{layer}.attn_output.weight", transpose=True),
+    "layers.self_attn.o_proj.bias": Weight("blk.{layer}.attn_output.bias"),
+    "layers.self_attn.q_norm.scale": Weight("blk.{layer}.attn_q_norm.weight"),
+    "layers.self_attn.k_norm.scale": Weight("blk.{layer}.attn_k_norm.weight"),
+    "layers.post_attention_layernorm.scale": Weight("blk.{layer}.ffn_norm.weight"),
+    "layers.mlp.gate_proj.kernel": Weight("blk.{layer}.ffn_gate.weight", transpose=True),
+    "layers.mlp.up_proj.kernel": Weight("blk.{layer}.ffn_up.weight", transpose=True),
+    "layers.mlp.down_proj.kernel": Weight("blk.{layer}.ffn_down.weight", transpose=True),
+    "norm.scale": Weight("output_norm.weight"),
+    "lm_head.embedding": Weight("output.weight"),
+}
+
+# general.architecture -> tensors whose rows llama.cpp interleaves for its rope: {name: heads of}.
+PERMUTED: dict[str, dict[str, str]] = {
+    "llama": {"attn_q": "num_heads", "attn_k": "num_kv_heads"},
+    "qwen2": {},
+    "qwen3": {},
+}
+
+_QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# tokenizer.ggml.pre -> the pre-tokenizer (and normalizer) that the HF tokenizer has.
+PRE_TOKENIZERS: dict[str, tuple[Any, Any]] = {
+    "smollm": (
+        pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        ),
+        None,
+    ),
+    "qwen2": (
+        pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_QWEN2_SPLIT), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        ),
+        normalizers.NFC(),
+    ),
+}
+
+_CONTROL, _USER_DEFINED = 3, 4  # token types of the format
+
+
+def _package() -> Any:
+    try:
+        return importlib.import_module("gguf")
+    except ImportError as error:
+        raise DcodError(
+            "reading a .gguf file needs the extra gguf: pip install 'dcod_jax[gguf]'"
+        ) from error
+
+
+def _open(file: Path) -> Any:
+    if not file.is_file():
+        raise DcodError(f"{file}: no such .gguf file; check the path")
+    package = _package()
+    try:
+        return package.GGUFReader(file)
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        raise DcodError(f"{file}: not a whole GGUF file ({error}); download it again") from error
+
+
+def _get(reader: Any, key: str, default: Any = None) -> Any:
+    field = reader.get_field(key)
+    return default if field is None else field.contents()
+
+
+def _short(value: float) -> float:
+    """The shortest decimal of a float32: 9.999999747378752e-06 -> 1e-05."""
+    return float(str(np.float32(value)))
+
+
+def _require(reader: Any, key: str, file: Path) -> Any:
+    value = _get(reader, key)
+    if value is None:
+        raise DcodError(f"{file}: metadata key {key} is missing; convert the model again")
+    return value
+
+
+def _check_metadata(reader: Any, architecture: str, file: Path) -> None:
+    """Refuse metadata that changes the model in a way not computed here."""
+    accepted: dict[str, tuple[Any, ...]] = {
+        "split.count": (None, 0, 1),
+        f"{architecture}.rope.scaling.type": (None, "none"),
+        f"{architecture}.rope.scale_linear": (None, 1.0),
+        f"{architecture}.expert_count": (None, 0),
+        f"{architecture}.attention.sliding_window": (None, 0),
+        f"{architecture}.attention.causal": (None, True),
+        f"{architecture}.logit_scale": (None, 1.0),
+        f"{architecture}.residual_scale": (None, 1.0),
+        f"{architecture}.embedding_scale": (None, 1.0),
+    }
+    for key, values in accepted.items():
+        if _get(reader, key) not in values:
+            raise DcodError(
+                f"{file}: {key}={_get(reader, key)!r} is not supported (supported: {values[-1]!r} "
+                f"or absent); use the HF directory of this model"
+            )
+
+
+def _config(reader: Any, names: set[str], file: Path) -> ModelConfig:
+    architecture = _get(reader, "general.architecture")
+    if architecture not in PERMUTED:
+        raise DcodError(
+            f"{file}: general.architecture={architecture!r} is not supported "
+            f"(supported: {', '.join(sorted(PERMUTED))})"
+        )
+    _check_metadata(reader, architecture, file)
+
+    def need(key: str) -> Any:
+        return _require(reader, f"{architecture}.{key}", file)
+
+    heads, width = need("attention.head_count"), need("embedding_length")
+    head_dim = _get(reader, f"{architecture}.attention.key_length", width // heads)
+    rotary = _get(reader, f"{architecture}.rope.dimension_count", head_dim)
+    if rotary != head_dim:
+        raise DcodError(
+            f"{file}: {architecture}.rope.dimension_count={rotary} is not supported "
+            f"(supported: the head size, {head_dim})"
+        )
+    raw = {
+        "model_type": architecture,
+        "vocab_size": next(
+            int(tensor.shape[1]) for tensor in reader.tensors if tensor.name == "token_embd.weight"
+        ),
+        "hidden_size": width,
+        "intermediate_size": need("feed_forward_length"),
+        "num_hidden_layers": need("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": _get(reader, f"{architecture}.attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": need("context_length"),
+        "rms_norm_eps": _short(need("attention.layer_norm_rms_epsilon")),
+        "rope_theta": _short(_get(reader, f"{architecture}.rope.freq_base", 10000.0)),
+        "attention_bias": "blk.0.attn_q.bias" in names,
+        "tie_word_embeddings": "output.weight" not in names,
+        "bos_token_id": _get(reader, "tokenizer.ggml.bos_token_id"),
+        "eos_token_id": _get(reader, "tokenizer.ggml.eos_token_id"),
+        "pad_token_id": _get(reader, "tokenizer.ggml.padding_token_id"),
+    }
+    return configs.from_hf(raw, source=str(file))
+
+
+def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Undo llama.cpp's row order: per head (pair, half) back to HF's (half, pair)."""
+    grouped = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
+    return grouped.swapaxes(1, 2).reshape(rows.shape)
+
+
+def read_gguf(
+    file: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32
+) -> tuple[ModelConfig, Params]:
+    """(config, params) of a llama, qwen2 or qwen3 GGUF file, dequantised.
+
+    Raises DcodError for another architecture, for metadata that cannot be honoured exactly, and
+    for tensors that are missing or unknown (rope_freqs of Llama 3.1 among them).
+    """
+    path = Path(file)
+    reader = _open(path)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if "token_embd.weight" not in tensors:
+        raise DcodError(f"{path}: tensor token_embd.weight is missing; is it a language model?")
+    config = _config(reader, set(tensors), path)
+    expected = {slot.name: slot for slot in slots(config, _LLAMA)}
+    for name in sorted(expected.keys() ^ tensors.keys()):
+        state = "missing" if name in expected else "not part of this architecture here"
+        raise DcodError(f"{path}: tensor {name} is {state}; use the HF directory of this model")
+    dequantize = _package().quants.dequantize
+    permuted = PERMUTED[config.model_type]
+
+    def read(slot: Slot) -> np.ndarray:
+        tensor = tensors[slot.name]
+        values = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
+        if values.shape != slot.shape:
+            raise DcodError(
+                f"{path}: {slot.name} has shape {values.shape}, the metadata say {slot.shape}"
+            )
+        kind = slot.name.split(".")[-2]
+        return _unpermute(values, getattr(config, permuted[kind])) if kind in permuted else values
+
+    return config, assemble(config, _LLAMA, read, dtype=dtype)
+
+
+def export_tokenizer(
+    file: str | os.PathLike[str], directory: str | os.PathLike[str]
+) -> PreTrainedTokenizerFast:
+    """Write the file's tokenizer and chat template in HF form into directory.
+
+    Raises DcodError for a tokenizer whose pre-tokenizer is not known here exactly: another one
+    would give other ids without any sign of it.
+    """
+    path = Path(file)
+    reader = _open(path)
+    model, pre = _get(reader, "tokenizer.ggml.model"), _get(reader, "tokenizer.ggml.pre")
+    if model != "gpt2" or pre not in PRE_TOKENIZERS:
+        raise DcodError(
+            f"{path}: tokenizer.ggml.model={model!r} with tokenizer.ggml.pre={pre!r} is not "
+            f"supported (supported: gpt2 with {', '.join(sorted(PRE_TOKENIZERS))}); "
+            f"use the HF tokenizer of this model"
+        )
+    if _get(reader, "tokenizer.ggml.add_bos_token", False):
+        raise DcodError(f"{path}: tokenizer.ggml.add_bos_token=true is not supported")
+    tokens = _require(reader, "tokenizer.ggml.tokens", path)
+    tokenizer = _bpe(tokens, _require(reader, "tokenizer.ggml.merges", path), pre)
+    types = _require(reader, "tokenizer.ggml.token_type", path)
+    for token, kind in zip(tokens, types, strict=True):
+        if kind in (_CONTROL, _USER_DEFINED):
+            tokenizer.add_tokens([AddedToken(token, normalized=False, special=kind == _CONTROL)])
+    named = {
+        "bos_token": "bos_token_id",
+        "eos_token": "eos_token_id",
+        "unk_token": "unknown_token_id",
+        "pad_token": "padding_token_id",
+    }
+    ids = {name: _get(reader, f"tokenizer.ggml.{key}") for name, key in named.items()}
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        clean_up_tokenization_spaces=False,
+        model_max_length=_get(reader, f"{_get(reader, 'general.architecture')}.context_length"),
+        **{name: tokens[index] for name, index in ids.items() if index is not None},
+    )
+    fast.chat_template = _get(reader, "tokenizer.chat_template")
+    fast.save_pretrained(directory)
+    return fast
+
+
+def _bpe(tokens: list[str], merges: list[str], pre: str) -> Tokenizer:
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    pairs = [(left, right) for left, right in (merge.split(" ", 1) for merge in merges)]
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=pairs, fuse_unk=False))
+    tokenizer.pre_tokenizer, normalizer = PRE_TOKENIZERS[pre]
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer

@@ -1,0 +1,355 @@
+"""Hugging Face directories: config.json and safetensors, read and written through one table."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from dcod_jax import mesh as meshes
+from dcod_jax.models import config as configs
+from dcod_jax.models import gguf
+from dcod_jax.models.config import ModelConfig
+from dcod_jax.models.transformer import check_mesh, logical_axes
+from dcod_jax.models.weights import (
+    Slot,
+    Table,
+    Weight,
+    assemble,
+    check_structure,
+    flatten,
+    num_bytes,
+    slots,
+    tensor_of,
+)
+from dcod_jax.types import DcodError, Params
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_LLAMA: Table = {
+    "embed_tokens.embedding": Weight("model.embed_tokens.weight"),
+    "layers.input_layernorm.scale": Weight("model.layers.{layer}.input_layernorm.weight"),
+    "layers.self_attn.q_proj.kernel": Weight(
+        "model.layers.{layer}.self_attn.q_proj.weight", transpose=True
+    ),
+    "layers.self_attn.q_proj.bias": Weight("model.layers.{layer}.self_attn.q_proj.bias"),
+    "layers.self_attn.k_proj.kernel": Weight(
+        "model.layers.{layer}.self_attn.k_proj.weight", transpose=True
+    ),
+    "layers.self_attn.k_proj.bias": Weight("model.layers.{layer}.self_attn.k_proj.bias"),
+    "layers.self_attn.v_proj.kernel": Weight(
+        "model.layers.{layer}.self_attn.v_proj.weight", transpose=True
+    ),
+    "layers.self_attn.v_proj.bias": Weight("model.layers.{layer}.self_attn.v_proj.bias"),
+    "layers.self_attn.o_proj.kernel": Weight(
+        "model.layers.{layer}.self_attn.o_proj.weight", transpose=True
+    ),
+    "layers.self_attn.o_proj.bias": Weight("model.layers.{layer}.self_attn.o_proj.bias"),
+    "layers.post_attention_layernorm.scale": Weight(
+        "model.layers.{layer}.post_attention_layernorm.weight"
+    ),
+    "layers.mlp.gate_proj.kernel": Weight(
+        "model.layers.{layer}.mlp.gate_proj.weight", transpose=True
+    ),
+    "layers.mlp.up_proj.kernel": Weight("model.layers.{layer}.mlp.up_proj.weight", transpose=True),
+    "layers.mlp.down_proj.kernel": Weight(
+        "model.layers.{layer}.mlp.down_proj.weight", transpose=True
+    ),
+    "norm.scale": Weight("model.norm.weight"),
+    "lm_head.embedding": Weight("lm_head.weight"),
+}
+
+TABLES: dict[str, Table] = {
+    "llama": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": {
+        **_LLAMA,
+        "layers.self_attn.q_norm.scale": Weight("model.layers.{layer}.self_attn.q_norm.weight"),
+        "layers.self_attn.k_norm.scale": Weight("model.layers.{layer}.self_attn.k_norm.weight"),
+    },
+}
+
+# Buffers that old exports wrote; their values follow from the config.
+_BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_FLOATS = {"F32", "BF16", "F16"}
+
+
+def _directory(path: str | os.PathLike[str]) -> Path:
+    if not os.fspath(path):
+        raise DcodError("the model path is empty; give an HF directory or a .gguf file")
+    directory = Path(path)
+    if not directory.exists():
+        raise DcodError(f"{directory}: no such model directory; check the path")
+    return directory
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DcodError(f"{file}: not valid JSON ({error}); download or write it again") from error
+    if not isinstance(content, dict):
+        raise DcodError(f"{file}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def load_config(path: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, Any]]:
+    """(ModelConfig, the file's own dict) of an HF directory or a config.json.
+
+    Raises DcodError for a path without config.json and for whatever the model does not do.
+    """
+    directory = _directory(path)
+    file = directory if directory.is_file() else directory / "config.json"
+    if not file.exists():
+        raise DcodError(f"{directory}: no config.json in it; expected an HF model directory")
+    raw = _read_json(file)
+    return configs.from_hf(raw, source=str(file)), raw
+
+
+def _weight_map(directory: Path) -> dict[str, Path]:
+    """Tensor name -> file that holds it."""
+    single, index = directory / SINGLE, directory / INDEX
+    if single.exists():
+        with _open(single) as file:
+            return dict.fromkeys(file.keys(), single)
+    if index.exists():
+        content = _read_json(index)
+        if not isinstance(content.get("weight_map"), dict):
+            raise DcodError(f"{index}: no weight_map in it; download or write it again")
+        files = {name: directory / file for name, file in content["weight_map"].items()}
+        for name, file in files.items():
+            if not file.exists():
+                raise DcodError(f"{index}: {name} should be in {file.name}, which is missing")
+        return files
+    if any(directory.glob("pytorch_model*.bin")):
+        raise DcodError(
+            f"{directory}: only pytorch_model.bin weights; convert them to safetensors with "
+            f'python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{directory}').save_pretrained('{directory}')\""
+        )
+    raise DcodError(f"{directory}: no {SINGLE} and no {INDEX} in it; expected HF weights")
+
+
+@contextlib.contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="np") as handle:
+            yield handle
+    except SafetensorError as error:
+        raise DcodError(
+            f"{file}: not a whole safetensors file ({error}); download or write it again"
+        ) from error
+
+
+def _check_names(config: ModelConfig, found: set[str], expected: set[str], *, where: Path) -> None:
+    missing = sorted(expected - found)
+    if missing:
+        hint = ""
+        if missing == ["lm_head.weight"]:
+            hint = "; set tie_word_embeddings=true in config.json if the head is the embedding"
+        raise DcodError(
+            f"{where}: {len(missing)} tensors are missing, first {missing[0]!r}; "
+            f"the config (model_type={config.model_type!r}) needs them{hint}"
+        )
+    unexpected = sorted(name for name in found - expected if not _tolerated(config, name))
+    if unexpected:
+        raise DcodError(
+            f"{where}: {len(unexpected)} tensors are not part of "
+            f"model_type={config.model_type!r} with this config, first {unexpected[0]!r}; "
+            f"dropping them would change the model"
+        )
+
+
+def _tolerated(config: ModelConfig, name: str) -> bool:
+    duplicate = config.tie_word_embeddings and name == "lm_head.weight"
+    return duplicate or _BUFFERS.fullmatch(name) is not None
+
+
+def load_params(
+    path: str | os.PathLike[str],
+    config: ModelConfig,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    shardings: Params | None = None,
+) -> Params:
+    """Params of an HF directory, read tensor by tensor and placed as shardings say.
+
+    Raises DcodError naming the tensor that is missing, unexpected, of another shape or type.
+    """
+    directory = _directory(path)
+    table = TABLES[config.model_type]
+    files = _weight_map(directory)
+    expected = {slot.name for slot in slots(config, table)}
+    _check_names(config, set(files), expected, where=directory)
+    with contextlib.ExitStack() as stack:
+        handles = {file: stack.enter_context(_open(file)) for file in sorted(set(files.values()))}
+
+        def view(name: str, shape: tuple[int, ...]) -> Any:
+            if name not in handles[files[name]].keys():  # noqa: SIM118
+                raise DcodError(f"{directory / INDEX}: {name} is not in {files[name].name}")
+            tensor = handles[files[name]].get_slice(name)
+            if tuple(tensor.get_shape()) != shape:
+                raise DcodError(
+                    f"{files[name]}: {name} has shape {tuple(tensor.get_shape())}, "
+                    f"the config expects {shape}"
+                )
+            if tensor.get_dtype() not in _FLOATS:
+                raise DcodError(
+                    f"{files[name]}: {name} has type {tensor.get_dtype()}, expected one of "
+                    f"{sorted(_FLOATS)}; quantised weights must be dequantised first"
+                )
+            return tensor
+
+        for slot in slots(config, table):  # every shape, before the first byte is read
+            view(slot.name, slot.shape)
+        if config.tie_word_embeddings and "lm_head.weight" in files:
+            _check_tied(view, (config.vocab_size, config.hidden_size), where=directory)
+
+        def read(slot: Slot) -> np.ndarray:
+            return view(slot.name, slot.shape)[...]
+
+        return assemble(config, table, read, dtype=dtype, shardings=shardings)
+
+
+def _check_tied(view: Any, shape: tuple[int, int], *, where: Path) -> None:
+    embedding = view("model.embed_tokens.weight", shape)
+    head = view("lm_head.weight", shape)
+    if not np.array_equal(embedding[...], head[...]):
+        raise DcodError(
+            f"{where}: lm_head.weight differs from model.embed_tokens.weight although "
+            f"tie_word_embeddings is true; set it to false in config.json to keep both"
+        )
+
+
+def load_model(
+    path: str | os.PathLike[str], *, dtype: DTypeLike, mesh: Mesh | None = None
+) -> tuple[ModelConfig, Params]:
+    """(config, params) of an HF directory or a .gguf file, sharded over mesh if one is given."""
+    directory = _directory(path)
+    if directory.suffix == ".gguf":
+        config, params = gguf.read_gguf(directory, dtype=dtype)
+        if mesh is not None:
+            check_mesh(config, mesh)
+            params = jax.device_put(params, meshes.tree_shardings(mesh, logical_axes(config)))
+        return config, params
+    config, _ = load_config(directory)
+    shardings = None
+    if mesh is not None:
+        check_mesh(config, mesh)
+        shardings = meshes.tree_shardings(mesh, logical_axes(config))
+    return config, load_params(directory, config, dtype=dtype, shardings=shardings)
+
+
+def _plan_shards(all_slots: list[Slot], dtype: DTypeLike, max_shard_bytes: int) -> list[list[Slot]]:
+    """Tensors in order, a new file where the next one would not fit."""
+    shards: list[list[Slot]] = [[]]
+    used = 0
+    for slot in all_slots:
+        size = num_bytes(slot, dtype)
+        if shards[-1] and used + size > max_shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(slot)
+        used += size
+    return shards
+
+
+def save_params(
+    path: str | os.PathLike[str],
+    config: ModelConfig,
+    params: Params,
+    *,
+    dtype: DTypeLike,
+    max_shard_bytes: int,
+) -> None:
+    """Write model.safetensors, or several files with an index where one would be too large.
+
+    Every process calls it, the first one writes. Files appear under their names only when all are
+    complete, the index last; an interrupted save leaves no weights that look whole.
+    """
+    if max_shard_bytes < 1:
+        raise DcodError(f"max_shard_bytes={max_shard_bytes} must be positive")
+    check_structure(config, params)
+    directory = Path(path)
+    all_slots = list(slots(config, TABLES[config.model_type]))
+    shards = _plan_shards(all_slots, dtype, max_shard_bytes)
+    count = len(shards)
+    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    names = [SINGLE] if count == 1 else names
+    flat = flatten(params)
+    writes = jax.process_index() == 0
+    temporaries = [directory / f".{name}.{os.getpid()}.tmp" for name in names]
+    try:
+        if writes:
+            directory.mkdir(parents=True, exist_ok=True)
+        for shard, temporary in zip(shards, temporaries, strict=True):
+            tensors = {slot.name: tensor_of(flat, slot, dtype=dtype) for slot in shard}
+            if writes:
+                _write_shard(temporary, tensors)
+        if writes:
+            _publish(directory, dict(zip(names, temporaries, strict=True)), shards, dtype=dtype)
+    except (SafetensorError, OSError) as error:
+        raise DcodError(
+            f"{directory}: weights could not be written ({error}); nothing was replaced unless "
+            f"all of it was written; free some space or change the path"
+        ) from error
+    finally:
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
+
+
+def _write_shard(file: Path, tensors: dict[str, np.ndarray]) -> None:
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(0o644)  # the library creates it readable by its owner only
+    with file.open("rb+") as handle:
+        os.fsync(handle.fileno())
+
+
+def _publish(
+    directory: Path, files: dict[str, Path], shards: list[list[Slot]], *, dtype: DTypeLike
+) -> None:
+    """Move complete files to their names; order matters: index away, shards in, index in."""
+    if len(files) == 1:
+        files[SINGLE].replace(directory / SINGLE)
+        (directory / INDEX).unlink(missing_ok=True)
+    else:
+        weight_map = {
+            slot.name: name for name, shard in zip(files, shards, strict=True) for slot in shard
+        }
+        total = sum(num_bytes(slot, dtype) for shard in shards for slot in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        temporary = directory / f".{INDEX}.{os.getpid()}.tmp"
+        temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (directory / SINGLE).unlink(missing_ok=True)
+        (directory / INDEX).unlink(missing_ok=True)
+        for name, file in files.items():
+            file.replace(directory / name)
+        temporary.replace(directory / INDEX)
+    for stale in directory.glob("model-*-of-*.safetensors"):
+        if stale.name not in files:
+            stale.unlink()
+
+
+def weights_fingerprint(path: str | os.PathLike[str]) -> str:
+    """sha256 over the content of the weight files, in the order of their names."""
+    directory = _directory(path)
+    files = [directory] if directory.is_file() else sorted(set(_weight_map(directory).values()))
+    whole = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as handle:
+            whole.update(hashlib.file_digest(handle, "sha256").digest())
+    return whole.hexdigest()

@@ -1,0 +1,139 @@
+"""Weight tables: how a file's tensors become params and back; shared by HF and GGUF files."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.typing import DTypeLike
+
+from dcod_jax.models.config import ModelConfig
+from dcod_jax.models.transformer import param_shapes
+from dcod_jax.types import DcodError, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One tensor of a file; a name with {layer} stands for L tensors stacked on axis 0."""
+
+    name: str
+    transpose: bool = False  # the file has [out, in], params have [in, out]
+
+
+Table = dict[str, Weight]  # path in params, dotted -> its tensor in the file
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Where a file's tensor lives in params: a leaf's path and, if stacked, the layer."""
+
+    name: str
+    path: str
+    layer: int | None
+    transpose: bool
+    shape: tuple[int, ...]  # as the file has it
+
+
+def flatten(params: Params, prefix: str = "") -> dict[str, Any]:
+    """Nested dict -> {"layers.mlp.up_proj.kernel": leaf}."""
+    flat: dict[str, Any] = {}
+    for name, value in params.items():
+        path = f"{prefix}{name}"
+        flat.update(flatten(value, f"{path}.") if isinstance(value, dict) else {path: value})
+    return flat
+
+
+def unflatten(flat: dict[str, Any]) -> Params:
+    """The inverse of flatten."""
+    params: Params = {}
+    for path, value in flat.items():
+        *parents, leaf = path.split(".")
+        node = params
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[leaf] = value
+    return params
+
+
+def slots(config: ModelConfig, table: Table) -> Iterator[Slot]:
+    """Every tensor this model has in the file; table entries it has no use for are left out."""
+    for path, leaf in flatten(param_shapes(config)).items():
+        if path not in table:
+            raise DcodError(f"model_type={config.model_type!r}: no tensor name for {path}")
+        weight = table[path]
+        stacked = "{layer}" in weight.name
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        shape = shape[::-1] if weight.transpose else shape
+        for layer in range(config.num_layers) if stacked else (None,):
+            name = weight.name.format(layer=layer)
+            yield Slot(name, path, layer, weight.transpose, shape)
+
+
+def assemble(
+    config: ModelConfig,
+    table: Table,
+    read: Callable[[Slot], np.ndarray],
+    *,
+    dtype: DTypeLike,
+    shardings: Params | None = None,
+) -> Params:
+    """Params read tensor by tensor; at most one stacked leaf is on the host at a time."""
+    shapes = flatten(param_shapes(config))
+    targets = flatten(shardings) if shardings is not None else {}
+    by_path: dict[str, list[Slot]] = {path: [] for path in shapes}
+    for slot in slots(config, table):
+        by_path[slot.path].append(slot)
+    flat = {}
+    for path, leaf in shapes.items():
+        host = np.empty(leaf.shape, jnp.dtype(dtype))
+        for slot in by_path[path]:
+            tensor = read(slot)
+            host[... if slot.layer is None else slot.layer] = tensor.T if slot.transpose else tensor
+        flat[path] = _place(host, targets.get(path))
+    return unflatten(flat)
+
+
+def _place(host: np.ndarray, sharding: Any) -> jax.Array:
+    if sharding is None:
+        return jnp.asarray(host)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+@jax.jit
+def _layer_of(leaf: jax.Array, layer: int) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+
+
+def tensor_of(flat: dict[str, jax.Array], slot: Slot, *, dtype: DTypeLike) -> np.ndarray:
+    """One tensor as the file has it, gathered to the host; every process must call it."""
+    leaf = flat[slot.path]
+    leaf = leaf if slot.layer is None else _layer_of(leaf, slot.layer)
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        host = multihost_utils.process_allgather(leaf, tiled=True)
+    else:
+        host = leaf
+    host = np.asarray(host).astype(jnp.dtype(dtype))
+    return np.ascontiguousarray(host.T if slot.transpose else host)
+
+
+def check_structure(config: ModelConfig, params: Params) -> None:
+    """Refuse params that are not this config's, naming the first leaf that differs."""
+    expected = {path: leaf.shape for path, leaf in flatten(param_shapes(config)).items()}
+    got = {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
+    for path in sorted(expected.keys() | got.keys()):
+        if expected.get(path) != got.get(path):
+            raise DcodError(
+                f"params do not fit the config: {path} should be {expected.get(path, 'absent')}, "
+                f"is {got.get(path, 'absent')}"
+            )
+
+
+def num_bytes(slot: Slot, dtype: DTypeLike) -> int:
+    """Bytes of the tensor in a file."""
+    return math.prod(slot.shape) * jnp.dtype(dtype).itemsize
