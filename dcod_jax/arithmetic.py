@@ -61,7 +61,7 @@ ALPHABET = "\n" + "".join(chr(code) for code in range(32, 127))
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One question with its answer; `operators` and `phrasing` are the two halves of its template."""
+    """One question with its answer; operators and phrasing are the halves of its template."""
 
     id: str
     numbers: tuple[int, ...]
