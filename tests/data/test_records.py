@@ -1,0 +1,496 @@
+"""The dataset on disk: exact round trips, damage that is named, and scoring that survives kill."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from fake_traces import MANIFEST, make_trace, make_traces, write
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dcod_jax.data.codec import bytes_per_token, decode, decode_columns, encode
+from dcod_jax.data.records import DatasetWriter, TraceDataset, check_fingerprints, extend
+from dcod_jax.types import DcodError, Trace
+
+TESTS = Path(__file__).resolve().parents[1]
+TEACHER = {"name": "big", "revision": "r1", "weights": "abc"}
+
+
+def equal(a: Trace, b: Trace) -> bool:
+    for field in dataclasses.fields(Trace):
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        if isinstance(x, np.ndarray):
+            if y is None or x.dtype != y.dtype or x.shape != y.shape or x.tobytes() != y.tobytes():
+                return False
+        elif x != y:
+            return False
+    return True
+
+
+def bits(kind, shape):
+    """Arrays of a float type over its finite values, signed zeros and subnormals included."""
+    wide = st.floats(-(2.0**120), 2.0**120, width=32)
+    size = int(np.prod(shape))
+    return st.lists(wide, min_size=size, max_size=size).map(
+        lambda values: np.asarray(values, np.float32).astype(kind).reshape(shape)
+    )
+
+
+@st.composite
+def traces(draw):
+    mask = np.array(draw(st.lists(st.booleans(), max_size=20)), bool)
+    count, top_k = int(mask.sum()), draw(st.integers(0, 3))
+    ids = st.integers(-(2**31), 2**31 - 1)
+    tokens = draw(st.lists(ids, min_size=len(mask), max_size=len(mask)))
+    scored = draw(st.booleans())
+    topk = {}
+    if scored and top_k:
+        topk = {
+            "topk_ids": np.arange(count * top_k, dtype=np.int32).reshape(count, top_k),
+            "topk_logprobs": draw(bits(ml_dtypes.bfloat16, (count, top_k))),
+            "tail_logprobs": draw(bits(np.float32, (count,))),
+        }
+    return Trace(
+        draw(st.text(st.characters(exclude_categories=["Cs"]), max_size=20)),
+        np.array(tokens, np.int32),
+        mask,
+        draw(bits(np.float32, (count,))) if scored else None,
+        **topk,
+        meta=draw(
+            st.dictionaries(st.text("aä中", max_size=3), st.integers() | st.none(), max_size=2)
+        ),
+    )
+
+
+@given(traces())
+@settings(max_examples=150, deadline=None)
+def test_a_record_gives_back_the_trace_bit_for_bit(trace):
+    assert equal(decode(encode(trace)), trace)
+
+
+@given(st.lists(traces(), min_size=1, max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_columns_hold_what_the_traces_hold(given):
+    columns = decode_columns([encode(trace) for trace in given])
+    start = 0
+    for trace, length in zip(given, columns.lengths, strict=True):
+        part = slice(start, start + length)
+        np.testing.assert_array_equal(columns.token_ids[part], trace.token_ids)
+        np.testing.assert_array_equal(columns.completion_mask[part], trace.completion_mask)
+        expected = np.zeros(length, np.float32)
+        if trace.logprobs is not None:
+            expected[trace.completion_mask] = trace.logprobs
+        np.testing.assert_array_equal(columns.logprobs[part], expected)
+        start += length
+    assert start == len(columns.token_ids)
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 64])
+def test_scores_take_the_stated_bytes(top_k):
+    bare, scored = (make_trace(0, length=50, scored=s, top_k=s * top_k) for s in (False, True))
+    added = len(encode(scored)) - len(encode(bare))
+    assert added == bytes_per_token(top_k) * int(scored.completion_mask.sum())
+    assert bytes_per_token(top_k) <= 6 * top_k + 8
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"logprobs": np.zeros(3, np.float32)}, "logprobs has shape"),
+        ({"completion_mask": np.ones(5, bool)}, "10 token_ids but 5 completion_mask"),
+        ({"logprobs": None}, "go together"),
+        ({"tail_logprobs": None}, "go together"),
+        ({"topk_ids": np.zeros((7, 3), np.int32)}, "topk_logprobs has shape"),
+        ({"meta": {"x": {1, 2}}}, "meta must hold JSON"),
+    ],
+)
+def test_a_trace_that_contradicts_itself_is_refused(change, words):
+    trace = make_trace(3, length=10, top_k=2)
+    with pytest.raises(DcodError, match=words):
+        encode(dataclasses.replace(trace, **change))
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf, np.inf])
+def test_a_log_prob_that_is_not_a_number_is_refused(value):
+    trace = make_trace(3, length=10)
+    bad = np.array(trace.logprobs)
+    bad[2] = value
+    with pytest.raises(DcodError, match="trace-3"):
+        encode(dataclasses.replace(trace, logprobs=bad))
+
+
+def test_a_record_cut_short_is_refused():
+    record = encode(make_trace(3, length=10))
+    with pytest.raises(DcodError, match="expected"):
+        decode(record[:-1])
+    with pytest.raises(DcodError, match="version 9"):
+        decode(b"\x09" + record[1:])
+
+
+def test_a_dataset_reads_back_in_any_order(tmp_path):
+    given = make_traces(21, top_k=2)
+    dataset = TraceDataset(write(tmp_path / "d", given))
+    order = [20, 0, 7, 8, 7, 15]
+    assert all(equal(a, given[i]) for a, i in zip(dataset.read(order), order, strict=True))
+    assert (len(dataset), dataset.scored, dataset.top_k) == (21, True, 2)
+    expected = [[len(t.token_ids), t.completion_mask.sum()] for t in given]
+    np.testing.assert_array_equal(dataset.lengths, expected)
+    shards = dataset.manifest["shards"]
+    assert [shard["records"] for shard in shards] == [8, 8, 5]
+    assert dataset.manifest["totals"]["tokens"] == sum(len(t.token_ids) for t in given)
+    assert dataset.manifest["tokenizer"] == MANIFEST["tokenizer"]
+    with pytest.raises(DcodError, match="out of range"):
+        dataset.read([21])
+
+
+def test_threads_share_a_dataset(tmp_path):
+    given = make_traces(40)
+    dataset = TraceDataset(write(tmp_path / "d", given))
+    wrong = []
+
+    def work(seed):
+        for _ in range(5):
+            order = np.random.default_rng(seed).permutation(40)
+            found = dataset.read(order)
+            wrong.extend(i for i, t in zip(order, found, strict=True) if t.id != f"trace-{i}")
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_equal_traces_give_equal_bytes(tmp_path):
+    a, b = (write(tmp_path / name, make_traces(20)) for name in "ab")
+    assert contents(a) == contents(b)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.9])
+def test_a_flipped_byte_is_named_with_both_hashes(tmp_path, place):
+    directory = write(tmp_path / "d", make_traces(21))
+    shard = directory / "traces-00001.array_record"
+    data = bytearray(shard.read_bytes())
+    data[int(len(data) * place)] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(DcodError, match=r"traces-00001.*sha256 \w{64}, found \w{64}; rest"):
+        TraceDataset(directory)
+
+
+def test_a_flipped_byte_is_found_on_reading_when_hashes_were_not_checked(tmp_path):
+    directory = write(tmp_path / "d", make_traces(8, low=3000, high=4000))
+    shard = directory / "traces-00000.array_record"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 3] ^= 1
+    shard.write_bytes(data)
+    dataset = TraceDataset(directory, verify=False)
+    with pytest.raises(DcodError, match=r"traces-00000.* is damaged"):
+        dataset.read(range(8))
+
+
+def test_a_truncated_or_missing_shard_is_named_even_unverified(tmp_path):
+    directory = write(tmp_path / "d", make_traces(21))
+    shard = directory / "traces-00002.array_record"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-7])
+    with pytest.raises(DcodError, match=f"traces-00002.*{len(data)} bytes, found {len(data) - 7}"):
+        TraceDataset(directory, verify=False)
+    shard.unlink()
+    with pytest.raises(DcodError, match=r"traces-00002.* is missing"):
+        TraceDataset(directory, verify=False)
+
+
+def test_a_half_written_dataset_is_none_and_a_rerun_cleans_up(tmp_path):
+    directory, traces = tmp_path / "d", make_traces(21)
+
+    def interrupted():
+        with DatasetWriter(directory, shard_records=4, manifest={}) as writer:
+            for trace in traces[:10]:
+                writer.write(trace)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    (directory / "traces-00009.array_record.tmp").write_bytes(b"cut short")
+    (directory / "quarantine.jsonl").write_text("mine")
+    assert (directory / "traces-00001.array_record").exists()
+    with pytest.raises(DcodError, match="prepare was interrupted"):
+        TraceDataset(directory)
+    write(directory, traces)
+    assert len(TraceDataset(directory)) == 21
+    assert (directory / "quarantine.jsonl").read_text() == "mine"
+    names = {path.name for path in directory.iterdir()}
+    assert names == {
+        *(f"traces-0000{i}.array_record" for i in range(3)),
+        "lengths.npy",
+        "manifest.json",
+        "quarantine.jsonl",
+    }
+    with pytest.raises(DcodError, match="already holds a complete dataset"):
+        write(directory, traces)
+
+
+def test_the_root_of_two_datasets_says_so(tmp_path):
+    for name in ("train", "eval"):
+        write(tmp_path / name, make_traces(3))
+    with pytest.raises(DcodError, match="holds the datasets eval, train"):
+        TraceDataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        (make_trace(1, length=9, scored=False), "one or the other"),
+        (make_trace(1, length=9, top_k=2), "one or the other"),
+        (make_trace(0, length=9), "comes twice"),
+        (make_trace(1, length=1, prompt=0), "no completion token"),
+    ],
+)
+def test_the_writer_refuses_what_cannot_be_a_dataset(tmp_path, second, words):
+    with pytest.raises(DcodError, match=words):
+        write(tmp_path / "d", [make_trace(0, length=8), second])
+    assert not (tmp_path / "d" / "manifest.json").exists()
+
+
+def test_nothing_written_is_an_error(tmp_path):
+    with pytest.raises(DcodError, match="no trace was written"):
+        write(tmp_path / "d", [])
+
+
+def test_another_version_of_the_format_is_refused(tmp_path):
+    path = write(tmp_path / "d", make_traces(3)) / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}))
+    with pytest.raises(DcodError, match=r"version 1, found dcod_jax\.traces version 2"):
+        TraceDataset(path.parent)
+
+
+def test_another_tokenizer_template_or_teacher_is_refused(tmp_path):
+    directory = write(tmp_path / "d", make_traces(9, scored=False))
+    extend(directory, teacher=TEACHER, settings={}, score_shard=fake_scores)
+    dataset = TraceDataset(directory)
+    check_fingerprints(dataset, tokenizer="tok", template="tem", teacher="abc")
+    for name, found in (("tokenizer", "tok"), ("template", "tem"), ("teacher", "abc")):
+        with pytest.raises(DcodError, match=f"another {name}: expected .*other, found {found}"):
+            check_fingerprints(dataset, **{name: "other"})
+
+
+# ---------------------------------------------------------------- scoring
+
+
+def fake_scores(traces: list[Trace], *, top_k: int = 2) -> list[Trace]:
+    """Scores that depend on the trace alone."""
+    made = []
+    for trace in traces:
+        assert trace.logprobs is None
+        count = int(trace.completion_mask.sum())
+        base = -np.arange(1, count + 1, dtype=np.float32) / 8
+        made.append(
+            dataclasses.replace(
+                trace,
+                logprobs=base,
+                topk_ids=np.tile(np.arange(top_k, dtype=np.int32), (count, 1)),
+                topk_logprobs=np.full((count, top_k), -1.5, ml_dtypes.bfloat16),
+                tail_logprobs=np.full(count, np.log(0.25), np.float32),
+            )
+        )
+    return made
+
+
+def test_scoring_adds_log_probs_and_nothing_else(tmp_path):
+    given, seen = make_traces(21, scored=False), []
+    directory = write(tmp_path / "d", given)
+    manifest = extend(
+        directory,
+        teacher=TEACHER,
+        settings={"top_k": 2},
+        score_shard=fake_scores,
+        on_shard=lambda done, total: seen.append((done, total)),
+    )
+    dataset = TraceDataset(directory)
+    expected = fake_scores(given)
+    assert all(equal(a, b) for a, b in zip(dataset.read(range(21)), expected, strict=True))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert dataset.manifest == manifest
+    assert (manifest["teacher"], manifest["score"], manifest["top_k"]) == (TEACHER, {"top_k": 2}, 2)
+    assert manifest["captured_mass"] == pytest.approx(0.75)
+    every = np.concatenate([t.logprobs for t in expected])
+    assert manifest["mean_logprob"] == pytest.approx(every.mean())
+    listed = {shard["file"] for shard in manifest["shards"]}
+    assert set(contents(directory)) == {*listed, "lengths.npy", "manifest.json"}
+    # The same call again has nothing to do; another teacher must be told to replace.
+    assert (
+        extend(directory, teacher=TEACHER, settings={"top_k": 2}, score_shard=no_call) == manifest
+    )
+    other = TEACHER | {"name": "bigger", "weights": "def"}
+    with pytest.raises(DcodError, match=r"from big.*score.overwrite=True"):
+        extend(directory, teacher=other, settings={"top_k": 2}, score_shard=no_call)
+    replaced = extend(
+        directory, teacher=other, settings={"top_k": 2}, score_shard=fake_scores, overwrite=True
+    )
+    assert TraceDataset(directory).manifest == replaced
+    assert replaced["teacher"] == other
+
+
+def no_call(traces):
+    raise AssertionError("nothing was left to score")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda traces: traces[1:],
+        lambda traces: traces[::-1],
+        lambda traces: [*traces[:-1], dataclasses.replace(traces[-1], logprobs=None)],
+        lambda traces: [
+            dataclasses.replace(traces[0], token_ids=traces[0].token_ids + 1),
+            *traces[1:],
+        ],
+    ],
+    ids=["lost", "reordered", "unscored", "changed"],
+)
+def test_a_scoring_that_returns_other_traces_is_refused(tmp_path, change):
+    directory = write(tmp_path / "d", make_traces(5, scored=False))
+    before = contents(directory)
+    with pytest.raises(DcodError, match="must return its 5 traces unchanged"):
+        extend(
+            directory, teacher=TEACHER, settings={}, score_shard=lambda t: change(fake_scores(t))
+        )
+    assert contents(directory) == before
+
+
+class StoppedError(Exception):
+    pass
+
+
+def stop_after(shards: int):
+    def on_shard(done, total):
+        if done == shards:
+            raise StoppedError
+
+    return on_shard
+
+
+def test_a_stopped_scoring_goes_on_and_a_damaged_shard_is_done_again(tmp_path):
+    directory = write(tmp_path / "d", make_traces(30, scored=False), shard_records=4)
+    whole = shutil.copytree(directory, tmp_path / "whole")
+    extend(whole, teacher=TEACHER, settings={}, score_shard=fake_scores)
+    with pytest.raises(StoppedError):
+        extend(
+            directory,
+            teacher=TEACHER,
+            settings={},
+            score_shard=fake_scores,
+            on_shard=stop_after(5),
+        )
+    assert not TraceDataset(directory).scored  # still the old dataset
+    with pytest.raises(DcodError, match=r"unfinished scoring has teacher .*big"):
+        extend(directory, teacher=TEACHER | {"weights": "x"}, settings={}, score_shard=no_call)
+    damaged = next(directory.glob("scored-*-00003.array_record"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    calls = []
+
+    def counted(traces):
+        calls.append(len(traces))
+        return fake_scores(traces)
+
+    extend(directory, teacher=TEACHER, settings={}, score_shard=counted)
+    assert calls == [4, 4, 4, 4, 2]
+    assert contents(directory) == contents(whole)
+
+
+def test_hosts_that_do_not_write_compute_along(tmp_path):
+    directory = write(tmp_path / "d", make_traces(9, scored=False), shard_records=4)
+    before, calls = contents(directory), []
+
+    def counted(traces):
+        calls.append(len(traces))
+        return fake_scores(traces)
+
+    extend(directory, teacher=TEACHER, settings={}, score_shard=counted, write=False)
+    assert calls == [4, 4, 1]
+    assert contents(directory) == before
+
+
+SCORING = """
+import os, signal, sys
+sys.path[:0] = [{tests!r}, {data!r}]
+import test_records
+from test_records import TEACHER, extend
+from dcod_jax.data import records
+
+def die_in(owner, name, call):
+    real, calls = getattr(owner, name), []
+    def replacement(*arguments, **options):
+        calls.append(name)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **options)
+    setattr(owner, name, replacement)
+
+{die}
+extend({directory!r}, teacher=TEACHER, settings={{}}, score_shard=test_records.fake_scores)
+"""
+
+
+def test_scoring_killed_at_every_border_ends_with_the_same_bytes(tmp_path):
+    directory = write(tmp_path / "d", make_traces(20, scored=False), shard_records=4)
+    whole = shutil.copytree(directory, tmp_path / "whole")
+    extend(whole, teacher=TEACHER, settings={}, score_shard=fake_scores)
+    deaths = [
+        "die_in(test_records, 'fake_scores', 2)",  # in the middle of a shard
+        "die_in(records.progress, 'save', 1)",  # the shard has its name, but is not noted down
+        "die_in(records.manifests, 'commit_file', 3)",  # written, not renamed
+        "die_in(records.manifests, 'write_manifest', 1)",  # all shards done
+        "die_in(records.manifests, 'remove_all_but', 1)",  # old shards beside the new manifest
+        "",
+    ]
+    states = []
+    for die in deaths:
+        code = SCORING.format(
+            tests=str(TESTS), data=str(TESTS / "data"), directory=str(directory), die=die
+        )
+        environment = os.environ | {"PYTHONPATH": str(TESTS.parent)}
+        done = subprocess.run([sys.executable, "-c", code], env=environment)
+        assert done.returncode == (-signal.SIGKILL if die else 0)
+        noted = directory / "score-progress.json"
+        shards = len(json.loads(noted.read_text())["done"]) if noted.exists() else 0
+        states.append((TraceDataset(directory).scored, shards))
+    # Each run begins where the one before was killed; the directory is always a whole dataset.
+    assert states == [(False, 1), (False, 1), (False, 2), (False, 5), (True, 5), (True, 0)]
+    assert contents(directory) == contents(whole)
+
+
+FULL_DISK = """
+import resource, signal, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from fake_traces import make_traces, write
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+write(Path({directory!r}), make_traces(30, low=3000, high=3001), shard_records=30)
+"""
+
+
+def test_a_disk_that_is_full_is_reported_and_leaves_no_dataset(tmp_path):
+    script = FULL_DISK.format(tests=str(TESTS), directory=str(tmp_path / "d"))
+    environment = os.environ | {"PYTHONPATH": str(TESTS.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert "DcodError: cannot write" in done.stderr
+    assert "File too large" in done.stderr
+    assert not list((tmp_path / "d").iterdir())
