@@ -134,7 +134,7 @@ def _head_forward(
     """As _head, and as residuals the gradient of the loss sum in hidden and head_weight."""
     weight = _piece_weight(plan, hidden, head_weight)
 
-    def piece(carry: tuple[Array, Array], xs: Any) -> tuple[tuple[Array, Array], Any]:
+    def piece(carry: tuple[Array, Array], xs: Any) -> tuple[Any, Any]:
         total, weight_gradient = carry
         hidden, (targets, mask, aux) = xs
         logits = _piece_logits(plan, hidden, weight)
@@ -155,7 +155,8 @@ def _head_forward(
 
     partial_sums = jnp.zeros((plan.shards, *head_weight.shape), jnp.float32)
     start = (jnp.zeros((), jnp.float32), constrain(partial_sums, plan.mesh, "batch", "vocab"))
-    (total, partial_sums), (hidden_gradient, stats) = jax.lax.scan(piece, start, (hidden, inputs))
+    carry, (hidden_gradient, stats) = jax.lax.scan(piece, start, (hidden, inputs))
+    total, partial_sums = carry
     weight_gradient = constrain(partial_sums.sum(axis=0), plan.mesh, "vocab", "embed")
     return (total, stats), (hidden_gradient, weight_gradient.astype(head_weight.dtype))
 

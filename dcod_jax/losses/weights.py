@@ -82,8 +82,8 @@ def needs_logprob_pass(cfg: WeightConfig) -> bool:
 
 
 def log_ratio(
-    cfg: WeightConfig, student_logprobs: Float[Array, "..."], teacher_logprobs: Float[Array, "..."]
-) -> Float[Array, "..."]:
+    cfg: WeightConfig, student_logprobs: Float[Array, "*N"], teacher_logprobs: Float[Array, "*N"]
+) -> Float[Array, "*N"]:
     """r = sg[log q - log p] per token; for `dft`, which knows no teacher, sg[log q]."""
     student = jax.lax.stop_gradient(student_logprobs).astype(jnp.float32)
     if not needs_teacher(cfg):
@@ -92,8 +92,8 @@ def log_ratio(
 
 
 def token_weights(
-    cfg: WeightConfig, student_logprobs: Float[Array, "..."], teacher_logprobs: Float[Array, "..."]
-) -> Float[Array, "..."]:
+    cfg: WeightConfig, student_logprobs: Float[Array, "*N"], teacher_logprobs: Float[Array, "*N"]
+) -> Float[Array, "*N"]:
     """Raw bounded weight of each token on its own.
 
     sigmoid at temperature 1, offset 0: q=0.2, p=0.6 -> q/(q+p) = 0.25.
@@ -102,8 +102,8 @@ def token_weights(
 
 
 def warm(
-    cfg: WeightConfig, weights: Float[Array, "..."], step: Int[Array, ""] | int
-) -> Float[Array, "..."]:
+    cfg: WeightConfig, weights: Float[Array, "*N"], step: Int[Array, ""] | int
+) -> Float[Array, "*N"]:
     """w <- 1 + a (w - 1) with a = min(step / warmup_steps, 1); a = 1 without warmup."""
     if cfg.warmup_steps == 0 or cfg.name == "uniform":
         return weights
