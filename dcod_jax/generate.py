@@ -92,9 +92,9 @@ def sample(
             params,
             *_place(mesh, tokens, lengths, row_keys),
             jnp.float32(temperature or 1.0),
+            jnp.array(sorted(set(eos_ids)), jnp.int32),
             greedy=temperature == 0,
             max_new_tokens=max_new_tokens,
-            eos_ids=tuple(sorted(set(eos_ids))),
             valid_vocab=valid_vocab,
             compute_dtype=jnp.dtype(compute_dtype),
             mesh=mesh,
@@ -205,7 +205,6 @@ def _pin(cache: Cache, mesh: Mesh | None) -> Cache:
         "config",
         "greedy",
         "max_new_tokens",
-        "eos_ids",
         "valid_vocab",
         "compute_dtype",
         "mesh",
@@ -214,14 +213,14 @@ def _pin(cache: Cache, mesh: Mesh | None) -> Cache:
 def _decode(
     config: ModelConfig,
     params: Params,
-    prompts: Int[Array, "B S"],
+    prompts: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     keys: Any,
     temperature: Float[Array, ""],
+    stops: Int[Array, " S"],
     *,
     greedy: bool,
     max_new_tokens: int,
-    eos_ids: tuple[int, ...],
     valid_vocab: int,
     compute_dtype: Any,
     mesh: Mesh | None,
@@ -230,7 +229,6 @@ def _decode(
     rows, length = prompts.shape
     params = _compute_params(config, params, compute_dtype)  # once, not at every step
     head = head_weight(config, params)
-    stops = jnp.array(eos_ids, jnp.int32)
 
     def next_token(hidden: jax.Array, step: Any) -> tuple[jax.Array, jax.Array]:
         logits = jnp.einsum("bd,vd->bv", hidden, head, preferred_element_type=jnp.float32)
