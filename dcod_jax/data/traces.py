@@ -1,0 +1,236 @@
+"""Where raw traces come from: JSONL files, globs and HF datasets, read as a stream.
+
+Every problem of a record is reported with its file and line. It stops the run, or, with a
+callback for bad records, is handed over and the stream goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dcod_jax.data.formats import BadRecordError, Fields, RawTrace, is_request, read_record
+from dcod_jax.types import DcodError
+
+JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
+_SAVED = ("dataset_info.json", "dataset_dict.json")  # what save_to_disk leaves
+_HINT = "mend the record, or set prepare.on_bad_record=quarantine to go on without such records"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One place to read from; `kind` is jsonl, parquet, saved (save_to_disk) or hub."""
+
+    kind: str
+    path: str
+    split: str = "train"
+
+
+@dataclasses.dataclass(frozen=True)
+class BadRecord:
+    """A record that could not be read: where, why, and its text."""
+
+    source: str
+    reason: str
+    text: str
+
+
+OnBad = Callable[[BadRecord], None]
+
+
+# ---------------------------------------------------------------- finding
+
+
+def find_sources(source: str, *, split: str = "train", key: str = "data.traces") -> list[Source]:
+    """Comma-separated files, globs, directories or hub ids, in the order given.
+
+    Raises DcodError when a part names nothing.
+    """
+    parts = [part.strip() for part in source.split(",") if part.strip()]
+    if not parts:
+        raise DcodError(f"{key} is empty; expected JSONL files, a glob or an HF dataset")
+    return [found for part in parts for found in _find_part(part, split=split, key=key)]
+
+
+def _find_part(part: str, *, split: str, key: str) -> list[Source]:
+    if any(mark in part for mark in "*?["):
+        names = sorted(name for name in glob.glob(part, recursive=True) if Path(name).is_file())
+        if not names:
+            raise DcodError(f"{key}: the pattern {part!r} matches no file")
+        return [_file(Path(name), key=key) for name in names]
+    path = Path(part)
+    if path.is_file():
+        return [_file(path, key=key)]
+    if path.is_dir():
+        return _directory(path, split=split, key=key)
+    if path.suffix in (*JSONL_SUFFIXES, ".parquet") or part.startswith(("/", ".", "~")):
+        raise DcodError(f"{key}: no such file or directory: {part}")
+    if part.count("/") > 1:
+        raise DcodError(f"{key}: {part!r} is neither a file, a directory nor a hub id (owner/name)")
+    return [Source("hub", part, split)]
+
+
+def _file(path: Path, *, key: str) -> Source:
+    if path.suffix in JSONL_SUFFIXES:
+        return Source("jsonl", str(path))
+    if path.suffix == ".parquet":
+        return Source("parquet", str(path))
+    raise DcodError(
+        f"{key}: {path} has the suffix {path.suffix!r}; expected "
+        f"{', '.join(JSONL_SUFFIXES)} (one object a line) or .parquet"
+    )
+
+
+def _directory(path: Path, *, split: str, key: str) -> list[Source]:
+    if any((path / name).is_file() for name in _SAVED):
+        return [Source("saved", str(path), split)]
+    suffixes = (*JSONL_SUFFIXES, ".parquet")
+    files = sorted(p for p in path.rglob("*") if p.suffix in suffixes and p.is_file())
+    named = [p for p in files if p.stem.startswith(split) or p.parent.name == split]
+    if not files:
+        raise DcodError(
+            f"{key}: {path} holds no traces: expected an HF dataset (save_to_disk), or "
+            f"{', '.join(suffixes)} files"
+        )
+    return [_file(p, key=key) for p in (named or files)]
+
+
+# ---------------------------------------------------------------- identity
+
+
+def describe(sources: Sequence[Source]) -> list[dict[str, Any]]:
+    """Path, records, bytes and content hash of each source, for manifests and progress bars."""
+    return [_describe(source) for source in sources]
+
+
+def _describe(source: Source) -> dict[str, Any]:
+    if source.kind == "hub":
+        rows = _open_hub(source)
+        splits = rows.info.splits or {}
+        count = splits[source.split].num_examples if source.split in splits else 0
+        return {"path": source.path, "kind": "hub", "split": source.split, "records": count}
+    path = Path(source.path)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    digest, size, lines = hashlib.sha256(), 0, 0
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+                size += len(block)
+                lines += block.count(b"\n")
+    found = {"path": source.path, "kind": source.kind, "bytes": size, "sha256": digest.hexdigest()}
+    if source.kind == "saved":
+        found["split"] = source.split
+    return {**found, "records": lines if source.kind == "jsonl" else len(_open_rows(source))}
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_traces(
+    sources: Sequence[Source],
+    fields: Fields,
+    *,
+    on_bad: OnBad | None = None,
+    on_record: Callable[[int], None] | None = None,
+) -> Iterator[RawTrace]:
+    """The traces of all sources, in order, one record in memory at a time.
+
+    `on_bad` is given what cannot be read, and the stream goes on; without it such a record
+    raises DcodError "file:line: what is wrong". `on_record(1)` is called for every record.
+    """
+    requests: dict[str, Any] = {}  # the prompts of batch outputs that come later
+    for source in sources:
+        rows = _read_lines(source) if source.kind == "jsonl" else _read_rows(source)
+        for where, content in rows:
+            try:
+                record = _parse(content) if isinstance(content, bytes) else content
+                if isinstance(record, dict) and is_request(record):
+                    requests[str(record["custom_id"])] = record
+                else:
+                    yield from read_record(record, fields, source=where, requests=requests)
+            except BadRecordError as error:
+                if on_bad is None:
+                    raise DcodError(f"{where}: {error}; {_HINT}") from error
+                on_bad(BadRecord(where, str(error), _as_text(content)))
+            if on_record:
+                on_record(1)
+
+
+def _as_text(content: Any) -> str:
+    if isinstance(content, bytes):
+        return content.decode("utf-8", "backslashreplace").rstrip("\r\n")
+    return json.dumps(content, ensure_ascii=False, default=str)
+
+
+def _read_lines(source: Source) -> Iterator[tuple[str, bytes]]:
+    with open(source.path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if content.strip():
+                yield f"{source.path}:{number}", content
+
+
+def _parse(line: bytes) -> Any:
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRecordError(f"invalid UTF-8 at byte {error.start} ({error.reason})") from error
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        ends = text.rstrip()[-30:]
+        cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
+        what = f"truncated JSON (the line ends {ends!r})" if cut else "invalid JSON"
+        raise BadRecordError(f"{what}: {error.msg} at column {error.colno}") from error
+    except (RecursionError, ValueError) as error:  # nesting, numbers of thousands of digits
+        raise BadRecordError(f"invalid JSON: {error}") from error
+
+
+def _read_rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
+    rows = _open_hub(source) if source.kind == "hub" else _open_rows(source)
+    label = source.path if source.kind == "parquet" else f"{source.path}[{source.split}]"
+    for number, row in enumerate(rows, 1):
+        yield f"{label}:{number}", {name: value for name, value in row.items() if value is not None}
+
+
+def _open_rows(source: Source) -> Any:
+    """A random-access HF dataset from local files."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        if source.kind == "parquet":
+            return datasets.Dataset.from_parquet(source.path)
+        found: Any = datasets.load_from_disk(source.path)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise DcodError(f"{source.path} is not a readable HF dataset: {error}") from error
+    if isinstance(found, datasets.DatasetDict):
+        if source.split not in found:
+            raise DcodError(
+                f"{source.path} has the splits {', '.join(map(str, found))}, not {source.split!r}; "
+                "set data.split"
+            )
+        return found[source.split]
+    return found
+
+
+def _open_hub(source: Source) -> Any:
+    """A streamed HF dataset from the hub (or its local cache)."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return datasets.load_dataset(source.path, split=source.split, streaming=True)
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = f"{type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0]}"
+        raise DcodError(
+            f"data.traces: there is no file or directory {source.path!r} here, and the hub "
+            f"dataset {source.path!r}, split {source.split!r}, cannot be opened "
+            f"({reason}); without the hub give a local path"
+        ) from error
