@@ -1,38 +1,35 @@
 """Raw traces to a tokenised, filtered trace dataset: data.traces -> data.dataset/train (and eval).
 
-In this order a trace is dropped, counted and written to quarantine.jsonl when it is malformed
-(prepare.on_bad_record=quarantine), was cut off by the sampler (truncated), ends in a wrong or no
-answer (where a reference exists), has a held-out prompt, is a duplicate, overlaps with an
-evaluation set, or is longer than data.max_length. Nothing is ever shortened. The dataset appears
-under its name only when it is complete; a run with the same inputs then does nothing.
+Wrong, duplicate, overlapping and too long traces are dropped (filters.py), counted, and written
+to quarantine.jsonl; nothing is ever shortened. The dataset appears under its name only when it
+is complete; a run with the same inputs then does nothing.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from dcod_jax.config import dataset_dir, run_verb
 from dcod_jax.data import chat, overlap
-from dcod_jax.data.delivered import delivered_logprobs
-from dcod_jax.data.formats import Fields, RawTrace
+from dcod_jax.data.formats import RawTrace
 from dcod_jax.data.manifest import MANIFEST, file_sha256, read_manifest
 from dcod_jax.data.records import DatasetWriter
-from dcod_jax.data.traces import BadRecord, Source, describe, find_sources, read_traces
+from dcod_jax.data.traces import Source, describe, find_sources
+from dcod_jax.filters import Counts, Filter
 from dcod_jax.grading import Grader
 from dcod_jax.progress import track
 from dcod_jax.scoring import load_any_tokenizer
-from dcod_jax.types import DcodError, Trace
+from dcod_jax.types import DcodError
 
 QUARANTINE = "quarantine.jsonl"
 # What decides the result, beside the content of the files and the tokenizer.
@@ -42,12 +39,6 @@ _SETTINGS = (
     "prepare.deduplicate prepare.overlap_ngram prepare.logprobs prepare.on_bad_record "
     "prepare.shard_records"
 ).split()
-_GRADE_REASONS = {
-    "wrong": "wrong_answer",
-    "no_answer": "no_answer",
-    "timeout": "grading_timeout",
-    "error": "grading_error",
-}
 
 
 # ---------------------------------------------------------------- inputs and their identity
@@ -183,124 +174,6 @@ def is_prepared(config: Any) -> bool:
     return True
 
 
-# ---------------------------------------------------------------- filters
-
-
-@dataclasses.dataclass
-class _Counts:
-    """Of one split: every trace read is kept or dropped for one reason."""
-
-    kept: int = 0
-    dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-
-    def manifest(self) -> dict[str, Any]:
-        read = self.kept + sum(self.dropped.values())
-        return {"read": read, "kept": self.kept, "dropped": dict(sorted(self.dropped.items()))}
-
-
-class _Filter:
-    """The filters with what they remember: keys seen, prompts held out, ids given."""
-
-    def __init__(self, config: Any, tokenizer: Any, quarantine: IO[str]):
-        self.config, self.tokenizer, self.quarantine = config, tokenizer, quarantine
-        prepare = config.prepare
-        self.fields = Fields(
-            prompt=prepare.prompt_field,
-            completion=prepare.completion_field,
-            answer=prepare.answer_field,
-            system_prompt=prepare.system_prompt,
-        )
-        self.index = overlap.build_index(
-            prepare.overlap_files, size=prepare.overlap_ngram, prompt_field=prepare.prompt_field
-        )
-        self.seen: set[bytes] = set()
-        self.held_out: set[bytes] = set()  # prompts of data.eval_traces
-        self.ids: collections.Counter[str] = collections.Counter()
-        self.counts = _Counts()
-        self.models: set[str] = set()
-        self.temperatures: set[float] = set()
-        self.unused_logprobs = 0
-
-    def drop(self, reason: str, detail: str, *, source: str, record: Any, name: str = "") -> None:
-        self.counts.dropped[reason] += 1
-        line = {"source": source, "id": name, "reason": reason, "detail": detail, "record": record}
-        self.quarantine.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-
-    def _drop(self, trace: RawTrace, reason: str, detail: str) -> None:
-        self.drop(reason, detail, source=trace.source, record=trace.record, name=trace.id)
-
-    def _bad(self, bad: BadRecord) -> None:
-        self.drop("bad_record", bad.reason, source=bad.source, record=bad.text)
-
-    def run(self, sources: Sequence[Source], grader: Grader, advance: Any) -> Iterator[Any]:
-        """(RawTrace, Trace) of what is kept."""
-        on_bad = self._bad if self.config.prepare.on_bad_record == "quarantine" else None
-        raw = read_traces(sources, self.fields, on_bad=on_bad, on_record=advance)
-        grading = self.config.prepare.filter_correct
-        whole = (trace for trace in raw if self._whole(trace))
-        graded = grader.stream(
-            (trace, trace.completion_text(), trace.answer if grading else None) for trace in whole
-        )
-        for trace, grade in graded:
-            if grade is not None and not grade.correct:
-                detail = (
-                    f"answer {grade.extracted!r} by rule {grade.rule}, expected {trace.answer!r}"
-                )
-                self._drop(trace, _GRADE_REASONS[grade.reason], detail)
-            elif self._unique(trace) and (encoded := self._encode(trace)) is not None:
-                self.counts.kept += 1
-                yield trace, encoded
-
-    def _whole(self, trace: RawTrace) -> bool:
-        if trace.finish_reason == "length":
-            self._drop(trace, "truncated", "finish_reason is length: it would teach a false end")
-            return False
-        return True
-
-    def _unique(self, trace: RawTrace) -> bool:
-        """Whether no held-out prompt, no earlier trace and no evaluation set has this text."""
-        if overlap.prompt_key(trace) in self.held_out:
-            self._drop(trace, "held_out_prompt", "the prompt is in data.eval_traces")
-            return False
-        key = overlap.trace_key(trace)
-        if self.config.prepare.deduplicate and key in self.seen:
-            self._drop(trace, "duplicate", "an earlier trace has this prompt and completion")
-            return False
-        found = self.index.find(trace)
-        if found:
-            self._drop(trace, "overlap", found)
-            return False
-        self.seen.add(key)
-        return True
-
-    def _encode(self, trace: RawTrace) -> Trace | None:
-        """The tokenised trace; None when it was dropped."""
-        limit = self.config.data.max_length
-        try:
-            ids, mask = chat.encode(
-                self.tokenizer, trace.messages, first_completion=trace.first_completion
-            )
-            if len(ids) > limit:
-                self._drop(trace, "too_long", f"{len(ids)} tokens, data.max_length={limit}")
-                return None
-            logprobs = None
-            if self.config.prepare.logprobs == "require":
-                logprobs = delivered_logprobs(self.tokenizer, trace, ids[mask])
-        except DcodError as error:
-            if self.config.prepare.on_bad_record == "error":
-                raise DcodError(f"{trace.source}: {error}") from error
-            self._drop(trace, "bad_record", str(error))
-            return None
-        self.unused_logprobs += trace.logprobs is not None and logprobs is None
-        self.models |= {trace.model} - {""}
-        self.temperatures |= {trace.temperature} - {None}
-        self.ids[trace.id] += 1
-        again = self.ids[trace.id]
-        name = trace.id if again == 1 else f"{trace.id}#{again}"
-        meta = {"source": trace.source} | ({"answer": trace.answer} if trace.answer else {})
-        return Trace(name, ids, mask, logprobs=logprobs, meta=meta)
-
-
 # ---------------------------------------------------------------- the verb
 
 
@@ -319,7 +192,7 @@ def prepare(config: Any, *, progress: bool = True) -> Path:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     with (work / QUARANTINE).open("w", encoding="utf-8") as quarantine:
-        run = _Filter(config, inputs.tokenizer, quarantine)
+        run = Filter(config, inputs.tokenizer, quarantine)
         total = sum(f["records"] for f in [*inputs.train_files, *inputs.held_out_files])
         shown = progress and config.train.progress and total > 0
         with (
@@ -335,16 +208,16 @@ def prepare(config: Any, *, progress: bool = True) -> Path:
 
 
 def _write_splits(
-    config: Any, inputs: _Inputs, run: _Filter, work: Path, *, grader: Grader, advance: Any
-) -> dict[str, _Counts]:
-    counts: dict[str, _Counts] = {}
+    config: Any, inputs: _Inputs, run: Filter, work: Path, *, grader: Grader, advance: Any
+) -> dict[str, Counts]:
+    counts: dict[str, Counts] = {}
     if inputs.held_out:
         with _writer(config, inputs, inputs.held_out_files, work / "eval") as writer:
             for trace, encoded in run.run(inputs.held_out, grader, advance):
                 run.held_out.add(overlap.prompt_key(trace))
                 writer.write(encoded)
             counts["eval"] = _finish(writer, run, "data.eval_traces")
-    run.counts = _Counts()
+    run.counts = Counts()
     with contextlib.ExitStack() as stack:
         train = stack.enter_context(_writer(config, inputs, inputs.train_files, work / "train"))
         held_out, held = None, 0
@@ -361,10 +234,10 @@ def _write_splits(
             else:
                 train.write(encoded)
         total = _finish(train, run, "data.traces", held_out=held)
-        counts["train"] = total
+        counts["train"] = Counts(total.kept - held, total.dropped)
         if held_out is not None:
-            counts["eval"] = _Counts(kept=held)
-            held_out.update_manifest(counts=counts["eval"].manifest(), **_provenance(run))
+            counts["eval"] = Counts(kept=held)
+            held_out.update_manifest(counts=counts["eval"].manifest(), **run.provenance())
         elif config.data.eval_fraction:
             raise DcodError(
                 f"data.eval_fraction={config.data.eval_fraction} held out none of the "
@@ -400,27 +273,7 @@ def _writer(
     return DatasetWriter(directory, shard_records=config.prepare.shard_records, manifest=manifest)
 
 
-def _provenance(run: _Filter) -> dict[str, Any]:
-    """What the traces themselves said about who sampled them, and what became of log-probs."""
-    settings, policy = run.config.teacher, run.config.prepare.logprobs
-    fields: dict[str, Any] = {
-        "sampled_by": {
-            "models": sorted(run.models),
-            "temperatures": sorted(run.temperatures),
-        },
-        "delivered_logprobs": {"policy": policy, "traces_ignored": run.unused_logprobs},
-    }
-    if policy == "require":
-        named = settings.name or ", ".join(sorted(run.models)) or "the source of the traces"
-        fields["teacher"] = {
-            "name": named,
-            "revision": settings.revision,
-            "weights": "unknown: log-probs were delivered with the traces",
-        }
-    return fields
-
-
-def _finish(writer: DatasetWriter, run: _Filter, key: str, *, held_out: int = 0) -> _Counts:
+def _finish(writer: DatasetWriter, run: Filter, key: str, *, held_out: int = 0) -> Counts:
     """Counts into the manifest; refuses a split that keeps nothing."""
     counts = run.counts
     reasons = ", ".join(f"{name} {count}" for name, count in counts.dropped.most_common())
@@ -434,11 +287,11 @@ def _finish(writer: DatasetWriter, run: _Filter, key: str, *, held_out: int = 0)
     manifest = counts.manifest()
     if held_out:
         manifest |= {"kept": counts.kept - held_out, "held_out": held_out}
-    writer.update_manifest(counts=manifest, **_provenance(run))
+    writer.update_manifest(counts=manifest, **run.provenance())
     return counts
 
 
-def _print_counts(root: Path, counts: dict[str, _Counts]) -> None:
+def _print_counts(root: Path, counts: dict[str, Counts]) -> None:
     table = Table("split", "outcome", "traces", title=str(root))
     for split, count in counts.items():
         table.add_row(split, "kept", f"{count.kept:,}")
