@@ -15,6 +15,10 @@ from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from dcod_jax.losses import distill
+from dcod_jax.losses.distill import LossConfig
+from dcod_jax.losses.weights import WeightConfig
+from dcod_jax.optim import OptimConfig
 from dcod_jax.types import DcodError
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout: recipes say `from configs.base import`
@@ -163,15 +167,24 @@ def variants(config: Any) -> Iterator[tuple[str, Any]]:
         return
     for text in config.compare:
         name, *changes = text.split()
-        variant: Any = ConfigDict(config.to_dict()).lock()
+        own = {"run_dir": str(Path(config.run_dir) / name), "compare": ()}
+        variant = _copy(config, own | {"data.dataset": dataset_dir(config)})
         for change in changes:
             key, _, value = change.partition("=")
             assign(variant, key, value)
-        variant.data.dataset = dataset_dir(config)
-        variant.run_dir = str(Path(config.run_dir) / name)
-        variant.compare = ()
         check(variant)
         yield name, FrozenConfigDict(variant)
+
+
+def replace(config: Any, changes: dict[str, Any]) -> Any:
+    """The config with some dotted keys changed."""
+    return FrozenConfigDict(_copy(config, changes))
+
+
+def _copy(config: Any, changes: dict[str, Any]) -> Any:
+    copy: Any = ConfigDict(config.to_dict()).lock()
+    copy.update_from_flattened_dict(changes)
+    return copy
 
 
 def dataset_dir(config: Any) -> str:
@@ -184,6 +197,22 @@ def to_json(config: Any) -> str:
     return json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n"
 
 
+def to_config(values: dict[str, Any]) -> Any:
+    """The config that to_json or to_dict wrote."""
+    return FrozenConfigDict(values)
+
+
+def loss_config(config: Any) -> LossConfig:
+    """loss.* as the frozen record that the loss functions take."""
+    values = config.loss.to_dict()
+    return LossConfig(**values | {"weights": WeightConfig(**values["weights"])})
+
+
+def optim_config(config: Any) -> OptimConfig:
+    """optim.* as the frozen record that make_optimizer takes."""
+    return OptimConfig(**config.optim.to_dict())
+
+
 # ---------------------------------------------------------------- checks
 
 CHOICES = {
@@ -193,23 +222,19 @@ CHOICES = {
     "export.dtype": ("bfloat16", "float32", "float16"),
     "prepare.logprobs": ("ignore", "require"),
     "prepare.on_bad_record": ("error", "quarantine"),
-    "loss.divergence": ("nll",),
-    "loss.weights.name": ("uniform", "sigmoid", "clip", "power", "dft"),
-    "loss.weights.scope": ("token", "prefix", "sequence"),
-    "loss.weights.normalize": ("mean", "none", "sequence"),
     "optim.schedule": ("cosine", "linear", "constant"),
 }
 
 POSITIVE = (
     "data.max_length data.seq_len data.batch_size data.prefetch prepare.grade_timeout "
-    "prepare.overlap_ngram prepare.shard_records score.batch_tokens loss.head_chunk "
-    "loss.weights.temperature loss.weights.clip optim.learning_rate optim.eps train.steps "
+    "prepare.overlap_ngram prepare.shard_records score.batch_tokens "
+    "optim.learning_rate optim.eps train.steps "
     "train.microbatches train.log_every train.keep generate.samples generate.max_new_tokens "
     "generate.batch_size evaluate.max_new_tokens evaluate.batch_size export.max_shard_gb"
 ).split()
 
 NOT_NEGATIVE = (
-    "seed prepare.workers score.top_k loss.weights.warmup_steps optim.warmup_steps "
+    "seed prepare.workers score.top_k optim.warmup_steps "
     "optim.weight_decay optim.clip_norm optim.final_fraction train.eval_every train.eval_batches "
     "train.save_every generate.temperature evaluate.limit data.eval_fraction"
 ).split()
@@ -230,6 +255,7 @@ def check(config: Any) -> None:
     for key in ("optim.b1", "optim.b2", "data.eval_fraction"):
         if not 0 <= flat[key] < 1:
             wrong.append(f"{key}={flat[key]} must be in [0, 1)")
+    wrong += [str(error) for error in distill.config_errors(loss_config(config))]
     if flat["data.max_length"] > flat["data.seq_len"]:
         wrong.append(
             f"data.max_length={flat['data.max_length']} must not exceed "

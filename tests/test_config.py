@@ -50,7 +50,10 @@ def test_values_are_read_as_the_type_of_their_key(text, expected):
         (["--config.train.steps=many"], "expected int, such as 1000"),
         (["--config.train.steps=1.5"], "expected int"),
         (["--config.train.progress=maybe"], "expected bool"),
-        (["--config.loss.weights.name=sigmod"], "did you mean 'sigmoid'?"),
+        (
+            ["--config.loss.weights.name=sigmod"],
+            "loss.weights.name='sigmod' is not known; choose one of uniform, sigmoid",
+        ),
         (["--config.train.steps=0"], "train.steps=0 must be greater than 0"),
         (["--config.optim.b1=1.0"], "optim.b1=1.0 must be in [0, 1)"),
         (["--config.data.seq_len=64"], "data.max_length=2048 must not exceed data.seq_len=64"),

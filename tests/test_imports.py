@@ -15,7 +15,7 @@ LEVELS = {
     "data.overlap grading optim metrics checkpoint arithmetic",
     3: "losses.distill models.hf models.gguf data.pipeline generate",
     4: "config train_step scoring evals",
-    5: "train prepare score generate_traces evaluate export inspect compare",
+    5: "train prepare score generate_traces evaluate export inspect stages",
 }
 # Same level, allowed in this direction only: a module is built of these.
 WITHIN = {
@@ -27,8 +27,8 @@ WITHIN = {
     "models.hf": {"models.gguf"},
     "evals": {"config"},
     "scoring": {"config"},
-    "train": {"prepare", "score", "generate_traces", "evaluate", "export", "compare"},
-    "compare": {"prepare", "score", "generate_traces", "evaluate", "export"},
+    "train": {"stages", "prepare"},
+    "stages": {"prepare", "score", "generate_traces", "evaluate", "export"},
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names.split()}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")

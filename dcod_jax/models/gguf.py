@@ -192,11 +192,7 @@ def read_gguf(
     for tensors that are missing or unknown (rope_freqs of Llama 3.1 among them).
     """
     path = Path(file)
-    reader = _open(path)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    if "token_embd.weight" not in tensors:
-        raise DcodError(f"{path}: tensor token_embd.weight is missing; is it a language model?")
-    config = _config(reader, set(tensors), path)
+    config, tensors = _read_head(path)
     expected = {slot.name: slot for slot in slots(config, _LLAMA)}
     for name in sorted(expected.keys() ^ tensors.keys()):
         state = "missing" if name in expected else "not part of this architecture here"
@@ -215,6 +211,20 @@ def read_gguf(
         return _unpermute(values, getattr(config, permuted[kind])) if kind in permuted else values
 
     return config, assemble(config, _LLAMA, read, dtype=dtype)
+
+
+def _read_head(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """(config, {tensor name: tensor}); the tensors are mapped, not read."""
+    reader = _open(path)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if "token_embd.weight" not in tensors:
+        raise DcodError(f"{path}: tensor token_embd.weight is missing; is it a language model?")
+    return _config(reader, set(tensors), path), tensors
+
+
+def read_config(file: str | os.PathLike[str]) -> ModelConfig:
+    """The config of a GGUF file; raises DcodError as read_gguf does."""
+    return _read_head(Path(file))[0]
 
 
 def export_tokenizer(

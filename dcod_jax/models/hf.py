@@ -120,6 +120,12 @@ def load_config(path: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, An
     return configs.from_hf(raw, source=str(file)), raw
 
 
+def read_config(path: str | os.PathLike[str]) -> ModelConfig:
+    """ModelConfig of an HF directory, a config.json or a .gguf file."""
+    directory = _directory(path)
+    return gguf.read_config(directory) if directory.suffix == ".gguf" else load_config(directory)[0]
+
+
 def _weight_map(directory: Path) -> dict[str, Path]:
     """Tensor name -> file that holds it."""
     single, index = directory / SINGLE, directory / INDEX

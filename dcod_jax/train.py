@@ -1,0 +1,449 @@
+"""Distil a student: one command from raw traces, or from prompts and a teacher, to an HF model.
+
+Steps that are missing are run first (generate_traces, prepare, score), each with its progress.
+Then the student is trained on the packed trace dataset; the same command resumes after an
+interruption. With `compare` every variant is trained from the same start; with
+`evaluate.problems` all are graded by greedy decoding; the result is exported as an HF directory.
+
+Writes run_dir/{config.json,metrics.jsonl,tensorboard,checkpoints,export}; with `compare` one such
+directory for each variant. Exit codes: 0 done, 1 error, 75 interrupted after saving.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dcod_jax import config as configs
+from dcod_jax import metrics as meters
+from dcod_jax import stages
+from dcod_jax.checkpoint import Checkpointer, Restored
+from dcod_jax.config import run_verb
+from dcod_jax.data import chat, pipeline
+from dcod_jax.data.manifest import replace_file
+from dcod_jax.data.records import TraceDataset, check_fingerprints
+from dcod_jax.losses import reduce, weights
+from dcod_jax.mesh import make_mesh, tree_shardings
+from dcod_jax.models import hf, transformer
+from dcod_jax.models.config import ModelConfig, flops_per_token
+from dcod_jax.optim import make_optimizer
+from dcod_jax.prepare import load_tokenizer
+from dcod_jax.progress import track
+from dcod_jax.train_step import init_state, make_eval_step, make_train_step
+from dcod_jax.types import DcodError, Params, TrainState
+
+# Keys that may differ between a run and its continuation: they cannot change what is learned
+# beyond the order in which floating-point sums are taken.
+FREE = (
+    "run_dir compare mesh. student.remat train.log_every train.eval train.save_every train.keep "
+    "train.best_metric train.progress train.microbatches loss.head_chunk data.prefetch "
+    "data.verify_checksums data.traces data.eval data.split data.dataset teacher. prepare. score. "
+    "generate. evaluate. export. student.path student.config student.tokenizer train.init_from"
+).split()
+
+
+def train(config: Any) -> None:
+    """The verb: missing inputs, every variant, then evaluation and export."""
+    stages.ensure_inputs(config)
+    runs = list(configs.variants(config))
+    for name, variant in runs:
+        fit(variant, name=name)
+    stages.finish(config, runs)
+
+
+# ---------------------------------------------------------------- one run
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    """What is trained, without its parameters."""
+
+    source: str
+    config: ModelConfig
+    tokenizer: Any
+    valid_vocab: int  # the tokenizer's real size; rows of the embedding above it are padding
+
+
+def fit(config: Any, *, name: str = "") -> int:
+    """Train one variant to train.steps, or resume it; returns the number of steps done."""
+    # Everything that can be refused is refused before a device is touched.
+    student = load_student(config)
+    train_set, eval_set = open_datasets(config, student)
+    loss_config = configs.loss_config(config)
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    checkpointer = Checkpointer(
+        run_dir,
+        keep=config.train.keep,
+        best_metric=config.train.best_metric if eval_set else "",
+    )
+
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, tensor=config.mesh.tensor)
+    optimizer, schedule = make_optimizer(configs.optim_config(config), config.train.steps)
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "compute_dtype": jnp.dtype(config.student.compute_dtype),
+        "remat": config.student.remat,
+        "valid_vocab": student.valid_vocab,
+    }
+    train_step = make_train_step(
+        student.config,
+        loss_config,
+        optimizer,
+        schedule,
+        batch_size=config.data.batch_size,
+        microbatches=config.train.microbatches,
+        **options,
+    )
+    evaluator = Evaluator(config, student, eval_set, loss_config, options) if eval_set else None
+    state, restored = start_state(config, student, optimizer, mesh, checkpointer)
+
+    process, processes = pipeline.host_slice(mesh, config.data.batch_size)
+    batches = pipeline.train_batches(
+        train_set,
+        seq_len=config.data.seq_len,
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+        process_index=process,
+        process_count=processes,
+        prefetch=config.data.prefetch,
+        require_scores=weights.needs_teacher(loss_config.weights),
+    )
+    step, tokens_seen = 0, 0
+    if restored:
+        batches.set_state(restored.progress["iterator"])
+        step, tokens_seen = restored.step, restored.progress["tokens_seen"]
+    if step >= config.train.steps:
+        print(f"{run_dir}: all {step} steps are done")
+        checkpointer.close()
+        return step
+    if not restored:
+        replace_file(run_dir / "config.json", configs.to_json(config).encode())
+    sample = train_set.read([0])[0]
+    print(f"one trace, supervised part marked:\n{chat.render_sample(student.tokenizer, sample)}\n")
+
+    log = Log(config, student, name=name, start=step, tokens_seen=tokens_seen, mesh=mesh)
+    evaluated = step if restored and restored.metrics else -1
+    saved = step if restored else -1
+    held_out: dict[str, float] = {}
+    pending: Pending | None = None
+    with interruption() as interrupted, log:
+        # The order is part of exactness: evaluate -> save -> advance the iterator -> step.
+        while True:
+            last = step == config.train.steps
+            stop = last or interrupted()
+            evaluate = evaluator is not None and _due(step, config.train.eval_every, last=last)
+            save = stop or (step > 0 and _due(step, config.train.save_every, last=last))
+            if (evaluate or save) and pending:
+                log.settle(pending, train_set, checkpointer)
+                pending = None
+            if evaluate and evaluated != step and evaluator is not None:
+                with log.pause():
+                    held_out = evaluator(state)
+                log.held_out(step, held_out)
+                evaluated = step
+            if save and saved != step:
+                with log.pause():
+                    checkpointer.save(
+                        state,
+                        step=step,
+                        progress={
+                            "iterator": batches.get_state(),
+                            "tokens_seen": log.tokens_seen,
+                        },
+                        config=config.to_dict(),
+                        metrics=held_out if evaluated == step else None,
+                    )
+                saved = step
+            if stop:
+                break
+            host_batch, trace_index = next(batches)
+            state, values = train_step(state, pipeline.to_device(host_batch, mesh))
+            step += 1
+            # Step n is running on the device; only now are the numbers of step n-1 fetched.
+            if pending:
+                log.settle(pending, train_set, checkpointer)
+            pending = Pending(step, values, trace_index)
+        checkpointer.close()
+    if not last:
+        print(f"{run_dir}: interrupted, saved at step {step}; the same command goes on")
+        raise SystemExit(configs.EXIT_INTERRUPTED)
+    return step
+
+
+def _due(step: int, every: int, *, last: bool) -> bool:
+    return bool(every) and (last or step % every == 0)
+
+
+@contextmanager
+def interruption() -> Iterator[Any]:
+    """Yield a function that says whether SIGTERM or SIGINT came; a second one ends at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        print(f"{signal.Signals(number).name}: saving after this step", flush=True)
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, note) for number in numbers]
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------- before the loop
+
+
+def load_student(config: Any) -> Student:
+    """Architecture and tokenizer of student.path or student.config."""
+    source = config.student.path or config.student.config
+    if not source:
+        raise DcodError(
+            "no student: set student.path (HF directory or .gguf) or student.config (config.json)"
+        )
+    path = Path(source)
+    model_config = hf.read_config(path)
+    tokenizer = load_tokenizer(config)
+    if len(tokenizer) > model_config.vocab_size:
+        raise DcodError(
+            f"the tokenizer has {len(tokenizer)} entries, {source} only "
+            f"vocab_size={model_config.vocab_size} rows; set student.tokenizer to its own"
+        )
+    return Student(source, model_config, tokenizer, len(tokenizer))
+
+
+def open_datasets(config: Any, student: Student) -> tuple[TraceDataset, TraceDataset | None]:
+    """(train, held-out or None), checked against the student's tokenizer and template."""
+    root = Path(configs.dataset_dir(config))
+    split = (root / "train").is_dir()
+    opened = []
+    for path in (root / "train", root / "eval") if split else (root,):
+        if path.name == "eval" and not path.is_dir():
+            continue
+        dataset = TraceDataset(path, verify=config.data.verify_checksums)
+        check_fingerprints(
+            dataset,
+            tokenizer=chat.tokenizer_fingerprint(student.tokenizer),
+            template=chat.template_fingerprint(student.tokenizer),
+            teacher=config.teacher.name or None,
+        )
+        longest = int(dataset.lengths[:, 0].max())
+        if longest > student.config.max_position_embeddings:
+            raise DcodError(
+                f"{path}: a trace has {longest} tokens, the student's max_position_embeddings is "
+                f"{student.config.max_position_embeddings}; prepare with a lower data.max_length"
+            )
+        opened.append(dataset)
+    return opened[0], opened[1] if len(opened) > 1 else None
+
+
+def start_state(
+    config: Any, student: Student, optimizer: Any, mesh: Any, checkpointer: Checkpointer
+) -> tuple[TrainState, Restored | None]:
+    """The state to start from, by the precedence written at the top of checkpoint.py."""
+    shardings = tree_shardings(mesh, transformer.logical_axes(student.config))
+    shapes = jax.tree.map(
+        lambda s, layout: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=layout),
+        transformer.param_shapes(student.config),
+        shardings,
+    )
+    if checkpointer.steps():
+        like = init_state(shapes, optimizer, mesh=mesh, model_config=student.config, abstract=True)
+        state, restored = checkpointer.restore(like)
+        _check_same_run(config, restored, checkpointer.directory)
+        print(f"resuming {config.run_dir} at step {restored.step}")
+        return state, restored
+    if config.train.init_from:
+        source = Checkpointer(config.train.init_from)
+        params, restored = source.restore_params(shapes)
+        print(f"parameters from {config.train.init_from}, step {restored.step}")
+    elif config.student.path:
+        _, params = hf.load_model(config.student.path, dtype=jnp.float32, mesh=mesh)
+        print(f"parameters from {config.student.path}")
+    else:
+        params = _random_params(student.config, config.seed, shardings)
+        print(f"random parameters for {config.student.config}, seed {config.seed}")
+    return init_state(params, optimizer, mesh=mesh, model_config=student.config), None
+
+
+def _random_params(model_config: ModelConfig, seed: int, shardings: Params) -> Params:
+    init = jax.jit(lambda key: transformer.init_params(model_config, key), out_shardings=shardings)
+    return init(jax.random.key(seed))
+
+
+def _check_same_run(config: Any, restored: Restored, directory: Path) -> None:
+    """A continuation with other settings would be neither run."""
+    before = configs.keys(configs.to_config(restored.config))
+    free = FREE + (["train.steps"] if config.optim.schedule == "constant" else [])
+    changed = [
+        f"{key}: {before.get(key)!r} then, {value!r} now"
+        for key, value in configs.keys(config).items()
+        if before.get(key) != value and not key.startswith(tuple(free))
+    ]
+    if changed:
+        raise DcodError(
+            f"{directory} belongs to a run with other settings:\n  "
+            + "\n  ".join(changed)
+            + "\nset them back, or choose another run_dir (train.init_from starts from it)"
+        )
+
+
+# ---------------------------------------------------------------- inside the loop
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """A step that was dispatched and whose numbers are still on the device."""
+
+    step: int
+    values: dict[str, jax.Array]
+    trace_index: np.ndarray  # [B / hosts, T], -1 in padding
+
+
+class Evaluator:
+    """Held-out loss: nll per token and the weighted objective, on every trace of the split."""
+
+    def __init__(
+        self,
+        config: Any,
+        student: Student,
+        dataset: TraceDataset,
+        loss_config: Any,
+        options: dict[str, Any],
+    ):
+        self.config, self.dataset, self.mesh = config, dataset, options["mesh"]
+        self.normalize = loss_config.weights.normalize
+        self.needs_teacher = weights.needs_teacher(loss_config.weights)
+        self.step = make_eval_step(student.config, loss_config, **options)
+
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        process, processes = pipeline.host_slice(self.mesh, self.config.data.batch_size)
+        batches = pipeline.eval_batches(
+            self.dataset,
+            seq_len=self.config.data.seq_len,
+            batch_size=self.config.data.batch_size,
+            process_index=process,
+            process_count=processes,
+            prefetch=self.config.data.prefetch,
+            require_scores=self.needs_teacher,
+        )
+        total = None
+        for number, (host_batch, _) in enumerate(batches, 1):
+            sums = self.step(state, pipeline.to_device(host_batch, self.mesh))
+            total = sums if total is None else reduce.add(total, sums)
+            if number == self.config.train.eval_batches:
+                break
+        if total is None:
+            raise DcodError(f"{self.dataset.directory} gave no held-out batch")
+        return {
+            "eval/nll": float(reduce.mean_nll(total)),
+            "eval/loss": float(reduce.finish(total, self.normalize)),
+            "eval/tokens": float(total.count),
+        }
+
+
+class Log:
+    """Numbers of a run: progress bar, metrics.jsonl, TensorBoard, and the stop at NaN."""
+
+    def __init__(
+        self, config: Any, student: Student, *, name: str, start: int, tokens_seen: int, mesh: Any
+    ):
+        self.config = config
+        self.tokens_seen = tokens_seen
+        self.writer = meters.MetricsWriter(config.run_dir, start)
+        self.bar = track(
+            f"training {name}".rstrip(),
+            config.train.steps,
+            unit="steps",
+            done=start,
+            enabled=config.train.progress,
+        )
+        positions = config.data.batch_size * config.data.seq_len
+        self.flops = positions * flops_per_token(student.config, config.data.seq_len)
+        peak = meters.device_peak_flops(jax.devices()[0].device_kind)
+        self.peak = peak * mesh.size if peak else None
+        self.note = ""
+        self.paused = 0.0
+        self.clock = time.monotonic()
+        self.clock_step = start
+        self.clock_tokens = 0
+
+    def __enter__(self) -> Log:
+        self.advance = self.bar.__enter__()
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self.bar.__exit__(*details)
+        self.writer.close()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time that is not a step's: evaluation and saving."""
+        start = time.monotonic()
+        yield
+        self.paused += time.monotonic() - start
+
+    def settle(self, done: Pending, dataset: TraceDataset, checkpointer: Checkpointer) -> None:
+        """Fetch one step's numbers, stop if they are not finite, count, show and write them."""
+        values = {key: float(value) for key, value in jax.device_get(done.values).items()}
+        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+            raise DcodError(_not_finite(done, values, dataset, checkpointer))
+        self.tokens_seen += int(values["tokens/completion"])
+        self.clock_tokens += int(values["tokens/total"])
+        elapsed = max(time.monotonic() - self.clock - self.paused, 1e-9)
+        pace = f"{self.clock_tokens / elapsed:,.0f} tokens/s"
+        self.advance(1, f"step {done.step} loss {values['loss']:.4f} {pace}{self.note}")
+        if done.step % self.config.train.log_every == 0 or done.step == self.config.train.steps:
+            self.writer.write(
+                done.step, values | {"tokens_seen": self.tokens_seen} | self._pace(done.step)
+            )
+
+    def _pace(self, step: int) -> dict[str, float]:
+        seconds = max(time.monotonic() - self.clock - self.paused, 1e-9)
+        per_step = seconds / (step - self.clock_step)
+        pace = {
+            "time/step_seconds": per_step,
+            "time/tokens_per_second": self.clock_tokens / seconds,
+        }
+        if self.peak:
+            pace["time/mfu"] = self.flops / per_step / self.peak
+        self.clock, self.clock_step = time.monotonic(), step
+        self.paused, self.clock_tokens = 0.0, 0
+        return pace
+
+    def held_out(self, step: int, values: dict[str, float]) -> None:
+        self.writer.write(step, values)
+        self.note = f" held-out nll {values['eval/nll']:.4f} (step {step})"
+
+
+def _not_finite(
+    done: Pending, values: dict[str, float], dataset: TraceDataset, checkpointer: Checkpointer
+) -> str:
+    traces = np.unique(done.trace_index[done.trace_index >= 0])
+    ids = [trace.id for trace in dataset.read(traces)]
+    steps = checkpointer.steps()
+    good = f"step {steps[-1]} in {checkpointer.directory}" if steps else "none"
+    return (
+        f"step {done.step}: loss={values['loss']}, grad_norm={values['grad_norm']}; the state was "
+        f"not saved. Last good checkpoint: {good}. Traces of the batch: {', '.join(ids)}. Look at "
+        "them with dcod_jax.inspect; lower optim.learning_rate or set optim.clip_norm if they are "
+        "as they should be"
+    )
+
+
+if __name__ == "__main__":
+    run_verb("train", train)

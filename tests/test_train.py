@@ -1,0 +1,264 @@
+"""The loop: exact resumption after kill -9, signals, NaN, held-out loss, and settings kept."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from dcod_jax import config as configs
+from dcod_jax import train
+from dcod_jax.checkpoint import Checkpointer
+from dcod_jax.models import hf
+from dcod_jax.types import DcodError
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = """
+from configs.base import get_config as base
+
+def get_config():
+    c = base()
+    c.student.path = {student!r}
+    c.student.compute_dtype = "float32"
+    c.teacher.path = {teacher!r}
+    c.teacher.dtype = "float32"
+    c.data.traces = {traces!r}
+    c.data.dataset = {dataset!r}
+    c.data.eval_fraction = 0.2
+    c.data.max_length = 64
+    c.data.seq_len = 64
+    c.data.batch_size = 8
+    c.prepare.workers = 1
+    c.prepare.shard_records = 32
+    c.optim.learning_rate = 3e-3
+    c.train.steps = 8
+    c.train.log_every = 1
+    c.train.eval_every = 4
+    c.train.save_every = 4
+    c.train.microbatches = 2
+    c.train.progress = False
+    c.export.dtype = "float32"
+    return c
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A recipe whose dataset is prepared and scored."""
+    place = tmp_path_factory.mktemp("train")
+    tiny.write_model(place / "student", seed=1)
+    tiny.write_model(place / "teacher", seed=2, hidden_size=48, num_attention_heads=6)
+    tiny.write_jsonl(place / "traces.jsonl", tiny.sums(120))
+    recipe = RECIPE.format(
+        student=str(place / "student"),
+        teacher=str(place / "teacher"),
+        traces=str(place / "traces.jsonl"),
+        dataset=str(place / "dataset"),
+    )
+    (place / "recipe.py").write_text(recipe)
+    train.stages.ensure_inputs(load(place, place / "unused"))
+    return place
+
+
+def words(place, run_dir, *more):
+    return ["--config", str(place / "recipe.py"), f"--config.run_dir={run_dir}", *more]
+
+
+def load(place, run_dir, *more):
+    return configs.load(words(place, run_dir, *more), verb="train")
+
+
+def start(place, run_dir, *more, **environment):
+    command = [sys.executable, "-m", "dcod_jax.train", *words(place, run_dir, *more)]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def metrics(run_dir):
+    """Lines of metrics.jsonl without what a clock gives."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("time")} for line in lines]
+
+
+def final_params(run_dir, place):
+    config, _ = hf.load_config(place / "student")
+    shapes = train.transformer.param_shapes(config)
+    params, _ = Checkpointer(run_dir).restore_params(shapes)
+    return params
+
+
+def assert_same_run(place, run_dir, reference):
+    assert metrics(run_dir) == metrics(reference)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        final_params(run_dir, place),
+        final_params(reference, place),
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(place):
+    """An uninterrupted run, in a process of its own like the interrupted ones."""
+    run = start(place, place / "reference")
+    output = run.communicate(timeout=300)[0]
+    assert run.returncode == 0, output
+    return place / "reference"
+
+
+def test_it_learns_and_writes_what_it_says(place, reference):
+    lines = metrics(reference)
+    steps = [line for line in lines if "loss" in line]
+    held_out = [line for line in lines if "eval/nll" in line]
+    assert [line["step"] for line in steps] == list(range(1, 9))
+    assert [line["step"] for line in held_out] == [0, 4, 8]
+    assert held_out[-1]["eval/nll"] < held_out[0]["eval/nll"]
+    assert all(math.isfinite(v) for line in lines for v in line.values())
+    assert steps[-1]["tokens_seen"] == sum(line["tokens/completion"] for line in steps)
+    stored = json.loads((reference / "config.json").read_text())
+    assert stored["train"]["steps"] == 8
+    assert (reference / "export" / "model.safetensors").exists()
+    assert list((reference / "tensorboard").iterdir())
+
+
+def kill_after(run, path, step, how):
+    """Send a signal once the metrics of that step are on disk."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and run.poll() is None:
+        if path.exists() and any(
+            json.loads(line).get("step", 0) >= step and "loss" in line
+            for line in path.read_text().splitlines()
+            if line.endswith("}")
+        ):
+            run.send_signal(how)
+            return
+        time.sleep(0.01)
+    pytest.fail(f"never reached step {step}: {run.communicate()[0]}")
+
+
+def test_kill_9_in_mid_run_then_the_same_command_is_bit_identical(place, reference):
+    run_dir = place / "killed"
+    first = start(place, run_dir)
+    kill_after(first, run_dir / "metrics.jsonl", 5, signal.SIGKILL)
+    first.communicate()
+    assert first.returncode == -signal.SIGKILL
+    assert Checkpointer(run_dir).steps() in ([4], [])
+    second = start(place, run_dir)
+    output = second.communicate(timeout=300)[0]
+    assert second.returncode == 0, output
+    assert_same_run(place, run_dir, reference)
+
+
+def test_sigterm_saves_and_exits_with_its_own_code(place, reference):
+    run_dir = place / "terminated"
+    first = start(place, run_dir, "--config.train.steps=8")
+    kill_after(first, run_dir / "metrics.jsonl", 2, signal.SIGTERM)
+    output = first.communicate(timeout=300)[0]
+    if first.returncode == 0:
+        pytest.skip("the run was over before the signal came")
+    assert first.returncode == configs.EXIT_INTERRUPTED, output
+    assert "the same command goes on" in output
+    second = start(place, run_dir)
+    output = second.communicate(timeout=300)[0]
+    assert second.returncode == 0, output
+    assert "resuming" in output
+    assert_same_run(place, run_dir, reference)
+
+
+def test_another_seed_is_another_run(place, reference):
+    with pytest.raises(DcodError, match=r"other settings:\n  seed: 0 then, 1 now"):
+        train.fit(load(place, reference, "--config.seed=1"))
+
+
+def test_a_finished_run_is_left_alone(place, reference):
+    before = sorted((p, p.stat().st_mtime_ns) for p in (reference / "checkpoints").iterdir())
+    assert train.fit(load(place, reference)) == 8
+    assert (
+        sorted((p, p.stat().st_mtime_ns) for p in (reference / "checkpoints").iterdir()) == before
+    )
+
+
+def test_another_mesh_continues_within_rounding(place, reference):
+    run_dir = place / "eight"
+    run = start(
+        place,
+        run_dir,
+        "--config.mesh.fsdp=2",
+        "--config.mesh.tensor=2",
+        "--config.train.microbatches=1",
+    )
+    output = run.communicate(timeout=300)[0]
+    assert run.returncode == 0, output
+    for ours, theirs in zip(metrics(run_dir), metrics(reference), strict=True):
+        for key in ("loss", "nll", "eval/nll", "eval/loss"):
+            if key in ours:
+                np.testing.assert_allclose(ours[key], theirs[key], rtol=2e-5, err_msg=key)
+
+
+def test_not_finite_stops_with_step_traces_and_last_good_checkpoint(place):
+    run_dir = place / "diverged"
+    config = load(
+        place,
+        run_dir,
+        "--config.optim.learning_rate=1e30",
+        "--config.optim.warmup_steps=0",
+        "--config.train.save_every=0",
+        "--config.optim.clip_norm=0",
+    )
+    with pytest.raises(DcodError) as caught:
+        train.fit(config)
+    message = str(caught.value)
+    assert message.startswith("step 2:") or message.startswith("step 3:")
+    assert "Last good checkpoint: none" in message
+    assert "sum-" in message
+
+
+def test_the_wrong_tokenizer_is_refused(place, tmp_path):
+    tiny.write_tokenizer(tmp_path / "other", alphabet=tiny.ALPHABET[::-1])
+    config = load(place, tmp_path / "run", f"--config.student.tokenizer={tmp_path / 'other'}")
+    with pytest.raises(DcodError, match="tokenizer"):
+        train.fit(config)
+
+
+def test_another_teachers_scores_are_refused(place, tmp_path):
+    with pytest.raises(DcodError, match="teacher"):
+        train.fit(load(place, tmp_path / "run", "--config.teacher.name=somebody"))
+
+
+def test_no_student_is_refused(place, tmp_path):
+    with pytest.raises(DcodError, match=r"set student\.path"):
+        train.fit(load(place, tmp_path / "run", "--config.student.path="))
+
+
+def test_parameters_from_another_run_and_from_a_config(place, reference, tmp_path):
+    first = load(place, tmp_path / "a", f"--config.train.init_from={reference}")
+    mesh = train.make_mesh()
+    student = train.load_student(first)
+    optimizer, _ = train.make_optimizer(configs.optim_config(first), 8)
+    state, _ = train.start_state(first, student, optimizer, mesh, Checkpointer(tmp_path / "a"))
+    jax.tree.map(np.testing.assert_array_equal, state.params, final_params(reference, place))
+    assert int(state.step) == 0
+    assert all(not np.any(x) for x in jax.tree.leaves(state.opt_state) if jnp.ndim(x))
+    scratch = load(
+        place,
+        tmp_path / "b",
+        "--config.student.path=",
+        f"--config.student.config={place / 'student' / 'config.json'}",
+    )
+    state, _ = train.start_state(scratch, student, optimizer, mesh, Checkpointer(tmp_path / "b"))
+    embedding = np.asarray(state.params["embed_tokens"]["embedding"])
+    np.testing.assert_allclose(embedding.std(), 0.1, rtol=0.1)
