@@ -12,10 +12,8 @@ batch, and a position is two numbers, the same on every host and for every numbe
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import hashlib
-import weakref
 from typing import Any
 
 import grain
@@ -129,12 +127,6 @@ class _PackedIterator(grain.DatasetIterator):
         self._plans = {}
 
 
-def _close(reference: weakref.ref[grain.DatasetIterator]) -> None:
-    iterator = reference()
-    if iterator is not None:
-        iterator.close()
-
-
 def _open(stream: _Stream, *, prefetch: int, require_scores: bool) -> grain.DatasetIterator:
     dataset = stream.dataset
     if stream.batch_size < 1 or stream.batch_size % stream.process_count:
@@ -154,10 +146,7 @@ def _open(stream: _Stream, *, prefetch: int, require_scores: bool) -> grain.Data
     packing.check_lengths(dataset.lengths[:, 0], stream.seq_len, source=source)
     packed = _PackedDataset(stream)
     ahead = grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=prefetch)
-    iterator = iter(ahead)
-    # A thread that is inside native code when the interpreter ends would abort the process.
-    atexit.register(_close, weakref.ref(iterator))
-    return iterator
+    return iter(ahead)
 
 
 def train_batches(
