@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +81,23 @@ class _Inputs:
     identity: dict[str, Any]  # flat; equal for runs with equal results
 
 
-def _content(files: Sequence[dict[str, Any]]) -> list[Any]:
+def _contents(train: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> dict[str, Any]:
     """The files without their paths, where the content is known: a moved file is the same."""
-    return [
-        {k: v for k, v in file.items() if k != "path" or "sha256" not in file} for file in files
-    ]
+
+    def content(file: dict[str, Any]) -> dict[str, Any]:
+        return {name: file[name] for name in file if name != "path" or "sha256" not in file}
+
+    return {
+        "data.traces": [content(file) for file in train],
+        "data.eval_traces": [content(file) for file in held_out],
+    }
 
 
 def _identity(config: Any, tokenizer: Any) -> dict[str, Any]:
+    if config.data.eval_traces and config.data.eval_fraction:
+        raise DcodError(
+            "data.eval_traces and data.eval_fraction are both set; held-out traces come from one"
+        )
     settings = {key: _value(config, key) for key in _SETTINGS}
     overlaps = []
     for name in config.prepare.overlap_files:
@@ -103,23 +111,21 @@ def _identity(config: Any, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _inputs(config: Any) -> _Inputs:
-    tokenizer = load_tokenizer(config)
+def _sources(config: Any) -> tuple[list[Source], list[Source]]:
+    """(train, held out); DcodError when one is not there."""
     split = config.data.split
     train = find_sources(traces_source(config), split=split)
-    held_out = []
-    if config.data.eval_traces:
-        if config.data.eval_fraction:
-            raise DcodError(
-                "data.eval_traces and data.eval_fraction are both set; held-out traces come from "
-                "one of them"
-            )
-        held_out = find_sources(config.data.eval_traces, split=split, key="data.eval_traces")
+    if not config.data.eval_traces:
+        return train, []
+    return train, find_sources(config.data.eval_traces, split=split, key="data.eval_traces")
+
+
+def _inputs(config: Any) -> _Inputs:
+    tokenizer = load_tokenizer(config)
+    identity = _identity(config, tokenizer)
+    train, held_out = _sources(config)
     train_files, held_out_files = describe(train), describe(held_out)
-    identity = _identity(config, tokenizer) | {
-        "data.traces": _content(train_files),
-        "data.eval_traces": _content(held_out_files),
-    }
+    identity |= _contents(train_files, held_out_files)
     identity = json.loads(json.dumps(identity))  # as it is read back from a manifest
     return _Inputs(train, held_out, train_files, held_out_files, tokenizer, identity)
 
@@ -166,10 +172,13 @@ def is_prepared(config: Any) -> bool:
         return False
     if not traces_source(config):
         return True
-    tokenizer = load_tokenizer(config)
-    wanted = json.loads(json.dumps(_identity(config, tokenizer)))
-    with contextlib.suppress(DcodError):
-        wanted = _inputs(config).identity
+    wanted = _identity(config, load_tokenizer(config))
+    try:
+        train, held_out = _sources(config)
+        wanted |= _contents(describe(train), describe(held_out))
+    except DcodError as error:
+        print(f"{root}: taken as it is, the raw traces cannot be compared ({error})")
+    wanted = json.loads(json.dumps(wanted))
     _compare(root, manifest.get("prepared_from", {}), wanted)
     return True
 
@@ -182,12 +191,10 @@ def prepare(config: Any, *, progress: bool = True) -> Path:
     root = Path(dataset_dir(config))
     if "://" in str(root):
         raise DcodError(f"data.dataset={root}: prepare writes to a local directory; copy it after")
-    manifest = _existing(root)
-    inputs = _inputs(config)
-    if manifest is not None:
-        _compare(root, manifest.get("prepared_from", {}), inputs.identity)
-        print(f"{root}: already prepared from the same inputs; nothing to do")
+    if is_prepared(config):
+        print(f"{root}: already prepared from these inputs; nothing to do")
         return root
+    inputs = _inputs(config)
     work = root.with_name(root.name + ".partial")  # what an interrupted run left is not resumed
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)

@@ -37,12 +37,13 @@ def prompt_key(trace: RawTrace) -> bytes:
 def trace_key(trace: RawTrace) -> bytes:
     """Equal for traces whose prompt and completions differ in white space and form only."""
     completions = [m["content"] for m in trace.messages if m["role"] == "assistant"]
-    return _key("\x1f".join([trace.prompt_text(), *completions]))
+    return _key(trace.prompt_text(), *completions)
 
 
-def _key(text: str) -> bytes:
-    text = " ".join(unicodedata.normalize("NFKC", text).split())
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def _key(*texts: str) -> bytes:
+    plain = [" ".join(unicodedata.normalize("NFKC", text).split()) for text in texts]
+    joined = "\0".join(plain).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(joined, digest_size=16).digest()
 
 
 @dataclasses.dataclass(frozen=True)

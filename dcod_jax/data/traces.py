@@ -178,14 +178,14 @@ def _read_lines(source: Source) -> Iterator[tuple[str, bytes]]:
 
 def _parse(line: bytes) -> Any:
     try:
-        text = line.decode("utf-8")
+        text = line.decode("utf-8").rstrip()
     except UnicodeDecodeError as error:
         raise BadRecordError(f"invalid UTF-8 at byte {error.start} ({error.reason})") from error
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        ends = text.rstrip()[-30:]
-        cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
+        ends = text[-30:]
+        cut = error.pos >= len(text) or error.msg.startswith("Unterminated")
         what = f"truncated JSON (the line ends {ends!r})" if cut else "invalid JSON"
         raise BadRecordError(f"{what}: {error.msg} at column {error.colno}") from error
     except (RecursionError, ValueError) as error:  # nesting, numbers of thousands of digits

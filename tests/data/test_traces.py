@@ -1,0 +1,274 @@
+"""Raw traces are read in every form users have, and every bad record is named with its line."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+
+from dcod_jax.data.formats import Fields, RawTrace
+from dcod_jax.data.traces import describe, find_sources, read_traces
+from dcod_jax.types import DcodError
+
+USER = {"role": "user", "content": "2 + 2?"}
+ASSISTANT = {"role": "assistant", "content": "It is 4."}
+
+
+def write(path: Path, *records) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+PLAIN = Fields()
+
+
+def read(path, fields: Fields = PLAIN, **kwargs) -> list[RawTrace]:
+    return list(read_traces(find_sources(str(path)), fields, **kwargs))
+
+
+def read_one(tmp_path, record, **kwargs) -> RawTrace:
+    (trace,) = read(write(tmp_path / "t.jsonl", record), **kwargs)
+    return trace
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "2 + 2?", "completion": "It is 4."},
+        {"question": "2 + 2?", "response": "It is 4."},
+        {"problem": "2 + 2?", "solution": "It is 4."},
+        {"instruction": "2 + 2?", "input": "", "output": "It is 4."},
+        {"prompt": [USER], "completion": [ASSISTANT]},
+        {"prompt": [USER], "completion": "It is 4."},
+        {"messages": [USER], "completion": "It is 4."},
+        {"messages": [USER, ASSISTANT]},
+        {"prompt": [{"role": "user", "content": [{"type": "text", "text": "2 + 2?"}]}]}
+        | {"completion": "It is 4."},
+        {"prompt": "2 + 2?", "outputs": [{"text": "It is 4.", "token_ids": [1], "logprobs": None}]},
+        {"custom_id": "a", "request": {"body": {"messages": [USER]}}}
+        | {"response": {"status_code": 200, "body": {"choices": [{"message": ASSISTANT}]}}},
+        {"prompt": "2 + 2?", "choices": [{"text": "It is 4."}]},
+    ],
+)
+def test_forms(tmp_path, record) -> None:
+    trace = read_one(tmp_path, record)
+    assert trace.messages == [USER, ASSISTANT]
+    assert trace.prompt_text() == "2 + 2?"
+    assert trace.completion_text() == "It is 4."
+    assert trace.source == f"{tmp_path / 't.jsonl'}:1"
+    assert trace.messages[trace.first_completion :][-1] == ASSISTANT
+
+
+def test_the_fields_beside_the_text(tmp_path) -> None:
+    record = {"id": 7, "prompt": "p", "completion": "c", "answer": 4}
+    record |= {"token_ids": [1, 2], "logprobs": [-0.5, -1], "finish_reason": "stop"}
+    trace = read_one(tmp_path, record | {"temperature": 1, "model": "big"})
+    assert (trace.id, trace.answer, trace.finish_reason) == ("7", "4", "stop")
+    assert (trace.token_ids, trace.logprobs) == ([1, 2], [-0.5, -1])
+    assert (trace.model, trace.temperature) == ("big", 1.0)
+
+
+def test_named_fields_and_system_prompt(tmp_path) -> None:
+    fields = Fields(prompt="q", completion="a", answer="gold", system_prompt="Think.")
+    record = {"q": "2 + 2?", "a": "It is 4.", "gold": "4", "prompt": "no", "completion": "no"}
+    trace = read_one(tmp_path, record, fields=fields)
+    assert trace.messages == [{"role": "system", "content": "Think."}, USER, ASSISTANT]
+    assert (trace.first_completion, trace.answer) == (2, "4")
+    assert trace.prompt_text() == "2 + 2?"
+
+
+def test_context_turns_are_not_the_completion(tmp_path) -> None:
+    record = {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]}
+    assert read_one(tmp_path, record).first_completion == 3
+    record = {"messages": [USER, ASSISTANT, USER, ASSISTANT]}
+    assert read_one(tmp_path, record).first_completion == 0
+
+
+def test_alpaca_input_is_kept(tmp_path) -> None:
+    record = {"instruction": "Add.", "input": "2 and 2", "output": "4"}
+    assert read_one(tmp_path, record).prompt_text() == "Add.\n\n2 and 2"
+
+
+def test_samples_become_traces(tmp_path) -> None:
+    record = {"id": "x", "question": "2 + 2?", "response": ["It is 4.", "5"], "answer": "4"}
+    traces = read(write(tmp_path / "t.jsonl", record))
+    assert [(t.id, t.completion_text()) for t in traces] == [("x/0", "It is 4."), ("x/1", "5")]
+
+
+def test_batch_output_with_its_request_file(tmp_path) -> None:
+    requests = write(
+        tmp_path / "requests.jsonl",
+        {"custom_id": "a", "method": "POST", "answer": "4"}
+        | {"body": {"model": "big", "temperature": 0.7, "messages": [USER]}},
+    )
+    content = [
+        {"token": "It", "logprob": -0.1, "bytes": [73, 116], "top_logprobs": []},
+        {"token": " is", "logprob": -0.2, "bytes": None},
+    ]
+    choices = [
+        {"message": ASSISTANT, "logprobs": {"content": content}, "finish_reason": "stop"},
+        {"message": ASSISTANT, "finish_reason": "length"},
+    ]
+    outputs = write(
+        tmp_path / "outputs.jsonl",
+        {"id": "batch_1", "custom_id": "a", "error": None}
+        | {"response": {"status_code": 200, "body": {"model": "big-1", "choices": choices}}},
+    )
+    first, second = read(f"{requests},{outputs}")
+    assert first.messages == [USER, ASSISTANT]
+    assert (first.id, first.answer, first.model, first.temperature) == ("a/0", "4", "big", 0.7)
+    assert first.token_bytes == [b"It", b" is"]
+    assert first.logprobs == [-0.1, -0.2]
+    assert second.finish_reason == "length"
+    with pytest.raises(DcodError, match=r"outputs.jsonl:1: no prompt for custom_id 'a'.*requests"):
+        read(outputs)
+
+
+def test_vllm_generate_dump(tmp_path) -> None:
+    logprobs = [
+        {"5": {"logprob": -0.5, "rank": 1}, "6": {"logprob": -0.1, "rank": 2}},
+        {"9": {"logprob": -0.25, "rank": 1}},
+    ]
+    output = {"text": "It is 4.", "token_ids": [5, 9], "logprobs": logprobs}
+    trace = read_one(tmp_path, {"prompt": "2 + 2?", "prompt_token_ids": [1], "outputs": [output]})
+    assert trace.logprobs == [-0.5, -0.25]
+
+
+def test_completions_endpoint_logprobs(tmp_path) -> None:
+    choice = {"text": "ab", "logprobs": {"tokens": ["a", "b"], "token_logprobs": [-1, -2]}}
+    body = {"choices": [choice]}
+    trace = read_one(
+        tmp_path, {"body": {"prompt": "p"}, "custom_id": 1, "response": {"body": body}}
+    )
+    assert (trace.token_bytes, trace.logprobs) == ([b"a", b"b"], [-1, -2])
+
+
+GOOD = b'{"prompt": "p", "completion": "c"}\n'
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"prompt": "p", "completion": "c', r"t.jsonl:2: truncated JSON .*Unterminated string"),
+        (b'{"prompt": "p", "completion"', r"t.jsonl:2: truncated JSON"),
+        (b'{"prompt": "p" "completion": "c"}', r"t.jsonl:2: invalid JSON: .* at column 16"),
+        (b'{"prompt": "\xff", "completion": "c"}', r"t.jsonl:2: invalid UTF-8 at byte 12"),
+        (b"[1]", r"t.jsonl:2: expected a JSON object, found list"),
+        (b"[" * 100000, r"t.jsonl:2: invalid JSON"),
+        (
+            b'{"prompt": "p", "completon": "c"}',
+            r"t.jsonl:2: no completion: .*found prompt, completon \(the nearest is 'completon'\)",
+        ),
+        (b'{"completion": "c"}', r"t.jsonl:2: no prompt: .* prepare.prompt_field"),
+        (b'{"prompt": "p", "completion": " "}', r"t.jsonl:2: completion is empty"),
+        (b'{"prompt": "", "completion": "c"}', r"t.jsonl:2: prompt is empty"),
+        (b'{"prompt": 5, "completion": "c"}', r"t.jsonl:2: prompt must be a string, found int"),
+        (b'{"prompt": "p", "completion": null}', r"completion must be a string, found null"),
+        (b'{"prompt": "p", "completion": []}', r"completion must be a non-empty list"),
+        (b'{"prompt": "p", "completion": "c", "answer": [1]}', r"answer must be a string or a num"),
+        (b'{"prompt": "p", "completion": "c", "logprobs": 3}', r"logprobs must be a list"),
+        (b'{"messages": [{"role": "user", "content": "x"}]}', r"the last of messages is by 'user'"),
+        (b'{"messages": [{"role": "assistant", "content": "x"}]}', r"no prompt before"),
+        (b'{"messages": [{"from": "human"}]}', r"messages\[0\] must have role and content"),
+        (b'{"messages": [{"role": "bot", "content": "x"}]}', r"has the role 'bot'; expected"),
+        (
+            b'{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "completion": "c"}',
+            r"part of type 'image'",
+        ),
+        (
+            b'{"prompt": "p", "choices": [{"message": {"content": "c", "reasoning": "r"}}]}',
+            r"carries reasoning beside",
+        ),
+        (
+            b'{"custom_id": "a", "response": {"status_code": 500, "body": {"error": "busy"}}}',
+            r"the request failed \(status 500\): busy",
+        ),
+    ],
+)
+def test_a_bad_record_is_named_and_can_be_set_aside(tmp_path, line: bytes, message: str) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(GOOD + line + b"\n" + GOOD)
+    with pytest.raises(DcodError, match=message) as error:
+        read(path)
+    assert "t.jsonl:2: " in str(error.value)
+    assert "prepare.on_bad_record=quarantine" in str(error.value)
+    bad = []
+    assert len(read(path, on_bad=bad.append)) == 2
+    assert [b.source for b in bad] == [f"{path}:2"]
+    assert (
+        bad[0].text.encode("utf-8", "ignore")[:20]
+        in line.decode("utf-8", "backslashreplace").encode()
+    )
+
+
+def test_blank_lines_and_a_byte_order_mark(tmp_path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD + b"\n  \r\n" + GOOD)
+    assert [t.source.split(":")[-1] for t in read(path)] == ["1", "4"]
+
+
+def test_records_are_streamed(tmp_path) -> None:
+    """The first trace comes before the bad line at the end is reached."""
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(GOOD + b"{")
+    stream = read_traces(find_sources(str(path)), Fields())
+    assert next(stream).completion_text() == "c"
+
+
+def test_globs_lists_and_directories(tmp_path) -> None:
+    for name in ("b.jsonl", "a.jsonl"):
+        write(tmp_path / name, {"prompt": name, "completion": "c"})
+    for source in (f"{tmp_path}/*.jsonl", str(tmp_path)):
+        assert [t.prompt_text() for t in read(source)] == ["a.jsonl", "b.jsonl"]
+    both = read(f"{tmp_path}/b.jsonl, {tmp_path}/a.jsonl")
+    assert [t.prompt_text() for t in both] == ["b.jsonl", "a.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", "data.traces is empty"),
+        ("{tmp}/x.jsonl", "no such file or directory"),
+        ("{tmp}/*.jsonl", "matches no file"),
+        ("{tmp}/t.csv", "has the suffix '.csv'"),
+        ("{tmp}/empty", "holds no traces"),
+        ("a/b/c", "neither a file, a directory nor a hub id"),
+    ],
+)
+def test_sources_that_are_not_there(tmp_path, source: str, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "t.csv").write_text("a,b")
+    with pytest.raises(DcodError, match=message):
+        find_sources(source.format(tmp=tmp_path))
+
+
+def test_hf_datasets_by_path(tmp_path) -> None:
+    rows = [{"prompt": "p", "completion": "c", "answer": "4"}, {"prompt": "q", "completion": "d"}]
+    table = datasets.Dataset.from_list(rows)
+    table.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "dict")
+    (tmp_path / "parquet" / "train").mkdir(parents=True)
+    table.to_parquet(tmp_path / "parquet" / "train" / "0.parquet")
+    for name in ("saved", "dict", "parquet"):
+        sources = find_sources(str(tmp_path / name))
+        traces = list(read_traces(sources, Fields()))
+        assert [(t.prompt_text(), t.answer) for t in traces] == [("p", "4"), ("q", None)]
+        assert traces[1].source.endswith(":2")
+        (entry,) = describe(sources)
+        assert entry["records"] == 2
+    with pytest.raises(DcodError, match=r"has the splits train, not 'test'; set data.split"):
+        list(read_traces(find_sources(str(tmp_path / "dict"), split="test"), Fields()))
+
+
+def test_an_unreachable_hub_says_what_was_tried() -> None:
+    with pytest.raises(DcodError, match="no file or directory 'nobody/nothing' here, and the hub"):
+        describe(find_sources("nobody/nothing"))
+
+
+@pytest.mark.shared
+def test_real_qwen_traces(shared_data) -> None:
+    path = shared_data / "qwen25_math_traces" / "math_cot_100.jsonl"
+    traces = read(path)
+    assert len(traces) == 800
+    assert all(t.answer and t.completion_text() for t in traces)
+    assert describe(find_sources(str(path)))[0]["records"] == 100
