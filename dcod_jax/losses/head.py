@@ -142,7 +142,8 @@ def _head_forward(
         (loss, stats), logits_gradient = jax.value_and_grad(loss_of, has_aux=True)(
             logits, targets, mask, aux, shared
         )
-        logits_gradient = logits_gradient.astype(hidden.dtype)
+        # Outside the mask the cotangent is 0, but 0 · NaN (of whatever stands there) is NaN.
+        logits_gradient = jnp.where(mask[..., None], logits_gradient, 0.0).astype(hidden.dtype)
         hidden_gradient = jnp.einsum(
             "sbtv,vd->sbtd", logits_gradient, weight, preferred_element_type=jnp.float32
         ).astype(hidden.dtype)
@@ -198,7 +199,8 @@ def head_loss(
     plan = _plan(targets.shape, token_loss, chunk, mesh, valid_vocab)
     split = functools.partial(_split, plan)
     inputs = jax.tree.map(split, (targets, loss_mask, aux))
-    total, stats = _head(plan, split(hidden), head_weight, inputs, shared)
+    result: Any = _head(plan, split(hidden), head_weight, inputs, shared)
+    total, stats = result
     join = functools.partial(_join, plan, length=targets.shape[1])
     return total, jax.lax.stop_gradient(jax.tree.map(join, stats))
 
