@@ -14,12 +14,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dcod_jax.data import chat
+from dcod_jax.data.formats import PROMPT_FIELDS
 from dcod_jax.generate import sample
 from dcod_jax.grading import grade
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.types import DcodError, Params
 
-PROMPT_FIELDS = ("prompt", "question", "problem", "messages")
 Z95 = 1.959963984540054  # 97.5 % point of the normal distribution
 
 
@@ -130,7 +130,7 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _messages(record: dict[str, Any], *, prompt_field: str, source: str) -> list[dict[str, str]]:
-    wanted = (prompt_field,) if prompt_field else PROMPT_FIELDS
+    wanted = (prompt_field,) if prompt_field else (*PROMPT_FIELDS, "messages")
     name = next((field for field in wanted if field in record), None)
     if name is None:
         raise DcodError(

@@ -26,7 +26,7 @@ from dcod_jax.config import dataset_dir, run_verb
 from dcod_jax.data import chat
 from dcod_jax.data.manifest import MANIFEST, read_manifest
 from dcod_jax.evals import stop_ids
-from dcod_jax.mesh import make_mesh, tree_shardings
+from dcod_jax.mesh import batch_shards, make_mesh, tree_shardings
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig, to_hf
 from dcod_jax.models.gguf import export_tokenizer
@@ -265,7 +265,7 @@ def verify(
     if reopened_config != model_config:
         raise DcodError(f"{directory}: config.json reads back as {reopened_config}")
     _check_tokenizer(directory, tokenizer)
-    tokens = _check_tokens(tokenizer)
+    tokens = _check_tokens(tokenizer, batch_shards(mesh))
     logits = jax.jit(lambda weights: transformer.logits(model_config, weights, tokens, mesh=mesh))
     master = _fetch(logits(params))
     cast = jax.jit(
@@ -301,15 +301,16 @@ def _check_tokenizer(directory: Path, tokenizer: Any) -> None:
             )
 
 
-def _check_tokens(tokenizer: Any) -> np.ndarray:
-    """Rows of text first, then random ids."""
+def _check_tokens(tokenizer: Any, shards: int) -> jax.Array:
+    """A row of text first, then random ids."""
     text = "Question: 12 + 30 = ? Answer: first 10 + 30 = 40, then 40 + 2 = 42.\n#### 42"
     ids = tokenizer.encode(text, add_special_tokens=False)
     real = np.resize(np.asarray(ids, np.int32), (1, CHECK_LENGTH))
     random = np.random.default_rng(0).integers(
-        len(tokenizer), size=(CHECK_ROWS - 1, CHECK_LENGTH), dtype=np.int32
+        len(tokenizer), size=(max(CHECK_ROWS, shards) - 1, CHECK_LENGTH), dtype=np.int32
     )
-    return np.concatenate([real, random])
+    rows = np.concatenate([real, random])
+    return jnp.asarray(rows[: len(rows) // shards * shards])
 
 
 def _fetch(x: jax.Array) -> np.ndarray:

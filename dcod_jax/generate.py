@@ -176,7 +176,9 @@ def choose(
     else:
         tokens = jax.vmap(jax.random.categorical)(keys, logits / temperature)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    return tokens.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1)
+    # Rounding may leave a certain token a hair above 0, which is no log-probability.
+    logprobs = jnp.minimum(chosen - jax.nn.logsumexp(logits, axis=-1), 0.0)
+    return tokens.astype(jnp.int32), logprobs
 
 
 def _compute_params(config: ModelConfig, params: Params, compute_dtype: Any) -> Params:

@@ -6,9 +6,10 @@ and the same command after an interruption goes on behind the last whole block.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ import jax
 
 from dcod_jax.config import run_verb
 from dcod_jax.data import chat
+from dcod_jax.data.formats import PROMPT_FIELDS
 from dcod_jax.data.manifest import file_sha256, replace_file, to_json
-from dcod_jax.evals import PROMPT_FIELDS, Problem, decode_text, read_problems, stop_ids
+from dcod_jax.evals import Problem, decode_text, read_problems, stop_ids
 from dcod_jax.generate import Sample, sample
 from dcod_jax.mesh import make_mesh
 from dcod_jax.progress import track
-from dcod_jax.scoring import Teacher, load_teacher
+from dcod_jax.scoring import Teacher, open_teacher
 from dcod_jax.types import DcodError
 
 BATCHES_IN_BLOCK = 4  # decoded between two appends
@@ -50,25 +52,29 @@ def generate_traces(config: Any) -> Path:
         answer_field=config.prepare.answer_field,
         need_answer=False,
     )
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, tensor=config.mesh.tensor)
-    teacher = load_teacher(config.teacher, mesh=mesh)
-    request = _request(config, teacher)
+    teacher = open_teacher(config.teacher, chat_template=config.student.chat_template)
     path = traces_path(config)
     path.parent.mkdir(parents=True, exist_ok=True)
-    progress = _Progress(path, request)
+    progress = _Progress(path, _request(config, teacher))
     if progress.finished():
         print(f"{path}: these traces were sampled before; nothing to do")
         return path
+    prompts = [chat.encode_prompt(teacher.tokenizer, p.messages) for p in problems]
     total = len(problems) * config.generate.samples
     block = BATCHES_IN_BLOCK * config.generate.batch_size
     done = progress.resume()
+    draw = _sampler(config, teacher)
     with (
         track("sampling", total, unit="traces", done=done, enabled=config.train.progress) as bar,
         open(progress.partial, "ab") as file,
     ):
         for start in range(done, total, block):
             indices = range(start, min(start + block, total))
-            samples = _sample_block(config, teacher, problems, indices, mesh=mesh, bar=bar)
+            samples = draw(
+                [prompts[index // config.generate.samples] for index in indices],
+                indices=indices,
+                on_batch=lambda sequences, tokens: bar(sequences),
+            )
             lines = [
                 _line(config, teacher.tokenizer, problems, index, drawn)
                 for index, drawn in zip(indices, samples, strict=True)
@@ -84,45 +90,39 @@ def generate_traces(config: Any) -> Path:
 
 
 def _request(config: Any, teacher: Teacher) -> dict[str, Any]:
-    """What the bytes of the result follow from."""
+    """What the result follows from; the batch size and the place of the prompts are not in it."""
     return {
-        "prompts": str(config.generate.prompts),
         "prompts_sha256": file_sha256(config.generate.prompts),
         "system_prompt": config.prepare.system_prompt,
         "prompt_field": config.prepare.prompt_field,
+        "completion_field": config.prepare.completion_field,
         "answer_field": config.prepare.answer_field,
         "teacher": teacher.provenance(),
         "tokenizer": chat.tokenizer_fingerprint(teacher.tokenizer),
         "template": chat.template_fingerprint(teacher.tokenizer),
         "seed": config.seed,
-        **config.generate.to_dict(),
+        "samples": config.generate.samples,
+        "temperature": config.generate.temperature,
+        "max_new_tokens": config.generate.max_new_tokens,
     }
 
 
-def _sample_block(
-    config: Any,
-    teacher: Teacher,
-    problems: Sequence[Problem],
-    indices: Sequence[int],
-    *,
-    mesh: Any,
-    bar: Any,
-) -> list[Sample]:
-    chosen = [problems[index // config.generate.samples] for index in indices]
-    return sample(
-        teacher.config,
-        teacher.params,
-        [chat.encode_prompt(teacher.tokenizer, problem.messages) for problem in chosen],
+def _sampler(config: Any, teacher: Teacher) -> Callable[..., list[Sample]]:
+    """The loaded teacher as a function of (prompts, indices, on_batch)."""
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, tensor=config.mesh.tensor)
+    model_config, params = teacher.load(mesh)
+    return functools.partial(
+        sample,
+        model_config,
+        params,
         max_new_tokens=config.generate.max_new_tokens,
         temperature=config.generate.temperature,
         seed=config.seed,
         batch_size=config.generate.batch_size,
-        eos_ids=stop_ids(teacher.config, teacher.tokenizer),
+        eos_ids=stop_ids(model_config, teacher.tokenizer),
         valid_vocab=len(teacher.tokenizer),
         compute_dtype=config.teacher.dtype,
-        indices=indices,
         mesh=mesh,
-        on_batch=lambda sequences, tokens: bar(sequences),
     )
 
 
@@ -134,7 +134,7 @@ def _line(
     problem, text = problems[place], decode_text(tokenizer, drawn.token_ids)
     prompt_field = config.prepare.prompt_field or "prompt"
     completion_field = config.prepare.completion_field or "completion"
-    replaced = ("id", prompt_field, completion_field, *PROMPT_FIELDS)
+    replaced = ("id", "messages", prompt_field, completion_field, *PROMPT_FIELDS)
     record = {name: value for name, value in problem.fields.items() if name not in replaced}
     plain = len(problem.messages) == 1
     record |= {

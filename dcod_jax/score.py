@@ -6,6 +6,7 @@ on behind the last finished shard and ends with the same bytes.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import jax
 
 from dcod_jax.config import dataset_dir, run_verb
 from dcod_jax.data import chat
+from dcod_jax.data.codec import bytes_per_token
 from dcod_jax.data.manifest import read_manifest
-from dcod_jax.data.records import TraceDataset, bytes_per_token, check_fingerprints, extend
+from dcod_jax.data.records import TraceDataset, check_fingerprints, extend
 from dcod_jax.mesh import make_mesh
 from dcod_jax.progress import track
-from dcod_jax.scoring import ScoreSettings, Teacher, load_teacher, score_traces
-from dcod_jax.types import DcodError, Trace
+from dcod_jax.scoring import ScoreSettings, Teacher, open_teacher, score_traces
+from dcod_jax.types import DcodError
 
 SPLITS = ("train", "eval")
 
@@ -35,14 +37,20 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
     if not splits:
         read_manifest(root)  # a dataset of one split, or the error that says what is missing
         splits = [root]
+    teacher = open_teacher(config.teacher, chat_template=config.student.chat_template)
+    for split in splits:
+        _check_tokenizer(split, teacher)
+    stored = {"top_k": config.score.top_k}
+    done = {}
+    for split in splits:
+        manifest = read_manifest(split)
+        if (manifest.get("teacher"), manifest.get("score")) == (teacher.provenance(), stored):
+            print(f"{split}: {teacher.name} scored these traces before; nothing to do")
+            done[split.name] = manifest
+    if len(done) == len(splits):
+        return done
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, tensor=config.mesh.tensor)
-    teacher = load_teacher(config.teacher, mesh=mesh, chat_template=config.student.chat_template)
-    return {split.name: _score_split(config, split, teacher, mesh) for split in splits}
-
-
-def _score_split(config: Any, path: Path, teacher: Teacher, mesh: Any) -> dict[str, Any]:
-    dataset = TraceDataset(path, verify=config.data.verify_checksums)
-    _check_tokenizer(dataset, teacher)
+    model_config, params = teacher.load(mesh)
     settings = ScoreSettings(
         top_k=config.score.top_k,
         batch_tokens=config.score.batch_tokens,
@@ -50,42 +58,28 @@ def _score_split(config: Any, path: Path, teacher: Teacher, mesh: Any) -> dict[s
         compute_dtype=config.teacher.dtype,
         valid_vocab=len(teacher.tokenizer),
     )
-    stored = {"top_k": settings.top_k}
-    if (dataset.manifest.get("teacher"), dataset.manifest.get("score")) == (
-        teacher.provenance(),
-        stored,
-    ):
-        print(f"{path}: {teacher.name} scored these traces before; nothing to do")
-    total = dataset.manifest["totals"]["tokens"]
-    with track(f"scoring {path.name}", total, enabled=config.train.progress) as advance:
-
-        def score_shard(traces: list[Trace]) -> list[Trace]:
-            return score_traces(
-                teacher.config,
-                teacher.params,
-                traces,
-                settings=settings,
-                mesh=mesh,
-                on_tokens=advance,
+    for split in splits:
+        total = read_manifest(split)["totals"]["tokens"]
+        with track(f"scoring {split.name}", total, enabled=config.train.progress) as advance:
+            options = {"settings": settings, "mesh": mesh, "on_tokens": advance}
+            score_shard = functools.partial(score_traces, model_config, params, **options)
+            done[split.name] = extend(
+                split,
+                teacher=teacher.provenance(),
+                settings=stored,
+                score_shard=score_shard,
+                overwrite=config.score.overwrite,
+                write=jax.process_index() == 0,
             )
-
-        manifest = extend(
-            path,
-            teacher=teacher.provenance(),
-            settings=stored,
-            score_shard=score_shard,
-            overwrite=config.score.overwrite,
-            write=jax.process_index() == 0,
-        )
-    _report(path, manifest)
-    return manifest
+        _report(split, done[split.name])
+    return done
 
 
-def _check_tokenizer(dataset: TraceDataset, teacher: Teacher) -> None:
+def _check_tokenizer(split: Path, teacher: Teacher) -> None:
     """Only the padded vocabulary may differ; token ids must mean the same."""
-    fingerprint = chat.tokenizer_fingerprint(teacher.tokenizer)
+    dataset = TraceDataset(split, verify=False)  # extend verifies
     try:
-        check_fingerprints(dataset, tokenizer=fingerprint)
+        check_fingerprints(dataset, tokenizer=chat.tokenizer_fingerprint(teacher.tokenizer))
     except DcodError as error:
         raise DcodError(
             f"{error}\nThe teacher {teacher.name} can only score token ids of its own tokenizer: "

@@ -32,14 +32,13 @@ TAIL_FLOOR = -100.0  # log of a tail that float32 holds to be empty: small, and 
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A model that scores or samples, and what a manifest says about it."""
+    """A model that scores or samples, and what a manifest says about it; weights not yet read."""
 
+    path: Path
     name: str
     revision: str
     weights: str  # hash of the weight files' content
     dtype: str  # of weights and compute
-    config: ModelConfig
-    params: Params
     tokenizer: Any
 
     def provenance(self) -> dict[str, str]:
@@ -50,20 +49,21 @@ class Teacher:
             "dtype": self.dtype,
         }
 
+    def load(self, mesh: Mesh | None = None) -> tuple[ModelConfig, Params]:
+        return load_model(self.path, dtype=jnp.dtype(self.dtype), mesh=mesh)
 
-def load_teacher(settings: Any, *, mesh: Mesh | None = None, chat_template: str = "") -> Teacher:
+
+def open_teacher(settings: Any, *, chat_template: str = "") -> Teacher:
     """The teacher of config.teacher (path, name, revision, dtype): an HF directory or .gguf."""
     if not settings.path:
         raise DcodError("teacher.path is empty; expected an HF directory or a .gguf file")
     path = Path(settings.path)
-    config, params = load_model(path, dtype=jnp.dtype(settings.dtype), mesh=mesh)
     return Teacher(
+        path=path,
         name=settings.name or path.stem,
         revision=settings.revision,
         weights=weights_fingerprint(path),
         dtype=settings.dtype,
-        config=config,
-        params=params,
         tokenizer=load_any_tokenizer(path, chat_template=chat_template),
     )
 

@@ -96,9 +96,8 @@ def test_a_sample_does_not_depend_on_its_neighbours_or_the_batch_size(model):
     order = [3, 0, 2, 4, 1]
     shuffled = draw(model, [prompts[i] for i in order], indices=order)
     assert shuffled == [together[i] for i in order]
-    for batch_size in (1, 8):
-        other = draw(model, prompts, batch_size=batch_size)
-        assert [s.token_ids for s in other] == [s.token_ids for s in together]
+    larger = draw(model, [*prompts[:4], [9] * 20], batch_size=8)
+    assert [s.token_ids for s in larger[:4]] == [s.token_ids for s in together[:4]]
     alone = draw(model, [prompts[3]], indices=[3])
     assert alone[0].token_ids == together[3].token_ids
 
