@@ -59,7 +59,7 @@ def export(config: Any) -> Path:
     model_config = hf.read_config(source)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, tensor=config.mesh.tensor)
     params, restored = _read_checkpoint(config, model_config, mesh)
-    path = Path(config.export.path or Path(config.run_dir) / "export")
+    path = export_path(config)
     report = export_model(
         params,
         model_config,
@@ -77,6 +77,11 @@ def export(config: Any) -> Path:
         f"float32 ones by at most {report['max_logit_difference_from_float32']:.3g}"
     )
     return path
+
+
+def export_path(config: Any) -> Path:
+    """Where the run's export is or will be."""
+    return Path(config.export.path or Path(config.run_dir) / "export")
 
 
 def _read_checkpoint(config: Any, model_config: ModelConfig, mesh: Mesh) -> tuple[Params, Restored]:

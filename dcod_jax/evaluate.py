@@ -1,0 +1,38 @@
+"""Grade models by greedy decoding on held-out problems: teacher, start and exported students.
+
+Reads evaluate.problems and, of teacher.path, student.path and the run's exports (one for each
+variant of compare), those that exist; writes run_dir/evaluation/ (every generation with its grade,
+results.json) and prints the table.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dcod_jax import config as configs
+from dcod_jax import stages
+from dcod_jax.config import run_verb
+from dcod_jax.export import MARKER, export_path
+from dcod_jax.types import DcodError
+
+
+def evaluate(config: Any) -> None:
+    """Evaluate everything the config names that is there."""
+    if not config.evaluate.problems:
+        raise DcodError("evaluate.problems is empty; expected a JSONL file of {prompt, answer}")
+    models = {"teacher": config.teacher.path, "start": config.student.path}
+    for name, variant in configs.variants(config):
+        path = export_path(variant)
+        if (path / MARKER).is_file():
+            models[name or "student"] = str(path)
+    models = {name: path for name, path in models.items() if path}
+    if not models:
+        raise DcodError(
+            f"nothing to evaluate: no export in {export_path(config)}; set student.path to an HF "
+            "directory, or run `python -m dcod_jax.export` first"
+        )
+    stages._compare(config, models)
+
+
+if __name__ == "__main__":
+    run_verb("evaluate", evaluate)
