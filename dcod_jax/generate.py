@@ -132,13 +132,17 @@ def _check(
 
 
 def _batches(lengths: Sequence[int], rows: int) -> list[tuple[list[int], int]]:
-    """Groups of at most `rows` sequences of one padded length, longest first."""
+    """Groups of at most `rows` sequences of one padded length, longest first.
+
+    Sorted within a padded length too: longer questions tend to have longer answers, and a batch
+    decodes until its last row has finished.
+    """
     buckets: dict[int, list[int]] = {}
-    for i, length in enumerate(lengths):
-        buckets.setdefault(bucket_length(length), []).append(i)
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        buckets.setdefault(bucket_length(lengths[i]), []).append(i)
     return [
         (members[start : start + rows], length)
-        for length, members in sorted(buckets.items(), reverse=True)
+        for length, members in buckets.items()
         for start in range(0, len(members), rows)
     ]
 

@@ -80,11 +80,12 @@ def generate_traces(config: Any) -> Path:
                 for index, drawn in zip(indices, samples, strict=True)
             ]
             file.write("".join(lines).encode("utf-8"))
-            progress.commit(file, indices.stop, samples)
+            progress.commit(file, indices.stop, samples, empty=lines.count(""))
     manifest = progress.finish()
     print(
         f"{path}: {manifest['traces']} traces of {len(problems)} prompts, {manifest['tokens']} "
-        f"tokens, {manifest['truncated']} cut at {config.generate.max_new_tokens} tokens"
+        f"tokens, {manifest['truncated']} cut at {config.generate.max_new_tokens} tokens; "
+        f"{manifest['empty']} empty ones left out"
     )
     return path
 
@@ -129,9 +130,14 @@ def _sampler(config: Any, teacher: Teacher) -> Callable[..., list[Sample]]:
 def _line(
     config: Any, tokenizer: Any, problems: Sequence[Problem], index: int, drawn: Sample
 ) -> str:
-    """One trace in the fields that prepare looks for; the problem's other fields are kept."""
+    """One trace in the fields that prepare looks for; the problem's other fields are kept.
+
+    Nothing where the teacher stopped at once: there is no completion to learn from.
+    """
     place, copy = divmod(index, config.generate.samples)
     problem, text = problems[place], decode_text(tokenizer, drawn.token_ids)
+    if not text.strip():
+        return ""
     prompt_field = config.prepare.prompt_field or "prompt"
     completion_field = config.prepare.completion_field or "completion"
     replaced = ("id", "messages", prompt_field, completion_field, *PROMPT_FIELDS)
@@ -157,7 +163,7 @@ class _Progress:
         self.partial = path.with_name(path.name + ".partial")
         self.record = path.with_name(path.name + ".partial.json")
         self.manifest = path.with_name(path.name + ".manifest.json")
-        self.counts = {"traces": 0, "tokens": 0, "truncated": 0}
+        self.counts = {"sampled": 0, "traces": 0, "empty": 0, "tokens": 0, "truncated": 0}
 
     def finished(self) -> bool:
         """Whether the result is there; DcodError when it is another request's."""
@@ -180,20 +186,22 @@ class _Progress:
             if found["request"] == self.request and self.partial.stat().st_size >= found["bytes"]:
                 os.truncate(self.partial, found["bytes"])
                 self.counts = found["counts"]
-                if self.counts["traces"]:
-                    print(f"going on behind {self.counts['traces']} traces sampled before")
-                return self.counts["traces"]
+                if self.counts["sampled"]:
+                    print(f"going on behind {self.counts['sampled']} traces sampled before")
+                return self.counts["sampled"]
         self.partial.write_bytes(b"")
         return 0
 
-    def commit(self, file: Any, traces: int, samples: Sequence[Sample]) -> None:
+    def commit(self, file: Any, sampled: int, block: Sequence[Sample], *, empty: int) -> None:
         """Record the block only after its bytes are on the disk."""
         file.flush()
         os.fsync(file.fileno())
         self.counts = {
-            "traces": traces,
-            "tokens": self.counts["tokens"] + sum(len(s.token_ids) for s in samples),
-            "truncated": self.counts["truncated"] + sum(not s.finished for s in samples),
+            "sampled": sampled,
+            "traces": self.counts["traces"] + len(block) - empty,
+            "empty": self.counts["empty"] + empty,
+            "tokens": self.counts["tokens"] + sum(len(s.token_ids) for s in block),
+            "truncated": self.counts["truncated"] + sum(not s.finished for s in block),
         }
         state = {"request": self.request, "bytes": file.tell(), "counts": self.counts}
         replace_file(self.record, to_json(state))
