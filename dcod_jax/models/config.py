@@ -199,26 +199,29 @@ def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
-def _check_sizes(config: ModelConfig, source: str) -> None:
-    sizes = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-    }
-    for key, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+def _check_sizes(raw: Raw, source: str) -> None:
+    optional = ("num_key_value_heads", "head_dim")
+    for key in (*_REQUIRED, *optional, "max_position_embeddings"):
+        value = raw.get(key)
+        absent = value is None and key in optional
+        if not absent and (type(value) is not int or value < 1):
             raise DcodError(f"{source}: {key}={value!r} must be a positive whole number")
-    if config.num_heads % config.num_kv_heads:
+    heads, width = raw["num_attention_heads"], raw["hidden_size"]
+    kv_heads, head_dim = raw.get("num_key_value_heads") or heads, raw.get("head_dim")
+    if heads % kv_heads:
         raise DcodError(
-            f"{source}: num_attention_heads={config.num_heads} must be a multiple of "
-            f"num_key_value_heads={config.num_kv_heads}"
+            f"{source}: num_attention_heads={heads} must be a multiple of "
+            f"num_key_value_heads={kv_heads}"
         )
-    if config.head_dim % 2:
-        raise DcodError(f"{source}: head_dim={config.head_dim} must be even for rotary positions")
+    if head_dim is None and width % heads:
+        raise DcodError(
+            f"{source}: hidden_size={width} must be a multiple of num_attention_heads={heads} "
+            f"where head_dim is not given"
+        )
+    if (head_dim or width // heads) % 2:
+        raise DcodError(
+            f"{source}: head_dim={head_dim or width // heads} must be even for rotary positions"
+        )
 
 
 def from_hf(raw: Raw, source: str = "config.json") -> ModelConfig:
@@ -228,14 +231,10 @@ def from_hf(raw: Raw, source: str = "config.json") -> ModelConfig:
     """
     family = _check_supported(raw, source)
     raw = {**family.defaults, **raw}
+    _check_sizes(raw, source)
     theta, scaling = _rope(raw, source)
     heads, width = raw["num_attention_heads"], raw["hidden_size"]
-    if raw.get("head_dim") is None and isinstance(heads, int) and heads and width % heads:
-        raise DcodError(
-            f"{source}: hidden_size={width} must be a multiple of num_attention_heads={heads} "
-            f"where head_dim is not given"
-        )
-    config = ModelConfig(
+    return ModelConfig(
         model_type=raw["model_type"],
         vocab_size=raw["vocab_size"],
         hidden_size=width,
@@ -243,7 +242,7 @@ def from_hf(raw: Raw, source: str = "config.json") -> ModelConfig:
         num_layers=raw["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or width // max(heads, 1),
+        head_dim=raw.get("head_dim") or width // heads,
         rope_theta=theta,
         rope_scaling=scaling,
         rms_norm_eps=float(raw["rms_norm_eps"]),
@@ -255,8 +254,6 @@ def from_hf(raw: Raw, source: str = "config.json") -> ModelConfig:
         eos_token_ids=_token_ids(raw.get("eos_token_id")),
         pad_token_id=raw.get("pad_token_id"),
     )
-    _check_sizes(config, source)
-    return config
 
 
 def to_hf(config: ModelConfig, *, dtype: str) -> Raw:

@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dcod_jax import mesh as meshes
 from dcod_jax.models import layers
 from dcod_jax.models.config import ModelConfig
-from dcod_jax.types import Params
-
-Remat = Literal["none", "dots", "full"]
+from dcod_jax.types import DcodError, Params
 
 # What the backward pass finds saved of each layer, beside the layer's input.
 REMAT_POLICIES: dict[str, Any] = {
@@ -48,9 +46,9 @@ _KERNEL_AXES: dict[str, tuple[str, str]] = {
 class Cache:
     """Keys and values of M slots per row; slot j holds position j once it is written."""
 
-    keys: Float[Array, "L B G M H"]
-    values: Float[Array, "L B G M H"]
-    written: Bool[Array, "B M"]
+    keys: Any  # [L, B, G, M, H]; as a pytree it also holds shapes and shardings
+    values: Any  # [L, B, G, M, H]
+    written: Any  # bool [B, M]
 
 
 def _pure(module: nnx.Module) -> Params:
@@ -129,8 +127,11 @@ def _gather_layer(
 
 
 def _embed(params: Params, tokens: Array, *, compute_dtype: DTypeLike, mesh: Mesh | None) -> Array:
-    # Rows are taken before the cast, so that their gradients add up in the parameters' dtype.
-    x = jnp.take(params["embed_tokens"]["embedding"], tokens, axis=0, mode="clip")
+    # Whole along the FSDP axis first: a lookup in a table split on D would come out split on D and
+    # replicated over the batch. Rows are taken before the cast, so that the gradients of a
+    # frequent token add up in the parameters' dtype.
+    table = meshes.constrain(params["embed_tokens"]["embedding"], mesh, "vocab", None)
+    x = jnp.take(table, tokens, axis=0, mode="clip")
     return meshes.constrain(x.astype(compute_dtype), mesh, "batch", "length", None)
 
 
@@ -150,6 +151,8 @@ def hidden_states(
     Positions default to 0..T-1 and segments to one; rows of segment 0 (padding) hold finite
     values that nothing else sees. Raises DcodError for a mesh that cannot split the model.
     """
+    if remat not in ("none", *REMAT_POLICIES):
+        raise DcodError(f"remat={remat!r} must be none, {' or '.join(REMAT_POLICIES)}")
     if mesh is not None:
         check_mesh(config, mesh)
     if segment_ids is None:

@@ -106,7 +106,7 @@ def _place(host: np.ndarray, sharding: Any) -> jax.Array:
 
 
 @jax.jit
-def _layer_of(leaf: jax.Array, layer: int) -> jax.Array:
+def _layer_of(leaf: jax.Array, layer: int | jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
 
 

@@ -1,0 +1,184 @@
+"""HF config mapping: both forms of rope, round trips, and refusals by key and value."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from transformers import AutoConfig
+
+from dcod_jax.models import config as configs
+from dcod_jax.models import transformer
+from dcod_jax.types import DcodError
+
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 131,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+QWEN2 = {**LLAMA, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def test_config_round_trip(pair):
+    raw = configs.to_hf(pair.config, dtype="float32")
+    assert configs.from_hf(raw) == pair.config
+    assert configs.from_hf({**raw, "rope_parameters": None}) == pair.config  # transformers 4
+
+
+def test_transformers_reads_the_written_config(pair):
+    raw = configs.to_hf(pair.config, dtype="float32")
+    fields = {name: value for name, value in raw.items() if name != "model_type"}
+    theirs = AutoConfig.for_model(raw["model_type"], **fields)
+    assert configs.from_hf(theirs.to_dict()) == pair.config
+    original = pair.model.config
+    for key in ("head_dim", "rope_parameters", "rms_norm_eps", "tie_word_embeddings"):
+        assert getattr(theirs, key, None) == getattr(original, key, None) or key == "head_dim"
+
+
+def test_old_and_new_rope_forms_agree():
+    old = configs.from_hf({**LLAMA, "rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE})
+    new = configs.from_hf({**LLAMA, "rope_parameters": {**LLAMA3_ROPE, "rope_theta": 5e5}})
+    assert old == new
+    assert old.rope_theta == 5e5
+    assert old.rope_scaling == configs.RopeScaling(8.0, 1.0, 4.0, 64)
+
+
+def test_defaults_are_those_of_transformers():
+    for model_type in configs.FAMILIES:
+        minimal = {
+            "model_type": model_type,
+            "vocab_size": 131,
+            "hidden_size": 256,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+        }
+        fields = {name: value for name, value in minimal.items() if name != "model_type"}
+        theirs = AutoConfig.for_model(model_type, **fields).to_dict()
+        assert configs.from_hf(minimal) == configs.from_hf(theirs)
+
+
+@pytest.mark.parametrize(
+    ("raw", "change", "named"),
+    [
+        (LLAMA, {"model_type": "mistral"}, "model_type='mistral'"),
+        (LLAMA, {"model_type": "mixtral"}, "model_type='mixtral'"),
+        (LLAMA, {"model_type": "gemma2"}, "model_type='gemma2'"),
+        (LLAMA, {"model_type": None}, "model_type=None"),
+        (LLAMA, {"architectures": ["LlamaForSequenceClassification"]}, "SequenceClassification"),
+        (LLAMA, {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        (LLAMA, {"mlp_bias": True}, "mlp_bias=True"),
+        (LLAMA, {"pretraining_tp": 2}, "pretraining_tp=2"),
+        (LLAMA, {"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        (LLAMA, {"rope_interleaved": True}, "rope_interleaved=True"),
+        (LLAMA, {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        (LLAMA, {"num_local_experts": 8}, "num_local_experts=8"),
+        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+        (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
+        (QWEN2, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
+        (LLAMA, {"rope_parameters": {"rope_type": "longrope"}}, "rope_type='longrope'"),
+        (
+            LLAMA,
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor=0.5",
+        ),
+        (
+            LLAMA,
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "rope_parameters",
+        ),
+        (
+            LLAMA,
+            {"rope_scaling": {**LLAMA3_ROPE, "low_freq_factor": None}},
+            "rope_scaling.low_freq_factor is missing",
+        ),
+        (
+            QWEN2,
+            {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
+            "use_sliding_window=True",
+        ),
+        (
+            QWEN2,
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types='sliding_attention'",
+        ),
+        (LLAMA, {"vocab_size": None}, "missing key 'vocab_size'"),
+        (LLAMA, {"hidden_size": -32}, "hidden_size=-32"),
+        (LLAMA, {"intermediate_size": "48"}, "intermediate_size='48'"),
+        (LLAMA, {"num_key_value_heads": 3}, "num_key_value_heads=3"),
+        (LLAMA, {"hidden_size": 30}, "hidden_size=30"),
+        (LLAMA, {"head_dim": 7}, "head_dim=7"),
+    ],
+)
+def test_refused_by_name(raw, change, named):
+    configs.from_hf(raw)  # without the change it is fine
+    with pytest.raises(DcodError) as caught:
+        configs.from_hf({**raw, **change}, source="some/config.json")
+    assert named in str(caught.value)
+    assert "some/config.json" in str(caught.value)
+
+
+def test_unused_sliding_window_is_no_reason_to_refuse():
+    fields = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}
+    configs.from_hf({**QWEN2, **fields})
+    configs.from_hf({**QWEN2, "use_sliding_window": False, "sliding_window": 64})
+    configs.from_hf({**QWEN2, "layer_types": ["full_attention"] * 2})
+
+
+def test_export_refuses_what_the_family_cannot_express():
+    config = dataclasses.replace(configs.from_hf(LLAMA), qkv_bias=True)
+    with pytest.raises(DcodError, match="qkv_bias"):
+        configs.to_hf(config, dtype="float32")
+
+
+def test_num_params_counts_every_leaf(pair):
+    assert configs.num_params(pair.config) == sum(
+        leaf.size for leaf in jax.tree.leaves(pair.params)
+    )
+    assert configs.num_params(pair.config) == pair.model.num_parameters()
+
+
+def test_flops_per_token_counts_what_the_compiler_counts():
+    raw = {**LLAMA, "num_hidden_layers": 1, "hidden_size": 128, "intermediate_size": 256}
+    config = configs.from_hf(raw)
+    params = transformer.init_params(config, jax.random.key(0))
+    tokens = np.zeros((1, 64), np.int32)
+    lowered = jax.jit(lambda p, t: transformer.logits(config, p, t)).lower(params, tokens)
+    analysis = lowered.compile().cost_analysis()
+    forward = configs.flops_per_token(config, 64) * 64 / 3
+    # The compiler also counts norms, rotations and softmax, and the whole score square.
+    assert forward < analysis["flops"] < 1.25 * forward
+
+
+def test_qwen2_5_1_5b_costs_what_is_published():
+    config = configs.from_hf(
+        {
+            "model_type": "qwen2",
+            "vocab_size": 151936,
+            "hidden_size": 1536,
+            "intermediate_size": 8960,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+        }
+    )
+    assert configs.num_params(config) == 1_543_714_304  # the model card's 1.54B
+    assert configs.flops_per_token(config, 4096) == pytest.approx(10.3e9, rel=0.01)

@@ -1,0 +1,116 @@
+"""The real SmolLM2-135M-Instruct: logits, greedy text and tokenizer against transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dcod_jax.models import hf, transformer
+
+pytestmark = pytest.mark.long
+
+DIRECTORY = Path(os.environ.get("DCOD_SMOLLM2", "models/SmolLM2-135M-Instruct"))
+PROMPTS = [
+    "What is 17 + 25?",
+    "Name the capital of France and one river that flows through it.",
+    "Tom has 3 boxes with 12 apples each and eats 5. How many apples are left?",
+    "Write one sentence about the sea.",
+    "Sort the numbers 9, 4, 7 from small to large.",
+]
+NEW_TOKENS = 64
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    if not (DIRECTORY / "config.json").exists():
+        pytest.skip(f"{DIRECTORY} is absent: python tools/get_smollm2.py, or set DCOD_SMOLLM2")
+    config, params = hf.load_model(DIRECTORY, dtype=jnp.float32)
+    model = AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype=torch.float32).eval()
+    return config, params, model, AutoTokenizer.from_pretrained(DIRECTORY)
+
+
+def _prompt(tokenizer, text):
+    messages = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+
+
+def test_logits(smollm2):
+    config, params, model, tokenizer = smollm2
+    prompts = [_prompt(tokenizer, text) for text in PROMPTS]
+    width = max(map(len, prompts))
+    tokens = np.full((len(prompts), width), config.pad_token_id, np.int32)
+    mask = np.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
+    ours = transformer.logits(config, params, jnp.asarray(tokens), segment_ids=jnp.asarray(mask))
+    with torch.no_grad():
+        inputs = torch.from_numpy(tokens.astype(np.int64))
+        theirs = model(inputs, attention_mask=torch.from_numpy(mask.astype(np.int64))).logits
+    difference = np.abs(np.asarray(ours) - theirs.numpy())[mask.astype(bool)].max()
+    print(f"largest logit difference {difference:.2e} over {mask.sum()} positions")
+    assert difference < 1e-3
+
+
+def test_greedy_text(smollm2):
+    config, params, model, tokenizer = smollm2
+
+    @jax.jit
+    def step(params, tokens, positions, cache):
+        hidden, cache = transformer.forward_with_cache(
+            config, params, tokens, positions=positions, cache=cache
+        )
+        return hidden @ transformer.head_weight(config, params).T, cache
+
+    prompts = [_prompt(tokenizer, text) for text in PROMPTS]
+    lengths = np.array([len(prompt) for prompt in prompts])
+    tokens = np.full((len(prompts), lengths.max()), config.pad_token_id, np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    cache = transformer.init_cache(
+        config, len(prompts), int(lengths.max()) + NEW_TOKENS, jnp.float32
+    )
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    logits, cache = step(params, jnp.asarray(tokens), positions, cache)
+    token = jnp.argmax(logits[jnp.arange(len(prompts)), lengths - 1], axis=-1)
+    ours = [np.asarray(token)]
+    for index in range(NEW_TOKENS - 1):
+        logits, cache = step(params, token[:, None], jnp.asarray(lengths + index)[:, None], cache)
+        token = jnp.argmax(logits[:, 0], axis=-1)
+        ours.append(np.asarray(token))
+    model.generation_config.eos_token_id = None  # go on for all the tokens, past the end marker
+    for row, prompt in enumerate(prompts):
+        inputs = torch.tensor([prompt])
+        theirs = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+        )[0, len(prompt) :].tolist()
+        print(f"{PROMPTS[row]!r} -> {tokenizer.decode(theirs[:24])!r}")
+        assert [int(step[row]) for step in ours] == theirs
+
+
+@pytest.mark.shared
+def test_tokenizer_on_gsm8k(smollm2, shared_data):
+    """Byte-level BPE written out here, with digits one by one, against the exported tokenizer."""
+    tokenizer = smollm2[3]
+    backend = json.loads((DIRECTORY / "tokenizer.json").read_text())
+    vocabulary = backend["model"]["vocab"]
+    merges = [m.split(" ") if isinstance(m, str) else m for m in backend["model"]["merges"]]
+    ranks = {tuple(merge): rank for rank, merge in enumerate(merges)}
+    checked = 0
+    for text in _gsm8k_questions(shared_data):
+        assert tokenizer(text)["input_ids"] == _reference_ids(text, vocabulary, ranks), text
+        checked += 1
+    print(f"{checked} questions give the same ids")
+    assert checked > 1000

@@ -1,0 +1,279 @@
+"""The scanned transformer: remat, depth, padding, sharding, cache."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dcod_jax import mesh as meshes
+from dcod_jax.models import config as configs
+from dcod_jax.models import layers, transformer
+from dcod_jax.types import DcodError
+
+
+def _config(**changes):
+    raw = {
+        "model_type": "qwen2",
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.2,
+    }
+    return configs.from_hf({**raw, **changes})
+
+
+def _params(config, seed=0):
+    """Random parameters, biases and norm scales included."""
+    params = transformer.init_params(config, jax.random.key(seed))
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    noisy = [
+        leaf + 0.1 * jax.random.normal(key, leaf.shape)
+        for leaf, key in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(structure, noisy)
+
+
+def _tokens(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, 96, shape), jnp.int32)
+
+
+def _assert_close(got, expected, *, tolerance=1e-5):
+    """Leaves differ by at most tolerance times the largest value of the expected leaf."""
+
+    def check(a, b):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.abs(b).max(), 1e-3))
+
+    jax.tree.map(check, got, expected)
+
+
+def _loss(config, **options):
+    def loss(params, tokens):
+        hidden = transformer.hidden_states(config, params, tokens, **options)
+        return jnp.sum(jnp.sin(hidden.astype(jnp.float32)))
+
+    return loss
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_no_gradient(remat):
+    config = _config()
+    params, tokens = _params(config), _tokens(2, 80)
+    plain = jax.jit(jax.value_and_grad(_loss(config)))(params, tokens)
+    again = jax.jit(jax.value_and_grad(_loss(config, remat=remat)))(params, tokens)
+    _assert_close(again, plain)
+
+
+def test_unknown_remat_is_refused():
+    config = _config()
+    with pytest.raises(DcodError, match="remat='all'"):
+        transformer.hidden_states(config, _params(config), _tokens(1, 4), remat="all")
+
+
+def _temporary_bytes(remat, num_layers):
+    config = _config(num_hidden_layers=num_layers, intermediate_size=512)
+    shapes = transformer.param_shapes(config)
+    tokens = jax.ShapeDtypeStruct((8, 64), jnp.int32)
+    lowered = jax.jit(jax.grad(_loss(config, remat=remat))).lower(shapes, tokens)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+def test_full_remat_keeps_little_more_than_each_layers_input():
+    growth = dict.fromkeys(("none", "full"), 0.0)
+    for remat in growth:
+        growth[remat] = (_temporary_bytes(remat, 10) - _temporary_bytes(remat, 2)) / 8
+    layer_input = 8 * 64 * 32 * 4
+    assert growth["full"] < 1.6 * layer_input
+    assert growth["none"] > 10 * layer_input
+
+
+def test_program_does_not_grow_with_depth():
+    def size(num_layers):
+        config = _config(num_hidden_layers=num_layers)
+        shapes = transformer.param_shapes(config)
+        tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32)
+        gradient = jax.jit(jax.grad(_loss(config, remat="full")))
+        return len(gradient.lower(shapes, tokens).as_text())
+
+    assert size(24) < 1.02 * size(2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_padding_is_finite_and_has_no_effect(dtype):
+    config = _config()
+    params = _params(config)
+    segment_ids = jnp.array([[1] * 7 + [0] * 5, [0] * 12])  # the second row is nothing but padding
+    tokens, other = _tokens(2, 12), _tokens(2, 12, seed=9)
+    other = jnp.where(segment_ids > 0, tokens, other)
+
+    @jax.jit
+    def run(params, tokens):
+        def loss(params):
+            hidden = transformer.hidden_states(
+                config, params, tokens, segment_ids=segment_ids, compute_dtype=dtype, remat="full"
+            )
+            return jnp.sum(jnp.where(segment_ids[..., None] > 0, jnp.sin(hidden), 0)), hidden
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (value, hidden), gradients = run(params, tokens)
+    assert hidden.dtype == dtype
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((value, hidden, gradients)))
+    (other_value, _), other_gradients = run(params, other)
+    assert other_value == value
+    jax.tree.map(np.testing.assert_array_equal, other_gradients, gradients)
+
+
+def test_a_query_that_may_see_nothing_is_finite():
+    keys = jax.random.split(jax.random.key(0), 3)
+    query = jax.random.normal(keys[0], (1, 2, 4, 8))
+    key, value = (jax.random.normal(k, (1, 2, 5, 8)) for k in keys[1:])
+    visible = jnp.zeros((1, 2, 5), bool)
+
+    def loss(query, key, value):
+        return jnp.sum(layers.cached_attention(query, key, value, visible) ** 2)
+
+    assert jnp.isfinite(loss(query, key, value))
+    for gradient in jax.grad(loss, argnums=(0, 1, 2))(query, key, value):
+        assert jnp.isfinite(gradient).all()
+
+
+def test_attention_equals_the_library_one():
+    keys = jax.random.split(jax.random.key(0), 3)
+    query = jax.random.normal(keys[0], (2, 150, 6, 8))
+    key, value = (jax.random.normal(k, (2, 150, 2, 8)) for k in keys[1:])
+    segment_ids = jnp.array([[1] * 70 + [2] * 50 + [0] * 30, [1] * 3 + [2] * 147])
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    mask = (same & jnp.tril(jnp.ones((150, 150), bool)))[:, None]
+
+    def ours(*heads):
+        return layers.packed_attention(*heads, segment_ids)
+
+    def theirs(*heads):
+        return jax.nn.dot_product_attention(*heads, mask=mask)
+
+    def value_and_gradients(function):
+        def loss(heads):
+            mixed = function(*heads)
+            return jnp.sum(jnp.sin(mixed)), mixed
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))((query, key, value))
+
+    _assert_close(value_and_gradients(ours), value_and_gradients(theirs))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
+def test_eight_devices_equal_one(shape):
+    data, fsdp, tensor = shape
+    mesh = meshes.make_mesh(data, fsdp, tensor=tensor)
+    config = _config()
+    params, tokens = _params(config), _tokens(8, 16)
+    expected = jax.jit(jax.value_and_grad(_loss(config, remat="full")))(params, tokens)
+    shardings = meshes.tree_shardings(mesh, transformer.logical_axes(config))
+    function = jax.value_and_grad(_loss(config, remat="full", mesh=mesh))
+    batch = meshes.sharding(mesh, ("batch", None))
+    compiled = jax.jit(function, in_shardings=(shardings, batch), out_shardings=(None, shardings))
+    got = compiled(jax.device_put(params, shardings), jax.device_put(tokens, batch))
+    _assert_close(got, expected)
+
+
+def test_fsdp_gathers_each_layers_weights_inside_the_loop():
+    mesh = meshes.make_mesh(1, 8)
+    config = _config(hidden_size=64, intermediate_size=128)
+    shapes = transformer.param_shapes(config)
+    shardings = meshes.tree_shardings(mesh, transformer.logical_axes(config))
+    batch = meshes.sharding(mesh, ("batch", None))
+
+    def forward(params, tokens):
+        return transformer.hidden_states(
+            config, params, tokens, compute_dtype=jnp.bfloat16, mesh=mesh
+        )
+
+    tokens = jax.ShapeDtypeStruct((8, 16), jnp.int32)
+    compiled = jax.jit(forward, in_shardings=(shardings, batch)).lower(shapes, tokens).compile()
+    program = compiled.as_text()
+    gathers = [line for line in program.splitlines() if "all-gather(" in line]
+    # one layer's whole up_proj; never the stacked one
+    assert any("[64,128]" in line for line in gathers)
+    assert not any("[2,64,128]" in line for line in gathers)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"num_attention_heads": 1, "num_key_value_heads": 1}, "num_attention_heads=1"),
+        ({"num_key_value_heads": 1}, "num_key_value_heads=1"),
+        ({"intermediate_size": 49}, "intermediate_size=49"),
+        ({"vocab_size": 97}, "vocab_size=97"),
+    ],
+)
+def test_mesh_that_does_not_divide_is_refused(changes, key):
+    mesh = meshes.make_mesh(-1, 1, tensor=2)
+    config = _config(**changes)
+    with pytest.raises(DcodError, match=key):
+        transformer.hidden_states(config, _params(config), _tokens(8, 4), mesh=mesh)
+
+
+def test_cache_reads_only_what_was_written_and_is_not_ahead():
+    config = _config()
+    params, tokens = _params(config), _tokens(2, 9)
+    positions = jnp.broadcast_to(jnp.arange(9), (2, 9))
+    expected = transformer.hidden_states(config, params, tokens)
+
+    @jax.jit
+    def step(tokens, positions, cache):
+        return transformer.forward_with_cache(
+            config, params, tokens, positions=positions, cache=cache
+        )
+
+    # a cache full of large garbage: unwritten slots must not be seen
+    empty = transformer.init_cache(config, 2, 12, jnp.float32)
+    cache = transformer.Cache(empty.keys + 50.0, empty.values + 50.0, empty.written)
+    first, cache = step(tokens[:, :3], positions[:, :3], cache)
+    np.testing.assert_allclose(first, expected[:, :3], atol=1e-5)
+    middle, cache = step(tokens[:, 3:6], positions[:, 3:6], cache)
+    np.testing.assert_allclose(middle, expected[:, 3:6], atol=1e-5)
+    again, _ = step(tokens[:, :3], positions[:, :3], cache)  # later slots are written, not seen
+    np.testing.assert_allclose(again, expected[:, :3], atol=1e-5)
+    rest, cache = step(tokens[:, 6:], positions[:, 6:], cache)
+    np.testing.assert_allclose(rest, expected[:, 6:], atol=1e-5)
+    assert cache.written.sum(axis=1).tolist() == [9, 9]
+
+
+def test_positions_outside_the_cache_write_nothing():
+    config = _config()
+    params = _params(config)
+    cache = transformer.init_cache(config, 1, 4, jnp.bfloat16)
+    hidden, after = transformer.forward_with_cache(
+        config, params, _tokens(1, 2), positions=jnp.array([[-1, 4]]), cache=cache
+    )
+    assert jnp.isfinite(hidden).all()
+    jax.tree.map(np.testing.assert_array_equal, after, cache)
+    assert after.keys.dtype == jnp.bfloat16
+
+
+def test_logical_axes_name_every_dimension():
+    config = _config()
+    shapes, axes = transformer.param_shapes(config), transformer.logical_axes(config)
+    ranks = jax.tree.map(len, axes, is_leaf=lambda x: isinstance(x, tuple))
+    assert ranks == jax.tree.map(lambda leaf: leaf.ndim, shapes)
+
+
+def test_init_is_deterministic_and_normal():
+    config = _config(hidden_size=256, initializer_range=0.02)
+    one, two = (transformer.init_params(config, jax.random.key(3)) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    kernel = one["layers"]["self_attn"]["q_proj"]["kernel"]
+    assert kernel.std() == pytest.approx(0.02, rel=0.05)
+    assert not np.array_equal(kernel[0], kernel[1])
+    assert (
+        transformer.init_params(config, jax.random.key(3), dtype=jnp.bfloat16)["norm"][
+            "scale"
+        ].dtype
+        == jnp.bfloat16
+    )
