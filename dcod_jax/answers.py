@@ -20,7 +20,13 @@ _ANSWER_LINE = re.compile(
     re.MULTILINE,
 )
 _ANSWER_IS = re.compile(r"(?i:answer(?: to [^\n.:]{1,80})? is)[ \t]{0,4}:?\s{0,4}(\S[^\n]{0,200})")
-_LAST_NUMBER = re.compile(rf"(?<![\w.])(?:{_NUMBER})(?![\w]|\.\d)")
+_LAST_NUMBER = re.compile(rf"(?<![\w.^])(?:{_NUMBER})(?![\w]|\.\d)")
+_WITH_UNIT = re.compile(rf"[*$]{{0,3}}({_NUMBER})[*$]{{0,3}}((?: [A-Za-z]{{1,20}}){{1,4}})\**")
+# Words after a number that change it, so that "2 dozen" or "5 or 6" is not 2 or 5.
+_NOT_UNITS = frozenset(
+    "or and to times of half dozen hundred thousand million billion trillion percent over by "
+    "plus minus squared cubed".split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +77,14 @@ def _sentence(text: str) -> str:
     return (text[: end.start()] if end else text).strip()
 
 
+def _without_unit(answer: str) -> str:
+    """A plain number in words of its unit: "**18** eggs" -> "18"."""
+    match = _WITH_UNIT.fullmatch(answer)
+    if match is None or _NOT_UNITS & set(match.group(2).lower().split()):
+        return answer
+    return match.group(1)
+
+
 def extract_answer(text: str) -> Extraction | None:
     r"""The final answer of a completion, by the first rule that finds one.
 
@@ -78,6 +92,7 @@ def extract_answer(text: str) -> Extraction | None:
     3. `answer_line`: the last line `A: X`, `Answer: X`, `Final answer: X`;
     4. `answer_is`: after the last "answer is", to the end of that sentence;
     5. `last_number`: the last plain number of the text. None when there is none of these.
+    After 2 to 4 a number followed by nothing but its unit in words is taken without the unit.
 
     >>> extract_answer("so 4 eggs.\n#### 4")
     Extraction(answer='4', rule='hash')
@@ -88,10 +103,10 @@ def extract_answer(text: str) -> Extraction | None:
     for rule, pattern in (("hash", _HASH), ("answer_line", _ANSWER_LINE)):
         found = _last_match(pattern, text)
         if found:
-            return Extraction(found, rule)
+            return Extraction(_without_unit(found), rule)
     found = _last_match(_ANSWER_IS, text)
     if found and _sentence(found):
-        return Extraction(_sentence(found), "answer_is")
+        return Extraction(_without_unit(_sentence(found)), "answer_is")
     found = _last_match(_LAST_NUMBER, text)
     return Extraction(found, "last_number") if found else None
 
@@ -108,7 +123,7 @@ def reference_answer(answer: str) -> str:
 
 
 _PLAIN = re.compile(r"[-+]?(?:\d{1,60}(?:\.\d{0,60})?|\.\d{1,60})")
-_UNWRAP = re.compile(r"^\\(?:text|textbf|mathrm|mathbf|mbox|textrm)\s*\{([^{}]*)\}$")
+_STYLE = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|textrm)\s*\{([^{}]*)\}")
 _NOISE = re.compile(r"\\[!,;:> ]|\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|\\\$|\$|\{,\}|~")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
@@ -120,8 +135,7 @@ def normalise_answer(answer: str) -> str:
     text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("−", "-")
     text = _NOISE.sub(lambda m: "," if m.group(0) == "{,}" else "", text)
     text = text.replace("^\\circ", "").replace("^{\\circ}", "").strip().rstrip(".").strip()
-    unwrapped = _UNWRAP.match(text)
-    text = unwrapped.group(1).strip() if unwrapped else text
+    text = _STYLE.sub(r"\1", text)
     if not any(mark in text for mark in "()[]{}"):  # in a tuple the comma separates
         text = _THOUSANDS.sub("", text)
     letter = re.fullmatch(r"\(([A-Za-z])\)", text)

@@ -239,11 +239,13 @@ class Grader:
             "reference": item.reference,
             "timeout": self.timeout,
         }
+        # At most 4 bytes a character; what is no Unicode becomes "?".
+        line = json.dumps(request, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         if not worker.pending:
             worker.deadline = time.monotonic() + self.timeout + GRACE_SECONDS
         worker.pending.append(item)
         with contextlib.suppress(BrokenPipeError):  # gone: its output ends too, _receive sees it
-            worker.pipes()[0].write(json.dumps(request, ensure_ascii=False).encode() + b"\n")
+            worker.pipes()[0].write(line)
 
     def _receive(self, worker: _Worker, waiting: collections.deque[_Item]) -> None:
         data = os.read(worker.pipes()[1].fileno(), 1 << 16)

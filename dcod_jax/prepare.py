@@ -198,7 +198,8 @@ def prepare(config: Any, *, progress: bool = True) -> Path:
     work = root.with_name(root.name + ".partial")  # what an interrupted run left is not resumed
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    with (work / QUARANTINE).open("w", encoding="utf-8") as quarantine:
+    # What is no Unicode stays the JSON escape that it was in the traces.
+    with (work / QUARANTINE).open("w", encoding="utf-8", errors="backslashreplace") as quarantine:
         run = Filter(config, inputs.tokenizer, quarantine)
         total = sum(f["records"] for f in [*inputs.train_files, *inputs.held_out_files])
         shown = progress and config.train.progress and total > 0

@@ -89,6 +89,7 @@ def test_each_filter_has_its_reason(config, tmp_path, capsys) -> None:
         record(8, completion="so " * 200 + "\n#### 9"),
         record(9, completion=""),
         record(10, completion="It is 11.<|im_end|>"),
+        record(10, prompt="Half \ud83d?"),
         record(11, answer=None),
         record(12),
     ]
@@ -104,12 +105,13 @@ def test_each_filter_has_its_reason(config, tmp_path, capsys) -> None:
         ("7", "too_long"),
         ("8", "bad_record"),
         ("9", "bad_record"),
+        ("10", "bad_record"),
     ]
-    assert sorted(dropped(root)) == expected
+    assert sorted(dropped(root), key=lambda item: int(item[0])) == expected
     manifest = read_manifest(root / "train")
     counts = manifest["counts"]
-    assert (counts["read"], counts["kept"], sum(counts["dropped"].values())) == (11, 3, 8)
-    assert manifest["sources"][0]["records"] == 11
+    assert (counts["read"], counts["kept"], sum(counts["dropped"].values())) == (12, 3, 9)
+    assert manifest["sources"][0]["records"] == 12
     assert manifest["config"]["data"]["max_length"] == 200
     quarantined = json.loads((root / "quarantine.jsonl").read_text().splitlines()[-1])
     assert "record" in quarantined
@@ -380,7 +382,7 @@ def test_a_config_without_a_tokenizer_is_refused(config) -> None:
 
 @pytest.mark.shared
 def test_real_qwen_traces(config, shared_data) -> None:
-    """800 traces of MATH problems: 729 right by our grader, the rest quarantined."""
+    """800 traces of MATH problems: 737 right by our grader, the rest quarantined."""
     config.data.traces = str(shared_data / "qwen25_math_traces" / "math_cot_100.jsonl")
     config.data.max_length = 100_000
     config.prepare.workers = 2
@@ -389,6 +391,6 @@ def test_real_qwen_traces(config, shared_data) -> None:
     root = prepare(config)
     counts = read_manifest(root / "train")["counts"]
     assert counts["read"] == 800
-    assert counts["dropped"]["wrong_answer"] == 71
+    assert counts["dropped"]["wrong_answer"] == 63
     assert counts["dropped"]["overlap"] > 0
     assert counts["kept"] + sum(counts["dropped"].values()) == 800

@@ -269,6 +269,17 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
+def _cut(tokenizer: Any, text: str, border: int, whole: list[int]) -> int | None:
+    """How many tokens of `whole` come before the character `border`; None inside a token."""
+    rest = _ids(tokenizer, text[border:]) if len(text) - border < border else whole
+    if len(rest) < len(whole) and whole[len(whole) - len(rest) :] == rest:
+        cut = len(whole) - len(rest)  # told from the shorter side; nothing merges with a special
+        if whole[cut - 1] in tokenizer.all_special_ids:
+            return cut
+    prefix = _ids(tokenizer, text[:border])
+    return len(prefix) if whole[: len(prefix)] == prefix else None
+
+
 def _encode_at(tokenizer: Any, text: str, borders: Sequence[int]) -> tuple[list[int], list[int]]:
     """Ids of `text` with token borders at the given characters; and the token index of each.
 
@@ -279,10 +290,10 @@ def _encode_at(tokenizer: Any, text: str, borders: Sequence[int]) -> tuple[list[
     whole = _ids(tokenizer, text)
     cuts = []
     for border in borders:
-        prefix = whole if border == len(text) else _ids(tokenizer, text[:border])
-        if whole[: len(prefix)] != prefix:
+        cut = _cut(tokenizer, text, border, whole)
+        if cut is None:
             break
-        cuts.append(len(prefix))
+        cuts.append(cut)
     else:
         return whole, cuts
     ids, cuts, last = [], [], 0

@@ -103,7 +103,18 @@ def _text(value: Any, name: str) -> str:
         raise BadRecordError(f"{name} must be a string, found {_kind(value)}")
     if not value.strip():
         raise BadRecordError(f"{name} is empty")
-    return value
+    return _unicode(value, name)
+
+
+def _unicode(text: str, name: str) -> str:
+    r"""Refuse half of a surrogate pair, which JSON can spell (\ud83d) and UTF-8 cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRecordError(
+            f"{name} holds {text[error.start]!a} at character {error.start}, half a surrogate pair"
+        ) from error
+    return text
 
 
 def _messages(value: Any, name: str) -> list[Message]:
@@ -153,7 +164,7 @@ def _answer(record: Mapping[str, Any], fields: Fields) -> str | None:
             f"{fields.answer} must be a string or a number, found {_kind(value)}; "
             "prepare.answer_field names another field"
         )
-    return str(value)
+    return _unicode(str(value), fields.answer)
 
 
 # ---------------------------------------------------------------- completions

@@ -162,6 +162,10 @@ GOOD = b'{"prompt": "p", "completion": "c"}\n'
         (b'{"completion": "c"}', r"t.jsonl:2: no prompt: .* prepare.prompt_field"),
         (b'{"prompt": "p", "completion": " "}', r"t.jsonl:2: completion is empty"),
         (b'{"prompt": "", "completion": "c"}', r"t.jsonl:2: prompt is empty"),
+        (
+            b'{"prompt": "p", "completion": "x\\ud83d"}',
+            r"completion holds '\\ud83d' at character 1",
+        ),
         (b'{"prompt": 5, "completion": "c"}', r"t.jsonl:2: prompt must be a string, found int"),
         (b'{"prompt": "p", "completion": null}', r"completion must be a string, found null"),
         (b'{"prompt": "p", "completion": []}', r"completion must be a non-empty list"),
