@@ -36,7 +36,7 @@ def get_config():
     c.data.eval_fraction = 0.2
     c.data.max_length = 64
     c.data.seq_len = 64
-    c.data.batch_size = 8
+    c.data.batch_size = 16
     c.prepare.workers = 1
     c.prepare.shard_records = 32
     c.optim.learning_rate = 3e-3
@@ -77,12 +77,17 @@ def load(place, run_dir, *more):
     return configs.load(words(place, run_dir, *more), verb="train")
 
 
-def start(place, run_dir, *more, **environment):
+def start(place, run_dir, *more):
     command = [sys.executable, "-m", "dcod_jax.train", *words(place, run_dir, *more)]
+    # Programs compiled by the first run serve the others.
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(place / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     return subprocess.Popen(
         command,
         cwd=ROOT,
-        env=os.environ | environment,
+        env=os.environ | cache,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

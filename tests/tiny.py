@@ -26,7 +26,7 @@ def write_tokenizer(path: Path, *, alphabet: str = ALPHABET, template: str = TEM
     """Character-level HF tokenizer with a chat template."""
     vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
     inner = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex("(?s)."), "isolated")
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
     inner.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=inner,

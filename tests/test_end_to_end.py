@@ -1,0 +1,100 @@
+"""The quickstart's own command, cut short: prompts in, two students and a table out."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dcod_jax.models import hf, transformer
+
+ROOT = Path(__file__).resolve().parents[1]
+ASSETS = ROOT / "dcod_jax" / "assets" / "quickstart"
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """(run directory, command, output) of a run on a few prompts."""
+    place = tmp_path_factory.mktemp("quickstart")
+    lines = (ASSETS / "prompts.jsonl").read_text().splitlines(keepends=True)
+    (place / "prompts.jsonl").write_text("".join(lines[:48]))
+    command = [
+        sys.executable,
+        "-m",
+        "dcod_jax.train",
+        f"--config={ROOT / 'configs' / 'quickstart.py'}",
+        f"--config.run_dir={place / 'run'}",
+        f"--config.generate.prompts={place / 'prompts.jsonl'}",
+        "--config.generate.batch_size=32",
+        "--config.train.steps=4",
+        "--config.train.eval_every=2",
+        "--config.evaluate.limit=24",
+        "--config.evaluate.batch_size=24",
+    ]
+    return place / "run", command, call(command, place)
+
+
+def call(command, place):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run(
+        command, cwd=place, env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_one_command_goes_from_prompts_to_a_table_and_two_exports(quickstart):
+    run, _, output = quickstart
+    for row in ("teacher", "start", "sft", "discord"):
+        assert f" {row} " in output
+    assert f"exported sft: {run / 'sft' / 'export'}" in output
+    assert f"exported discord: {run / 'discord' / 'export'}" in output
+    results = json.loads((run / "evaluation" / "results.json").read_text())
+    assert results["baseline"] == "sft"
+    for name, row in results["models"].items():
+        kept = (run / "evaluation" / f"{name}.jsonl").read_text().splitlines()
+        graded = [json.loads(line)["correct"] for line in kept]
+        assert (len(graded), sum(graded)) == (24, row["correct"])
+        assert row["low"] <= row["accuracy"] <= row["high"]
+
+
+def test_the_two_students_differ_in_their_weights_alone(quickstart):
+    run, _, _ = quickstart
+    configs = [json.loads((run / name / "config.json").read_text()) for name in ("sft", "discord")]
+    assert configs[0]["loss"]["weights"].pop("name") == "uniform"
+    assert configs[1]["loss"]["weights"].pop("name") == "sigmoid"
+    for config in configs:
+        config.pop("run_dir")
+    assert configs[0] == configs[1]
+
+
+def test_the_export_is_a_model_that_transformers_loads(quickstart):
+    run, _, _ = quickstart
+    path = run / "discord" / "export"
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    question = [{"role": "user", "content": "3 + 4 - 2 ="}]
+    text = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        theirs = model(torch.tensor([ids])).logits[0].numpy()
+    config, params = hf.load_model(path, dtype=jnp.float32)
+    ours = transformer.logits(config, params, jnp.array([ids], jnp.int32))[0]
+    np.testing.assert_allclose(np.asarray(ours), theirs, atol=2e-4)
+    start = hf.load_model(ASSETS / "student", dtype=jnp.float32)[1]
+    moved = np.abs(np.asarray(start["norm"]["scale"]) - np.asarray(params["norm"]["scale"]))
+    assert moved.max() > 0
+
+
+def test_the_same_command_again_finds_everything_done(quickstart):
+    run, command, _ = quickstart
+    before = {p: p.stat().st_mtime_ns for p in (run / "dataset").rglob("*") if p.is_file()}
+    output = call(command, run.parent)
+    assert "all 4 steps are done" in output
+    assert {p: p.stat().st_mtime_ns for p in before} == before
