@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import faulthandler
 import json
 import logging
 import os
@@ -38,6 +39,8 @@ MEMORY_LIMIT = 2 << 30  # bytes of address space of one worker
 QUEUE_DEPTH = 8  # requests sent ahead to one worker: together below a pipe's 64 KiB, never blocking
 START_SECONDS = 60.0  # a worker imports sympy first
 GRACE_SECONDS = 1.0  # between the worker's own alarm and the kill
+_WORKER = "from dcod_jax.grading import _worker_main; _worker_main()"
+ORPHAN_SECONDS = 30.0  # after its time limit a worker ends even if nobody kills it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +76,8 @@ def _on_alarm(signum: int, frame: Any) -> None:
 
 def _answer_request(request: dict[str, Any], *, parse: Callable, verify: Callable) -> str:
     signal.setitimer(signal.ITIMER_REAL, request["timeout"])
+    # Ends this process from a C thread, should the parent that would kill it be gone.
+    faulthandler.dump_traceback_later(request["timeout"] + ORPHAN_SECONDS, exit=True)
     try:
         equal = _compare_algebra(
             request["predicted"], request["reference"], parse=parse, verify=verify
@@ -85,6 +90,7 @@ def _answer_request(request: dict[str, Any], *, parse: Callable, verify: Callabl
         return "error"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _worker_main() -> None:
@@ -133,7 +139,12 @@ class _Worker:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "from dcod_jax.grading import _worker_main; _worker_main()"],
+            [
+                sys.executable,
+                "-P",
+                "-c",
+                "from dcod_jax.grading import _worker_main; _worker_main()",
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

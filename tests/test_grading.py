@@ -3,7 +3,10 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -133,6 +136,34 @@ def test_a_worker_that_ignores_its_alarm_is_killed(monkeypatch: pytest.MonkeyPat
     pairs = [("\\boxed{a}", "b"), ("\\boxed{stuck}", "b"), ("\\boxed{a}", "b")]
     reasons = [g.reason for g in grade(pairs, timeout=0.3, workers=1)]
     assert reasons == ["correct", "timeout", "correct"]
+
+
+def test_workers_end_with_a_parent_that_was_killed() -> None:
+    program = (
+        "import time\n"
+        "from dcod_jax.grading import Grader\n"
+        "grader = Grader(timeout=5, workers=1)\n"
+        "list(grader.stream([(0, '\\\\boxed{1/2}', '0.5')]))\n"
+        "print(grader.workers[0].process.pid, flush=True)\n"
+        "time.sleep(100)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    with parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        assert Path(f"/proc/{child}").exists()
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while _runs(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _runs(child)
+
+
+def _runs(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_an_item_without_a_reference_passes_ungraded() -> None:

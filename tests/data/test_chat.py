@@ -4,7 +4,15 @@ import json
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import PreTrainedTokenizerFast
 
 from dcod_jax.data import chat
@@ -121,6 +129,51 @@ def test_no_token_crosses_the_border(template) -> None:
     assert supervised(tokenizer, messages)[0].startswith("\nhell")
     prompt = chat.encode_prompt(tokenizer, messages[:1])
     assert ids[: len(prompt)].tolist() == prompt
+
+
+ZEPHYR = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}"
+    "{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+LLAMA2 = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "[INST] {{ message['content'] }} [/INST]{% else %} {{ message['content'] }} {{ eos_token }}"
+    "{% endif %}{% endfor %}"
+)
+
+
+def sentencepiece(template: str) -> PreTrainedTokenizerFast:
+    """Llama 2's kind: every text begins with a space of its own, which decoding takes away."""
+    characters = ["▁", *"\n<|>[]/?.,", *map(chr, range(48, 58)), *map(chr, range(65, 123))]
+    merges = [("▁", "h"), ("▁", "▁"), ("l", "l")]
+    vocab = {token: i for i, token in enumerate([*characters, *(a + b for a, b in merges), "<u>"])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<u>"))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", [ZEPHYR, LLAMA2])
+def test_sentencepiece_masks_are_exact(template) -> None:
+    tokenizer = sentencepiece(template)
+    messages = conversation("hello", "he is all", "and", "two")
+    ids, mask = chat.encode(tokenizer, messages)
+    assert ids.tolist() == tokenizer.apply_chat_template(messages)["input_ids"]
+    runs = np.flatnonzero(np.diff(mask.astype(int)))
+    assert len(runs) == (4 if template == ZEPHYR else 3)  # Llama 2 ends with the last </s>
+    for turn in (1, 3):
+        prompt = chat.encode_prompt(tokenizer, messages[:turn])
+        assert ids[: len(prompt)].tolist() == prompt
+        assert not mask[len(prompt) - 1]
+        assert mask[len(prompt)]
+    assert tokenizer.convert_ids_to_tokens(ids[mask].tolist()).count("</s>") == 2
 
 
 def test_no_second_bos() -> None:
