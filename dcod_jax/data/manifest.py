@@ -7,7 +7,7 @@ A directory is a dataset when it holds manifest.json, which is written last. Fie
     lengths                {file, bytes, sha256}: int32 [records, 2], tokens and completion tokens
     totals                 {records, tokens, completion_tokens}
     scored, top_k          whether every trace has teacher log-probs; K of the stored top-k, or 0
-    tokenizer, template    {fingerprint, ...}: what the token ids and the mask were made with
+    tokenizer, template    {fingerprint, source, ...}: what made the token ids and the mask
     teacher                {name, revision, weights, ...} or absent; weights is a content hash
     counts, config, ...    whatever else the writing verb reports (kept and dropped by reason, ...)
 

@@ -124,7 +124,6 @@ class _PackedIterator(grain.DatasetIterator):
                 "or seed changed; restore them, or start a new run with train.init_from"
             )
         self._epoch, self._row = int(state["epoch"]), int(state["row"])
-        self._plans = {}
 
 
 def _open(stream: _Stream, *, prefetch: int, require_scores: bool) -> grain.DatasetIterator:
