@@ -19,15 +19,15 @@ from transformers import PreTrainedTokenizerFast
 from dcod_jax.types import DcodError
 
 # Operator sequences and phrasings that only this split has; "train" has all the other sequences.
+# All the short ones are in "train": from "++" and "--" alone a model learns that signs repeat.
 OPERATORS: dict[str, tuple[str, ...]] = {
-    "validation": ("+-", "-++", "+--+", "-++-"),
-    "eval": ("-+", "+-+", "--+", "+-+-", "-+--", "++-+", "--++"),
+    "validation": ("--+", "++-+", "-+-+"),
+    "eval": ("+-+", "+-++", "-++-", "+--+", "--+-"),
 }
 PHRASINGS: dict[str, tuple[str, ...]] = {
     "train": (
-        "{}",
-        "{} =",
-        "{} = ?",
+        "{}=",
+        "{}.",
         "Add {}.",
         "Compute {}.",
         "Do {}.",
@@ -106,7 +106,11 @@ def parse_expression(expression: str) -> tuple[tuple[int, ...], str]:
 
 
 def make_problems(expressions: Iterable[str], *, seed: int) -> Iterator[Problem]:
-    """Distinct problems in the order of their expressions, each phrased as its split allows."""
+    """Distinct problems in the order of their expressions, each phrased as its split allows.
+
+    Chains whose value falls below zero on the way are left out: a tiny model then needs a third
+    of the facts.
+    """
     seen: set[str] = set()
     for expression in expressions:
         numbers, operators = parse_expression(expression)
@@ -116,7 +120,9 @@ def make_problems(expressions: Iterable[str], *, seed: int) -> Iterator[Problem]
         seen.add(key)
         split = split_of(operators)
         phrasing = random.Random(f"{seed} {key}").choice(PHRASINGS[split])
-        yield Problem(key, numbers, operators, phrasing, split)
+        problem = Problem(key, numbers, operators, phrasing, split)
+        if min(problem.running_values()) >= 0:
+            yield problem
 
 
 def solve_equations(problem: Problem) -> str:
@@ -127,12 +133,11 @@ def solve_equations(problem: Problem) -> str:
 
 
 def solve_words(problem: Problem) -> str:
-    """8+5-4 -> "start 8, add 5: 13, take 4: 9"."""
-    verbs = {"+": "add", "-": "take"}
+    """8+5-4 -> "8 up 5: 13, down 4: 9"."""
+    words = {"+": "up", "-": "down"}
     steps = zip(problem.operators, problem.numbers[1:], problem.running_values()[1:], strict=True)
-    return f"start {problem.numbers[0]}" + "".join(
-        f", {verbs[op]} {number}: {after}" for op, number, after in steps
-    )
+    moves = (f"{words[op]} {number}: {after}" for op, number, after in steps)
+    return f"{problem.numbers[0]} " + ", ".join(moves)
 
 
 def solve_groups(problem: Problem) -> str:

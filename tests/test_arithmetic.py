@@ -28,14 +28,12 @@ ASSETS = ROOT / "dcod_jax" / "assets" / "quickstart"
 MEBIBYTES_8 = 8 << 20
 CHAIN = re.compile(r"\d(?:[+-]\d)+")
 
-numbers = st.lists(st.integers(0, 9), min_size=2, max_size=6)
-
-
-@st.composite
-def problems(draw: Any) -> arithmetic.Problem:
-    chain = draw(numbers)
-    operators = draw(st.text("+-", min_size=len(chain) - 1, max_size=len(chain) - 1))
-    return arithmetic.Problem("x", tuple(chain), operators, "Find {}.", "train")
+chains = st.integers(2, 6).flatmap(
+    lambda terms: st.tuples(
+        st.lists(st.integers(0, 9), min_size=terms, max_size=terms),
+        st.text("+-", min_size=terms - 1, max_size=terms - 1),
+    )
+)
 
 
 @functools.cache
@@ -83,11 +81,11 @@ def check_solution(solution: str, expression: str, style: str) -> None:
         assert used == operands
         assert int(before) == value(expression)
     elif style == "words":
-        start, *moves = steps[0].split(", ")
-        total, used = int(start.removeprefix("start ")), [int(start.removeprefix("start "))]
-        for move in moves:
-            verb, number, result = re.fullmatch(r"(add|take) (\d): (-?\d+)", move).groups()  # type: ignore[union-attr]
-            total += int(number) if verb == "add" else -int(number)
+        start, moves = steps[0].split(" ", 1)
+        total, used = int(start), [int(start)]
+        for move in moves.split(", "):
+            verb, number, result = re.fullmatch(r"(up|down) (\d): (-?\d+)", move).groups()  # type: ignore[union-attr]
+            total += int(number) if verb == "up" else -int(number)
             used.append(int(number))
             assert total == int(result)
         assert used == operands
@@ -111,8 +109,9 @@ def check_solution(solution: str, expression: str, style: str) -> None:
 
 @pytest.mark.parametrize("style", list(arithmetic.STYLES))
 @settings(max_examples=150, deadline=None)
-@given(problem=problems())
-def test_every_step_of_a_worked_solution_is_right(style: str, problem: arithmetic.Problem) -> None:
+@given(chain=chains)
+def test_every_step_of_a_worked_solution_is_right(style: str, chain: tuple[list[int], str]) -> None:
+    problem = arithmetic.Problem("x", tuple(chain[0]), chain[1], "Find {}.", "train")
     solution = arithmetic.worked_solution(problem, style)
     check_solution(solution, problem.expression, style)
     found = extract_answer(solution)
@@ -124,7 +123,7 @@ def test_the_check_of_solutions_can_fail() -> None:
     with pytest.raises(AssertionError):
         check_solution("8+5=13\n13-4=8\n#### 9", "8+5-4", "equations")
     with pytest.raises(AssertionError):
-        check_solution("start 8, add 5: 13, take 3: 10\n#### 9", "8+5-4", "words")
+        check_solution("8 up 5: 13, down 3: 10\n#### 9", "8+5-4", "words")
     with pytest.raises(AssertionError):
         check_solution("plus 8+5=13\nminus 4\n13-4=8\n#### 9", "8+5-4", "groups")
 
@@ -145,7 +144,7 @@ def test_traces_are_right_and_mix_the_styles() -> None:
     module = tool()
     for name, shares in (("teacher", module.TEACHER_STYLES), ("student", module.STUDENT_STYLES)):
         traces = list(arithmetic.worked_traces(pieces()[name], shares, seed=module.SEED))
-        for trace in traces:
+        for trace in traces[::10]:
             check_solution(trace["completion"], trace["id"], trace["style"])
         counts = Counter(trace["style"] for trace in traces)
         assert counts.keys() == shares.keys()
@@ -264,7 +263,7 @@ def test_longest_worked_solution_fits_the_recipe() -> None:
     config = load_recipe(ROOT / "configs" / "quickstart.py")
     longest = max(
         len(arithmetic.worked_solution(problem, style)) + 1  # the end of the turn
-        for problem in pieces()["teacher"]
+        for problem in pieces()["teacher"][::10]
         for style in arithmetic.STYLES
     )
     assert longest <= config.generate.max_new_tokens == config.evaluate.max_new_tokens
