@@ -9,6 +9,7 @@ float32, AdamW, every token supervised. Ours has the DisCorD weights on (`ours`)
 the same shape. Each measurement is a process of its own, the variants take turns for --rounds
 rounds, and the table gives medians of CPU-seconds per step after warmup (getrusage; all threads)
 and of the peak resident memory (ru_maxrss; compilation included). No XLA flags are set for either.
+Ours saves matrix products only and recomputes what is elementwise (student.remat "dots").
 
 The peer lives in an environment of its own:
     python3.11 -m venv peer && peer/bin/pip install google-tunix==0.1.7 "jax==0.10.2"
@@ -179,8 +180,8 @@ def worker_tunix(args: argparse.Namespace) -> dict[str, float]:
     import numpy as np
     import optax
     from flax import nnx
-    from tunix.models.llama3 import model as llama3
-    from tunix.sft import peft_trainer, utils
+    from tunix.models.llama3 import model as llama3  # pyright: ignore[reportMissingImports]
+    from tunix.sft import peft_trainer, utils  # pyright: ignore[reportMissingImports]
 
     model_config = llama3.ModelConfig(
         num_layers=SHAPE["num_hidden_layers"],
@@ -332,7 +333,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=1, help="steps before measuring")
     parser.add_argument("--steps", type=int, default=3, help="measured steps")
     parser.add_argument("--head-chunk", type=int, default=512)
-    parser.add_argument("--remat", default="none")
+    parser.add_argument("--remat", default="dots", help="what the layers save: none|dots|full")
     parser.add_argument("--clip-norm", type=float, default=0.0, help="0, as the peer's AdamW")
     parser.add_argument("--directory", default=None, help="where to save (checkpoint)")
     parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
