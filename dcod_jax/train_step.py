@@ -204,7 +204,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         measured = _measure(loss_config, batch, sums, stats)
-        measured["grad_norm"] = optax.global_norm(gradients)
+        measured["grad_norm"] = optax.tree.norm(gradients)
         measured["learning_rate"] = schedule(state.step)
         finite = jnp.isfinite(sums.loss) & jnp.isfinite(measured["grad_norm"])
         measured["nonfinite"] = ~finite
