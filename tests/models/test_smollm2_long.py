@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import regex
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -98,6 +100,53 @@ def test_greedy_text(smollm2):
         )[0, len(prompt) :].tolist()
         print(f"{PROMPTS[row]!r} -> {tokenizer.decode(theirs[:24])!r}")
         assert [int(step[row]) for step in ours] == theirs
+
+
+def _gsm8k_questions(shared_data):
+    for split in ("train", "test"):
+        with (shared_data / "gsm8k" / f"{split}.jsonl").open(encoding="utf-8") as file:
+            for line in file:
+                yield json.loads(line)["question"]
+
+
+def _byte_letters():
+    """GPT-2's printable letter for each byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {byte: chr(byte) for byte in printable}
+    rest = [byte for byte in range(256) if byte not in letters]
+    return {**letters, **{byte: chr(256 + index) for index, byte in enumerate(rest)}}
+
+
+_WORDS = regex.compile(
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+)
+
+
+def _merge(letters, ranks):
+    """Apply the lowest-ranked merge, all its places left to right, until none is left."""
+    parts = list(letters)
+    while True:
+        pairs = [(ranks.get(pair, len(ranks)), pair) for pair in itertools.pairwise(parts)]
+        if not pairs or min(pairs)[0] == len(ranks):
+            return parts
+        best, merged, index = min(pairs)[1], [], 0
+        while index < len(parts):
+            step = 2 if tuple(parts[index : index + 2]) == best else 1
+            merged.append("".join(parts[index : index + step]))
+            index += step
+        parts = merged
+
+
+def _reference_ids(text, vocabulary, ranks):
+    letters = _byte_letters()
+    ids = []
+    for is_digit, run in itertools.groupby(text, str.isnumeric):
+        run = "".join(run)
+        for piece in run if is_digit else [run]:
+            for word in _WORDS.findall(piece):
+                spelled = "".join(letters[byte] for byte in word.encode())
+                ids += [vocabulary[part] for part in _merge(spelled, ranks)]
+    return ids
 
 
 @pytest.mark.shared

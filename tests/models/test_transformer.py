@@ -55,18 +55,20 @@ def _assert_close(got, expected, *, tolerance=1e-5):
 def _loss(config, **options):
     def loss(params, tokens):
         hidden = transformer.hidden_states(config, params, tokens, **options)
-        return jnp.sum(jnp.sin(hidden.astype(jnp.float32)))
+        return jnp.sum(jnp.square(jnp.sin(hidden.astype(jnp.float32))))  # nothing cancels
 
     return loss
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_no_gradient(remat):
+def test_remat_changes_no_gradient():
     config = _config()
     params, tokens = _params(config), _tokens(2, 80)
-    plain = jax.jit(jax.value_and_grad(_loss(config)))(params, tokens)
-    again = jax.jit(jax.value_and_grad(_loss(config, remat=remat)))(params, tokens)
-    _assert_close(again, plain)
+    runs = {
+        remat: jax.jit(jax.value_and_grad(_loss(config, remat=remat)))(params, tokens)
+        for remat in ("none", "dots", "full")
+    }
+    _assert_close(runs["dots"], runs["none"])
+    _assert_close(runs["full"], runs["none"])
 
 
 def test_unknown_remat_is_refused():
@@ -84,12 +86,10 @@ def _temporary_bytes(remat, num_layers):
 
 
 def test_full_remat_keeps_little_more_than_each_layers_input():
-    growth = dict.fromkeys(("none", "full"), 0.0)
-    for remat in growth:
-        growth[remat] = (_temporary_bytes(remat, 10) - _temporary_bytes(remat, 2)) / 8
     layer_input = 8 * 64 * 32 * 4
-    assert growth["full"] < 1.6 * layer_input
-    assert growth["none"] > 10 * layer_input
+    deep, shallow = _temporary_bytes("full", 10), _temporary_bytes("full", 2)
+    assert (deep - shallow) / 8 < 1.6 * layer_input
+    assert _temporary_bytes("none", 10) > deep + 10 * 10 * layer_input
 
 
 def test_program_does_not_grow_with_depth():

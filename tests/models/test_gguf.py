@@ -1,0 +1,202 @@
+"""GGUF files: weights against transformers' own reader, tokenizer, and refusals."""
+
+from __future__ import annotations
+
+import sys
+
+import gguf as package
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dcod_jax.models import gguf, hf, transformer
+from dcod_jax.models.weights import flatten
+from dcod_jax.types import DcodError
+
+FAMILIES = ["llama", "smollm2", "qwen2-padded-vocab"]
+LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
+TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *LETTERS, "Ġt", "12", "he", "the"]
+MERGES = ["Ġ t", "1 2", "h e", "t he"]
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+
+
+def _permute(rows, heads):
+    """llama.cpp's order of q and k rows, as its converter writes it."""
+    size = rows.shape[0] // heads
+    order = [
+        h * size + half * size // 2 + i
+        for h in range(heads)
+        for i in range(size // 2)
+        for half in (0, 1)
+    ]
+    return rows[order]
+
+
+def _write_tokenizer(writer, pre):
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3, 3, 3] + [1] * (len(TOKENS) - 3))
+    writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_chat_template(TEMPLATE)
+
+
+def _write_gguf(file, pair, *, pre="smollm", quantise=(), extra=None, drop=(), metadata=None):
+    """A GGUF of the pair's torch model, written from the torch side only."""
+    config = pair.model.config
+    architecture = config.model_type
+    writer = package.GGUFWriter(file, architecture)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    for key, value in (metadata or {}).items():
+        writer.add_key_value(key, value, package.GGUFValueType.STRING)
+    _write_tokenizer(writer, pre)
+    names = package.get_tensor_name_map(
+        package.MODEL_ARCH[architecture.upper()], config.num_hidden_layers
+    )
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, tensor in pair.model.state_dict().items():
+        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        tied = name == "lm_head.weight" and config.tie_word_embeddings
+        if tied or target in drop:
+            continue
+        values = tensor.numpy()
+        kind = name.split(".")[-2]
+        if architecture == "llama" and kind in heads:
+            values = _permute(values, heads[kind])
+        if target in quantise:
+            kind = package.GGMLQuantizationType.Q8_0
+            writer.add_tensor(target, package.quants.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(target, np.ascontiguousarray(values))
+    for name, values in (extra or {}).items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+@pytest.mark.parametrize("pair", FAMILIES, indirect=True)
+def test_weights_are_those_of_the_torch_model(pair, tmp_path):
+    config, params = hf.load_model(_write_gguf(tmp_path / "model.gguf", pair), dtype=jnp.float32)
+    expected = flatten(pair.params)
+    for path, leaf in flatten(params).items():
+        np.testing.assert_array_equal(leaf, expected.pop(path), err_msg=path)
+    assert not expected
+    tokens = np.arange(3, 43)[None]
+    ours = transformer.logits(config, params, jnp.asarray(tokens))
+    np.testing.assert_allclose(ours, pair.hf_logits(tokens), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("pair", ["llama"], indirect=True)
+def test_transformers_reads_the_same_file_the_same_way(pair, tmp_path):
+    quantised = ["blk.0.attn_q.weight", "blk.1.ffn_up.weight"]  # rows of 32: one block each
+    file = _write_gguf(tmp_path / "model.gguf", pair, quantise=quantised)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=file.name, dtype=torch.float32
+    ).eval()
+    config, params = gguf.read_gguf(file)
+    tokens = np.arange(3, 43)[None]
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(tokens)).logits.numpy()
+    ours = transformer.logits(config, params, jnp.asarray(tokens))
+    np.testing.assert_allclose(ours, expected, atol=2e-4, rtol=0)
+    assert np.abs(expected - pair.hf_logits(tokens)).max() > 1e-3  # it was quantised
+
+
+@pytest.mark.parametrize("pair", ["llama"], indirect=True)
+def test_tokenizer_export(pair, tmp_path):
+    file = _write_gguf(tmp_path / "model.gguf", pair)
+    out = tmp_path / "tokenizer"
+    gguf.export_tokenizer(file, out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    # digits stay apart although the merge "1 2" exists; words merge
+    ids = tokenizer("the 12<|im_end|>")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["the", "Ġ", "1", "2", "<|im_end|>"]
+    assert tokenizer.decode(ids) == "the 12<|im_end|>"
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert text == "<|im_start|>hi<|im_end|>"
+
+
+def test_qwen2_pre_tokenizer_is_that_of_transformers():
+    from transformers import Qwen2Tokenizer
+
+    theirs = Qwen2Tokenizer(vocab={token: i for i, token in enumerate(TOKENS)}, merges=[])
+    split, normalizer = gguf.PRE_TOKENIZERS["qwen2"]
+    assert type(theirs.backend_tokenizer.normalizer) is type(normalizer)
+    for text in (
+        "It's 12,345.60 €\n\n  x=y+2  ",
+        "naïve\tCafé's 3rd\r\n",
+        "  a  b\n c",
+        "数字 42!",
+    ):
+        expected = theirs.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+        assert split.pre_tokenize_str(text) == expected
+
+
+@pytest.mark.parametrize("pair", ["llama"], indirect=True)
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"extra": {"rope_freqs.weight": np.ones(4, np.float32)}}, r"rope_freqs\.weight"),
+        ({"drop": ["blk.1.ffn_up.weight"]}, r"blk\.1\.ffn_up\.weight is missing"),
+        ({"drop": ["token_embd.weight"]}, r"token_embd\.weight is missing"),
+        ({"metadata": {"llama.rope.scaling.type": "yarn"}}, r"rope\.scaling\.type='yarn'"),
+    ],
+)
+def test_refused_weights(pair, tmp_path, options, named):
+    file = _write_gguf(tmp_path / "model.gguf", pair, **options)
+    with pytest.raises(DcodError, match=named):
+        gguf.read_gguf(file)
+
+
+@pytest.mark.parametrize("pair", ["llama"], indirect=True)
+def test_unknown_pre_tokenizer_is_refused(pair, tmp_path):
+    file = _write_gguf(tmp_path / "model.gguf", pair, pre="deepseek-llm")
+    with pytest.raises(DcodError, match=r"tokenizer\.ggml\.pre='deepseek-llm'"):
+        gguf.export_tokenizer(file, tmp_path / "tokenizer")
+
+
+def test_unknown_architecture_is_refused(tmp_path):
+    writer = package.GGUFWriter(tmp_path / "model.gguf", "gemma3")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(DcodError, match=r"general\.architecture='gemma3'"):
+        gguf.read_gguf(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("pair", ["llama"], indirect=True)
+@pytest.mark.parametrize("keep", [0, 3, 30, 2000, -100])
+def test_truncated_file(pair, tmp_path, keep):
+    file = _write_gguf(tmp_path / "model.gguf", pair)
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(DcodError, match="not a whole GGUF file"):
+        gguf.read_gguf(file)
+
+
+def test_absent_file_and_absent_package(tmp_path, monkeypatch):
+    with pytest.raises(DcodError, match=r"no such \.gguf file"):
+        gguf.read_gguf(tmp_path / "absent.gguf")
+    (tmp_path / "model.gguf").touch()
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(DcodError, match=r"dcod_jax\[gguf\]"):
+        gguf.read_gguf(tmp_path / "model.gguf")
