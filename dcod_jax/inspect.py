@@ -232,7 +232,7 @@ def print_trace(
         text = str(token_id)
         if tokenizer is not None:
             decoded = tokenizer.backend_tokenizer.decode([token_id], skip_special_tokens=False)
-            text = repr(decoded)[1:-1]
+            text = repr(decoded)
         cells = ["", "", ""]
         if supervised := bool(trace.completion_mask[place]):
             cells = _scores(trace.logprobs, student, int(entry[place]))

@@ -30,6 +30,7 @@ VERSION = 1
 MANIFEST = "manifest.json"
 LENGTHS = "lengths.npy"
 PROGRESS = "score-progress.json"  # exists only while a teacher's scores are being added
+_FIELDS = {"shards": list, "lengths": dict, "totals": dict, "scored": bool, "top_k": int}
 _OWN_FILES = (
     "traces-*.array_record",
     "scored-*.array_record",
@@ -62,10 +63,14 @@ def commit_file(temporary: Path, final: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write `content` to `path` atomically."""
+    """Write `content` to `path` atomically; on a DcodError the old content is still there."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    commit_file(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        commit_file(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DcodError(f"cannot write {path}: {error}; free space and run it again") from error
 
 
 def to_json(value: Any) -> bytes:
@@ -115,6 +120,12 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
         raise DcodError(
             f"{path}: expected format {FORMAT} version {VERSION}, found {found[0]} "
             f"version {found[1]}; prepare the dataset again with this version of dcod_jax"
+        )
+    wrong = [name for name, kind in _FIELDS.items() if not isinstance(manifest.get(name), kind)]
+    if wrong or not manifest["shards"]:
+        raise DcodError(
+            f"{path}: {', '.join(wrong) or 'shards'} missing or of a wrong type; the file was "
+            "edited or damaged: restore it, or prepare the dataset again"
         )
     return manifest
 

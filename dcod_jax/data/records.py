@@ -12,6 +12,7 @@ manifest, which alone makes them a dataset, comes last. Equal traces give equal 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import threading
@@ -127,10 +128,9 @@ class DatasetWriter:
         if self._kind is None:
             raise DcodError(f"no trace was written to {self._directory}; all were dropped?")
         path = self._directory / manifests.LENGTHS
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as file:
-            np.save(file, np.asarray(self._lengths, "<i4"))
-        manifests.commit_file(temporary, path)
+        lengths = io.BytesIO()
+        np.save(lengths, np.asarray(self._lengths, "<i4"))
+        manifests.replace_file(path, lengths.getvalue())
         totals = {
             name: sum(shard[name] for shard in self._shards)
             for name in ("records", "tokens", "completion_tokens")

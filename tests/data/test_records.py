@@ -17,6 +17,7 @@ from fake_traces import MANIFEST, make_trace, make_traces, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dcod_jax.data import manifest as manifests
 from dcod_jax.data.codec import bytes_per_token, decode, decode_columns, encode
 from dcod_jax.data.records import DatasetWriter, TraceDataset, check_fingerprints, extend
 from dcod_jax.types import DcodError, Trace
@@ -278,6 +279,23 @@ def test_another_version_of_the_format_is_refused(tmp_path):
         TraceDataset(path.parent)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"shards": []}, "shards missing"),
+        ({"scored": "yes", "top_k": None}, "scored, top_k missing"),
+    ],
+)
+def test_an_edited_manifest_is_refused(tmp_path, change, words):
+    path = write(tmp_path / "d", make_traces(3)) / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DcodError, match=words):
+        TraceDataset(path.parent)
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(DcodError, match="is not valid JSON"):
+        TraceDataset(path.parent)
+
+
 def test_another_tokenizer_template_or_teacher_is_refused(tmp_path):
     directory = write(tmp_path / "d", make_traces(9, scored=False))
     extend(directory, teacher=TEACHER, settings={}, score_shard=fake_scores)
@@ -472,6 +490,19 @@ def test_scoring_killed_at_every_border_ends_with_the_same_bytes(tmp_path):
     # Each run begins where the one before was killed; the directory is always a whole dataset.
     assert states == [(False, 1), (False, 1), (False, 2), (False, 5), (True, 5), (True, 0)]
     assert contents(directory) == contents(whole)
+
+
+def test_a_file_that_cannot_be_replaced_keeps_its_old_content(tmp_path, monkeypatch):
+    path = tmp_path / "progress.json"
+    manifests.replace_file(path, b"old")
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(manifests.os, "fsync", full)
+    with pytest.raises(DcodError, match=r"progress\.json.*No space left"):
+        manifests.replace_file(path, b"new")
+    assert contents(tmp_path) == {"progress.json": b"old"}
 
 
 FULL_DISK = """
