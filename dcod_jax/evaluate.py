@@ -31,7 +31,7 @@ def evaluate(config: Any) -> None:
             f"nothing to evaluate: no export in {export_path(config)}; set student.path to an HF "
             "directory, or run `python -m dcod_jax.export` first"
         )
-    stages._compare(config, models)
+    stages.compare(config, models)
 
 
 if __name__ == "__main__":
