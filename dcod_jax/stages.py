@@ -102,12 +102,12 @@ def finish(config: Any, runs: Sequence[tuple[str, Any]]) -> None:
     if config.evaluate.problems:
         models = {"teacher": config.teacher.path, "start": config.student.path}
         models |= {name or "student": str(path) for name, path in exported.items()}
-        _compare(config, {name: path for name, path in models.items() if path})
+        compare(config, {name: path for name, path in models.items() if path})
     for name, path in exported.items():
         print(f"exported{f' {name}' if name else ''}: {path}")
 
 
-def _compare(config: Any, models: dict[str, str]) -> None:
+def compare(config: Any, models: dict[str, str]) -> None:
     problems = read_problems(
         config.evaluate.problems,
         system_prompt=config.prepare.system_prompt,

@@ -15,7 +15,7 @@ LEVELS = {
     "data.overlap grading optim metrics checkpoint arithmetic",
     3: "losses.distill models.hf models.gguf data.pipeline generate",
     4: "config train_step scoring evals",
-    5: "train prepare score generate_traces evaluate export inspect stages",
+    5: "train prepare score generate_traces evaluate export inspect stages start",
 }
 # Same level, allowed in this direction only: a module is built of these.
 WITHIN = {
@@ -27,7 +27,8 @@ WITHIN = {
     "models.hf": {"models.gguf"},
     "evals": {"config"},
     "scoring": {"config"},
-    "train": {"stages", "prepare"},
+    "train": {"stages", "start"},
+    "start": {"prepare"},
     "stages": {"prepare", "score", "generate_traces", "evaluate", "export"},
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names.split()}

@@ -18,7 +18,7 @@ import tiny
 from dcod_jax import config as configs
 from dcod_jax import train
 from dcod_jax.checkpoint import Checkpointer
-from dcod_jax.models import hf
+from dcod_jax.models import hf, transformer
 from dcod_jax.types import DcodError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,7 +102,7 @@ def metrics(run_dir):
 
 def final_params(run_dir, place):
     config, _ = hf.load_config(place / "student")
-    shapes = train.transformer.param_shapes(config)
+    shapes = transformer.param_shapes(config)
     params, _ = Checkpointer(run_dir).restore_params(shapes)
     return params
 
