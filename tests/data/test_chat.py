@@ -176,6 +176,14 @@ def test_sentencepiece_masks_are_exact(template) -> None:
     assert tokenizer.convert_ids_to_tokens(ids[mask].tolist()).count("</s>") == 2
 
 
+def test_a_border_inside_a_token_is_refused() -> None:
+    """This kind of tokenizer cannot encode the completion alone: it would add a space."""
+    tokenizer = sentencepiece(ZEPHYR.replace("|>\n", "|> "))
+    with pytest.raises(DcodError, match="crosses the border between prompt and completion"):
+        chat.encode(tokenizer, conversation("what?", "hello"))
+    assert supervised(tokenizer, conversation("what?", "no")) == ["no</s>"]
+
+
 def test_no_second_bos() -> None:
     tokenizer = build(LLAMA3)
     post = processors.TemplateProcessing(
