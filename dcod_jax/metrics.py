@@ -90,10 +90,12 @@ def weight_statistics(
         "saturated_high": mean(raw_weights > 0.99),
         "confident_mass": mean(jnp.where(confident, weights, 0.0)) / average,
     }
-    for first, end in zip(POSITION_BUCKETS, (*POSITION_BUCKETS[1:], math.inf), strict=True):
-        inside = loss_mask & (completion_positions >= first) & (completion_positions < end)
-        total = jnp.where(inside, weights, 0.0).sum()
-        statistics[f"position_{first:04d}"] = total / inside.sum()
+    edges = jnp.asarray((*POSITION_BUCKETS, math.inf), jnp.float32)
+    place = completion_positions[..., None]
+    inside = loss_mask[..., None] & (place >= edges[:-1]) & (place < edges[1:])
+    totals = jnp.where(inside, weights[..., None], 0.0).sum((0, 1)) / inside.sum((0, 1))
+    for index, first in enumerate(POSITION_BUCKETS):
+        statistics[f"position_{first:04d}"] = totals[index]
     return {f"weights/{name}": value for name, value in statistics.items()}
 
 
