@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from dcod_jax.config import dataset_dir, run_verb
-from dcod_jax.data import chat
+from dcod_jax.data import chat, score_progress
 from dcod_jax.data.codec import bytes_per_token
 from dcod_jax.data.manifest import read_manifest
 from dcod_jax.data.records import TraceDataset, check_fingerprints, extend
@@ -59,20 +59,32 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
         valid_vocab=len(teacher.tokenizer),
     )
     for split in splits:
-        total = read_manifest(split)["totals"]["tokens"]
-        with track(f"scoring {split.name}", total, enabled=config.train.progress) as advance:
+        if split.name in done:
+            continue
+        total, before = _work(config, split, teacher, stored)
+        label = f"scoring {split.name}"
+        with track(label, total, done=before, enabled=config.train.progress) as advance:
             options = {"settings": settings, "mesh": mesh, "on_tokens": advance}
-            score_shard = functools.partial(score_traces, model_config, params, **options)
             done[split.name] = extend(
                 split,
                 teacher=teacher.provenance(),
                 settings=stored,
-                score_shard=score_shard,
+                score_shard=functools.partial(score_traces, model_config, params, **options),
                 overwrite=config.score.overwrite,
                 write=jax.process_index() == 0,
             )
         _report(split, done[split.name])
     return done
+
+
+def _work(config: Any, split: Path, teacher: Teacher, settings: dict[str, Any]) -> tuple[int, int]:
+    """Tokens of the split, and those that an interrupted run has behind it."""
+    manifest = read_manifest(split)
+    work = score_progress.describe(manifest, teacher.provenance(), settings)
+    finished = score_progress.finished(split, work, overwrite=config.score.overwrite)
+    if finished:
+        print(f"{split}: going on behind {len(finished)} of {len(manifest['shards'])} shards")
+    return manifest["totals"]["tokens"], sum(entry["shard"]["tokens"] for entry in finished)
 
 
 def _check_tokenizer(split: Path, teacher: Teacher) -> None:

@@ -254,6 +254,7 @@ def test_killed_and_started_again_gives_the_same_bytes(tmp_path, teacher, capsys
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dcod_jax.score.score_traces", counted)
         score(make_config(cut, teacher, score__top_k="3"))
+    assert "going on behind 2 of 5 shards" in capsys.readouterr().out
     assert len(calls) == 4  # three of five shards of train were left, one of eval
     assert hashes(cut) == hashes(whole)
 
