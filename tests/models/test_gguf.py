@@ -8,7 +8,7 @@ import gguf as package
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers import pre_tokenizers
+from gguf_writer import TOKENS, write_gguf
 from transformers import AutoTokenizer
 
 from dcod_jax.models import gguf, hf, transformer
@@ -16,83 +16,11 @@ from dcod_jax.models.weights import flatten
 from dcod_jax.types import DcodError
 
 FAMILIES = ["llama", "smollm2", "qwen2-padded-vocab"]
-LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
-TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *LETTERS, "Ġt", "12", "he", "the"]
-MERGES = ["Ġ t", "1 2", "h e", "t he"]
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
-
-
-def _permute(rows, heads):
-    """llama.cpp's order of q and k rows, as its converter writes it."""
-    size = rows.shape[0] // heads
-    order = [
-        h * size + half * size // 2 + i
-        for h in range(heads)
-        for i in range(size // 2)
-        for half in (0, 1)
-    ]
-    return rows[order]
-
-
-def _write_tokenizer(writer, pre):
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([3, 3, 3] + [1] * (len(TOKENS) - 3))
-    writer.add_token_merges(MERGES)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_chat_template(TEMPLATE)
-
-
-def _write_gguf(file, pair, *, pre="smollm", quantise=(), extra=None, drop=(), metadata=None):
-    """A GGUF of the pair's torch model, written from the torch side only."""
-    config = pair.model.config
-    architecture = config.model_type
-    writer = package.GGUFWriter(file, architecture)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    for key, value in (metadata or {}).items():
-        writer.add_key_value(key, value, package.GGUFValueType.STRING)
-    _write_tokenizer(writer, pre)
-    names = package.get_tensor_name_map(
-        package.MODEL_ARCH[architecture.upper()], config.num_hidden_layers
-    )
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, tensor in pair.model.state_dict().items():
-        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        tied = name == "lm_head.weight" and config.tie_word_embeddings
-        if tied or target in drop:
-            continue
-        values = tensor.numpy()
-        kind = name.split(".")[-2]
-        if architecture == "llama" and kind in heads:
-            values = _permute(values, heads[kind])
-        if target in quantise:
-            kind = package.GGMLQuantizationType.Q8_0
-            writer.add_tensor(target, package.quants.quantize(values, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(target, np.ascontiguousarray(values))
-    for name, values in (extra or {}).items():
-        writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
 
 
 @pytest.mark.parametrize("pair", FAMILIES, indirect=True)
 def test_weights_are_those_of_the_torch_model(pair, tmp_path):
-    config, params = hf.load_model(_write_gguf(tmp_path / "model.gguf", pair), dtype=jnp.float32)
+    config, params = hf.load_model(write_gguf(tmp_path / "model.gguf", pair), dtype=jnp.float32)
     expected = flatten(pair.params)
     for path, leaf in flatten(params).items():
         np.testing.assert_array_equal(leaf, expected.pop(path), err_msg=path)
@@ -116,7 +44,7 @@ def test_quantised_tensors_are_dequantised_and_unpermuted(pair, tmp_path):
         "blk.0.attn_q.weight": "model.layers.0.self_attn.q_proj.weight",
         "blk.1.ffn_up.weight": "model.layers.1.mlp.up_proj.weight",
     }
-    _, params = gguf.read_gguf(_write_gguf(tmp_path / "model.gguf", pair, quantise=quantised))
+    _, params = gguf.read_gguf(write_gguf(tmp_path / "model.gguf", pair, quantise=quantised))
     state = pair.model.state_dict()
     expected = [_through_q8_0(state[name].numpy()) for name in quantised.values()]
     ours = [
@@ -130,7 +58,7 @@ def test_quantised_tensors_are_dequantised_and_unpermuted(pair, tmp_path):
 
 @pytest.mark.parametrize("pair", ["llama"], indirect=True)
 def test_tokenizer_export(pair, tmp_path):
-    file = _write_gguf(tmp_path / "model.gguf", pair)
+    file = write_gguf(tmp_path / "model.gguf", pair)
     out = tmp_path / "tokenizer"
     gguf.export_tokenizer(file, out)
     tokenizer = AutoTokenizer.from_pretrained(out)
@@ -170,14 +98,14 @@ def test_qwen2_pre_tokenizer_is_that_of_transformers():
     ],
 )
 def test_refused_weights(pair, tmp_path, options, named):
-    file = _write_gguf(tmp_path / "model.gguf", pair, **options)
+    file = write_gguf(tmp_path / "model.gguf", pair, **options)
     with pytest.raises(DcodError, match=named):
         gguf.read_gguf(file)
 
 
 @pytest.mark.parametrize("pair", ["llama"], indirect=True)
 def test_unknown_pre_tokenizer_is_refused(pair, tmp_path):
-    file = _write_gguf(tmp_path / "model.gguf", pair, pre="deepseek-llm")
+    file = write_gguf(tmp_path / "model.gguf", pair, pre="deepseek-llm")
     with pytest.raises(DcodError, match=r"tokenizer\.ggml\.pre='deepseek-llm'"):
         gguf.export_tokenizer(file, tmp_path / "tokenizer")
 
@@ -196,7 +124,7 @@ def test_unknown_architecture_is_refused(tmp_path):
 @pytest.mark.parametrize("pair", ["llama"], indirect=True)
 @pytest.mark.parametrize("keep", [0, 3, 30, 2000, -100])
 def test_truncated_file(pair, tmp_path, keep):
-    file = _write_gguf(tmp_path / "model.gguf", pair)
+    file = write_gguf(tmp_path / "model.gguf", pair)
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(DcodError, match="not a whole GGUF file"):
         gguf.read_gguf(file)

@@ -1,0 +1,80 @@
+"""Tiny GGUF files written from the torch side, without the code under test."""
+
+from __future__ import annotations
+
+import gguf as package
+import numpy as np
+from tokenizers import pre_tokenizers
+
+LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
+TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *LETTERS, "Ġt", "12", "he", "the"]
+MERGES = ["Ġ t", "1 2", "h e", "t he"]
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+
+
+def permute(rows, heads):
+    """llama.cpp's order of q and k rows, as its converter writes it."""
+    size = rows.shape[0] // heads
+    order = [
+        h * size + half * size // 2 + i
+        for h in range(heads)
+        for i in range(size // 2)
+        for half in (0, 1)
+    ]
+    return rows[order]
+
+
+def write_tokenizer(writer, pre):
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3, 3, 3] + [1] * (len(TOKENS) - 3))
+    writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_chat_template(TEMPLATE)
+
+
+def write_gguf(file, pair, *, pre="smollm", quantise=(), extra=None, drop=(), metadata=None):
+    """A GGUF of the pair's torch model, written from the torch side only."""
+    config = pair.model.config
+    architecture = config.model_type
+    writer = package.GGUFWriter(file, architecture)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    for key, value in (metadata or {}).items():
+        writer.add_key_value(key, value, package.GGUFValueType.STRING)
+    write_tokenizer(writer, pre)
+    names = package.get_tensor_name_map(
+        package.MODEL_ARCH[architecture.upper()], config.num_hidden_layers
+    )
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, tensor in pair.model.state_dict().items():
+        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        tied = name == "lm_head.weight" and config.tie_word_embeddings
+        if tied or target in drop:
+            continue
+        values = tensor.numpy()
+        kind = name.split(".")[-2]
+        if architecture == "llama" and kind in heads:
+            values = permute(values, heads[kind])
+        if target in quantise:
+            kind = package.GGMLQuantizationType.Q8_0
+            writer.add_tensor(target, package.quants.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(target, np.ascontiguousarray(values))
+    for name, values in (extra or {}).items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
