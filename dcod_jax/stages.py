@@ -23,13 +23,13 @@ from dcod_jax.evals import (
 )
 from dcod_jax.export import export
 from dcod_jax.generate_traces import generate_traces
-from dcod_jax.losses import weights
 from dcod_jax.mesh import make_mesh
 from dcod_jax.models import hf
 from dcod_jax.prepare import prepare
 from dcod_jax.progress import track
 from dcod_jax.score import score
 from dcod_jax.scoring import load_any_tokenizer
+from dcod_jax.start import expected_teacher
 from dcod_jax.types import DcodError
 
 # ---------------------------------------------------------------- before
@@ -68,17 +68,16 @@ def _missing(config: Any) -> list[str]:
             f"no trace dataset in {configs.dataset_dir(config)}: set data.dataset to one, or "
             "data.traces (raw traces), or generate.prompts with teacher.path"
         )
-    variants = [configs.loss_config(variant) for _, variant in configs.variants(config)]
-    wanted = any(weights.needs_teacher(loss.weights) for loss in variants)
-    if config.teacher.path and wanted and ("generate_traces" in verbs or not _scored(config)):
+    teachers = [expected_teacher(variant) for _, variant in configs.variants(config)]
+    teacher = next(filter(None, teachers), None)
+    if teacher and ("generate_traces" in verbs or not _scored(config, teacher)):
         verbs.append("score")
     return verbs
 
 
-def _scored(config: Any) -> bool:
+def _scored(config: Any, fingerprint: str) -> bool:
     """Whether this teacher's log-probs are there, told without loading the teacher."""
     manifests = [read_manifest(path) for path in _splits(config)]
-    fingerprint = hf.weights_fingerprint(config.teacher.path)
     return bool(manifests) and all(
         manifest["scored"]
         and manifest.get("teacher", {}).get("weights") == fingerprint

@@ -13,6 +13,7 @@ from dcod_jax import config as configs
 from dcod_jax.checkpoint import Checkpointer, Restored
 from dcod_jax.data import chat
 from dcod_jax.data.records import TraceDataset, check_fingerprints
+from dcod_jax.losses import weights
 from dcod_jax.mesh import make_mesh, tree_shardings
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig
@@ -66,6 +67,14 @@ def load_student(config: Any) -> Student:
     return Student(source, model_config, tokenizer, len(tokenizer))
 
 
+def expected_teacher(config: Any) -> str | None:
+    """Hash of the teacher whose log-probs the loss must find in the dataset; None: any, or none."""
+    needed = weights.needs_teacher(configs.loss_config(config).weights)
+    if not needed or not config.teacher.path or config.prepare.logprobs == "require":
+        return None
+    return hf.weights_fingerprint(config.teacher.path)
+
+
 def open_datasets(config: Any, student: Student) -> tuple[TraceDataset, TraceDataset | None]:
     """(train, held-out or None), checked against the student's tokenizer and template."""
     root = Path(configs.dataset_dir(config))
@@ -79,7 +88,7 @@ def open_datasets(config: Any, student: Student) -> tuple[TraceDataset, TraceDat
             dataset,
             tokenizer=chat.tokenizer_fingerprint(student.tokenizer),
             template=chat.template_fingerprint(student.tokenizer),
-            teacher=config.teacher.name or None,
+            teacher=expected_teacher(config),
         )
         longest = int(dataset.lengths[:, 0].max())
         if longest > student.config.max_position_embeddings:

@@ -240,8 +240,13 @@ def test_the_wrong_tokenizer_is_refused(place, tmp_path):
 
 
 def test_another_teachers_scores_are_refused(place, tmp_path):
-    with pytest.raises(DcodError, match="teacher"):
-        train.fit(load(place, tmp_path / "run", "--config.teacher.name=somebody"))
+    other = load(place, tmp_path / "run", f"--config.teacher.path={place / 'student'}")
+    with pytest.raises(DcodError, match="written with another teacher"):
+        train.fit(other)
+    with pytest.raises(DcodError, match=r"score\.overwrite"):
+        train.stages.ensure_inputs(other)
+    name = load(place, tmp_path / "run", "--config.teacher.name=any name")
+    assert train.stages._missing(name) == ["prepare"]
 
 
 def test_no_student_is_refused(place, tmp_path):
