@@ -175,7 +175,11 @@ def test_padding_content_and_the_order_of_rows_and_documents_change_nothing():
 def test_the_loss_is_the_naive_one():
     batch = packed()
     logits = transformer.logits(
-        MODEL, params(), batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions
+        MODEL,
+        jax.tree.map(jnp.asarray, params()),
+        batch.tokens,
+        segment_ids=batch.segment_ids,
+        positions=batch.positions,
     )
     logprobs = np.asarray(jax.nn.log_softmax(logits[..., :VALID]), np.float64)
     picked = np.take_along_axis(logprobs, np.asarray(batch.targets)[..., None], -1)[..., 0]
