@@ -1,6 +1,6 @@
 """The quickstart's path on a real model: SmolLM2-135M-Instruct teaches a copy with fewer layers.
 
-    python tools/get_smollm2.py
+    python tools/get_smollm2.py --layers 20
     python -m dcod_jax.train --config configs/quickstart_smollm2.py
 
 Short enough for a laptop (about a quarter of an hour on two cores), so what it shows is that real
@@ -19,7 +19,7 @@ ASSETS = Path(dcod_jax.__file__).resolve().parent / "assets" / "quickstart"
 def get_config():
     c = base()
     c.run_dir = "runs/quickstart-smollm2"
-    c.student.path = "models/SmolLM2-135M-pruned"
+    c.student.path = "models/SmolLM2-135M-Instruct-20L"
     c.student.compute_dtype = "float32"  # CPUs emulate bfloat16
     c.student.remat = "none"
     c.teacher.path = "models/SmolLM2-135M-Instruct"

@@ -18,7 +18,5 @@ def get_config():
     c.data.traces = "build/quickstart/student_traces.jsonl"
     c.data.eval_fraction = 0.02
     c.optim.learning_rate = 3e-3
-    c.train.steps = 1000
-    c.train.eval_every = 100
-    c.train.save_every = 100
+    c.train.steps = 680
     return c

@@ -19,10 +19,11 @@ from transformers import PreTrainedTokenizerFast
 from dcod_jax.types import DcodError
 
 # Operator sequences and phrasings that only this split has; "train" has all the other sequences.
-# All the short ones are in "train": from "++" and "--" alone a model learns that signs repeat.
+# A held-out sequence is never the longest: a tiny model that saw no chain with these signs at
+# these places fails on it, while one that ends where it never saw one end is within its reach.
 OPERATORS: dict[str, tuple[str, ...]] = {
-    "validation": ("--+", "++-+", "-+-+"),
-    "eval": ("+-+", "+-++", "-++-", "+--+", "--+-"),
+    "validation": ("-++",),
+    "eval": ("+-+", "--+"),
 }
 PHRASINGS: dict[str, tuple[str, ...]] = {
     "train": (
