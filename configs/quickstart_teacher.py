@@ -31,7 +31,7 @@ def get_config():
     c.optim.learning_rate = 3e-3
     c.optim.warmup_steps = 20
     c.optim.weight_decay = 0.01
-    c.train.steps = 1000
+    c.train.steps = 2000
     c.train.log_every = 20
     c.train.eval_every = 200
     c.train.save_every = 200

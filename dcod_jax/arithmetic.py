@@ -22,32 +22,24 @@ from dcod_jax.types import DcodError
 # A held-out sequence is never the longest: a tiny model that saw no chain with these signs at
 # these places fails on it, while one that ends where it never saw one end is within its reach.
 OPERATORS: dict[str, tuple[str, ...]] = {
-    "validation": ("-++",),
+    "validation": ("-++", "-+-"),
     "eval": ("+-+", "--+"),
 }
+# Many training phrasings of many lengths: with twenty of them even a good teacher lost half of its
+# accuracy on an unseen one, because it found the numbers by their distance from the start.
 PHRASINGS: dict[str, tuple[str, ...]] = {
     "train": (
-        "{}=",
-        "{}.",
-        "Add {}.",
-        "Compute {}.",
-        "Do {}.",
-        "Find {}.",
-        "Get {}.",
-        "Give {}.",
-        "How much is {}?",
-        "I want {}.",
-        "Now {}.",
-        "Please do {}.",
-        "Reckon {}.",
-        "Tell me {}.",
-        "The sum {}?",
-        "What is {}?",
-        "What makes {}?",
-        "Work out {}.",
-        "Write {}.",
+        *("{}=", "{}.", "{}?", "Add {}.", "Do {}.", "Get {}.", "Now {}.", "So {}?", "Sum {}."),
+        *("Find {}.", "Give {}.", "Make {}.", "Next {}.", "Say {}.", "Tell {}.", "Then {}?"),
+        *("Count {}.", "Guess {}.", "I need {}.", "Once more {}.", "Show me {}.", "Take {}."),
+        *("Bring me {}.", "Compute {}.", "I want {}.", "Quickly {}.", "Reckon {}.", "Write {}."),
+        *("Do the sum {}.", "Please do {}.", "Tell me {}.", "The sum {}?", "Try it {}."),
+        *("Can you do {}?", "How about {}?", "How much is {}?", "Now what is {}?", "What is {}?"),
+        *("Figure out {}.", "Let us see {}.", "The result {}?", "What makes {}?", "Work out {}."),
+        *("I have to find {}.", "My sum is {}.", "Who can tell me {}?", "Which number is {}?"),
+        *("Give me the total {}.", "Here is one more {}.", "Would you work out {}?"),
     ),
-    "validation": ("Solve {}.", "Value of {}?"),
+    "validation": ("Solve {}.", "Value of {}?", "Determine {}."),
     "eval": ("Calculate {}.", "Evaluate {}.", "How big is {}?"),
 }
 TERMS = (3, 5)  # shortest and longest chain

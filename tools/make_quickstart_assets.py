@@ -1,6 +1,6 @@
 """Make everything in dcod_jax/assets/quickstart from nothing.
 
-    python tools/make_quickstart_assets.py            # data, teacher, student: about an hour
+    python tools/make_quickstart_assets.py            # data, teacher, student: a quarter of an hour
     python tools/make_quickstart_assets.py data       # or one of them
 
 data:    prompts, validation and eval problems from reasoning-gym's chain_sum -> assets/quickstart,
