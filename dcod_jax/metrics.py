@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -124,10 +125,12 @@ class MetricsWriter:
         kept = [] if not path.exists() else _complete_lines(path)
         earlier = [line for line in kept if line["step"] < start]
         self._current = [line for line in kept if line["step"] == start]
-        self.file = path.open("w", encoding="utf-8")
+        temporary = path.with_name(path.name + ".tmp")
+        self.file = temporary.open("w", encoding="utf-8")
         self._put(*earlier)
         self._position = self.file.tell()
         self._put(*self._current)
+        os.replace(temporary, path)  # a kill before this line leaves the old file whole
         # purge_step hides what an interrupted run wrote after its last checkpoint.
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
 
