@@ -3,7 +3,7 @@
     python tools/make_quickstart_assets.py data
     python -m dcod_jax.train --config configs/quickstart_student.py
 
-Stopped early on purpose: it solves about half of the held-out problems (52.6 % measured). The weights correct the
+Stopped early on purpose: it solves about half of the held-out problems. The weights correct the
 drift of a student that has the skill; they do not teach it the skill.
 """
 
