@@ -3,7 +3,7 @@
     python tools/get_smollm2.py --layers 20
     python -m dcod_jax.train --config configs/quickstart_smollm2.py
 
-Short enough for a laptop (about a quarter of an hour on two cores), so what it shows is that real
+Meant to be short enough for a laptop (its time was not measured yet), so what it shows is that real
 weights go through every step and that the held-out loss falls. No accuracy is claimed: neither
 model solves word problems reliably, which is also why traces are kept whether right or wrong.
 """
