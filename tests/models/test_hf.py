@@ -162,9 +162,11 @@ def test_integer_weights_are_refused(model_dir):
 
 def test_old_rotary_buffers_are_tolerated(model_dir):
     directory, tensors = model_dir
+    _, before = _load(directory)
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(2, np.float32)}
     save_file({**tensors, **extra}, directory / hf.SINGLE)
-    _load(directory)
+    _, after = _load(directory)
+    jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
 def test_tied_head_duplicate_must_equal_the_embedding(model_dir):

@@ -137,9 +137,11 @@ def test_refused_by_name(raw, change, named):
 
 def test_unused_sliding_window_is_no_reason_to_refuse():
     fields = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}
-    configs.from_hf({**QWEN2, **fields})
-    configs.from_hf({**QWEN2, "use_sliding_window": False, "sliding_window": 64})
-    configs.from_hf({**QWEN2, "layer_types": ["full_attention"] * 2})
+    plain = configs.from_hf(QWEN2)
+    assert configs.from_hf({**QWEN2, **fields}) == plain
+    unused = {"use_sliding_window": False, "sliding_window": 64}
+    assert configs.from_hf({**QWEN2, **unused}) == plain
+    assert configs.from_hf({**QWEN2, "layer_types": ["full_attention"] * 2}) == plain
 
 
 def test_export_refuses_what_the_family_cannot_express():
