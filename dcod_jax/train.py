@@ -32,12 +32,20 @@ from dcod_jax.config import run_verb
 from dcod_jax.data import chat, pipeline
 from dcod_jax.data.manifest import replace_file
 from dcod_jax.data.records import TraceDataset
-from dcod_jax.losses import reduce, weights
+from dcod_jax.losses import distill, reduce
+from dcod_jax.losses.distill import LossConfig
 from dcod_jax.mesh import make_mesh
 from dcod_jax.models.config import flops_per_token
 from dcod_jax.optim import make_optimizer
 from dcod_jax.progress import track
-from dcod_jax.start import Student, load_student, open_datasets, preflight, start_state
+from dcod_jax.start import (
+    Student,
+    load_live_teacher,
+    load_student,
+    open_datasets,
+    preflight,
+    start_state,
+)
 from dcod_jax.train_step import make_eval_step, make_train_step
 from dcod_jax.types import DcodError, TrainState
 
@@ -71,7 +79,9 @@ def fit(config: Any, *, name: str = "") -> int:
 
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, tensor=config.mesh.tensor)
     optimizer, schedule = make_optimizer(configs.optim_config(config), config.train.steps)
+    teacher, teacher_params = load_live_teacher(config, student, mesh)
     options: dict[str, Any] = {
+        "teacher": teacher,
         "mesh": mesh,
         "compute_dtype": jnp.dtype(config.student.compute_dtype),
         "remat": config.student.remat,
@@ -86,20 +96,14 @@ def fit(config: Any, *, name: str = "") -> int:
         microbatches=config.train.microbatches,
         **options,
     )
-    evaluator = Evaluator(config, student, eval_set, loss_config, options) if eval_set else None
+    reading = _reading(config, loss_config, mesh)
+    evaluator = None
+    if eval_set:
+        step_of = make_eval_step(student.config, loss_config, **options)
+        evaluator = Evaluator(config, eval_set, reading, step_of, teacher_params, mesh)
     state, restored = start_state(config, student, optimizer, mesh, checkpointer)
 
-    process, processes = pipeline.host_slice(mesh, config.data.batch_size)
-    batches = pipeline.train_batches(
-        train_set,
-        seq_len=config.data.seq_len,
-        batch_size=config.data.batch_size,
-        seed=config.seed,
-        process_index=process,
-        process_count=processes,
-        prefetch=config.data.prefetch,
-        require_scores=weights.needs_teacher(loss_config.weights),
-    )
+    batches = pipeline.train_batches(train_set, seed=config.seed, **reading)
     step, tokens_seen = 0, 0
     if restored:
         batches.set_state(restored.progress["iterator"])
@@ -149,7 +153,8 @@ def fit(config: Any, *, name: str = "") -> int:
             if stop:
                 break
             host_batch, trace_index = next(batches)
-            state, values = train_step(state, pipeline.to_device(host_batch, mesh))
+            batch = pipeline.to_device(host_batch, mesh)
+            state, values = train_step(state, batch, *teacher_params)
             step += 1
             # Step n is running on the device; only now are the numbers of step n-1 fetched.
             if pending:
@@ -160,6 +165,22 @@ def fit(config: Any, *, name: str = "") -> int:
         print(f"{run_dir}: interrupted, saved at step {step}; the same command goes on")
         raise SystemExit(configs.EXIT_INTERRUPTED)
     return step
+
+
+def _reading(config: Any, loss_config: LossConfig, mesh: Any) -> dict[str, Any]:
+    """The fields of pipeline.Reading for this host."""
+    process, processes = pipeline.host_slice(mesh, config.data.batch_size)
+    cached = loss_config.teacher == "cached"
+    return {
+        "seq_len": config.data.seq_len,
+        "batch_size": config.data.batch_size,
+        "head_tokens": config.data.head_tokens,
+        "prefetch": config.data.prefetch,
+        "require_scores": distill.needs_cache(loss_config),
+        "require_top_k": cached and distill.needs_distribution(loss_config),
+        "process_index": process,
+        "process_count": processes,
+    }
 
 
 def _due(step: int, every: int, *, last: bool) -> bool:
@@ -204,30 +225,21 @@ class Evaluator:
     def __init__(
         self,
         config: Any,
-        student: Student,
         dataset: TraceDataset,
-        loss_config: Any,
-        options: dict[str, Any],
+        reading: dict[str, Any],
+        step: Any,
+        teacher_params: tuple[Any, ...],
+        mesh: Any,
     ):
-        self.config, self.dataset, self.mesh = config, dataset, options["mesh"]
-        self.normalize = loss_config.weights.normalize
-        self.needs_teacher = weights.needs_teacher(loss_config.weights)
-        self.step = make_eval_step(student.config, loss_config, **options)
+        self.config, self.dataset, self.reading, self.mesh = config, dataset, reading, mesh
+        self.step, self.teacher_params = step, teacher_params
 
     def __call__(self, state: TrainState) -> dict[str, float]:
-        process, processes = pipeline.host_slice(self.mesh, self.config.data.batch_size)
-        batches = pipeline.eval_batches(
-            self.dataset,
-            seq_len=self.config.data.seq_len,
-            batch_size=self.config.data.batch_size,
-            process_index=process,
-            process_count=processes,
-            prefetch=self.config.data.prefetch,
-            require_scores=self.needs_teacher,
-        )
         total = None
+        batches = pipeline.eval_batches(self.dataset, **self.reading)
         for number, (host_batch, _) in enumerate(batches, 1):
-            sums = self.step(state, pipeline.to_device(host_batch, self.mesh))
+            batch = pipeline.to_device(host_batch, self.mesh)
+            sums = self.step(state, batch, *self.teacher_params)
             total = sums if total is None else reduce.add(total, sums)
             if number == self.config.train.eval_batches:
                 break
@@ -235,7 +247,7 @@ class Evaluator:
             raise DcodError(f"{self.dataset.directory} gave no held-out batch")
         return {
             "eval/nll": float(reduce.mean_nll(total)),
-            "eval/loss": float(reduce.finish(total, self.normalize)),
+            "eval/loss": float(reduce.finish(total, self.config.loss.weights.normalize)),
             "eval/tokens": float(total.count),
         }
 
