@@ -154,7 +154,7 @@ class Checkpointer:
         return step
 
     def _check_shapes(self, step: int, like: Params) -> None:
-        """Names the first parameter that differs; reading on would leave half-read arrays behind."""
+        """Name the first parameter that differs, before any array is read."""
         with ocp.StandardCheckpointer() as reader:
             stored: Any = reader.metadata(self.directory / str(step) / "params")
         if stored.item_metadata is None:

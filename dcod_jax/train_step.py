@@ -156,10 +156,17 @@ def _temper_now(
     def piece(carry: None, piece: Batch) -> tuple[None, tuple[Array, Array]]:
         return None, forward.observe(state.params, piece, teacher_params)
 
-    _, logprobs = _microbatches(piece, None, batch, microbatches=microbatches, mesh=forward.mesh)
+    _, (student, teacher) = _microbatches(
+        piece, None, batch, microbatches=microbatches, mesh=forward.mesh
+    )
     small = distill.compact(batch)
     loss_state = adaptive.retemper(
-        forward.loss.weights, state.loss_state, *logprobs, small.loss_mask, small.segment_ids
+        forward.loss.weights,
+        state.loss_state,
+        student,
+        teacher,
+        small.loss_mask,
+        small.segment_ids,
     )
     return dataclasses.replace(state, loss_state=loss_state)
 

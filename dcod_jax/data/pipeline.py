@@ -193,8 +193,8 @@ def _open(dataset: TraceDataset, reading: Reading, seed: int | None) -> grain.Da
 def train_batches(dataset: TraceDataset, *, seed: int, **reading: Any) -> grain.DatasetIterator:
     """Endless iterator of (HostBatch, trace_index [B / hosts, T] int32, -1 in padding).
 
-    `reading`: the fields of Reading. get_state() speaks of what was yielded, not of what was read ahead. Raises DcodError for traces
-    longer than seq_len, for a batch the hosts cannot divide, and for a dataset without what
+    `reading`: the fields of Reading. get_state() speaks of what was yielded, not of what was read
+    ahead. Raises DcodError for traces longer than seq_len, for a batch the hosts cannot divide, and for a dataset without what
     `reading` requires (without require_scores teacher_logprobs are 0 where there are none).
     """
     return _open(dataset, Reading(**reading), seed)

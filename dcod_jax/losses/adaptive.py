@@ -88,7 +88,7 @@ def solve(cfg: WeightConfig, r: Float[Array, "B T"], loss_mask: Bool[Array, "B T
         first, second = moments(tempering)
         return jnp.square(first) / jnp.maximum(second, jnp.finfo(jnp.float32).tiny)
 
-    def with_offset(temperature: Array | float) -> Tempering:
+    def with_offset(temperature: Any) -> Tempering:
         if cfg.offset != AUTO:
             return Tempering(temperature, cfg.offset)
         low, high = -highest - _REACH * temperature, -lowest + _REACH * temperature
