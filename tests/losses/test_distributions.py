@@ -1,4 +1,4 @@
-"""Top-k and one tail bucket: equal to the whole distribution at K = V, below it and rising to it."""
+"""Top-k and a tail bucket: equal to the whole distribution at K = V, rising to it from below."""
 
 import functools
 
