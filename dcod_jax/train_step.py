@@ -187,7 +187,9 @@ def _next_loss_state(
         )
     if cfg.divergence == "taid":
         mean = sums.divergence / jnp.maximum(sums.count, 1)
-        after = adaptive.interpolate(cfg.taid, after, mean, state.step)
+        moved = adaptive.interpolate(cfg.taid, after, mean, state.step)
+        # A batch without completion tokens has no loss to compare with.
+        after = jax.tree.map(lambda new, old: jnp.where(sums.count > 0, new, old), moved, after)
     return after
 
 

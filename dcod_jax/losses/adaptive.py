@@ -54,7 +54,7 @@ def _bisect(f: Callable[[Array], Array], low: Array, high: Array, target: float)
     """x in [low, high] with f(x) = target for a monotone f; the nearer end when there is none."""
     rising = f(high) >= f(low)
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = 0.5 * (low + high)
         above = (f(middle) > target) == rising
@@ -138,7 +138,9 @@ def retemper(
     old, new = jnp.log(state.temperature), jnp.log(found.temperature)
     return dataclasses.replace(
         state,
-        temperature=jnp.exp(jnp.where(keep == 1.0, old, keep * old + (1 - keep) * new)),
+        temperature=jnp.where(
+            keep == 1.0, state.temperature, jnp.exp(keep * old + (1 - keep) * new)
+        ),
         offset=jnp.where(
             keep == 1.0, state.offset, keep * state.offset + (1 - keep) * found.offset
         ),
