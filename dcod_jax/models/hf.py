@@ -233,7 +233,7 @@ def load_params(
             _check_tied(view, (config.vocab_size, config.hidden_size), where=directory)
 
         def read(slot: Slot) -> np.ndarray:
-            return view(slot.name, slot.shape)[...]
+            return view(slot.name, slot.shape)[:]
 
         return assemble(config, table, read, dtype=dtype, shardings=shardings)
 
@@ -241,7 +241,7 @@ def load_params(
 def _check_tied(view: Any, shape: tuple[int, int], *, where: Path) -> None:
     embedding = view("model.embed_tokens.weight", shape)
     head = view("lm_head.weight", shape)
-    if not np.array_equal(embedding[...], head[...]):
+    if not np.array_equal(embedding[:], head[:]):
         raise DcodError(
             f"{where}: lm_head.weight differs from model.embed_tokens.weight although "
             f"tie_word_embeddings is true; set it to false in config.json to keep both"
