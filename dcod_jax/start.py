@@ -165,7 +165,8 @@ def _random_params(model_config: ModelConfig, seed: int, shardings: Params) -> P
 def _check_same_run(config: Any, restored: Restored, directory: Path) -> None:
     """A continuation with other settings would be neither run."""
     before = configs.keys(configs.to_config(restored.config))
-    free = FREE + (["train.steps"] if config.optim.schedule == "constant" else [])
+    endless = config.optim.schedule == "constant" and config.loss.divergence != "taid"
+    free = FREE + (["train.steps"] if endless else [])
     changed = [
         f"{key}: {before.get(key)!r} then, {value!r} now"
         for key, value in configs.keys(config).items()

@@ -1,6 +1,7 @@
 """Runs with every kind of teacher: cached equals live, what is adaptive resumes exactly, GKD."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -76,7 +77,8 @@ def test_a_live_teacher_gives_the_cached_loss(place, divergence, tolerance):
         for name in ("loss", "nll", "divergence", "weights/log_ratio", "eval/loss"):
             assert (name in ours) == (name in theirs)
             if name in ours:
-                np.testing.assert_allclose(ours[name], theirs[name], rtol=tolerance, err_msg=name)
+                close = {"rtol": tolerance, "atol": tolerance / 10, "err_msg": name}
+                np.testing.assert_allclose(ours[name], theirs[name], **close)
     steps = [line for line in cached if "loss" in line]
     if divergence == "nll":
         assert "divergence" not in steps[0]
@@ -96,9 +98,10 @@ def test_a_live_teacher_gives_the_cached_loss(place, divergence, tolerance):
 def test_what_the_loss_has_learned_survives_a_restart(place, changes):
     name = changes[0].replace("=", "-")
     whole = fit(place, f"whole-{name}", *changes, "train.steps=4", "train.save_every=0")
-    parts = ("train.eval_every=2", "train.save_every=2")
-    fit(place, f"parts-{name}", *changes, *parts, "train.steps=2")
-    again = fit(place, f"parts-{name}", *changes, *parts, "train.steps=4")
+    parts = (*changes, "train.eval_every=2", "train.save_every=2", "train.steps=4")
+    fit(place, f"parts-{name}", *parts)
+    shutil.rmtree(place / f"parts-{name}" / "checkpoints" / "4")  # as if killed after step 2
+    again = fit(place, f"parts-{name}", *parts)
     steps = [[x for x in lines if "loss" in x] for lines in (whole, again)]
     assert steps[0] == steps[1]
     assert len(steps[0]) == 4
@@ -154,6 +157,13 @@ def test_a_distribution_that_no_cache_holds_is_refused_before_anything_is_read(p
     ):
         with pytest.raises(DcodError, match=message):
             load(place, "refused", *changes)
+
+
+def test_taids_schedule_does_not_allow_another_length(place):
+    changes = ("loss.divergence=taid", "loss.weights.name=uniform")
+    fit(place, "taid", *changes, "train.steps=1")
+    with pytest.raises(DcodError, match=r"train\.steps: 1 then, 2 now"):
+        fit(place, "taid", *changes, "train.steps=2")
 
 
 def test_another_live_teacher_is_not_the_same_run(place):
