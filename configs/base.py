@@ -2,7 +2,12 @@
 
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
+
+
+def _or_auto(value: float) -> Any:
+    """A number that a recipe may replace by "auto"."""
+    return FieldReference(value, field_type=object)
 
 
 def get_config() -> Any:
@@ -34,6 +39,7 @@ def get_config() -> Any:
     c.data.max_length = 2048  # longest trace in tokens; a longer one is dropped and counted
     c.data.seq_len = 2048  # tokens in a packed row
     c.data.batch_size = 8  # packed rows in a global batch
+    c.data.head_tokens = 0  # most supervised tokens in a packed row; 0: from the dataset's lengths
     c.data.prefetch = 4  # batches read ahead
     c.data.verify_checksums = True  # hash every shard when the dataset is opened
 
@@ -58,16 +64,35 @@ def get_config() -> Any:
     c.score.overwrite = False  # replace log-probs that another teacher wrote
 
     c.loss = ConfigDict()
-    c.loss.divergence = "nll"  # nll
+    # nll | forward_kl | reverse_kl | jsd | todi | skew_kl | skew_reverse_kl | taid
+    c.loss.divergence = "nll"  # nll: the trace token; the others need the teacher's distribution
+    c.loss.teacher = "cached"  # cached: what score stored | live: teacher.path inside each step
+    c.loss.alpha = 1.0  # share of the divergence; the rest is nll
+    c.loss.temperature = 1.0  # both models' logits are divided by it (live teacher only)
+    c.loss.temperature_squared = True  # multiply the divergence by temperature squared
+    c.loss.beta = 0.5  # of jsd: 0 is forward KL, 1 reverse KL
+    c.loss.skew = 0.1  # of skew_kl and skew_reverse_kl: the share mixed in
+    c.loss.taid_start = 0.4  # of taid: the interpolation to begin with
+    c.loss.taid_end = 1.0  # of taid: the interpolation to end with; 1 is the teacher
+    c.loss.taid_alpha = 5e-4  # of taid: how fast the interpolation may run ahead of its schedule
+    c.loss.taid_beta = 0.99  # of taid: memory of the loss's relative change
     c.loss.head_chunk = 512  # tokens whose logits exist at one time in the vocabulary head
     c.loss.weights = ConfigDict()
     c.loss.weights.name = "sigmoid"  # uniform | sigmoid (DisCorD) | clip | power | dft
-    c.loss.weights.temperature = 1.0  # of sigmoid and power; the paper's value is not known to us
-    c.loss.weights.offset = 0.0  # added to the log-ratio inside the sigmoid
+    c.loss.weights.temperature = _or_auto(1.0)  # of sigmoid and power, or "auto"; paper's: unknown
+    c.loss.weights.offset = _or_auto(0.0)  # added to the log-ratio inside the sigmoid, or "auto"
+    c.loss.weights.target_ess = 0.9  # auto temperature: effective sample size; 0: target_mean
+    c.loss.weights.target_mean = 0.5  # auto offset: mean raw weight
+    c.loss.weights.smoothing = 0.9  # auto: memory over steps; 0: solved in this step (a pass more)
     c.loss.weights.clip = 2.0  # upper bound of clip and power
     c.loss.weights.scope = "token"  # token | prefix | sequence: where the log-ratio is averaged
     c.loss.weights.normalize = "mean"  # mean | none | sequence
     c.loss.weights.warmup_steps = 0  # steps over which the weights rise from 1 to their value
+
+    c.on_policy = ConfigDict()
+    c.on_policy.fraction = 0.0  # GKD: probability that a batch's completions are the student's own
+    c.on_policy.max_new_tokens = 256  # longest completion sampled
+    c.on_policy.temperature = 1.0  # of sampling
 
     c.optim = ConfigDict()
     c.optim.learning_rate = 1e-5  # peak

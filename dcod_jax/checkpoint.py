@@ -7,8 +7,8 @@ Restore precedence (decided in train.py, first that applies):
   4. student.config: random initial weights.
 A missing or mismatched piece is an error, never a warning.
 
-Layout: run_dir/checkpoints/<step>/{params,opt_state,run}; a step directory gets its name only
-when all of it is on disk, so a half-written one is never read.
+Layout: run_dir/checkpoints/<step>/{params,opt_state,run}, the loss's state with the optimizer's;
+a step directory gets its name only when all of it is on disk, so a half-written one is never read.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Checkpointer:
         run = {"step": step, "progress": progress, "config": config, "metrics": metrics}
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
-            opt_state=ocp.args.StandardSave(state.opt_state),
+            opt_state=ocp.args.StandardSave(_moments(state)),
             run=ocp.args.JsonSave(run),
         )
         ranked = metrics if self.best_metric in metrics else None
@@ -119,15 +119,17 @@ class Checkpointer:
         step = self._existing(step)
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(_abstract(like.params)),
-            opt_state=ocp.args.StandardRestore(_abstract(like.opt_state)),
+            opt_state=ocp.args.StandardRestore(_abstract(_moments(like))),
             run=ocp.args.JsonRestore(),
         )
         with self._explained("restore", step):
+            self._check_shapes(step, like.params)
             found = self.manager.restore(step, args=items)
         state = TrainState(
             step=jax.device_put(jnp.int32(step), getattr(like.step, "sharding", None)),
             params=found["params"],
-            opt_state=found["opt_state"],
+            opt_state=found["opt_state"]["optimizer"],
+            loss_state=found["opt_state"]["loss"],
         )
         return state, _restored(found["run"])
 
@@ -138,6 +140,7 @@ class Checkpointer:
             params=ocp.args.StandardRestore(_abstract(like)), run=ocp.args.JsonRestore()
         )
         with self._explained("restore", step):
+            self._check_shapes(step, like)
             found = self.manager.restore(step, args=items)
         return found["params"], _restored(found["run"])
 
@@ -149,6 +152,17 @@ class Checkpointer:
             asked = "a checkpoint" if step is None else f"step {step}"
             raise DcodError(f"{self.directory}: {asked} was expected, but it holds steps {steps}")
         return step
+
+    def _check_shapes(self, step: int, like: Params) -> None:
+        """Name the first parameter that differs, before any array is read."""
+        with ocp.StandardCheckpointer() as reader:
+            stored: Any = reader.metadata(self.directory / str(step) / "params")
+        if stored.item_metadata is None:
+            raise ValueError("the description of its arrays is missing")
+        there = _shapes(stored.item_metadata.tree)
+        for path, shape in _shapes(like).items():
+            if there.get(path) != shape:
+                raise ValueError(f"{path} has shape {there.get(path)}, the model needs {shape}")
 
     @contextmanager
     def _explained(self, what: str, step: int | None = None) -> Iterator[None]:
@@ -188,6 +202,15 @@ def read_run(run_dir: str | Path, step: int) -> Restored:
 
 def _restored(run: dict[str, Any]) -> Restored:
     return Restored(run["step"], run["progress"], run["config"], run["metrics"])
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _moments(state: TrainState) -> dict[str, Any]:
+    return {"optimizer": state.opt_state, "loss": state.loss_state}
 
 
 def _abstract(tree: Any) -> Any:

@@ -13,16 +13,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
 
 from dcod_jax.losses import distill
+from dcod_jax.losses.adaptive import TaidConfig
 from dcod_jax.losses.distill import LossConfig
-from dcod_jax.losses.weights import WeightConfig
+from dcod_jax.losses.divergences import DIVERGENCES
+from dcod_jax.losses.weights import AUTO, WeightConfig
 from dcod_jax.optim import OptimConfig
 from dcod_jax.types import DcodError
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout: recipes say `from configs.base import`
 BASE = ROOT / "configs" / "base.py"
+AUTOMATIC = ("loss.weights.temperature", "loss.weights.offset")  # a number or "auto"
 EXIT_INTERRUPTED = 75  # a signal stopped the run after its state was saved: start it again
 
 
@@ -113,16 +116,25 @@ def assign(config: Any, key: str, text: str) -> None:
     known = keys(config)
     if key not in known:
         raise DcodError(f"unknown key --config.{key}{nearest(key, known)}; --help lists the keys")
-    node, _, leaf = key.rpartition(".")
-    parent = config
-    for name in node.split(".") if node else ():
-        parent = parent[name]
-    parent[leaf] = _read(key, text, parent[leaf])
+    parent, leaf = _parent(config, key)
+    parent[leaf] = _read(key, text, 1.0 if key in AUTOMATIC else parent[leaf])
+
+
+def _parent(config: Any, key: str) -> tuple[Any, str]:
+    """The section that holds a dotted key, and the key's last name."""
+    *sections, leaf = key.split(".")
+    for name in sections:
+        config = config[name]
+    return config, leaf
 
 
 def _read(key: str, text: str, old: Any) -> Any:
     kind = type(old)
     wrong = DcodError(f"--config.{key}={text!r}: expected {kind.__name__}, such as {old!r}")
+    if key in AUTOMATIC:
+        wrong = DcodError(f"--config.{key}={text!r}: expected a number or '{AUTO}'")
+        if text == AUTO:
+            return text
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
@@ -182,7 +194,13 @@ def replace(config: Any, changes: dict[str, Any]) -> Any:
 
 
 def _copy(config: Any, changes: dict[str, Any]) -> Any:
-    copy: Any = ConfigDict(config.to_dict()).lock()
+    copy: Any = ConfigDict(config.to_dict())
+    for key in AUTOMATIC:  # to_dict knows the value that a field has, not those that it may have
+        parent, leaf = _parent(copy, key)
+        value = parent[leaf]
+        del parent[leaf]
+        parent[leaf] = FieldReference(value, field_type=object)
+    copy.lock()
     copy.update_from_flattened_dict(changes)
     return copy
 
@@ -205,7 +223,12 @@ def to_config(values: dict[str, Any]) -> Any:
 def loss_config(config: Any) -> LossConfig:
     """loss.* as the frozen record that the loss functions take."""
     values = config.loss.to_dict()
-    return LossConfig(**values | {"weights": WeightConfig(**values["weights"])})
+    taid = {key: values.pop(f"taid_{key}") for key in ("start", "end", "alpha", "beta")}
+    records = {
+        "weights": WeightConfig(**values["weights"]),
+        "taid": TaidConfig(**taid, steps=config.train.steps),
+    }
+    return LossConfig(**values | records)
 
 
 def optim_config(config: Any) -> OptimConfig:
@@ -230,14 +253,44 @@ POSITIVE = (
     "prepare.overlap_ngram prepare.shard_records score.batch_tokens "
     "optim.learning_rate optim.eps train.steps "
     "train.microbatches train.log_every train.keep generate.samples generate.max_new_tokens "
-    "generate.batch_size evaluate.max_new_tokens evaluate.batch_size export.max_shard_gb"
+    "generate.batch_size evaluate.max_new_tokens evaluate.batch_size export.max_shard_gb "
+    "on_policy.max_new_tokens"
 ).split()
 
 NOT_NEGATIVE = (
     "seed prepare.workers score.top_k optim.warmup_steps "
     "optim.weight_decay optim.clip_norm optim.final_fraction train.eval_every train.eval_batches "
-    "train.save_every generate.temperature evaluate.limit data.eval_fraction"
+    "train.save_every generate.temperature evaluate.limit data.eval_fraction data.head_tokens "
+    "on_policy.temperature"
 ).split()
+
+
+def _teacher_errors(config: Any, flat: dict[str, Any]) -> list[str]:
+    """Losses whose teacher cannot give what they need, with the command that makes it."""
+    wrong, loss = [], loss_config(config)
+    if loss.divergence not in DIVERGENCES:
+        return []
+    if loss.teacher == "live" and not flat["teacher.path"]:
+        wrong.append("loss.teacher=live needs teacher.path (an HF directory or a .gguf file)")
+    if distill.needs_distribution(loss) and loss.teacher == "cached" and not flat["score.top_k"]:
+        wrong.append(
+            f"loss.divergence={loss.divergence} needs the teacher's distribution; log-probs of the "
+            "trace tokens (score.top_k=0) are not enough. Set score.top_k=64 in the recipe and run "
+            "`python -m dcod_jax.score --config ... --config.score.overwrite=true`, or set "
+            "loss.teacher=live"
+        )
+    if not 0 <= flat["on_policy.fraction"] <= 1:
+        wrong.append(f"on_policy.fraction={flat['on_policy.fraction']} must be in [0, 1]")
+    if flat["on_policy.fraction"] and (
+        loss.teacher != "live" or loss.divergence == "nll" or loss.alpha != 1
+    ):
+        wrong.append(
+            "on_policy.fraction > 0 needs loss.teacher=live (only a live teacher knows the "
+            "student's own completions), a loss.divergence other than nll, and loss.alpha=1 (nll "
+            "on own samples teaches nothing); got "
+            f"teacher={loss.teacher}, divergence={loss.divergence}, alpha={loss.alpha}"
+        )
+    return wrong
 
 
 def check(config: Any) -> None:
@@ -256,6 +309,7 @@ def check(config: Any) -> None:
         if not 0 <= flat[key] < 1:
             wrong.append(f"{key}={flat[key]} must be in [0, 1)")
     wrong += [str(error) for error in distill.config_errors(loss_config(config))]
+    wrong += _teacher_errors(config, flat)
     if flat["data.max_length"] > flat["data.seq_len"]:
         wrong.append(
             f"data.max_length={flat['data.max_length']} must not exceed "

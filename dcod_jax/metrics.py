@@ -71,7 +71,7 @@ def weight_statistics(
     weights are final but for the batch normalisation, raw_weights before warmup and any
     normalisation (for the saturated shares); completion_positions count within a completion.
     ess = (Σw)²/(n Σw²) is 1 when all weights are equal; confident_mass is the share of Σw on
-    tokens with q > 0.9. The quantiles are exact (a sort).
+    tokens with q > 0.9, confident_tokens the share of such tokens. Quantiles are exact (a sort).
     """
     mask = loss_mask.astype(jnp.float32)
     count = mask.sum()
@@ -89,6 +89,7 @@ def weight_statistics(
         "ess": jnp.square(average) / mean(jnp.square(weights)),
         "saturated_low": mean(raw_weights < 0.01),
         "saturated_high": mean(raw_weights > 0.99),
+        "confident_tokens": mean(confident),
         "confident_mass": mean(jnp.where(confident, weights, 0.0)) / average,
     }
     edges = jnp.asarray((*POSITION_BUCKETS, math.inf), jnp.float32)

@@ -300,11 +300,12 @@ def _finish(writer: DatasetWriter, run: Filter, key: str, *, held_out: int = 0) 
 
 
 def _print_counts(root: Path, counts: dict[str, Counts]) -> None:
-    table = Table("split", "outcome", "traces", title=str(root))
+    table = Table("split", "outcome", "traces")
     for split, count in counts.items():
         table.add_row(split, "kept", f"{count.kept:,}")
         for reason, number in sorted(count.dropped.items()):
             table.add_row(split, f"dropped: {reason}", f"{number:,}")
+    print(f"{root}:")  # as the table's title it would be broken at the table's width
     Console().print(table)
     if any(count.dropped for count in counts.values()):
         print(f"dropped records: {root / QUARANTINE}")

@@ -18,8 +18,9 @@ from jaxtyping import Array, Float, Int
 
 from dcod_jax.data import chat
 from dcod_jax.generate import bucket_length
+from dcod_jax.losses.distributions import MASKED_LOGIT
 from dcod_jax.losses.divergences import target_logprobs
-from dcod_jax.losses.head import MASKED_LOGIT, head_loss, token_logprobs
+from dcod_jax.losses.head import head_loss, token_logprobs
 from dcod_jax.mesh import batch_shards, constrain, sharding
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.gguf import export_tokenizer

@@ -26,7 +26,7 @@ from dcod_jax.export import export
 from dcod_jax.generate_traces import generate_traces
 from dcod_jax.mesh import make_mesh
 from dcod_jax.models import hf
-from dcod_jax.prepare import prepare
+from dcod_jax.prepare import load_tokenizer, prepare
 from dcod_jax.progress import track
 from dcod_jax.score import score
 from dcod_jax.scoring import load_any_tokenizer
@@ -182,10 +182,17 @@ def accuracy_table(results: dict[str, EvalResult], *, baseline: str) -> Table:
     return table
 
 
+def _tokenizer(config: Any, name: str, path: str) -> Any:
+    """The start is asked with the tokenizer it is trained with, every other model with its own."""
+    if name == "start":
+        return load_tokenizer(config)
+    return load_any_tokenizer(Path(path), chat_template=config.student.chat_template)
+
+
 def _grade(config: Any, name: str, path: str, problems: Sequence[Problem]) -> EvalResult:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, tensor=config.mesh.tensor)
     model_config, params = hf.load_model(path, dtype=jnp.float32, mesh=mesh)
-    tokenizer = load_any_tokenizer(Path(path), chat_template=config.student.chat_template)
+    tokenizer = _tokenizer(config, name, path)
     enabled = config.train.progress
     with track(f"evaluating {name}", len(problems), unit="problems", enabled=enabled) as advance:
         return evaluate(

@@ -13,11 +13,13 @@ from dcod_jax import config as configs
 from dcod_jax.checkpoint import Checkpointer, Restored
 from dcod_jax.data import chat
 from dcod_jax.data.records import TraceDataset, check_fingerprints
-from dcod_jax.losses import weights
+from dcod_jax.forward import TeacherModel
+from dcod_jax.losses import distill
 from dcod_jax.mesh import make_mesh, tree_shardings
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.prepare import load_tokenizer
+from dcod_jax.scoring import open_teacher
 from dcod_jax.train_step import check_batch, init_state
 from dcod_jax.types import DcodError, Params, TrainState
 
@@ -29,6 +31,7 @@ FREE = (
     "data.verify_checksums data.traces data.eval data.split data.dataset teacher. prepare. score. "
     "generate. evaluate. export. student.path student.config student.tokenizer train.init_from"
 ).split()
+LIVE = ("teacher.path", "teacher.dtype")  # not free where the teacher runs in the step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +72,7 @@ def load_student(config: Any) -> Student:
 
 def expected_teacher(config: Any) -> str | None:
     """Hash of the teacher whose log-probs the loss must find in the dataset; None: any, or none."""
-    needed = weights.needs_teacher(configs.loss_config(config).weights)
+    needed = distill.needs_cache(configs.loss_config(config))
     if not needed or not config.teacher.path or config.prepare.logprobs == "require":
         return None
     return hf.weights_fingerprint(config.teacher.path)
@@ -98,6 +101,31 @@ def open_datasets(config: Any, student: Student) -> tuple[TraceDataset, TraceDat
             )
         opened.append(dataset)
     return opened[0], opened[1] if len(opened) > 1 else None
+
+
+def load_live_teacher(
+    config: Any, student: Student, mesh: Any
+) -> tuple[TeacherModel | None, tuple[Params, ...]]:
+    """The teacher of loss.teacher=live and its frozen parameters, sharded as the student's.
+
+    Raises DcodError when its tokenizer is another one than the student's.
+    """
+    if config.loss.teacher != "live":
+        return None, ()
+    teacher = open_teacher(config.teacher, chat_template=config.student.chat_template)
+    own, other = (chat.tokenizer_fingerprint(t) for t in (student.tokenizer, teacher.tokenizer))
+    if own != other:
+        raise DcodError(
+            f"loss.teacher=live: {config.teacher.path} has another tokenizer than the student "
+            f"({other} and {own}); their token ids must mean the same"
+        )
+    model_config, params = teacher.load(mesh)
+    if config.data.seq_len > model_config.max_position_embeddings:
+        raise DcodError(
+            f"data.seq_len={config.data.seq_len} exceeds the teacher's max_position_embeddings="
+            f"{model_config.max_position_embeddings}"
+        )
+    return TeacherModel(model_config, jnp.dtype(config.teacher.dtype)), (params,)
 
 
 def start_state(
@@ -141,7 +169,8 @@ def _check_same_run(config: Any, restored: Restored, directory: Path) -> None:
     changed = [
         f"{key}: {before.get(key)!r} then, {value!r} now"
         for key, value in configs.keys(config).items()
-        if before.get(key) != value and not key.startswith(tuple(free))
+        if before.get(key) != value
+        and (not key.startswith(tuple(free)) or (config.loss.teacher == "live" and key in LIVE))
     ]
     if changed:
         raise DcodError(

@@ -32,14 +32,27 @@ from dcod_jax.config import run_verb
 from dcod_jax.data import chat, pipeline
 from dcod_jax.data.manifest import replace_file
 from dcod_jax.data.records import TraceDataset
-from dcod_jax.losses import reduce, weights
+from dcod_jax.losses import distill, reduce
+from dcod_jax.losses.distill import LossConfig
 from dcod_jax.mesh import make_mesh
 from dcod_jax.models.config import flops_per_token
+from dcod_jax.on_policy import OnPolicy
 from dcod_jax.optim import make_optimizer
 from dcod_jax.progress import track
-from dcod_jax.start import Student, load_student, open_datasets, preflight, start_state
+from dcod_jax.start import (
+    Student,
+    load_live_teacher,
+    load_student,
+    open_datasets,
+    preflight,
+    start_state,
+)
 from dcod_jax.train_step import make_eval_step, make_train_step
 from dcod_jax.types import DcodError, TrainState
+
+# The loop warns when this share of the weight lies on tokens of q > 0.9, and that share is larger
+# than the tokens' own by so much.
+CONFIDENT_MASS, CONFIDENT_EXCESS = 0.8, 0.15
 
 
 def train(config: Any) -> None:
@@ -71,7 +84,9 @@ def fit(config: Any, *, name: str = "") -> int:
 
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, tensor=config.mesh.tensor)
     optimizer, schedule = make_optimizer(configs.optim_config(config), config.train.steps)
+    teacher, teacher_params = load_live_teacher(config, student, mesh)
     options: dict[str, Any] = {
+        "teacher": teacher,
         "mesh": mesh,
         "compute_dtype": jnp.dtype(config.student.compute_dtype),
         "remat": config.student.remat,
@@ -86,24 +101,19 @@ def fit(config: Any, *, name: str = "") -> int:
         microbatches=config.train.microbatches,
         **options,
     )
-    evaluator = Evaluator(config, student, eval_set, loss_config, options) if eval_set else None
+    reading = _reading(config, loss_config, mesh)
+    evaluator = None
+    if eval_set:
+        step_of = make_eval_step(student.config, loss_config, **options)
+        evaluator = Evaluator(config, eval_set, reading, step_of, teacher_params, mesh)
     state, restored = start_state(config, student, optimizer, mesh, checkpointer)
 
-    process, processes = pipeline.host_slice(mesh, config.data.batch_size)
-    batches = pipeline.train_batches(
-        train_set,
-        seq_len=config.data.seq_len,
-        batch_size=config.data.batch_size,
-        seed=config.seed,
-        process_index=process,
-        process_count=processes,
-        prefetch=config.data.prefetch,
-        require_scores=weights.needs_teacher(loss_config.weights),
-    )
-    step, tokens_seen = 0, 0
+    batches = pipeline.train_batches(train_set, seed=config.seed, **reading)
+    step, progress = 0, {"tokens_seen": 0, "on_policy": {}}
     if restored:
-        batches.set_state(restored.progress["iterator"])
-        step, tokens_seen = restored.step, restored.progress["tokens_seen"]
+        step, progress = restored.step, restored.progress
+        batches.set_state(progress["iterator"])
+    policy = OnPolicy(config, student, mesh, spent=progress["on_policy"])
     if step >= config.train.steps:
         print(f"{run_dir}: all {step} steps are done")
         checkpointer.close()
@@ -113,6 +123,7 @@ def fit(config: Any, *, name: str = "") -> int:
     sample = train_set.read([0])[0]
     print(f"one trace, supervised part marked:\n{chat.render_sample(student.tokenizer, sample)}\n")
 
+    tokens_seen = progress["tokens_seen"]
     log = Log(config, student, name=name, start=step, tokens_seen=tokens_seen, mesh=mesh)
     evaluated = step if restored and restored.metrics else -1
     saved = step if restored else -1
@@ -141,6 +152,7 @@ def fit(config: Any, *, name: str = "") -> int:
                         progress={
                             "iterator": batches.get_state(),
                             "tokens_seen": log.tokens_seen,
+                            "on_policy": policy.spent,
                         },
                         config=config.to_dict(),
                         metrics=held_out if evaluated == step else None,
@@ -148,18 +160,35 @@ def fit(config: Any, *, name: str = "") -> int:
                 saved = step
             if stop:
                 break
-            host_batch, trace_index = next(batches)
-            state, values = train_step(state, pipeline.to_device(host_batch, mesh))
+            host_batch, trace_index, cost = policy(step, state, *next(batches))
+            batch = pipeline.to_device(host_batch, mesh)
+            state, values = train_step(state, batch, *teacher_params)
             step += 1
             # Step n is running on the device; only now are the numbers of step n-1 fetched.
             if pending:
                 log.settle(pending, train_set, checkpointer)
-            pending = Pending(step, values, trace_index)
+            pending = Pending(step, values, trace_index, cost)
         checkpointer.close()
     if not last:
         print(f"{run_dir}: interrupted, saved at step {step}; the same command goes on")
         raise SystemExit(configs.EXIT_INTERRUPTED)
     return step
+
+
+def _reading(config: Any, loss_config: LossConfig, mesh: Any) -> dict[str, Any]:
+    """The fields of pipeline.Reading for this host."""
+    process, processes = pipeline.host_slice(mesh, config.data.batch_size)
+    cached = loss_config.teacher == "cached"
+    return {
+        "seq_len": config.data.seq_len,
+        "batch_size": config.data.batch_size,
+        "head_tokens": config.data.head_tokens,
+        "prefetch": config.data.prefetch,
+        "require_scores": distill.needs_cache(loss_config),
+        "require_top_k": cached and distill.needs_distribution(loss_config),
+        "process_index": process,
+        "process_count": processes,
+    }
 
 
 def _due(step: int, every: int, *, last: bool) -> bool:
@@ -196,6 +225,7 @@ class Pending:
     step: int
     values: dict[str, jax.Array]
     trace_index: np.ndarray  # [B / hosts, T], -1 in padding
+    cost: dict[str, float]  # of sampling on the student's side, where it does
 
 
 class Evaluator:
@@ -204,30 +234,21 @@ class Evaluator:
     def __init__(
         self,
         config: Any,
-        student: Student,
         dataset: TraceDataset,
-        loss_config: Any,
-        options: dict[str, Any],
+        reading: dict[str, Any],
+        step: Any,
+        teacher_params: tuple[Any, ...],
+        mesh: Any,
     ):
-        self.config, self.dataset, self.mesh = config, dataset, options["mesh"]
-        self.normalize = loss_config.weights.normalize
-        self.needs_teacher = weights.needs_teacher(loss_config.weights)
-        self.step = make_eval_step(student.config, loss_config, **options)
+        self.config, self.dataset, self.reading, self.mesh = config, dataset, reading, mesh
+        self.step, self.teacher_params = step, teacher_params
 
     def __call__(self, state: TrainState) -> dict[str, float]:
-        process, processes = pipeline.host_slice(self.mesh, self.config.data.batch_size)
-        batches = pipeline.eval_batches(
-            self.dataset,
-            seq_len=self.config.data.seq_len,
-            batch_size=self.config.data.batch_size,
-            process_index=process,
-            process_count=processes,
-            prefetch=self.config.data.prefetch,
-            require_scores=self.needs_teacher,
-        )
         total = None
+        batches = pipeline.eval_batches(self.dataset, **self.reading)
         for number, (host_batch, _) in enumerate(batches, 1):
-            sums = self.step(state, pipeline.to_device(host_batch, self.mesh))
+            batch = pipeline.to_device(host_batch, self.mesh)
+            sums = self.step(state, batch, *self.teacher_params)
             total = sums if total is None else reduce.add(total, sums)
             if number == self.config.train.eval_batches:
                 break
@@ -235,7 +256,7 @@ class Evaluator:
             raise DcodError(f"{self.dataset.directory} gave no held-out batch")
         return {
             "eval/nll": float(reduce.mean_nll(total)),
-            "eval/loss": float(reduce.finish(total, self.normalize)),
+            "eval/loss": float(reduce.finish(total, self.config.loss.weights.normalize)),
             "eval/tokens": float(total.count),
         }
 
@@ -261,6 +282,7 @@ class Log:
         peak = meters.device_peak_flops(jax.devices()[0].device_kind)
         self.peak = peak * mesh.size if peak else None
         self.note = ""
+        self.warned = False
         self.paused = 0.0
         self.clock = time.monotonic()
         self.clock_step = start
@@ -286,6 +308,8 @@ class Log:
         values = {key: float(value) for key, value in jax.device_get(done.values).items()}
         if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
             raise DcodError(_not_finite(done, values, dataset, checkpointer))
+        values |= done.cost
+        self._warn(done.step, values)
         self.tokens_seen += int(values["tokens/completion"])
         self.clock_tokens += int(values["tokens/total"])
         elapsed = max(time.monotonic() - self.clock - self.paused, 1e-9)
@@ -295,6 +319,20 @@ class Log:
             self.writer.write(
                 done.step, values | {"tokens_seen": self.tokens_seen} | self._pace(done.step)
             )
+
+    def _warn(self, step: int, values: dict[str, float]) -> None:
+        """Once: when the weights have left what the student does not know yet."""
+        mass, share = values["weights/confident_mass"], values["weights/confident_tokens"]
+        if self.warned or not mass > max(CONFIDENT_MASS, share + CONFIDENT_EXCESS):
+            return
+        self.warned = True
+        print(
+            f"warning: step {step}: {mass:.0%} of the weight lies on tokens that the student gives "
+            f"q > 0.9 already, which are {share:.0%} of the tokens (effective sample size "
+            f"{values['weights/ess']:.2f}). A student that lacks the skill stops learning so; see "
+            "docs/method.md, and consider loss.weights.temperature=auto or warmup_steps",
+            flush=True,
+        )
 
     def _pace(self, step: int) -> dict[str, float]:
         seconds = max(time.monotonic() - self.clock - self.paused, 1e-9)

@@ -1,7 +1,7 @@
 """The dimension legend and the records that cross module borders.
 
 Legend: B batch, T time, V vocab, K top-k, D model, N query heads, G kv heads, H head dim,
-F mlp, L layers, C completion tokens of one trace.
+F mlp, L layers, C completion tokens (of one trace; of a packed row, as a capacity).
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ class Batch:
 
     tokens=[5 6 7 8], targets=[6 7 8 0], loss_mask=[F T T F] for prompt [5 6], completion [7 8]:
     the first supervised position is the last prompt token.
+
+    head_positions compacts the vocabulary head to the supervised tokens: the positions of loss_mask
+    in order, then T. Without it the head reads every position (C = T).
     """
 
     tokens: Int[Array, "B T"]
@@ -35,6 +38,10 @@ class Batch:
     segment_ids: Int[Array, "B T"]  # 1, 2, ... within a row; 0 is padding
     positions: Int[Array, "B T"]  # restart at 0 in each segment
     teacher_logprobs: Float[Array, "B T"]  # log p(targets[t]), nats; 0 where loss_mask is False
+    head_positions: Int[Array, "B C"] | None = None
+    topk_ids: Int[Array, "B C K"] | None = None  # the teacher's top-k at the head's positions
+    topk_logprobs: Float[Array, "B C K"] | None = None  # bfloat16
+    tail_logprobs: Float[Array, "B C"] | None = None  # log of the mass of all other tokens
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +52,7 @@ class TrainState:
     step: Int[Array, ""]
     params: Params
     opt_state: Any
+    loss_state: Any  # losses.adaptive.LossState
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,8 @@ import pytest
 import tiny
 
 from dcod_jax import config as configs
-from dcod_jax.evals import read_generations
+from dcod_jax import stages
+from dcod_jax.evals import Generation, read_generations, summarize
 from dcod_jax.evaluate import evaluate
 from dcod_jax.export import MARKER
 from dcod_jax.types import DcodError
@@ -40,6 +41,22 @@ def test_start_and_export_are_compared_on_the_same_problems(config, tmp_path, ca
     assert [g.id for g in first] == [g.id for g in second]
     assert [g.completion for g in first] != [g.completion for g in second]
     assert "95 % interval" in capsys.readouterr().out
+
+
+def test_the_start_is_asked_with_the_tokenizer_it_is_trained_with(config, tmp_path, monkeypatch):
+    config.student.path = str(tiny.write_model(tmp_path / "start", seed=1))
+    config.teacher.path = str(tiny.write_model(tmp_path / "teacher", seed=2))
+    other = tiny.TEMPLATE.replace("<{{", "{# mine #}<{{")
+    config.student.tokenizer = str(tiny.write_tokenizer(tmp_path / "mine", template=other))
+    used = []
+
+    def note(model_config, params, tokenizer, problems, **options):
+        used.append(tokenizer.chat_template)
+        return summarize([Generation("0", "1", "1", "1", True, True, 1)], seconds=0.0)
+
+    monkeypatch.setattr(stages, "evaluate", note)
+    evaluate(config)
+    assert used == [tiny.TEMPLATE, other]
 
 
 def test_nothing_to_evaluate_is_said(config):

@@ -16,6 +16,7 @@ from dcod_jax.checkpoint import Checkpointer
 from dcod_jax.config import BASE, load_recipe
 from dcod_jax.data import chat
 from dcod_jax.export import export, export_model
+from dcod_jax.losses.adaptive import initial
 from dcod_jax.mesh import make_mesh, tree_shardings
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import from_hf
@@ -276,7 +277,12 @@ class Checkpoints:
         return self.save
 
     def save(self, params, step, metrics):
-        state = TrainState(step=jnp.int32(step), params=params, opt_state={"count": jnp.int32(0)})
+        state = TrainState(
+            step=jnp.int32(step),
+            params=params,
+            opt_state={"count": jnp.int32(0)},
+            loss_state=initial(),
+        )
         self.writer.save(state, step=step, progress={}, config={"seed": 0}, metrics=metrics)
         self.writer.wait()
 

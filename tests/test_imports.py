@@ -11,13 +11,14 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dcod_jax"
 LEVELS = {
     0: "types",
     1: "mesh",
-    2: "models.config models.layers models.transformer models.weights losses.divergences "
-    "losses.weights losses.head losses.reduce data.manifest data.codec data.score_progress "
+    2: "models.config models.layers models.transformer models.weights losses.distributions "
+    "losses.divergences losses.weights losses.adaptive losses.head losses.reduce data.manifest "
+    "data.codec data.score_progress "
     "data.records data.packing data.chat data.formats data.traces data.delivered data.overlap "
     "answers grading progress metrics optim checkpoint arithmetic",
     3: "losses.distill models.gguf models.hf data.pipeline generate",
-    4: "config train_step scoring evals filters",
-    5: "inspect generate_traces prepare score start export stages evaluate train",
+    4: "config forward train_step scoring evals filters",
+    5: "inspect generate_traces prepare score start on_policy export stages evaluate train",
 }
 ORDER = [name for names in LEVELS.values() for name in names.split()]
 PLACE = {name: place for place, name in enumerate(ORDER)}

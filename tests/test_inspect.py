@@ -17,6 +17,7 @@ from dcod_jax import inspect
 from dcod_jax.checkpoint import Checkpointer
 from dcod_jax.data import chat
 from dcod_jax.data.records import DatasetWriter
+from dcod_jax.losses.adaptive import initial
 from dcod_jax.models import hf, transformer
 from dcod_jax.types import Trace, TrainState
 
@@ -194,7 +195,9 @@ def test_a_checkpoint_scores_like_the_weights_it_holds(root, student, expected, 
     _, params = hf.load_model(student, dtype=jnp.float32)
     checkpointer = Checkpointer(tmp_path / "run")
     named = {"student": {"path": str(student), "config": "", "tokenizer": ""}}
-    state = TrainState(step=jnp.int32(3), params=params, opt_state={"count": jnp.int32(3)})
+    state = TrainState(
+        step=jnp.int32(3), params=params, opt_state={"count": jnp.int32(3)}, loss_state=initial()
+    )
     checkpointer.save(state, step=3, progress={}, config=named)
     checkpointer.close()
     path = tmp_path / "all.jsonl"

@@ -121,6 +121,12 @@ def test_each_filter_has_its_reason(config, tmp_path, capsys) -> None:
     assert "dropped: too_long" in shown
 
 
+def test_a_path_wider_than_the_table_is_shown_in_one_piece(config, tmp_path, capsys) -> None:
+    config.run_dir = str(tmp_path / ("deep " * 20).strip() / "[run]")
+    root = prepare(config)
+    assert f"\n{root}:\n" in capsys.readouterr().out
+
+
 def test_the_traces_at_rest(config, tokenizer_dir) -> None:
     dataset = TraceDataset(prepare(config) / "train")
     tokenizer = chat.load_tokenizer(tokenizer_dir)

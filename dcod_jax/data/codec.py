@@ -150,12 +150,19 @@ class Columns:
     completion_mask: Bool[np.ndarray, " S"]
     logprobs: Float[np.ndarray, " S"]  # of each completion token; 0 elsewhere and when unscored
     lengths: Int[np.ndarray, " R"]
+    topk_ids: Int[np.ndarray, "C K"] | None = None  # of each completion token, traces end to end
+    topk_logprobs: Float[np.ndarray, "C K"] | None = None  # bfloat16
+    tail_logprobs: Float[np.ndarray, " C"] | None = None
 
 
-def decode_columns(records: Sequence[bytes]) -> Columns:
-    """What training reads of the records, without a Python object per trace."""
+def decode_columns(records: Sequence[bytes], *, top_k: int = 0) -> Columns:
+    """What training reads of the records, without a Python object per trace.
+
+    top_k: the K that all records hold, when it is wanted.
+    """
     start = _HEADER.size
     tokens, masks, scores, lengths = [], [], [], []
+    topk: list[list[bytes]] = [[], [], []]
     for record in records:
         _, flags, _, n, C, K, _ = _HEADER.unpack_from(record)
         after_tokens = start + 4 * n
@@ -164,6 +171,11 @@ def decode_columns(records: Sequence[bytes]) -> Columns:
         has_scores = flags & _LOGPROBS
         scores.append(record[after_tokens : after_tokens + 4 * C] if has_scores else bytes(4 * C))
         masks.append(record[after_scores : after_scores + (n + 7) // 8])
+        if top_k:
+            begin = after_tokens + 4 * C
+            for part, size in zip(topk, (4 * C, 4 * C * K, 2 * C * K), strict=True):
+                part.append(record[begin : begin + size])
+                begin += size
         lengths.append(n)
     size = np.asarray(lengths, np.int64)
     bits = np.unpackbits(np.frombuffer(b"".join(masks), np.uint8), bitorder="little")
@@ -172,4 +184,13 @@ def decode_columns(records: Sequence[bytes]) -> Columns:
     mask = bits[np.repeat(8 * bytes_before, size) + within].view(bool)
     logprobs = np.zeros(len(mask), np.float32)
     logprobs[mask] = np.frombuffer(b"".join(scores), "<f4")
-    return Columns(np.frombuffer(b"".join(tokens), "<i4"), mask, logprobs, size)
+    columns = Columns(np.frombuffer(b"".join(tokens), "<i4"), mask, logprobs, size)
+    if not top_k:
+        return columns
+    tail, ids, values = (b"".join(part) for part in topk)
+    return dataclasses.replace(
+        columns,
+        topk_ids=np.frombuffer(ids, "<i4").reshape(-1, top_k),
+        topk_logprobs=np.frombuffer(values, _BFLOAT16).reshape(-1, top_k),
+        tail_logprobs=np.frombuffer(tail, "<f4"),
+    )

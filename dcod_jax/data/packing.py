@@ -28,36 +28,64 @@ def check_lengths(lengths: Int[np.ndarray, " N"], seq_len: int, *, source: str =
         )
 
 
+def head_capacity(lengths: Int[np.ndarray, "N two"], seq_len: int, head_tokens: int = 0) -> int:
+    """Supervised tokens that a row may hold: what the vocabulary head is compiled for.
+
+    lengths are (tokens, completion tokens) of each trace. head_tokens 0: the dataset's share of
+    completion tokens with an eighth of slack, so that rows hardly lose fill, in steps of 64.
+    """
+    longest = int(lengths[:, 1].max(initial=1))
+    if head_tokens:
+        if head_tokens < longest:
+            raise DcodError(
+                f"data.head_tokens={head_tokens}, but a trace has {longest} completion tokens; "
+                f"raise it to at least {longest}, or set it to 0 (chosen from the dataset)"
+            )
+        return min(head_tokens, seq_len)
+    share = lengths[:, 1].sum() / max(lengths[:, 0].sum(), 1)
+    wanted = max(longest, share * seq_len * 1.125)
+    return int(min(-(-wanted // 64) * 64, seq_len))
+
+
 def first_fit(
-    lengths: Int[np.ndarray, " N"], seq_len: int, *, open_bins: int = OPEN_BINS
+    lengths: Int[np.ndarray, " N"],
+    seq_len: int,
+    *,
+    completions: Int[np.ndarray, " N"] | None = None,
+    capacity: int = 0,
+    open_bins: int = OPEN_BINS,
 ) -> list[list[int]]:
     """Pack lengths into rows: each goes to the oldest open row that has room.
 
-    At most `open_bins` rows are open; then the fullest one is closed. Rows come in the order
-    in which they were opened.
+    With `completions` a row also holds at most `capacity` completion tokens. At most `open_bins`
+    rows are open; then the fullest one is closed. Rows come in the order in which they were opened.
 
     first_fit([5, 4, 3, 2], 8) -> [[0, 2], [1, 3]]
     """
     rows: list[list[int]] = []
-    room: list[int] = []  # of the open rows, oldest first; rows_open alike
+    room: list[int] = []  # of the open rows, oldest first; spare (completions), rows_open alike
+    spare: list[int] = []
     rows_open: list[list[int]] = []
     smallest = int(lengths.min()) if len(lengths) else 0
-    for index, length in enumerate(lengths.tolist()):
+    supervised = [0] * len(lengths) if completions is None else completions.tolist()
+    for index, (length, count) in enumerate(zip(lengths.tolist(), supervised, strict=True)):
         for place, left in enumerate(room):
-            if left >= length:
+            if left >= length and spare[place] >= count:
                 rows_open[place].append(index)
                 room[place] = left = left - length
+                spare[place] -= count
                 if left < smallest:
-                    del room[place], rows_open[place]
+                    del room[place], spare[place], rows_open[place]
                 break
         else:
             if len(room) == open_bins:
                 fullest = room.index(min(room))
-                del room[fullest], rows_open[fullest]
+                del room[fullest], spare[fullest], rows_open[fullest]
             row = [index]
             rows.append(row)
             rows_open.append(row)
             room.append(seq_len - length)
+            spare.append(capacity - count)
     return rows
 
 
@@ -80,10 +108,13 @@ def shift(columns: Columns) -> dict[str, np.ndarray]:
     return fields
 
 
-def fill_rows(columns: Columns, counts: Sequence[int], seq_len: int) -> dict[str, np.ndarray]:
+def fill_rows(
+    columns: Columns, counts: Sequence[int], seq_len: int, *, capacity: int = 0
+) -> dict[str, np.ndarray]:
     """Batch fields [B, T] on the host, of traces that are in row order, counts[b] in row b.
 
-    Also "trace_index" [B, T]: which of the R traces a position belongs to, -1 in padding.
+    Also "trace_index" [B, T]: which of the R traces a position belongs to, -1 in padding. With
+    `capacity` (C), head_positions [B, C] and, where the columns hold them, the top-k fields.
     """
     lengths, traces = columns.lengths, np.asarray(counts, np.int64)
     starts = np.cumsum(lengths) - lengths
@@ -105,4 +136,28 @@ def fill_rows(columns: Columns, counts: Sequence[int], seq_len: int) -> dict[str
         for row, (end, size) in enumerate(zip(ends, tokens.tolist(), strict=True)):
             rows[row, :size] = values[end - size : end]
         batch[name] = rows
+    if capacity:
+        batch |= head_fields(columns, batch["loss_mask"], capacity)
     return batch
+
+
+def head_fields(columns: Columns, loss_mask: np.ndarray, capacity: int) -> dict[str, np.ndarray]:
+    """head_positions [B, C] (T behind the last one), and the top-k fields in the same places.
+
+    The k-th supervised position of the batch is the k-th completion token of the columns: both
+    count in row order.
+    """
+    rows, positions = np.nonzero(loss_mask)
+    counts = np.count_nonzero(loss_mask, axis=1)
+    if counts.max(initial=0) > capacity:
+        raise DcodError(f"a row has {counts.max()} supervised tokens, room is for {capacity}")
+    places = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    shape = (len(loss_mask), capacity)
+    fields = {"head_positions": np.full(shape, loss_mask.shape[1], np.int32)}
+    fields["head_positions"][rows, places] = positions
+    for name in ("topk_ids", "topk_logprobs", "tail_logprobs"):
+        values = getattr(columns, name)
+        if values is not None:
+            fields[name] = np.zeros((*shape, *values.shape[1:]), values.dtype)
+            fields[name][rows, places] = values
+    return fields

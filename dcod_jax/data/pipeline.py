@@ -27,7 +27,7 @@ from dcod_jax.data.codec import decode_columns
 from dcod_jax.data.records import TraceDataset
 from dcod_jax.types import Batch, DcodError
 
-HostBatch = dict[str, np.ndarray]  # the Batch fields, [B / hosts, T]
+HostBatch = dict[str, np.ndarray]  # the Batch fields, [B / hosts, T] or [B / hosts, C, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +40,11 @@ class _Stream:
     batch_size: int
     process_index: int
     process_count: int
+    capacity: int  # C: supervised tokens in a row
+    top_k: int = 0  # K to read; 0: none
 
     def key(self) -> str:
-        parts = f"{self.seq_len} {self.seed} {packing.OPEN_BINS} ".encode()
+        parts = f"{self.seq_len} {self.capacity} {self.seed} {packing.OPEN_BINS} ".encode()
         return hashlib.sha256(parts + self.dataset.lengths.tobytes()).hexdigest()[:16]
 
     def plan(self, epoch: int) -> list[np.ndarray]:
@@ -53,7 +55,12 @@ class _Stream:
             # Raw bits and a stable sort: NumPy promises both to stay the same across versions.
             bits = np.random.Philox(np.random.SeedSequence((self.seed, epoch)))
             order = np.argsort(bits.random_raw(len(lengths)), kind="stable")
-        rows = packing.first_fit(lengths[order], self.seq_len)
+        rows = packing.first_fit(
+            lengths[order],
+            self.seq_len,
+            completions=self.dataset.lengths[order, 1],
+            capacity=self.capacity,
+        )
         traces = order[np.concatenate(rows)]
         return np.split(traces, np.cumsum([len(row) for row in rows])[:-1])
 
@@ -108,8 +115,9 @@ class _PackedIterator(grain.DatasetIterator):
         share = stream.batch_size // stream.process_count
         rows = rows[stream.process_index * share : (stream.process_index + 1) * share]
         traces = np.concatenate(rows)
-        columns = decode_columns(stream.dataset.read_records(traces))
-        batch = packing.fill_rows(columns, [len(row) for row in rows], stream.seq_len)
+        columns = decode_columns(stream.dataset.read_records(traces), top_k=stream.top_k)
+        counts = [len(row) for row in rows]
+        batch = packing.fill_rows(columns, counts, stream.seq_len, capacity=stream.capacity)
         index = np.append(traces, -1).astype(np.int32)  # -1, padding, picks the -1 at the end
         return batch, index[batch.pop("trace_index")]
 
@@ -126,69 +134,84 @@ class _PackedIterator(grain.DatasetIterator):
         self._epoch, self._row = int(state["epoch"]), int(state["row"])
 
 
-def _open(stream: _Stream, *, prefetch: int, require_scores: bool) -> grain.DatasetIterator:
-    dataset = stream.dataset
-    if stream.batch_size < 1 or stream.batch_size % stream.process_count:
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How a dataset is read: data.* and what the loss needs of it."""
+
+    seq_len: int
+    batch_size: int  # rows of the global batch; a host gets its contiguous slice
+    head_tokens: int = 0  # supervised tokens in a row; 0: chosen from the dataset
+    prefetch: int = 4  # batches that a thread reads ahead; 0: none
+    require_scores: bool = True  # refuse a dataset without log-probs
+    require_top_k: bool = False  # refuse one without the teacher's top-k, and read it
+    process_index: int = 0
+    process_count: int = 1
+
+
+def _stream(dataset: TraceDataset, reading: Reading, seed: int | None) -> _Stream:
+    source = str(dataset.directory)
+    packing.check_lengths(dataset.lengths[:, 0], reading.seq_len, source=source)
+    return _Stream(
+        dataset,
+        reading.seq_len,
+        seed,
+        reading.batch_size,
+        reading.process_index,
+        reading.process_count,
+        capacity=packing.head_capacity(dataset.lengths, reading.seq_len, reading.head_tokens),
+        top_k=dataset.top_k if reading.require_top_k else 0,
+    )
+
+
+def _open(dataset: TraceDataset, reading: Reading, seed: int | None) -> grain.DatasetIterator:
+    if reading.batch_size < 1 or reading.batch_size % reading.process_count:
         raise DcodError(
-            f"data.batch_size={stream.batch_size} must be a positive multiple of the "
-            f"{stream.process_count} hosts that read; set data.batch_size"
+            f"data.batch_size={reading.batch_size} must be a positive multiple of the "
+            f"{reading.process_count} hosts that read; set data.batch_size"
         )
-    if stream.seed is not None and stream.seed < 0:
-        raise DcodError(f"seed={stream.seed} must not be negative")
-    if require_scores and not dataset.scored:
+    if seed is not None and seed < 0:
+        raise DcodError(f"seed={seed} must not be negative")
+    if reading.require_scores and not dataset.scored:
         raise DcodError(
             f"{dataset.directory} holds no teacher log-probs, which the loss needs; run "
             "`python -m dcod_jax.score` with the same --config, or set loss.weights.name to "
             "uniform or dft"
         )
-    source = str(dataset.directory)
-    packing.check_lengths(dataset.lengths[:, 0], stream.seq_len, source=source)
-    packed = _PackedDataset(stream)
-    ahead = grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=prefetch)
+    if reading.require_top_k and not dataset.top_k:
+        raise DcodError(
+            f"{dataset.directory} holds log-probs of the trace tokens only, the loss needs the "
+            "teacher's distribution; run `python -m dcod_jax.score` with the same --config, "
+            "--config.score.top_k=64 and --config.score.overwrite=true, or set loss.teacher=live"
+        )
+    packed = _PackedDataset(_stream(dataset, reading, seed))
+    ahead = grain.experimental.ThreadPrefetchIterDataset(
+        packed, prefetch_buffer_size=reading.prefetch
+    )
     return iter(ahead)
 
 
-def train_batches(
-    dataset: TraceDataset,
-    *,
-    seq_len: int,
-    batch_size: int,
-    seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
-    prefetch: int = 4,
-    require_scores: bool = True,
-) -> grain.DatasetIterator:
+def train_batches(dataset: TraceDataset, *, seed: int, **reading: Any) -> grain.DatasetIterator:
     """Endless iterator of (HostBatch, trace_index [B / hosts, T] int32, -1 in padding).
 
-    `batch_size` counts the rows of the global batch; the host gets its contiguous slice. A thread
-    reads `prefetch` batches ahead (0: none); get_state() speaks of what was yielded. Raises
-    DcodError for traces longer than seq_len, for a batch the hosts cannot divide, and for a
-    dataset without log-probs unless `require_scores` is off (teacher_logprobs are 0 then).
+    `reading`: the fields of Reading. get_state() speaks of what was yielded, not of what was read
+    ahead. Raises DcodError for traces longer than seq_len, for a batch the hosts cannot divide, and
+    for a dataset without what `reading` requires (teacher_logprobs are 0 where none are required
+    and none are there).
     """
-    stream = _Stream(dataset, seq_len, seed, batch_size, process_index, process_count)
-    return _open(stream, prefetch=prefetch, require_scores=require_scores)
+    return _open(dataset, Reading(**reading), seed)
 
 
-def eval_batches(
-    dataset: TraceDataset,
-    *,
-    seq_len: int,
-    batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
-    prefetch: int = 4,
-    require_scores: bool = True,
-) -> grain.DatasetIterator:
+def eval_batches(dataset: TraceDataset, **reading: Any) -> grain.DatasetIterator:
     """One pass in the dataset's order, as train_batches; empty rows fill the last batch."""
-    stream = _Stream(dataset, seq_len, None, batch_size, process_index, process_count)
-    return _open(stream, prefetch=prefetch, require_scores=require_scores)
+    return _open(dataset, Reading(**reading), None)
 
 
-def rows_per_epoch(dataset: TraceDataset, *, seq_len: int, seed: int, epoch: int = 0) -> int:
+def rows_per_epoch(
+    dataset: TraceDataset, *, seq_len: int, seed: int, epoch: int = 0, head_tokens: int = 0
+) -> int:
     """Packed rows of an epoch; it varies a little with the epoch's shuffle."""
-    packing.check_lengths(dataset.lengths[:, 0], seq_len, source=str(dataset.directory))
-    return len(_Stream(dataset, seq_len, seed, 1, 0, 1).plan(epoch))
+    reading = Reading(seq_len, 1, head_tokens=head_tokens)
+    return len(_stream(dataset, reading, seed).plan(epoch))
 
 
 def host_slice(mesh: Mesh, batch_size: int) -> tuple[int, int]:
@@ -206,7 +229,7 @@ def host_slice(mesh: Mesh, batch_size: int) -> tuple[int, int]:
 
 def to_device(batch: HostBatch, mesh: Mesh) -> Batch:
     """The global batch, its rows split over the mesh, from each host's slice."""
-    layout = meshes.sharding(mesh, ("batch", None))
+    layout = meshes.sharding(mesh, ("batch",))
     return Batch(
         **{
             name: jax.make_array_from_process_local_data(layout, value)

@@ -106,6 +106,8 @@ class DatasetWriter:
             raise DcodError(f"trace id {trace.id!r} comes twice; ids must be unique")
         if len(trace.token_ids) < 2 or not np.any(trace.completion_mask[1:]):
             raise DcodError(f"trace {trace.id!r} has no completion token that could be a target")
+        if trace.completion_mask[0]:
+            raise DcodError(f"trace {trace.id!r} begins with its completion; a prompt is needed")
         self._ids.add(trace.id)
         completion = int(np.count_nonzero(trace.completion_mask))
         self._lengths.append((len(trace.token_ids), completion))

@@ -1,9 +1,14 @@
-"""Per-token losses from the student's logits; nothing here sums over tokens or knows weights."""
+"""Per-token divergences between teacher and student; nothing here sums over tokens or weighs them.
+
+A divergence sees two aligned log-distributions over the same events (losses/distributions.py makes
+them: the whole vocabulary, or top-k ids and one tail bucket), so a sparse and a dense teacher share
+every line of this file. p is the teacher, q the student; only q carries a gradient.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +28,139 @@ def target_logprobs(logits: Float[Array, "*N V"], targets: Int[Array, "*N"]) -> 
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def nll(student_logprobs: Float[Array, "*N"], logits: Float[Array, "*N V"], aux: Any) -> Array:
-    """-log q(y): supervised fine-tuning."""
-    return -student_logprobs
+LogDistribution = Float[Array, "*N E"]  # over E events: V entries, or K ids and a tail
+PerToken = Float[Array, "*N"]
 
 
-# name -> per-token loss of (log q(y) [*N], student logits [*N V], teacher data of the tokens)
-DIVERGENCES: dict[str, Callable[[Array, Array, Any], Array]] = {"nll": nll}
+def kl(log_a: LogDistribution, log_b: LogDistribution) -> PerToken:
+    """Σ a log(a/b). An event of probability 0 has a finite log-probability here and adds 0."""
+    return (jnp.exp(log_a) * (log_a - log_b)).sum(axis=-1)
+
+
+def _mixture(log_a: Array, log_b: Array, share: Array | float) -> Array:
+    """log(share·a + (1 − share)·b), 0 < share < 1."""
+    return jnp.logaddexp(log_a + jnp.log(share), log_b + jnp.log1p(-share))
+
+
+def forward_kl(log_p: LogDistribution, log_q: LogDistribution, knob: Array | float) -> PerToken:
+    return kl(log_p, log_q)
+
+
+def reverse_kl(log_p: LogDistribution, log_q: LogDistribution, knob: Array | float) -> PerToken:
+    return kl(log_q, log_p)
+
+
+def jsd(log_p: LogDistribution, log_q: LogDistribution, knob: Array | float) -> PerToken:
+    """β KL(p‖M) + (1−β) KL(q‖M), M = βp + (1−β)q; knob is β.
+
+    β = 0 and 1 mean KL(p‖q) and KL(q‖p) by definition. The interior tends to 0 at both ends, so
+    β = 0.999 is not almost the reverse KL: it is almost nothing.
+    """
+    if knob in (0.0, 1.0):
+        return reverse_kl(log_p, log_q, knob) if knob else forward_kl(log_p, log_q, knob)
+    log_m = _mixture(log_p, log_q, knob)
+    return knob * kl(log_p, log_m) + (1 - knob) * kl(log_q, log_m)
+
+
+def todi(log_p: LogDistribution, log_q: LogDistribution, knob: Array | float) -> PerToken:
+    """Both KLs entry by entry, each where it corrects more: σ(log p/q) and σ(log q/p), no gradient.
+
+    At an event y the second coefficient is q(y)/(q(y)+p(y)): the `sigmoid` weight of y.
+    """
+    toward = jax.lax.stop_gradient(jax.nn.sigmoid(log_p - log_q))
+    back = jax.lax.stop_gradient(jax.nn.sigmoid(log_q - log_p))
+    forward = jnp.exp(log_p) * (log_p - log_q)
+    reverse = jnp.exp(log_q) * (log_q - log_p)
+    return (toward * forward + back * reverse).sum(axis=-1)
+
+
+def skew_kl(log_p: LogDistribution, log_q: LogDistribution, knob: Array | float) -> PerToken:
+    return kl(log_p, _mixture(log_p, log_q, knob))
+
+
+def skew_reverse_kl(
+    log_p: LogDistribution, log_q: LogDistribution, knob: Array | float
+) -> PerToken:
+    return kl(log_q, _mixture(log_q, log_p, knob))
+
+
+def taid(log_p: LogDistribution, log_q: LogDistribution, knob: Array | float) -> PerToken:
+    """Cross-entropy to softmax((1−s) sg(z_q) + s z_p); knob is s, of the train state.
+
+    Log-probabilities serve as logits (they differ by a constant). A cross-entropy is not 0 where
+    student and target agree: it is the target's entropy there.
+    """
+    blend = (1 - knob) * jax.lax.stop_gradient(log_q) + knob * log_p
+    target = jax.nn.softmax(blend, axis=-1)
+    return -(target * log_q).sum(axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+    """One entry of the registry; the texts make docs/losses.md."""
+
+    value: Callable[[Array, Array, Array | float], Array] | None  # None: the trace token is enough
+    knob: str  # the LossConfig field that `value` gets as its third argument; "" for none
+    formula: str
+    source: str
+    choose: str  # when to choose it
+
+
+DIVERGENCES: dict[str, Divergence] = {
+    "nll": Divergence(
+        None,
+        "",
+        "−log q(y)",
+        "supervised fine-tuning",
+        "the traces are all you have; with weights this is DisCorD on SFT, with `dft` weights DFT",
+    ),
+    "forward_kl": Divergence(
+        forward_kl,
+        "",
+        "Σ p log(p/q)",
+        "Hinton et al. 2015, arXiv 1503.02531",
+        "the student can hold the teacher's whole distribution; it covers every mode",
+    ),
+    "reverse_kl": Divergence(
+        reverse_kl,
+        "",
+        "Σ q log(q/p)",
+        "MiniLLM, arXiv 2306.08543",
+        "the student is much smaller; it keeps to the modes it can reach",
+    ),
+    "jsd": Divergence(
+        jsd,
+        "beta",
+        "β KL(p‖M) + (1−β) KL(q‖M), M = βp + (1−β)q; β = 0: KL(p‖q), β = 1: KL(q‖p)",
+        "GKD, arXiv 2306.13649, Eq. 1",
+        "bounded, between the two KLs; the usual choice with on-policy samples",
+    ),
+    "todi": Divergence(
+        todi,
+        "",
+        "Σ sg[σ(log p/q)] p log(p/q) + sg[σ(log q/p)] q log(q/p)",
+        "ToDi, arXiv 2505.16297",
+        "forward KL where the student is too low, reverse KL where it is too high, entry by entry",
+    ),
+    "skew_kl": Divergence(
+        skew_kl,
+        "skew",
+        "KL(p‖λp + (1−λ)q)",
+        "DistiLLM, arXiv 2402.03898",
+        "forward KL whose gradient stays bounded where q is tiny",
+    ),
+    "skew_reverse_kl": Divergence(
+        skew_reverse_kl,
+        "skew",
+        "KL(q‖(1−λ)p + λq)",
+        "DistiLLM, arXiv 2402.03898",
+        "reverse KL that stays bounded where p is tiny",
+    ),
+    "taid": Divergence(
+        taid,
+        "interpolation",
+        "−Σ sg[t] log q, t = softmax((1−s) z_q + s z_p), s rising to 1",
+        "TAID, arXiv 2501.16937",
+        "a wide gap between teacher and student: the target moves from the student to the teacher",
+    ),
+}

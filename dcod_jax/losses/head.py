@@ -22,21 +22,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from dcod_jax.losses.distributions import mask_padding
 from dcod_jax.losses.divergences import target_logprobs
 from dcod_jax.mesh import batch_shards, constrain
 from dcod_jax.types import DcodError
-
-MASKED_LOGIT = -1e30  # of padded vocabulary rows: probability 0, and finite so that 0 * it is 0
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TokenStats:
-    """Per-token values that the loss yields on the way; they carry no gradient."""
-
-    student_logprobs: Float[Array, "*N"]  # log q(y)
-    weights: Float[Array, "*N"]  # final, before the batch normalisation
-
 
 # (logits [..., V] float32, targets [...], aux, shared) -> (loss [...], statistics of [...]).
 # It is differentiated in logits only.
@@ -90,24 +79,22 @@ def _join(plan: _Plan, x: Array, length: int) -> Array:
     return constrain(x[:, :length], plan.mesh, "batch")
 
 
-def _piece_weight(plan: _Plan, hidden: Array, head_weight: Array) -> Array:
+def gather_head(head_weight: Array, dtype: Any, mesh: Mesh | None) -> Array:
     """[V,D] in the compute dtype, gathered over "embed" once, before the scan."""
-    return constrain(head_weight.astype(hidden.dtype), plan.mesh, "vocab", None)
+    return constrain(head_weight.astype(dtype), mesh, "vocab", None)
 
 
-def _piece_logits(plan: _Plan, hidden: Array, weight: Array) -> Array:
+def piece_logits(hidden: Array, weight: Array, mesh: Mesh | None) -> Array:
     """[S, B/S, Tc, D], [V, D] -> float32 [S, B/S, Tc, V], V sharded."""
     logits = jnp.einsum("sbtd,vd->sbtv", hidden, weight, preferred_element_type=jnp.float32)
-    return constrain(logits, plan.mesh, "batch", None, None, "vocab")
+    return constrain(logits, mesh, "batch", None, None, "vocab")
 
 
 def _piece_loss(
     plan: _Plan, logits: Array, targets: Array, mask: Array, aux: Any, shared: Any
 ) -> tuple[Array, Any]:
     """Sum of the per-token loss inside the mask, and the per-token statistics."""
-    if plan.valid_vocab is not None and plan.valid_vocab < logits.shape[-1]:
-        vocabulary = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-        logits = jnp.where(vocabulary < plan.valid_vocab, logits, MASKED_LOGIT)
+    logits = mask_padding(logits, plan.valid_vocab)
     loss, stats = plan.token_loss(logits, targets, aux, shared)
     return jnp.where(mask, loss, 0.0).sum(), stats
 
@@ -117,11 +104,11 @@ def _head(
     plan: _Plan, hidden: Array, head_weight: Array, inputs: tuple[Array, Array, Any], shared: Any
 ) -> tuple[Array, Any]:
     """(loss sum, statistics [n, S, B/S, Tc]); hidden and inputs are already split."""
-    weight = _piece_weight(plan, hidden, head_weight)
+    weight = gather_head(head_weight, hidden.dtype, plan.mesh)
 
     def piece(total: Array, xs: tuple[Array, tuple[Array, Array, Any]]) -> tuple[Array, Any]:
         hidden, (targets, mask, aux) = xs
-        logits = _piece_logits(plan, hidden, weight)
+        logits = piece_logits(hidden, weight, plan.mesh)
         loss, stats = _piece_loss(plan, logits, targets, mask, aux, shared)
         return total + loss, stats
 
@@ -132,12 +119,12 @@ def _head_forward(
     plan: _Plan, hidden: Array, head_weight: Array, inputs: tuple[Array, Array, Any], shared: Any
 ) -> tuple[tuple[Array, Any], tuple[Array, Array]]:
     """As _head, and as residuals the gradient of the loss sum in hidden and head_weight."""
-    weight = _piece_weight(plan, hidden, head_weight)
+    weight = gather_head(head_weight, hidden.dtype, plan.mesh)
 
     def piece(carry: tuple[Array, Array], xs: Any) -> tuple[Any, Any]:
         total, weight_gradient = carry
         hidden, (targets, mask, aux) = xs
-        logits = _piece_logits(plan, hidden, weight)
+        logits = piece_logits(hidden, weight, plan.mesh)
         loss_of = functools.partial(_piece_loss, plan)
         (loss, stats), logits_gradient = jax.value_and_grad(loss_of, has_aux=True)(
             logits, targets, mask, aux, shared
@@ -190,7 +177,7 @@ def head_loss(
     """Sum of token_loss inside loss_mask, differentiable in hidden and head_weight.
 
     aux is a pytree of [B,T,...] that token_loss gets piece by piece; shared goes to it whole
-    (a scalar, a teacher's head). Matrix products take operands in hidden's dtype and
+    (a pytree: scalars, a teacher's head). Matrix products take operands in hidden's dtype and
     accumulate in float32; softmax and loss are float32. Returns the sum and token_loss's
     statistics as [B,T,...]. chunk is the number of tokens of one batch shard whose logits
     exist at one time (at least one position of each row). Rows of head_weight from

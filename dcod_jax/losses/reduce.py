@@ -16,26 +16,42 @@ from jaxtyping import Array, Bool, Float, Int
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class TokenStats:
+    """Per-token values that the loss yields on the way; they carry no gradient."""
+
+    student_logprobs: Float[Array, "*N"]  # log q(y)
+    teacher_logprobs: Float[Array, "*N"]  # log p(y); 0 where no teacher was asked
+    weights: Float[Array, "*N"]  # final, before the batch normalisation
+    divergence: Float[Array, "*N"]  # unweighted, without the nll share of loss.alpha
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Sums:
     """Sums over completion tokens (m is the loss mask, w the weight, d the per-token loss)."""
 
     loss: Float[Array, ""]  # Σ w·d·m
     nll: Float[Array, ""]  # Σ nll·m
+    divergence: Float[Array, ""]  # Σ divergence·m, unweighted
     weight: Float[Array, ""]  # Σ w·m
     count: Int[Array, ""]  # Σ m
 
 
 def token_sums(
     loss_sum: Float[Array, ""],
-    student_logprobs: Float[Array, "B T"],
-    weights: Float[Array, "B T"],
+    stats: TokenStats,
     loss_mask: Bool[Array, "B T"],
 ) -> Sums:
     """Sums of one batch from the head's loss sum and its per-token values."""
+
+    def total(values: Array) -> Array:
+        return jnp.where(loss_mask, values, 0.0).sum()
+
     return Sums(
         loss=loss_sum,
-        nll=-jnp.where(loss_mask, student_logprobs, 0.0).sum(),
-        weight=jnp.where(loss_mask, weights, 0.0).sum(),
+        nll=-total(stats.student_logprobs),
+        divergence=total(stats.divergence),
+        weight=total(stats.weights),
         count=loss_mask.sum(dtype=jnp.int32),
     )
 
@@ -43,7 +59,8 @@ def token_sums(
 def zero() -> Sums:
     """The neutral element of `add`."""
     nothing = jnp.zeros((), jnp.float32)
-    return Sums(loss=nothing, nll=nothing, weight=nothing, count=jnp.zeros((), jnp.int32))
+    none = jnp.zeros((), jnp.int32)
+    return Sums(loss=nothing, nll=nothing, divergence=nothing, weight=nothing, count=none)
 
 
 def add(left: Sums, right: Sums) -> Sums:

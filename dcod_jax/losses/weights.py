@@ -3,7 +3,8 @@
 Every weight is a bounded function of the log-ratio r_t = sg[log q(y_t) - log p(y_t)] (of
 log q(y_t) alone for `dft`), float32, and carries no gradient: stop_gradient lives here.
 Order: log-ratio -> scope -> bounded weight -> warmup -> sequence normalisation; the batch
-normalisation is the divisor in reduce.py.
+normalisation is the divisor in reduce.py. With temperature or offset "auto" both come from the
+train state, where losses/adaptive.py keeps them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from dcod_jax.types import DcodError
 
 SCOPES = ("token", "prefix", "sequence")
 NORMALIZATIONS = ("mean", "none", "sequence")
+AUTO = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +30,41 @@ class WeightConfig:
     """loss.weights.* of the configuration; defaults and meanings are in configs/base.py."""
 
     name: str
-    temperature: float
-    offset: float
+    temperature: float | str  # or AUTO
+    offset: float | str  # or AUTO
     clip: float
     scope: str
     normalize: str
     warmup_steps: int
+    target_ess: float = 0.9
+    target_mean: float = 0.5
+    smoothing: float = 0.9
+
+    @property
+    def automatic(self) -> bool:
+        """Whether temperature or offset is solved for inside the step."""
+        return AUTO in (self.temperature, self.offset)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tempering:
+    """Temperature and offset in force: the configuration's, or the train state's."""
+
+    temperature: Any  # scalar
+    offset: Any  # scalar
+
+
+def fixed(cfg: WeightConfig, solved: Tempering | None = None) -> Tempering:
+    """The configuration's numbers; where it says AUTO, those of `solved`."""
+    if not cfg.automatic:
+        return Tempering(cfg.temperature, cfg.offset)
+    if solved is None:
+        raise DcodError("loss.weights: automatic temperature needs the train state's tempering")
+    return Tempering(
+        solved.temperature if cfg.temperature == AUTO else cfg.temperature,
+        solved.offset if cfg.offset == AUTO else cfg.offset,
+    )
 
 
 def _clip(cfg: WeightConfig, r: Array) -> Array:
@@ -40,13 +72,14 @@ def _clip(cfg: WeightConfig, r: Array) -> Array:
     return jnp.minimum(jnp.exp(jnp.minimum(r, math.log(cfg.clip))), cfg.clip)
 
 
-WEIGHTS: dict[str, Callable[[WeightConfig, Array], Array]] = {
-    "uniform": lambda cfg, r: jnp.ones_like(r),
-    "sigmoid": lambda cfg, r: jax.nn.sigmoid((r + cfg.offset) / cfg.temperature),  # DisCorD
-    "clip": _clip,  # token-level truncated importance sampling
-    "power": lambda cfg, r: _clip(cfg, r / cfg.temperature),  # tempered ratio
-    "dft": lambda cfg, r: jnp.exp(r),  # r is log q here; arXiv 2508.05629
+WEIGHTS: dict[str, Callable[[WeightConfig, Array, Tempering], Array]] = {
+    "uniform": lambda cfg, r, t: jnp.ones_like(r),
+    "sigmoid": lambda cfg, r, t: jax.nn.sigmoid((r + t.offset) / t.temperature),  # DisCorD
+    "clip": lambda cfg, r, t: _clip(cfg, r),  # token-level truncated importance sampling
+    "power": lambda cfg, r, t: _clip(cfg, r / t.temperature),  # tempered ratio
+    "dft": lambda cfg, r, t: jnp.exp(r),  # r is log q here; arXiv 2508.05629
 }
+TEMPERED = {"sigmoid": ("temperature", "offset"), "power": ("temperature",)}  # what may be AUTO
 
 
 def config_errors(cfg: WeightConfig) -> list[DcodError]:
@@ -61,13 +94,35 @@ def config_errors(cfg: WeightConfig) -> list[DcodError]:
         )
         if value not in known
     ]
+    for name, value in (("temperature", cfg.temperature), ("offset", cfg.offset)):
+        may_be_auto = name in TEMPERED.get(cfg.name, ())
+        if value == AUTO and not may_be_auto:
+            errors.append(
+                f"{key}{name}='auto' means nothing for {key}name={cfg.name!r}; it is for "
+                + ", ".join(weight for weight, names in TEMPERED.items() if name in names)
+            )
+        elif isinstance(value, str) and value != AUTO:
+            errors.append(f"{key}{name}={value!r} must be a number or 'auto'")
     for name, value in (("temperature", cfg.temperature), ("clip", cfg.clip)):
-        if not (math.isfinite(value) and value > 0):
+        if not isinstance(value, str) and not (math.isfinite(value) and value > 0):
             errors.append(f"{key}{name}={value} must be a finite number > 0")
-    if not math.isfinite(cfg.offset):
+    if not isinstance(cfg.offset, str) and not math.isfinite(cfg.offset):
         errors.append(f"{key}offset={cfg.offset} must be a finite number")
     if cfg.warmup_steps < 0:
         errors.append(f"{key}warmup_steps={cfg.warmup_steps} must be >= 0 (0: no warmup)")
+    if not 0 <= cfg.target_ess < 1:
+        errors.append(
+            f"{key}target_ess={cfg.target_ess} must be in [0, 1); 0: aim at target_mean instead"
+        )
+    if not 0 < cfg.target_mean < 1:
+        errors.append(f"{key}target_mean={cfg.target_mean} must be between 0 and 1")
+    if not 0 <= cfg.smoothing < 1:
+        errors.append(f"{key}smoothing={cfg.smoothing} must be in [0, 1); 0: this step's own value")
+    if cfg.temperature == AUTO and cfg.offset == AUTO and not cfg.target_ess:
+        errors.append(
+            f"{key}temperature and offset are both 'auto' but target_ess=0 leaves one target for "
+            "two unknowns; set target_ess"
+        )
     return [DcodError(error) for error in errors]
 
 
@@ -92,13 +147,17 @@ def log_ratio(
 
 
 def token_weights(
-    cfg: WeightConfig, student_logprobs: Float[Array, "*N"], teacher_logprobs: Float[Array, "*N"]
+    cfg: WeightConfig,
+    student_logprobs: Float[Array, "*N"],
+    teacher_logprobs: Float[Array, "*N"],
+    tempering: Tempering | None = None,
 ) -> Float[Array, "*N"]:
     """Raw bounded weight of each token on its own.
 
     sigmoid at temperature 1, offset 0: q=0.2, p=0.6 -> q/(q+p) = 0.25.
     """
-    return WEIGHTS[cfg.name](cfg, log_ratio(cfg, student_logprobs, teacher_logprobs))
+    r = log_ratio(cfg, student_logprobs, teacher_logprobs)
+    return WEIGHTS[cfg.name](cfg, r, fixed(cfg, tempering))
 
 
 def warm(
@@ -167,10 +226,13 @@ def raw_weights(
     teacher_logprobs: Float[Array, "B T"],
     loss_mask: Bool[Array, "B T"],
     segment_ids: Int[Array, "B T"],
+    tempering: Tempering | None = None,
 ) -> Float[Array, "B T"]:
     """Bounded weights after the scope, before warmup and any normalisation."""
-    r = log_ratio(cfg, student_logprobs, teacher_logprobs)
-    return WEIGHTS[cfg.name](cfg, scoped_log_ratio(cfg, r, loss_mask, segment_ids))
+    r = scoped_log_ratio(
+        cfg, log_ratio(cfg, student_logprobs, teacher_logprobs), loss_mask, segment_ids
+    )
+    return WEIGHTS[cfg.name](cfg, r, fixed(cfg, tempering))
 
 
 def weigh(
@@ -180,13 +242,14 @@ def weigh(
     loss_mask: Bool[Array, "B T"],
     segment_ids: Int[Array, "B T"],
     step: Int[Array, ""] | int,
+    tempering: Tempering | None = None,
 ) -> Float[Array, "B T"]:
     """Final weights before the batch normalisation: scope, warmup, sequence normalisation.
 
     0 outside loss_mask. With normalize "sequence" the completion tokens of each segment have
     mean weight 1 (all 0 where every weight of the segment underflows).
     """
-    raw = raw_weights(cfg, student_logprobs, teacher_logprobs, loss_mask, segment_ids)
+    raw = raw_weights(cfg, student_logprobs, teacher_logprobs, loss_mask, segment_ids, tempering)
     weights = jnp.where(loss_mask, warm(cfg, raw, step), 0.0)
     if cfg.normalize != "sequence" or cfg.name == "uniform":
         return weights

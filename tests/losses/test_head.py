@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dcod_jax.losses.distributions import MASKED_LOGIT
 from dcod_jax.losses.divergences import target_logprobs
-from dcod_jax.losses.head import MASKED_LOGIT, head_loss, token_logprobs
+from dcod_jax.losses.head import head_loss, token_logprobs
 from dcod_jax.mesh import make_mesh, sharding
 from dcod_jax.types import DcodError
 

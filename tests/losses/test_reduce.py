@@ -11,7 +11,8 @@ def sums_of(logprobs, weights, mask):
     logprobs, weights = jnp.float32(logprobs), jnp.float32(weights)
     mask = jnp.asarray(mask, bool)
     loss = jnp.where(mask, -weights * logprobs, 0).sum()
-    return reduce.token_sums(loss, logprobs, weights, mask)
+    stats = reduce.TokenStats(logprobs, jnp.zeros_like(logprobs), weights, -logprobs)
+    return reduce.token_sums(loss, stats, mask)
 
 
 BATCH = ([[-1.0, -2.0, -9.0]], [[0.5, 0.25, 7.0]], [[1, 1, 0]])

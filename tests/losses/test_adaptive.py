@@ -1,0 +1,311 @@
+"""Automatic temperature and offset meet their targets; TAID's state is the published loop."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dcod_jax.checkpoint import Checkpointer
+from dcod_jax.losses import adaptive, weights
+from dcod_jax.losses.adaptive import MAX_TEMPERATURE, MIN_TEMPERATURE, LossState, TaidConfig
+from dcod_jax.losses.weights import AUTO, WeightConfig
+from dcod_jax.types import TrainState
+
+B, T = 4, 96
+MASK = np.random.default_rng(1).random((B, T)) < 0.7
+SEGMENTS = np.repeat([[1, 2, 3]], B, 0).repeat(T // 3, 1)
+
+
+def config(**changes) -> WeightConfig:
+    values = {
+        "name": "sigmoid",
+        "temperature": AUTO,
+        "offset": 0.0,
+        "clip": 2.0,
+        "scope": "token",
+        "normalize": "mean",
+        "warmup_steps": 0,
+        "smoothing": 0.0,
+    }
+    return WeightConfig(**values | changes)
+
+
+@functools.cache
+def ratios() -> dict[str, np.ndarray]:
+    """Log-ratios as they come: a student that lags, that agrees, that starts from nothing, ..."""
+    generator = np.random.default_rng(0)
+    shape = (B, T)
+    agrees = generator.normal(0, 0.4, shape)
+    made = {
+        "lags": generator.normal(-2, 1.5, shape),
+        "agrees but for a few": np.where(
+            generator.random(shape) < 0.25, -generator.exponential(5, shape), agrees
+        ),
+        "both signs": generator.normal(0, 2, shape),
+        "from scratch": -generator.uniform(4, 20, shape),
+        "nearly the same": generator.normal(-0.2, 0.05, shape),
+    }
+    return {name: np.float32(r) for name, r in made.items()}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def solve_all(cfg, rs, mask):
+    return jax.vmap(lambda r: adaptive.solve(cfg, r, mask))(rs)
+
+
+def solutions(cfg, rs=None):
+    """name -> (temperature, offset, mean weight, effective sample size); the last two in float64"""
+    rs = ratios() if rs is None else rs
+    found = solve_all(cfg, jnp.stack(list(rs.values())), jnp.asarray(MASK))
+    out = {}
+    for i, (name, r) in enumerate(rs.items()):
+        temperature, offset = (
+            float(jnp.broadcast_to(x, len(rs))[i]) for x in (found.temperature, found.offset)
+        )
+        out[name] = (temperature, offset, *moments(cfg, r[MASK], temperature, offset))
+    return out
+
+
+def moments(cfg, r, temperature, offset):
+    x = (np.float64(r) + offset) / temperature
+    if cfg.name == "sigmoid":
+        w = np.exp(-np.logaddexp(0, -x))
+    else:
+        w = np.minimum(np.exp(np.minimum(x, 50)), cfg.clip)
+    return w.mean(), w.mean() ** 2 / np.square(w).mean()
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "power"])
+def test_the_temperature_hits_the_effective_sample_size_and_is_monotone_in_it(name):
+    before = dict.fromkeys(ratios(), (0.0, 0.0))
+    hits = 0
+    for target in (0.4, 0.6, 0.75, 0.9, 0.98):
+        cfg = config(name=name, target_ess=target)
+        for which, (temperature, offset, _, ess) in solutions(cfg).items():
+            assert temperature >= before[which][0] * (1 - 1e-4), (which, target)
+            assert offset == 0
+            lowest = moments(cfg, ratios()[which][MASK], MIN_TEMPERATURE, 0)[1]
+            if lowest < target:
+                assert ess == pytest.approx(target, rel=0.01), (which, target)
+                assert temperature > before[which][0]
+                hits += 1
+            before[which] = (temperature, ess)
+    assert hits >= 18  # the others ask for less than there is where the temperature is lowest
+
+
+def test_the_temperature_may_aim_at_the_mean_weight_instead():
+    lagging = {name: r for name, r in ratios().items() if name in ("lags", "from scratch")}
+    for target in (0.1, 0.3, 0.45):
+        for _, _, mean, _ in solutions(
+            config(target_ess=0.0, target_mean=target), lagging
+        ).values():
+            assert mean == pytest.approx(target, rel=0.01)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_the_offset_hits_the_mean_weight_at_any_fixed_temperature(temperature):
+    offsets = []
+    for target in (0.2, 0.5, 0.8):
+        cfg = config(temperature=temperature, offset=AUTO, target_mean=target)
+        found = solutions(cfg)
+        for temperature_used, _, mean, _ in found.values():
+            assert temperature_used == temperature
+            assert mean == pytest.approx(target, rel=0.01)
+        offsets.append([offset for _, offset, *_ in found.values()])
+    assert np.all(np.diff(offsets, axis=0) > 0)
+
+
+@pytest.mark.parametrize(("ess", "mean"), [(0.9, 0.5), (0.7, 0.3), (0.95, 0.8)])
+def test_both_together_hit_both(ess, mean):
+    cfg = config(offset=AUTO, target_ess=ess, target_mean=mean)
+    for name, (_, _, got_mean, got_ess) in solutions(cfg).items():
+        assert got_ess == pytest.approx(ess, rel=0.01), name
+        assert got_mean == pytest.approx(mean, rel=0.01), name
+
+
+def test_out_of_reach_is_the_nearer_end_and_stays_finite():
+    same = {"same": np.zeros((B, T), np.float32), "ahead": np.full((B, T), 50, np.float32)}
+    for temperature, *_ in solutions(config(), same).values():
+        assert MIN_TEMPERATURE * 0.99 <= temperature <= MAX_TEMPERATURE * 1.01
+    far = {"far": np.where(np.arange(T) % 2, -1e4, 0).astype(np.float32)[None].repeat(B, 0)}
+    ((temperature, _, _, ess),) = solutions(config(target_ess=0.9), far).values()
+    assert ess == pytest.approx(0.9, rel=0.01)
+    assert 1e2 < temperature < 1e5
+
+
+@pytest.mark.shared
+def test_targets_are_hit_on_real_traces(shared_data):
+    """Real Qwen2.5 answers; log-probs of byte bigrams, the student's learnt elsewhere (GSM8K)."""
+
+    def table(text):
+        codes = np.frombuffer(text.encode(), np.uint8)
+        counts = np.full((256, 256), 0.1)
+        np.add.at(counts, (codes[:-1], codes[1:]), 1)
+        return np.log(counts / counts.sum(1, keepdims=True))
+
+    path = shared_data / "qwen25_math_traces" / "math_cot_100.jsonl"
+    answers = [json.loads(line)["code"][0] for line in path.read_text().splitlines()]
+    problems = (shared_data / "gsm8k" / "train.jsonl").read_text().splitlines()[:300]
+    teacher = table("".join(answers))
+    student = table("".join(json.loads(line)["answer"] for line in problems))
+    rows = [np.frombuffer(a.encode()[: T + 1], np.uint8) for a in answers if len(a) > T + 1][:B]
+    rows = np.stack(rows)
+    r = np.float32((student - teacher)[rows[:, :-1], rows[:, 1:]])
+    assert r[MASK].std() > 0.5
+    for target in (0.7, 0.9):
+        ((*_, ess),) = solutions(config(target_ess=target), {"real": r}).values()
+        assert ess == pytest.approx(target, rel=0.01)
+    cfg = config(offset=AUTO, target_ess=0.8, target_mean=0.4)
+    ((_, _, mean, ess),) = solutions(cfg, {"real": r}).values()
+    assert (ess, mean) == (pytest.approx(0.8, rel=0.01), pytest.approx(0.4, rel=0.01))
+
+
+# ---------------------------------------------------------------- from step to step
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def retemper(cfg, state, r, mask):
+    return adaptive.retemper(cfg, state, r, jnp.zeros_like(r), mask, jnp.asarray(SEGMENTS))
+
+
+def test_weights_begin_uniform_and_the_first_solution_is_taken_whole():
+    state = adaptive.initial()
+    r = jnp.asarray(ratios()["from scratch"])
+    for name, level in (("sigmoid", 0.5), ("power", 1.0)):
+        raw = weights.token_weights(config(name=name), r, jnp.zeros_like(r), state.tempering)
+        np.testing.assert_allclose(raw, level, rtol=3e-5)
+    cfg = config(smoothing=0.9, offset=AUTO, target_ess=0.8, target_mean=0.4)
+    wanted = solutions(cfg)["from scratch"]
+    after = retemper(cfg, state, r, jnp.asarray(MASK))
+    assert float(after.temperature) == pytest.approx(wanted[0], rel=1e-4)
+    assert float(after.offset) == pytest.approx(wanted[1], rel=1e-3)
+    after = retemper(cfg, after, jnp.asarray(ratios()["lags"]), jnp.asarray(MASK))
+    new = solutions(cfg)["lags"]
+    log_temperature = 0.9 * math.log(wanted[0]) + 0.1 * math.log(new[0])
+    assert float(after.temperature) == pytest.approx(math.exp(log_temperature), rel=1e-3)
+    assert float(after.offset) == pytest.approx(0.9 * wanted[1] + 0.1 * new[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.9])
+def test_a_batch_that_cannot_teach_changes_nothing_bit_for_bit(smoothing):
+    cfg = config(smoothing=smoothing, offset=AUTO)
+    r, mask = jnp.asarray(ratios()["lags"]), jnp.asarray(MASK)
+    row, column = np.argwhere(MASK)[0]
+    useless = {
+        "no completion token": (r, jnp.zeros_like(mask)),
+        "NaN": (r.at[row, column].set(jnp.nan), mask),
+        "-inf": (r.at[row, column].set(-jnp.inf), mask),
+    }
+    taught = retemper(cfg, adaptive.initial(), r, mask)
+    for name, state in itertools.product(useless, (adaptive.initial(), taught)):
+        after = retemper(cfg, state, *useless[name])
+        jax.tree.map(np.testing.assert_array_equal, after, state)
+        again = retemper(cfg, after, r, mask)
+        jax.tree.map(np.testing.assert_array_equal, again, retemper(cfg, state, r, mask))
+    outside = jnp.where(mask, r, jnp.nan)
+    jax.tree.map(
+        np.testing.assert_array_equal, retemper(cfg, adaptive.initial(), outside, mask), taught
+    )
+
+
+def test_a_loss_without_automatic_numbers_keeps_its_state():
+    state = adaptive.initial()
+    cfg = config(temperature=1.0)
+    r, where = jnp.zeros((B, T)), (jnp.asarray(MASK), jnp.asarray(SEGMENTS))
+    assert adaptive.retemper(cfg, state, r, r, *where) is state
+
+
+@pytest.mark.parametrize("scope", ["prefix", "sequence"])
+def test_the_target_is_met_by_the_scoped_weights(scope):
+    cfg = config(scope=scope, target_ess=0.9)
+    r, mask = jnp.asarray(ratios()["both signs"]) * 4, jnp.asarray(MASK)
+    state = retemper(cfg, adaptive.initial(), r, mask)
+    w = weights.raw_weights(cfg, r, jnp.zeros_like(r), mask, jnp.asarray(SEGMENTS), state.tempering)
+    w = np.float64(w)[MASK]
+    assert w.mean() ** 2 / np.square(w).mean() == pytest.approx(0.9, rel=0.01)
+    unscoped = retemper(config(target_ess=0.9), adaptive.initial(), r, mask)
+    assert float(unscoped.temperature) > 1.2 * float(state.temperature)
+
+
+def test_the_solution_carries_no_gradient():
+    cfg = config(offset=AUTO, smoothing=0.5)
+
+    def of(r):
+        after = adaptive.retemper(
+            cfg, adaptive.initial(), r, jnp.zeros_like(r), jnp.asarray(MASK), jnp.asarray(SEGMENTS)
+        )
+        return after.temperature + after.offset
+
+    assert not np.any(jax.grad(of)(jnp.asarray(ratios()["lags"])))
+
+
+def test_only_smoothing_zero_needs_the_log_probs_of_the_same_step():
+    assert adaptive.same_step(config(smoothing=0.0))
+    assert adaptive.same_step(config(smoothing=0.0, temperature=1.0, offset=AUTO))
+    assert not adaptive.same_step(config(smoothing=0.5))
+    assert not adaptive.same_step(config(smoothing=0.0, temperature=1.0))
+
+
+# ---------------------------------------------------------------- TAID
+
+
+def published(cfg, losses):
+    """arXiv 2501.16937, Algorithm 1, with plain numbers: s before each step, and at the end."""
+    s, momentum, before, out = cfg.start, 0.0, math.inf, []
+    for step, loss in enumerate(losses):
+        out.append(s)
+        if math.isinf(before):
+            before = loss
+            continue
+        momentum = cfg.beta * momentum + (1 - cfg.beta) * (before - loss) / before
+        linear = cfg.start + (cfg.end - cfg.start) * step / cfg.steps
+        faster = s + cfg.alpha * (1 - s) / (1 + math.exp(-momentum))
+        s, before = min(cfg.end, max(linear, faster)), loss
+    return [*out, s]
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        TaidConfig(steps=40),
+        TaidConfig(start=0.2, end=0.9, alpha=0.2, beta=0.5, steps=10_000),
+        TaidConfig(start=0.0, end=0.3, alpha=0.5, beta=0.9, steps=30),
+    ],
+)
+def test_taids_interpolation_is_the_published_loop(cfg):
+    generator = np.random.default_rng(3)
+    losses = np.float32(3 * np.exp(-0.05 * np.arange(30)) * generator.uniform(0.7, 1.3, 30))
+    update = jax.jit(lambda *inputs: adaptive.interpolate(cfg, *inputs))
+    state, found = adaptive.initial(), []
+    for step, loss in enumerate(losses):
+        found.append(float(adaptive.interpolation(cfg, state)))
+        state = update(state, jnp.float32(loss), jnp.int32(step))
+    found.append(float(adaptive.interpolation(cfg, state)))
+    wanted = published(cfg, losses.tolist())
+    np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=1e-7)
+    assert np.all(np.diff(found) >= -1e-7)
+    assert found[-1] > found[0]
+
+
+def test_the_state_is_restored_exactly(tmp_path):
+    values = (0.1234567, -3.7654321, 0.4321987, -1.0e-9, 2.7182817)
+    loss_state = LossState(*(jnp.float32(value) for value in values))
+    for name, state in (("1", loss_state), ("2", adaptive.initial())):
+        whole = TrainState(jnp.int32(4), {"w": jnp.ones(2)}, {"m": jnp.zeros(2)}, state)
+        checkpointer = Checkpointer(tmp_path / name)
+        checkpointer.save(whole, step=4, progress={}, config={})
+        checkpointer.wait()
+        restored, _ = checkpointer.restore(whole)
+        checkpointer.close()
+        jax.tree.map(np.testing.assert_array_equal, restored, whole)
+        assert isinstance(restored.loss_state, LossState)
+        assert all(
+            getattr(restored.loss_state, field.name).dtype == jnp.float32
+            for field in dataclasses.fields(LossState)
+        )
