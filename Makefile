@@ -23,16 +23,16 @@ $(VENV)/.test: $(VENV)/.run
 quickstart: $(VENV)/.run ## distil the embedded student on two CPU cores (minutes, no downloads)
 	$(BIN)/python -m dcod_jax.train --config configs/quickstart.py
 
-models/SmolLM2-135M-Instruct-20L: | $(VENV)/.run
-	$(BIN)/python tools/get_smollm2.py --layers 20
+models/SmolLM2-135M-Instruct-24L: | $(VENV)/.run
+	$(BIN)/python tools/get_smollm2.py --layers 24
 
-quickstart-smollm2: models/SmolLM2-135M-Instruct-20L ## the same path on the real SmolLM2-135M-Instruct
+quickstart-smollm2: models/SmolLM2-135M-Instruct-24L ## the same path on the real SmolLM2-135M-Instruct
 	$(BIN)/python -m dcod_jax.train --config configs/quickstart_smollm2.py
 
 test: $(VENV)/.test lint ## environment and the whole test suite
 	$(BIN)/python -m pytest
 
-test-long: $(VENV)/.test models/SmolLM2-135M-Instruct-20L ## the long forms: the real SmolLM2-135M, whole data files
+test-long: $(VENV)/.test models/SmolLM2-135M-Instruct-24L ## the long forms: the real SmolLM2-135M, whole data files
 	$(BIN)/python -m pytest -m long
 
 test-lowest: ## the suite on the lowest versions that pyproject.toml allows

@@ -1,6 +1,6 @@
 """The quickstart's path on a real model: SmolLM2-135M-Instruct teaches a copy with fewer layers.
 
-    python tools/get_smollm2.py --layers 20
+    python tools/get_smollm2.py --layers 24
     python -m dcod_jax.train --config configs/quickstart_smollm2.py
 
 Meant to be short enough for a laptop (its time was not measured yet), so what it shows is that real
@@ -13,22 +13,22 @@ from pathlib import Path
 import dcod_jax
 from configs.base import get_config as base
 
-ASSETS = Path(dcod_jax.__file__).resolve().parent / "assets" / "quickstart"
+ASSETS = Path(dcod_jax.__file__).resolve().parent / "assets" / "smollm2"
 
 
 def get_config():
     c = base()
     c.run_dir = "runs/quickstart-smollm2"
-    c.student.path = "models/SmolLM2-135M-Instruct-20L"
+    c.student.path = "models/SmolLM2-135M-Instruct-24L"
     c.student.compute_dtype = "float32"  # CPUs emulate bfloat16
     c.student.remat = "none"
     c.teacher.path = "models/SmolLM2-135M-Instruct"
     c.teacher.name = "SmolLM2-135M-Instruct"
     c.teacher.dtype = "float32"
 
-    c.generate.prompts = str(ASSETS / "stories.jsonl")
+    c.generate.prompts = str(ASSETS / "prompts.jsonl")
     c.generate.samples = 1
-    c.generate.max_new_tokens = 96
+    c.generate.max_new_tokens = 64
     c.generate.batch_size = 32
     c.prepare.filter_correct = False
 

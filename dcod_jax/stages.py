@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,21 @@ def finish(config: Any, runs: Sequence[tuple[str, Any]]) -> None:
         models = {"teacher": config.teacher.path, "start": config.student.path}
         models |= {name or "student": str(path) for name, path in exported.items()}
         compare(config, {name: path for name, path in models.items() if path})
+    for name, variant in runs:
+        if change := held_out_change(Path(variant.run_dir)):
+            print(f"held-out nll{f' {name}' if name else ''}: {change}")
     for name, path in exported.items():
         print(f"exported{f' {name}' if name else ''}: {path}")
+
+
+def held_out_change(run_dir: Path) -> str:
+    """First and last held-out nll of a run, "4.2000 -> 3.9000 (steps 0 to 24)"; "" without any."""
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [line for line in map(json.loads, lines) if "eval/nll" in line]
+    if not found:
+        return ""
+    values = " -> ".join(f"{line['eval/nll']:.4f}" for line in (found[0], found[-1]))
+    return f"{values} (steps {found[0]['step']} to {found[-1]['step']})"
 
 
 def compare(config: Any, models: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dcod_jax.evals import read_problems
 from dcod_jax.models import hf, transformer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +67,21 @@ def test_one_command_goes_from_prompts_to_a_table_and_two_exports(quickstart):
         assert row["low"] <= row["accuracy"] <= row["high"]
 
 
+def check_held_out(run, output, steps):
+    for name in ("sft", "discord"):
+        lines = map(json.loads, (run / name / "metrics.jsonl").read_text().splitlines())
+        found = {line["step"]: line["eval/nll"] for line in lines if "eval/nll" in line}
+        assert sorted(found) == [0, *steps]
+        first, last = found[0], found[steps[-1]]
+        expected = f"held-out nll {name}: {first:.4f} -> {last:.4f} (steps 0 to {steps[-1]})"
+        assert expected in output
+
+
+def test_the_held_out_loss_is_told_at_the_end(quickstart):
+    run, _, output = quickstart
+    check_held_out(run, output, [2, 4])
+
+
 def test_the_two_students_differ_in_their_weights_alone(quickstart):
     run, _, _ = quickstart
     configs = [json.loads((run / name / "config.json").read_text()) for name in ("sft", "discord")]
@@ -98,3 +116,40 @@ def test_the_same_command_again_finds_everything_done(quickstart):
     output = call(command, run.parent)
     assert "all 4 steps are done" in output
     assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_the_real_models_recipe_on_a_tiny_one(tmp_path):
+    """configs/quickstart_smollm2.py with a tiny teacher and the copy of it that the tool prunes."""
+    tool = runpy.run_path(str(ROOT / "tools" / "get_smollm2.py"))
+    teacher = tiny.write_model(tmp_path / "teacher", num_hidden_layers=5, initializer_range=0.3)
+    config, params = hf.load_model(teacher, dtype=jnp.float32)
+    config, params = tool["prune"](config, params, 3)
+    student = tiny.write_tokenizer(tmp_path / "student")
+    hf.save_params(student, config, params, dtype=jnp.float32, max_shard_bytes=1 << 30)
+    raw = tiny.raw_config(num_hidden_layers=3)
+    (student / "config.json").write_text(json.dumps(raw))
+    command = [
+        sys.executable,
+        "-m",
+        "dcod_jax.train",
+        f"--config={ROOT / 'configs' / 'quickstart_smollm2.py'}",
+        f"--config.run_dir={tmp_path / 'run'}",
+        f"--config.student.path={student}",
+        f"--config.teacher.path={teacher}",
+        "--config.train.steps=4",
+        "--config.train.eval_every=2",
+    ]
+    output = call(command, tmp_path)
+    manifest = json.loads((tmp_path / "run" / "traces.jsonl.manifest.json").read_text())
+    assert manifest["sampled"] == 160
+    assert 0 < manifest["truncated"] < 120
+    check_held_out(tmp_path / "run", output, [2, 4])
+    for name in ("sft", "discord"):
+        path = tmp_path / "run" / name / "export"
+        assert f"exported {name}: {path}" in output
+        assert AutoModelForCausalLM.from_pretrained(path).config.num_hidden_layers == 3
+
+
+def test_the_real_models_prompts_are_distinct():
+    prompts = read_problems(ASSETS.parent / "smollm2" / "prompts.jsonl", need_answer=False)
+    assert len({prompt.messages[0]["content"].lower() for prompt in prompts}) == len(prompts) == 160

