@@ -20,8 +20,8 @@ def get_config():
     c.data.traces = "build/quickstart/teacher_traces.jsonl"
     c.data.eval_fraction = 0.01
     c.data.max_length = 128
-    c.data.seq_len = 128  # two traces in a row; longer rows only cost attention
-    c.data.batch_size = 16
+    c.data.seq_len = 192  # two or three traces in a row; longer rows only cost attention
+    c.data.batch_size = 12
     c.prepare.filter_correct = (
         False  # written by our generator, checked by tests/test_arithmetic.py
     )

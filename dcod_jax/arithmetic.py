@@ -21,9 +21,10 @@ from dcod_jax.types import DcodError
 # Operator sequences and phrasings that only this split has; "train" has all the other sequences.
 # A held-out sequence is never the longest: a tiny model that saw no chain with these signs at
 # these places fails on it, while one that ends where it never saw one end is within its reach.
+# Several of several lengths, because how a model takes to one or two sequences is luck.
 OPERATORS: dict[str, tuple[str, ...]] = {
-    "validation": ("-++", "-+-"),
-    "eval": ("+-+", "--+"),
+    "validation": ("-", "-+-", "++-+", "+--+", "-++-"),
+    "eval": ("+-", "+-+", "--+", "+-++", "-+-+", "++--"),
 }
 # Many training phrasings of many lengths: with twenty of them even a good teacher lost half of its
 # accuracy on an unseen one, because it found the numbers by their distance from the start.
@@ -42,7 +43,7 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
     "validation": ("Solve {}.", "Value of {}?", "Determine {}."),
     "eval": ("Calculate {}.", "Evaluate {}.", "How big is {}?"),
 }
-TERMS = (3, 5)  # shortest and longest chain
+TERMS = (2, 6)  # shortest and longest chain
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
@@ -86,7 +87,7 @@ class Problem:
 
 
 def split_of(operators: str) -> str:
-    """The split an operator sequence belongs to: "+-" -> "validation", "++" -> "train"."""
+    """The split an operator sequence belongs to: "+-" -> "eval", "++" -> "train"."""
     return next((name for name, own in OPERATORS.items() if operators in own), "train")
 
 

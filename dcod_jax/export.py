@@ -7,6 +7,7 @@ a model card, and the resolved config and checks of the export itself.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -267,7 +268,13 @@ def verify(
     DcodError with the first difference.
     """
     reopened_config, reopened = hf.load_model(directory, dtype=jnp.float32, mesh=mesh)
-    if reopened_config != model_config:
+    # generation_config.json adds the tokenizer's own stop token to those of the config.
+    stops = stop_ids(model_config, tokenizer)
+    if set(reopened_config.eos_token_ids) != set(stops):
+        raise DcodError(f"{directory}: stops at {reopened_config.eos_token_ids}, not at {stops}")
+    if dataclasses.replace(reopened_config, eos_token_ids=()) != dataclasses.replace(
+        model_config, eos_token_ids=()
+    ):
         raise DcodError(f"{directory}: config.json reads back as {reopened_config}")
     _check_tokenizer(directory, tokenizer)
     tokens = _check_tokens(tokenizer, batch_shards(mesh))

@@ -36,6 +36,7 @@ from dcod_jax.losses import distill, reduce
 from dcod_jax.losses.distill import LossConfig
 from dcod_jax.mesh import make_mesh
 from dcod_jax.models.config import flops_per_token
+from dcod_jax.on_policy import OnPolicy
 from dcod_jax.optim import make_optimizer
 from dcod_jax.progress import track
 from dcod_jax.start import (
@@ -48,6 +49,10 @@ from dcod_jax.start import (
 )
 from dcod_jax.train_step import make_eval_step, make_train_step
 from dcod_jax.types import DcodError, TrainState
+
+# The loop warns when this share of the weight lies on tokens of q > 0.9, and that share is larger
+# than the tokens' own by so much.
+CONFIDENT_MASS, CONFIDENT_EXCESS = 0.8, 0.15
 
 
 def train(config: Any) -> None:
@@ -104,10 +109,11 @@ def fit(config: Any, *, name: str = "") -> int:
     state, restored = start_state(config, student, optimizer, mesh, checkpointer)
 
     batches = pipeline.train_batches(train_set, seed=config.seed, **reading)
-    step, tokens_seen = 0, 0
+    step, progress = 0, {"tokens_seen": 0, "on_policy": {}}
     if restored:
-        batches.set_state(restored.progress["iterator"])
-        step, tokens_seen = restored.step, restored.progress["tokens_seen"]
+        step, progress = restored.step, restored.progress
+        batches.set_state(progress["iterator"])
+    policy = OnPolicy(config, student, mesh, spent=progress["on_policy"])
     if step >= config.train.steps:
         print(f"{run_dir}: all {step} steps are done")
         checkpointer.close()
@@ -117,6 +123,7 @@ def fit(config: Any, *, name: str = "") -> int:
     sample = train_set.read([0])[0]
     print(f"one trace, supervised part marked:\n{chat.render_sample(student.tokenizer, sample)}\n")
 
+    tokens_seen = progress["tokens_seen"]
     log = Log(config, student, name=name, start=step, tokens_seen=tokens_seen, mesh=mesh)
     evaluated = step if restored and restored.metrics else -1
     saved = step if restored else -1
@@ -145,6 +152,7 @@ def fit(config: Any, *, name: str = "") -> int:
                         progress={
                             "iterator": batches.get_state(),
                             "tokens_seen": log.tokens_seen,
+                            "on_policy": policy.spent,
                         },
                         config=config.to_dict(),
                         metrics=held_out if evaluated == step else None,
@@ -152,14 +160,14 @@ def fit(config: Any, *, name: str = "") -> int:
                 saved = step
             if stop:
                 break
-            host_batch, trace_index = next(batches)
+            host_batch, trace_index, cost = policy(step, state, *next(batches))
             batch = pipeline.to_device(host_batch, mesh)
             state, values = train_step(state, batch, *teacher_params)
             step += 1
             # Step n is running on the device; only now are the numbers of step n-1 fetched.
             if pending:
                 log.settle(pending, train_set, checkpointer)
-            pending = Pending(step, values, trace_index)
+            pending = Pending(step, values, trace_index, cost)
         checkpointer.close()
     if not last:
         print(f"{run_dir}: interrupted, saved at step {step}; the same command goes on")
@@ -217,6 +225,7 @@ class Pending:
     step: int
     values: dict[str, jax.Array]
     trace_index: np.ndarray  # [B / hosts, T], -1 in padding
+    cost: dict[str, float]  # of sampling on the student's side, where it does
 
 
 class Evaluator:
@@ -273,6 +282,7 @@ class Log:
         peak = meters.device_peak_flops(jax.devices()[0].device_kind)
         self.peak = peak * mesh.size if peak else None
         self.note = ""
+        self.warned = False
         self.paused = 0.0
         self.clock = time.monotonic()
         self.clock_step = start
@@ -298,6 +308,8 @@ class Log:
         values = {key: float(value) for key, value in jax.device_get(done.values).items()}
         if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
             raise DcodError(_not_finite(done, values, dataset, checkpointer))
+        values |= done.cost
+        self._warn(done.step, values)
         self.tokens_seen += int(values["tokens/completion"])
         self.clock_tokens += int(values["tokens/total"])
         elapsed = max(time.monotonic() - self.clock - self.paused, 1e-9)
@@ -307,6 +319,20 @@ class Log:
             self.writer.write(
                 done.step, values | {"tokens_seen": self.tokens_seen} | self._pace(done.step)
             )
+
+    def _warn(self, step: int, values: dict[str, float]) -> None:
+        """Once: when the weights have left what the student does not know yet."""
+        mass, share = values["weights/confident_mass"], values["weights/confident_tokens"]
+        if self.warned or not mass > max(CONFIDENT_MASS, share + CONFIDENT_EXCESS):
+            return
+        self.warned = True
+        print(
+            f"warning: step {step}: {mass:.0%} of the weight lies on tokens that the student gives "
+            f"q > 0.9 already, which are {share:.0%} of the tokens (effective sample size "
+            f"{values['weights/ess']:.2f}). A student that lacks the skill stops learning so; see "
+            "docs/method.md, and consider loss.weights.temperature=auto or warmup_steps",
+            flush=True,
+        )
 
     def _pace(self, step: int) -> dict[str, float]:
         seconds = max(time.monotonic() - self.clock - self.paused, 1e-9)

@@ -24,7 +24,7 @@ def make_trace(
     count = int(mask.sum())
     topk = {
         "topk_ids": generator.integers(0, 99, (count, top_k)).astype(np.int32),
-        "topk_logprobs": -generator.random((count, top_k)).astype(ml_dtypes.bfloat16) - 2,
+        "topk_logprobs": (-2 - generator.random((count, top_k))).astype(ml_dtypes.bfloat16),
         "tail_logprobs": -generator.random(count).astype(np.float32),
     }
     return Trace(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import json
 import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -19,7 +21,7 @@ from dcod_jax import arithmetic
 from dcod_jax.answers import extract_answer
 from dcod_jax.config import load_recipe
 from dcod_jax.data import chat
-from dcod_jax.evals import read_problems
+from dcod_jax.evals import evaluate, read_problems
 from dcod_jax.models import hf
 from dcod_jax.types import DcodError
 
@@ -160,6 +162,28 @@ def test_no_problem_is_in_two_pieces() -> None:
     assert len(expressions) == len(set(expressions))
 
 
+def test_shipped_splits_share_no_problem_and_no_template() -> None:
+    found: list[set[str]] = []
+    for name in ("prompts", "validation", "eval"):
+        prompts = [p.messages[0]["content"] for p in read_problems(ASSETS / f"{name}.jsonl")]
+        chains = [CHAIN.search(prompt)[0] for prompt in prompts]  # type: ignore[index]
+        pairs = zip(prompts, chains, strict=True)
+        phrasings = {prompt.replace(chain, "{}") for prompt, chain in pairs}
+        found.append(set(chains) | phrasings | {re.sub(r"\d", "", chain) for chain in chains})
+        assert len(set(chains)) == len(chains)
+    for one, other in itertools.combinations(found, 2):
+        assert not one & other
+
+
+@pytest.mark.parametrize("name", ["validation", "eval"])
+def test_no_operator_sequence_decides_a_held_out_split(name: str) -> None:
+    counts = Counter(problem.operators for problem in pieces()[name])
+    assert counts.keys() == set(arithmetic.OPERATORS[name])
+    assert len(counts) >= 5
+    assert {len(operators) for operators in counts} >= {3, 4}
+    assert max(counts.values()) < 0.25 * counts.total()
+
+
 def test_no_template_of_the_held_out_splits_is_in_another_split() -> None:
     def templates(name: str) -> set[str]:
         # From the text alone: the question around the chain, and the signs inside it.
@@ -263,8 +287,33 @@ def test_longest_worked_solution_fits_the_recipe() -> None:
     config = load_recipe(ROOT / "configs" / "quickstart.py")
     longest = max(
         len(arithmetic.worked_solution(problem, style)) + 1  # the end of the turn
-        for problem in pieces()["teacher"][::10]
+        for piece in pieces().values()
+        for problem in piece
         for style in arithmetic.STYLES
     )
     assert longest <= config.generate.max_new_tokens == config.evaluate.max_new_tokens
     assert json.loads((ASSETS / "student" / "config.json").read_text())["eos_token_id"] == 1
+
+
+@pytest.mark.parametrize("split", ["validation", "eval"])
+def test_shipped_models_can_what_the_recipe_says(split: str) -> None:
+    problems = read_problems(ASSETS / f"{split}.jsonl", limit=120)
+    recipe = load_recipe(ROOT / "configs" / "quickstart.py")
+
+    def accuracy(model: str) -> float:
+        config, params = hf.load_model(ASSETS / model, dtype=jnp.float32)
+        graded = evaluate(
+            config,
+            params,
+            chat.load_tokenizer(ASSETS / model),
+            problems,
+            max_new_tokens=recipe.evaluate.max_new_tokens,
+            batch_size=len(problems),
+            compute_dtype="float32",
+            grade_timeout=5.0,
+            workers=1,
+        )
+        return graded.accuracy
+
+    assert accuracy("teacher") >= 0.8
+    assert 0.3 <= accuracy("student") <= 0.7

@@ -123,6 +123,28 @@ def test_tokenizer_template_and_generation_config_come_along(tmp_path, source):
     assert (generation.eos_token_id, generation.pad_token_id) == (1, 0)
 
 
+def test_every_stop_token_is_in_the_export(tmp_path, source):
+    """Those of config.json and the tokenizer's own (1), also where the config does not name it."""
+    path = tmp_path / "export"
+    write(path, source, model=trained(eos_token_id=[7, 3]))
+    generation = transformers.GenerationConfig.from_pretrained(path)
+    assert generation.eos_token_id == [1, 3, 7]
+    assert set(hf.read_config(path).eos_token_ids) == {1, 3, 7}
+
+
+def test_a_lost_stop_token_is_found(tmp_path, source, monkeypatch):
+    real = exports._write_small_files
+
+    def forgets(directory, *arguments):
+        real(directory, *arguments)
+        (directory / "generation_config.json").write_text("{}")
+
+    monkeypatch.setattr(exports, "_write_small_files", forgets)
+    with pytest.raises(DcodError, match=r"stops at \(7, 3\), not at \(1, 3, 7\)"):
+        write(tmp_path / "export", source, model=trained(eos_token_id=[7, 3]))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_card_tells_recipe_data_and_result(tmp_path, source):
     path = tmp_path / "export"
     write(path, source)

@@ -1,5 +1,7 @@
 """The sampler: greedy as transformers, independent of the batch, log-probs as a plain forward."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 import transformers
 
 from dcod_jax import generate
+from dcod_jax.evals import stop_ids
 from dcod_jax.generate import Sample, bucket_length, sample
 from dcod_jax.mesh import make_mesh, tree_shardings
 from dcod_jax.models import hf, transformer
@@ -87,6 +90,35 @@ def test_greedy_equals_transformers(tmp_path, family):
             )
         assert got.token_ids == out[0, len(prompt) :].tolist()
         assert got.finished == (got.token_ids[-1] == 1)
+
+
+def test_generation_stops_at_every_id_of_the_generation_config(tmp_path):
+    """As transformers does; config.json alone names one of the two ids."""
+    torch.set_num_threads(1)
+    directory = tiny.write_model(tmp_path)
+    prompts = make_prompts()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+
+    def run():
+        config, params = hf.load_model(directory, dtype=jnp.float32)
+        stops = stop_ids(config, tokenizer)
+        return draw((config, params), prompts, temperature=0.0, eos_ids=stops, max_new_tokens=20)
+
+    before = run()
+    second = before[0].token_ids[9]  # an id that comes up in the middle of a text
+    assert second != tokenizer.eos_token_id
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, second]}))
+    after = run()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+    for prompt, got in zip(prompts, after, strict=True):
+        with torch.no_grad():
+            inputs = torch.tensor([prompt])
+            mask = torch.ones_like(inputs)
+            out = theirs.generate(inputs, attention_mask=mask, max_new_tokens=20, do_sample=False)
+        assert got.token_ids == out[0, len(prompt) :].tolist()
+    assert after[0].finished
+    assert after[0].token_ids[-1] == second
+    assert len(after[0].token_ids) < len(before[0].token_ids)
 
 
 def test_a_sample_does_not_depend_on_its_neighbours_or_the_batch_size(model):

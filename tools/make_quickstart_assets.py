@@ -11,6 +11,7 @@ student: trains configs/quickstart_student.py and copies its export -> assets/qu
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import shutil
@@ -28,7 +29,8 @@ BUILD = ROOT / "build" / "quickstart"
 
 SEED = 7
 DRAWS = 100_000  # expressions drawn from chain_sum, repetitions included
-# Pieces of the shuffled training problems; the other splits keep the first ones drawn.
+# Pieces of the shuffled training problems; the other splits keep the first ones drawn of each
+# operator sequence, in equal shares as far as a sequence has that many.
 TEACHER, STUDENT, PROMPTS = 14_000, 5_000, 2_500
 VALIDATION, EVAL = 500, 500
 TEACHER_STYLES = {"equations": 1.0, "words": 1.0, "groups": 1.0}
@@ -105,9 +107,21 @@ def pieces() -> dict[str, list[Problem]]:
         "teacher": train[:TEACHER],
         "student": train[TEACHER : TEACHER + STUDENT],
         "prompts": train[TEACHER + STUDENT : TEACHER + STUDENT + PROMPTS],
-        "validation": by_split["validation"][:VALIDATION],
-        "eval": by_split["eval"][:EVAL],
+        "validation": in_equal_shares(by_split["validation"], VALIDATION),
+        "eval": in_equal_shares(by_split["eval"], EVAL),
     }
+
+
+def in_equal_shares(problems: list[Problem], count: int) -> list[Problem]:
+    """The first `count` problems in rounds that take one of every operator sequence left."""
+    queues: dict[str, list[Problem]] = {}
+    for problem in problems:
+        queues.setdefault(problem.operators, []).append(problem)
+    rounds = itertools.zip_longest(*queues.values())
+    taken = [problem for turn in rounds for problem in turn if problem is not None]
+    if len(taken) < count:
+        raise SystemExit(f"only {len(taken)} of {count} held-out problems; raise DRAWS")
+    return taken[:count]
 
 
 def jsonl(records: Iterable[dict[str, str]]) -> str:

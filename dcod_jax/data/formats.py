@@ -2,6 +2,7 @@
 
     {"prompt" | "messages", "completion", "answer"?, "logprobs"?, "token_ids"?, ...}   TRL, plain
     {"messages": [..., {"role": "assistant", ...}]}                                    TRL
+    {"conversations": [{"from": "human" | "gpt" | "system", "value"}], "system"?}      ShareGPT
     {"custom_id", "response": {"body": {"choices": [...]}}}      OpenAI / vLLM batch output
     {"prompt", "outputs": [{"text", "token_ids", "logprobs"}]}   vLLM generate
 
@@ -19,7 +20,9 @@ from dcod_jax.types import DcodError
 
 PROMPT_FIELDS = ("prompt", "question", "problem", "instruction")
 COMPLETION_FIELDS = ("completion", "response", "output", "solution")
+CONVERSATION_FIELDS = ("messages", "conversations")
 ROLES = ("system", "developer", "user", "assistant", "tool")
+SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 
 Message = dict[str, str]
 
@@ -124,6 +127,8 @@ def _messages(value: Any, name: str) -> list[Message]:
 
 
 def _message(value: Any, name: str) -> Message:
+    if isinstance(value, dict) and "from" in value and "role" not in value:
+        return _sharegpt_message(value, name)
     if not isinstance(value, dict) or "role" not in value or "content" not in value:
         found = ", ".join(value) if isinstance(value, dict) else _kind(value)
         raise BadRecordError(f"{name} must have role and content, found {found}")
@@ -136,6 +141,28 @@ def _message(value: Any, name: str) -> Message:
                 "content in the form that the student is to produce"
             )
     return {"role": value["role"], "content": _text(value["content"], f"{name}.content")}
+
+
+def _sharegpt_message(value: Mapping[str, Any], name: str) -> Message:
+    role = SHAREGPT_ROLES.get(value["from"]) if isinstance(value["from"], str) else None
+    if role is None:
+        raise BadRecordError(
+            f"{name} is from {value['from']!r}; expected {', '.join(SHAREGPT_ROLES)}"
+        )
+    if "value" not in value:
+        raise BadRecordError(f"{name} must have from and value, found {', '.join(value)}")
+    return {"role": role, "content": _text(value["value"], f"{name}.value")}
+
+
+def _conversation(record: Mapping[str, Any], name: str) -> list[Message]:
+    """The messages of a field; ShareGPT's system message may stand beside them."""
+    messages = _messages(record[name], name)
+    system = record.get("system") if name == "conversations" else None
+    if system is None or system == "":
+        return messages
+    if messages[0]["role"] == "system":
+        raise BadRecordError("a system message stands in conversations and beside them in system")
+    return [{"role": "system", "content": _text(system, "system")}, *messages]
 
 
 def _find(record: Mapping[str, Any], *, chosen: str, synonyms: Sequence[str]) -> str | None:
@@ -249,7 +276,7 @@ def _field_completions(record: Mapping[str, Any], name: str) -> list[_Completion
 def _prompt(record: Mapping[str, Any], name: str) -> list[Message]:
     value = record[name]
     if isinstance(value, list):
-        return _messages(value, name)
+        return _conversation(record, name)
     text = _text(value, name)
     if name == "instruction" and isinstance(record.get("input"), str) and record["input"].strip():
         text = f"{text}\n\n{record['input']}"  # Alpaca
@@ -259,15 +286,15 @@ def _prompt(record: Mapping[str, Any], name: str) -> list[Message]:
 def _split(record: Mapping[str, Any], fields: Fields) -> tuple[list[Message], list[_Completion]]:
     """(prompt, completions) of any form but the batch output's."""
     prompt_name = _find(record, chosen=fields.prompt, synonyms=PROMPT_FIELDS)
-    if prompt_name is None and "messages" in record:
-        prompt_name = "messages"
+    conversation = next((name for name in CONVERSATION_FIELDS if name in record), None)
+    prompt_name = prompt_name or conversation
     if isinstance(record.get("outputs"), list):
         completions = [_vllm_output(o, i) for i, o in enumerate(record["outputs"])]
         prompt_name = "messages" if "messages" in record else prompt_name
     else:
         name = _find(record, chosen=fields.completion, synonyms=COMPLETION_FIELDS)
-        if name is None and "messages" in record and not fields.completion:
-            return [], [_whole_conversation(record)]
+        if name is None and conversation and not fields.completion:
+            return [], [_whole_conversation(record, conversation)]
         if name is None:
             raise _missing(
                 record, what="completion", chosen=fields.completion, names=COMPLETION_FIELDS
@@ -278,14 +305,14 @@ def _split(record: Mapping[str, Any], fields: Fields) -> tuple[list[Message], li
     return _prompt(record, prompt_name), completions
 
 
-def _whole_conversation(record: Mapping[str, Any]) -> _Completion:
-    messages = _messages(record["messages"], "messages")
+def _whole_conversation(record: Mapping[str, Any], name: str) -> _Completion:
+    messages = _conversation(record, name)
     if messages[-1]["role"] != "assistant":
         raise BadRecordError(
-            f"the last of messages is by {messages[-1]['role']!r}, and there is no completion"
+            f"the last of {name} is by {messages[-1]['role']!r}, and there is no completion"
         )
     if messages[0]["role"] == "assistant" or len(messages) < 2:
-        raise BadRecordError("messages has no prompt before its first assistant message")
+        raise BadRecordError(f"{name} has no prompt before its first assistant message")
     ids, logprobs = _get_list(record, "token_ids"), _get_list(record, "logprobs")
     reason = str(record.get("finish_reason") or "")
     return _Completion(messages, token_ids=ids, logprobs=logprobs, finish_reason=reason)

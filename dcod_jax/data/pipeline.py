@@ -194,8 +194,9 @@ def train_batches(dataset: TraceDataset, *, seed: int, **reading: Any) -> grain.
     """Endless iterator of (HostBatch, trace_index [B / hosts, T] int32, -1 in padding).
 
     `reading`: the fields of Reading. get_state() speaks of what was yielded, not of what was read
-    ahead. Raises DcodError for traces longer than seq_len, for a batch the hosts cannot divide, and for a dataset without what
-    `reading` requires (without require_scores teacher_logprobs are 0 where there are none).
+    ahead. Raises DcodError for traces longer than seq_len, for a batch the hosts cannot divide, and
+    for a dataset without what `reading` requires (teacher_logprobs are 0 where none are required
+    and none are there).
     """
     return _open(dataset, Reading(**reading), seed)
 

@@ -6,18 +6,22 @@ callback for bad records, is handed over and the stream goes on.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
+import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dcod_jax.data.formats import BadRecordError, Fields, RawTrace, is_request, read_record
 from dcod_jax.types import DcodError
 
-JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
+JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
+_SUFFIXES = (*JSONL_SUFFIXES, ".parquet")
 _SAVED = ("dataset_info.json", "dataset_dict.json")  # what save_to_disk leaves
 _HINT = "mend the record, or set prepare.on_bad_record=quarantine to go on without such records"
 
@@ -68,7 +72,7 @@ def _find_part(part: str, *, split: str, key: str) -> list[Source]:
         return [_file(path, key=key)]
     if path.is_dir():
         return _directory(path, split=split, key=key)
-    if path.suffix in (*JSONL_SUFFIXES, ".parquet") or part.startswith(("/", ".", "~")):
+    if part.endswith(_SUFFIXES) or part.startswith(("/", ".", "~")):
         raise DcodError(f"{key}: no such file or directory: {part}")
     if part.count("/") > 1:
         raise DcodError(f"{key}: {part!r} is neither a file, a directory nor a hub id (owner/name)")
@@ -76,12 +80,13 @@ def _find_part(part: str, *, split: str, key: str) -> list[Source]:
 
 
 def _file(path: Path, *, key: str) -> Source:
-    if path.suffix in JSONL_SUFFIXES:
+    if path.name.endswith(JSONL_SUFFIXES):
         return Source("jsonl", str(path))
     if path.suffix == ".parquet":
         return Source("parquet", str(path))
+    suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
     raise DcodError(
-        f"{key}: {path} has the suffix {path.suffix!r}; expected "
+        f"{key}: {path} has the suffix {suffix!r}; expected "
         f"{', '.join(JSONL_SUFFIXES)} (one object a line) or .parquet"
     )
 
@@ -89,13 +94,12 @@ def _file(path: Path, *, key: str) -> Source:
 def _directory(path: Path, *, split: str, key: str) -> list[Source]:
     if any((path / name).is_file() for name in _SAVED):
         return [Source("saved", str(path), split)]
-    suffixes = (*JSONL_SUFFIXES, ".parquet")
-    files = sorted(p for p in path.rglob("*") if p.suffix in suffixes and p.is_file())
+    files = sorted(p for p in path.rglob("*") if p.name.endswith(_SUFFIXES) and p.is_file())
     named = [p for p in files if p.stem.startswith(split) or p.parent.name == split]
     if not files:
         raise DcodError(
             f"{key}: {path} holds no traces: expected an HF dataset (save_to_disk), or "
-            f"{', '.join(suffixes)} files"
+            f"{', '.join(_SUFFIXES)} files"
         )
     return [_file(p, key=key) for p in (named or files)]
 
@@ -104,7 +108,10 @@ def _directory(path: Path, *, split: str, key: str) -> list[Source]:
 
 
 def describe(sources: Sequence[Source]) -> list[dict[str, Any]]:
-    """Path, records, bytes and content hash of each source, for manifests and progress bars."""
+    """Path, records, bytes and content hash of each source, for manifests and progress bars.
+
+    Those of a .gz file are of what it holds: packing the same traces again changes nothing.
+    """
     return [_describe(source) for source in sources]
 
 
@@ -118,7 +125,7 @@ def _describe(source: Source) -> dict[str, Any]:
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     digest, size, lines = hashlib.sha256(), 0, 0
     for file in files:
-        with file.open("rb") as stream:
+        with _open_file(file) as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
                 size += len(block)
@@ -168,8 +175,22 @@ def _as_text(content: Any) -> str:
     return json.dumps(content, ensure_ascii=False, default=str)
 
 
+@contextlib.contextmanager
+def _open_file(path: Path) -> Iterator[IO[bytes]]:
+    """The file's bytes, unpacked where its name ends in .gz."""
+    if path.suffix != ".gz":
+        with path.open("rb") as file:
+            yield file
+        return
+    try:
+        with gzip.open(path, "rb") as file:
+            yield file
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DcodError(f"{path} is not a whole gzip file: {error}; pack it again") from error
+
+
 def _read_lines(source: Source) -> Iterator[tuple[str, bytes]]:
-    with open(source.path, "rb") as file:
+    with _open_file(Path(source.path)) as file:
         for number, line in enumerate(file, 1):
             content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if content.strip():

@@ -199,6 +199,18 @@ def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
+def add_stop_ids(config: ModelConfig, value: Any, *, source: str) -> ModelConfig:
+    """The config with further ids that end a text, as generation_config.json names them.
+
+    (2,) and [2, 0] -> (2, 0). Raises DcodError for anything but ids.
+    """
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(token) is not int or token < 0 for token in ids):
+        raise DcodError(f"{source}: eos_token_id={value!r} must be a token id or a list of them")
+    merged = tuple(dict.fromkeys((*config.eos_token_ids, *ids)))
+    return dataclasses.replace(config, eos_token_ids=merged)
+
+
 def _check_sizes(raw: Raw, source: str) -> None:
     optional = ("num_key_value_heads", "head_dim")
     for key in (*_REQUIRED, *optional, "max_position_embeddings"):

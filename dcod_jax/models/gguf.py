@@ -74,6 +74,9 @@ PRE_TOKENIZERS: dict[str, tuple[Any, Any]] = {
     ),
 }
 
+# Ids at which llama.cpp ends a text: end of text, of a turn, of a message.
+_STOPS = tuple(f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom"))
+
 _CONTROL, _USER_DEFINED = 3, 4  # token types of the format
 
 
@@ -154,6 +157,7 @@ def _config(reader: Any, names: set[str], file: Path) -> ModelConfig:
             f"{file}: {architecture}.rope.dimension_count={rotary} is not supported "
             f"(supported: the head size, {head_dim})"
         )
+    stops = [_get(reader, key) for key in _STOPS if reader.get_field(key) is not None]
     raw = {
         "model_type": architecture,
         "vocab_size": next(
@@ -171,7 +175,7 @@ def _config(reader: Any, names: set[str], file: Path) -> ModelConfig:
         "attention_bias": "blk.0.attn_q.bias" in names,
         "tie_word_embeddings": "output.weight" not in names,
         "bos_token_id": _get(reader, "tokenizer.ggml.bos_token_id"),
-        "eos_token_id": _get(reader, "tokenizer.ggml.eos_token_id"),
+        "eos_token_id": list(dict.fromkeys(stops)) or None,
         "pad_token_id": _get(reader, "tokenizer.ggml.padding_token_id"),
     }
     return configs.from_hf(raw, source=str(file))

@@ -110,14 +110,21 @@ def _read_json(file: Path) -> dict[str, Any]:
 def load_config(path: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, Any]]:
     """(ModelConfig, the file's own dict) of an HF directory or a config.json.
 
-    Raises DcodError for a path without config.json and for whatever the model does not do.
+    A text ends at the ids of config.json and at those of the generation_config.json beside it,
+    which often names more (Qwen2.5 two, Llama 3 three). Raises DcodError for a path without
+    config.json and for whatever the model does not do.
     """
     directory = _directory(path)
     file = directory if directory.is_file() else directory / "config.json"
     if not file.exists():
         raise DcodError(f"{directory}: no config.json in it; expected an HF model directory")
     raw = _read_json(file)
-    return configs.from_hf(raw, source=str(file)), raw
+    config = configs.from_hf(raw, source=str(file))
+    generation = file.with_name("generation_config.json")
+    if generation.exists():
+        stops = _read_json(generation).get("eos_token_id")
+        config = configs.add_stop_ids(config, stops, source=str(generation))
+    return config, raw
 
 
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:
@@ -226,7 +233,7 @@ def load_params(
             _check_tied(view, (config.vocab_size, config.hidden_size), where=directory)
 
         def read(slot: Slot) -> np.ndarray:
-            return view(slot.name, slot.shape)[...]
+            return view(slot.name, slot.shape)[:]
 
         return assemble(config, table, read, dtype=dtype, shardings=shardings)
 
@@ -234,7 +241,7 @@ def load_params(
 def _check_tied(view: Any, shape: tuple[int, int], *, where: Path) -> None:
     embedding = view("model.embed_tokens.weight", shape)
     head = view("lm_head.weight", shape)
-    if not np.array_equal(embedding[...], head[...]):
+    if not np.array_equal(embedding[:], head[:]):
         raise DcodError(
             f"{where}: lm_head.weight differs from model.embed_tokens.weight although "
             f"tie_word_embeddings is true; set it to false in config.json to keep both"

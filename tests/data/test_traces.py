@@ -1,5 +1,6 @@
 """Raw traces are read in every form users have, and every bad record is named with its line."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from dcod_jax.types import DcodError
 
 USER = {"role": "user", "content": "2 + 2?"}
 ASSISTANT = {"role": "assistant", "content": "It is 4."}
+HUMAN = {"from": "human", "value": "2 + 2?"}
+GPT = {"from": "gpt", "value": "It is 4."}
 
 
 def write(path: Path, *records) -> Path:
@@ -42,6 +45,10 @@ def read_one(tmp_path, record, **kwargs) -> RawTrace:
         {"prompt": [USER], "completion": "It is 4."},
         {"messages": [USER], "completion": "It is 4."},
         {"messages": [USER, ASSISTANT]},
+        {"conversations": [USER, ASSISTANT]},
+        {"conversations": [HUMAN, GPT]},
+        {"conversations": [HUMAN, GPT], "system": ""},
+        {"conversations": [HUMAN], "completion": "It is 4."},
         {"prompt": [{"role": "user", "content": [{"type": "text", "text": "2 + 2?"}]}]}
         | {"completion": "It is 4."},
         {"prompt": "2 + 2?", "outputs": [{"text": "It is 4.", "token_ids": [1], "logprobs": None}]},
@@ -82,6 +89,22 @@ def test_context_turns_are_not_the_completion(tmp_path) -> None:
     assert read_one(tmp_path, record).first_completion == 3
     record = {"messages": [USER, ASSISTANT, USER, ASSISTANT]}
     assert read_one(tmp_path, record).first_completion == 0
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_system_message_in_or_beside_a_conversation(tmp_path, inside) -> None:
+    system = {"from": "system", "value": "Be brief."}
+    record = {"conversations": [HUMAN, GPT], "system": "Be brief."}
+    trace = read_one(tmp_path, {"conversations": [system, HUMAN, GPT]} if inside else record)
+    assert trace.messages == [{"role": "system", "content": "Be brief."}, USER, ASSISTANT]
+
+
+def test_a_conversation_keeps_its_turns(tmp_path) -> None:
+    turns = [HUMAN, GPT, {"from": "human", "value": "sure?"}, {"from": "gpt", "value": "yes"}]
+    trace = read_one(tmp_path, {"conversations": turns})
+    assert [m["role"] for m in trace.messages] == ["user", "assistant"] * 2
+    assert trace.first_completion == 0  # every assistant turn is the teacher's
+    assert trace.completion_text() == "yes"
 
 
 def test_alpaca_input_is_kept(tmp_path) -> None:
@@ -173,7 +196,35 @@ GOOD = b'{"prompt": "p", "completion": "c"}\n'
         (b'{"prompt": "p", "completion": "c", "logprobs": 3}', r"logprobs must be a list"),
         (b'{"messages": [{"role": "user", "content": "x"}]}', r"the last of messages is by 'user'"),
         (b'{"messages": [{"role": "assistant", "content": "x"}]}', r"no prompt before"),
-        (b'{"messages": [{"from": "human"}]}', r"messages\[0\] must have role and content"),
+        (b'{"messages": [{"content": "x"}]}', r"messages\[0\] must have role and content"),
+        (
+            b'{"conversations": [{"from": "human"}]}',
+            r"conversations\[0\] must have from and value, found from",
+        ),
+        (
+            b'{"conversations": [{"from": "user", "value": "x"}]}',
+            r"conversations\[0\] is from 'user'; expected system, human, gpt",
+        ),
+        (
+            b'{"conversations": [{"from": ["gpt"], "value": "x"}]}',
+            r"conversations\[0\] is from \['gpt'\]",
+        ),
+        (
+            b'{"conversations": [{"from": "human", "value": 3}]}',
+            r"conversations\[0\].value must be a string, found int",
+        ),
+        (
+            b'{"conversations": [{"from": "human", "value": "x"}]}',
+            r"the last of conversations is by 'user', and there is no completion",
+        ),
+        (
+            b'{"conversations": [{"from": "gpt", "value": "x"}]}',
+            r"conversations has no prompt before its first assistant message",
+        ),
+        (
+            b'{"system": "s", "conversations": [{"from": "system", "value": "t"}]}',
+            r"stands in conversations and beside them in system",
+        ),
         (b'{"messages": [{"role": "bot", "content": "x"}]}', r"has the role 'bot'; expected"),
         (
             b'{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "completion": "c"}',
@@ -211,6 +262,54 @@ def test_blank_lines_and_a_byte_order_mark(tmp_path) -> None:
     assert [t.source.split(":")[-1] for t in read(path)] == ["1", "4"]
 
 
+def pack(path: Path, content: bytes) -> Path:
+    path.write_bytes(gzip.compress(content))
+    return path
+
+
+def test_a_packed_file_is_read_as_what_it_holds(tmp_path) -> None:
+    plain = tmp_path / "t.jsonl"
+    plain.write_bytes(GOOD + b"\n" + GOOD)
+    packed = pack(tmp_path / "t.jsonl.gz", plain.read_bytes())
+    assert [t.source for t in read(packed)] == [f"{packed}:1", f"{packed}:3"]
+    assert [t.messages for t in read(packed)] == [t.messages for t in read(plain)]
+    both = describe(find_sources(f"{plain},{packed}"))
+    assert both[0] | {"path": str(packed)} == both[1]
+    assert both[1]["records"] == 3
+    assert [t.id for t in read(f"{tmp_path}/*.gz")] == [f"{packed}:1", f"{packed}:3"]
+    assert len(read(tmp_path)) == 4
+
+
+def test_a_bad_record_in_a_packed_file_is_named(tmp_path) -> None:
+    path = pack(tmp_path / "t.jsonl.gz", GOOD + b'{"prompt": "p", "completion": "c')
+    with pytest.raises(DcodError, match=r"t.jsonl.gz:2: truncated JSON"):
+        read(path)
+    bad = []
+    assert len(read(path, on_bad=bad.append)) == 1
+    assert bad[0].source == f"{path}:2"
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "not packed"])
+def test_a_damaged_packed_file_stops_with_its_name(tmp_path, damage) -> None:
+    path = pack(tmp_path / "t.jsonl.gz", b"".join(GOOD[:-1] + b" " * n + b"\n" for n in range(99)))
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        content = content[:-20]
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 0x55
+    else:
+        content = GOOD
+    path.write_bytes(content)
+    for use in (
+        lambda: read(path, on_bad=lambda bad: None),
+        lambda: describe(find_sources(f"{path}")),
+    ):
+        with pytest.raises(
+            DcodError, match=r"t.jsonl.gz is not a whole gzip file: .*pack it again"
+        ):
+            use()
+
+
 def test_records_are_streamed(tmp_path) -> None:
     """The first trace comes before the bad line at the end is reached."""
     path = tmp_path / "t.jsonl"
@@ -235,6 +334,9 @@ def test_globs_lists_and_directories(tmp_path) -> None:
         ("{tmp}/x.jsonl", "no such file or directory"),
         ("{tmp}/*.jsonl", "matches no file"),
         ("{tmp}/t.csv", "has the suffix '.csv'"),
+        ("{tmp}/x.jsonl.gz", "no such file or directory"),
+        ("traces.jsonl.gz", "no such file or directory"),
+        ("{tmp}/t.csv.gz", "has the suffix '.csv.gz'"),
         ("{tmp}/empty", "holds no traces"),
         ("a/b/c", "neither a file, a directory nor a hub id"),
     ],
@@ -242,6 +344,7 @@ def test_globs_lists_and_directories(tmp_path) -> None:
 def test_sources_that_are_not_there(tmp_path, source: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "t.csv").write_text("a,b")
+    (tmp_path / "t.csv.gz").write_text("a,b")
     with pytest.raises(DcodError, match=message):
         find_sources(source.format(tmp=tmp_path))
 

@@ -37,7 +37,9 @@ def write_tokenizer(writer, pre):
     writer.add_chat_template(TEMPLATE)
 
 
-def write_gguf(file, pair, *, pre="smollm", quantise=(), extra=None, drop=(), metadata=None):
+def write_gguf(
+    file, pair, *, pre="smollm", quantise=(), extra=None, drop=(), metadata=None, ids=None
+):
     """A GGUF of the pair's torch model, written from the torch side only."""
     config = pair.model.config
     architecture = config.model_type
@@ -52,6 +54,8 @@ def write_gguf(file, pair, *, pre="smollm", quantise=(), extra=None, drop=(), me
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     for key, value in (metadata or {}).items():
         writer.add_key_value(key, value, package.GGUFValueType.STRING)
+    for key, value in (ids or {}).items():
+        writer.add_key_value(key, value, package.GGUFValueType.UINT32)
     write_tokenizer(writer, pre)
     names = package.get_tensor_name_map(
         package.MODEL_ARCH[architecture.upper()], config.num_hidden_layers

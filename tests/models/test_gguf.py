@@ -30,6 +30,15 @@ def test_weights_are_those_of_the_torch_model(pair, tmp_path):
     np.testing.assert_allclose(ours, pair.hf_logits(tokens), atol=2e-4, rtol=0)
 
 
+@pytest.mark.parametrize("pair", ["llama"], indirect=True)
+def test_texts_end_at_the_ends_of_text_turn_and_message(pair, tmp_path):
+    one = write_gguf(tmp_path / "one.gguf", pair)
+    assert hf.read_config(one).eos_token_ids == (2,)
+    ends = {"tokenizer.ggml.eot_token_id": 4, "tokenizer.ggml.eom_token_id": 2}
+    two = write_gguf(tmp_path / "two.gguf", pair, ids=ends)
+    assert hf.read_config(two).eos_token_ids == (2, 4)
+
+
 def _through_q8_0(weight):
     """Blocks of 32 along a row, each int8 times a float16 scale of largest / 127."""
     blocks = weight.reshape(-1, 32)

@@ -245,6 +245,28 @@ def test_config_is_read_from_a_file_too(model_dir):
     assert hf.load_config(directory / "config.json") == hf.load_config(directory)
 
 
+@pytest.mark.parametrize(
+    ("own", "named", "merged"),
+    [(2, [2, 0, 5], (2, 0, 5)), ([4, 2], 7, (4, 2, 7)), (None, [3], (3,)), ([1, 2], None, (1, 2))],
+)
+def test_texts_end_at_the_ids_of_both_configs(model_dir, own, named, merged):
+    directory, _ = model_dir
+    _edit_config(directory, eos_token_id=own)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    assert _load(directory)[0].eos_token_ids == merged
+    assert hf.read_config(directory / "config.json").eos_token_ids == merged
+    (directory / "generation_config.json").write_text("{}")
+    assert _load(directory)[0].eos_token_ids == tuple(np.ravel([] if own is None else own))
+
+
+@pytest.mark.parametrize("wrong", ["2", [2, None], 1.5, True, [-1]])
+def test_stop_ids_that_are_no_ids_are_refused(model_dir, wrong):
+    directory, _ = model_dir
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+    with pytest.raises(DcodError, match=r"generation_config.json: eos_token_id=.* must be a token"):
+        _load(directory)
+
+
 def test_failed_save_leaves_the_old_weights(model_dir, monkeypatch):
     directory, tensors = model_dir
     config, params = _load(directory)

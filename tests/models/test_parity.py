@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
 
-from dcod_jax.models import transformer
+from dcod_jax.models import hf, transformer
 
 TOLERANCE = 2e-4
 IDS = 131  # ids below the smallest vocabulary
@@ -103,3 +107,43 @@ def test_greedy_continuations_match(pair):
         ours.append(np.asarray(token))
     for row, prompt in enumerate(prompts):
         assert [int(tokens[row]) for tokens in ours] == _hf_greedy(pair, prompt, count)
+
+
+def _shrink(model) -> None:
+    """Bring what every norm sees to the size of the square root of its eps, about 1e-3."""
+    small = {"embed_tokens": 0.01, "o_proj": 2e-3, "down_proj": 2e-3}
+    if model.config.model_type == "qwen3":  # q and k have norms of their own
+        small |= {"q_proj": 2e-3, "k_proj": 2e-3}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter *= small.get(name.split(".")[-2], 1.0)
+        if model.config.tie_word_embeddings:
+            model.model.norm.weight /= small["embed_tokens"]  # logits of the usual size
+
+
+def test_a_wrong_norm_epsilon_shows(pair, tmp_path):
+    """Hidden states so small that eps counts: equal logits, and not with 1.5 times the eps."""
+    model = copy.deepcopy(pair.model)
+    _shrink(model)
+    model.save_pretrained(tmp_path)
+    config, params = hf.load_model(tmp_path, dtype=np.float32)
+    tokens = _random_tokens(2, 40)
+
+    def theirs() -> np.ndarray:
+        with torch.no_grad():
+            return model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
+
+    def ours(eps: float) -> np.ndarray:
+        changed = dataclasses.replace(config, rms_norm_eps=eps)
+        return np.asarray(transformer.logits(changed, params, jnp.asarray(tokens)))
+
+    expected = theirs()
+    assert expected.std() > 0.5
+    np.testing.assert_allclose(ours(config.rms_norm_eps), expected, atol=TOLERANCE, rtol=0)
+    assert np.abs(ours(1.5 * config.rms_norm_eps) - expected).max() > 100 * TOLERANCE
+    norms = {name: m for name, m in model.named_modules() if hasattr(m, "variance_epsilon")}
+    assert len(norms) == 1 + config.num_layers * (4 if config.qk_norm else 2)
+    for name, norm in norms.items():  # so each norm alone would be caught with another eps
+        norm.variance_epsilon *= 1.5
+        assert np.abs(theirs() - expected).max() > 10 * TOLERANCE, name
+        norm.variance_epsilon /= 1.5
