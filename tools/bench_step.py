@@ -95,7 +95,7 @@ def our_config(
         name=weights, temperature=1.0, offset=0.0, clip=2.0, scope="token", normalize="mean",
         warmup_steps=0,
     )  # fmt: skip
-    values = {"divergence": "nll"} | (loss or {})
+    values: dict[str, Any] = {"divergence": "nll"} | (loss or {})
     return from_hf(raw), LossConfig(head_chunk=head_chunk, weights=weight_config, **values)
 
 
