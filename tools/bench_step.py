@@ -71,8 +71,10 @@ def measure(run_steps: Callable[[int], Any], *, warmup: int, steps: int) -> dict
 # ---------------------------------------------------------------- ours (a process of its own)
 
 
-def our_config(weights: str, *, head_chunk: int, **shape: int) -> tuple[Any, Any]:
-    """(model config, loss config) of the benchmark."""
+def our_config(
+    weights: str, *, head_chunk: int, loss: dict[str, Any] | None = None, **shape: int
+) -> tuple[Any, Any]:
+    """(model config, loss config) of the benchmark; `loss` replaces fields of LossConfig (nll)."""
     from dcod_jax.losses.distill import LossConfig
     from dcod_jax.losses.weights import WeightConfig
     from dcod_jax.models.config import from_hf
@@ -93,12 +95,15 @@ def our_config(weights: str, *, head_chunk: int, **shape: int) -> tuple[Any, Any
         name=weights, temperature=1.0, offset=0.0, clip=2.0, scope="token", normalize="mean",
         warmup_steps=0,
     )  # fmt: skip
-    loss = LossConfig(divergence="nll", head_chunk=head_chunk, weights=weight_config)
-    return from_hf(raw), loss
+    values: dict[str, Any] = {"divergence": "nll"} | (loss or {})
+    return from_hf(raw), LossConfig(head_chunk=head_chunk, weights=weight_config, **values)
 
 
-def our_batch(vocab: int, batch: int = BATCH, length: int = LENGTH) -> Any:
-    """Random tokens, every position supervised, teacher log-probs around -1."""
+def our_batch(vocab: int, batch: int = BATCH, length: int = LENGTH, *, top_k: int = 0) -> Any:
+    """Random tokens, every position supervised, teacher log-probs around -1; top-k if asked for.
+
+    The top-k hold 0.9 of the mass in equal shares.
+    """
     import jax.numpy as jnp
     import numpy as np
 
@@ -106,6 +111,14 @@ def our_batch(vocab: int, batch: int = BATCH, length: int = LENGTH) -> Any:
 
     generator = np.random.default_rng(0)
     ids = generator.integers(0, vocab, (batch, length + 1), dtype=np.int32)
+    cache = {}
+    if top_k:
+        first = generator.integers(0, vocab, (batch, length, 1), dtype=np.int32)
+        cache = {
+            "topk_ids": jnp.asarray((first + np.arange(top_k, dtype=np.int32)) % vocab),
+            "topk_logprobs": jnp.full((batch, length, top_k), np.log(0.9 / top_k), jnp.bfloat16),
+            "tail_logprobs": jnp.full((batch, length), np.log(0.1), jnp.float32),
+        }
     return Batch(
         tokens=jnp.asarray(ids[:, :-1]),
         targets=jnp.asarray(ids[:, 1:]),
@@ -113,14 +126,19 @@ def our_batch(vocab: int, batch: int = BATCH, length: int = LENGTH) -> Any:
         segment_ids=jnp.ones((batch, length), jnp.int32),
         positions=jnp.broadcast_to(jnp.arange(length), (batch, length)),
         teacher_logprobs=jnp.asarray(-generator.exponential(1.0, (batch, length)), jnp.float32),
+        **cache,
     )
 
 
 def our_step(args: argparse.Namespace, model_config: Any, loss_config: Any) -> tuple[Any, Any]:
-    """(train step, state) on one device, as the train verb makes them."""
+    """(train step, state) on one device, as the train verb makes them.
+
+    With a live teacher the step takes its parameters too; it has the student's shape.
+    """
     import jax
     import jax.numpy as jnp
 
+    from dcod_jax.forward import TeacherModel
     from dcod_jax.mesh import make_mesh
     from dcod_jax.models.transformer import init_params
     from dcod_jax.optim import OptimConfig, make_optimizer
@@ -132,6 +150,7 @@ def our_step(args: argparse.Namespace, model_config: Any, loss_config: Any) -> t
         weight_decay=0.0, b1=0.9, b2=0.999, eps=1e-8, clip_norm=args.clip_norm,
     )  # fmt: skip
     optimizer, schedule = make_optimizer(optim, 1000)
+    live = loss_config.teacher == "live"
     step = make_train_step(
         model_config,
         loss_config,
@@ -143,6 +162,7 @@ def our_step(args: argparse.Namespace, model_config: Any, loss_config: Any) -> t
         compute_dtype=jnp.float32,
         remat=args.remat,
         valid_vocab=model_config.vocab_size,
+        teacher=TeacherModel(model_config, jnp.float32) if live else None,
     )
     params = jax.jit(init_params, static_argnums=0)(model_config, jax.random.key(0))
     return step, init_state(params, optimizer, mesh=mesh, model_config=model_config)
@@ -269,20 +289,39 @@ def bench_step(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- the other questions
 
 
-def bench_memory(args: argparse.Namespace) -> None:
-    """Compiled temporary memory of a two-layer train step as V and T grow."""
+MEMORY_LOSSES: tuple[tuple[str, int, dict[str, Any]], ...] = (
+    ("nll", 0, {}),
+    ("forward_kl, cached K = 64", 64, {"divergence": "forward_kl"}),
+    ("forward_kl, live", 0, {"divergence": "forward_kl", "teacher": "live"}),
+)
+
+
+def compiled_temporaries(args: argparse.Namespace, vocab: int, length: int, loss: Any) -> float:
+    """MB of temporaries in the compiled two-layer train step of one of MEMORY_LOSSES."""
     import jax
 
-    print(f"{'V':>8}{'T':>6}{'temporary MB':>14}{'logits would be MB':>20}")
-    for vocab, length in ((8192, 256), (8192, 1024), (49152, 256), (49152, 1024)):
-        model_config, loss_config = our_config(
-            "sigmoid", head_chunk=args.head_chunk, vocab_size=vocab, num_hidden_layers=2
-        )
-        step, state = our_step(args, model_config, loss_config)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-        compiled = step.lower(shapes, our_batch(vocab, BATCH, length)).compile()
-        temporary = compiled.memory_analysis().temp_size_in_bytes / 2**20
-        print(f"{vocab:8}{length:6}{temporary:14.0f}{BATCH * length * vocab * 4 / 2**20:20.0f}")
+    _, top_k, values = loss
+    model_config, loss_config = our_config(
+        "sigmoid", head_chunk=args.head_chunk, loss=values, vocab_size=vocab, num_hidden_layers=2
+    )
+    step, state = our_step(args, model_config, loss_config)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    teacher = [shapes.params] if loss_config.teacher == "live" else []
+    batch = our_batch(vocab, BATCH, length, top_k=top_k)
+    compiled = step.lower(shapes, batch, *teacher).compile()
+    return compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+
+def bench_memory(args: argparse.Namespace) -> None:
+    """Compiled temporary memory of a two-layer train step as V and T grow, and by loss."""
+    print(f"{'V':>8}{'T':>6}{'temporary MB':>14}{'logits would be MB':>20}  loss")
+    nll, *others = MEMORY_LOSSES
+    cases = [(vocab, length, nll) for vocab in (8192, 49152) for length in (256, 1024)]
+    cases += [(49152, 1024, loss) for loss in others]
+    for vocab, length, loss in cases:
+        temporary = compiled_temporaries(args, vocab, length, loss)
+        logits = BATCH * length * vocab * 4 / 2**20
+        print(f"{vocab:8}{length:6}{temporary:14.0f}{logits:20.0f}  {loss[0]}", flush=True)
 
 
 def bench_checkpoint(args: argparse.Namespace) -> None:
