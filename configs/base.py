@@ -81,7 +81,7 @@ def get_config() -> Any:
     c.loss.weights.name = "sigmoid"  # uniform | sigmoid (DisCorD) | clip | power | dft
     c.loss.weights.temperature = _or_auto(1.0)  # of sigmoid and power, or "auto"; paper's: unknown
     c.loss.weights.offset = _or_auto(0.0)  # added to the log-ratio inside the sigmoid, or "auto"
-    c.loss.weights.target_ess = 0.9  # auto temperature: effective sample size; 0: target_mean
+    c.loss.weights.target_ess = 0.995  # auto temperature: effective sample size; 0: target_mean
     c.loss.weights.target_mean = 0.5  # auto offset: mean raw weight
     c.loss.weights.smoothing = 0.9  # auto: memory over steps; 0: solved in this step (a pass more)
     c.loss.weights.clip = 2.0  # upper bound of clip and power

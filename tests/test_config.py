@@ -103,6 +103,12 @@ def test_help_lists_every_key_with_its_comment(capsys):
         assert notes[key] in text
 
 
+@pytest.mark.parametrize("path", sorted(config.BASE.parent.glob("[a-z]*.py")), ids=lambda p: p.stem)
+def test_every_recipe_is_valid_with_each_of_its_variants(path):
+    loaded = config.load(["--config", str(path)], verb="train")
+    assert all(variant.run_dir for _, variant in config.variants(loaded))
+
+
 def test_variants_change_only_what_they_say(tmp_path):
     words = recipe(tmp_path, ["c.compare = ('a seed=1', 'b seed=2 loss.weights.name=uniform')"])
     base = config.load([*words, "--config.run_dir=out"], verb="train")

@@ -187,6 +187,13 @@ def test_weight_on_what_the_student_knows_already_is_warned_of_once(place, capsy
     fine = {"weights/confident_mass": 0.9, "weights/confident_tokens": 0.85, "weights/ess": 0.9}
     log._warn(1, fine)
     assert capsys.readouterr().out == ""
+    # A student that lacks nothing at temperature 1, as measured; then one that forgets (ess 0.9).
+    log._warn(1, fine | {"weights/confident_mass": 0.949, "weights/confident_tokens": 0.934})
+    assert capsys.readouterr().out == ""
+    forgetting = {"weights/confident_mass": 0.984, "weights/confident_tokens": 0.923}
+    log._warn(2, fine | forgetting)
+    assert "warning: step 2: 98% of the weight" in capsys.readouterr().out
+    log.warned = False
     settled = fine | {"weights/confident_tokens": 0.4}
     log._warn(2, settled)
     log._warn(3, settled)

@@ -36,7 +36,7 @@ class WeightConfig:
     scope: str
     normalize: str
     warmup_steps: int
-    target_ess: float = 0.9
+    target_ess: float = 0.995
     target_mean: float = 0.5
     smoothing: float = 0.9
 
