@@ -13,9 +13,9 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from dcod_jax.data.formats import BadRecordError, Fields, RawTrace, is_request, read_record
 from dcod_jax.types import DcodError
@@ -176,7 +176,7 @@ def _as_text(content: Any) -> str:
 
 
 @contextlib.contextmanager
-def _open_file(path: Path) -> Iterator[IO[bytes]]:
+def _open_file(path: Path) -> Iterator[Iterable[bytes]]:
     """The file's bytes, unpacked where its name ends in .gz."""
     if path.suffix != ".gz":
         with path.open("rb") as file:
