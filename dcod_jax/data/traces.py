@@ -11,9 +11,10 @@ import dataclasses
 import glob
 import gzip
 import hashlib
+import io
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,7 @@ def _as_text(content: Any) -> str:
 
 
 @contextlib.contextmanager
-def _open_file(path: Path) -> Iterator[Iterable[bytes]]:
+def _open_file(path: Path) -> Iterator[io.BufferedIOBase]:
     """The file's bytes, unpacked where its name ends in .gz."""
     if path.suffix != ".gz":
         with path.open("rb") as file:
