@@ -92,7 +92,12 @@ def test_a_live_teacher_gives_the_cached_loss(place, divergence, tolerance):
     "changes",
     [
         ("loss.weights.temperature=auto",),
-        ("loss.divergence=taid", "loss.weights.temperature=auto", "loss.weights.smoothing=0"),
+        (
+            "loss.divergence=taid",
+            "loss.weights.temperature=auto",
+            "loss.weights.smoothing=0",
+            "loss.weights.target_ess=0.9",
+        ),
     ],
 )
 def test_what_the_loss_has_learned_survives_a_restart(place, changes):
