@@ -1,6 +1,8 @@
 """The composed loss against a naive one, gradients against finite differences, two passes."""
 
+import dataclasses
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from dcod_jax.losses import distill, reduce, weights
+from dcod_jax.losses.adaptive import TaidConfig
 from dcod_jax.losses.distill import LossConfig, distill_loss
 from dcod_jax.losses.head import head_loss, token_logprobs
 from dcod_jax.losses.weights import WeightConfig
@@ -201,3 +204,53 @@ def test_configuration_errors_name_their_keys():
     text = "\n".join(str(error) for error in distill.config_errors(bad))
     for key in ("loss.divergence='kl'", "loss.head_chunk=0", "loss.weights.temperature=-1.0"):
         assert key in text
+
+
+WRONG = [  # (what of the loss, what of its weights, what the one message must say)
+    ({"divergence": "kl"}, {}, "loss.divergence='kl' is not known; choose one of nll, forward_kl"),
+    ({"teacher": "top_k"}, {}, "loss.teacher='top_k' is not known; choose one of cached, live"),
+    ({"head_chunk": 0}, {}, "loss.head_chunk=0 must be >= 1"),
+    ({"alpha": 1.5}, {}, "loss.alpha=1.5 is out of its range"),
+    ({"alpha": math.nan}, {}, "loss.alpha=nan is out of its range"),
+    ({"beta": -0.1}, {}, "loss.beta=-0.1 is out of its range"),
+    ({"skew": 0.0}, {}, "loss.skew=0.0 must be between 0 and 1"),
+    ({"skew": 1.0}, {}, "loss.skew=1.0 must be between 0 and 1"),
+    ({"taid": TaidConfig(start=1.0)}, {}, "loss.taid_start=1.0 is out of its range"),
+    ({"taid": TaidConfig(start=0.5, end=0.4)}, {}, "loss.taid_end=0.4 is out of its range"),
+    ({"taid": TaidConfig(alpha=2.0)}, {}, "loss.taid_alpha=2.0 is out of its range"),
+    ({"taid": TaidConfig(beta=1.0)}, {}, "loss.taid_beta=1.0 is out of its range"),
+    ({"temperature": 0.0}, {}, "loss.temperature=0.0 must be a finite number > 0"),
+    ({"temperature": math.inf}, {}, "loss.temperature=inf must be a finite number > 0"),
+    ({"temperature": 2.0}, {}, "loss.temperature=2.0 is nothing for loss.divergence=nll"),
+    ({"temperature": 2.0, "divergence": "jsd"}, {}, "set loss.teacher=live, or loss.temperature=1"),
+    ({}, {"temperature": "warm"}, "loss.weights.temperature='warm' must be a number or 'auto'"),
+    ({}, {"offset": "warm"}, "loss.weights.offset='warm' must be a number or 'auto'"),
+    ({}, {"name": "clip", "temperature": "auto"}, "it is for sigmoid, power"),
+    ({}, {"name": "power", "offset": "auto"}, "loss.weights.offset='auto' means nothing for"),
+    ({}, {"target_ess": 1.0}, "loss.weights.target_ess=1.0 must be in [0, 1)"),
+    ({}, {"target_mean": 0.0}, "loss.weights.target_mean=0.0 must be between 0 and 1"),
+    ({}, {"smoothing": 1.0}, "loss.weights.smoothing=1.0 must be in [0, 1)"),
+    (
+        {},
+        {"temperature": "auto", "offset": "auto", "target_ess": 0.0},
+        "leaves one target for two unknowns",
+    ),
+]
+
+
+@pytest.mark.parametrize(("loss", "weight", "message"), WRONG, ids=[m[:30] for _, _, m in WRONG])
+def test_each_wrong_value_has_its_one_message(loss, weight, message):
+    cfg = dataclasses.replace(config(**weight), **loss)
+    (error,) = distill.config_errors(cfg)
+    assert message in str(error)
+
+
+def test_what_is_allowed_is_not_refused():
+    for loss, weight in (
+        ({"divergence": "jsd", "beta": 0.0, "teacher": "live", "temperature": 3.0}, {}),
+        ({"divergence": "taid", "taid": TaidConfig(start=0.0, end=1.0), "alpha": 0.0}, {}),
+        ({}, {"temperature": "auto", "target_ess": 0.0}),
+        ({}, {"temperature": "auto", "offset": "auto", "smoothing": 0.0}),
+        ({}, {"name": "power", "temperature": "auto"}),
+    ):
+        assert distill.config_errors(dataclasses.replace(config(**weight), **loss)) == []
