@@ -18,6 +18,21 @@ from dcod_jax.types import DcodError
 VOCABULARY = len(tiny.SPECIAL) + len(tiny.ALPHABET)  # K = V: the cache holds everything, in bf16
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs(tmp_path_factory):
+    """Runs of one configuration share their compiled programs."""
+    wanted = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in wanted}
+    for name, value in wanted.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A recipe whose dataset holds the teacher's whole distribution as top-k."""
@@ -35,6 +50,7 @@ def place(tmp_path_factory):
     )
     more = f"""    c.score.top_k = {VOCABULARY}
     c.train.steps = 3
+    c.train.microbatches = 1
     c.train.eval_every = 3
     c.train.save_every = 3
     c.optim.warmup_steps = 0
@@ -66,7 +82,7 @@ def params(place, name):
 
 @pytest.mark.parametrize(
     ("divergence", "tolerance"),
-    [("nll", 2e-5), ("forward_kl", 3e-3), ("jsd", 6e-3), ("todi", 6e-3)],
+    [("nll", 2e-5), ("forward_kl", 3e-3), ("todi", 6e-3)],
 )
 def test_a_live_teacher_gives_the_cached_loss(place, divergence, tolerance):
     """To the cache's precision: float32 for the trace token, bfloat16 for the distribution."""
