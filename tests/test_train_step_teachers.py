@@ -26,7 +26,8 @@ TEACHER = dataclasses.replace(MODEL, vocab_size=VALID + 5, hidden_size=40, inter
 
 
 def config(divergence, teacher, *, smoothing, scope="token") -> LossConfig:
-    weights = WeightConfig("sigmoid", AUTO, 0.0, 2.0, scope, "mean", 0, smoothing=smoothing)
+    more = {"target_ess": 0.9, "smoothing": smoothing}
+    weights = WeightConfig("sigmoid", AUTO, 0.0, 2.0, scope, "mean", 0, **more)
     taid = TaidConfig(start=0.3, alpha=0.3, beta=0.5, steps=50)
     return LossConfig(divergence, 20, weights, teacher, alpha=0.8, taid=taid)
 
