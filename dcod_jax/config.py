@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib.util
 import json
 import re
@@ -15,10 +14,9 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
 
-from dcod_jax.losses import distill
+from dcod_jax.config_checks import config_errors, nearest
 from dcod_jax.losses.adaptive import TaidConfig
 from dcod_jax.losses.distill import LossConfig
-from dcod_jax.losses.divergences import DIVERGENCES
 from dcod_jax.losses.weights import AUTO, WeightConfig
 from dcod_jax.optim import OptimConfig
 from dcod_jax.types import DcodError
@@ -162,16 +160,6 @@ def keys(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def nearest(key: str, known: Any) -> str:
-    """'; did you mean "x"?' for the closest known dotted key or leaf name, or nothing."""
-    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
-    if not close:
-        by_leaf = {name.rpartition(".")[2]: name for name in known}
-        leaf = difflib.get_close_matches(key.rpartition(".")[2], list(by_leaf), n=1, cutoff=0.7)
-        close = [by_leaf[leaf[0]]] if leaf else []
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
 def variants(config: Any) -> Iterator[tuple[str, Any]]:
     """The runs named by config.compare, each in run_dir/<name>; without any, the config itself."""
     if not config.compare:
@@ -236,61 +224,7 @@ def optim_config(config: Any) -> OptimConfig:
     return OptimConfig(**config.optim.to_dict())
 
 
-# ---------------------------------------------------------------- checks
-
-CHOICES = {
-    "student.compute_dtype": ("bfloat16", "float32"),
-    "student.remat": ("none", "dots", "full"),
-    "teacher.dtype": ("bfloat16", "float32"),
-    "export.dtype": ("bfloat16", "float32", "float16"),
-    "prepare.logprobs": ("ignore", "require"),
-    "prepare.on_bad_record": ("error", "quarantine"),
-    "optim.schedule": ("cosine", "linear", "constant"),
-}
-
-POSITIVE = (
-    "data.max_length data.seq_len data.batch_size data.prefetch prepare.grade_timeout "
-    "prepare.overlap_ngram prepare.shard_records score.batch_tokens "
-    "optim.learning_rate optim.eps train.steps "
-    "train.microbatches train.log_every train.keep generate.samples generate.max_new_tokens "
-    "generate.batch_size evaluate.max_new_tokens evaluate.batch_size export.max_shard_gb "
-    "on_policy.max_new_tokens"
-).split()
-
-NOT_NEGATIVE = (
-    "seed prepare.workers score.top_k optim.warmup_steps "
-    "optim.weight_decay optim.clip_norm optim.final_fraction train.eval_every train.eval_batches "
-    "train.save_every generate.temperature evaluate.limit data.eval_fraction data.head_tokens "
-    "on_policy.temperature"
-).split()
-
-
-def _teacher_errors(config: Any, flat: dict[str, Any]) -> list[str]:
-    """Losses whose teacher cannot give what they need, with the command that makes it."""
-    wrong, loss = [], loss_config(config)
-    if loss.divergence not in DIVERGENCES:
-        return []
-    if loss.teacher == "live" and not flat["teacher.path"]:
-        wrong.append("loss.teacher=live needs teacher.path (an HF directory or a .gguf file)")
-    if distill.needs_distribution(loss) and loss.teacher == "cached" and not flat["score.top_k"]:
-        wrong.append(
-            f"loss.divergence={loss.divergence} needs the teacher's distribution; log-probs of the "
-            "trace tokens (score.top_k=0) are not enough. Set score.top_k=64 in the recipe and run "
-            "`python -m dcod_jax.score --config ... --config.score.overwrite=true`, or set "
-            "loss.teacher=live"
-        )
-    if not 0 <= flat["on_policy.fraction"] <= 1:
-        wrong.append(f"on_policy.fraction={flat['on_policy.fraction']} must be in [0, 1]")
-    if flat["on_policy.fraction"] and (
-        loss.teacher != "live" or loss.divergence == "nll" or loss.alpha != 1
-    ):
-        wrong.append(
-            "on_policy.fraction > 0 needs loss.teacher=live (only a live teacher knows the "
-            "student's own completions), a loss.divergence other than nll, and loss.alpha=1 (nll "
-            "on own samples teaches nothing); got "
-            f"teacher={loss.teacher}, divergence={loss.divergence}, alpha={loss.alpha}"
-        )
-    return wrong
+# ---------------------------------------------------------------- checks, help, the verbs' entry
 
 
 def check(config: Any) -> None:
@@ -298,42 +232,9 @@ def check(config: Any) -> None:
 
     Raises DcodError with one line for each mistake, all of them at once.
     """
-    flat, wrong = keys(config), []
-    for key, allowed in CHOICES.items():
-        if flat[key] not in allowed:
-            hint = nearest(str(flat[key]), allowed)
-            wrong.append(f"{key}={flat[key]!r} must be one of {', '.join(allowed)}{hint}")
-    wrong += [f"{k}={flat[k]} must be greater than 0" for k in POSITIVE if not flat[k] > 0]
-    wrong += [f"{k}={flat[k]} must not be negative" for k in NOT_NEGATIVE if not flat[k] >= 0]
-    for key in ("optim.b1", "optim.b2", "data.eval_fraction"):
-        if not 0 <= flat[key] < 1:
-            wrong.append(f"{key}={flat[key]} must be in [0, 1)")
-    wrong += [str(error) for error in distill.config_errors(loss_config(config))]
-    wrong += _teacher_errors(config, flat)
-    if flat["data.max_length"] > flat["data.seq_len"]:
-        wrong.append(
-            f"data.max_length={flat['data.max_length']} must not exceed "
-            f"data.seq_len={flat['data.seq_len']}: a trace has to fit into one packed row"
-        )
-    if flat["data.batch_size"] % flat["train.microbatches"]:
-        wrong.append(
-            f"data.batch_size={flat['data.batch_size']} must be a multiple of "
-            f"train.microbatches={flat['train.microbatches']}"
-        )
-    if flat["student.path"] and flat["student.config"]:
-        wrong.append("student.path and student.config are both set: weights from one or none")
-    save, evaluate = flat["train.save_every"], flat["train.eval_every"]
-    if save and evaluate and flat["train.best_metric"] and save % evaluate:
-        wrong.append(
-            f"train.save_every={save} must be a multiple of train.eval_every={evaluate}, or the "
-            f"best checkpoint by {flat['train.best_metric']} could not be told; or set "
-            "train.best_metric=''"
-        )
+    wrong = config_errors(keys(config), loss_config(config))
     if wrong:
         raise DcodError("\n".join(wrong))
-
-
-# ---------------------------------------------------------------- help and the verbs' entry
 
 
 def comments() -> dict[str, str]:
