@@ -1,4 +1,4 @@
-"""Greedy accuracy on held-out problems, with intervals and every generation kept."""
+"""Problems asked and graded: accuracy with intervals, every generation kept."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 
 from dcod_jax.data import chat
 from dcod_jax.data.formats import PROMPT_FIELDS
+from dcod_jax.eval_stats import loops
 from dcod_jax.generate import sample
-from dcod_jax.grading import grade
+from dcod_jax.grading import Grader
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.types import DcodError, Params
 
@@ -32,6 +33,20 @@ class Problem:
     answer: str
     fields: dict[str, Any]  # the record as read
     source: str  # "file:line"
+    difficulty: str = ""  # as the set has it; "" where it has none
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn: temperature 0 is greedy; n answers for each problem."""
+
+    temperature: float = 0.0
+    samples: int = 1
+    seed: int = 0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: no limit
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()  # texts that end an answer and are not part of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +60,10 @@ class Generation:
     correct: bool
     finished: bool  # False: cut at max_new_tokens
     tokens: int
+    sample: int = 0  # which of the problem's answers
+    reason: str = ""  # of the grade: one of grading.REASONS
+    repeats: bool = False  # ends in a loop (eval_stats.loops)
+    difficulty: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +107,7 @@ def read_problems(
     """
     problems: list[Problem] = []
     seen: dict[str, str] = {}
-    for source, record in _records(Path(path)):
+    for source, record in read_records(Path(path)):
         if limit and len(problems) == limit:
             break
         messages = _messages(record, prompt_field=prompt_field, source=source)
@@ -111,7 +130,8 @@ def read_problems(
     return problems
 
 
-def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file:line, record) of a JSONL file; raises DcodError for a line that is no JSON object."""
     if not path.is_file():
         raise DcodError(f"{path}: no such file; expected a JSONL file of problems")
     for number, raw in enumerate(path.read_bytes().split(b"\n"), 1):
@@ -196,37 +216,92 @@ def evaluate(
 ) -> EvalResult:
     """Decode every problem greedily and grade the final answers."""
     start = time.monotonic()
-    prompts = [chat.encode_prompt(tokenizer, problem.messages) for problem in problems]
-    samples = sample(
+    with Grader(timeout=grade_timeout, workers=workers) as grader:
+        generations = answer(
+            model_config,
+            params,
+            tokenizer,
+            [(problem, 0) for problem in problems],
+            [chat.encode_prompt(tokenizer, problem.messages) for problem in problems],
+            indices=range(len(problems)),
+            sampling=Sampling(),
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            compute_dtype=compute_dtype,
+            grader=grader,
+            mesh=mesh,
+            on_batch=on_batch,
+        )
+    return summarize(generations, seconds=time.monotonic() - start)
+
+
+def answer(
+    model_config: ModelConfig,
+    params: Params,
+    tokenizer: Any,
+    asked: Sequence[tuple[Problem, int]],
+    prompts: Sequence[Sequence[int]],
+    *,
+    indices: Sequence[int],
+    sampling: Sampling,
+    max_new_tokens: int,
+    batch_size: int,
+    compute_dtype: Any,
+    grader: Grader,
+    mesh: Mesh | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> list[Generation]:
+    """One graded answer for each (problem, number of the sample), in order.
+
+    `indices` names the sequences for their random numbers: an answer depends on its index and
+    `sampling.seed` alone, so that a part asked again later comes out the same.
+    """
+    drawn = sample(
         model_config,
         params,
         prompts,
+        indices=indices,
         max_new_tokens=max_new_tokens,
-        temperature=0.0,
-        seed=0,
         batch_size=batch_size,
         eos_ids=stop_ids(model_config, tokenizer),
         valid_vocab=len(tokenizer),
         compute_dtype=compute_dtype,
         mesh=mesh,
         on_batch=on_batch,
+        **sample_options(sampling),
     )
-    texts = [decode_text(tokenizer, s.token_ids) for s in samples]
-    pairs = [(text, problem.answer) for text, problem in zip(texts, problems, strict=True)]
-    grades = grade(pairs, timeout=grade_timeout, workers=workers)
-    generations = tuple(
+    texts = [cut_at(decode_text(tokenizer, s.token_ids), sampling.stop) for s in drawn]
+    graded = grader.stream(
+        (place, text, problem.answer)
+        for place, (text, (problem, _)) in enumerate(zip(texts, asked, strict=True))
+    )
+    return [
         Generation(
-            id=problem.id,
-            completion=text,
-            answer=problem.answer,
+            id=asked[place][0].id,
+            completion=texts[place],
+            answer=asked[place][0].answer,
             extracted=judged.extracted,
             correct=judged.correct,
-            finished=drawn.finished,
-            tokens=len(drawn.token_ids),
+            finished=drawn[place].finished,
+            tokens=len(drawn[place].token_ids),
+            sample=asked[place][1],
+            reason=judged.reason,
+            repeats=loops(texts[place]),
+            difficulty=asked[place][0].difficulty,
         )
-        for problem, text, judged, drawn in zip(problems, texts, grades, samples, strict=True)
-    )
-    return summarize(generations, seconds=time.monotonic() - start)
+        for place, judged in graded
+    ]
+
+
+def sample_options(sampling: Sampling) -> dict[str, Any]:
+    """The arguments of generate.sample that say how tokens are drawn."""
+    return {"temperature": sampling.temperature, "seed": sampling.seed}
+
+
+def cut_at(text: str, stop: Sequence[str]) -> str:
+    """The text before the first of the stop strings."""
+    places = [place for place in map(text.find, stop) if place >= 0]
+    return text[: min(places)] if places else text
 
 
 def summarize(generations: Sequence[Generation], *, seconds: float) -> EvalResult:
@@ -302,4 +377,4 @@ def write_generations(path: str | Path, generations: Sequence[Generation]) -> No
 
 def read_generations(path: str | Path) -> list[Generation]:
     """What write_generations wrote."""
-    return [Generation(**record) for _, record in _records(Path(path))]
+    return [Generation(**record) for _, record in read_records(Path(path))]

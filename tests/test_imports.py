@@ -13,11 +13,11 @@ LEVELS = {
     1: "mesh",
     2: "models.config models.layers models.transformer models.weights losses.distributions "
     "losses.divergences losses.weights losses.adaptive losses.head losses.reduce data.manifest "
-    "data.codec data.score_progress "
+    "data.codec data.score_progress data.blocks "
     "data.records data.packing data.chat data.formats data.traces data.delivered data.overlap "
-    "answers grading progress metrics optim checkpoint arithmetic",
+    "answers eval_stats benchmarks grading progress metrics optim checkpoint arithmetic",
     3: "losses.distill models.gguf models.hf data.pipeline generate",
-    4: "config_checks config forward train_step scoring evals filters",
+    4: "config_checks config forward train_step scoring evals problem_sets filters",
     5: "inspect generate_traces prepare score start on_policy export stages evaluate train",
 }
 ORDER = [name for names in LEVELS.values() for name in names.split()]
