@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+from dcod_jax.benchmarks import parse_set
 from dcod_jax.losses import distill
 from dcod_jax.losses.distill import LossConfig
 from dcod_jax.losses.divergences import DIVERGENCES
@@ -17,6 +18,7 @@ CHOICES = {
     "prepare.logprobs": ("ignore", "require"),
     "prepare.on_bad_record": ("error", "quarantine"),
     "optim.schedule": ("cosine", "linear", "constant"),
+    "evaluate.form": ("chat", "plain"),
 }
 
 POSITIVE = (
@@ -24,14 +26,15 @@ POSITIVE = (
     "prepare.overlap_ngram prepare.shard_records score.batch_tokens "
     "optim.learning_rate optim.eps train.steps "
     "train.microbatches train.log_every train.keep generate.samples generate.max_new_tokens "
-    "generate.batch_size evaluate.max_new_tokens evaluate.batch_size export.max_shard_gb "
-    "on_policy.max_new_tokens"
+    "generate.batch_size evaluate.samples evaluate.max_new_tokens evaluate.batch_size "
+    "export.max_shard_gb on_policy.max_new_tokens"
 ).split()
 
 NOT_NEGATIVE = (
     "seed prepare.workers score.top_k optim.warmup_steps "
     "optim.weight_decay optim.clip_norm optim.final_fraction train.eval_every train.eval_batches "
-    "train.save_every generate.temperature evaluate.limit data.eval_fraction data.head_tokens "
+    "train.save_every generate.temperature generate.top_k evaluate.limit "
+    "evaluate.temperature evaluate.top_k evaluate.shots data.eval_fraction data.head_tokens "
     "on_policy.temperature"
 ).split()
 
@@ -64,6 +67,33 @@ def _teacher_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
     return wrong
 
 
+def _sampling_errors(flat: dict[str, Any]) -> list[str]:
+    """Of generate.* and evaluate.*: ranges, and sets that are not known."""
+    wrong: list[str] = []
+    for part in ("generate", "evaluate"):
+        if not 0 < flat[f"{part}.top_p"] <= 1:
+            wrong.append(f"{part}.top_p={flat[f'{part}.top_p']} must be in (0, 1]")
+        if not 0 <= flat[f"{part}.min_p"] < 1:
+            wrong.append(f"{part}.min_p={flat[f'{part}.min_p']} must be in [0, 1)")
+        if not all(isinstance(text, str) and text for text in flat[f"{part}.stop"]):
+            wrong.append(f"{part}.stop={flat[f'{part}.stop']!r} must be non-empty texts")
+    if flat["evaluate.samples"] > 1 and flat["evaluate.temperature"] == 0:
+        wrong.append(
+            f"evaluate.samples={flat['evaluate.samples']} with evaluate.temperature=0 would ask "
+            "for the same greedy answer again; set a temperature such as 0.6"
+        )
+    names = []
+    for entry in flat["evaluate.sets"]:
+        try:
+            names.append(parse_set(str(entry))[0])
+        except ValueError as error:
+            wrong.append(str(error))
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        wrong.append(f"evaluate.sets: {', '.join(twice)} is named more than once")
+    return wrong
+
+
 def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
     """What is wrong in {dotted key: value} and its loss record; empty if all is well."""
     wrong: list[str] = []
@@ -78,6 +108,7 @@ def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
             wrong.append(f"{key}={flat[key]} must be in [0, 1)")
     wrong += [str(error) for error in distill.config_errors(loss)]
     wrong += _teacher_errors(flat, loss)
+    wrong += _sampling_errors(flat)
     if flat["data.max_length"] > flat["data.seq_len"]:
         wrong.append(
             f"data.max_length={flat['data.max_length']} must not exceed "

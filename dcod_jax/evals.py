@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from dcod_jax.data import chat
 from dcod_jax.data.formats import PROMPT_FIELDS
-from dcod_jax.eval_stats import loops
+from dcod_jax.eval_stats import bootstrap_interval, loops
 from dcod_jax.generate import sample
 from dcod_jax.grading import Grader
 from dcod_jax.models.config import ModelConfig
@@ -68,10 +68,10 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class EvalResult:
-    """Greedy accuracy with its Wilson 95 % interval."""
+    """Accuracy with its 95 % interval: Wilson's for one answer a problem, else by resampling."""
 
     problems: int
-    correct: int
+    correct: int  # of problems times samples answers
     accuracy: float
     low: float
     high: float
@@ -80,6 +80,7 @@ class EvalResult:
     tokens: int  # generated
     seconds: float
     generations: tuple[Generation, ...]
+    samples: int = 1
 
     def summary(self) -> dict[str, Any]:
         """The numbers without the generations, for a results file."""
@@ -305,12 +306,19 @@ def cut_at(text: str, stop: Sequence[str]) -> str:
 
 
 def summarize(generations: Sequence[Generation], *, seconds: float) -> EvalResult:
-    """Counts, rates and the interval of graded generations."""
-    total = len(generations)
-    correct = sum(g.correct for g in generations)
-    low, high = wilson(correct, total)
+    """Counts, rates and the interval of graded generations, equally many for each problem.
+
+    With one answer a problem the interval is Wilson's; with more, problems are resampled.
+    """
+    total, correct = len(generations), sum(g.correct for g in generations)
+    scores = problem_scores(generations)
+    samples = max(1, total // max(len(scores), 1))
+    if samples == 1:
+        low, high = wilson(correct, total)
+    else:
+        low, high = bootstrap_interval(list(scores.values()))
     return EvalResult(
-        problems=total,
+        problems=len(scores),
         correct=correct,
         accuracy=correct / total,
         low=low,
@@ -320,7 +328,25 @@ def summarize(generations: Sequence[Generation], *, seconds: float) -> EvalResul
         tokens=sum(g.tokens for g in generations),
         seconds=seconds,
         generations=tuple(generations),
+        samples=samples,
     )
+
+
+def by_problem(generations: Sequence[Generation]) -> dict[str, list[Generation]]:
+    """The answers to each problem; raises DcodError when one has more of them than another."""
+    groups: dict[str, list[Generation]] = {}
+    for generation in generations:
+        groups.setdefault(generation.id, []).append(generation)
+    counts = {len(group) for group in groups.values()}
+    if len(counts) > 1:
+        raise DcodError(f"problems have {sorted(counts)} answers; expected equally many for each")
+    return groups
+
+
+def problem_scores(generations: Sequence[Generation]) -> dict[str, float]:
+    """The share of correct answers of each problem: pass@1."""
+    groups = by_problem(generations)
+    return {name: sum(g.correct for g in group) / len(group) for name, group in groups.items()}
 
 
 def wilson(correct: int, total: int) -> tuple[float, float]:
@@ -345,18 +371,21 @@ def paired_difference(
 ) -> tuple[float, float, float]:
     """Accuracy of second minus first on the same problems, with its bootstrap 95 % interval.
 
-    Problems are resampled in pairs, so what both models find hard cancels. Raises DcodError when
-    the two were not evaluated on the same problems.
+    Problems are resampled in pairs, so what both models find hard cancels; a problem's score is
+    the share of its answers that are correct. Raises DcodError when the two were not evaluated on
+    the same problems.
     """
-    before = {g.id: g.correct for g in first}
-    after = {g.id: g.correct for g in second}
+    before, after = problem_scores(first), problem_scores(second)
     if before.keys() != after.keys():
         odd = sorted(before.keys() ^ after.keys())
         raise DcodError(
             f"the two runs differ in {len(odd)} problems (such as {odd[0]!r}); a paired "
             "comparison needs the same ones"
         )
-    change = np.array([int(after[name]) - int(before[name]) for name in before], np.int8)
+    change = np.array([after[name] - before[name] for name in before])
+    if not np.isin(change, (-1, 0, 1)).all():
+        low, high = bootstrap_interval(change.tolist(), resamples=resamples, seed=seed)
+        return float(change.mean()), low, high
     generator = np.random.default_rng(seed)
     # A resample is n draws with replacement: counts of the values -1, 0, 1 are multinomial.
     shares = np.array([(change == value).mean() for value in (-1, 0, 1)])
@@ -369,10 +398,14 @@ def paired_difference(
 # ---------------------------------------------------------------- keeping
 
 
+def to_line(generation: Generation) -> str:
+    """One JSON line with its newline."""
+    return json.dumps(dataclasses.asdict(generation), ensure_ascii=False) + "\n"
+
+
 def write_generations(path: str | Path, generations: Sequence[Generation]) -> None:
     """Every generation with its grade, one JSON object a line."""
-    lines = [json.dumps(dataclasses.asdict(g), ensure_ascii=False) for g in generations]
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    Path(path).write_text("".join(map(to_line, generations)), encoding="utf-8")
 
 
 def read_generations(path: str | Path) -> list[Generation]:

@@ -1,4 +1,4 @@
-"""What is asked: evaluate.problems and evaluate.sets read as problems, and the form of the prompt."""
+"""What is asked (evaluate.problems, evaluate.sets), and in what form."""
 
 from __future__ import annotations
 

@@ -5,9 +5,9 @@ import json
 import pytest
 import tiny
 
+from dcod_jax import comparison
 from dcod_jax import config as configs
-from dcod_jax import stages
-from dcod_jax.evals import Generation, read_generations, summarize
+from dcod_jax.evals import Generation, read_generations
 from dcod_jax.evaluate import evaluate
 from dcod_jax.export import MARKER
 from dcod_jax.types import DcodError
@@ -50,11 +50,11 @@ def test_the_start_is_asked_with_the_tokenizer_it_is_trained_with(config, tmp_pa
     config.student.tokenizer = str(tiny.write_tokenizer(tmp_path / "mine", template=other))
     used = []
 
-    def note(model_config, params, tokenizer, problems, **options):
+    def note(model_config, params, tokenizer, asked, prompts, **options):
         used.append(tokenizer.chat_template)
-        return summarize([Generation("0", "1", "1", "1", True, True, 1)], seconds=0.0)
+        return [Generation(p.id, "1", p.answer, "1", True, True, 1, k, "correct") for p, k in asked]
 
-    monkeypatch.setattr(stages, "evaluate", note)
+    monkeypatch.setattr(comparison, "answer", note)
     evaluate(config)
     assert used == [tiny.TEMPLATE, other]
 

@@ -17,8 +17,9 @@ LEVELS = {
     "data.records data.packing data.chat data.formats data.traces data.delivered data.overlap "
     "answers eval_stats benchmarks grading progress metrics optim checkpoint arithmetic",
     3: "losses.distill models.gguf models.hf data.pipeline generate",
-    4: "config_checks config forward train_step scoring evals problem_sets filters",
-    5: "inspect generate_traces prepare score start on_policy export stages evaluate train",
+    4: "config_checks config forward train_step scoring evals problem_sets eval_details filters",
+    5: "inspect generate_traces prepare score start on_policy export comparison stages "
+    "evaluate train",
 }
 ORDER = [name for names in LEVELS.values() for name in names.split()]
 PLACE = {name: place for place, name in enumerate(ORDER)}
