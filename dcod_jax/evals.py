@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from dcod_jax.data import chat
 from dcod_jax.data.formats import PROMPT_FIELDS
 from dcod_jax.eval_stats import bootstrap_interval, loops
-from dcod_jax.generate import sample
+from dcod_jax.generate import Sample, sample
 from dcod_jax.grading import Grader
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.types import DcodError, Params
@@ -269,9 +270,9 @@ def answer(
         compute_dtype=compute_dtype,
         mesh=mesh,
         on_batch=on_batch,
-        **sample_options(sampling),
+        **sample_options(sampling, tokenizer),
     )
-    texts = [cut_at(decode_text(tokenizer, s.token_ids), sampling.stop) for s in drawn]
+    texts = [text_of(tokenizer, s) for s in drawn]
     graded = grader.stream(
         (place, text, problem.answer)
         for place, (text, (problem, _)) in enumerate(zip(texts, asked, strict=True))
@@ -294,15 +295,22 @@ def answer(
     ]
 
 
-def sample_options(sampling: Sampling) -> dict[str, Any]:
+def sample_options(sampling: Sampling, tokenizer: Any) -> dict[str, Any]:
     """The arguments of generate.sample that say how tokens are drawn."""
-    return {"temperature": sampling.temperature, "seed": sampling.seed}
+    return {
+        "temperature": sampling.temperature,
+        "seed": sampling.seed,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "stop_strings": sampling.stop,
+        "decode": functools.partial(decode_text, tokenizer),
+    }
 
 
-def cut_at(text: str, stop: Sequence[str]) -> str:
-    """The text before the first of the stop strings."""
-    places = [place for place in map(text.find, stop) if place >= 0]
-    return text[: min(places)] if places else text
+def text_of(tokenizer: Any, drawn: Sample) -> str:
+    """The text of a sample, without a stop string that ended it."""
+    return decode_text(tokenizer, drawn.token_ids) if drawn.text is None else drawn.text
 
 
 def summarize(generations: Sequence[Generation], *, seconds: float) -> EvalResult:

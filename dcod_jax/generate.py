@@ -22,9 +22,9 @@ from dcod_jax.models.transformer import (
     init_cache,
     logical_axes,
 )
+from dcod_jax.sampling import Settings, choose, make_settings
+from dcod_jax.stops import StopStrings
 from dcod_jax.types import DcodError, Params
-
-MASKED = -1e30  # logit of a row of the vocabulary that the tokenizer does not have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Sample:
     token_ids: list[int]
     logprobs: list[float]  # log-probability of each token at temperature 1, nats
     finished: bool  # False: cut at max_new_tokens
+    stop_reason: str | None = None  # "eos", "stop" (a stop string) or "length"
+    text: str | None = None  # with stop strings: the text, cut in front of the one that was reached
 
 
 def bucket_length(length: int) -> int:
@@ -59,11 +61,20 @@ def sample(
     eos_ids: Sequence[int],
     valid_vocab: int,
     compute_dtype: Any,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    stop_strings: Sequence[str] = (),
+    decode: Callable[[Sequence[int]], str] | None = None,
     indices: Sequence[int] | None = None,
     mesh: Mesh | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> list[Sample]:
     """Continue every prompt; temperature 0 is greedy. Output in the order of the prompts.
+
+    A completion ends with a stop id, with the token that completes one of stop_strings in
+    decode(token_ids), or after max_new_tokens. As in vLLM, its text leaves the stop string out
+    while token_ids and logprobs keep the tokens that spelled it.
 
     The randomness of a token follows from (seed, index of its sequence, step) alone and a row's
     padded length from its own prompt, so a sample does not depend on what else is decoded.
@@ -71,7 +82,9 @@ def sample(
     tokens)` is called after each batch. Raises DcodError for an empty prompt or one that leaves no
     room for max_new_tokens in the model's positions.
     """
-    _check(config, prompts, max_new_tokens=max_new_tokens, temperature=temperature)
+    settings = make_settings(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    _check(config, prompts, max_new_tokens=max_new_tokens)
+    stops = StopStrings(stop_strings, decode)
     if batch_size < 1:
         raise DcodError(f"batch_size={batch_size} must be at least 1")
     names = np.arange(len(prompts)) if indices is None else np.asarray(indices, np.int64)
@@ -91,9 +104,8 @@ def sample(
             config,
             params,
             *_place(mesh, tokens, lengths, row_keys),
-            jnp.float32(temperature or 1.0),
+            settings,
             jnp.array(sorted(set(eos_ids)), jnp.int32),
-            greedy=temperature == 0,
             max_new_tokens=max_new_tokens,
             valid_vocab=valid_vocab,
             compute_dtype=jnp.dtype(compute_dtype),
@@ -101,9 +113,13 @@ def sample(
         )
         drawn, logprobs, counts, finished = jax.device_get(out)
         for row, i in enumerate(members):
-            count = int(counts[row])
+            count, reason = int(counts[row]), "eos" if finished[row] else "length"
+            ids, text = drawn[row, :count].tolist(), None
+            if stops:
+                count, text, found = stops.cut(ids, checked=0)
+                reason = "stop" if found else reason
             samples[i] = Sample(
-                drawn[row, :count].tolist(), logprobs[row, :count].tolist(), bool(finished[row])
+                ids[:count], logprobs[row, :count].tolist(), reason != "length", reason, text
             )
         if on_batch is not None:
             on_batch(len(members), int(counts[: len(members)].sum()))
@@ -115,12 +131,9 @@ def _check(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    temperature: float,
 ) -> None:
-    if max_new_tokens < 1 or temperature < 0:
-        raise DcodError(
-            f"max_new_tokens={max_new_tokens} must be >= 1 and temperature={temperature} >= 0"
-        )
+    if max_new_tokens < 1:
+        raise DcodError(f"max_new_tokens={max_new_tokens} must be at least 1")
     room = config.max_position_embeddings - max_new_tokens
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= room:
@@ -165,26 +178,6 @@ def _place(mesh: Mesh | None, *arrays: Any) -> list[Any]:
     return [jax.device_put(x, sharding(mesh, ("batch",) + (None,) * (x.ndim - 1))) for x in arrays]
 
 
-def choose(
-    logits: Float[Array, "B V"],
-    keys: Any,
-    temperature: Float[Array, ""],
-    *,
-    greedy: bool,
-    valid_vocab: int,
-) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """Next tokens, each with its row's own key, and their log-probabilities at temperature 1."""
-    logits = jnp.where(jnp.arange(logits.shape[-1]) < valid_vocab, logits, MASKED)
-    if greedy:
-        tokens = jnp.argmax(logits, axis=-1)
-    else:
-        tokens = jax.vmap(jax.random.categorical)(keys, logits / temperature)
-    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    # Rounding may leave a certain token a hair above 0, which is no log-probability.
-    logprobs = jnp.minimum(chosen - jax.nn.logsumexp(logits, axis=-1), 0.0)
-    return tokens.astype(jnp.int32), logprobs
-
-
 def _compute_params(config: ModelConfig, params: Params, compute_dtype: Any) -> Params:
     """The matrices in the compute dtype; norm scales keep theirs, as in the model itself."""
     return jax.tree.map(
@@ -209,7 +202,6 @@ def _pin(cache: Cache, mesh: Mesh | None) -> Cache:
     jax.jit,
     static_argnames=(
         "config",
-        "greedy",
         "max_new_tokens",
         "valid_vocab",
         "compute_dtype",
@@ -222,10 +214,9 @@ def _decode(
     prompts: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     keys: Any,
-    temperature: Float[Array, ""],
+    settings: Settings,
     stops: Int[Array, " S"],
     *,
-    greedy: bool,
     max_new_tokens: int,
     valid_vocab: int,
     compute_dtype: Any,
@@ -239,7 +230,7 @@ def _decode(
     def next_token(hidden: jax.Array, step: Any) -> tuple[jax.Array, jax.Array]:
         logits = jnp.einsum("bd,vd->bv", hidden, head, preferred_element_type=jnp.float32)
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-        return choose(logits, step_keys, temperature, greedy=greedy, valid_vocab=valid_vocab)
+        return choose(logits, step_keys, settings, valid_vocab=valid_vocab)
 
     def stopped(tokens: jax.Array) -> jax.Array:
         return (tokens[:, None] == stops).any(axis=1)

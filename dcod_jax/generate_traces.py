@@ -27,11 +27,10 @@ from dcod_jax.data.manifest import file_sha256
 from dcod_jax.evals import (
     Problem,
     Sampling,
-    cut_at,
-    decode_text,
     read_problems,
     sample_options,
     stop_ids,
+    text_of,
 )
 from dcod_jax.generate import Sample, sample
 from dcod_jax.grading import REJECTED_AS, Grader
@@ -144,7 +143,7 @@ def _judged(
     def items() -> Iterator[tuple[Any, str, str | None]]:
         for index, drawn in zip(indices, samples, strict=True):
             problem = problems[index // config.generate.samples]
-            text = cut_at(decode_text(teacher.tokenizer, drawn.token_ids), config.generate.stop)
+            text = text_of(teacher.tokenizer, drawn)
             record = _record(config, problem, index % config.generate.samples, text, drawn)
             reason = "" if text.strip() else "empty"
             reason = reason or ("" if drawn.finished else "truncated")
@@ -204,7 +203,7 @@ def _sampler(config: Any, teacher: Teacher) -> Callable[..., list[Sample]]:
         valid_vocab=len(teacher.tokenizer),
         compute_dtype=config.teacher.dtype,
         mesh=mesh,
-        **sample_options(_sampling(config)),
+        **sample_options(_sampling(config), teacher.tokenizer),
     )
 
 

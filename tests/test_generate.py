@@ -10,12 +10,12 @@ import tiny
 import torch
 import transformers
 
-from dcod_jax import generate
 from dcod_jax.evals import stop_ids
 from dcod_jax.generate import Sample, bucket_length, sample
 from dcod_jax.mesh import make_mesh, tree_shardings
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import from_hf
+from dcod_jax.sampling import choose, make_settings
 from dcod_jax.types import DcodError
 
 V = 49  # real vocabulary of the tiny models, which have 3 rows more
@@ -162,11 +162,10 @@ def test_sampling_follows_the_softmax_at_its_temperature():
     logits = jnp.array([0.5, -1.0, 1.5, 0.0, -0.3, 9.0, 9.0])  # the last two are padding
     count, temperature = 20_000, 0.8
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(count))
-    tokens, logprobs = generate.choose(
+    tokens, logprobs = choose(
         jnp.tile(logits, (count, 1)),
         keys,
-        jnp.float32(temperature),
-        greedy=False,
+        make_settings(temperature=temperature),
         valid_vocab=5,
     )
     exact = np.exp(np.asarray(logits[:5], np.float64) / temperature)
