@@ -9,8 +9,15 @@ from typing import Any
 
 from rich.table import Table
 
-from dcod_jax.eval_stats import bootstrap_interval, ks, length_bins, majority_at_k, pass_at_k
-from dcod_jax.evals import Generation, by_problem, wilson
+from dcod_jax.eval_stats import (
+    bootstrap_interval,
+    ks,
+    length_bins,
+    majority_at_k,
+    pass_at_k,
+    wilson,
+)
+from dcod_jax.evals import Generation, by_problem
 
 
 def details(generations: Sequence[Generation]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from dcod_jax.answers import normalise_answer
 from dcod_jax.types import DcodError
 
 RESAMPLES = 10_000
+Z95 = 1.959963984540054  # 97.5 % point of the normal distribution
 SUBSETS = 2_000  # majority votes counted for one problem: all of them, or this many drawn ones
 LOOP_REPEATS = 4  # how often a unit must stand at the end of a text to be a loop
 LOOP_CHARACTERS = 60  # and how many characters that must cover
@@ -63,7 +64,7 @@ def majority_at_k(
         subsets = itertools.combinations(range(total), k)
     else:
         generator = np.random.default_rng(seed)
-        subsets = (generator.choice(total, k, replace=False) for _ in range(SUBSETS))
+        subsets = (generator.permutation(total)[:k].tolist() for _ in range(SUBSETS))
     votes = [_vote(keys, correct, subset) for subset in subsets]
     return float(np.mean(votes))
 
@@ -98,6 +99,34 @@ def bootstrap_interval(
         draws = generator.integers(0, len(data), (stop - start, len(data)))
         means[start:stop] = data[draws].mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def wilson(correct: int, total: int) -> tuple[float, float]:
+    """Wilson score interval (95 %) of a proportion (Wilson 1927); (0, 10) -> (0.0, 0.278)."""
+    if total < 1:
+        raise DcodError("an interval needs at least one problem")
+    share, square = correct / total, Z95 * Z95
+    scale = 1 + square / total
+    center = (share + square / (2 * total)) / scale
+    spread = Z95 * math.sqrt(share * (1 - share) / total + square / (4 * total * total)) / scale
+    low = 0.0 if correct == 0 else center - spread
+    high = 1.0 if correct == total else center + spread
+    return low, high
+
+
+def change_interval(
+    change: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of the mean of paired differences, resampled."""
+    values = np.asarray(change, np.float64)
+    if not np.isin(values, (-1, 0, 1)).all():
+        return bootstrap_interval(change, resamples=resamples, seed=seed)
+    generator = np.random.default_rng(seed)
+    # A resample is n draws with replacement: counts of the values -1, 0, 1 are multinomial.
+    shares = np.array([(values == value).mean() for value in (-1, 0, 1)])
+    draws = generator.multinomial(len(values), shares, size=resamples)
+    low, high = np.quantile((draws[:, 2] - draws[:, 0]) / len(values), [0.025, 0.975])
     return float(low), float(high)
 
 

@@ -5,24 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jax.sharding import Mesh
 
 from dcod_jax.data import chat
 from dcod_jax.data.formats import PROMPT_FIELDS
-from dcod_jax.eval_stats import bootstrap_interval, loops
+from dcod_jax.eval_stats import bootstrap_interval, change_interval, loops, wilson
 from dcod_jax.generate import Sample, sample
 from dcod_jax.grading import Grader
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.types import DcodError, Params
-
-Z95 = 1.959963984540054  # 97.5 % point of the normal distribution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,19 +353,6 @@ def problem_scores(generations: Sequence[Generation]) -> dict[str, float]:
     return {name: sum(g.correct for g in group) / len(group) for name, group in groups.items()}
 
 
-def wilson(correct: int, total: int) -> tuple[float, float]:
-    """Wilson score interval (95 %) of a proportion (Wilson 1927); (0, 10) -> (0.0, 0.278)."""
-    if total < 1:
-        raise DcodError("an interval needs at least one problem")
-    share, square = correct / total, Z95 * Z95
-    scale = 1 + square / total
-    center = (share + square / (2 * total)) / scale
-    spread = Z95 * math.sqrt(share * (1 - share) / total + square / (4 * total * total)) / scale
-    low = 0.0 if correct == 0 else center - spread
-    high = 1.0 if correct == total else center + spread
-    return low, high
-
-
 def paired_difference(
     first: Sequence[Generation],
     second: Sequence[Generation],
@@ -390,17 +373,9 @@ def paired_difference(
             f"the two runs differ in {len(odd)} problems (such as {odd[0]!r}); a paired "
             "comparison needs the same ones"
         )
-    change = np.array([after[name] - before[name] for name in before])
-    if not np.isin(change, (-1, 0, 1)).all():
-        low, high = bootstrap_interval(change.tolist(), resamples=resamples, seed=seed)
-        return float(change.mean()), low, high
-    generator = np.random.default_rng(seed)
-    # A resample is n draws with replacement: counts of the values -1, 0, 1 are multinomial.
-    shares = np.array([(change == value).mean() for value in (-1, 0, 1)])
-    draws = generator.multinomial(len(change), shares, size=resamples)
-    means = (draws[:, 2] - draws[:, 0]) / len(change)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(change.mean()), float(low), float(high)
+    change = [after[name] - before[name] for name in before]
+    low, high = change_interval(change, resamples=resamples, seed=seed)
+    return sum(change) / len(change), low, high
 
 
 # ---------------------------------------------------------------- keeping

@@ -38,6 +38,10 @@ def place(tmp_path_factory):
     return place
 
 
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def make_config(place: Path, run_dir: Path, **changes):
     config = configs.load_recipe(configs.BASE)
     config.run_dir = str(run_dir)
@@ -59,7 +63,7 @@ def whole(place):
 
 def test_every_trace_is_what_prepare_reads(place, whole):
     tokenizer = chat.load_tokenizer(place / "teacher")
-    records = [json.loads(line) for line in whole.read_text().splitlines()]
+    records = read_lines(whole)
     rejected = read_lines(whole.with_name(verb.REJECTED))
     traces = list(read_traces(find_sources(str(whole)), Fields()))
     print(len(records), len(rejected), [r["rejected"] for r in rejected])
@@ -150,7 +154,7 @@ def test_a_file_of_someone_else_is_not_overwritten(place, tmp_path):
 
 def test_the_manifest_counts_what_was_written(whole):
     manifest = json.loads(whole.with_name("traces.jsonl.manifest.json").read_text())
-    records = [json.loads(line) for line in whole.read_text().splitlines()]
+    records = read_lines(whole)
     assert (manifest["sampled"], manifest["traces"], manifest["empty"]) == (15, len(records), 1)
     assert manifest["tokens"] == 1 + sum(len(r["token_ids"]) for r in records)
     assert manifest["truncated"] == sum(r["finish_reason"] == "length" for r in records)
