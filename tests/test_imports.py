@@ -19,7 +19,7 @@ LEVELS = {
     3: "losses.distill models.gguf models.hf data.pipeline stops sampling generate",
     4: "config_checks config forward train_step scoring evals problem_sets eval_details filters",
     5: "inspect generate_traces prepare score start on_policy export comparison stages "
-    "evaluate train",
+    "evaluate lm_eval_model train",
 }
 ORDER = [name for names in LEVELS.values() for name in names.split()]
 PLACE = {name: place for place, name in enumerate(ORDER)}
