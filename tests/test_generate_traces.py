@@ -49,8 +49,9 @@ def make_config(place: Path, run_dir: Path, **changes):
     config.teacher.path, config.teacher.dtype = str(place / "teacher"), "float32"
     config.generate.prompts = str(place / "prompts.jsonl")
     config.generate.samples = 6
+    config.generate.temperature = 5.0  # nearly uniform: the stop token is drawn soon enough
     config.prepare.filter_correct = False  # a random model solves nothing
-    config.generate.max_new_tokens = 16
+    config.generate.max_new_tokens = 32
     config.generate.batch_size = 2
     config.train.progress = False
     for key, value in changes.items():
@@ -74,7 +75,7 @@ def test_every_trace_is_what_prepare_reads(place, whole):
         assert trace.answer == record["answer"]
         assert trace.token_ids == record["token_ids"]
         assert trace.logprobs == record["logprobs"]
-        assert (trace.temperature, trace.finish_reason) == (1.0, "stop")
+        assert (trace.temperature, trace.finish_reason) == (5.0, "stop")
         assert record["token_ids"][-1] == tokenizer.eos_token_id
         text = tokenizer.decode(record["token_ids"], skip_special_tokens=True)
         assert trace.completion_text() == text
@@ -84,7 +85,7 @@ def test_every_trace_is_what_prepare_reads(place, whole):
     for record in rejected:
         empty = not tokenizer.decode(record["token_ids"], skip_special_tokens=True).strip()
         assert record["rejected"] == ("empty" if empty else "truncated")
-        assert empty or len(record["token_ids"]) == 16
+        assert empty or len(record["token_ids"]) == 32
 
 
 def scripted(place, tmp_path, answers, **changes):
@@ -142,7 +143,7 @@ def test_the_sampling_settings_reach_the_sampler(place, tmp_path, monkeypatch):
     path = verb.generate_traces(make_config(place, tmp_path, **changes))
     options = asked[0]
     names = ("temperature", "top_p", "top_k", "min_p", "stop_strings", "seed")
-    assert [options[n] for n in names] == [1.0, 0.9, 7, 0.1, ("x", "y"), 0]
+    assert [options[n] for n in names] == [5.0, 0.9, 7, 0.1, ("x", "y"), 0]
     assert options["decode"]([5, 6]) == "01"
     assert [r["completion"] for r in read_lines(path)] == ["0"] * 24 + [[TURN]] * 6
     request = json.loads(path.with_name("traces.jsonl.manifest.json").read_text())["request"]

@@ -1,7 +1,6 @@
 """lm-evaluation-harness on our sampler: log-likelihoods equal transformers', tasks run."""
 
 import json
-import logging
 
 import numpy as np
 import pytest
@@ -146,7 +145,7 @@ dataset_kwargs: {{data_files: {{test: "{file}"}}}}
 test_split: test
 output_type: multiple_choice
 doc_to_text: "{{{{question}}}}="
-doc_to_choice: ["{{{{right}}}}", "{{{{wrong}}}}"]
+doc_to_choice: "{{{{[right, wrong]}}}}"
 target_delimiter: ""
 doc_to_target: 0
 metric_list: [{{metric: acc}}]
@@ -185,7 +184,6 @@ def test_tasks_of_the_harness_run_with_the_chat_template(lm, reference, tmp_path
         apply_chat_template=True,
         bootstrap_iters=0,
     )
-    logging.getLogger().handlers.clear()
     results = found["results"]
     won = 0
     for row in rows:
