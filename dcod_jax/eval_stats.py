@@ -21,6 +21,7 @@ Z95 = 1.959963984540054  # 97.5 % point of the normal distribution
 SUBSETS = 2_000  # majority votes counted for one problem: all of them, or this many drawn ones
 LOOP_REPEATS = 4  # how often a unit must stand at the end of a text to be a loop
 LOOP_CHARACTERS = 60  # and how many characters that must cover
+LOOP_WINDOW = 4_000  # characters looked at; a unit has at most a fourth of them
 
 
 def pass_at_k(total: int, correct: int, k: int) -> float:
@@ -133,9 +134,10 @@ def change_interval(
 def loops(text: str) -> bool:
     """Whether a text ends in a repetition: one unit at least 4 times, over 60 characters or more.
 
-    The last repetition may be cut off. Linear in the text (Z function of the reversed text).
+    A unit has at most 1,000 characters; the last one may be cut off. The Z function of the
+    reversed text tells how far each period goes back.
     """
-    reverse = text.rstrip()[::-1]
+    reverse = text.rstrip()[-LOOP_WINDOW:][::-1]
     length = len(reverse)
     shared = [0] * length  # shared[p]: how far the text before its last p characters equals its end
     left = right = 0
