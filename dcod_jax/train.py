@@ -11,16 +11,13 @@ directory for each variant. Exit codes: 0 done, 1 error, 75 interrupted after sa
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
 from dcod_jax import config as configs
-from dcod_jax import stages
+from dcod_jax import hosts, stages
 from dcod_jax.checkpoint import Checkpointer
 from dcod_jax.config import run_verb
 from dcod_jax.data import chat, pipeline
@@ -51,6 +48,7 @@ def train(config: Any) -> None:
     stages.ensure_inputs(config)
     for name, variant in runs:
         fit(variant, name=name)
+        hosts.stop_if_noticed()
     stages.finish(config, runs)
 
 
@@ -106,7 +104,7 @@ def fit(config: Any, *, name: str = "") -> int:
         print(f"{run_dir}: all {step} steps are done")
         checkpointer.close()
         return step
-    if not restored:
+    if not restored and hosts.first():
         replace_file(run_dir / "config.json", configs.to_json(config).encode())
     sample = train_set.read([0])[0]
     print(f"one trace, supervised part marked:\n{chat.render_sample(student.tokenizer, sample)}\n")
@@ -117,22 +115,24 @@ def fit(config: Any, *, name: str = "") -> int:
     saved = step if restored else -1
     held_out: dict[str, float] = {}
     pending: Pending | None = None
-    with interruption() as interrupted, log:
+    with hosts.interruption() as interrupted, log:
         # The order is part of exactness: evaluate -> save -> advance the iterator -> step.
         while True:
             last = step == config.train.steps
-            stop = last or interrupted()
+            stop = interrupted(step) or last
             evaluate = evaluator is not None and _due(step, config.train.eval_every, last=last)
             save = stop or (step > 0 and _due(step, config.train.save_every, last=last))
             if (evaluate or save) and pending:
                 log.settle(pending, train_set, checkpointer)
                 pending = None
             if evaluate and evaluated != step and evaluator is not None:
+                hosts.doing(f"held-out loss at step {step}")
                 with log.pause():
                     held_out = evaluator(state)
                 log.held_out(step, held_out)
                 evaluated = step
             if save and saved != step:
+                hosts.doing(f"saving step {step}")
                 with log.pause():
                     checkpointer.save(
                         state,
@@ -148,8 +148,10 @@ def fit(config: Any, *, name: str = "") -> int:
                 saved = step
             if stop:
                 break
+            hosts.doing(f"reading the batch of step {step + 1}")
             host_batch, trace_index, cost = policy(step, state, *next(batches))
             batch = pipeline.to_device(host_batch, mesh)
+            hosts.doing(f"starting step {step + 1}")
             state, values = train_step(state, batch, *teacher_params)
             step += 1
             # Step n is running on the device; only now are the numbers of step n-1 fetched.
@@ -183,26 +185,6 @@ def _due(step: int, every: int, *, last: bool) -> bool:
     return bool(every) and (last or step % every == 0)
 
 
-@contextmanager
-def interruption() -> Iterator[Any]:
-    """Yield a function that says whether SIGTERM or SIGINT came; a second one ends at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        print(f"{signal.Signals(number).name}: saving after this step", flush=True)
-
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, note) for number in numbers]
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-
-
 # ---------------------------------------------------------------- inside the loop
 
 
@@ -227,6 +209,7 @@ class Evaluator:
         for number, (host_batch, _) in enumerate(batches, 1):
             batch = pipeline.to_device(host_batch, self.mesh)
             sums = self.step(state, batch, *self.teacher_params)
+            hosts.moved()
             total = sums if total is None else reduce.add(total, sums)
             if number == self.config.train.eval_batches:
                 break

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dcod_jax import hosts
 from dcod_jax import metrics as meters
 from dcod_jax.checkpoint import Checkpointer
 from dcod_jax.data.records import TraceDataset
@@ -79,6 +80,7 @@ class Log:
 
     def settle(self, done: Pending, dataset: TraceDataset, checkpointer: Checkpointer) -> None:
         """Fetch one step's numbers, stop if they are not finite, count, show and write them."""
+        hosts.doing(f"the numbers of step {done.step}", waiting=True)
         values = {key: float(value) for key, value in jax.device_get(done.values).items()}
         if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
             raise DcodError(_not_finite(done, values, dataset, checkpointer))
