@@ -17,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from dcod_jax import config as configs
-from dcod_jax import hosts, stages
+from dcod_jax import hosts, on_policy, stages
 from dcod_jax.checkpoint import Checkpointer
 from dcod_jax.config import run_verb
 from dcod_jax.data import chat, pipeline
@@ -26,7 +26,6 @@ from dcod_jax.data.records import TraceDataset
 from dcod_jax.losses import distill, reduce
 from dcod_jax.losses.distill import LossConfig
 from dcod_jax.mesh import make_mesh
-from dcod_jax.on_policy import OnPolicy
 from dcod_jax.optim import make_optimizer
 from dcod_jax.start import (
     load_live_teacher,
@@ -94,12 +93,14 @@ def fit(config: Any, *, name: str = "") -> int:
         evaluator = Evaluator(config, eval_set, reading, step_of, teacher_params, mesh)
     state, restored = start_state(config, student, optimizer, mesh, checkpointer)
 
-    batches = pipeline.train_batches(train_set, seed=config.seed, **reading)
+    batches = pipeline.train_batches(
+        train_set, seed=config.seed, **on_policy.reading(config, reading)
+    )
     step, progress = 0, {"tokens_seen": 0, "on_policy": {}}
     if restored:
         step, progress = restored.step, restored.progress
         batches.set_state(progress["iterator"])
-    policy = OnPolicy(config, student, mesh, spent=progress["on_policy"])
+    policy = on_policy.OnPolicy(config, student, mesh, spent=progress["on_policy"])
     if step >= config.train.steps:
         print(f"{run_dir}: all {step} steps are done")
         checkpointer.close()
