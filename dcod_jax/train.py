@@ -11,6 +11,7 @@ directory for each variant. Exit codes: 0 done, 1 error, 75 interrupted after sa
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,7 @@ def fit(config: Any, *, name: str = "") -> int:
         # The order is part of exactness: evaluate -> save -> advance the iterator -> step.
         while True:
             last = step == config.train.steps
+            began = time.monotonic()
             stop = interrupted(step) or last
             evaluate = evaluator is not None and _due(step, config.train.eval_every, last=last)
             save = stop or (step > 0 and _due(step, config.train.save_every, last=last))
@@ -161,7 +163,11 @@ def fit(config: Any, *, name: str = "") -> int:
             pending = Pending(step, values, trace_index, cost)
         checkpointer.close()
     if not last:
-        print(f"{run_dir}: interrupted, saved at step {step}; the same command goes on")
+        seconds = time.monotonic() - began
+        print(
+            f"{run_dir}: interrupted, saved at step {step} in {seconds:.1f} s; "
+            "the same command goes on"
+        )
         raise SystemExit(configs.EXIT_INTERRUPTED)
     return step
 

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -116,7 +115,7 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def launch(count, command, place, *, devices=1):
+def launch(count, command, place, *, devices=1, own=()):
     """`count` processes of one run on CPU, joined over gloo; returns them."""
     address = f"127.0.0.1:{free_port()}"
     environment = os.environ | {
@@ -129,7 +128,7 @@ def launch(count, command, place, *, devices=1):
     where = [f"--config.hosts.coordinator={address}", f"--config.hosts.processes={count}"]
     return [
         subprocess.Popen(
-            [*command, *where, f"--config.hosts.process_id={i}"],
+            [*command, *where, f"--config.hosts.process_id={i}", *(own[i] if own else ())],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -174,23 +173,24 @@ def work(settings):
         if step == 3 and process == {culprit}:
             {misdeed}
         x = jax.make_array_from_process_local_data(rows, np.ones(1, np.float32))
+        if {meets} and step == 3:
+            hosts.barrier("the middle")
         hosts.doing(f"the numbers of step {{step}}", waiting=True)
         assert float(total(x)) == jax.process_count()
     print("done")
 
 sys.argv[0] = "train"
-config.run_verb({verb!r}, work)
+config.run_verb("train", work)
 """
 
 
-def misbehave(place, culprit, misdeed, *, count=2, verb="train", more=()):
+def misbehave(place, culprit, misdeed, *, meets=False, more=(), own=((), ())):
+    """[(exit code, stdout, stderr)] of two processes, one of which does something at step 3."""
     script = place / "script.py"
-    script.write_text(SCRIPT.format(culprit=culprit, misdeed=misdeed, verb=verb))
+    script.write_text(SCRIPT.format(culprit=culprit, misdeed=misdeed, meets=meets))
     recipe = ["--config", str(ROOT / "configs" / "base.py"), f"--config.run_dir={place / 'run'}"]
     command = [sys.executable, str(script), *recipe, "--config.hosts.heartbeat=3", *more]
-    started = time.monotonic()
-    ends = finish(launch(count, command, place), timeout=90)
-    return ends, time.monotonic() - started
+    return finish(launch(2, command, place, own=own), timeout=90)
 
 
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
@@ -198,7 +198,7 @@ KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_a_killed_process_is_named_and_the_other_ends(tmp_path, culprit):
-    ends, _ = misbehave(tmp_path, culprit, KILL)
+    ends = misbehave(tmp_path, culprit, KILL)
     code, _, errors = ends[1 - culprit]
     assert code == EXIT_PEER, ends
     assert (
@@ -208,16 +208,33 @@ def test_a_killed_process_is_named_and_the_other_ends(tmp_path, culprit):
     assert "start the same command on every host again" in errors
 
 
-def test_a_straggler_is_named_after_the_time_out(tmp_path):
+@pytest.mark.parametrize("meets", [False, True], ids=["collective", "barrier"])
+def test_a_straggler_is_named_after_the_time_out(tmp_path, meets):
     more = ["--config.hosts.timeout=4"]
-    ends, seconds = misbehave(tmp_path, 1, "time.sleep(600)", more=more)
+    ends = misbehave(tmp_path, 1, "time.sleep(600)", meets=meets, more=more)
     assert [end[0] for end in ends] == [EXIT_PEER, EXIT_PEER], ends
-    assert seconds < 80
     host = socket.gethostname()
+    where = "the middle" if meets else "the numbers of step 3"
     for _, _, errors in ends:
         assert f"stuck: nothing moved for hosts.timeout=4 s, by process 1 ({host}):" in errors
-        assert f"process 0 ({host}): waits for the numbers of step 3" in errors
+        assert f"process 0 ({host}): waits for {where}" in errors
         assert f"process 1 ({host}): reading the batch of step 3" in errors
+
+
+def test_an_error_of_one_is_told_to_all(tmp_path):
+    misdeed = "raise config.DcodError('no such file\\nset data.traces')"
+    ends = misbehave(tmp_path, 1, misdeed)
+    assert [end[0] for end in ends] == [1, 1], ends
+    assert "error: no such file\nset data.traces" in ends[1][2]
+    assert f"process 1 ({socket.gethostname()}) ended: no such file" in ends[0][2]
+
+
+def test_another_config_is_refused_with_process_and_key(tmp_path):
+    run = misbehave(tmp_path, None, "pass", own=((), ("--config.seed=3",)))
+    assert [end[0] for end in run] == [1, 1], run
+    for _, _, errors in run:
+        assert "process 1 was started with another config:" in errors
+        assert "seed: 0 on process 0, 3 on process 1" in errors
 
 
 # ---------------------------------------------------------------- real runs
@@ -349,7 +366,7 @@ def test_a_sigterm_on_one_stops_all_at_one_step_saved_once(place, two):
     assert told[0] is not None
     step = int(told[0][1])
     assert 2 <= step < 6
-    assert f"interrupted, saved at step {step}; the same command goes on" in ends[0][1]
+    assert re.search(rf"interrupted, saved at step {step} in \d.* s; the same", ends[0][1])
     assert params(place, run / "b")[1] == step
     assert [line["step"] for line in metrics(run / "b")] == list(range(1, step + 1))
 
