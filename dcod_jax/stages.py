@@ -29,7 +29,6 @@ from dcod_jax.evals import (
 )
 from dcod_jax.export import export
 from dcod_jax.generate_traces import generate_traces, traces_path
-from dcod_jax.mesh import make_mesh
 from dcod_jax.models import hf
 from dcod_jax.prepare import is_prepared, load_tokenizer, prepare
 from dcod_jax.progress import track
@@ -217,9 +216,7 @@ def _tokenizer(config: Any, name: str, path: str) -> Any:
 
 def _grade(config: Any, name: str, path: str, problems: Sequence[Problem]) -> EvalResult:
     """The result of all problems; of several processes each answers and grades every n-th."""
-    devices, process, processes = hosts.share(config)
-    data = config.mesh.data if devices is None else -1
-    mesh = make_mesh(data, config.mesh.fsdp, tensor=config.mesh.tensor, devices=devices)
+    mesh, process, processes = hosts.share(config)
     own = problems[process::processes]
     start = time.monotonic()
     result = _answer(config, name, path, own, mesh) if own else None
