@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,8 +22,11 @@ from dcod_jax.data.manifest import file_sha256, replace_file, to_json
 from dcod_jax.evals import Problem, decode_text, read_problems, stop_ids
 from dcod_jax.generate import Sample, sample
 from dcod_jax.mesh import make_mesh
+from dcod_jax.metrics import SYNC_SECONDS
+from dcod_jax.paths import Path, as_path
 from dcod_jax.progress import track
 from dcod_jax.scoring import Teacher, open_teacher
+from dcod_jax.storage import Mirror
 from dcod_jax.types import DcodError
 
 BATCHES_IN_BLOCK = 4  # decoded between two appends
@@ -31,7 +34,7 @@ BATCHES_IN_BLOCK = 4  # decoded between two appends
 
 def traces_path(config: Any) -> Path:
     """Where the sampled traces of a run are."""
-    return Path(config.run_dir) / "traces.jsonl"
+    return as_path(config.run_dir) / "traces.jsonl"
 
 
 def generate_traces(config: Any) -> Path:
@@ -159,10 +162,12 @@ class _Progress:
     """The growing file, the record of how far it is whole, and the manifest at the end."""
 
     def __init__(self, path: Path, request: dict[str, Any]):
-        self.path, self.request = path, request
-        self.partial = path.with_name(path.name + ".partial")
-        self.record = path.with_name(path.name + ".partial.json")
-        self.manifest = path.with_name(path.name + ".manifest.json")
+        self.final, self.request = path, request
+        names = [path.name + end for end in ("", ".partial", ".partial.json", ".manifest.json")]
+        self.mirror = Mirror(path.parent, fetch=tuple(names))
+        files = [self.mirror.directory / name for name in names]
+        self.path, self.partial, self.record, self.manifest = files
+        self.sent = time.monotonic()
         self.counts = {"sampled": 0, "traces": 0, "empty": 0, "tokens": 0, "truncated": 0}
 
     def finished(self) -> bool:
@@ -177,7 +182,7 @@ class _Progress:
             reason = f"with other {', '.join(changed)}" if changed else "and changed since"
         else:
             reason = "by something else (it has no manifest)"
-        raise DcodError(f"{self.path} was written {reason}; move it away or change run_dir")
+        raise DcodError(f"{self.final} was written {reason}; move it away or change run_dir")
 
     def resume(self) -> int:
         """Sequences that are whole; what was written after them is cut off."""
@@ -205,12 +210,16 @@ class _Progress:
         }
         state = {"request": self.request, "bytes": file.tell(), "counts": self.counts}
         replace_file(self.record, to_json(state))
+        if time.monotonic() - self.sent > SYNC_SECONDS:
+            self.mirror.send()
+            self.sent = time.monotonic()
 
     def finish(self) -> dict[str, Any]:
         manifest = self.counts | {"request": self.request, "sha256": file_sha256(self.partial)}
         replace_file(self.manifest, to_json(manifest))
         os.replace(self.partial, self.path)
         self.record.unlink(missing_ok=True)
+        self.mirror.close()
         return manifest
 
 

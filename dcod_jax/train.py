@@ -17,7 +17,6 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -38,6 +37,7 @@ from dcod_jax.mesh import make_mesh
 from dcod_jax.models.config import flops_per_token
 from dcod_jax.on_policy import OnPolicy
 from dcod_jax.optim import make_optimizer
+from dcod_jax.paths import as_path
 from dcod_jax.progress import track
 from dcod_jax.start import (
     Student,
@@ -74,7 +74,7 @@ def fit(config: Any, *, name: str = "") -> int:
     student = load_student(config)
     train_set, eval_set = open_datasets(config, student)
     loss_config = configs.loss_config(config)
-    run_dir = Path(config.run_dir)
+    run_dir = as_path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     checkpointer = Checkpointer(
         run_dir,
