@@ -122,6 +122,16 @@ def get_config() -> Any:
     c.mesh.fsdp = 1  # pieces parameters and optimizer are split into
     c.mesh.tensor = 1  # pieces heads, mlp and vocabulary are split into
 
+    c.hosts = ConfigDict()
+    c.hosts.coordinator = ""  # host:port of process 0; empty: hosts.cluster says who takes part
+    c.hosts.processes = 0  # processes of the run, where hosts.coordinator is set
+    c.hosts.process_id = -1  # this process, 0 to processes - 1, where hosts.coordinator is set
+    c.hosts.cluster = "auto"  # auto (a TPU slice says it) | none | slurm | ompi | mpi4py | k8s
+    c.hosts.collectives = "gloo"  # between processes on CPU: gloo | mpi
+    c.hosts.connect_timeout = 300.0  # seconds to wait for all processes at the start
+    c.hosts.heartbeat = 60.0  # seconds without a sign of life after which a process is lost
+    c.hosts.timeout = 1800.0  # seconds in which no process gets on after which the run is stuck
+
     c.generate = ConfigDict()
     c.generate.prompts = ""  # prompts JSONL (prompt, answer): sample traces from the teacher first
     c.generate.samples = 1  # traces sampled for each prompt

@@ -14,6 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
 
+from dcod_jax import hosts
 from dcod_jax.config_checks import config_errors, nearest
 from dcod_jax.losses.adaptive import TaidConfig
 from dcod_jax.losses.distill import LossConfig
@@ -27,7 +28,8 @@ from dcod_jax.types import DcodError
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 BASE = ROOT / "configs" / "base.py"
 AUTOMATIC = ("loss.weights.temperature", "loss.weights.offset")  # a number or "auto"
-EXIT_INTERRUPTED = 75  # a signal stopped the run after its state was saved: start it again
+EXIT_INTERRUPTED = hosts.EXIT_INTERRUPTED
+OWN = ("hosts.process_id", "train.progress")  # a process of several has its own
 
 
 # ---------------------------------------------------------------- reading
@@ -264,9 +266,20 @@ def help_text(verb: str, config: Any) -> str:
 
 
 def run_verb(verb: str, function: Callable[[Any], object]) -> None:
-    """Entry of `python -m dcod_jax.<verb>`: a DcodError is printed as it is, with exit code 1."""
+    """Entry of `python -m dcod_jax.<verb>`: a DcodError is printed as it is, with exit code 1.
+
+    Joins the other processes where config.hosts or the machine names any; they must have been
+    started with the same config and see the same run_dir.
+    """
     try:
-        function(load(sys.argv[1:], verb=verb))
+        config = load(sys.argv[1:], verb=verb)
+        with hosts.session(config.hosts, notices=verb == "train"):
+            values = keys(config)
+            hosts.agree("config", {key: values[key] for key in values if key not in OWN})
+            hosts.check_shared(config.run_dir)
+            if not hosts.first():
+                config = replace(config, {"train.progress": False})
+            function(config)
     except DcodError as error:
         print(f"dcod_jax.{verb}: error: {error}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dcod_jax import hosts
 from dcod_jax.config import dataset_dir, run_verb
 from dcod_jax.data import chat, overlap
 from dcod_jax.data.formats import RawTrace
@@ -315,5 +316,12 @@ def _print_counts(root: Path, counts: dict[str, Counts]) -> None:
         print(f"dropped records: {root / QUARANTINE}")
 
 
+def prepare_once(config: Any) -> None:
+    """The verb: of several processes the first one works, the others wait for it."""
+    if hosts.first():
+        prepare(config)
+    hosts.barrier("prepare on process 0")
+
+
 if __name__ == "__main__":
-    run_verb("prepare", prepare)
+    run_verb("prepare", prepare_once)

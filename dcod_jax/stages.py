@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dcod_jax import config as configs
+from dcod_jax import hosts
 from dcod_jax.data.manifest import MANIFEST, read_manifest, replace_file, to_json
 from dcod_jax.evals import (
     EvalResult,
@@ -22,11 +23,11 @@ from dcod_jax.evals import (
     write_generations,
 )
 from dcod_jax.export import export
-from dcod_jax.generate_traces import generate_traces
+from dcod_jax.generate_traces import generate_traces, traces_path
 from dcod_jax.mesh import make_mesh
 from dcod_jax.models import hf
 from dcod_jax.paths import Path, as_path
-from dcod_jax.prepare import load_tokenizer, prepare
+from dcod_jax.prepare import is_prepared, load_tokenizer, prepare
 from dcod_jax.progress import track
 from dcod_jax.score import score
 from dcod_jax.scoring import load_any_tokenizer
@@ -41,20 +42,39 @@ def ensure_inputs(config: Any) -> None:
 
     On several hosts nothing is made: DcodError with the commands to run first.
     """
+    if jax.process_count() > 1:
+        _refuse_unfinished(config)
+        return
     missing = _missing(config)
-    if missing and jax.process_count() > 1:
-        commands = "\n".join(f"  python -m dcod_jax.{verb} --config ..." for verb in missing)
-        raise DcodError(
-            f"{configs.dataset_dir(config)} is not ready for training on {jax.process_count()} "
-            f"hosts; run these first with the same --config and flags, one after the other:\n"
-            + commands
-        )
     if "generate_traces" in missing:
         generate_traces(config)
     if "prepare" in missing:
         prepare(config)
     if "score" in missing:
         score(config)
+
+
+def _refuse_unfinished(config: Any) -> None:
+    """Process 0 looks for all: hashing the raw traces takes a while."""
+    told = json.dumps(_unfinished(config)) if hosts.first() else ""
+    unfinished = json.loads(hosts.exchange("look for unfinished steps", told)[0])
+    if unfinished:
+        commands = "\n".join(f"  python -m dcod_jax.{verb} --config ..." for verb in unfinished)
+        raise DcodError(
+            f"{configs.dataset_dir(config)} is not ready for training on {jax.process_count()} "
+            f"hosts; run these first with the same --config and flags, one after the other (like "
+            f"this command on every host; prepare works on process 0 alone):\n{commands}"
+        )
+
+
+def _unfinished(config: Any) -> list[str]:
+    """The verbs of _missing whose result is not there yet."""
+    verbs = _missing(config)
+    if is_prepared(config):
+        teachers = [expected_teacher(variant) for _, variant in configs.variants(config)]
+        teacher = next(filter(None, teachers), None)
+        return ["score"] if teacher and not _scored(config, teacher) else []
+    return [v for v in verbs if v != "generate_traces" or not traces_path(config).exists()]
 
 
 def _missing(config: Any) -> list[str]:
