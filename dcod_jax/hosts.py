@@ -89,7 +89,7 @@ def _has_peers(settings: Any) -> bool:
 
 def _on_tpu() -> bool:
     """Whether this machine has TPU chips that JAX is going to use."""
-    platforms = jax.config.read("jax_platforms") or ""
+    platforms = jax.config.jax_platforms or ""  # pyright: ignore[reportAttributeAccessIssue]
     if platforms and "tpu" not in platforms:
         return False
     chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")

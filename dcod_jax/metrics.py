@@ -142,7 +142,10 @@ class MetricsWriter:
         self._put(*self._current)
         os.replace(temporary, path)  # a kill before this line leaves the old file whole
         # purge_step hides what an interrupted run wrote after its last checkpoint.
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
+        # The suffix keeps a restart within the same second from replacing the file in a store.
+        self.board = SummaryWriter(
+            str(run_dir / "tensorboard"), purge_step=start + 1, filename_suffix=f".{start}"
+        )
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One line {"step": step, key: value, ...} of the values that are available."""

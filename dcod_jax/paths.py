@@ -171,7 +171,8 @@ class RemotePath:
 
     @contextlib.contextmanager
     def _reaching(self, what: str) -> Iterator[None]:
-        """Errors of the driver as OSError, with the path in it."""
+        """Errors of the driver as OSError, with the path in it; DcodError where there is none."""
+        _filesystem(self.protocol)
         try:
             yield
         except FileNotFoundError as error:
