@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,10 +17,13 @@ from dcod_jax import hosts
 from dcod_jax.data.manifest import MANIFEST, read_manifest, replace_file, to_json
 from dcod_jax.evals import (
     EvalResult,
+    Generation,
     Problem,
     evaluate,
     paired_difference,
+    read_generations,
     read_problems,
+    summarize,
     write_generations,
 )
 from dcod_jax.export import export
@@ -153,10 +157,12 @@ def compare(config: Any, models: dict[str, str]) -> None:
     results = {}
     for name, path in models.items():
         results[name] = _grade(config, name, path, problems)
-        write_generations(folder / f"{name}.jsonl", results[name].generations)
+        if hosts.first():
+            write_generations(folder / f"{name}.jsonl", results[name].generations)
     students = [name for name in models if name not in ("teacher", "start")]
     baseline = students[0] if len(students) > 1 else "start"
-    replace_file(folder / "results.json", to_json(summary(results, baseline=baseline)))
+    if hosts.first():
+        replace_file(folder / "results.json", to_json(summary(results, baseline=baseline)))
     console = Console()
     console = console if console.is_terminal else Console(width=110)
     console.print(accuracy_table(results, baseline=baseline))
@@ -210,7 +216,24 @@ def _tokenizer(config: Any, name: str, path: str) -> Any:
 
 
 def _grade(config: Any, name: str, path: str, problems: Sequence[Problem]) -> EvalResult:
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, tensor=config.mesh.tensor)
+    """The result of all problems; of several processes each answers and grades every n-th."""
+    devices, process, processes = hosts.share(config)
+    data = config.mesh.data if devices is None else -1
+    mesh = make_mesh(data, config.mesh.fsdp, tensor=config.mesh.tensor, devices=devices)
+    own = problems[process::processes]
+    start = time.monotonic()
+    result = _answer(config, name, path, own, mesh) if own else None
+    if result is not None and processes == 1:
+        return result
+    generations = result.generations if result else ()
+    folder = as_path(config.run_dir) / "evaluation"
+    everything = _gather(folder, name, generations, process=process, processes=processes)
+    return summarize(everything, seconds=time.monotonic() - start)
+
+
+def _answer(
+    config: Any, name: str, path: str, problems: Sequence[Problem], mesh: Any
+) -> EvalResult:
     model_config, params = hf.load_model(path, dtype=jnp.float32, mesh=mesh)
     tokenizer = _tokenizer(config, name, path)
     enabled = config.train.progress
@@ -228,3 +251,19 @@ def _grade(config: Any, name: str, path: str, problems: Sequence[Problem]) -> Ev
             mesh=mesh,
             on_batch=lambda sequences, tokens: advance(sequences),
         )
+
+
+def _gather(
+    folder: Path, name: str, own: Sequence[Generation], *, process: int, processes: int
+) -> tuple[Generation, ...]:
+    """Every process's generations in the order of the problems, through files they all see."""
+    parts = [folder / f".{name}.part-{i}" for i in range(processes)]
+    write_generations(parts[process], own)
+    hosts.barrier(f"evaluating {name}")
+    found = [read_generations(part) for part in parts]
+    hosts.barrier(f"reading the evaluation of {name}")
+    if hosts.first():
+        for part in parts:
+            part.unlink()
+    count = sum(map(len, found))
+    return tuple(found[i % processes][i // processes] for i in range(count))

@@ -11,12 +11,13 @@ directory for each variant. Exit codes: 0 done, 1 error, 75 interrupted after sa
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import jax.numpy as jnp
 
 from dcod_jax import config as configs
-from dcod_jax import hosts, stages
+from dcod_jax import hosts, on_policy, stages
 from dcod_jax.checkpoint import Checkpointer
 from dcod_jax.config import run_verb
 from dcod_jax.data import chat, pipeline
@@ -25,7 +26,6 @@ from dcod_jax.data.records import TraceDataset
 from dcod_jax.losses import distill, reduce
 from dcod_jax.losses.distill import LossConfig
 from dcod_jax.mesh import make_mesh
-from dcod_jax.on_policy import OnPolicy
 from dcod_jax.optim import make_optimizer
 from dcod_jax.paths import as_path
 from dcod_jax.start import (
@@ -94,12 +94,14 @@ def fit(config: Any, *, name: str = "") -> int:
         evaluator = Evaluator(config, eval_set, reading, step_of, teacher_params, mesh)
     state, restored = start_state(config, student, optimizer, mesh, checkpointer)
 
-    batches = pipeline.train_batches(train_set, seed=config.seed, **reading)
+    batches = pipeline.train_batches(
+        train_set, seed=config.seed, **on_policy.reading(config, reading)
+    )
     step, progress = 0, {"tokens_seen": 0, "on_policy": {}}
     if restored:
         step, progress = restored.step, restored.progress
         batches.set_state(progress["iterator"])
-    policy = OnPolicy(config, student, mesh, spent=progress["on_policy"])
+    policy = on_policy.OnPolicy(config, student, mesh, spent=progress["on_policy"])
     if step >= config.train.steps:
         print(f"{run_dir}: all {step} steps are done")
         checkpointer.close()
@@ -119,6 +121,7 @@ def fit(config: Any, *, name: str = "") -> int:
         # The order is part of exactness: evaluate -> save -> advance the iterator -> step.
         while True:
             last = step == config.train.steps
+            began = time.monotonic()
             stop = interrupted(step) or last
             evaluate = evaluator is not None and _due(step, config.train.eval_every, last=last)
             save = stop or (step > 0 and _due(step, config.train.save_every, last=last))
@@ -160,7 +163,11 @@ def fit(config: Any, *, name: str = "") -> int:
             pending = Pending(step, values, trace_index, cost)
         checkpointer.close()
     if not last:
-        print(f"{run_dir}: interrupted, saved at step {step}; the same command goes on")
+        seconds = time.monotonic() - began
+        print(
+            f"{run_dir}: interrupted, saved at step {step} in {seconds:.1f} s; "
+            "the same command goes on"
+        )
         raise SystemExit(configs.EXIT_INTERRUPTED)
     return step
 

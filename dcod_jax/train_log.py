@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -133,7 +134,10 @@ def _not_finite(
     done: Pending, values: dict[str, float], dataset: TraceDataset, checkpointer: Checkpointer
 ) -> str:
     traces = np.unique(done.trace_index[done.trace_index >= 0])
-    ids = [trace.id for trace in dataset.read(traces)]
+    own = json.dumps([trace.id for trace in dataset.read(traces)])
+    everyone = hosts.exchange("the traces of the batch", own)  # the loss is the same on all
+    ids = dict.fromkeys(name for text in everyone for name in json.loads(text))
+    checkpointer.wait()
     steps = checkpointer.steps()
     good = f"step {steps[-1]} in {checkpointer.directory}" if steps else "none"
     return (

@@ -19,7 +19,6 @@ OPENERS = ("Path", "pathlib.Path", "open", "io.open", "gzip.open")
 LOCAL = {
     "pathlib.Path(__file__)": "the checkout",
     "gzip.open(packed, 'rb')": "a stream that as_path(...).open gave",
-    "open(progress.partial, 'ab')": "in a Mirror's local directory",
     "glob.glob('/dev/accel[0-9]*')": "devices",
     "open(os.devnull, 'w')": "nowhere",
     "glob.glob('/dev/vfio/[0-9]*')": "devices",

@@ -40,6 +40,7 @@ _OWN_FILES = (
     "*.json.tmp",
     LENGTHS + "*",
     PROGRESS,
+    PROGRESS.replace(".json", "-*.json"),  # of further processes
 )
 
 

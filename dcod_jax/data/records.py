@@ -24,6 +24,7 @@ import numpy as np
 # The compiled reader and writer; they come without type stubs.
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
+from dcod_jax import hosts
 from dcod_jax.data import manifest as manifests
 from dcod_jax.data import score_progress as progress
 from dcod_jax.data.codec import decode, encode, score_kind
@@ -272,15 +273,20 @@ def extend(
     score_shard: Callable[[list[Trace]], list[Trace]],
     on_shard: Callable[[int, int], None] | None = None,
     overwrite: bool = False,
+    process: int = 0,
+    processes: int = 1,
     write: bool = True,
 ) -> dict[str, Any]:
     """Add a teacher's log-probs to a dataset, shard by shard; returns the new manifest.
 
     `score_shard` gets a shard's traces without scores and returns them with; it must not depend on
     earlier calls. `on_shard(done, total)` is told of progress. Killed at any time, the same call
-    goes on after the last finished shard and ends with the same bytes; until the end the directory
-    stays the old dataset. A run with the manifest's own teacher and settings does nothing. Of many
-    hosts all call this, one with `write` (the others compute along and return the old manifest).
+    goes on with the shards that are left and ends with the same bytes; until the end the directory
+    stays the old dataset. A run with the manifest's own teacher and settings does nothing.
+
+    Of several processes all call this. Either each scores every processes-th shard from `process`
+    on, and the first one writes the manifest when all are there; or all compute along and one
+    has `write`.
 
     Raises DcodError when another teacher scored, or began to score, and `overwrite` is not given.
     """
@@ -299,24 +305,44 @@ def extend(
         )
     work = progress.describe(manifest, teacher, settings)
     done = progress.finished(directory, work, overwrite=overwrite)
+    own = progress.noted(directory, work, process)
     shards = manifest["shards"]
-    first = sum(shard["records"] for shard in shards[: len(done)])
-    for number in range(len(done), len(shards)):
-        traces = dataset.read(range(first, first + shards[number]["records"]))
-        first += len(traces)
+    starts = np.cumsum([0, *(shard["records"] for shard in shards)]).tolist()
+    for number in range(process, len(shards), processes):
+        if number in done:
+            continue
+        traces = dataset.read(range(starts[number], starts[number + 1]))
         bare = [Trace(t.id, t.token_ids, t.completion_mask, meta=t.meta) for t in traces]
         scored = score_shard(bare)
         progress.check_scored(bare, scored, shard=shards[number]["file"])
         if write:
             entry = _write_shard(directory / progress.shard_name(work, number), scored)
-            done.append(progress.score_sums(scored) | {"shard": entry})
-            progress.save(directory, work, done)
+            done[number] = progress.score_sums(scored) | {"shard": entry}
+            own.append(done[number])
+            progress.save(directory, work, own, process)
         if on_shard is not None:
             on_shard(number + 1, len(shards))
-    if not write:
-        return manifest
-    scored_manifest = progress.scored_manifest(manifest, work, done)
+    hosts.barrier(f"scoring {directory.name}")
+    if write and process == 0:
+        if processes > 1:
+            done = progress.finished(directory, work, overwrite=overwrite)
+        _publish_scores(directory, manifest, work, done)
+    hosts.barrier(f"the manifest of {directory.name}")
+    return manifests.read_manifest(directory)
+
+
+def _publish_scores(
+    directory: Path, manifest: dict[str, Any], work: dict[str, Any], done: dict[int, dict[str, Any]]
+) -> None:
+    """Name the scored shards in the manifest, in their order, and remove the old ones."""
+    missing = sorted(set(range(len(manifest["shards"]))) - set(done))
+    if missing:
+        raise DcodError(
+            f"{directory}: the scored shards {missing} are missing or damaged although every "
+            "process finished; run the same command again, it makes these alone"
+        )
+    entries = [done[number] for number in sorted(done)]
+    scored_manifest = progress.scored_manifest(manifest, work, entries)
     manifests.write_manifest(directory, scored_manifest)
     # Only now: the manifest no longer names the old shards.
     manifests.remove_all_but(directory, manifests.listed(scored_manifest))
-    return scored_manifest
