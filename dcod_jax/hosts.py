@@ -21,7 +21,6 @@ import os
 import signal
 import uuid
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,6 +29,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dcod_jax.mesh import make_mesh
+from dcod_jax.paths import Location, as_path
 from dcod_jax.types import DcodError
 from dcod_jax.watch import Watch
 
@@ -91,7 +91,7 @@ def _has_peers(settings: Any) -> bool:
 
 def _on_tpu() -> bool:
     """Whether this machine has TPU chips that JAX is going to use."""
-    platforms = jax.config.read("jax_platforms") or ""
+    platforms = jax.config.jax_platforms or ""  # pyright: ignore[reportAttributeAccessIssue]
     if platforms and "tpu" not in platforms:
         return False
     chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
@@ -224,11 +224,11 @@ def agree(name: str, values: dict[str, Any]) -> None:
             )
 
 
-def check_shared(directory: str | Path) -> None:
+def check_shared(directory: Location) -> None:
     """Refuse a directory that not every process sees: process 0 alone writes most files there."""
     if not _joined:
         return
-    directory = Path(directory)
+    directory = as_path(directory)
     name = exchange("name the test file", f".seen-{uuid.uuid4().hex[:8]}")[0]
     if first():
         directory.mkdir(parents=True, exist_ok=True)
@@ -241,7 +241,7 @@ def check_shared(directory: str | Path) -> None:
     if blind:
         raise DcodError(
             f"process {', '.join(blind)} does not see what process 0 writes to "
-            f"{directory.absolute()}; put run_dir and data.dataset on storage that all hosts share "
+            f"{directory.resolve()}; put run_dir and data.dataset on storage that all hosts share "
             "(NFS, a mounted bucket)"
         )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,6 +29,7 @@ from dcod_jax.evals import (
 from dcod_jax.export import export
 from dcod_jax.generate_traces import generate_traces, traces_path
 from dcod_jax.models import hf
+from dcod_jax.paths import Path, as_path
 from dcod_jax.prepare import is_prepared, load_tokenizer, prepare
 from dcod_jax.progress import track
 from dcod_jax.score import score
@@ -111,7 +111,7 @@ def _scored(config: Any, fingerprint: str) -> bool:
 
 
 def _splits(config: Any) -> list[Path]:
-    root = Path(configs.dataset_dir(config))
+    root = as_path(configs.dataset_dir(config))
     found = [path for path in (root / "train", root / "eval") if (path / MANIFEST).is_file()]
     return found or ([root] if (root / MANIFEST).is_file() else [])
 
@@ -127,7 +127,7 @@ def finish(config: Any, runs: Sequence[tuple[str, Any]]) -> None:
         models |= {name or "student": str(path) for name, path in exported.items()}
         compare(config, {name: path for name, path in models.items() if path})
     for name, variant in runs:
-        if change := held_out_change(Path(variant.run_dir)):
+        if change := held_out_change(as_path(variant.run_dir)):
             print(f"held-out nll{f' {name}' if name else ''}: {change}")
     for name, path in exported.items():
         print(f"exported{f' {name}' if name else ''}: {path}")
@@ -151,7 +151,7 @@ def compare(config: Any, models: dict[str, str]) -> None:
         answer_field=config.prepare.answer_field,
         limit=config.evaluate.limit,
     )
-    folder = Path(config.run_dir) / "evaluation"
+    folder = as_path(config.run_dir) / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
     results = {}
     for name, path in models.items():
@@ -211,7 +211,7 @@ def _tokenizer(config: Any, name: str, path: str) -> Any:
     """The start is asked with the tokenizer it is trained with, every other model with its own."""
     if name == "start":
         return load_tokenizer(config)
-    return load_any_tokenizer(Path(path), chat_template=config.student.chat_template)
+    return load_any_tokenizer(as_path(path), chat_template=config.student.chat_template)
 
 
 def _grade(config: Any, name: str, path: str, problems: Sequence[Problem]) -> EvalResult:
@@ -223,7 +223,7 @@ def _grade(config: Any, name: str, path: str, problems: Sequence[Problem]) -> Ev
     if result is not None and processes == 1:
         return result
     generations = result.generations if result else ()
-    folder = Path(config.run_dir) / "evaluation"
+    folder = as_path(config.run_dir) / "evaluation"
     everything = _gather(folder, name, generations, process=process, processes=processes)
     return summarize(everything, seconds=time.monotonic() - start)
 

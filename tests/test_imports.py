@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dcod_jax"
 
 # A file imports from files before it in this order only; the numbers are the levels of the layout.
 LEVELS = {
-    0: "types",
+    0: "types paths storage",
     1: "mesh watch hosts",
     2: "models.config models.layers models.attention models.transformer models.weights "
     "losses.distributions losses.divergences losses.weights losses.adaptive losses.head "
