@@ -126,6 +126,18 @@ def excess_difference(
     )
 
 
+def to_samples(scored: Scored) -> list[Sample]:
+    """The sequences as a sampler gives them; log-probs are the teacher's."""
+    return [
+        Sample(
+            scored.tokens[row, :n].tolist(),
+            scored.teacher_logprobs[row, :n].tolist(),
+            bool(scored.finished[row]),
+        )
+        for row, n in enumerate(scored.length.tolist())
+    ]
+
+
 def _lmops_view(scored: Scored) -> tuple[np.ndarray, np.ndarray]:
     """[P, S, L]: KL of the prediction after each token, and where that token is no stop token."""
     prompts, samples = np.unique(scored.prompt, return_counts=True)

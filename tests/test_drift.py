@@ -1,5 +1,7 @@
 """Drift: KLs against torch, curves against float64 loops, the LMOps script's own arithmetic."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,17 +10,20 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
+from dcod_jax import config as configs
+from dcod_jax import drift as verb
 from dcod_jax import drift_curves
 from dcod_jax.drift_curves import drift_curves as curves_of
 from dcod_jax.drift_curves import lmops_errors, position_means
 from dcod_jax.drift_scores import Model, draw_samples, excess_difference, measure
+from dcod_jax.export import MARKER
 from dcod_jax.mesh import make_mesh, tree_shardings
 from dcod_jax.models import hf, transformer
 from dcod_jax.types import DcodError
 
 V, STOP, NEW = 49, 1, 10
 PROMPTS = ([5, 9, 12, 7], [8, 6], [20, 21, 22, 23, 24, 25, 26], [11, 30, 4], [40, 41])
-OPTIONS = {"max_new_tokens": NEW, "seed": 3, "eos_ids": (STOP, 2), "valid_vocab": V}
+OPTIONS = {"max_new_tokens": NEW, "seed": 3, "eos_ids": (STOP,), "valid_vocab": V}
 OPTIONS |= {"samples": 3, "batch_size": 8}
 
 
@@ -73,7 +78,7 @@ def test_kl_and_logprobs_equal_torch_token_by_token(measured, torch_models):
         for row, prompt in enumerate(scored.prompt):
             n, ids = scored.length[row], list(PROMPTS[prompt])
             tokens = scored.tokens[row, :n].tolist()
-            assert scored.finished[row] == (tokens[-1] in (STOP, 2))
+            assert scored.finished[row] == (tokens[-1] == STOP)
             found = torch_logprobs(torch_models, [ids + tokens])
             p, q = (found[name][0, len(ids) - 1 :] for name in ("teacher", "student"))
             kl = (p.exp() * (p - q)).sum(-1).numpy()
@@ -100,7 +105,7 @@ def script(models, sequences):
     for kind, rows in sequences.items():
         masks, errors = [], []
         for prompt, tokens in rows:
-            words = [t for t in tokens if t not in (STOP, 2)]
+            words = [t for t in tokens if t != STOP]
             left = [STOP] * (width - len(prompt)) + list(prompt)
             full = left + words + [STOP] * (NEW - len(words))
             seen = torch.tensor([full]) != STOP
@@ -316,3 +321,95 @@ def test_parts_and_devices_change_nothing(pair, measured, devices):
 def test_a_students_difference_to_itself_is_nothing(measured):
     found = excess_difference(measured, measured, resamples=20)
     assert np.nanmax(np.abs(found.value)) == 0
+
+
+# ---------------------------------------------------------------- the verb
+
+
+@pytest.fixture
+def config(pair, tmp_path):
+    config = configs.load_recipe(configs.BASE)
+    config.run_dir = str(tmp_path / "run")
+    config.teacher.path = str(pair[2] / "teacher")
+    config.teacher.dtype = "float32"
+    config.student.path = str(pair[2] / "student")
+    config.student.compute_dtype = "float32"
+    problems = [{"prompt": f"{a}+{a}?"} for a in range(9)]
+    config.evaluate.problems = str(tiny.write_jsonl(tmp_path / "p.jsonl", problems))
+    config.drift.limit = 4
+    config.drift.samples = 8
+    config.drift.max_new_tokens = NEW
+    config.drift.batch_size = 8
+    config.score.batch_tokens = 256
+    config.drift.resamples = 50
+    config.drift.compat = True
+    config.mesh.data = 8
+    config.train.progress = False
+    return config
+
+
+def test_the_verb_resumes_and_ends_with_the_same_numbers(
+    config, pair, tmp_path, monkeypatch, capsys
+):
+    """Blocks are kept, a second student uses the teacher's sequences again, the table is told."""
+    monkeypatch.setattr(verb, "make_mesh", lambda *_, **__: one_device())
+    monkeypatch.setattr(verb, "LEAST", 2)
+    monkeypatch.setattr(verb, "BLOCK_BATCHES", 1)  # one prompt a block
+    export = tiny.write_model(tmp_path / "run" / "export", seed=5, initializer_range=0.35)
+    (export / MARKER).write_text("{}")
+    whole = verb.drift(config)
+    folder = tmp_path / "run" / "drift"
+    assert sorted(p.name for p in folder.iterdir()) == ["start.npz", "student.npz"]
+    start, student = (np.load(folder / f"{name}.npz") for name in ("start", "student"))
+    np.testing.assert_array_equal(start["teacher.tokens"], student["teacher.tokens"])
+    assert start["teacher.prompt"].tolist() == [i for i in range(4) for _ in range(8)]
+    assert (student["student.tokens"] != start["student.tokens"]).any()
+    shown = capsys.readouterr().out
+    for row in ("start", "student", "ExAccErr", "LMOps", "minus student"):
+        assert row in shown
+    # Interrupted in the third block, then started again.
+    for file in folder.iterdir():
+        file.unlink()
+    measured, calls = verb.measure, []
+
+    def interrupted(*args, **options):
+        calls.append(options["first_prompt"])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measured(*args, **options)
+
+    monkeypatch.setattr(verb, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        verb.drift(config)
+    assert len(list(folder.iterdir())) == 2
+    assert verb.drift(config) == whole
+    assert calls == [0, 1, 2, 2, 3, 0, 1, 2, 3]
+    assert "start: going on behind 2 of 4 blocks" in capsys.readouterr().out
+    assert verb.drift(config) == whole
+    assert calls[9:] == []  # everything was there
+    assert json.loads((tmp_path / "run" / "drift.json").read_text()) == whole
+    config.seed = 1
+    assert verb.drift(config)["models"] != whole["models"]
+    assert "measured anew" in capsys.readouterr().out
+
+
+def test_what_drift_json_holds(measured):
+    config = configs.load_recipe(configs.BASE)
+    config.drift.resamples = 30
+    found = verb.summary(config, {"sft": measured}, prompts=5, teacher="t")["models"]["sft"]
+    curves = measured.curves(resamples=30)
+    assert found["excess"]["value"] == pytest.approx(curves.excess.value.tolist())
+    assert found["reach"] == curves.reach(10)
+    assert "lmops" not in found
+    assert "difference" not in found
+
+
+def test_what_cannot_be_measured_is_said(config, tmp_path):
+    config.student.tokenizer = str(
+        tiny.write_tokenizer(tmp_path / "other", alphabet="0123456789+?")
+    )
+    with pytest.raises(DcodError, match="another tokenizer"):
+        verb.drift(config)
+    config.evaluate.problems = ""
+    with pytest.raises(DcodError, match=r"drift\.prompts and evaluate\.problems are empty"):
+        verb.drift(config)
