@@ -144,6 +144,14 @@ def get_config() -> Any:
     c.drift.resamples = 2000  # bootstrap resamples behind an interval
     c.drift.compat = False  # also the numbers as the LMOps script computes them
 
+    c.report = ConfigDict()
+    c.report.at_end = False  # train writes the HTML report when it is done
+    c.report.path = ""  # HTML file; empty: run_dir/report.html
+    c.report.runs = ()  # directories of other runs to show beside this config's
+    c.report.traces = 12  # held-out traces shown token by token; 0: none, and no weight histogram
+    c.report.histogram_traces = 256  # held-out traces behind the weight histogram
+    c.report.points = 500  # points of a curve; a longer one keeps its extremes
+
     c.export = ConfigDict()
     c.export.path = ""  # HF directory to write; empty: run_dir/export
     c.export.dtype = "bfloat16"  # of the written weights

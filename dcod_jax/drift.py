@@ -309,6 +309,7 @@ def summary(
         "samples": config.drift.samples,
         "max_new_tokens": config.drift.max_new_tokens,
         "resamples": config.drift.resamples,
+        "least": LEAST,
         "models": models,
     }
 
