@@ -329,7 +329,7 @@ def table(result: dict[str, Any]) -> Table:
     baseline = result["baseline"]
     out = Table(title=f"Excess accumulated error (ExAccErr) on {count} sequences of each model")
     out.add_column("student")
-    headings = ["tokens", "alive", "R (nats)", "E (nats)", "ExAccErr", "95 % interval"]
+    headings = ["tokens", "own alive", "R (nats)", "E (nats)", "ExAccErr", "95 % interval"]
     if len(result["models"]) > 1:
         headings.append(f"minus {baseline} (95 %)")
     for heading in headings:

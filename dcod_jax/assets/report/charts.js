@@ -130,7 +130,7 @@ function chart(settings) {
   const note = el("p", { class: "note" });
   box.append(note);
   const draw = () => drawChart(holder, note, series, settings);
-  new ResizeObserver(draw).observe(holder);
+  new ResizeObserver(() => requestAnimationFrame(draw)).observe(holder);
   return box;
 }
 
@@ -173,7 +173,7 @@ function scales(series, settings, width, height) {
     extent = range([...ys, ...bands], settings);
     const { low, high } = extent;
     y = (value) => top + inner * (1 - (Math.min(value, high) - low) / (high - low));
-    yTicks = ticks(low, high, Math.max(3, Math.round(inner / 42)));
+    yTicks = ticks(low, high, Math.max(3, Math.round(inner / 32)));
   }
   const places = settings.xTicks || ticks(x0, x1, Math.max(2, Math.round((width - left - right) / 75)));
   const xTicks = settings.xInteger ? places.filter(Number.isInteger) : places;

@@ -6,6 +6,7 @@ const dashOf = (i) => ["", "7 4", "2 3"][Math.floor(i / COLORS) % 3];
 // The colour of a run is also that of the model of its name in tables and drift curves.
 function modelColor(name, place) {
   if (name === "start") return "var(--start)";
+  if (name === "teacher") return "var(--ink)";
   const run = DATA.runs.findIndex((one) => one.name === name);
   return runColor(run >= 0 ? run : place);
 }
@@ -21,11 +22,11 @@ function section(title, about, ...nodes) {
 
 function grid(...charts) {
   const present = charts.flat().filter(Boolean);
-  return present.length ? el("div", { class: "grid" }, ...present) : null;
+  return present.length ? el("div", { class: present.length === 4 ? "grid four" : "grid" }, ...present) : null;
 }
 
-function table(heads, rows) {
-  const head = el("tr", {}, ...heads.map((text) => el("th", { text, scope: "col" })));
+function table(heads, rows, kind = "") {
+  const head = el("tr", {}, ...heads.map((text) => el("th", { text, scope: "col", class: kind })));
   const body = rows.map((row) =>
     el("tr", {}, ...row.map((cell) => (cell instanceof Node ? cell : el("td", { text: cell ?? ABSENT })))));
   return el("div", { class: "scroll" }, el("table", {}, el("thead", {}, head), el("tbody", {}, ...body)));
@@ -53,9 +54,14 @@ const last = (run, key) => {
 
 const first = (run, key) => (pointsOf(run, key)[0] || [])[1];
 
+// Uniform weights are all 1: beside runs that weigh they only stretch the axis.
+const weighing = DATA.runs.filter((run) => run.config["loss.weights.name"] !== "uniform");
+const inWeights = (run) => !weighing.length || weighing.includes(run);
+
 function metric(key, title, options = {}) {
   const series = DATA.runs.map((run, i) => ({
-    name: run.name, color: runColor(i), dash: dashOf(i), points: pointsOf(run, key),
+    name: run.name, color: runColor(i), dash: dashOf(i),
+    points: options.weights && !inWeights(run) ? [] : pointsOf(run, key),
     band: options.band ? bandOf(run, ...options.band) : undefined,
   }));
   drawn.add(key);
@@ -72,7 +78,7 @@ function bandOf(run, lowKey, highKey) {
 function pairOf(keys, title, options = {}) {
   const series = DATA.runs.flatMap((run, i) => keys.map(([key, label], j) => ({
     name: DATA.runs.length > 1 ? `${run.name}: ${label}` : label, color: runColor(i),
-    dash: j ? "5 4" : "", thin: j > 0, points: pointsOf(run, key),
+    dash: j ? "5 4" : "", thin: j > 0, points: options.weights && !inWeights(run) ? [] : pointsOf(run, key),
   })));
   keys.forEach(([key]) => drawn.add(key));
   return chart({ title, series, legend: true, xLabel: "step", xInteger: true, ...options });
@@ -102,8 +108,17 @@ const ACCURACY = {
   no_answer: ["no answer", percent], truncated: ["cut off", percent], tokens: ["tokens", format],
 };
 
+// Teacher, start, then the runs as they are listed, then whatever else there is.
+function ordered(models) {
+  const rank = (name) => {
+    const run = DATA.runs.findIndex((one) => one.name === name);
+    return name === "teacher" ? -2 : name === "start" ? -1 : run >= 0 ? run : DATA.runs.length;
+  };
+  return Object.entries(models).sort(([a], [b]) => rank(a) - rank(b));
+}
+
 function accuracy(result) {
-  const models = Object.entries(result.models);
+  const models = ordered(result.models);
   const keys = Object.keys(ACCURACY).filter((key) => models.some(([, row]) => known(row[key])));
   const heads = ["model"];
   for (const key of keys) {
@@ -139,7 +154,7 @@ function intervalCells(name, row, place) {
 // ---------------------------------------------------------------- weights
 
 function positionChart() {
-  const series = DATA.runs.flatMap((run, i) => run.positions.map((at, j) => ({
+  const series = DATA.runs.flatMap((run, i) => (inWeights(run) ? run.positions : []).map((at, j) => ({
     name: `${run.name}, step ${at.step}`, color: runColor(i), thin: j < run.positions.length - 1,
     dash: j === run.positions.length - 1 ? "" : j ? "5 4" : "2 3", dots: true,
     points: at.first.map((start, k) => [BUCKETS.indexOf(start), at.values[k]]),
@@ -156,16 +171,16 @@ const BUCKETS = [...new Set(DATA.runs.flatMap((run) => run.positions.flatMap((at
 function histogramChart() {
   const series = DATA.runs.flatMap((run, i) => {
     const found = run.histogram;
-    if (!found) return [];
+    if (!found || !inWeights(run)) return [];
     const points = found.counts.map((count, k) => [found.edges[k], count ? count / found.tokens : null]);
     const end = found.edges[found.edges.length - 1];
     points.push([end, points[points.length - 1][1]]);
     return [{ name: `${run.name}: mean ${format(found.mean)}, ESS ${format(found.ess)}`, color: runColor(i), step: true, points }];
   });
-  const tokens = DATA.runs.map((run) => run.histogram).filter(Boolean).map((h) => `${format(h.tokens)} tokens of ${h.traces} traces`);
+  const tokens = DATA.runs.filter(inWeights).map((run) => run.histogram).filter(Boolean).map((h) => `${format(h.tokens)} tokens of ${h.traces} traces`);
   return chart({
     title: "Weight distribution", series, legend: true, logY: true, xLabel: "weight before the batch normalisation",
-    xName: "bin from", yText: (y) => percent(y, y >= 0.0999 ? 0 : y >= 0.00999 ? 1 : 2),
+    xName: "bin from", yText: (y) => `${Number((100 * y).toPrecision(3))} %`,
     note: `share of tokens in a bin, log scale; a gap is an empty bin; ${[...new Set(tokens)].join("; ")}`,
   });
 }
@@ -173,7 +188,7 @@ function histogramChart() {
 // ---------------------------------------------------------------- drift
 
 function driftCurve(models, pick, more = {}) {
-  return Object.entries(models).map(([name, row], place) => {
+  return ordered(models).map(([name, row], place) => {
     const count = row.lengths.filter((n) => n <= row.reach).length;
     const curve = pick(row);
     const at = (values) => row.lengths.slice(0, count).map((n, k) => [n, values[k]]);
@@ -210,7 +225,7 @@ function drift(result) {
       }),
       chart({
         title: "Sequences alive", ...options, zero: true,
-        series: Object.entries(models).flatMap(([name, row], place) => [
+        series: ordered(models).flatMap(([name, row], place) => [
           { name: `${name}: own`, color: modelColor(name, place), points: row.lengths.map((n, k) => [n, row.student_alive[k]]) },
           { name: `${name}: teacher's`, color: modelColor(name, place), dash: "5 4", thin: true, points: row.lengths.map((n, k) => [n, row.teacher_alive[k]]) },
         ]),
@@ -222,7 +237,7 @@ function drift(result) {
 function driftTable(result) {
   const reach = Math.min(...Object.values(result.models).map((row) => row.reach));
   const span = (curve, k) => (known(curve.low[k]) ? `${curve.low[k].toFixed(1)} to ${curve.high[k].toFixed(1)} %` : ABSENT);
-  const rows = Object.entries(result.models).map(([name, row], place) => {
+  const rows = ordered(result.models).map(([name, row], place) => {
     const k = row.lengths.filter((n) => n <= reach).length - 1;
     const at = (curve) => (k < 0 ? null : curve.value[k]);
     const change = row.difference && known(at(row.difference)) ? `${at(row.difference).toFixed(1)} % (${span(row.difference, k)})` : ABSENT;
@@ -242,9 +257,9 @@ function settings() {
   const row = (key) => [key, ...DATA.runs.map((run) => el("td", { class: "wide", text: text(run.config[key]) }))];
   const heads = ["key", ...DATA.runs.map((run) => run.name)];
   const differ = keys.filter((key) => new Set(DATA.runs.map((run) => text(run.config[key]))).size > 1);
-  const all = el("details", {}, el("summary", { text: `all ${keys.length} settings` }), table(heads, keys.map(row)));
+  const all = el("details", {}, el("summary", { text: `all ${keys.length} settings` }), table(heads, keys.map(row), "wide"));
   if (DATA.runs.length < 2) return [all];
-  return [el("p", { class: "dim", text: "Where the runs differ:" }), table(heads, differ.map(row)), all];
+  return [el("p", { class: "dim", text: "Where the runs differ:" }), table(heads, differ.map(row), "wide"), all];
 }
 
 function prefixed(prefix) {
@@ -262,16 +277,16 @@ function main() {
   section("Runs", "", runsTable(), ...DATA.notes.map((text) => el("p", { class: "dim", text })));
   section("Accuracy", "", ...DATA.evaluations.flatMap(accuracy));
   section("Loss", "", grid(
-    metric("loss", "Training loss (weighted)"), metric("nll", "Training nll per token"), metric("eval/nll", "Held-out nll per token", { }),
+    metric("loss", "Training loss (weighted)"), metric("nll", "Training nll per token"), metric("eval/nll", "Held-out nll per token"),
     metric("eval/loss", "Held-out loss (weighted)"), metric("divergence", "Divergence from the teacher"),
     metric("grad_norm", "Gradient norm", { robust: true }), metric("learning_rate", "Learning rate", { zero: true })));
-  section("Weights", "Weights are those of the train step before the batch normalisation. The effective sample size is 1 where all weights are equal.", grid(
-    metric("weights/mean", "Mean weight, band from 5 % to 95 % of the tokens", { band: ["weights/q05", "weights/q95"] }),
-    metric("weights/ess", "Effective sample size, share of the tokens"), histogramChart(), positionChart(),
+  section("Weights", "Weights are those of the train step before the batch normalisation. The effective sample size is 1 where all weights are equal." + (weighing.length && weighing.length < DATA.runs.length ? " Runs with uniform weights, all 1, are left out." : ""), grid(
+    metric("weights/mean", "Mean weight, band from 5 % to 95 % of the tokens", { band: ["weights/q05", "weights/q95"], weights: true }),
+    metric("weights/ess", "Effective sample size, share of the tokens", { weights: true }), histogramChart(), positionChart(),
     pairOf([["weights/confident_mass", "share of the weight"], ["weights/confident_tokens", "share of the tokens"]], "On tokens with q > 0.9"),
     metric("weights/log_ratio", "Mean log q − log p of the trace tokens"),
-    pairOf([["weights/saturated_low", "below 0.01"], ["weights/saturated_high", "above 0.99"]], "Saturated weights, share of the tokens"),
-    prefixed("weights/").map((key) => metric(key, key))));
+    pairOf([["weights/saturated_low", "below 0.01"], ["weights/saturated_high", "above 0.99"]], "Saturated weights, share of the tokens", { weights: true }),
+    prefixed("weights/").map((key) => metric(key, key, { weights: true }))));
   section("Drift", "ExAccErr(l) = 100 (R(l) − E(l)) / E(l): how much more error the student gathers on text of its own than on the teacher's.", ...DATA.drifts.flatMap(drift));
   section("Traces", "", traces());
   section("Time", "", grid(prefixed("time/").map((key) => metric(key, key, { robust: true, zero: true }))));
