@@ -1,6 +1,7 @@
 """Drift: KLs against torch, curves against float64 loops, the LMOps script's own arithmetic."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,14 @@ from transformers import AutoModelForCausalLM
 
 from dcod_jax import config as configs
 from dcod_jax import drift as verb
-from dcod_jax import drift_curves
+from dcod_jax import drift_curves, drift_scores
 from dcod_jax.drift_curves import drift_curves as curves_of
 from dcod_jax.drift_curves import lmops_errors, position_means
 from dcod_jax.drift_scores import Model, draw_samples, excess_difference, measure
 from dcod_jax.export import MARKER
 from dcod_jax.mesh import make_mesh, tree_shardings
 from dcod_jax.models import hf, transformer
+from dcod_jax.scoring import PlannedBatch
 from dcod_jax.types import DcodError
 
 V, STOP, NEW = 49, 1, 10
@@ -316,6 +318,23 @@ def test_parts_and_devices_change_nothing(pair, measured, devices):
         np.testing.assert_array_equal(found.prompt, whole.prompt[9:])
         np.testing.assert_array_equal(found.tokens, whole.tokens[9:])
         np.testing.assert_allclose(found.kl, whole.kl[9:], atol=2e-5)
+
+
+def test_no_logits_of_a_whole_batch_exist(pair, measured):
+    """The traced program has logits of head_chunk tokens and no larger ones."""
+    teacher, student, _ = pair
+    prompts = [PROMPTS[i] for i in measured.student.prompt[:8]]
+    planned = PlannedBatch(tuple(range(8)), rows=8, length=32)
+    batch = drift_scores._batch(prompts, drift_scores.to_samples(measured.student), planned)
+    options = {"valid_vocab": V, "mesh": one_device()}
+
+    def widths(head_chunk):
+        forward = drift_scores._forward(teacher, student, head_chunk=head_chunk, **options)
+        text = drift_scores._score.lower(forward, student.params, teacher.params, batch).as_text()
+        return {int(n) for n in re.findall(r"x8x(\d+)x52xf32", text)}
+
+    assert widths(16) == {2}  # 8 rows of 2 tokens, of both models
+    assert widths(256) == {32}
 
 
 def test_a_students_difference_to_itself_is_nothing(measured):
