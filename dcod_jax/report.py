@@ -32,7 +32,7 @@ from dcod_jax.report_traces import histogram, see, shown
 from dcod_jax.types import DcodError
 
 ASSETS = Path(__file__).resolve().parent / "assets" / "report"
-SCRIPTS = ("charts.js", "page.js", "traces.js")
+SCRIPTS = ("charts.js", "page.js", "evidence.js", "traces.js", "main.js")
 
 
 def report(config: Any) -> Path | None:
@@ -75,7 +75,7 @@ def collect(runs: Sequence[Run], *, settings: Any) -> dict[str, Any]:
             if record["seen"] and record["histogram"] is None:
                 notes.append(f"{run.name}: no weights: {record['missing']}")
     return {
-        "title": " and ".join(dict.fromkeys(run.root.name or str(run.root) for run in runs)),
+        "title": " and ".join(dict.fromkeys(run.root.name for run in runs)),
         "about": f"dcod_jax {__version__}: " + ", ".join(str(run.path) for run in runs),
         "runs": records,
         "evaluations": evaluations(runs),

@@ -32,8 +32,14 @@ class Run:
     @property
     def root(self) -> Path:
         """Where its evaluation and drift are: its own directory, or that of `compare` above."""
-        inside = any((self.path / name).exists() for name in ("evaluation", "drift.json"))
-        return self.path if inside else self.path.parent
+        homes = (self.path, self.path.parent)
+        having = (
+            home
+            for home in homes
+            for name in ("evaluation", "drift.json")
+            if (home / name).exists()
+        )
+        return next(having, self.path)
 
 
 def find_runs(directories: Sequence[Path]) -> list[Run]:
@@ -141,12 +147,17 @@ def thin(found: Sequence[tuple[int, float]], points: int) -> list[tuple[int, flo
 
 
 def evaluations(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Every results.json that belongs to the runs: {"source", "baseline", "models"}."""
+    """Every results.json that belongs to the runs: {"source", "set", "baseline", "models"}.
+
+    set is the name of the folder of a problem set, "" for the evaluation's own.
+    """
     found = []
     for root in dict.fromkeys(run.root for run in runs):
-        path = root / "evaluation" / "results.json"
-        if path.is_file():
-            found.append({"source": str(path), **_read_json(path)})
+        folder = root / "evaluation"
+        for path in (folder / "results.json", *sorted(folder.glob("*/results.json"))):
+            if path.is_file():
+                name = "" if path.parent == folder else path.parent.name
+                found.append({"source": str(path), "set": name, **_read_json(path)})
     return found
 
 

@@ -20,7 +20,6 @@ from dcod_jax import config as configs
 from dcod_jax import report, report_data, report_traces, stages
 from dcod_jax.data.manifest import MANIFEST
 from dcod_jax.data.records import TraceDataset
-from dcod_jax.evals import Generation, summarize
 from dcod_jax.export import MARKER
 from dcod_jax.losses import weights
 from dcod_jax.mesh import make_mesh
@@ -96,11 +95,22 @@ def lines():
 
 
 def write_accuracy(root):
-    (root / "evaluation").mkdir()
-    rows = [Generation(str(i), "1", "1", "1", i % 2 == 0, True, 5) for i in range(8)]
-    results = {name: summarize(rows, seconds=1.0) for name in ("start", "sft", "discord")}
-    summary = stages.summary(results, baseline="sft")
-    (root / "evaluation" / "results.json").write_text(json.dumps(summary))
+    """The results of two problem sets, one with details."""
+    row = {"problems": 8, "correct": 4, "accuracy": 0.5, "low": 0.2, "high": 0.8}
+    change = {"difference": 0.1, "difference_low": -0.1, "difference_high": 0.3}
+    models = {"start": row | change, "sft": row, "discord": row | change}
+    (root / "evaluation" / "gsm8k").mkdir(parents=True)
+    result = {"baseline": "sft", "models": models}
+    (root / "evaluation" / "results.json").write_text(json.dumps(result))
+    details = {
+        "pass_at_k": {"1": [0.5, 0.4, 0.6], "2": [0.7, 0.6, 0.8]},
+        "maj_at_k": {"1": [0.5, 0.4, 0.6], "2": [0.55, 0.5, 0.6]},
+        "by_difficulty": [
+            {"difficulty": "Level 1", "problems": 8, "accuracy": 0.5, "low": 0.2, "high": 0.8}
+        ],
+    }
+    models["sft"] = row | {"details": details}
+    (root / "evaluation" / "gsm8k" / "results.json").write_text(json.dumps(result))
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +188,10 @@ def test_long_curves_keep_ends_and_extremes_exactly():
 
 
 def test_accuracy_is_the_evaluations(page, place):
-    [found] = data_of(page)["evaluations"]
-    written = json.loads((Path(place.run_dir) / "evaluation" / "results.json").read_text())
-    assert {key: found[key] for key in written} == written
+    for found, name in zip(data_of(page)["evaluations"], ("", "gsm8k"), strict=True):
+        path = Path(place.run_dir) / "evaluation" / name / "results.json"
+        written = json.loads(path.read_text())
+        assert found == {"source": str(path), "set": name, **written}
 
 
 def test_drift_is_the_drift_file_at_fewer_lengths(tmp_path):
@@ -352,7 +363,6 @@ def test_train_writes_the_page_at_the_end_when_asked(place, monkeypatch):
     written = []
     monkeypatch.setattr(stages, "report", written.append)
     monkeypatch.setattr(stages, "export", lambda variant: Path(variant.run_dir))
-    monkeypatch.setattr(stages, "compare", lambda *_: None)
     runs = list(configs.variants(place))
     stages.finish(place, runs)
     assert written == []
@@ -378,3 +388,5 @@ def test_a_browser_draws_it_and_runs_nothing_else(page, tmp_path):
     for heading in ("Runs", "Accuracy", "Loss", "Weights", "Traces", "Time", "Settings"):
         assert f"<h2>{heading}</h2>" in drawn
     assert "<h2>Drift</h2>" not in drawn  # there is no drift.json
+    assert "70.0 % (60.0 % to 80.0 %)" in drawn
+    assert "Level 1" in drawn

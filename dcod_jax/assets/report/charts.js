@@ -33,7 +33,8 @@ function format(x) {
   const size = Math.abs(x);
   if (size === 0) return "0";
   if (size >= 1e6 || size < 1e-3) return x.toExponential(2).replace("e+", "e");
-  if (size >= 1000) return x.toLocaleString("en-US", { maximumFractionDigits: size >= 1e4 ? 0 : 1 });
+  if (size >= 1000)
+    return x.toLocaleString("en-US", { maximumFractionDigits: size >= 1e4 ? 0 : 1 });
   return String(Number(x.toPrecision(4)));
 }
 
@@ -58,7 +59,8 @@ function ticks(low, high, count) {
 
 function logTicks(low, high) {
   const found = [];
-  for (let e = Math.ceil(Math.log10(low) - 1e-9); e <= Math.log10(high) + 1e-9; e++) found.push(10 ** e);
+  for (let e = Math.ceil(Math.log10(low) - 1e-9); e <= Math.log10(high) + 1e-9; e++)
+    found.push(10 ** e);
   return found;
 }
 
@@ -79,8 +81,10 @@ function showTip(text, event) {
   tip.textContent = text;
   tip.hidden = false;
   const { width, height } = tip.getBoundingClientRect();
-  const left = event.clientX + 14 + width > innerWidth ? event.clientX - 14 - width : event.clientX + 14;
-  const top = event.clientY + 14 + height > innerHeight ? event.clientY - 14 - height : event.clientY + 14;
+  const left =
+    event.clientX + 14 + width > innerWidth ? event.clientX - 14 - width : event.clientX + 14;
+  const top =
+    event.clientY + 14 + height > innerHeight ? event.clientY - 14 - height : event.clientY + 14;
   tip.style.left = `${Math.max(left, 4)}px`;
   tip.style.top = `${Math.max(top, 4)}px`;
 }
@@ -155,7 +159,10 @@ function scales(series, settings, width, height) {
   const xs = series.flatMap((one) => one.points.map(([x]) => x));
   const ys = series.flatMap((one) => one.points.map(([, y]) => y));
   const bands = series.flatMap((one) => (one.band || []).flatMap(([, low, high]) => [low, high]));
-  const left = 52, right = 14, top = 8, bottom = settings.xLabel ? 36 : 22;
+  const left = 52,
+    right = 14,
+    top = 8,
+    bottom = settings.xLabel ? 36 : 22;
   let [x0, x1] = [Math.min(...xs), Math.max(...xs)];
   if (x0 === x1) [x0, x1] = [x0 - 0.5, x1 + 0.5];
   const x = (value) => left + ((value - x0) / (x1 - x0)) * (width - left - right);
@@ -175,9 +182,17 @@ function scales(series, settings, width, height) {
     y = (value) => top + inner * (1 - (Math.min(value, high) - low) / (high - low));
     yTicks = ticks(low, high, Math.max(3, Math.round(inner / 32)));
   }
-  const places = settings.xTicks || ticks(x0, x1, Math.max(2, Math.round((width - left - right) / 75)));
+  const places =
+    settings.xTicks || ticks(x0, x1, Math.max(2, Math.round((width - left - right) / 75)));
   const xTicks = settings.xInteger ? places.filter(Number.isInteger) : places;
-  return { x, y, xTicks, yTicks, extent, frame: { left, right: width - right, top, bottom: height - bottom } };
+  return {
+    x,
+    y,
+    xTicks,
+    yTicks,
+    extent,
+    frame: { left, right: width - right, top, bottom: height - bottom },
+  };
 }
 
 function drawChart(holder, note, series, settings) {
@@ -186,13 +201,20 @@ function drawChart(holder, note, series, settings) {
   holder.drawn = width;
   const height = settings.height || 210;
   const scale = scales(series, settings, width, height);
-  const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": settings.title });
+  const picture = svg("svg", {
+    viewBox: `0 0 ${width} ${height}`,
+    height,
+    role: "img",
+    "aria-label": settings.title,
+  });
   drawAxes(picture, scale, settings, width, height);
   for (const one of series) if (one.band) drawBand(picture, one, scale);
   for (const one of series) drawLine(picture, one, scale);
   addHover(picture, series, scale, settings);
   holder.replaceChildren(picture);
-  const cut = scale.extent.above ? `${scale.extent.above} above the frame, up to ${format(scale.extent.largest)}` : "";
+  const cut = scale.extent.above
+    ? `${scale.extent.above} above the frame, up to ${format(scale.extent.largest)}`
+    : "";
   note.textContent = [settings.note, cut].filter(Boolean).join("; ");
 }
 
@@ -212,7 +234,9 @@ function drawAxes(picture, scale, settings, width, height) {
   }
   if (settings.xLabel) {
     const middle = (left + right) / 2;
-    picture.append(svg("text", { x: middle, y: height - 4, "text-anchor": "middle" }, settings.xLabel));
+    picture.append(
+      svg("text", { x: middle, y: height - 4, "text-anchor": "middle" }, settings.xLabel),
+    );
   }
 }
 
@@ -237,7 +261,9 @@ function drawLine(picture, one, scale) {
     picture.append(svg("path", { d: path, color: one.color, ...stroke(one) }));
     if (run.length === 1 || one.dots) {
       for (const [x, y] of run) {
-        picture.append(svg("circle", { cx: scale.x(x), cy: scale.y(y), r: 3, fillColor: one.color }));
+        picture.append(
+          svg("circle", { cx: scale.x(x), cy: scale.y(y), r: 3, fillColor: one.color }),
+        );
       }
     }
   }
@@ -246,30 +272,53 @@ function drawLine(picture, one, scale) {
 function drawBand(picture, one, scale) {
   for (const run of runsOf(one.band, ([, low, high]) => known(low) && known(high))) {
     const upper = run.map(([x, , high]) => `${scale.x(x).toFixed(1)} ${scale.y(high).toFixed(1)}`);
-    const lower = run.map(([x, low]) => `${scale.x(x).toFixed(1)} ${scale.y(low).toFixed(1)}`).reverse();
-    picture.append(svg("path", { d: `M${upper.join("L")}L${lower.join("L")}Z`, fillColor: one.color, "fill-opacity": 0.18 }));
+    const lower = run
+      .map(([x, low]) => `${scale.x(x).toFixed(1)} ${scale.y(low).toFixed(1)}`)
+      .reverse();
+    picture.append(
+      svg("path", {
+        d: `M${upper.join("L")}L${lower.join("L")}Z`,
+        fillColor: one.color,
+        "fill-opacity": 0.18,
+      }),
+    );
   }
 }
 
 function addHover(picture, series, scale, settings) {
   const { left, right, top, bottom } = scale.frame;
   const cross = svg("line", { y1: top, y2: bottom, class: "cross", visibility: "hidden" });
-  const cover = svg("rect", { x: left, y: top, width: right - left, height: bottom - top, fill: "transparent" });
+  const cover = svg("rect", {
+    x: left,
+    y: top,
+    width: right - left,
+    height: bottom - top,
+    fill: "transparent",
+  });
   const nearest = (points, px) =>
-    points.reduce((best, point) => (Math.abs(scale.x(point[0]) - px) < Math.abs(scale.x(best[0]) - px) ? point : best));
+    points.reduce((best, point) =>
+      Math.abs(scale.x(point[0]) - px) < Math.abs(scale.x(best[0]) - px) ? point : best,
+    );
   cover.addEventListener("mousemove", (event) => {
     const px = event.clientX - picture.getBoundingClientRect().left;
-    const at = nearest(series.flatMap((one) => one.points), px)[0];
+    const at = nearest(
+      series.flatMap((one) => one.points),
+      px,
+    )[0];
     cross.setAttribute("x1", scale.x(at));
     cross.setAttribute("x2", scale.x(at));
     cross.setAttribute("visibility", "visible");
-    const lines = [`${settings.xName || "step"} ${settings.xText ? settings.xText(at) : format(at)}`];
+    const lines = [
+      `${settings.xName || "step"} ${settings.xText ? settings.xText(at) : format(at)}`,
+    ];
     for (const one of series) {
       const point = one.points.find(([x]) => x === at);
       if (!point) continue;
       const band = (one.band || []).find(([x]) => x === at);
       const span = band && known(band[1]) ? ` (${format(band[1])} to ${format(band[2])})` : "";
-      lines.push(`${one.name}: ${settings.yText ? settings.yText(point[1], true) : format(point[1])}${span}`);
+      lines.push(
+        `${one.name}: ${settings.yText ? settings.yText(point[1], true) : format(point[1])}${span}`,
+      );
     }
     showTip(lines.join("\n"), event);
   });

@@ -2,15 +2,25 @@
 
 const SHADES = {
   weight: {
-    label: "weight / mean weight", low: "0", middle: "1", high: "2 and more",
-    value: (numbers, k, mean) => (numbers.weights && mean > 0 ? numbers.weights[k] / mean - 1 : null),
+    label: "weight / mean weight",
+    low: "0",
+    middle: "1",
+    high: "2 and more",
+    value: (numbers, k, mean) =>
+      numbers.weights && mean > 0 ? numbers.weights[k] / mean - 1 : null,
   },
   ratio: {
-    label: "log q − log p", low: "−3", middle: "0", high: "+3",
+    label: "log q − log p",
+    low: "−3",
+    middle: "0",
+    high: "+3",
     value: (numbers, k) => (numbers.teacher ? (numbers.student[k] - numbers.teacher[k]) / 3 : null),
   },
   student: {
-    label: "student's log q", low: "−3 and less", middle: "0", high: "",
+    label: "student's log q",
+    low: "−3 and less",
+    middle: "0",
+    high: "",
     value: (numbers, k) => numbers.student[k] / 3,
   },
 };
@@ -19,9 +29,12 @@ function traces() {
   if (!DATA.traces.length) return null;
   const box = el("div");
   const pick = el("select", { "aria-label": "trace" });
-  DATA.traces.forEach((trace, i) => pick.append(el("option", { value: i, text: `${trace.split} ${i + 1}: ${trace.id}` })));
+  DATA.traces.forEach((trace, i) =>
+    pick.append(el("option", { value: i, text: `${trace.split} ${i + 1}: ${trace.id}` })),
+  );
   const shade = el("select", { "aria-label": "colour by" });
-  for (const [key, one] of Object.entries(SHADES)) shade.append(el("option", { value: key, text: `colour by ${one.label}` }));
+  for (const [key, one] of Object.entries(SHADES))
+    shade.append(el("option", { value: key, text: `colour by ${one.label}` }));
   const before = el("button", { type: "button", text: "◀ previous" });
   const after = el("button", { type: "button", text: "next ▶" });
   const scale = el("span", { class: "scale" });
@@ -29,7 +42,11 @@ function traces() {
   const draw = () => {
     const kind = SHADES[shade.value];
     scale.replaceChildren(kind.low, el("i"), kind.high);
-    view.replaceChildren(...DATA.traces[Number(pick.value)].runs.map((seen) => traceOf(DATA.traces[Number(pick.value)], seen, kind)));
+    view.replaceChildren(
+      ...DATA.traces[Number(pick.value)].runs.map((seen) =>
+        traceOf(DATA.traces[Number(pick.value)], seen, kind),
+      ),
+    );
   };
   const move = (by) => {
     pick.value = String((Number(pick.value) + by + DATA.traces.length) % DATA.traces.length);
@@ -97,5 +114,3 @@ function wordsOn(trace, numbers, k, mean) {
     `log q − log p  ${known(q) && known(p) ? format(q - p) : ABSENT}`,
   ].join("\n");
 }
-
-main();
