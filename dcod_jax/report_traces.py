@@ -28,6 +28,7 @@ from dcod_jax.scoring import ScoreSettings, load_any_tokenizer, score_traces
 from dcod_jax.types import DcodError, Params, Trace
 
 BINS = 40
+_weigh = jax.jit(weights.weigh, static_argnums=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,7 @@ def token_weights(
         mask[row, : len(one)] = True
     segments = mask.astype(np.int32)
     log_q, log_p, mask, segments = (jnp.asarray(x) for x in (log_q, log_p, mask, segments))
-    found = np.asarray(weights.weigh(cfg, log_q, log_p, mask, segments, step, tempering))
+    found = np.asarray(_weigh(cfg, log_q, log_p, mask, segments, step, tempering))
     return [found[row, : len(one)] for row, one in enumerate(student)]
 
 

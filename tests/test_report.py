@@ -50,7 +50,7 @@ def place(tmp_path_factory):
         if name.endswith("export"):
             (model / MARKER).write_text("{}")
     records = tiny.sums(24)
-    records[0] = {"id": "hostile <b>", "prompt": "1+2?", "completion": HOSTILE, "answer": "3"}
+    records[0] = {"id": HOSTILE, "prompt": "1+2?", "completion": HOSTILE, "answer": "3"}
     config = configs.load_recipe(configs.BASE)
     config.run_dir = str(place / "run")
     config.data.traces = str(tiny.write_jsonl(place / "traces.jsonl", records))
@@ -222,14 +222,19 @@ def test_trace_weights_are_the_train_steps(page, place):
     dataset = TraceDataset(Path(place.run_dir) / "dataset" / "train")
     assert [t["id"] for t in found["traces"]] == [t.id for t in dataset.read(range(5))]
     config, params = hf.load_model(Path(place.run_dir) / "discord" / "export", dtype=jnp.float32)
-    for shown, trace in zip(found["traces"], dataset.read(range(5)), strict=True):
+    tokens = np.zeros((5, 192), np.int32)
+    for row, trace in enumerate(dataset.read(range(5))):
+        tokens[row, : len(trace.token_ids)] = trace.token_ids
+    logprobs = jax.jit(
+        lambda: jax.nn.log_softmax(transformer.logits(config, params, jnp.asarray(tokens)))
+    )()
+    for row, trace in enumerate(dataset.read(range(5))):
+        shown = found["traces"][row]
         assert len(shown["texts"]) == len(trace.token_ids)
         assert shown["completion"] == np.flatnonzero(trace.completion_mask).tolist()
         np.testing.assert_allclose(shown["teacher"], trace.logprobs, rtol=1e-4)
-        logits = transformer.logits(config, params, jnp.asarray(trace.token_ids)[None])
-        logprobs = jax.nn.log_softmax(logits[0], axis=-1)
         places = np.array(shown["completion"])
-        q = np.asarray(logprobs)[places - 1, trace.token_ids[places]]
+        q = np.asarray(logprobs)[row, places - 1, trace.token_ids[places]]
         sft, discord = shown["runs"]
         assert (sft["run"], discord["run"]) == (0, 1)
         np.testing.assert_allclose(discord["student"], q, rtol=1e-3, atol=1e-4)
@@ -250,7 +255,7 @@ def test_token_weights_equal_packed_ones(place, scope):
     rows = [np.concatenate(x)[None] for x in (student, [t.logprobs for t in traces])]
     segments = np.concatenate([np.full(len(s), i + 1) for i, s in enumerate(student)])[None]
     mask = np.ones(segments.shape, bool)
-    packed = weights.weigh(cfg, *map(jnp.asarray, (*rows, mask, segments)), 0)
+    packed = report_traces._weigh(cfg, *map(jnp.asarray, (*rows, mask, segments)), 0)
     np.testing.assert_allclose(np.concatenate(found), packed[0], rtol=1e-5)
 
 
@@ -300,7 +305,7 @@ def test_weights_without_the_teachers_logprobs_are_absent(place, tmp_path):
     assert (dataset / "train" / MANIFEST).is_file()
     config.export.path = str(Path(place.run_dir) / "discord" / "export")
     run = report_data.Run("discord", tmp_path, config)
-    seen = report_traces.see(run, count=2)
+    seen = report_traces.see(run, count=24)
     assert seen.weights is None
     assert "no teacher log-probs" in seen.missing
     assert report_traces.histogram(seen) is None
@@ -335,8 +340,9 @@ def test_a_traces_text_is_never_markup(page):
     assert [tag for tag, _ in parsed.elements].count("script") == 2
     assert "evil.example" in parsed.texts["data"]
     assert "</script" not in parsed.texts["data"]
-    [hostile] = [t for t in data_of(page)["traces"] if t["id"] == "hostile <b>"]
+    [hostile] = [t for t in data_of(page)["traces"] if t["id"] == HOSTILE]
     assert HOSTILE in "".join(hostile["texts"])  # and %data% in it stayed what it is
+    assert HOSTILE not in page
 
 
 def test_embedding_round_trips():
