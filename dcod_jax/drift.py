@@ -52,8 +52,11 @@ def drift(config: Any) -> dict[str, Any]:
     tokenizer = load_tokenizer(config)
     prompts = _prompts(config, tokenizer)
     students = _students(config)
-    for name, path in [("teacher", teacher.path), *students.items()]:
-        _check_tokenizer(config, name, path, tokenizer)
+    _check_tokenizer("teacher", teacher.path, teacher.tokenizer, tokenizer)
+    for name, path in students.items():
+        if name != "start":  # which is asked with the tokenizer that it is trained with
+            own = load_any_tokenizer(path, chat_template=config.student.chat_template)
+            _check_tokenizer(name, path, own, tokenizer)
     folder = Path(config.run_dir) / "drift"
     folder.mkdir(parents=True, exist_ok=True)
     run = _Run(config, teacher, tokenizer, prompts, folder)
@@ -101,9 +104,8 @@ def _students(config: Any) -> dict[str, Path]:
     return found
 
 
-def _check_tokenizer(config: Any, name: str, path: Path, tokenizer: Any) -> None:
+def _check_tokenizer(name: str, path: Path, own: Any, tokenizer: Any) -> None:
     """Every model must mean the same by a token id; a template of its own does not matter."""
-    own = load_any_tokenizer(path, chat_template=config.student.chat_template)
     if chat.tokenizer_fingerprint(own) != chat.tokenizer_fingerprint(tokenizer):
         raise DcodError(
             f"{name} ({path}) has another tokenizer than the student; KL between distributions "
