@@ -32,6 +32,7 @@ from dcod_jax.models import hf
 from dcod_jax.paths import Path, as_path
 from dcod_jax.prepare import is_prepared, load_tokenizer, prepare
 from dcod_jax.progress import track
+from dcod_jax.report import report
 from dcod_jax.score import score
 from dcod_jax.scoring import load_any_tokenizer
 from dcod_jax.start import expected_teacher
@@ -131,6 +132,8 @@ def finish(config: Any, runs: Sequence[tuple[str, Any]]) -> None:
             print(f"held-out nll{f' {name}' if name else ''}: {change}")
     for name, path in exported.items():
         print(f"exported{f' {name}' if name else ''}: {path}")
+    if config.report.at_end:
+        report(config)
 
 
 def held_out_change(run_dir: Path) -> str:
