@@ -17,6 +17,8 @@ CHOICES = {
     "prepare.logprobs": ("ignore", "require"),
     "prepare.on_bad_record": ("error", "quarantine"),
     "optim.schedule": ("cosine", "linear", "constant"),
+    "hosts.cluster": ("auto", "none", "slurm", "ompi", "mpi4py", "k8s"),
+    "hosts.collectives": ("gloo", "mpi"),
 }
 
 POSITIVE = (
@@ -25,14 +27,16 @@ POSITIVE = (
     "optim.learning_rate optim.eps train.steps "
     "train.microbatches train.log_every train.keep generate.samples generate.max_new_tokens "
     "generate.batch_size evaluate.max_new_tokens evaluate.batch_size export.max_shard_gb "
-    "on_policy.max_new_tokens"
+    "on_policy.max_new_tokens hosts.connect_timeout hosts.heartbeat hosts.timeout "
+    "drift.samples drift.max_new_tokens drift.batch_size drift.resamples "
+    "report.points report.histogram_traces"
 ).split()
 
 NOT_NEGATIVE = (
     "seed prepare.workers score.top_k optim.warmup_steps "
     "optim.weight_decay optim.clip_norm optim.final_fraction train.eval_every train.eval_batches "
     "train.save_every generate.temperature evaluate.limit data.eval_fraction data.head_tokens "
-    "on_policy.temperature"
+    "on_policy.temperature drift.limit report.traces"
 ).split()
 
 
@@ -64,6 +68,28 @@ def _teacher_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
     return wrong
 
 
+def _hosts_errors(flat: dict[str, Any]) -> list[str]:
+    """hosts.* that cannot describe a run of several processes."""
+    address, count, own = (flat[f"hosts.{k}"] for k in ("coordinator", "processes", "process_id"))
+    if not address:
+        if count or own != -1:
+            return [
+                f"hosts.processes={count} and hosts.process_id={own} need hosts.coordinator="
+                "host:port of process 0; leave all three out where hosts.cluster knows them"
+            ]
+        return []
+    wrong = []
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        wrong.append(f"hosts.coordinator={address!r} must be host:port of process 0")
+    if not 0 <= own < count:
+        wrong.append(
+            f"hosts.process_id={own} must be one of 0 to {count - 1} (hosts.processes={count}), a "
+            "different one on each host"
+        )
+    return wrong
+
+
 def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
     """What is wrong in {dotted key: value} and its loss record; empty if all is well."""
     wrong: list[str] = []
@@ -78,10 +104,17 @@ def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
             wrong.append(f"{key}={flat[key]} must be in [0, 1)")
     wrong += [str(error) for error in distill.config_errors(loss)]
     wrong += _teacher_errors(flat, loss)
+    wrong += _hosts_errors(flat)
     if flat["data.max_length"] > flat["data.seq_len"]:
         wrong.append(
             f"data.max_length={flat['data.max_length']} must not exceed "
             f"data.seq_len={flat['data.seq_len']}: a trace has to fit into one packed row"
+        )
+    if flat["mesh.context"] > 1 and flat["data.seq_len"] % (2 * flat["mesh.context"]):
+        wrong.append(
+            f"data.seq_len={flat['data.seq_len']} must be a multiple of "
+            f"{2 * flat['mesh.context']} = 2 * mesh.context={flat['mesh.context']}: each device "
+            "holds an early and a late chunk of a row"
         )
     if flat["data.batch_size"] % flat["train.microbatches"]:
         wrong.append(

@@ -1,0 +1,54 @@
+"""What one process of a test's run does, one task after the other in one launch.
+
+    python host_tasks.py "score; fit a; fit b stop 3" --config recipe.py --config.hosts...
+
+`fit NAME` trains into run_dir/NAME, `stop STEP` sends this process SIGTERM before that step is
+read, `kill STEP` SIGKILL; both do so on process 1 alone.
+"""
+
+import os
+import signal
+import sys
+
+import jax
+
+from dcod_jax import config as configs
+from dcod_jax import evaluate, export, generate_traces, hosts, score, train
+
+SIGNALS = {"stop": signal.SIGTERM, "kill": signal.SIGKILL}
+
+
+def strike_at(step: int, number: int) -> None:
+    """Send this process a signal when it is about to read that step's batch."""
+    real = hosts.doing
+
+    def doing(what: str, **options: bool) -> None:
+        real(what, **options)
+        if what == f"reading the batch of step {step}":
+            os.kill(os.getpid(), number)
+
+    hosts.doing = doing
+
+
+def work(config) -> None:
+    for task in tasks.split(";"):
+        match task.split():
+            case ["fit", name, *strike]:
+                if strike and jax.process_index() == 1:
+                    strike_at(int(strike[1]), SIGNALS[strike[0]])
+                train.fit(configs.replace(config, {"run_dir": f"{config.run_dir}/{name}"}))
+            case ["export", name]:
+                export.export(configs.replace(config, {"run_dir": f"{config.run_dir}/{name}"}))
+            case ["score"]:
+                score.score(config)
+            case ["generate"]:
+                generate_traces.generate_traces(config)
+            case ["evaluate"]:
+                evaluate.evaluate(config)
+            case _:
+                raise ValueError(task)
+
+
+if __name__ == "__main__":
+    tasks = sys.argv.pop(1)
+    configs.run_verb("train", work)
