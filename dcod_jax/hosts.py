@@ -62,6 +62,7 @@ def session(settings: Any, *, notices: bool) -> Iterator[None]:
         distributed.global_state.client,
         process=jax.process_index(),
         processes=jax.process_count(),
+        coordinator=distributed.global_state.coordinator_address or settings.coordinator,
         heartbeat=settings.heartbeat,
         timeout=settings.timeout,
     )

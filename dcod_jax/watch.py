@@ -1,22 +1,25 @@
 """Whether the other processes of a run live and get on; where not, who, and the end of this one.
 
 A process cannot be called back from a collective that waits for a lost peer, so the watch runs in
-threads beside it and ends the process itself (os._exit), after the message. Three threads: one
-beats and reads, one holds an open request to the coordinator and notices at once when it goes, and
-one judges by the clock alone, because a request to a frozen coordinator does not return.
+threads beside it and ends the process itself (os._exit), after the message: one beats and reads,
+one judges by the clock alone, because a request to a frozen coordinator does not return. For the
+end that no thread survives there is epitaph.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,8 +27,8 @@ import jax
 from dcod_jax.types import DcodError
 
 EXIT_PEER = 76  # another process was lost or stuck: start the same command on all again
+EPITAPH = Path(__file__).with_name("epitaph.py")
 FOLDER = "dcod_jax/watch/"
-LINE = "dcod_jax/line"  # set when the run ends; until then a request for it stays open
 VERDICT = "verdict"  # process 0's, for the others: its own end would hide the reason
 
 
@@ -98,8 +101,16 @@ class Watch:
     """The membership of this process in a run of many, from joining to leaving."""
 
     def __init__(
-        self, client: Any, *, process: int, processes: int, heartbeat: float, timeout: float
+        self,
+        client: Any,
+        *,
+        process: int,
+        processes: int,
+        coordinator: str,
+        heartbeat: float,
+        timeout: float,
     ):
+        self.coordinator = coordinator
         self.client, self.process, self.processes = client, process, processes
         self.heartbeat, self.timeout = heartbeat, timeout
         self.interval = min(heartbeat / 5, 2.0)
@@ -116,8 +127,15 @@ class Watch:
         self.ending = threading.RLock()  # whoever ends the process first finishes its message
         self.threads = [
             threading.Thread(target=run, daemon=True, name=f"dcod-watch-{run.__name__}")
-            for run in (self._beat_on, self._hold_the_line, self._judge_on)
+            for run in (self._beat_on, self._judge_on)
         ]
+        self.beside = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(EPITAPH)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,  # Ctrl-C is not for it
+        )
         self._beat()
         for thread in self.threads:
             thread.start()
@@ -178,6 +196,11 @@ class Watch:
             "code": self.code,
         }
         key = f"{FOLDER}{self.process}"
+        first = self.peers[0]
+        self._leave_word(
+            {"process": self.process, "coordinator": self.coordinator, **own}
+            | {"first": {"host": first.host, "state": first.state}}
+        )
         self.client.key_value_set(key, json.dumps(own), allow_overwrite=True)
         found = dict(self.client.key_value_dir_get(FOLDER))
         self.contact = now = time.monotonic()
@@ -190,22 +213,6 @@ class Watch:
             heard = now if said["beat"] != old.beat else old.heard
             moved = now if said["count"] != old.count else old.moved
             self.peers[process] = Peer(**said, heard=heard, moved=moved)
-
-    def _hold_the_line(self) -> None:
-        """A request that is answered at the end of the run; it fails at once with the coordinator.
-
-        JAX ends the process too when that happens, with a page of C++; this message comes first.
-        """
-        while not self.closing.is_set():
-            try:
-                self.client.blocking_key_value_get(LINE, 3_600_000)
-                return
-            except jax.errors.JaxRuntimeError as error:
-                if "DEADLINE" in str(error) or self.closing.is_set() or self.process == 0:
-                    continue
-                host = self.peers[0].host
-                state = self.peers[0].state
-                self._end(f"lost: process 0 ({host}), the coordinator, last: {state}", EXIT_PEER)
 
     def _judge_on(self) -> None:
         while not self.closing.wait(self.interval):
@@ -227,6 +234,17 @@ class Watch:
 
     # ---- the end
 
+    def _leave_word(self, line: dict[str, Any]) -> None:
+        """For epitaph.py; without it the process works on."""
+        if self.beside.stdin is None or self.beside.poll() is not None:
+            return
+        with contextlib.suppress(BrokenPipeError):
+            self.beside.stdin.write(json.dumps(line) + "\n")
+            self.beside.stdin.flush()
+
+    def _farewell(self) -> None:
+        self._leave_word({"farewell": True})
+
     def _end(self, message: str, code: int) -> None:
         """Say it and stop; process 0 lets the others read the reason before the store goes away."""
         with self.ending:
@@ -241,6 +259,7 @@ class Watch:
                 self._tell(VERDICT, json.dumps([message, code]))
                 time.sleep(3 * self.interval)
             sys.stdout.flush()
+            self._farewell()
             os._exit(code)
 
     def _tell(self, name: str, text: str) -> None:
@@ -265,15 +284,15 @@ class Watch:
             else:
                 time.sleep(3 * self.interval if self.process == 0 else 0)
             sys.stdout.flush()
+            self._farewell()
             os._exit(code)
 
     def close(self) -> None:
         """Stop watching; all processes are at the end, as a barrier before this said."""
         self.closing.set()
-        if self.process == 0:
-            self.client.key_value_set(LINE, "done")
         for thread in self.threads:
             thread.join()
+        self._farewell()
 
 
 def _may_be_a_peers(error: BaseException | None) -> bool:
