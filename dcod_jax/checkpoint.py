@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from dcod_jax.mesh import put
 from dcod_jax.types import DcodError, Params, TrainState
 
 ITEMS = ("params", "opt_state", "run")
@@ -126,7 +127,7 @@ class Checkpointer:
             self._check_shapes(step, like.params)
             found = self.manager.restore(step, args=items)
         state = TrainState(
-            step=jax.device_put(jnp.int32(step), getattr(like.step, "sharding", None)),
+            step=put(jnp.int32(step), getattr(like.step, "sharding", None)),
             params=found["params"],
             opt_state=found["opt_state"]["optimizer"],
             loss_state=found["opt_state"]["loss"],

@@ -15,7 +15,9 @@ PATIENCE = 3.0  # seconds for the coordinator to answer
 
 
 def answers(address: str) -> bool:
-    """Whether something listens at host:port."""
+    """Whether something listens at host:port; without an address nothing is known against it."""
+    if not address:
+        return True
     host, _, port = address.rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE):
@@ -26,14 +28,17 @@ def answers(address: str) -> bool:
 
 def epitaph(last: dict, *, reached: bool) -> str:
     """The message of a process whose last line was {process, host, state, coordinator, first}."""
-    who = f"process {last['process']} ({last['host']})"
+    who = f"dcod_jax: process {last['process']} ({last['host']})"
+    coordinator = f"process 0 ({last['first']['host']}), the coordinator at {last['coordinator']}"
     if last["process"] != 0 and not reached:
+        return f"{who} stops: lost: {coordinator}, last: {last['first']['state']}"
+    if last["joining"]:
         return (
-            f"dcod_jax: {who} stops: lost: process 0 ({last['first']['host']}), the coordinator at "
-            f"{last['coordinator']}, last: {last['first']['state']}"
+            f"{who} stops: {last['state']}: not all did; start the same command on every host, "
+            "each with its own number"
         )
     return (
-        f"dcod_jax: {who} was killed or aborted (out of memory? see above and the kernel's log), "
+        f"{who} was killed or aborted (out of memory? see above and the kernel's log), "
         f"last: {last['state']}"
     )
 

@@ -29,7 +29,7 @@ from jax._src import distributed  # the key-value store's client has no public n
 from jax.experimental import multihost_utils
 
 from dcod_jax.types import DcodError
-from dcod_jax.watch import Watch
+from dcod_jax.watch import Companion, Watch, unheard
 
 EXIT_INTERRUPTED = 75  # a signal stopped the run after its state was saved: start it again
 COLLECTIVES = ("gloo", "mpi")
@@ -54,8 +54,10 @@ def session(settings: Any, *, notices: bool) -> Iterator[None]:
     if not _has_peers(settings):
         yield
         return
-    _initialize(settings, notices=notices)
+    companion = Companion()
+    _initialize(settings, companion, notices=notices)
     if jax.process_count() == 1:
+        companion.farewell()
         yield
         return
     watch = Watch(
@@ -63,6 +65,7 @@ def session(settings: Any, *, notices: bool) -> Iterator[None]:
         process=jax.process_index(),
         processes=jax.process_count(),
         coordinator=distributed.global_state.coordinator_address or settings.coordinator,
+        companion=companion,
         heartbeat=settings.heartbeat,
         timeout=settings.timeout,
     )
@@ -97,7 +100,7 @@ def _on_tpu() -> bool:
     return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
-def _initialize(settings: Any, *, notices: bool) -> None:
+def _initialize(settings: Any, companion: Companion, *, notices: bool) -> None:
     jax.config.update("jax_cpu_collectives_implementation", settings.collectives)
     jax.config.update("jax_enable_preemption_service", notices)
     explicit = bool(settings.coordinator)
@@ -112,6 +115,10 @@ def _initialize(settings: Any, *, notices: bool) -> None:
         # A TPU's own description is found without a name; the other clusters are asked for.
         found = settings.cluster if settings.cluster not in ("auto", "tpu") else None
         places["cluster_detection_method"] = found
+    patience = f"hosts.connect_timeout={settings.connect_timeout:g} s"
+    state = f"waiting {patience} for {settings.processes or 'all'} processes to join"
+    own = max(settings.process_id, 0)
+    companion.tell(own, state, settings.coordinator, first=unheard(0.0), joining=True)
     try:
         jax.distributed.initialize(
             **places,
@@ -121,24 +128,14 @@ def _initialize(settings: Any, *, notices: bool) -> None:
             shutdown_timeout_seconds=int(settings.heartbeat),
         )
     except (RuntimeError, ValueError) as error:
+        companion.farewell()
         if not explicit and settings.cluster == "auto" and "coordinator_address" in str(error):
             return  # TPU chips, and nothing that knows of other hosts
-        raise DcodError(_cannot_join(settings, error)) from error
-
-
-def _cannot_join(settings: Any, error: Exception) -> str:
-    text = " ".join(str(error).split())[:600]
-    if not settings.coordinator:
-        return (
-            f"hosts.cluster={settings.cluster}: this process could not find or join the others: "
-            f"{text}; set hosts.coordinator, hosts.processes and hosts.process_id"
-        )
-    who = f"process {settings.process_id} of {settings.processes}"
-    return (
-        f"{who} could not join the run at hosts.coordinator={settings.coordinator} within "
-        f"hosts.connect_timeout={settings.connect_timeout:g} s: {text}; start the same command on "
-        "every host, each with its own hosts.process_id, and see that the port can be reached"
-    )
+        text = " ".join(str(error).split())[:600]
+        raise DcodError(
+            f"this process could not find or join the others ({text}): set hosts.coordinator, "
+            "hosts.processes and hosts.process_id, and see that the port can be reached"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from dcod_jax.types import DcodError
 
 EXIT_PEER = 76  # another process was lost or stuck: start the same command on all again
 EPITAPH = Path(__file__).with_name("epitaph.py")
+HOST = socket.gethostname()
 FOLDER = "dcod_jax/watch/"
 VERDICT = "verdict"  # process 0's, for the others: its own end would hide the reason
 
@@ -45,6 +46,11 @@ class Peer:
     code: int  # its exit code then
     heard: float  # when its beat last changed
     moved: float  # when its count last changed
+
+
+def unheard(now: float) -> Peer:
+    """A process that has said nothing yet."""
+    return Peer("host unknown", "starting", False, 0, -1, "", 0, heard=now, moved=now)
 
 
 def verdict(
@@ -92,6 +98,43 @@ def last_words(error: BaseException) -> str:
     return "".join(traceback.format_exception(error)).rstrip()
 
 
+class Companion:
+    """epitaph.py beside this process, from before it joins until it leaves with a farewell."""
+
+    def __init__(self):
+        self.running = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(EPITAPH)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,  # Ctrl-C is not for it
+        )
+
+    def tell(
+        self, process: int, state: str, coordinator: str, *, first: Peer, joining: bool = False
+    ) -> None:
+        """What to say if nothing comes after this."""
+        self._write(
+            {
+                "process": process,
+                "host": HOST,
+                "state": state,
+                "coordinator": coordinator,
+                "first": {"host": first.host, "state": first.state},
+                "joining": joining,
+            }
+        )
+
+    def farewell(self) -> None:
+        self._write({"farewell": True})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.running.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):  # without it the process works on
+                self.running.stdin.write(json.dumps(line) + "\n")
+                self.running.stdin.flush()
+
+
 def _one_line(error: BaseException) -> str:
     lines = last_words(error).strip().splitlines()
     return (lines[0] if isinstance(error, DcodError) else lines[-1])[:300]
@@ -107,20 +150,20 @@ class Watch:
         process: int,
         processes: int,
         coordinator: str,
+        companion: Companion,
         heartbeat: float,
         timeout: float,
     ):
-        self.coordinator = coordinator
+        self.coordinator, self.companion = coordinator, companion
         self.client, self.process, self.processes = client, process, processes
         self.heartbeat, self.timeout = heartbeat, timeout
         self.interval = min(heartbeat / 5, 2.0)
         self.agreed = False  # whether all processes decided to end before the work is done
-        self.host = socket.gethostname()
+        self.host = HOST
         self.state, self.waiting, self.count, self.beats = "starting", False, 0, 0
         self.ended, self.code = "", 0
         now = time.monotonic()
-        unknown = Peer("host unknown", "starting", False, 0, -1, "", 0, now, now)
-        self.peers = dict.fromkeys(range(processes), unknown)
+        self.peers = dict.fromkeys(range(processes), unheard(now))
         self.contact = now
         self.numbers: dict[str, int] = {}
         self.closing = threading.Event()
@@ -129,13 +172,6 @@ class Watch:
             threading.Thread(target=run, daemon=True, name=f"dcod-watch-{run.__name__}")
             for run in (self._beat_on, self._judge_on)
         ]
-        self.beside = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(EPITAPH)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,  # Ctrl-C is not for it
-        )
         self._beat()
         for thread in self.threads:
             thread.start()
@@ -196,11 +232,7 @@ class Watch:
             "code": self.code,
         }
         key = f"{FOLDER}{self.process}"
-        first = self.peers[0]
-        self._leave_word(
-            {"process": self.process, "coordinator": self.coordinator, **own}
-            | {"first": {"host": first.host, "state": first.state}}
-        )
+        self.companion.tell(self.process, self.state, self.coordinator, first=self.peers[0])
         self.client.key_value_set(key, json.dumps(own), allow_overwrite=True)
         found = dict(self.client.key_value_dir_get(FOLDER))
         self.contact = now = time.monotonic()
@@ -234,17 +266,6 @@ class Watch:
 
     # ---- the end
 
-    def _leave_word(self, line: dict[str, Any]) -> None:
-        """For epitaph.py; without it the process works on."""
-        if self.beside.stdin is None or self.beside.poll() is not None:
-            return
-        with contextlib.suppress(BrokenPipeError):
-            self.beside.stdin.write(json.dumps(line) + "\n")
-            self.beside.stdin.flush()
-
-    def _farewell(self) -> None:
-        self._leave_word({"farewell": True})
-
     def _end(self, message: str, code: int) -> None:
         """Say it and stop; process 0 lets the others read the reason before the store goes away."""
         with self.ending:
@@ -259,7 +280,7 @@ class Watch:
                 self._tell(VERDICT, json.dumps([message, code]))
                 time.sleep(3 * self.interval)
             sys.stdout.flush()
-            self._farewell()
+            self.companion.farewell()
             os._exit(code)
 
     def _tell(self, name: str, text: str) -> None:
@@ -284,7 +305,7 @@ class Watch:
             else:
                 time.sleep(3 * self.interval if self.process == 0 else 0)
             sys.stdout.flush()
-            self._farewell()
+            self.companion.farewell()
             os._exit(code)
 
     def close(self) -> None:
@@ -292,7 +313,7 @@ class Watch:
         self.closing.set()
         for thread in self.threads:
             thread.join()
-        self._farewell()
+        self.companion.farewell()
 
 
 def _may_be_a_peers(error: BaseException | None) -> bool:

@@ -71,37 +71,37 @@ def peer(**changes):
     return Peer(**(known | {"code": 0, "heard": 100.0, "moved": 100.0} | changes))
 
 
-def judge(peers, now):
-    return verdict(dict(enumerate(peers)), own=0, now=now, heartbeat=10, timeout=60)
+def judge(peers, now: float):
+    return verdict(dict(enumerate(peers)), own=0, now=now, heartbeat=10.0, timeout=60.0)
 
 
 def test_nobody_is_blamed_while_all_are_heard_and_one_moves():
-    assert judge([peer(moved=0.0), peer(), peer(moved=0.0)], 109) is None
+    assert judge([peer(moved=0.0), peer(), peer(moved=0.0)], 109.0) is None
 
 
 def test_a_silent_process_is_named_with_what_it_did():
-    found = judge([peer(), peer(), peer(host="b", state="saving step 3", heard=85.0)], 100)
+    found = judge([peer(), peer(), peer(host="b", state="saving step 3", heard=85.0)], 100.0)
     assert found is not None
     assert found[0] == "lost: process 2 (b) gave no sign of life for 15 s, last: saving step 3"
     assert found[1] == EXIT_PEER
-    assert judge([peer(heard=0.0), peer()], 100) is None  # a process does not miss itself
+    assert judge([peer(heard=0.0), peer()], 100.0) is None  # a process does not miss itself
 
 
 def test_a_process_that_ended_is_named_with_its_reason_and_code():
-    found = judge([peer(), peer(ended="no such file", code=1, heard=0.0)], 100)
+    found = judge([peer(), peer(ended="no such file", code=1, heard=0.0)], 100.0)
     assert found == ("process 1 (h) ended: no such file", 1)
 
 
 def test_a_stall_is_blamed_on_those_that_wait_for_nobody():
     numbers = {"waiting": True, "state": "the numbers of step 4"}
     behind = peer(host="b", state="reading the batch of step 5")
-    found = judge([peer(**numbers), behind, peer(**numbers)], 161)
+    found = judge([peer(**numbers), behind, peer(**numbers)], 161.0)
     assert found is not None
     assert found[0].startswith("stuck: nothing moved for hosts.timeout=60 s, by process 1 (b):\n")
     assert "process 0 (h): waits for the numbers of step 4, for 61 s" in found[0]
     assert "process 1 (b): reading the batch of step 5, for 61 s" in found[0]
     assert found[1] == EXIT_PEER
-    least = judge([peer(**numbers), peer(**numbers, count=4)], 161)
+    least = judge([peer(**numbers), peer(**numbers, count=4)], 161.0)
     assert least is not None
     assert "by process 1 (h):" in least[0]
 

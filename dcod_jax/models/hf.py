@@ -257,7 +257,8 @@ def load_model(
         config, params = gguf.read_gguf(directory, dtype=dtype)
         if mesh is not None:
             check_mesh(config, mesh)
-            params = jax.device_put(params, meshes.tree_shardings(mesh, logical_axes(config)))
+            layout = meshes.tree_shardings(mesh, logical_axes(config))
+            params = jax.tree.map(meshes.put, params, layout)
         return config, params
     config, _ = load_config(directory)
     shardings = None
