@@ -3,12 +3,13 @@
     python host_tasks.py "score; fit a; fit b stop 3" --config recipe.py --config.hosts...
 
 `fit NAME` trains into run_dir/NAME, `stop STEP` sends this process SIGTERM before that step is
-read, `kill STEP` SIGKILL; both do so on process 1 alone.
+read, `kill STEP` SIGKILL; `die N` kills it in its N-th shard. All do so on process 1 alone.
 """
 
 import os
 import signal
 import sys
+from typing import Any
 
 import jax
 
@@ -30,6 +31,19 @@ def strike_at(step: int, number: int) -> None:
     hosts.doing = doing
 
 
+def die_in(piece: int) -> None:
+    """Be killed when this process is about to score its shard of that number."""
+    real, calls = score.score_traces, []
+
+    def score_traces(*arguments: Any, **options: Any) -> Any:
+        calls.append(piece)
+        if len(calls) == piece:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **options)
+
+    score.score_traces = score_traces
+
+
 def work(config) -> None:
     for task in tasks.split(";"):
         match task.split():
@@ -39,6 +53,9 @@ def work(config) -> None:
                 train.fit(configs.replace(config, {"run_dir": f"{config.run_dir}/{name}"}))
             case ["export", name]:
                 export.export(configs.replace(config, {"run_dir": f"{config.run_dir}/{name}"}))
+            case ["die", piece]:
+                if jax.process_index() == 1:
+                    die_in(int(piece))
             case ["score"]:
                 score.score(config)
             case ["generate"]:
