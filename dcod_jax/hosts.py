@@ -175,7 +175,16 @@ def _leave(watch: Watch) -> None:
 
 def first() -> bool:
     """Whether this process writes the files and the log that the run has once."""
-    return jax.process_index() == 0
+    return not _joined or _joined[0].process == 0
+
+
+def check_joined() -> None:
+    """Refuse to compute in a process that JAX knows to be one of several and that did not join."""
+    if jax.process_count() > 1 and not _joined:
+        raise DcodError(
+            f"JAX sees {jax.process_count()} processes, but this one did not join them: set "
+            "hosts.cluster=auto, or hosts.coordinator, hosts.processes and hosts.process_id"
+        )
 
 
 def doing(what: str, *, waiting: bool = False) -> None:
@@ -248,6 +257,7 @@ def share(config: Any) -> tuple[Sequence[Any] | None, int, int]:
     Where a model of mesh.fsdp * mesh.tensor pieces fits on one host's devices, each process works
     alone on its share; otherwise all work on everything together: (None, 0, 1).
     """
+    check_joined()
     pieces = config.mesh.fsdp * config.mesh.tensor
     if not _joined or pieces < 1 or jax.local_device_count() % pieces:
         return None, 0, 1

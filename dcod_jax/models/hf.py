@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from dcod_jax import hosts
 from dcod_jax import mesh as meshes
 from dcod_jax.models import config as configs
 from dcod_jax.models import gguf
@@ -312,6 +313,7 @@ def save_params(
             directory.mkdir(parents=True, exist_ok=True)
         for shard, temporary in zip(shards, temporaries, strict=True):
             tensors = {slot.name: tensor_of(flat, slot, dtype=dtype) for slot in shard}
+            hosts.moved()
             if writes:
                 _write_shard(temporary, tensors)
         if writes:
