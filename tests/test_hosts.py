@@ -433,6 +433,13 @@ def test_work_begun_by_three_processes_is_finished_by_two(place, one, two, tmp_p
 
 
 @pytest.mark.long
+def test_a_notice_between_two_loops_stops_before_the_next(place, two):
+    ends = succeed(tasks(place, "late; fit never"), code=configs.EXIT_INTERRUPTED)
+    assert "a process was told to stop" in ends[0][1]
+    assert not (two[0] / "never").exists()
+
+
+@pytest.mark.long
 def test_a_frozen_coordinator_is_named(tmp_path):
     run = misbehave(tmp_path, 0, "os.kill(os.getpid(), signal.SIGSTOP)", wait=False)
     try:
