@@ -355,7 +355,7 @@ def test_two_processes_train_as_one(place, one, two):
 def test_the_first_process_speaks_for_all(two):
     (_, first, _), (_, second, _) = two[1]
     assert "parameters from" in first
-    assert second == ""
+    assert [line for line in second.splitlines() if "Gloo" not in line] == []
     assert len(list((two[0] / "a" / "tensorboard").iterdir())) == 1
     assert json.loads((two[0] / "a" / "config.json").read_text())["hosts"]["processes"] == 2
 
@@ -372,7 +372,7 @@ def test_a_sigterm_on_one_stops_all_at_one_step_saved_once(place, two):
     step = int(told[0][1])
     assert 2 <= step < 6
     assert re.search(rf"interrupted, saved at step {step} in \d.* s; the same", ends[0][1])
-    assert params(place, run / "b")[1] == step
+    assert Checkpointer(run / "b").steps() == ([step] if step <= 3 else [3, step])
     assert [line["step"] for line in metrics(run / "b")] == list(range(1, step + 1))
 
 
@@ -421,10 +421,10 @@ def test_four_processes_of_which_one_is_killed(place, two):
 
 @pytest.mark.long
 def test_work_begun_by_three_processes_is_finished_by_two(place, one, two, tmp_path):
-    """One of three is killed in its second shard and block; two others end with the same bytes."""
+    """One of three is killed before its first shard; two others end with the same bytes."""
     shutil.copytree(place / "unscored", tmp_path / "dataset")
     where = [f"--config.run_dir={tmp_path}", f"--config.data.dataset={tmp_path / 'dataset'}"]
-    ends = finish(tasks(place, "die 2; score; generate", *where, count=3))
+    ends = finish(tasks(place, "die 1; score; generate", *where, count=3))
     assert ends[1][0] == -signal.SIGKILL
     assert list((tmp_path / "dataset" / "train").glob("scored-*"))
     succeed(tasks(place, "score; generate", *where))
