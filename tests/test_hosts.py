@@ -16,13 +16,14 @@ import pytest
 import tiny
 
 from dcod_jax import config as configs
-from dcod_jax import hosts, train
+from dcod_jax import epitaph, hosts, train
 from dcod_jax.checkpoint import Checkpointer
 from dcod_jax.evaluate import evaluate
 from dcod_jax.generate_traces import generate_traces
 from dcod_jax.models import hf, transformer
 from dcod_jax.prepare import prepare
 from dcod_jax.score import score
+from dcod_jax.types import DcodError
 from dcod_jax.watch import EXIT_PEER, Peer, verdict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,6 +105,39 @@ def test_a_stall_is_blamed_on_those_that_wait_for_nobody():
     least = judge([peer(**numbers), peer(**numbers, count=4)], 161.0)
     assert least is not None
     assert "by process 1 (h):" in least[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["hosts.processes=2"], r"hosts.processes=2 and hosts.process_id=-1 need hosts.coord"),
+        (["hosts.coordinator=a:1", "hosts.processes=2"], "process_id=-1 must be one of 0 to 1"),
+        (["hosts.coordinator=a", "hosts.processes=1", "hosts.process_id=0"], "must be host:port"),
+        (["hosts.cluster=slrum"], "did you mean 'slurm'"),
+        (["hosts.heartbeat=0"], "hosts.heartbeat=0.0 must be greater than 0"),
+    ],
+)
+def test_a_description_that_cannot_be_is_refused(words, message):
+    argv = ["--config", str(configs.BASE), *(f"--config.{word}" for word in words)]
+    with pytest.raises(DcodError, match=message):
+        configs.load(argv, verb="train")
+
+
+def test_the_last_words_name_the_coordinator_or_the_process():
+    first = {"host": "a", "state": "saving step 4"}
+    last = {"process": 2, "host": "c", "state": "step 5", "coordinator": "a:1", "first": first}
+    found = epitaph.epitaph(last | {"joining": False}, reached=False)
+    assert found.endswith("lost: process 0 (a), the coordinator at a:1, last: saving step 4")
+    found = epitaph.epitaph(last | {"joining": False}, reached=True)
+    assert "process 2 (c) was killed or aborted" in found
+    found = epitaph.epitaph(last | {"joining": True}, reached=True)
+    assert "process 2 (c) stops: step 5: not all did" in found
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        assert not epitaph.answers(address)
+        listener.listen()
+        assert epitaph.answers(address)
 
 
 # ---------------------------------------------------------------- launching
