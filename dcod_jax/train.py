@@ -137,6 +137,7 @@ def fit(config: Any, *, name: str = "") -> int:
             if save and saved != step:
                 hosts.doing(f"saving step {step}")
                 with log.pause():
+                    log.writer.sync()  # a resumed run needs the lines up to its checkpoint
                     checkpointer.save(
                         state,
                         step=step,
