@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
+from dcod_jax.mesh import put
 from dcod_jax.paths import Location, RemotePath, as_path
 from dcod_jax.types import DcodError, Params, TrainState
 
@@ -132,7 +133,7 @@ class Checkpointer:
             self._check_shapes(step, like.params)
             found = self.manager.restore(step, args=items)
         state = TrainState(
-            step=jax.device_put(jnp.int32(step), getattr(like.step, "sharding", None)),
+            step=put(jnp.int32(step), getattr(like.step, "sharding", None)),
             params=found["params"],
             opt_state=found["opt_state"]["optimizer"],
             loss_state=found["opt_state"]["loss"],

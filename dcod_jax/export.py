@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from dcod_jax import __version__
+from dcod_jax import __version__, hosts
 from dcod_jax.checkpoint import Checkpointer, Restored
 from dcod_jax.config import dataset_dir, run_verb
 from dcod_jax.data import chat
@@ -57,7 +57,9 @@ def export(config: Any) -> Path:
     if not config.student.path and not config.student.config:
         raise DcodError("no student: set student.path or student.config as in the training run")
     model_config = hf.read_config(source)
+    hosts.check_joined()
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, tensor=config.mesh.tensor)
+    hosts.doing(f"exporting {config.run_dir}")
     params, restored = _read_checkpoint(config, model_config, mesh)
     path = export_path(config)
     report = export_model(
@@ -152,11 +154,11 @@ def export_model(
             f"{model_config.vocab_size} rows; set student.tokenizer to the student's own"
         )
     temporary = path.with_name(f".{path.name}.partial")
-    if _writes():
+    if hosts.first():
         _refuse_foreign(path)
         remove_tree(temporary)
         temporary.mkdir(parents=True)
-    _barrier("export: directory")
+    hosts.barrier("export: directory")
     try:
         hf.save_params(
             temporary,
@@ -165,29 +167,20 @@ def export_model(
             dtype=jnp.dtype(dtype),
             max_shard_bytes=max_shard_bytes,
         )
-        if _writes():
+        if hosts.first():
             _write_small_files(
                 temporary, raw, model_config, as_path(tokenizer_source), tokenizer, chat_template
             )
-        _barrier("export: written")
+        hosts.barrier("export: written")
         report = verify(temporary, model_config, params, tokenizer, dtype=dtype, mesh=mesh)
-        if _writes():
+        if hosts.first():
             _write_card(temporary, card, report, dtype=dtype)
             publish(temporary, path, last=MARKER)
-        _barrier("export: published")
+        hosts.barrier("export: published")
     finally:
-        if _writes():
+        if hosts.first():
             remove_tree(temporary)
     return report
-
-
-def _writes() -> bool:
-    return jax.process_index() == 0
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 def _refuse_foreign(path: Path) -> None:

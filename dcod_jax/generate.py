@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from dcod_jax.mesh import batch_shards, constrain, sharding
+from dcod_jax.mesh import batch_shards, constrain, put, sharding
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.transformer import (
     Cache,
@@ -162,7 +162,7 @@ def _place(mesh: Mesh | None, *arrays: Any) -> list[Any]:
     """Batch-major arrays, split over the mesh's batch axes."""
     if mesh is None:
         return [jnp.asarray(x) for x in arrays]
-    return [jax.device_put(x, sharding(mesh, ("batch",) + (None,) * (x.ndim - 1))) for x in arrays]
+    return [put(x, sharding(mesh, ("batch",) + (None,) * (x.ndim - 1))) for x in arrays]
 
 
 def choose(

@@ -29,7 +29,7 @@ from jax.experimental import multihost_utils
 
 from dcod_jax.paths import Location, as_path
 from dcod_jax.types import DcodError
-from dcod_jax.watch import Watch
+from dcod_jax.watch import Companion, Watch, unheard
 
 EXIT_INTERRUPTED = 75  # a signal stopped the run after its state was saved: start it again
 COLLECTIVES = ("gloo", "mpi")
@@ -54,14 +54,18 @@ def session(settings: Any, *, notices: bool) -> Iterator[None]:
     if not _has_peers(settings):
         yield
         return
-    _initialize(settings, notices=notices)
+    companion = Companion()
+    _initialize(settings, companion, notices=notices)
     if jax.process_count() == 1:
+        companion.farewell()
         yield
         return
     watch = Watch(
         distributed.global_state.client,
         process=jax.process_index(),
         processes=jax.process_count(),
+        coordinator=distributed.global_state.coordinator_address or settings.coordinator,
+        companion=companion,
         heartbeat=settings.heartbeat,
         timeout=settings.timeout,
     )
@@ -96,7 +100,7 @@ def _on_tpu() -> bool:
     return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
-def _initialize(settings: Any, *, notices: bool) -> None:
+def _initialize(settings: Any, companion: Companion, *, notices: bool) -> None:
     jax.config.update("jax_cpu_collectives_implementation", settings.collectives)
     jax.config.update("jax_enable_preemption_service", notices)
     explicit = bool(settings.coordinator)
@@ -111,6 +115,10 @@ def _initialize(settings: Any, *, notices: bool) -> None:
         # A TPU's own description is found without a name; the other clusters are asked for.
         found = settings.cluster if settings.cluster not in ("auto", "tpu") else None
         places["cluster_detection_method"] = found
+    patience = f"hosts.connect_timeout={settings.connect_timeout:g} s"
+    state = f"waiting {patience} for {settings.processes or 'all'} processes to join"
+    own = max(settings.process_id, 0)
+    companion.tell(own, state, settings.coordinator, first=unheard(0.0), joining=True)
     try:
         jax.distributed.initialize(
             **places,
@@ -120,24 +128,14 @@ def _initialize(settings: Any, *, notices: bool) -> None:
             shutdown_timeout_seconds=int(settings.heartbeat),
         )
     except (RuntimeError, ValueError) as error:
+        companion.farewell()
         if not explicit and settings.cluster == "auto" and "coordinator_address" in str(error):
             return  # TPU chips, and nothing that knows of other hosts
-        raise DcodError(_cannot_join(settings, error)) from error
-
-
-def _cannot_join(settings: Any, error: Exception) -> str:
-    text = " ".join(str(error).split())[:600]
-    if not settings.coordinator:
-        return (
-            f"hosts.cluster={settings.cluster}: this process could not find or join the others: "
-            f"{text}; set hosts.coordinator, hosts.processes and hosts.process_id"
-        )
-    who = f"process {settings.process_id} of {settings.processes}"
-    return (
-        f"{who} could not join the run at hosts.coordinator={settings.coordinator} within "
-        f"hosts.connect_timeout={settings.connect_timeout:g} s: {text}; start the same command on "
-        "every host, each with its own hosts.process_id, and see that the port can be reached"
-    )
+        text = " ".join(str(error).split())[:600]
+        raise DcodError(
+            f"this process could not find or join the others ({text}): set hosts.coordinator, "
+            "hosts.processes and hosts.process_id, and see that the port can be reached"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -177,7 +175,16 @@ def _leave(watch: Watch) -> None:
 
 def first() -> bool:
     """Whether this process writes the files and the log that the run has once."""
-    return jax.process_index() == 0
+    return not _joined or _joined[0].process == 0
+
+
+def check_joined() -> None:
+    """Refuse to compute in a process that JAX knows to be one of several and that did not join."""
+    if jax.process_count() > 1 and not _joined:
+        raise DcodError(
+            f"JAX sees {jax.process_count()} processes, but this one did not join them: set "
+            "hosts.cluster=auto, or hosts.coordinator, hosts.processes and hosts.process_id"
+        )
 
 
 def doing(what: str, *, waiting: bool = False) -> None:
@@ -250,6 +257,7 @@ def share(config: Any) -> tuple[Sequence[Any] | None, int, int]:
     Where a model of mesh.fsdp * mesh.tensor pieces fits on one host's devices, each process works
     alone on its share; otherwise all work on everything together: (None, 0, 1).
     """
+    check_joined()
     pieces = config.mesh.fsdp * config.mesh.tensor
     if not _joined or pieces < 1 or jax.local_device_count() % pieces:
         return None, 0, 1

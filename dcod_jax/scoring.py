@@ -20,7 +20,7 @@ from dcod_jax.generate import bucket_length
 from dcod_jax.losses.distributions import MASKED_LOGIT
 from dcod_jax.losses.divergences import target_logprobs
 from dcod_jax.losses.head import head_loss, token_logprobs
-from dcod_jax.mesh import batch_shards, constrain, sharding
+from dcod_jax.mesh import batch_shards, constrain, put, sharding
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.gguf import export_tokenizer
 from dcod_jax.models.hf import load_model, weights_fingerprint
@@ -207,7 +207,7 @@ def _launch(
         targets[row, : len(ids) - 1] = ids[1:]
         segment_ids[row, : len(ids) - 1] = 1
     placed = [
-        jnp.asarray(x) if mesh is None else jax.device_put(x, sharding(mesh, ("batch", None)))
+        jnp.asarray(x) if mesh is None else put(x, sharding(mesh, ("batch", None)))
         for x in (tokens, targets, segment_ids)
     ]
     return _score_batch(config, params, *placed, settings=settings, mesh=mesh)

@@ -57,6 +57,7 @@ def train(config: Any) -> None:
 
 def fit(config: Any, *, name: str = "") -> int:
     """Train one variant to train.steps, or resume it; returns the number of steps done."""
+    hosts.check_joined()
     student = load_student(config)
     train_set, eval_set = open_datasets(config, student)
     loss_config = configs.loss_config(config)

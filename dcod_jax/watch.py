@@ -1,22 +1,25 @@
 """Whether the other processes of a run live and get on; where not, who, and the end of this one.
 
 A process cannot be called back from a collective that waits for a lost peer, so the watch runs in
-threads beside it and ends the process itself (os._exit), after the message. Three threads: one
-beats and reads, one holds an open request to the coordinator and notices at once when it goes, and
-one judges by the clock alone, because a request to a frozen coordinator does not return.
+threads beside it and ends the process itself (os._exit), after the message: one beats and reads,
+one judges by the clock alone, because a request to a frozen coordinator does not return. For the
+end that no thread survives there is epitaph.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,8 +27,9 @@ import jax
 from dcod_jax.types import DcodError
 
 EXIT_PEER = 76  # another process was lost or stuck: start the same command on all again
+EPITAPH = Path(__file__).with_name("epitaph.py")
+HOST = socket.gethostname()
 FOLDER = "dcod_jax/watch/"
-LINE = "dcod_jax/line"  # set when the run ends; until then a request for it stays open
 VERDICT = "verdict"  # process 0's, for the others: its own end would hide the reason
 
 
@@ -42,6 +46,11 @@ class Peer:
     code: int  # its exit code then
     heard: float  # when its beat last changed
     moved: float  # when its count last changed
+
+
+def unheard(now: float) -> Peer:
+    """A process that has said nothing yet."""
+    return Peer("host unknown", "starting", False, 0, -1, "", 0, heard=now, moved=now)
 
 
 def verdict(
@@ -89,6 +98,43 @@ def last_words(error: BaseException) -> str:
     return "".join(traceback.format_exception(error)).rstrip()
 
 
+class Companion:
+    """epitaph.py beside this process, from before it joins until it leaves with a farewell."""
+
+    def __init__(self):
+        self.running = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(EPITAPH)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,  # Ctrl-C is not for it
+        )
+
+    def tell(
+        self, process: int, state: str, coordinator: str, *, first: Peer, joining: bool = False
+    ) -> None:
+        """What to say if nothing comes after this."""
+        self._write(
+            {
+                "process": process,
+                "host": HOST,
+                "state": state,
+                "coordinator": coordinator,
+                "first": {"host": first.host, "state": first.state},
+                "joining": joining,
+            }
+        )
+
+    def farewell(self) -> None:
+        self._write({"farewell": True})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.running.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):  # without it the process works on
+                self.running.stdin.write(json.dumps(line) + "\n")
+                self.running.stdin.flush()
+
+
 def _one_line(error: BaseException) -> str:
     lines = last_words(error).strip().splitlines()
     return (lines[0] if isinstance(error, DcodError) else lines[-1])[:300]
@@ -98,25 +144,33 @@ class Watch:
     """The membership of this process in a run of many, from joining to leaving."""
 
     def __init__(
-        self, client: Any, *, process: int, processes: int, heartbeat: float, timeout: float
+        self,
+        client: Any,
+        *,
+        process: int,
+        processes: int,
+        coordinator: str,
+        companion: Companion,
+        heartbeat: float,
+        timeout: float,
     ):
+        self.coordinator, self.companion = coordinator, companion
         self.client, self.process, self.processes = client, process, processes
         self.heartbeat, self.timeout = heartbeat, timeout
         self.interval = min(heartbeat / 5, 2.0)
         self.agreed = False  # whether all processes decided to end before the work is done
-        self.host = socket.gethostname()
+        self.host = HOST
         self.state, self.waiting, self.count, self.beats = "starting", False, 0, 0
         self.ended, self.code = "", 0
         now = time.monotonic()
-        unknown = Peer("host unknown", "starting", False, 0, -1, "", 0, now, now)
-        self.peers = dict.fromkeys(range(processes), unknown)
+        self.peers = dict.fromkeys(range(processes), unheard(now))
         self.contact = now
         self.numbers: dict[str, int] = {}
         self.closing = threading.Event()
         self.ending = threading.RLock()  # whoever ends the process first finishes its message
         self.threads = [
             threading.Thread(target=run, daemon=True, name=f"dcod-watch-{run.__name__}")
-            for run in (self._beat_on, self._hold_the_line, self._judge_on)
+            for run in (self._beat_on, self._judge_on)
         ]
         self._beat()
         for thread in self.threads:
@@ -178,6 +232,7 @@ class Watch:
             "code": self.code,
         }
         key = f"{FOLDER}{self.process}"
+        self.companion.tell(self.process, self.state, self.coordinator, first=self.peers[0])
         self.client.key_value_set(key, json.dumps(own), allow_overwrite=True)
         found = dict(self.client.key_value_dir_get(FOLDER))
         self.contact = now = time.monotonic()
@@ -190,22 +245,6 @@ class Watch:
             heard = now if said["beat"] != old.beat else old.heard
             moved = now if said["count"] != old.count else old.moved
             self.peers[process] = Peer(**said, heard=heard, moved=moved)
-
-    def _hold_the_line(self) -> None:
-        """A request that is answered at the end of the run; it fails at once with the coordinator.
-
-        JAX ends the process too when that happens, with a page of C++; this message comes first.
-        """
-        while not self.closing.is_set():
-            try:
-                self.client.blocking_key_value_get(LINE, 3_600_000)
-                return
-            except jax.errors.JaxRuntimeError as error:
-                if "DEADLINE" in str(error) or self.closing.is_set() or self.process == 0:
-                    continue
-                host = self.peers[0].host
-                state = self.peers[0].state
-                self._end(f"lost: process 0 ({host}), the coordinator, last: {state}", EXIT_PEER)
 
     def _judge_on(self) -> None:
         while not self.closing.wait(self.interval):
@@ -241,6 +280,7 @@ class Watch:
                 self._tell(VERDICT, json.dumps([message, code]))
                 time.sleep(3 * self.interval)
             sys.stdout.flush()
+            self.companion.farewell()
             os._exit(code)
 
     def _tell(self, name: str, text: str) -> None:
@@ -265,15 +305,15 @@ class Watch:
             else:
                 time.sleep(3 * self.interval if self.process == 0 else 0)
             sys.stdout.flush()
+            self.companion.farewell()
             os._exit(code)
 
     def close(self) -> None:
         """Stop watching; all processes are at the end, as a barrier before this said."""
         self.closing.set()
-        if self.process == 0:
-            self.client.key_value_set(LINE, "done")
         for thread in self.threads:
             thread.join()
+        self.companion.farewell()
 
 
 def _may_be_a_peers(error: BaseException | None) -> bool:

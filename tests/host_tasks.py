@@ -3,12 +3,15 @@
     python host_tasks.py "score; fit a; fit b stop 3" --config recipe.py --config.hosts...
 
 `fit NAME` trains into run_dir/NAME, `stop STEP` sends this process SIGTERM before that step is
-read, `kill STEP` SIGKILL; both do so on process 1 alone.
+read, `kill STEP` SIGKILL; `late` sends SIGTERM when no loop runs, `die N`
+kills it in its N-th shard. All do so on process 1 alone.
 """
 
 import os
 import signal
 import sys
+import time
+from typing import Any
 
 import jax
 
@@ -30,6 +33,19 @@ def strike_at(step: int, number: int) -> None:
     hosts.doing = doing
 
 
+def die_in(piece: int) -> None:
+    """Be killed when this process is about to score its shard of that number."""
+    real, calls = score.score_traces, []
+
+    def score_traces(*arguments: Any, **options: Any) -> Any:
+        calls.append(piece)
+        if len(calls) == piece:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **options)
+
+    score.score_traces = score_traces
+
+
 def work(config) -> None:
     for task in tasks.split(";"):
         match task.split():
@@ -39,6 +55,15 @@ def work(config) -> None:
                 train.fit(configs.replace(config, {"run_dir": f"{config.run_dir}/{name}"}))
             case ["export", name]:
                 export.export(configs.replace(config, {"run_dir": f"{config.run_dir}/{name}"}))
+            case ["late"]:
+                if jax.process_index() == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(2)  # the notice reaches the coordinator in a thread
+                hosts.barrier("the notice is there")
+                hosts.stop_if_noticed()
+            case ["die", piece]:
+                if jax.process_index() == 1:
+                    die_in(int(piece))
             case ["score"]:
                 score.score(config)
             case ["generate"]:

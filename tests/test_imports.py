@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dcod_jax"
 # A file imports from files before it in this order only; the numbers are the levels of the layout.
 LEVELS = {
     0: "types paths storage",
-    1: "mesh watch hosts",
+    1: "mesh epitaph watch hosts",
     2: "models.config models.layers models.transformer models.weights losses.distributions "
     "losses.divergences losses.weights losses.adaptive losses.head losses.reduce data.manifest "
     "data.codec data.score_progress "

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from dcod_jax import hosts
 from dcod_jax import mesh as meshes
 from dcod_jax.models import config as configs
 from dcod_jax.models import gguf
@@ -258,7 +259,8 @@ def load_model(
         config, params = gguf.read_gguf(directory, dtype=dtype)
         if mesh is not None:
             check_mesh(config, mesh)
-            params = jax.device_put(params, meshes.tree_shardings(mesh, logical_axes(config)))
+            layout = meshes.tree_shardings(mesh, logical_axes(config))
+            params = jax.tree.map(meshes.put, params, layout)
         return config, params
     config, _ = load_config(directory)
     shardings = None
@@ -312,6 +314,7 @@ def save_params(
             directory.mkdir(parents=True, exist_ok=True)
         for shard, temporary in zip(shards, temporaries, strict=True):
             tensors = {slot.name: tensor_of(flat, slot, dtype=dtype) for slot in shard}
+            hosts.moved()
             if writes:
                 _write_shard(temporary, tensors)
         if writes:
