@@ -117,6 +117,9 @@ def get_config() -> Any:
     c.train.init_from = ""  # run directory or checkpoint whose parameters to start from
     c.train.progress = True  # progress bars
 
+    c.profile = ConfigDict()
+    c.profile.steps = ""  # first:last, both traced by XProf into run_dir/profile; empty: none
+
     c.mesh = ConfigDict()
     c.mesh.data = -1  # replicas; -1: the devices that are left
     c.mesh.fsdp = 1  # pieces parameters and optimizer are split into

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any
 
 from dcod_jax.losses import distill
@@ -90,6 +91,16 @@ def _hosts_errors(flat: dict[str, Any]) -> list[str]:
     return wrong
 
 
+def _profile_errors(text: str, steps: int) -> list[str]:
+    found = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text)
+    if not text or (found and int(found[1]) <= int(found[2]) <= steps):
+        return []
+    return [
+        f"profile.steps={text!r} must be first:last, such as 10:13, with "
+        f"1 <= first <= last <= train.steps={steps}"
+    ]
+
+
 def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
     """What is wrong in {dotted key: value} and its loss record; empty if all is well."""
     wrong: list[str] = []
@@ -105,6 +116,7 @@ def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
     wrong += [str(error) for error in distill.config_errors(loss)]
     wrong += _teacher_errors(flat, loss)
     wrong += _hosts_errors(flat)
+    wrong += _profile_errors(flat["profile.steps"], flat["train.steps"])
     if flat["data.max_length"] > flat["data.seq_len"]:
         wrong.append(
             f"data.max_length={flat['data.max_length']} must not exceed "

@@ -31,7 +31,7 @@ FREE = (
     "train.best_metric train.progress train.microbatches loss.head_chunk data.prefetch "
     "data.verify_checksums data.traces data.eval data.split data.dataset teacher. prepare. score. "
     "generate. evaluate. drift. report. export. student.path student.config student.tokenizer "
-    "train.init_from hosts."
+    "train.init_from hosts. profile."
 ).split()
 LIVE = ("teacher.path", "teacher.dtype")  # not free where the teacher runs in the step
 

@@ -58,6 +58,7 @@ def train(config: Any) -> None:
 def fit(config: Any, *, name: str = "") -> int:
     """Train one variant to train.steps, or resume it; returns the number of steps done."""
     hosts.check_joined()
+    entered = time.monotonic()
     student = load_student(config)
     train_set, eval_set = open_datasets(config, student)
     loss_config = configs.loss_config(config)
@@ -113,7 +114,15 @@ def fit(config: Any, *, name: str = "") -> int:
     print(f"one trace, supervised part marked:\n{chat.render_sample(student.tokenizer, sample)}\n")
 
     tokens_seen = progress["tokens_seen"]
-    log = Log(config, student, name=name, start=step, tokens_seen=tokens_seen, mesh=mesh)
+    log = Log(
+        config,
+        student,
+        name=name,
+        start=step,
+        tokens_seen=tokens_seen,
+        mesh=mesh,
+        entered=entered,
+    )
     evaluated = step if restored and restored.metrics else -1
     saved = step if restored else -1
     held_out: dict[str, float] = {}
@@ -131,13 +140,14 @@ def fit(config: Any, *, name: str = "") -> int:
                 pending = None
             if evaluate and evaluated != step and evaluator is not None:
                 hosts.doing(f"held-out loss at step {step}")
-                with log.pause():
+                with log.pause("eval"):
                     held_out = evaluator(state)
                 log.held_out(step, held_out)
                 evaluated = step
             if save and saved != step:
                 hosts.doing(f"saving step {step}")
-                with log.pause():
+                with log.pause("save"):
+                    log.writer.sync()  # a resumed run needs the lines up to its checkpoint
                     checkpointer.save(
                         state,
                         step=step,
@@ -150,19 +160,24 @@ def fit(config: Any, *, name: str = "") -> int:
                         metrics=held_out if evaluated == step else None,
                     )
                 saved = step
+                log.goodput.saved(step)
             if stop:
                 break
             hosts.doing(f"reading the batch of step {step + 1}")
-            host_batch, trace_index, cost = policy(step, state, *next(batches))
-            batch = pipeline.to_device(host_batch, mesh)
+            with log.phases.phase("data_wait"):
+                host_batch, trace_index, cost = policy(step, state, *next(batches))
+                batch = pipeline.to_device(host_batch, mesh)
             hosts.doing(f"starting step {step + 1}")
-            state, values = train_step(state, batch, *teacher_params)
+            with log.dispatching(step + 1):
+                state, values = train_step(state, batch, *teacher_params)
             step += 1
+            log.tracer.after(step, values)
             # Step n is running on the device; only now are the numbers of step n-1 fetched.
             if pending:
                 log.settle(pending, train_set, checkpointer)
             pending = Pending(step, values, trace_index, cost)
-        checkpointer.close()
+        with log.pause("save"):
+            checkpointer.close()
     if not last:
         seconds = time.monotonic() - began
         print(

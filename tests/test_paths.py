@@ -18,6 +18,7 @@ OPENERS = ("Path", "pathlib.Path", "open", "io.open", "gzip.open")
 # Calls elsewhere that are about this machine alone, and why.
 LOCAL = {
     "pathlib.Path(__file__)": "the checkout",
+    "Path(__file__)": "the package",
     "gzip.open(packed, 'rb')": "a stream that as_path(...).open gave",
     "glob.glob('/dev/accel[0-9]*')": "devices",
     "open(os.devnull, 'w')": "nowhere",

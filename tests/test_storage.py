@@ -3,6 +3,7 @@
 import gzip
 import json
 import pathlib
+import time
 
 import jax
 import jax.numpy as jnp
@@ -415,6 +416,10 @@ def test_a_half_written_checkpoint_in_cloud_storage_is_not_restored(gcs):
     (run / "checkpoints" / "2" / "commit_success.txt").unlink()  # what is written last
     again = Checkpointer(run)
     assert again.steps() == [1]
+    deadline = time.monotonic() + 60
+    while (run / "checkpoints" / "2").exists():  # its remains are removed in the background
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     again.close()
 
 
