@@ -272,7 +272,7 @@ def make_train_step(
         if adaptive.same_step(loss_config.weights):
             state = _temper_now(forward, state, batch, teacher_params, **pieces)
         gradients, sums, stats = _accumulate(forward, state, batch, teacher_params, **pieces)
-        small = distill.compact(batch)
+        small = jax.tree.map(lambda x: constrain(x, mesh, "batch"), distill.compact(batch))
         gradients = reduce.mean_gradients(gradients, sums, normalize)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

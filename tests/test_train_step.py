@@ -4,6 +4,7 @@ With SGD at rate 1 the change of the parameters is the gradient, so comparing pa
 gradients. float32 throughout; tolerances are relative 2e-5 of each array's largest entry.
 """
 
+import dataclasses
 import functools
 import re
 
@@ -109,7 +110,8 @@ def params() -> dict:
 def step_of(sizes=(1, 1, 1), microbatches=1, cfg=None, rows=ROWS, dtype="float32", optim="sgd"):
     """(jitted step, function that makes a fresh state); cached, for compilation is the cost."""
     devices = jax.devices()[: int(np.prod(sizes))]
-    mesh = make_mesh(sizes[0], sizes[1], tensor=sizes[2], devices=devices)
+    names = ("data", "fsdp", "tensor", "context", "slices")
+    mesh = make_mesh(**dict(zip(names, sizes, strict=False)), devices=devices)
     optimizer, schedule = optax.sgd(1.0), optax.constant_schedule(1.0)
     if optim == "adamw":
         values = (3e-3, "cosine", 0, 0.1, 0.01, 0.9, 0.95, 1e-8, 1.0)
@@ -148,7 +150,9 @@ def assert_same(got, wanted, *, rtol=2e-5):
         assert got[1][key] == pytest.approx(value, rel=rtol, abs=1e-6, nan_ok=True), key
 
 
-@pytest.mark.parametrize(("sizes", "microbatches"), [((1, 1, 1), 4), ((2, 2, 2), 2)])
+@pytest.mark.parametrize(
+    ("sizes", "microbatches"), [((1, 1, 1), 4), ((2, 2, 2), 2), ((1, 2, 2, 2), 1)]
+)
 def test_microbatches_and_devices_change_nothing(sizes, microbatches):
     wanted = one_step(packed())
     assert_same(one_step(packed(), sizes=sizes, microbatches=microbatches), wanted)
@@ -162,6 +166,17 @@ def test_packed_equals_unpacked(cfg):
     together = one_step(packed(), cfg=cfg)
     alone = one_step(pack([[i] for i in range(DOCUMENTS)], length=9), cfg=cfg, rows=DOCUMENTS)
     assert_same(alone, together)
+
+
+def test_rows_split_over_devices_and_a_compact_head_change_nothing():
+    """Weights that look at the whole completion, rows over four devices, in each of two slices."""
+    batch = packed()
+    positions = np.full((ROWS, LENGTH - 2), LENGTH, np.int32)
+    for row, mask in zip(positions, np.asarray(batch.loss_mask), strict=True):
+        row[: mask.sum()] = np.flatnonzero(mask)
+    compact = dataclasses.replace(batch, head_positions=jnp.asarray(positions))
+    wanted = one_step(batch, cfg=SCOPED)
+    assert_same(one_step(compact, cfg=SCOPED, sizes=(1, 1, 1, 4, 2)), wanted)
 
 
 def test_padding_content_and_the_order_of_rows_and_documents_change_nothing():

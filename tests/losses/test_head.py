@@ -112,7 +112,7 @@ def test_batch_and_vocabulary_sharded_over_eight_devices(vocab, valid):
     }
     got = both(chunked, placed, chunk=12, mesh=mesh, valid_vocab=valid)
     assert_close(got, wanted)
-    assert got[1][1].sharding.spec == sharding(mesh, ("vocab", "embed")).spec
+    assert got[1][1].sharding.is_equivalent_to(sharding(mesh, ("vocab", "embed")), 2)
 
 
 def test_sharded_logits_stay_sharded_and_the_weight_gradient_is_reduced_once():

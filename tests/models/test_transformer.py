@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dcod_jax import mesh as meshes
-from dcod_jax.models import attention, layers, transformer
 from dcod_jax.models import config as configs
+from dcod_jax.models import transformer
 from dcod_jax.types import DcodError
 
 
@@ -127,44 +127,6 @@ def test_padding_is_finite_and_has_no_effect(dtype):
     (other_value, _), other_gradients = run(params, other)
     assert other_value == value
     jax.tree.map(np.testing.assert_array_equal, other_gradients, gradients)
-
-
-def test_a_query_that_may_see_nothing_is_finite():
-    keys = jax.random.split(jax.random.key(0), 3)
-    query = jax.random.normal(keys[0], (1, 2, 4, 8))
-    key, value = (jax.random.normal(k, (1, 2, 5, 8)) for k in keys[1:])
-    visible = jnp.zeros((1, 2, 5), bool)
-
-    def loss(query, key, value):
-        return jnp.sum(layers.cached_attention(query, key, value, visible) ** 2)
-
-    assert jnp.isfinite(loss(query, key, value))
-    for gradient in jax.grad(loss, argnums=(0, 1, 2))(query, key, value):
-        assert jnp.isfinite(gradient).all()
-
-
-def test_attention_equals_the_library_one():
-    keys = jax.random.split(jax.random.key(0), 3)
-    query = jax.random.normal(keys[0], (2, 150, 6, 8))
-    key, value = (jax.random.normal(k, (2, 150, 2, 8)) for k in keys[1:])
-    segment_ids = jnp.array([[1] * 70 + [2] * 50 + [0] * 30, [1] * 3 + [2] * 147])
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    mask = (same & jnp.tril(jnp.ones((150, 150), bool)))[:, None]
-
-    def ours(*heads):
-        return attention.packed_attention(*heads, segment_ids)
-
-    def theirs(*heads):
-        return jax.nn.dot_product_attention(*heads, mask=mask)
-
-    def value_and_gradients(function):
-        def loss(heads):
-            mixed = function(*heads)
-            return jnp.sum(jnp.sin(mixed)), mixed
-
-        return jax.jit(jax.value_and_grad(loss, has_aux=True))((query, key, value))
-
-    _assert_close(value_and_gradients(ours), value_and_gradients(theirs))
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
