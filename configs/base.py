@@ -121,6 +121,8 @@ def get_config() -> Any:
     c.mesh.data = -1  # replicas; -1: the devices that are left
     c.mesh.fsdp = 1  # pieces parameters and optimizer are split into
     c.mesh.tensor = 1  # pieces heads, mlp and vocabulary are split into
+    c.mesh.context = 1  # pieces the positions of a row are split into, for long traces
+    c.mesh.slices = -1  # TPU slices joined by the data-centre network; -1: as the devices report
 
     c.generate = ConfigDict()
     c.generate.prompts = ""  # prompts JSONL (prompt, answer): sample traces from the teacher first

@@ -58,7 +58,7 @@ def export(config: Any) -> Path:
     if not config.student.path and not config.student.config:
         raise DcodError("no student: set student.path or student.config as in the training run")
     model_config = hf.read_config(source)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, tensor=config.mesh.tensor)
+    mesh = make_mesh(**config.mesh)
     params, restored = _read_checkpoint(config, model_config, mesh)
     path = export_path(config)
     report = export_model(

@@ -110,7 +110,7 @@ def _request(config: Any, teacher: Teacher) -> dict[str, Any]:
 
 def _sampler(config: Any, teacher: Teacher) -> Callable[..., list[Sample]]:
     """The loaded teacher as a function of (prompts, indices, on_batch)."""
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, tensor=config.mesh.tensor)
+    mesh = make_mesh(**config.mesh)
     model_config, params = teacher.load(mesh)
     return functools.partial(
         sample,

@@ -49,7 +49,7 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
             done[split.name] = manifest
     if len(done) == len(splits):
         return done
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, tensor=config.mesh.tensor)
+    mesh = make_mesh(**config.mesh)
     model_config, params = teacher.load(mesh)
     settings = ScoreSettings(
         top_k=config.score.top_k,

@@ -190,7 +190,7 @@ def _tokenizer(config: Any, name: str, path: str) -> Any:
 
 
 def _grade(config: Any, name: str, path: str, problems: Sequence[Problem]) -> EvalResult:
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, tensor=config.mesh.tensor)
+    mesh = make_mesh(**config.mesh)
     model_config, params = hf.load_model(path, dtype=jnp.float32, mesh=mesh)
     tokenizer = _tokenizer(config, name, path)
     enabled = config.train.progress

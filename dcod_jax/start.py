@@ -47,7 +47,7 @@ class Student:
 def preflight(config: Any) -> None:
     """Refuse what cannot train before hours go into sampling and scoring for it."""
     student = load_student(config)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, tensor=config.mesh.tensor)
+    mesh = make_mesh(**config.mesh)
     check_batch(config.data.batch_size, config.train.microbatches, mesh)
     transformer.check_mesh(student.config, mesh)
 

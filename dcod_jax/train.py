@@ -82,7 +82,7 @@ def fit(config: Any, *, name: str = "") -> int:
         best_metric=config.train.best_metric if eval_set else "",
     )
 
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, tensor=config.mesh.tensor)
+    mesh = make_mesh(**config.mesh)
     optimizer, schedule = make_optimizer(configs.optim_config(config), config.train.steps)
     teacher, teacher_params = load_live_teacher(config, student, mesh)
     options: dict[str, Any] = {

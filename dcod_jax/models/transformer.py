@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from dcod_jax import mesh as meshes
 from dcod_jax.models import layers
+from dcod_jax.models.attention import attention
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.types import DcodError, Params
 
@@ -162,12 +163,13 @@ def hidden_states(
     decoder_graph, block_graph = _graphs(config)
     layer_axes = logical_axes(config)["layers"]
     rope = layers.rope_tables(config, positions)
+    attend = functools.partial(attention, mesh=mesh)
 
     def block(x: Array, layer: Params) -> tuple[Array, None]:
         layer = _gather_layer(layer, layer_axes, compute_dtype=compute_dtype, mesh=mesh)
         module = nnx.merge(block_graph, layer)
         query, key, value = module.project(x, rope)
-        x = module.finish(x, layers.packed_attention(query, key, value, segment_ids))
+        x = module.finish(x, attend(query, key, value, segment_ids))
         return meshes.constrain(x, mesh, "batch", "length", None), None
 
     if remat != "none":
