@@ -117,6 +117,12 @@ def get_config() -> Any:
     c.train.init_from = ""  # run directory or checkpoint whose parameters to start from
     c.train.progress = True  # progress bars
 
+    c.plan = ConfigDict()
+    c.plan.topology = ""  # what plan compiles for: v5e:4x4, v5p:2x2x4, v6e:16x16, ..., or cpu:8
+    c.plan.slices = 1  # slices of that topology, joined by the data-centre network
+    c.plan.hbm_gib = 0.0  # memory limit of a device in GiB; 0: what libtpu reports for the chip
+    c.plan.largest_batch = True  # search the largest batch that fits (several compilations)
+
     c.mesh = ConfigDict()
     c.mesh.data = -1  # replicas; -1: the devices that are left
     c.mesh.fsdp = 1  # pieces parameters and optimizer are split into

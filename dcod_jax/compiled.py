@@ -217,9 +217,7 @@ def score_program(config: Any, devices: Sequence[Any]) -> tuple[Any, tuple[int, 
     layout = sharding(mesh, ("batch", None))
     ids = jax.ShapeDtypeStruct((plan.rows, plan.length), jnp.int32, sharding=layout)
     params = _shapes(model, jnp.dtype(config.teacher.dtype), mesh)
-    traced = scoring.score_step.trace(
-        model, params, ids, ids, ids, settings=settings, mesh=mesh
-    )
+    traced = scoring.score_step.trace(model, params, ids, ids, ids, settings=settings, mesh=mesh)
     return traced, (plan.rows, plan.length)
 
 
