@@ -11,9 +11,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dcod_jax"
 LEVELS = {
     0: "types chips hlo",
     1: "mesh",
-    2: "models.config models.layers models.attention models.transformer models.weights losses.distributions "
-    "losses.divergences losses.weights losses.adaptive losses.head losses.reduce data.manifest "
-    "data.codec data.score_progress "
+    2: "models.config models.layers models.attention models.transformer models.weights "
+    "losses.distributions losses.divergences losses.weights losses.adaptive losses.head "
+    "losses.reduce data.manifest data.codec data.score_progress "
     "data.records data.packing data.chat data.formats data.traces data.delivered data.overlap "
     "answers grading progress metrics optim checkpoint arithmetic",
     3: "losses.distill models.gguf models.hf data.pipeline generate",

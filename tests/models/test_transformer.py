@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dcod_jax import mesh as meshes
-from dcod_jax.models import config as configs
 from dcod_jax.models import attention, layers, transformer
+from dcod_jax.models import config as configs
 from dcod_jax.types import DcodError
 
 
