@@ -22,7 +22,9 @@ def get_config() -> Any:
     c.student.tokenizer = ""  # HF tokenizer directory; empty: the one beside student.path
     c.student.chat_template = ""  # Jinja file used instead of the tokenizer's chat template
     c.student.compute_dtype = "bfloat16"  # matrix products and activations; master weights fp32
-    c.student.remat = "full"  # none | dots | full: what the backward pass recomputes per layer
+    # none | dots | full: what the backward pass recomputes per layer | offload: as full, and the
+    # layers' inputs wait in host memory | auto: the first of these that fits
+    c.student.remat = "full"  # none | dots | full | offload | auto: see docs/scaling.md
 
     c.teacher = ConfigDict()
     c.teacher.path = ""  # HF directory or .gguf file of the teacher that scores the traces
@@ -104,6 +106,7 @@ def get_config() -> Any:
     c.optim.b2 = 0.95  # AdamW second moment
     c.optim.eps = 1e-8  # AdamW epsilon
     c.optim.clip_norm = 1.0  # global gradient norm; 0: no clipping
+    c.optim.offload = False  # AdamW's moments wait in host memory between steps
 
     c.train = ConfigDict()
     c.train.steps = 1000  # optimizer steps

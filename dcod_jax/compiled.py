@@ -7,13 +7,15 @@ devices). Shapes stand for arrays, so only an HF config.json is read.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.extend.core import Jaxpr
 
 from dcod_jax import chips, hlo, scoring
 from dcod_jax import config as configs
@@ -28,6 +30,14 @@ from dcod_jax.train_step import init_state, make_train_step
 from dcod_jax.types import Batch, DcodError, Params
 
 LIBTPU = 'pip install "jax[tpu]"'
+REMATS = ("none", "dots", "full", "offload")  # of student.remat, the least recomputation first
+# What keeps libtpu from looking for a TPU of this host.
+OFFLINE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _NEEDED = (
     re.compile(r"Used ([\d.]+)([KMGT]) of"),
@@ -35,7 +45,7 @@ _NEEDED = (
 )
 
 
-class DoesNotFit(Exception):
+class DoesNotFitError(Exception):
     """The compiler refused a program that needs more memory than a device has."""
 
     def __init__(self, needed: float | None):
@@ -88,12 +98,14 @@ def target(config: Any) -> Target:
 
 
 def _describe(name: str, chip: Chip, slices: int) -> tuple[Any, ...]:
+    for variable, value in OFFLINE.items():
+        os.environ.setdefault(variable, value)
     options: dict[str, Any] = dict(chip.options)
     if slices > 1:
         options["num_slices"] = slices
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-    except Exception as error:  # noqa: BLE001 - libtpu raises what it likes; all of it is reported
+    except Exception as error:  # libtpu raises what it likes
         text = str(error)
         if "libtpu" in text or isinstance(error, (ImportError, NotImplementedError)):
             raise DcodError(
@@ -137,7 +149,7 @@ def _shapes(model: ModelConfig, dtype: Any, mesh: Any) -> Params:
 
 
 def batch_shapes(config: Any, mesh: Any) -> Batch:
-    """A global batch as the pipeline makes it; every position supervised unless data.head_tokens."""
+    """A global batch as the pipeline makes it; without data.head_tokens all is supervised."""
     layout = sharding(mesh, ("batch",))
     rows, length = config.data.batch_size, config.data.seq_len
     head = min(config.data.head_tokens or length, length)
@@ -190,9 +202,11 @@ def train_program(config: Any, devices: Sequence[Any], *, valid_vocab: int | Non
         remat=config.student.remat,
         valid_vocab=valid_vocab or model.vocab_size,
         teacher=teacher,
+        offload=config.optim.offload,
     )
     params = _shapes(model, jnp.float32, mesh)
-    state = init_state(params, optimizer, mesh=mesh, model_config=model, abstract=True)
+    options: dict[str, Any] = {"model_config": model, "offload": config.optim.offload}
+    state = init_state(params, optimizer, mesh=mesh, abstract=True, **options)
     return step.trace(state, batch_shapes(config, mesh), *teacher_shapes)
 
 
@@ -225,13 +239,13 @@ def score_program(config: Any, devices: Sequence[Any]) -> tuple[Any, tuple[int, 
 
 
 def compile_program(traced: Any, *, limit: float | None = None) -> Compiled:
-    """Compile a traced program; raises DoesNotFit where it needs more than the device or limit."""
+    """Compile a traced program; raises DoesNotFitError where it needs more memory than there is."""
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise DoesNotFit(bytes_needed(str(error))) from None
+        raise DoesNotFitError(bytes_needed(str(error))) from None
     memory = compiled.memory_analysis()
     text = compiled.as_text()
     alive = memory.argument_size_in_bytes + memory.temp_size_in_bytes
@@ -245,8 +259,45 @@ def compile_program(traced: Any, *, limit: float | None = None) -> Compiled:
         text=text,
     )
     if limit is not None and result.peak > limit:
-        raise DoesNotFit(result.peak)
+        raise DoesNotFitError(result.peak)
     return result
+
+
+def choose_remat(config: Any, devices: Iterable[Any]) -> str:
+    """student.remat, where "auto" is the one that recomputes least among those that fit.
+
+    Each is compiled on these devices until one fits; where no memory limit is known (a CPU, and
+    plan.hbm_gib=0) that is "none". Raises DcodError where none fits.
+    """
+    if config.student.remat != "auto":
+        return config.student.remat
+    devices = list(devices)
+    limit = memory_limit(config, devices[0])
+    if limit is None:
+        return REMATS[0]
+    for remat in REMATS:
+        traced = train_program(altered(config, {"student.remat": remat}), devices)
+        try:
+            peak = compile_program(traced, limit=limit).peak
+        except DoesNotFitError:
+            continue
+        print(f"student.remat=auto: {remat}, {peak / chips.GIB:.2f} GiB of {limit / chips.GIB:.2f}")
+        return remat
+    raise DcodError(
+        f"student.remat=auto: none of {', '.join(REMATS)} fits {limit / chips.GIB:.2f} GiB a "
+        "device; raise train.microbatches or mesh.fsdp (python -m dcod_jax.plan tries them)"
+    )
+
+
+def memory_limit(config: Any, device: Any) -> float | None:
+    """Bytes of memory of a device: plan.hbm_gib, what it reports, its chip's; None: unknown."""
+    if config.plan.hbm_gib:
+        return config.plan.hbm_gib * chips.GIB
+    chip = chips.CHIPS.get(device.device_kind)
+    reported = None if device.platform == "cpu" else device.memory_stats()
+    if reported and "bytes_limit" in reported:
+        return float(reported["bytes_limit"])
+    return chip.hbm_usable if chip else None
 
 
 def bytes_needed(message: str) -> float | None:
@@ -289,6 +340,6 @@ def _inner(params: dict[str, Any]) -> list[Any]:
     for value in params.values():
         for one in value if isinstance(value, (tuple, list)) else (value,):
             one = getattr(one, "jaxpr", one)
-            if isinstance(one, jax.extend.core.Jaxpr):
+            if isinstance(one, Jaxpr):
                 found.append(one)
     return found

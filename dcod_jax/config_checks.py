@@ -11,7 +11,7 @@ from dcod_jax.losses.divergences import DIVERGENCES
 
 CHOICES = {
     "student.compute_dtype": ("bfloat16", "float32"),
-    "student.remat": ("none", "dots", "full"),
+    "student.remat": ("none", "dots", "full", "offload", "auto"),
     "teacher.dtype": ("bfloat16", "float32"),
     "export.dtype": ("bfloat16", "float32", "float16"),
     "prepare.logprobs": ("ignore", "require"),

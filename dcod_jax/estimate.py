@@ -1,4 +1,4 @@
-"""Step time of a compiled program on a chip that is not at hand: an estimate and its assumptions."""
+"""Step time of a compiled program on a chip that is not at hand, and what it assumes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _seconds(
         return None, ["no estimate: only libtpu writes the cycles that it expects"]
     compute = done.summary.cycles / chip.clock
     lines = [
-        f"{compute:.3f} s: libtpu's estimated cycles at {chip.clock / 1e9:.2f} GHz, loops multiplied"
+        f"{compute:.3f} s: libtpu's estimated cycles at {chip.clock / 1e9:.2f} GHz, loop by loop"
     ]
     if done.summary.kernels:
         kernel = kernel_flops / len(target.devices) / (KERNEL_EFFICIENCY * chip.peak_flops)

@@ -1,4 +1,4 @@
-"""What a compiled program's HLO text says: cycles with the loops' trip counts, collectives, kernels.
+"""What a compiled program's HLO text says: cycles over the loops, collectives, kernels.
 
 libtpu writes "estimated_cycles" beside each operation of the optimised HLO. A scanned body stands
 there once, so the sums here follow the loops. The estimate leaves out Pallas kernels and

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -24,6 +25,7 @@ AXES = ("slices", "data", "fsdp", "context", "tensor")
 # Logical axis of a model or batch -> mesh axes it is split over. One table, read by everything.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("slices", "data", "fsdp"),
+    "replica": ("slices", "data"),  # of "batch", what does not split parameters
     "length": ("context",),
     "shards": ("slices", "data", "fsdp", "context"),  # batch and length folded into one dimension
     "embed": ("fsdp", "context"),
@@ -134,6 +136,11 @@ def parts(mesh: Mesh | None, logical: str) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES.get(logical, ()))
 
 
+def in_host_memory(layout: NamedSharding) -> NamedSharding:
+    """The same split, in the memory of each device's host."""
+    return layout.with_memory_kind("pinned_host")
+
+
 def batch_shards(mesh: Mesh | None) -> int:
     """Number of pieces the batch dimension is split into."""
     return parts(mesh, "batch")
@@ -176,6 +183,53 @@ def per_shard(
 def gather(x: jax.Array, logical: str, *, dimension: int) -> jax.Array:
     """Inside per_shard: a dimension of this logical name whole again; its gradient is scattered."""
     return jax.lax.all_gather(x, RULES[logical], axis=dimension, tiled=True)
+
+
+def sum_shards(partials: jax.Array, mesh: Mesh | None, *logical: str) -> jax.Array:
+    """[S, ...], a partial sum of each of the "shards" -> their sum [...], split as `logical` says.
+
+    An explicit reduce-scatter: the partitioner would make an all-reduce of it and put that off,
+    with a whole partial sum kept on every device until then.
+    """
+    if mesh is None or mesh.size == 1:
+        return partials.sum(axis=0)
+    shards = RULES["shards"]
+    own = [tuple(axis for axis in RULES.get(name, ()) if axis in shards) for name in logical]
+    kept = [tuple(axis for axis in RULES.get(name, ()) if axis not in shards) for name in logical]
+    rest = tuple(axis for axis in shards if not any(axis in axes for axes in own))
+
+    def add(x: jax.Array) -> jax.Array:
+        x = x.sum(axis=0)
+        for dimension, axes in enumerate(own):
+            if axes:
+                x = jax.lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True)
+        return jax.lax.psum(x, rest)
+
+    inputs = PartitionSpec(shards, *(axes or None for axes in kept))
+    split = spec(logical)
+    return jax.shard_map(add, mesh=mesh, in_specs=inputs, out_specs=split, check_vma=False)(
+        partials
+    )
+
+
+def copies(x: jax.Array, mesh: Mesh, logical: Sequence[str]) -> jax.Array:
+    """x, split over "embed", whole along it and once for each of the "shards": [S, C, ...].
+
+    S counts the pieces of the batch and C those of the length. What is computed with a copy is
+    local to its device, and so is the copy's gradient, which is then scattered explicitly: the
+    partitioner would make an all-reduce of it, or loops over pieces of the product.
+    """
+    dimension = list(logical).index("embed")
+
+    def gather(x: jax.Array) -> jax.Array:
+        # Along the first dimension, where pieces are whole tiles of a TPU's memory layout.
+        x = jax.lax.all_gather(jnp.moveaxis(x, dimension, 0), RULES["embed"], axis=0, tiled=True)
+        return jnp.moveaxis(x, 0, dimension)[None, None]
+
+    split = spec(logical)
+    whole = (axes if name != "embed" else None for name, axes in zip(logical, split, strict=True))
+    out = PartitionSpec(RULES["batch"], RULES["length"], *whole)
+    return jax.shard_map(gather, mesh=mesh, in_specs=split, out_specs=out, check_vma=False)(x)
 
 
 def check_divides(mesh: Mesh, dimensions: dict[str, tuple[str, int]]) -> None:

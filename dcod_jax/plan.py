@@ -1,17 +1,17 @@
 """Compile a recipe's programs for a TPU slice that is not at hand, and say what they would need.
 
     pip install "jax[tpu]"
-    JAX_PLATFORMS=cpu python -m dcod_jax.plan --config my_recipe.py --topology v5e:4x4 --num-slices 2
+    python -m dcod_jax.plan --config my_recipe.py --topology v5e:4x4
 
-compiles the real train step (and, with teacher.path, the scoring step) and prints memory of a
-device against its limit, operations, bytes by collective, an estimated step time with its
-assumptions, and the largest batch that fits. A recipe that does not fit is compiled again with the
-cheapest remedies. Only config.json files are read, no weights. Writes run_dir/plan.json.
+(--num-slices 2 for two of them) compiles the real train step, and with teacher.path the scoring
+step, and prints memory of a device against its limit, operations, bytes by collective, an
+estimated step time with its assumptions, and the largest batch that fits. A recipe that does not
+fit is compiled again with the cheapest remedies. Only config.json files are read, no weights.
+Writes run_dir/plan.json.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from rich.table import Table
 from dcod_jax import compiled as programs
 from dcod_jax import estimate
 from dcod_jax.chips import GIB
-from dcod_jax.compiled import Compiled, DoesNotFit, Target
+from dcod_jax.compiled import Compiled, DoesNotFitError, Target
 from dcod_jax.config import run_verb
 from dcod_jax.data.manifest import replace_file
 from dcod_jax.mesh import batch_shards, make_mesh
@@ -43,6 +43,7 @@ def plan(config: Any) -> dict[str, Any]:
     """
     if not config.plan.topology:
         raise DcodError("plan.topology is empty: --topology v5e:4x4 (or v5p:2x2x4, ..., cpu:8)")
+    jax.config.update("jax_platforms", "cpu")  # also on a TPU host: its chips are left alone
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot hold such programs
     target = programs.target(config)
     console = Console(width=100)
@@ -75,7 +76,7 @@ def plan(config: Any) -> dict[str, Any]:
     if fitting is None:
         raise DcodError(
             f"nothing fits {target.topology} ({len(target.devices)} devices of "
-            f"{_gib(target.limit)}): take a larger slice, or a shorter data.seq_len"
+            f"{_size(target.limit)}): take a larger slice, or a shorter data.seq_len"
         )
     return result
 
@@ -84,7 +85,7 @@ def plan(config: Any) -> dict[str, Any]:
 
 
 def _try(config: Any, target: Target) -> dict[str, Any]:
-    """Numbers of the train step of a config; raises DoesNotFit."""
+    """Numbers of the train step of a config; raises DoesNotFitError."""
     traced = programs.train_program(config, target.devices)
     done = programs.compile_program(traced, limit=target.limit)
     return _memory(done) | estimate.train_numbers(config, target, traced, done)
@@ -95,8 +96,10 @@ def _memory(done: Compiled) -> dict[str, Any]:
     return {key: getattr(done, key) for key in keys}
 
 
-def _gib(size: float | None) -> str:
-    return "unknown" if size is None else f"{size / GIB:.2f} GiB"
+def _size(size: float | None) -> str:
+    if size is None:
+        return "unknown"
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"
 
 
 # ---------------------------------------------------------------- what fits
@@ -105,9 +108,9 @@ def _gib(size: float | None) -> str:
 def remedies(config: Any, devices: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """(what, changed keys) from the cheapest on, each on top of those before it."""
     changes: dict[str, Any] = {}
-    for remat in ("dots", "full"):
-        order = ("none", "dots", "full", "offload")
-        if order.index(config.student.remat) < order.index(remat):
+    begin = programs.REMATS.index(config.student.remat)
+    for remat in programs.REMATS[:-1]:
+        if programs.REMATS.index(remat) > begin:
             changes["student.remat"] = remat
             yield f"student.remat={remat}", dict(changes)
     rows = config.data.batch_size
@@ -140,23 +143,27 @@ def _first_fit(
     config: Any, target: Target, attempts: list[dict[str, Any]], console: Console
 ) -> tuple[Any | None, dict[str, Any] | None]:
     """The recipe, or the recipe with the first remedy that fits, and its numbers."""
-    table = Table(title=f"what fits {target.topology}: {_gib(target.limit)} a device")
+    table = Table(title=f"what fits {target.topology}: {_size(target.limit)} a device")
     for column in ("setting", "needs", "step"):
         table.add_column(column)
     found: tuple[Any | None, dict[str, Any] | None] = (None, None)
-    choices = [("as the recipe says", {}), *remedies(config, len(target.devices))]
+    start: dict[str, Any] = {}
+    if config.student.remat == "auto":
+        start["student.remat"] = programs.REMATS[0]
+        config = programs.altered(config, start)
+    choices = [("as the recipe says", start), *remedies(config, len(target.devices))]
     for what, changes in choices:
         changed = programs.altered(config, changes)
         try:
             report = _try(changed, target)
-        except DoesNotFit as error:
+        except DoesNotFitError as error:
             attempts.append({"setting": what, "changes": changes, "needs": error.needed})
-            table.add_row(what, f"{_gib(error.needed)}: too much", "")
+            table.add_row(what, f"{_size(error.needed)}: too much", "")
             continue
         seconds = report["seconds"]
         needs = report["peak"]
         attempts.append({"setting": what, "changes": changes, "needs": needs, "seconds": seconds})
-        table.add_row(what, _gib(needs), f"{seconds:.3f} s" if seconds else "no estimate")
+        table.add_row(what, _size(needs), f"{seconds:.3f} s" if seconds else "no estimate")
         found = changed, report
         break
     console.print(table)
@@ -185,14 +192,14 @@ def _largest(
         try:
             peaks[guess] = _try(changed, target)["peak"]
             fits = guess
-        except DoesNotFit:
+        except DoesNotFitError:
             refused = guess
         guess = _guess(peaks, fits, refused, target.limit)
         if compiles > MAX_DOUBLINGS:
             break
     console.print(
         f"largest batch: {fits * unit} rows ({fits} a micro-batch of a device, "
-        f"{_gib(peaks[fits])}); {refused and refused * unit} did not fit; {compiles} compiles",
+        f"{_size(peaks[fits])}); {refused and refused * unit} did not fit; {compiles} compiles",
         highlight=False,
     )
     return {"rows": fits * unit, "peak": peaks[fits], "refused": refused and refused * unit}
@@ -220,9 +227,9 @@ def _score(config: Any, target: Target, console: Console) -> dict[str, Any] | No
     traced, (rows, length) = made
     try:
         done = programs.compile_program(traced, limit=target.limit)
-    except DoesNotFit as error:
+    except DoesNotFitError as error:
         console.print(
-            f"scoring step of {rows} x {length} tokens: {_gib(error.needed)}, too much; lower "
+            f"scoring step of {rows} x {length} tokens: {_size(error.needed)}, too much; lower "
             "score.batch_tokens or raise mesh.fsdp",
             highlight=False,
         )
@@ -241,8 +248,8 @@ def _memory_table(title: str, report: dict[str, Any], target: Target) -> Table:
         table.add_column(column)
     for key in ("arguments", "temporaries", "peak", "host"):
         share = f"{report[key] / target.limit:.0%}" if target.limit and key != "host" else ""
-        table.add_row(key, _gib(report[key]), share)
-    table.add_row("limit", _gib(target.limit), "")
+        table.add_row(key, _size(report[key]), share)
+    table.add_row("limit", _size(target.limit), "")
     return table
 
 
@@ -255,7 +262,7 @@ def _collectives_table(report: dict[str, Any]) -> Table:
             row["kind"],
             row["network"],
             f"{row['count']:.0f}",
-            _gib(row["bytes"]),
+            _size(row["bytes"]),
             f"{row['overlapped']:.0%}",
         )
     return table

@@ -27,9 +27,10 @@ from dcod_jax.types import DcodError, Params, TrainState
 # beyond the order in which floating-point sums are taken.
 FREE = (
     "run_dir compare mesh. student.remat train.log_every train.eval train.save_every train.keep "
-    "train.best_metric train.progress train.microbatches loss.head_chunk data.prefetch "
-    "data.verify_checksums data.traces data.eval data.split data.dataset teacher. prepare. score. "
-    "generate. evaluate. export. plan. student.path student.config student.tokenizer train.init_from"
+    "train.best_metric train.progress train.microbatches optim.offload loss.head_chunk "
+    "data.prefetch data.verify_checksums data.traces data.eval data.split data.dataset teacher. "
+    "prepare. score. generate. evaluate. export. plan. student.path student.config "
+    "student.tokenizer train.init_from"
 ).split()
 LIVE = ("teacher.path", "teacher.dtype")  # not free where the teacher runs in the step
 
@@ -138,8 +139,13 @@ def start_state(
         transformer.param_shapes(student.config),
         shardings,
     )
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "model_config": student.config,
+        "offload": config.optim.offload,
+    }
     if checkpointer.steps():
-        like = init_state(shapes, optimizer, mesh=mesh, model_config=student.config, abstract=True)
+        like = init_state(shapes, optimizer, **options, abstract=True)
         state, restored = checkpointer.restore(like)
         _check_same_run(config, restored, checkpointer.directory)
         print(f"resuming {config.run_dir} at step {restored.step}")
@@ -154,7 +160,7 @@ def start_state(
     else:
         params = _random_params(student.config, config.seed, shardings)
         print(f"random parameters for {config.student.config}, seed {config.seed}")
-    return init_state(params, optimizer, mesh=mesh, model_config=student.config), None
+    return init_state(params, optimizer, **options), None
 
 
 def _random_params(model_config: ModelConfig, seed: int, shardings: Params) -> Params:

@@ -23,7 +23,11 @@ MASKED = -0.7 * float(np.finfo(np.float32).max)
 
 
 class Linear(nnx.Module):
-    """y = x @ kernel (+ bias), in the dtype of x."""
+    """y = x @ kernel (+ bias), in the dtype of x.
+
+    Under a mesh the kernel may come as [S, C, I, O], one copy for each of the S pieces of B and C
+    pieces of T (mesh.copies).
+    """
 
     def __init__(self, width: tuple[int, int], *, bias: bool, std: float, rngs: nnx.Rngs):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), width))
@@ -32,7 +36,14 @@ class Linear(nnx.Module):
         self.has_bias = bias
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        y = x @ self.kernel[...].astype(x.dtype)
+        kernel = self.kernel[...].astype(x.dtype)
+        if kernel.ndim == 2:
+            y = x @ kernel
+        else:
+            S, C, _, width = kernel.shape
+            B, T, inner = x.shape
+            cut = x.reshape(S, B // S, C, T // C, inner)
+            y = jnp.einsum("sbcti,scio->sbcto", cut, kernel).reshape(B, T, width)
         return y + self.bias[...].astype(x.dtype) if self.has_bias else y
 
 
