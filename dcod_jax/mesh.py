@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -210,26 +209,6 @@ def sum_shards(partials: jax.Array, mesh: Mesh | None, *logical: str) -> jax.Arr
     return jax.shard_map(add, mesh=mesh, in_specs=inputs, out_specs=split, check_vma=False)(
         partials
     )
-
-
-def copies(x: jax.Array, mesh: Mesh, logical: Sequence[str]) -> jax.Array:
-    """x, split over "embed", whole along it and once for each of the "shards": [S, C, ...].
-
-    S counts the pieces of the batch and C those of the length. What is computed with a copy is
-    local to its device, and so is the copy's gradient, which is then scattered explicitly: the
-    partitioner would make an all-reduce of it, or loops over pieces of the product.
-    """
-    dimension = list(logical).index("embed")
-
-    def gather(x: jax.Array) -> jax.Array:
-        # Along the first dimension, where pieces are whole tiles of a TPU's memory layout.
-        x = jax.lax.all_gather(jnp.moveaxis(x, dimension, 0), RULES["embed"], axis=0, tiled=True)
-        return jnp.moveaxis(x, 0, dimension)[None, None]
-
-    split = spec(logical)
-    whole = (axes if name != "embed" else None for name, axes in zip(logical, split, strict=True))
-    out = PartitionSpec(RULES["batch"], RULES["length"], *whole)
-    return jax.shard_map(gather, mesh=mesh, in_specs=split, out_specs=out, check_vma=False)(x)
 
 
 def check_divides(mesh: Mesh, dimensions: dict[str, tuple[str, int]]) -> None:

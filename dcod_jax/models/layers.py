@@ -23,11 +23,7 @@ MASKED = -0.7 * float(np.finfo(np.float32).max)
 
 
 class Linear(nnx.Module):
-    """y = x @ kernel (+ bias), in the dtype of x.
-
-    Under a mesh the kernel may come as [S, C, I, O], one copy for each of the S pieces of B and C
-    pieces of T (mesh.copies).
-    """
+    """y = x @ kernel (+ bias), in the dtype of x."""
 
     def __init__(self, width: tuple[int, int], *, bias: bool, std: float, rngs: nnx.Rngs):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), width))
@@ -36,14 +32,7 @@ class Linear(nnx.Module):
         self.has_bias = bias
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        kernel = self.kernel[...].astype(x.dtype)
-        if kernel.ndim == 2:
-            y = x @ kernel
-        else:
-            S, C, _, width = kernel.shape
-            B, T, inner = x.shape
-            cut = x.reshape(S, B // S, C, T // C, inner)
-            y = jnp.einsum("sbcti,scio->sbcto", cut, kernel).reshape(B, T, width)
+        y = x @ self.kernel[...].astype(x.dtype)
         return y + self.bias[...].astype(x.dtype) if self.has_bias else y
 
 
@@ -81,10 +70,11 @@ def apply_rope(
     x: Float[Array, "B T N H"], cos: Float[Array, "B T P"], sin: Float[Array, "B T P"]
 ) -> Float[Array, "B T N H"]:
     """Rotate the pairs (x[i], x[i + H/2]) in float32, HF's layout; returns the dtype of x."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    # With whole heads in the lanes of a TPU: halves would leave half of the lanes empty.
+    wide = x.astype(jnp.float32)
+    cos = jnp.concatenate([cos, cos], axis=-1)[:, :, None]
+    sin = jnp.concatenate([-sin, sin], axis=-1)[:, :, None]
+    return (wide * cos + jnp.roll(wide, x.shape[-1] // 2, axis=-1) * sin).astype(x.dtype)
 
 
 def attend(

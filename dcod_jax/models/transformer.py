@@ -117,33 +117,20 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
 
 
 def _gather_layer(
-    layer: Params,
-    axes: Params,
-    *,
-    compute_dtype: DTypeLike,
-    mesh: Mesh | None,
-    rows: int | None = None,
+    layer: Params, axes: Params, *, compute_dtype: DTypeLike, mesh: Mesh | None
 ) -> Params:
     """One layer's matrices and biases in compute dtype, whole along the FSDP axis.
 
     Called inside the rematerialised block: the weights are gathered once per layer and pass, in
     the narrow dtype, instead of every matmul turning into a loop over shards. The tensor axis
-    stays split. Norm scales keep their dtype; norms compute in float32. With `rows` of a batch
-    that the mesh divides, a matrix comes once for each shard [S, C, in, out], and its gradient is
-    reduced and scattered in one go (see mesh.copies).
+    stays split. Norm scales keep their dtype; norms compute in float32.
     """
-    shards = meshes.batch_shards(mesh)
-    copied = rows is not None and mesh is not None and mesh.size > 1 and rows % shards == 0
 
     def gather(names: tuple[str, ...], weight: Array) -> Array:
-        names = names[1:]
         if names[-1] == "norm":
             return weight
-        weight = weight.astype(compute_dtype)
-        if copied and mesh is not None and "embed" in names:
-            return meshes.copies(weight, mesh, names)
-        whole = tuple(None if name == "embed" else name for name in names)
-        return meshes.constrain(weight, mesh, *whole)
+        whole = tuple(None if name == "embed" else name for name in names[1:])
+        return meshes.constrain(weight.astype(compute_dtype), mesh, *whole)
 
     return jax.tree.map(gather, axes, layer, is_leaf=lambda x: isinstance(x, tuple))
 
@@ -201,9 +188,7 @@ def hidden_states(
 
     def block(x: Array, layer: Params) -> tuple[Array, None]:
         x = checkpoint_name(x, BLOCK_INPUT)
-        layer = _gather_layer(
-            layer, layer_axes, compute_dtype=compute_dtype, mesh=mesh, rows=x.shape[0]
-        )
+        layer = _gather_layer(layer, layer_axes, compute_dtype=compute_dtype, mesh=mesh)
         module = nnx.merge(block_graph, layer)
         query, key, value = module.project(x, rope)
         x = module.finish(x, attend(query, key, value, segment_ids))
