@@ -7,7 +7,7 @@ works on its own tokens in every piece.
 Gradient. A custom VJP whose forward pass already forms dhidden and dW piece by piece (the loss is
 a sum, so its cotangent is a single number that scales both in the backward pass). That needs one
 pass over the logits where recomputation needs two. dW is carried as per-shard partial sums
-[S,D,V], float32, and scattered over the devices once, at the end. To read and write them costs a
+[S,V,D], float32, and scattered over the devices once, at the end. To read and write them costs a
 TPU v5e as much as the product of a thousand tokens, so there g pieces wait with their logits'
 gradient (in the compute dtype) for one product; elsewhere g is 1, which takes less memory. Without
 differentiation only values are computed.
@@ -110,8 +110,8 @@ def _unfold(x: Array) -> Array:
 
 
 def _pin_partial(plan: _Plan, x: Array) -> Array:
-    """[S, D, V], each shard's own sum on its device."""
-    return constrain(x, plan.mesh, "shards", None, "vocab")
+    """[S, V, D], each shard's own sum on its device."""
+    return constrain(x, plan.mesh, "shards", "vocab")
 
 
 def gather_head(head_weight: Array, dtype: Any, mesh: Mesh | None) -> Array:
@@ -175,19 +175,23 @@ def _head_forward(
         hidden_gradient = product("gsbtv,vd->gsbtd", logits_gradient, weight)
         hidden_gradient = hidden_gradient.astype(hidden.dtype)
         hidden_gradient = constrain(hidden_gradient, plan.mesh, None, "shards")
-        partial_sum = product("gsbtd,gsbtv->sdv", xs[0], logits_gradient)
+        partial_sum = product("gsbtv,gsbtd->svd", logits_gradient, xs[0])
         weight_gradient = pin(weight_gradient + partial_sum)
         return (total, weight_gradient), (hidden_gradient, stats)
 
-    vocab, width = head_weight.shape
     pin = functools.partial(_pin_partial, plan)
-    start = (jnp.zeros((), jnp.float32), pin(jnp.zeros((plan.shards, width, vocab), jnp.float32)))
+    partial_sums = jnp.zeros((plan.shards, *head_weight.shape), jnp.float32)
+    start = (jnp.zeros((), jnp.float32), pin(partial_sums))
     fold = functools.partial(_fold, plan)
     carry, outputs = jax.lax.scan(group, start, jax.tree.map(fold, (hidden, inputs)))
     hidden_gradient, stats = jax.tree.map(_unfold, outputs)
     total, partial_sums = carry
-    weight_gradient = sum_shards(partial_sums, plan.mesh, "embed", "vocab").T
-    weight_gradient = constrain(weight_gradient, plan.mesh, "vocab", "embed")
+    weight_gradient = sum_shards(partial_sums, plan.mesh, "vocab", "embed")
+    # The layers' backward pass waits for it: else it is put off, and every device keeps a whole
+    # partial sum until the end.
+    hidden_gradient, weight_gradient = jax.lax.optimization_barrier(
+        (hidden_gradient, weight_gradient)
+    )
     return (total, stats), (hidden_gradient, weight_gradient.astype(head_weight.dtype))
 
 
