@@ -83,6 +83,12 @@ def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
             f"data.max_length={flat['data.max_length']} must not exceed "
             f"data.seq_len={flat['data.seq_len']}: a trace has to fit into one packed row"
         )
+    if flat["mesh.context"] > 1 and flat["data.seq_len"] % (2 * flat["mesh.context"]):
+        wrong.append(
+            f"data.seq_len={flat['data.seq_len']} must be a multiple of "
+            f"{2 * flat['mesh.context']} = 2 * mesh.context={flat['mesh.context']}: each device "
+            "holds an early and a late chunk of a row"
+        )
     if flat["data.batch_size"] % flat["train.microbatches"]:
         wrong.append(
             f"data.batch_size={flat['data.batch_size']} must be a multiple of "
