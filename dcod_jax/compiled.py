@@ -7,6 +7,7 @@ devices). Shapes stand for arrays, so only an HF config.json is read.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -107,7 +108,7 @@ def _describe(name: str, chip: Chip, slices: int) -> tuple[Any, ...]:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except Exception as error:  # libtpu raises what it likes
         text = str(error)
-        if "libtpu" in text or isinstance(error, (ImportError, NotImplementedError)):
+        if importlib.util.find_spec("libtpu") is None:
             raise DcodError(
                 f"plan.topology={name}: TPU programs are compiled by libtpu, which is not "
                 f"installed: {LIBTPU} ({text.splitlines()[0]})"
@@ -259,7 +260,7 @@ def compile_program(traced: Any, *, limit: float | None = None) -> Compiled:
         text=text,
     )
     if limit is not None and result.peak > limit:
-        raise DoesNotFitError(result.peak)
+        raise DoesNotFitError(float(result.peak))
     return result
 
 

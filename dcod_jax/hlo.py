@@ -276,7 +276,7 @@ def bytes_by_kind(
     table: dict[tuple[str, str], dict[str, float]] = {}
     for one in summary.collectives:
         network = "dcn" if one.crosses(slice_of) else "ici"
-        row = table.setdefault((one.kind, network), {"count": 0, "bytes": 0.0, "overlapped": 0.0})
+        row = table.setdefault((one.kind, network), {"count": 0.0, "bytes": 0.0, "overlapped": 0.0})
         received = one.received(len(slice_of))
         row["count"] += one.times
         row["bytes"] += received

@@ -46,6 +46,7 @@ def plan(config: Any) -> dict[str, Any]:
     jax.config.update("jax_platforms", "cpu")  # also on a TPU host: its chips are left alone
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot hold such programs
     target = programs.target(config)
+    config = programs.altered(config, {"mesh.slices": target.slices})
     console = Console(width=100)
     attempts: list[dict[str, Any]] = []
     fitting, report = _first_fit(config, target, attempts, console)
@@ -96,7 +97,7 @@ def _memory(done: Compiled) -> dict[str, Any]:
     return {key: getattr(done, key) for key in keys}
 
 
-def _size(size: float | None) -> str:
+def _size(size: float | int | None) -> str:
     if size is None:
         return "unknown"
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"
@@ -205,7 +206,7 @@ def _largest(
     return {"rows": fits * unit, "peak": peaks[fits], "refused": refused and refused * unit}
 
 
-def _guess(peaks: dict[int, float], fits: int, refused: int | None, limit: float) -> int:
+def _guess(peaks: dict[int, int], fits: int, refused: int | None, limit: float) -> int:
     """Where the line through the two largest sizes that fit meets the limit, between the bounds."""
     known = sorted(peaks)[-2:]
     guess = fits * 2 if refused is None else (fits + refused) // 2

@@ -139,7 +139,9 @@ def test_a_program_compiled_here_has_its_collectives_and_loops():
 
     def step(x):
         body = jax.shard_map(
-            lambda y: jax.lax.psum_scatter(jax.lax.all_gather(y, "x", tiled=True), "x", tiled=True),
+            lambda y: jax.lax.psum_scatter(
+                jnp.tanh(jax.lax.all_gather(y, "x", tiled=True)), "x", tiled=True
+            ),
             mesh=mesh,
             in_specs=P("x"),
             out_specs=P("x"),
