@@ -11,7 +11,7 @@ from dcod_jax.losses.divergences import DIVERGENCES
 
 CHOICES = {
     "student.compute_dtype": ("bfloat16", "float32"),
-    "student.remat": ("none", "dots", "full"),
+    "student.remat": ("none", "dots", "full", "offload", "auto"),
     "teacher.dtype": ("bfloat16", "float32"),
     "export.dtype": ("bfloat16", "float32", "float16"),
     "prepare.logprobs": ("ignore", "require"),
@@ -25,14 +25,14 @@ POSITIVE = (
     "optim.learning_rate optim.eps train.steps "
     "train.microbatches train.log_every train.keep generate.samples generate.max_new_tokens "
     "generate.batch_size evaluate.max_new_tokens evaluate.batch_size export.max_shard_gb "
-    "on_policy.max_new_tokens"
+    "on_policy.max_new_tokens plan.slices"
 ).split()
 
 NOT_NEGATIVE = (
     "seed prepare.workers score.top_k optim.warmup_steps "
     "optim.weight_decay optim.clip_norm optim.final_fraction train.eval_every train.eval_batches "
     "train.save_every generate.temperature evaluate.limit data.eval_fraction data.head_tokens "
-    "on_policy.temperature"
+    "on_policy.temperature plan.hbm_gib"
 ).split()
 
 

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dcod_jax"
 
 # A file imports from files before it in this order only; the numbers are the levels of the layout.
 LEVELS = {
-    0: "types",
+    0: "types chips hlo",
     1: "mesh",
     2: "models.config models.layers models.attention models.transformer models.weights "
     "losses.distributions losses.divergences losses.weights losses.adaptive losses.head "
@@ -18,7 +18,8 @@ LEVELS = {
     "answers grading progress metrics optim checkpoint arithmetic",
     3: "losses.distill models.gguf models.hf data.pipeline generate",
     4: "config_checks config forward train_step scoring evals filters",
-    5: "inspect generate_traces prepare score start on_policy export stages evaluate train",
+    5: "inspect generate_traces prepare score start on_policy export stages evaluate "
+    "compiled estimate plan train",
 }
 ORDER = [name for names in LEVELS.values() for name in names.split()]
 PLACE = {name: place for place, name in enumerate(ORDER)}

@@ -107,7 +107,9 @@ def params() -> dict:
 
 
 @functools.cache
-def step_of(sizes=(1, 1, 1), microbatches=1, cfg=None, rows=ROWS, dtype="float32", optim="sgd"):
+def step_of(
+    sizes=(1, 1, 1), microbatches=1, cfg=None, rows=ROWS, dtype="float32", optim="sgd", **more
+):
     """(jitted step, function that makes a fresh state); cached, for compilation is the cost."""
     devices = jax.devices()[: int(np.prod(sizes))]
     names = ("data", "fsdp", "tensor", "context", "slices")
@@ -125,11 +127,12 @@ def step_of(sizes=(1, 1, 1), microbatches=1, cfg=None, rows=ROWS, dtype="float32
         microbatches=microbatches,
         mesh=mesh,
         compute_dtype=jnp.dtype(dtype),
-        remat="none",
         valid_vocab=VALID,
+        **{"remat": "none", **more},
     )
+    offload = {"offload": more.get("offload", False)}
     return step, lambda: init_state(
-        jax.tree.map(jnp.array, params()), optimizer, mesh=mesh, model_config=MODEL
+        jax.tree.map(jnp.array, params()), optimizer, mesh=mesh, model_config=MODEL, **offload
     )
 
 
@@ -156,6 +159,21 @@ def assert_same(got, wanted, *, rtol=2e-5):
 def test_microbatches_and_devices_change_nothing(sizes, microbatches):
     wanted = one_step(packed())
     assert_same(one_step(packed(), sizes=sizes, microbatches=microbatches), wanted)
+
+
+@pytest.mark.parametrize("more", [{"offload": True}, {"remat": "offload"}], ids=str)
+def test_what_waits_in_host_memory_changes_no_bit(more):
+    options = {"sizes": (2, 2, 2), "optim": "adamw"}
+    states = []
+    for chosen in ({"remat": "full"}, {"remat": "full", **more}):
+        step, fresh = step_of(**options, **chosen)
+        state = fresh()
+        for _ in range(2):
+            state, _ = step(state, packed())
+        states.append(state)
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, states))
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(states[1].opt_state) if x.ndim}
+    assert kinds == ({"pinned_host"} if "offload" in more else {"device"})
 
 
 SCOPED = loss_config(scope="prefix", normalize="sequence", temperature=0.7)

@@ -70,10 +70,11 @@ def apply_rope(
     x: Float[Array, "B T N H"], cos: Float[Array, "B T P"], sin: Float[Array, "B T P"]
 ) -> Float[Array, "B T N H"]:
     """Rotate the pairs (x[i], x[i + H/2]) in float32, HF's layout; returns the dtype of x."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    # With whole heads in the lanes of a TPU: halves would leave half of the lanes empty.
+    wide = x.astype(jnp.float32)
+    cos = jnp.concatenate([cos, cos], axis=-1)[:, :, None]
+    sin = jnp.concatenate([-sin, sin], axis=-1)[:, :, None]
+    return (wide * cos + jnp.roll(wide, x.shape[-1] // 2, axis=-1) * sin).astype(x.dtype)
 
 
 def attend(

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -23,10 +24,18 @@ from dcod_jax.models import attention, layers
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.types import DcodError, Params
 
-# What the backward pass finds saved of each layer, beside the layer's input.
+BLOCK_INPUT = "block_input"
+# What the backward pass finds saved of each layer, beside the layer's input (which "offload" keeps
+# in the host's memory).
 REMAT_POLICIES: dict[str, Any] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[BLOCK_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 # Module name -> logical axes of its kernel [in, out]; a bias has the last one.
@@ -134,12 +143,14 @@ def _embed(
     mesh: Mesh | None,
     length: str | None = None,
 ) -> Array:
-    # Whole along the FSDP axis first: a lookup in a table split on D would come out split on D and
-    # replicated over the batch. Rows are taken before the cast, so that the gradients of a
-    # frequent token add up in the parameters' dtype.
-    table = meshes.constrain(params["embed_tokens"]["embedding"], mesh, "vocab", None)
-    x = jnp.take(table, tokens, axis=0, mode="clip")
-    return meshes.constrain(x.astype(compute_dtype), mesh, "batch", length, None)
+    # Every device looks up all tokens of its replica in the columns that it holds; what it found
+    # is exchanged for its own rows. The table is never whole on a device, nor is its gradient.
+    # Rows are taken before the cast, so that the gradients of a frequent token add up in the
+    # parameters' dtype.
+    tokens = meshes.constrain(tokens, mesh, "replica", None)
+    x = jnp.take(params["embed_tokens"]["embedding"], tokens, axis=0, mode="clip")
+    x = meshes.constrain(x, mesh, "replica", None, "embed").astype(compute_dtype)
+    return meshes.constrain(x, mesh, "batch", length, None)
 
 
 def hidden_states(
@@ -176,6 +187,7 @@ def hidden_states(
     attend = functools.partial(attention.attention, mesh=mesh)
 
     def block(x: Array, layer: Params) -> tuple[Array, None]:
+        x = checkpoint_name(x, BLOCK_INPUT)
         layer = _gather_layer(layer, layer_axes, compute_dtype=compute_dtype, mesh=mesh)
         module = nnx.merge(block_graph, layer)
         query, key, value = module.project(x, rope)
