@@ -54,6 +54,7 @@ VALID_VOCAB = 151665  # entries of the tokenizer that they share
 TOP_K = {"loss.divergence": "forward_kl", "score.top_k": 64}
 LIVE = {"loss.divergence": "forward_kl", "loss.teacher": "live"}
 PLAIN = {"loss.weights.name": "uniform"}
+LONG = {"data.seq_len": 32768, "data.max_length": 32768}
 
 # Row -> (student, changed keys); the first ones matter most.
 ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -71,6 +72,8 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "nll-56-layers": (QWEN_1B | {"num_hidden_layers": 56}, {}),
     "nll-offload": (QWEN_1B, {"student.remat": "offload"}),
     "nll-optim-offload": (QWEN_1B, {"optim.offload": True}),
+    "long-1-row": (QWEN_1B, LONG | {"data.batch_size": 1, "mesh.fsdp": 1, "mesh.context": 16}),
+    "long-8-rows": (QWEN_1B, LONG | {"data.batch_size": 8, "mesh.fsdp": 4, "mesh.context": 4}),
     "nll-dots-16": (QWEN_1B, {"student.remat": "dots", "data.batch_size": 16}),
     "nll-full-16": (QWEN_1B, {"data.batch_size": 16}),
 }
