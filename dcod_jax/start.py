@@ -16,7 +16,7 @@ from dcod_jax.data.records import TraceDataset, check_fingerprints
 from dcod_jax.forward import TeacherModel
 from dcod_jax.losses import distill
 from dcod_jax.losses.divergences import DIVERGENCES
-from dcod_jax.mesh import make_mesh, tree_shardings
+from dcod_jax.mesh import check_divides, make_mesh, tree_shardings
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.prepare import load_tokenizer
@@ -52,6 +52,7 @@ def preflight(config: Any) -> None:
     mesh = make_mesh(**config.mesh)
     check_batch(config.data.batch_size, config.train.microbatches, mesh)
     transformer.check_mesh(student.config, mesh)
+    check_divides(mesh, {"data.seq_len": ("length", config.data.seq_len)})
     loss = configs.loss_config(config)
     if loss.teacher == "cached" and DIVERGENCES[loss.divergence].acts_on_student:
         print(

@@ -9,7 +9,7 @@ import pytest
 
 from dcod_jax import mesh as meshes
 from dcod_jax.models import config as configs
-from dcod_jax.models import transformer
+from dcod_jax.models import layers, transformer
 from dcod_jax.types import DcodError
 
 
@@ -127,6 +127,20 @@ def test_padding_is_finite_and_has_no_effect(dtype):
     (other_value, _), other_gradients = run(params, other)
     assert other_value == value
     jax.tree.map(np.testing.assert_array_equal, other_gradients, gradients)
+
+
+def test_a_query_that_may_see_nothing_is_finite():
+    keys = jax.random.split(jax.random.key(0), 3)
+    query = jax.random.normal(keys[0], (1, 2, 4, 8))
+    key, value = (jax.random.normal(k, (1, 2, 5, 8)) for k in keys[1:])
+    visible = jnp.zeros((1, 2, 5), bool)
+
+    def loss(query, key, value):
+        return jnp.sum(layers.cached_attention(query, key, value, visible) ** 2)
+
+    assert jnp.isfinite(loss(query, key, value))
+    for gradient in jax.grad(loss, argnums=(0, 1, 2))(query, key, value):
+        assert jnp.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
