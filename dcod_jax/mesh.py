@@ -78,9 +78,14 @@ def tree_shardings(mesh: Mesh, logical_axes: Any) -> Any:
     )
 
 
+def shards(mesh: Mesh | None, logical: str) -> int:
+    """Number of pieces a dimension of this logical name is split into."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES[logical])
+
+
 def batch_shards(mesh: Mesh | None) -> int:
     """Number of pieces the batch dimension is split into."""
-    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    return shards(mesh, "batch")
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *logical: str | None) -> jax.Array:
