@@ -16,7 +16,7 @@ LEVELS = {
     "losses.reduce data.manifest data.codec data.score_progress "
     "data.records data.packing data.chat data.formats data.traces data.delivered data.overlap "
     "answers grading progress metrics optim checkpoint arithmetic",
-    3: "losses.distill models.gguf models.hf data.pipeline generate",
+    3: "losses.distill models.gguf models.hf data.pipeline stops sampling decoding generate",
     4: "config_checks config forward train_step scoring evals filters",
     5: "inspect generate_traces prepare score start on_policy export stages evaluate "
     "compiled estimate plan train",
