@@ -22,7 +22,9 @@ def get_config() -> Any:
     c.student.tokenizer = ""  # HF tokenizer directory; empty: the one beside student.path
     c.student.chat_template = ""  # Jinja file used instead of the tokenizer's chat template
     c.student.compute_dtype = "bfloat16"  # matrix products and activations; master weights fp32
-    c.student.remat = "full"  # none | dots | full: what the backward pass recomputes per layer
+    # none | dots | full: what the backward pass recomputes per layer | offload: as full, and the
+    # layers' inputs wait in host memory | auto: the first of these that fits
+    c.student.remat = "full"  # none | dots | full | offload | auto: see docs/scaling.md
 
     c.teacher = ConfigDict()
     c.teacher.path = ""  # HF directory or .gguf file of the teacher that scores the traces
@@ -104,6 +106,7 @@ def get_config() -> Any:
     c.optim.b2 = 0.95  # AdamW second moment
     c.optim.eps = 1e-8  # AdamW epsilon
     c.optim.clip_norm = 1.0  # global gradient norm; 0: no clipping
+    c.optim.offload = False  # AdamW's moments wait in host memory between steps
 
     c.train = ConfigDict()
     c.train.steps = 1000  # optimizer steps
@@ -119,6 +122,12 @@ def get_config() -> Any:
 
     c.profile = ConfigDict()
     c.profile.steps = ""  # first:last, both traced by XProf into run_dir/profile; empty: none
+
+    c.plan = ConfigDict()
+    c.plan.topology = ""  # what plan compiles for: v5e:4x4, v5p:2x2x4, v6e:16x16, ..., or cpu:8
+    c.plan.slices = 1  # slices of that topology, joined by the data-centre network
+    c.plan.hbm_gib = 0.0  # memory limit of a device in GiB; 0: what libtpu reports for the chip
+    c.plan.largest_batch = True  # search the largest batch that fits (several compilations)
 
     c.mesh = ConfigDict()
     c.mesh.data = -1  # replicas; -1: the devices that are left

@@ -12,7 +12,7 @@ from dcod_jax.losses.divergences import DIVERGENCES
 
 CHOICES = {
     "student.compute_dtype": ("bfloat16", "float32"),
-    "student.remat": ("none", "dots", "full"),
+    "student.remat": ("none", "dots", "full", "offload", "auto"),
     "teacher.dtype": ("bfloat16", "float32"),
     "export.dtype": ("bfloat16", "float32", "float16"),
     "prepare.logprobs": ("ignore", "require"),
@@ -30,14 +30,14 @@ POSITIVE = (
     "generate.batch_size evaluate.max_new_tokens evaluate.batch_size export.max_shard_gb "
     "on_policy.max_new_tokens hosts.connect_timeout hosts.heartbeat hosts.timeout "
     "drift.samples drift.max_new_tokens drift.batch_size drift.resamples "
-    "report.points report.histogram_traces"
+    "report.points report.histogram_traces plan.slices"
 ).split()
 
 NOT_NEGATIVE = (
     "seed prepare.workers score.top_k optim.warmup_steps "
     "optim.weight_decay optim.clip_norm optim.final_fraction train.eval_every train.eval_batches "
     "train.save_every generate.temperature evaluate.limit data.eval_fraction data.head_tokens "
-    "on_policy.temperature drift.limit report.traces"
+    "on_policy.temperature drift.limit report.traces plan.hbm_gib"
 ).split()
 
 
