@@ -18,14 +18,17 @@ import tiny
 
 from dcod_jax import config as configs
 from dcod_jax import report, report_data, report_traces, stages
+from dcod_jax.checkpoint import Checkpointer
 from dcod_jax.data.manifest import MANIFEST
 from dcod_jax.data.records import TraceDataset
 from dcod_jax.export import MARKER
 from dcod_jax.losses import weights
 from dcod_jax.mesh import make_mesh
 from dcod_jax.models import hf, transformer
+from dcod_jax.optim import make_optimizer
 from dcod_jax.prepare import prepare
 from dcod_jax.score import score
+from dcod_jax.train_step import init_state
 from dcod_jax.types import DcodError
 
 HOSTILE = (
@@ -242,6 +245,26 @@ def test_trace_weights_are_the_train_steps(page, place):
         np.testing.assert_allclose(discord["weights"], wanted, rtol=1e-3, atol=1e-4)
         assert set(sft["weights"]) == {1.0}
         assert sft["student"] != discord["student"]
+
+
+def test_a_run_without_export_is_seen_by_its_newest_checkpoint(place, tmp_path):
+    mesh = one_device()
+    export = Path(place.run_dir) / "discord" / "export"
+    model_config, params = hf.load_model(export, dtype=jnp.float32, mesh=mesh)
+    optimizer, _ = make_optimizer(configs.optim_config(place), 10)
+    state = init_state(params, optimizer, mesh=mesh, model_config=model_config)
+    _, variant = list(configs.variants(place))[1]
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(state, step=3, progress={}, config=variant.to_dict())
+    checkpointer.close()
+    runs = [
+        report_data.Run("a", path, configs.replace(variant, {"run_dir": str(path)}))
+        for path in (tmp_path, export.parent)
+    ]
+    seen, exported = (report_traces.see(run, count=24) for run in runs)
+    assert (seen.source, exported.source) == ("checkpoint of step 3", f"export {export}")
+    for mine, theirs in zip(seen.weights, exported.weights, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
 
 
 @pytest.mark.parametrize("scope", weights.SCOPES)
