@@ -235,10 +235,9 @@ def test_a_run_without_export_is_seen_by_its_newest_checkpoint(place, tmp_path):
         np.testing.assert_array_equal(mine, theirs)
 
 
-@pytest.mark.parametrize("scope", weights.SCOPES)
-def test_token_weights_equal_packed_ones(place, scope):
+def test_token_weights_equal_packed_ones(place):
     """One row a trace, or all in one row as a train step packs them: the same weights."""
-    cfg = weights.WeightConfig("sigmoid", 0.7, 0.1, 2.0, scope, "sequence", 0)
+    cfg = weights.WeightConfig("sigmoid", 0.7, 0.1, 2.0, "prefix", "sequence", 0)
     traces = TraceDataset(Path(place.run_dir) / "dataset" / "train").read(range(4))
     generator = np.random.default_rng(0)
     student = [-generator.gamma(1.0, 1.0, len(t.logprobs)).astype(np.float32) for t in traces]
