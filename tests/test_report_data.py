@@ -37,3 +37,19 @@ def test_drift_is_the_drift_file_at_fewer_lengths(tmp_path):
     assert thin["log_ratio"]["teacher"]["value"][0] == 3.0
     [whole] = report_data.drifts([run], points=50)
     assert whole["models"]["a"]["excess"] == row["excess"]
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    """By the directory above, and where that is the same too by the whole path."""
+    for place in ("a/x/sft", "a/x/discord", "a/y/sft", "b/y/sft"):
+        run = tmp_path / place
+        run.mkdir(parents=True)
+        (run / "config.json").write_text("{}")
+        (run / "metrics.jsonl").write_text("")
+    found = report_data.find_runs([tmp_path / "a/x", tmp_path / "a/y", tmp_path / "b/y/sft"])
+    assert [run.name for run in found] == [
+        "discord",
+        "x/sft",
+        str(tmp_path / "a/y/sft"),
+        str(tmp_path / "b/y/sft"),
+    ]
