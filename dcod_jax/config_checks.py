@@ -25,14 +25,15 @@ POSITIVE = (
     "optim.learning_rate optim.eps train.steps "
     "train.microbatches train.log_every train.keep generate.samples generate.max_new_tokens "
     "generate.batch_size evaluate.max_new_tokens evaluate.batch_size export.max_shard_gb "
-    "on_policy.max_new_tokens"
+    "on_policy.max_new_tokens study.seeds study.width study.layers study.start_steps "
+    "study.start_learning_rate study.start_problems study.traces study.problems"
 ).split()
 
 NOT_NEGATIVE = (
     "seed prepare.workers score.top_k optim.warmup_steps "
     "optim.weight_decay optim.clip_norm optim.final_fraction train.eval_every train.eval_batches "
     "train.save_every generate.temperature evaluate.limit data.eval_fraction data.head_tokens "
-    "on_policy.temperature"
+    "on_policy.temperature study.noise study.drift_prompts"
 ).split()
 
 
