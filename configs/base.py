@@ -135,6 +135,15 @@ def get_config() -> Any:
     c.evaluate.max_new_tokens = 256  # longest answer
     c.evaluate.batch_size = 64  # sequences decoded together
 
+    c.drift = ConfigDict()
+    c.drift.prompts = ""  # prompts JSONL to continue; empty: evaluate.problems
+    c.drift.limit = 0  # prompts to take; 0: all
+    c.drift.samples = 1  # continuations of each prompt, from the teacher and from each student
+    c.drift.max_new_tokens = 256  # longest continuation, and the longest length of the curves
+    c.drift.batch_size = 64  # sequences sampled together
+    c.drift.resamples = 2000  # bootstrap resamples behind an interval
+    c.drift.compat = False  # also the numbers as the LMOps script computes them
+
     c.export = ConfigDict()
     c.export.path = ""  # HF directory to write; empty: run_dir/export
     c.export.dtype = "bfloat16"  # of the written weights
@@ -163,6 +172,7 @@ def get_config() -> Any:
     c.study.noise = 0.0  # share of them with one digit of the steps replaced
     c.study.styles = ()  # keep traces of these styles only; empty: all
     c.study.problems = 256  # in each held-out set
+    c.study.drift_length = 20  # tokens over which ExAccErr is accumulated
     c.study.drift_prompts = 128  # prompts of a test run's drift measurement; 0: none
 
     c.compare = ()  # variants trained from one start: ("sft loss.weights.name=uniform", ...)

@@ -29,7 +29,8 @@ FREE = (
     "run_dir compare mesh. student.remat train.log_every train.eval train.save_every train.keep "
     "train.best_metric train.progress train.microbatches loss.head_chunk data.prefetch "
     "data.verify_checksums data.traces data.eval data.split data.dataset teacher. prepare. score. "
-    "generate. evaluate. export. student.path student.config student.tokenizer train.init_from"
+    "generate. evaluate. drift. report. export. student.path student.config student.tokenizer "
+    "train.init_from"
 ).split()
 LIVE = ("teacher.path", "teacher.dtype")  # not free where the teacher runs in the step
 

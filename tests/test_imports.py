@@ -15,10 +15,10 @@ LEVELS = {
     "losses.divergences losses.weights losses.adaptive losses.head losses.reduce data.manifest "
     "data.codec data.score_progress "
     "data.records data.packing data.chat data.formats data.traces data.delivered data.overlap "
-    "answers grading progress metrics optim checkpoint arithmetic",
+    "answers grading progress metrics optim checkpoint arithmetic drift_curves",
     3: "losses.distill models.gguf models.hf data.pipeline generate",
-    4: "config_checks config forward train_step scoring evals filters",
-    5: "inspect generate_traces prepare score start on_policy export stages evaluate train",
+    4: "config_checks config forward train_step scoring evals filters drift_scores",
+    5: "inspect generate_traces prepare score start on_policy export drift stages evaluate train",
 }
 ORDER = [name for names in LEVELS.values() for name in names.split()]
 PLACE = {name: place for place, name in enumerate(ORDER)}

@@ -53,7 +53,7 @@ def get_config():
     c.loss.head_chunk = 1024
     c.optim.learning_rate = 1e-3  # not used: study.learning_rates
     c.optim.warmup_steps = 10
-    c.train.steps = 150
+    c.train.steps = 100
     c.study.arms = ARMS
     c.study.conditions = ("main",)
     return c

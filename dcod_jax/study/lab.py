@@ -24,6 +24,8 @@ from dcod_jax.arithmetic import build_tokenizer
 from dcod_jax.data import pipeline
 from dcod_jax.data.manifest import commit_file
 from dcod_jax.data.records import TraceDataset
+from dcod_jax.drift_scores import Model as DriftModel
+from dcod_jax.drift_scores import draw_samples, measure
 from dcod_jax.forward import TeacherModel
 from dcod_jax.losses import distill
 from dcod_jax.losses.distill import LossConfig
@@ -108,6 +110,7 @@ class Lab:
             for name, problems in self.problems.items()
         }
         self._steps: dict[Any, Any] = {}
+        self._teacher_samples: dict[tuple[int, int], Any] = {}
         self._datasets: dict[Path, TraceDataset] = {}
 
     # ------------------------------------------------------------ what is shared
@@ -312,8 +315,46 @@ class Lab:
             measured["accuracy"][name] = round(float(correct.mean()), 4)
             if kind == "test":
                 measured.setdefault("correct", {})[name] = pack_bits(correct)
+        if kind == "test" and config.study.drift_prompts:
+            measured["drift"] = self.drift(config, done.params)
         measured["eval_cpu"] = round(cpu_seconds() - before, 2)
         return measured
+
+    def drift(self, config: Any, params: Params) -> dict[str, float]:
+        """ExAccErr over the first study.drift_length tokens on problems of the set "in".
+
+        Both models continue the same prompts at temperature 1; KL in nats, whole vocabulary.
+        """
+        length = config.study.drift_length
+        teacher = DriftModel(self.teacher.config, self.teacher.params, "float32")
+        student = DriftModel(self.model_config(config), params, "float32")
+        prompts = self.prompts["in"][: config.study.drift_prompts]
+        drawing = {
+            "max_new_tokens": config.generate.max_new_tokens,
+            "seed": config.seed,
+            "eos_ids": (self.tokenizer.eos_token_id,),
+            "valid_vocab": len(self.tokenizer),
+            "batch_size": config.generate.batch_size,
+            "mesh": self.mesh,
+        }
+        key = (len(prompts), config.generate.max_new_tokens)
+        if key not in self._teacher_samples:
+            self._teacher_samples[key] = draw_samples(teacher, prompts, **drawing)
+        measured = measure(
+            teacher, student, prompts, teacher_samples=self._teacher_samples[key], **drawing
+        )
+        curves = measured.curves(resamples=1)
+        found = {
+            "excess": curves.excess.value[length - 1],
+            "accumulated": curves.accumulated.value[length - 1],
+            "reference": curves.reference.value[length - 1],
+        }
+        if not np.isfinite(list(found.values())).all():
+            raise DcodError(
+                f"study.drift_length={length} is longer than the sequences of student or teacher; "
+                "lower it"
+            )
+        return {name: round(float(value), 4) for name, value in found.items()}
 
 
 def _curves(history: list[dict[str, jax.Array]]) -> dict[str, np.ndarray]:
