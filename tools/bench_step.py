@@ -4,9 +4,12 @@
     python tools/bench_step.py --what input|checkpoint|memory
 
 step: SmolLM2-135M cut to 6 layers (D 576, F 1536, 9/3 heads of 64, tied V 49152), batch 4 x 512,
-float32, AdamW, every token supervised. Ours has the DisCorD weights on (`ours`), or plain SFT
-(`ours-sft`); the peer is Tunix's PeftTrainer with its default SFT loss on its own llama3 model of
-the same shape. Each measurement is a process of its own, the variants take turns for --rounds
+float32, AdamW. Ours: `ours` is nll with the DisCorD weights on every token, `ours-sft` the same
+without weights, `ours-half` the same where half of each row is prompt; `ours-topk` is forward KL to
+a cached top-64, `ours-live` to a live teacher of the student's shape, both with the weights on;
+`ours-topk-plain` and `ours-live-plain` without. The peer is Tunix: PeftTrainer with its default SFT
+loss for the nll variants, DistillationTrainer with LogitStrategy and a live teacher for the others
+(bench_tunix.py). Each measurement is a process of its own, the variants take turns for --rounds
 rounds, and the table gives medians of CPU-seconds per step after warmup (getrusage; all threads)
 and of the peak resident memory (ru_maxrss; compilation included). No XLA flags are set for either.
 Ours saves matrix products only and recomputes what is elementwise (student.remat "dots").
@@ -19,55 +22,20 @@ Without --peer-python only ours is measured.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench_measure import BATCH, LEARNING_RATE, LENGTH, SHAPE, measure
+
 ROOT = Path(__file__).resolve().parents[1]
-SHAPE = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-}
-BATCH, LENGTH = 4, 512
-LEARNING_RATE = 1e-4
-
-
-def cpu_seconds() -> float:
-    """User and system time of all threads of this process."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
-
-
-def peak_megabytes() -> float:
-    """Largest resident memory this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def measure(run_steps: Callable[[int], Any], *, warmup: int, steps: int) -> dict[str, float]:
-    """CPU-seconds and wall seconds per step of run_steps(n), after run_steps(warmup)."""
-    run_steps(warmup)
-    cpu, wall = cpu_seconds(), time.perf_counter()
-    run_steps(steps)
-    return {
-        "cpu_s": (cpu_seconds() - cpu) / steps,
-        "wall_s": (time.perf_counter() - wall) / steps,
-        "peak_mb": peak_megabytes(),
-    }
-
-
 # ---------------------------------------------------------------- ours (a process of its own)
 
 
@@ -99,10 +67,13 @@ def our_config(
     return from_hf(raw), LossConfig(head_chunk=head_chunk, weights=weight_config, **values)
 
 
-def our_batch(vocab: int, batch: int = BATCH, length: int = LENGTH, *, top_k: int = 0) -> Any:
-    """Random tokens, every position supervised, teacher log-probs around -1; top-k if asked for.
+def our_batch(
+    vocab: int, batch: int = BATCH, length: int = LENGTH, *, top_k: int = 0, prompt: int = 0
+) -> Any:
+    """Random tokens, supervised behind `prompt`, teacher log-probs around -1; top-k if asked for.
 
-    The top-k hold 0.9 of the mass in equal shares.
+    The top-k hold 0.9 of the mass in equal shares. With a prompt the head is compact, as the
+    pipeline hands it over.
     """
     import jax.numpy as jnp
     import numpy as np
@@ -111,10 +82,14 @@ def our_batch(vocab: int, batch: int = BATCH, length: int = LENGTH, *, top_k: in
 
     generator = np.random.default_rng(0)
     ids = generator.integers(0, vocab, (batch, length + 1), dtype=np.int32)
-    cache = {}
+    mask = np.arange(length) >= prompt
+    cache: dict[str, Any] = {}
+    if prompt:
+        positions = np.arange(prompt, length, dtype=np.int32)
+        cache["head_positions"] = jnp.asarray(np.tile(positions, (batch, 1)))
     if top_k:
         first = generator.integers(0, vocab, (batch, length, 1), dtype=np.int32)
-        cache = {
+        cache |= {
             "topk_ids": jnp.asarray((first + np.arange(top_k, dtype=np.int32)) % vocab),
             "topk_logprobs": jnp.full((batch, length, top_k), np.log(0.9 / top_k), jnp.bfloat16),
             "tail_logprobs": jnp.full((batch, length), np.log(0.1), jnp.float32),
@@ -122,7 +97,7 @@ def our_batch(vocab: int, batch: int = BATCH, length: int = LENGTH, *, top_k: in
     return Batch(
         tokens=jnp.asarray(ids[:, :-1]),
         targets=jnp.asarray(ids[:, 1:]),
-        loss_mask=jnp.ones((batch, length), bool),
+        loss_mask=jnp.asarray(np.tile(mask, (batch, 1))),
         segment_ids=jnp.ones((batch, length), jnp.int32),
         positions=jnp.broadcast_to(jnp.arange(length), (batch, length)),
         teacher_logprobs=jnp.asarray(-generator.exponential(1.0, (batch, length)), jnp.float32),
@@ -168,20 +143,51 @@ def our_step(args: argparse.Namespace, model_config: Any, loss_config: Any) -> t
     return step, init_state(params, optimizer, mesh=mesh, model_config=model_config)
 
 
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way to train, and the peer's variant that does the nearest work."""
+
+    peer: str
+    weights: str = "sigmoid"
+    loss: dict[str, Any] = dataclasses.field(default_factory=dict)
+    top_k: int = 0
+    prompt: int = 0
+
+
+CACHED = {"divergence": "forward_kl"}
+LIVE = {"divergence": "forward_kl", "teacher": "live"}
+VARIANTS = {
+    "ours": Variant("tunix"),
+    "ours-sft": Variant("tunix", weights="uniform"),
+    "ours-half": Variant("tunix", prompt=LENGTH // 2),
+    "ours-topk": Variant("tunix-live", loss=CACHED, top_k=64),
+    "ours-topk-plain": Variant("tunix-live", weights="uniform", loss=CACHED, top_k=64),
+    "ours-live": Variant("tunix-live", loss=LIVE),
+    "ours-live-plain": Variant("tunix-live", weights="uniform", loss=LIVE),
+}
+
+
 def worker_ours(args: argparse.Namespace) -> dict[str, float]:
     """Our train step as the train verb runs it: metrics of a step fetched after the next starts."""
     import jax
 
-    weights = "uniform" if args.worker == "ours-sft" else "sigmoid"
-    model_config, loss_config = our_config(weights, head_chunk=args.head_chunk)
+    from dcod_jax.models.transformer import init_params
+
+    variant = VARIANTS[args.worker]
+    model_config, loss_config = our_config(
+        variant.weights, head_chunk=args.head_chunk, loss=variant.loss
+    )
     step, state = our_step(args, model_config, loss_config)
-    batch = our_batch(model_config.vocab_size)
+    batch = our_batch(model_config.vocab_size, top_k=variant.top_k, prompt=variant.prompt)
+    teacher = ()
+    if loss_config.teacher == "live":
+        teacher = (jax.jit(init_params, static_argnums=0)(model_config, jax.random.key(1)),)
 
     def run_steps(count: int) -> None:
         nonlocal state
         pending = None
         for _ in range(count):
-            state, values = step(state, batch)
+            state, values = step(state, batch, *teacher)
             if pending is not None:
                 jax.device_get(pending)
             pending = values
@@ -191,68 +197,21 @@ def worker_ours(args: argparse.Namespace) -> dict[str, float]:
     return measure(run_steps, warmup=args.warmup, steps=args.steps) | {"loss": losses[-1]}
 
 
-# ---------------------------------------------------------------- peer (imports nothing of ours)
-
-
-def worker_tunix(args: argparse.Namespace) -> dict[str, float]:
-    """Tunix PeftTrainer, default SFT loss, on its llama3 model of the same shape."""
-    import jax.numpy as jnp
-    import numpy as np
-    import optax
-    from flax import nnx
-    from tunix.models.llama3 import model as llama3  # pyright: ignore[reportMissingImports]
-    from tunix.sft import peft_trainer, utils  # pyright: ignore[reportMissingImports]
-
-    model_config = llama3.ModelConfig(
-        num_layers=SHAPE["num_hidden_layers"],
-        vocab_size=SHAPE["vocab_size"],
-        embed_dim=SHAPE["hidden_size"],
-        hidden_dim=SHAPE["intermediate_size"],
-        num_heads=SHAPE["num_attention_heads"],
-        head_dim=SHAPE["head_dim"],
-        num_kv_heads=SHAPE["num_key_value_heads"],
-        rope_theta=100000,
-        norm_eps=1e-5,
-        weight_tying=True,
-    )
-    model = llama3.Llama3(model_config, rngs=nnx.Rngs(0))
-    config = peft_trainer.TrainingConfig(eval_every_n_steps=10**9)
-    trainer = peft_trainer.PeftTrainer(model, optax.adamw(LEARNING_RATE), config)
-    trainer.is_managed_externally = True  # train() may be called again: warmup, then measured
-
-    def model_input(batch: Any) -> dict[str, Any]:
-        mask = batch.input_mask
-        return {
-            "input_tokens": batch.input_tokens,
-            "input_mask": mask,
-            "positions": utils.build_positions_from_mask(mask),
-            "attention_mask": utils.make_causal_attn_mask(mask),
-        }
-
-    trainer = trainer.with_gen_model_input_fn(model_input)
-    ids = np.random.default_rng(0).integers(0, SHAPE["vocab_size"], (BATCH, LENGTH))
-    example = peft_trainer.TrainingInput(
-        input_tokens=jnp.asarray(ids, jnp.int32), input_mask=jnp.ones((BATCH, LENGTH), jnp.bool_)
-    )
-    return measure(
-        lambda count: trainer.train([example] * count), warmup=args.warmup, steps=args.steps
-    )
-
-
-WORKERS = {"ours": worker_ours, "ours-sft": worker_ours, "tunix": worker_tunix}
-
 # ---------------------------------------------------------------- the interleaved comparison
 
 
 def run_worker(name: str, args: argparse.Namespace) -> dict[str, float]:
     """One measurement in a fresh process, without what this process's environment would add."""
-    python = args.peer_python if name == "tunix" else sys.executable
-    command = [python, str(Path(__file__).resolve()), "--worker", name]
+    ours = name in VARIANTS
+    script = "bench_step.py" if ours else "bench_tunix.py"
+    python = sys.executable if ours else args.peer_python
+    command = [python, str(ROOT / "tools" / script), "--worker", name]
     for option in ("warmup", "steps", "head_chunk", "remat", "clip_norm"):
         command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONPATH")}
+    hidden = ("XLA_FLAGS", "PYTHONPATH", "JAX_COMPILATION_CACHE_DIR")
+    environment = {k: v for k, v in os.environ.items() if k not in hidden}
     environment["JAX_PLATFORMS"] = "cpu"
-    if name != "tunix":
+    if ours:
         environment["PYTHONPATH"] = str(ROOT)
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if run.returncode:
@@ -261,10 +220,13 @@ def run_worker(name: str, args: argparse.Namespace) -> dict[str, float]:
 
 
 def bench_step(args: argparse.Namespace) -> None:
-    """Interleaved rounds; medians, and ratios to the peer."""
+    """Interleaved rounds; medians, and the ratios of each variant to its peer."""
     names = args.variants.split(",")
+    unknown = set(names) - VARIANTS.keys()
+    if unknown:
+        raise SystemExit(f"--variants {', '.join(unknown)}: expected some of {', '.join(VARIANTS)}")
     if args.peer_python:
-        names.append("tunix")
+        names += dict.fromkeys(VARIANTS[name].peer for name in names)
     results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for number in range(args.rounds):
         for name in names:
@@ -274,15 +236,15 @@ def bench_step(args: argparse.Namespace) -> None:
         name: {key: statistics.median(run[key] for run in runs) for key in ("cpu_s", "peak_mb")}
         for name, runs in results.items()
     }
-    base = medians["tunix" if args.peer_python else names[0]]
-    print(
-        f"\n{'variant':12}{'CPU-s/step':>12}{'peak MB':>10}{'time ratio':>12}{'memory ratio':>14}"
-    )
+    print(f"\n{'variant':18}{'CPU-s/step':>12}{'peak MB':>10}{'time':>8}{'memory':>8}  of")
     for name, row in medians.items():
-        time_ratio, memory_ratio = row["cpu_s"] / base["cpu_s"], row["peak_mb"] / base["peak_mb"]
+        base = VARIANTS[name].peer if name in VARIANTS and args.peer_python else name
+        if not args.peer_python:
+            base = names[0]
+        time_ratio, memory_ratio = (row[key] / medians[base][key] for key in ("cpu_s", "peak_mb"))
         print(
-            f"{name:12}{row['cpu_s']:12.2f}{row['peak_mb']:10.0f}"
-            f"{time_ratio:12.3f}{memory_ratio:14.3f}"
+            f"{name:18}{row['cpu_s']:12.2f}{row['peak_mb']:10.0f}"
+            f"{time_ratio:8.3f}{memory_ratio:8.3f}  {base}"
         )
 
 
@@ -291,8 +253,8 @@ def bench_step(args: argparse.Namespace) -> None:
 
 MEMORY_LOSSES: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("nll", 0, {}),
-    ("forward_kl, cached K = 64", 64, {"divergence": "forward_kl"}),
-    ("forward_kl, live", 0, {"divergence": "forward_kl", "teacher": "live"}),
+    ("forward_kl, cached K = 64", 64, CACHED),
+    ("forward_kl, live", 0, LIVE),
 )
 
 
@@ -367,7 +329,7 @@ def main() -> None:
     )
     parser.add_argument("--what", choices=WHAT, default="step")
     parser.add_argument("--peer-python", default="", help="python of the peer's environment")
-    parser.add_argument("--variants", default="ours", help="comma-separated: ours,ours-sft")
+    parser.add_argument("--variants", default="ours", help=f"comma-separated: {','.join(VARIANTS)}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=1, help="steps before measuring")
     parser.add_argument("--steps", type=int, default=3, help="measured steps")
@@ -375,10 +337,10 @@ def main() -> None:
     parser.add_argument("--remat", default="dots", help="what the layers save: none|dots|full")
     parser.add_argument("--clip-norm", type=float, default=0.0, help="0, as the peer's AdamW")
     parser.add_argument("--directory", default=None, help="where to save (checkpoint)")
-    parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        print(json.dumps(WORKERS[args.worker](args)))
+        print(json.dumps(worker_ours(args)))
         return
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
