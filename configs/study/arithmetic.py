@@ -31,6 +31,31 @@ ARMS = (
     f"jsd+sigmoid loss.divergence=jsd {SIGMOID}",
     f"gkd {GKD} {UNIFORM}",
     f"gkd+sigmoid {GKD} {SIGMOID}",
+    f"sft+t3 loss.divergence=nll {SIGMOID} loss.weights.temperature=3",
+    f"sft+prefix loss.divergence=nll {SIGMOID} loss.weights.scope=prefix",
+    f"sft+sequence loss.divergence=nll {SIGMOID} loss.weights.scope=sequence",
+    f"sft+unnormalised loss.divergence=nll {SIGMOID} loss.weights.normalize=none",
+    f"sft+each-sequence loss.divergence=nll {SIGMOID} loss.weights.normalize=sequence",
+)
+METHODS = "sft,sft+sigmoid,sft+auto,dft,fkl,fkl+sigmoid,todi,todi+sigmoid,jsd,jsd+sigmoid"
+CORE = "sft,sft+sigmoid,sft+auto,fkl,fkl+sigmoid"
+NLL = "sft,sft+sigmoid,sft+auto"
+VARIANTS = "sft+t3,sft+prefix,sft+sequence,sft+unnormalised,sft+each-sequence"
+# In the order of their weight: an interrupted study has the first ones whole.
+CONDITIONS = (
+    f"main study.only={METHODS},gkd,gkd+sigmoid",
+    f"mastering study.start_steps=2000 study.own_rates=true study.only={CORE}",
+    f"lacking study.start_steps=200 study.own_rates=true study.only={CORE}",
+    "three-times-the-steps train.steps=600 study.only=sft,sft+sigmoid",
+    f"one-style-its-own study.styles=equations study.only={NLL}",
+    f"noise-10% study.noise=0.1 study.only={NLL}",
+    f"teacher-temperature-1.5 generate.temperature=1.5 study.only={NLL}",
+    f"teacher-temperature-0.5 generate.temperature=0.5 study.only={NLL}",
+    f"variants study.only={VARIANTS}",
+    f"smaller-student study.width=32 study.own_rates=true study.only={NLL}",
+    f"no-capacity-gap study.width=96 study.layers=3 study.own_rates=true study.only={NLL}",
+    f"one-style-foreign study.styles=words study.only={NLL}",
+    f"noise-30% study.noise=0.3 study.only={NLL}",
 )
 
 
@@ -53,7 +78,8 @@ def get_config():
     c.loss.head_chunk = 1024
     c.optim.learning_rate = 1e-3  # not used: study.learning_rates
     c.optim.warmup_steps = 10
-    c.train.steps = 100
+    c.train.steps = 200
     c.study.arms = ARMS
-    c.study.conditions = ("main",)
+    c.study.conditions = CONDITIONS
+    c.study.learning_rates = (3e-4, 1e-3, 3e-3)
     return c

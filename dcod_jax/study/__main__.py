@@ -32,8 +32,9 @@ def count_runs(config: Any) -> int:
     for name, condition in conditions(config).items():
         entries = arms(condition)
         main_arms = set(entries) if name == MAIN else main_arms
-        own = [arm for arm in entries if condition.study.own_rates or name == MAIN or arm not in main_arms]
-        total += len(own) * len(condition.study.learning_rates)
+        own = condition.study.own_rates or name == MAIN
+        tuned = [arm for arm in entries if own or arm not in main_arms]
+        total += len(tuned) * len(condition.study.learning_rates)
         total += len(entries) * condition.study.seeds
     return total
 

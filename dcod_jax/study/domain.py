@@ -146,7 +146,9 @@ class Model:
     params: Params
     tokenizer: Any
 
-    def answers(self, prompts: Sequence[Sequence[int]], config: Any, **options: Any) -> list[Sample]:
+    def answers(
+        self, prompts: Sequence[Sequence[int]], config: Any, **options: Any
+    ) -> list[Sample]:
         """Continuations; options are temperature, seed and indices of `sample`."""
         return sample(
             self.config,
@@ -195,7 +197,8 @@ def teacher_traces(config: Any, teacher: Model) -> tuple[list[Trace], dict[str, 
         if counts["sampled"] >= 40 * study.traces:
             raise DcodError(
                 f"only {len(kept)} of study.traces={study.traces} usable traces after "
-                f"{counts['sampled']} samples ({counts}); lower generate.temperature or study.traces"
+                f"{counts['sampled']} samples ({counts}); lower generate.temperature or "
+                "study.traces"
             )
         problems = [next(stream) for _ in range(ROUND)]
         drawn = teacher.answers(

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dcod_jax import config as configs
 from dcod_jax.types import DcodError
 
@@ -162,7 +164,7 @@ def _drop_torn_line(file: Any) -> None:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a results file; raises DcodError with file:line for one that is not JSON."""
+    """The whole lines of a results file; raises DcodError with file:line where one is no JSON."""
     if not path.is_file():
         raise DcodError(f"{path}: no such file; python -m dcod_jax.study writes it")
     lines = []
@@ -173,6 +175,17 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise DcodError(f"{path}:{number}: not JSON ({error}); remove the line") from None
     return lines
+
+
+def pack_bits(correct: np.ndarray) -> str:
+    """[n] bool as hexadecimal digits, the first one in the highest bit."""
+    return np.packbits(correct).tobytes().hex()
+
+
+def unpack_bits(text: str, count: int) -> np.ndarray:
+    """[count] bool of what pack_bits wrote."""
+    packed = np.frombuffer(bytes.fromhex(text), np.uint8)
+    return np.unpackbits(packed, count=count).astype(bool)
 
 
 # ---------------------------------------------------------------- learning rates and order

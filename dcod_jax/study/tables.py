@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,10 +16,13 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
+from dcod_jax import config as configs
 from dcod_jax.study.domain import SETS
+from dcod_jax.study.plan import MAIN, unpack_bits
 from dcod_jax.types import DcodError
 
 Line = dict[str, Any]
+Pick = Callable[[Line], float | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +110,27 @@ class Study:
         raise DcodError(f"the results hold no settings of {condition!r} {arm!r}")
 
     def problems(self, condition: str, arm: str) -> int:
-        from dcod_jax import config as configs
-
         default = configs.keys(configs.load_recipe(configs.BASE))["study.problems"]
         return int(self.settings(condition, arm).get("study.problems", default))
+
+    def base(self, condition: str, arm: str) -> tuple[str, str] | None:
+        """(condition, arm) that an arm is compared with; None: there is none.
+
+        The unweighted form of a weighted method, SFT for a plain one, in the same condition, or in
+        "main" where the two conditions are one but for the arms that they run.
+        """
+        name = arm.partition("+")[0] if "+" in arm else "sft"
+        if name == arm:
+            return None
+        if name in self.arms(condition):
+            return condition, name
+        if name in self.arms(MAIN) and self._world(condition, arm) == self._world(MAIN, name):
+            return MAIN, name
+        return None
+
+    def _world(self, condition: str, arm: str) -> dict[str, Any]:
+        settings = self.settings(condition, arm)
+        return {key: value for key, value in settings.items() if not key.startswith("loss.")}
 
     def correct(self, condition: str, arm: str, name: str, seeds: Iterable[int]) -> np.ndarray:
         """[seeds, problems] of 0 and 1."""
@@ -119,26 +140,24 @@ class Study:
     def accuracy(self, condition: str, arm: str, name: str) -> Estimate:
         return crossed_mean(self.correct(condition, arm, name, self.runs(condition, arm)))
 
-    def difference(self, condition: str, arm: str, base: str, name: str) -> Estimate:
-        """Accuracy of `arm` minus that of `base` on the seeds that both have."""
-        first, second = self.runs(condition, arm), self.runs(condition, base)
+    def difference(self, one: tuple[str, str], base: tuple[str, str], name: str) -> Estimate:
+        """Accuracy of one (condition, arm) minus that of another, on the seeds that both have."""
+        first, second = self.runs(*one), self.runs(*base)
         seeds = [seed for seed in first if seed in second]
-        pair = [self.correct(condition, each, name, seeds) for each in (arm, base)]
+        pair = [self.correct(*each, name, seeds) for each in (one, base)]
         return crossed_mean(pair[0] - pair[1])
 
-    def of(self, condition: str, arm: str, pick: Callable[[Line], float]) -> list[float]:
-        return [pick(line) for line in self.runs(condition, arm).values()]
+    def of(self, condition: str, arm: str, pick: Pick) -> list[float]:
+        """The picked number of each test run that has it."""
+        values = [pick(line) for line in self.runs(condition, arm).values()]
+        return [value for value in values if value is not None]
 
-    def paired(
-        self, condition: str, arm: str, base: str, pick: Callable[[Line], float]
-    ) -> Estimate:
-        first, second = self.runs(condition, arm), self.runs(condition, base)
-        return seed_mean([pick(first[s]) - pick(second[s]) for s in first if s in second])
-
-
-def base_of(arm: str) -> str:
-    """What an arm is compared with: "fkl+sigmoid" with "fkl", a plain method with "sft"."""
-    return arm.partition("+")[0] if "+" in arm else "sft"
+    def paired(self, one: tuple[str, str], base: tuple[str, str], pick: Pick) -> Estimate | None:
+        """The picked number of one (condition, arm) minus another's, over seeds; None: no pair."""
+        first, second = self.runs(*one), self.runs(*base)
+        pairs = [(pick(first[s]), pick(second[s])) for s in first if s in second]
+        changes = [a - b for a, b in pairs if a is not None and b is not None]
+        return seed_mean(changes) if changes else None
 
 
 # ---------------------------------------------------------------- Markdown
@@ -180,30 +199,144 @@ def _minus(text: str) -> str:
 
 
 def accuracy_table(study: Study, names: Sequence[str]) -> str:
-    """Accuracy on the three sets and its paired difference, for every arm of these conditions."""
-    head = ["condition", "arm", "seeds", *SETS, "minus", *(f"Δ {name}" for name in SETS)]
+    """Accuracy on the three sets, percent, for every arm of these conditions."""
+    head = ["condition", "arm", "seeds", *SETS]
+    rows = [
+        [
+            condition,
+            f"`{arm}`",
+            f"{len(study.runs(condition, arm))}",
+            *(percent(study.accuracy(condition, arm, name)) for name in SETS),
+        ]
+        for condition in names
+        for arm in study.arms(condition)
+    ]
+    return table(head, rows)
+
+
+def difference_table(study: Study, names: Sequence[str]) -> str:
+    """Paired differences of accuracy, percentage points, and of the two drift numbers."""
+    head = ["condition", "arm", "minus", *SETS, "ExAccErr, points", "error on own prefixes, nats"]
     rows = []
     for condition in names:
         for arm in study.arms(condition):
-            base = base_of(arm)
-            compare = arm != base and base in study.arms(condition)
+            base = study.base(condition, arm)
+            if base is None:
+                continue
+            one = (condition, arm)
+            drift = [study.paired(one, base, _drift(key)) for key in ("excess", "accumulated")]
             rows.append(
                 [
                     condition,
-                    arm,
-                    f"{len(study.runs(condition, arm))}",
-                    *(percent(study.accuracy(condition, arm, name)) for name in SETS),
-                    base if compare else "",
-                    *(
-                        points(study.difference(condition, arm, base, name)) if compare else ""
-                        for name in SETS
-                    ),
+                    f"`{arm}`",
+                    f"`{base[1]}`",
+                    *(points(study.difference(one, base, name)) for name in SETS),
+                    *("n/a" if value is None else number(value, sign=True) for value in drift),
                 ]
             )
-    return table(head, rows) if rows else "No run of these conditions was done."
+    return table(head, rows)
 
 
-def unpack_bits(text: str, count: int) -> np.ndarray:
-    """[count] bool of what lab.pack_bits wrote."""
-    packed = np.frombuffer(bytes.fromhex(text), np.uint8)
-    return np.unpackbits(packed, count=count).astype(bool)
+def drift_table(study: Study, names: Sequence[str]) -> str:
+    """ExAccErr and what it is made of."""
+    keys = ("excess", "accumulated", "reference")
+    head = ["condition", "arm", "seeds", "ExAccErr, %", "R, nats", "E, nats"]
+    rows = []
+    for condition in names:
+        for arm in study.arms(condition):
+            values = [study.of(condition, arm, _drift(key)) for key in keys]
+            cells = [number(seed_mean(v)) if v else "n/a" for v in values]
+            rows.append([condition, f"`{arm}`", f"{len(values[0])}", *cells])
+    return table(head, rows)
+
+
+def cost_table(study: Study, names: Sequence[str]) -> str:
+    """What a run costs, and what its weights looked like."""
+    head = ["condition", "arm", "rate", "train CPU-s", "tokens trained on", "tokens generated"]
+    head += ["effective sample size", "weight of tokens of q ≤ 0.9", "nll at the end"]
+    rows = []
+    for condition in names:
+        for arm in study.arms(condition):
+            lines = list(study.runs(condition, arm).values())
+
+            def mean(pick: Pick, form: str, arm: str = arm, condition: str = condition) -> str:
+                values = study.of(condition, arm, pick)
+                return format(float(np.mean(values)), form) if values else "n/a"
+
+            rows.append(
+                [
+                    condition,
+                    f"`{arm}`",
+                    f"{lines[0]['rate']:g}",
+                    mean(lambda line: line["train_cpu"], ".1f"),
+                    mean(lambda line: line["tokens"], ",.0f"),
+                    mean(lambda line: line["generated"], ",.0f"),
+                    mean(lambda line: line["curves"].get("ess"), ".2f"),
+                    mean(lambda line: line["curves"].get("unknown_weight"), ".2f"),
+                    mean(lambda line: line["curves"]["nll"], ".2f"),
+                ]
+            )
+    return table(head, rows)
+
+
+def rates_table(study: Study) -> str:
+    """The learning-rate grids: validation accuracy, percent."""
+    tunes = [line for line in study.lines if line["kind"] == "tune"]
+    rates = sorted({line["rate"] for line in tunes})
+    found = {(x["condition"], x["arm"], x["rate"]): x["accuracy"]["validation"] for x in tunes}
+    rows = []
+    for condition, arm in dict.fromkeys((x["condition"], x["arm"]) for x in tunes):
+        values = [found.get((condition, arm, rate)) for rate in rates]
+        best = max(v for v in values if v is not None)
+        place = values.index(best)
+        cells = ["" if v is None else f"{100 * v:.1f}" for v in values]
+        cells[place] = f"**{cells[place]}**"
+        rows.append([condition, f"`{arm}`", *cells])
+    return table(["condition", "arm", *(f"{rate:g}" for rate in rates)], rows)
+
+
+def progress_table(study: Study) -> str:
+    """Which parts were run: test runs by condition."""
+    rows = []
+    for condition in dict.fromkeys(x["condition"] for x in study.lines):
+        counts = {arm: len(study.runs(condition, arm)) for arm in study.arms(condition)}
+        full = ", ".join(f"`{arm}` {count}" for arm, count in counts.items())
+        rows.append([condition, full or "none yet"])
+    return table(["condition", "test runs (seeds) of each arm"], rows)
+
+
+def _drift(key: str) -> Pick:
+    return lambda line: (line.get("drift") or {}).get(key)
+
+
+BLOCKS: dict[str, Callable[[Study, Sequence[str]], str]] = {
+    "progress": lambda study, names: progress_table(study),
+    "rates": lambda study, names: rates_table(study),
+    "accuracy": accuracy_table,
+    "differences": difference_table,
+    "drift": drift_table,
+    "cost": cost_table,
+}
+
+
+def fill_page(page: str, study: Study) -> str:
+    """The page with the tables between its marker comments replaced.
+
+    A marker is `<!-- study: BLOCK condition, condition -->`, ended by `<!-- end -->`; no condition
+    means all that have a test run. Raises DcodError for a block that is not in BLOCKS.
+    """
+    done = study.conditions()
+
+    def fill(found: re.Match[str]) -> str:
+        block, wanted = found[1], [name.strip() for name in found[2].split(",") if name.strip()]
+        if block not in BLOCKS:
+            raise DcodError(f"study page: no table {block!r}; there are {', '.join(BLOCKS)}")
+        names = [name for name in (wanted or done) if name in done]
+        missing = [name for name in wanted if name not in done]
+        text = BLOCKS[block](study, names) if names else ""
+        if missing:
+            text += f"\n\nNot run: {', '.join(missing)}."
+        mark = f"<!-- study: {' '.join([block, ', '.join(wanted)]).rstrip()} -->"
+        return f"{mark}\n\n{text.strip()}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- study: (\S+) ?(.*?) ?-->.*?<!-- end -->", fill, page, flags=re.DOTALL)
