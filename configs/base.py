@@ -159,7 +159,7 @@ def get_config() -> Any:
     c.study.own_rates = False  # a condition's own grid, not the rates found in "main"
     c.study.width = 64  # hidden size of the student, a multiple of 16
     c.study.layers = 2  # of the student
-    c.study.start_steps = 1000  # warm start: more is more competent
+    c.study.start_steps = 1000  # warm start, more is more competent; 0: student.path
     c.study.start_learning_rate = 3e-3  # of the warm start, constant
     c.study.start_styles = ("equations",)  # styles of the warm start's worked solutions
     c.study.start_terms = (3, 6)  # fewest and most terms of a problem in the warm start

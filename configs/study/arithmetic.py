@@ -37,24 +37,27 @@ ARMS = (
     f"sft+unnormalised loss.divergence=nll {SIGMOID} loss.weights.normalize=none",
     f"sft+each-sequence loss.divergence=nll {SIGMOID} loss.weights.normalize=sequence",
 )
-METHODS = "sft,sft+sigmoid,sft+auto,dft,fkl,fkl+sigmoid,todi,todi+sigmoid,jsd,jsd+sigmoid"
-CORE = "sft,sft+sigmoid,sft+auto,fkl,fkl+sigmoid"
+PLAIN = "sft,sft+sigmoid,sft+auto,dft,fkl,fkl+sigmoid"
+OTHERS = "todi,todi+sigmoid,jsd,jsd+sigmoid,gkd,gkd+sigmoid"
 NLL = "sft,sft+sigmoid,sft+auto"
 VARIANTS = "sft+t3,sft+prefix,sft+sequence,sft+unnormalised,sft+each-sequence"
+GIVEN = f"study.start_steps=0 student.path={TEACHER.parent / 'student'}"
 # In the order of their weight: an interrupted study has the first ones whole.
 CONDITIONS = (
-    f"main study.only={METHODS},gkd,gkd+sigmoid",
-    f"mastering study.start_steps=2000 study.own_rates=true study.only={CORE}",
-    f"lacking study.start_steps=200 study.own_rates=true study.only={CORE}",
+    f"main study.only={PLAIN}",
+    f"start-in-the-teachers-styles {GIVEN} study.own_rates=true study.only={NLL}",
+    f"main-other-methods study.only={OTHERS}",
+    f"lacking study.start_steps=200 study.own_rates=true study.only={NLL}",
+    f"mastering study.start_steps=2000 study.own_rates=true study.only={NLL}",
     "three-times-the-steps train.steps=600 study.only=sft,sft+sigmoid",
-    f"one-style-its-own study.styles=equations study.only={NLL}",
+    f"traces-in-the-starts-style study.styles=equations study.only={NLL}",
     f"noise-10% study.noise=0.1 study.only={NLL}",
     f"teacher-temperature-1.5 generate.temperature=1.5 study.only={NLL}",
+    f"main-variants study.only={VARIANTS}",
     f"teacher-temperature-0.5 generate.temperature=0.5 study.only={NLL}",
-    f"variants study.only={VARIANTS}",
     f"smaller-student study.width=32 study.own_rates=true study.only={NLL}",
     f"no-capacity-gap study.width=96 study.layers=3 study.own_rates=true study.only={NLL}",
-    f"one-style-foreign study.styles=words study.only={NLL}",
+    f"traces-in-a-foreign-style study.styles=words study.only={NLL}",
     f"noise-30% study.noise=0.3 study.only={NLL}",
 )
 

@@ -20,6 +20,8 @@ def study(config: Any) -> None:
     done = len(results.done)
     with track("study", total, unit="runs", done=done, enabled=config.train.progress) as advance:
         for run, own in pending(config, results):
+            if run.condition not in results.references:
+                results.refer(run.condition, lab.reference(own))
             measured = lab.run(own, kind=run.kind, rate=run.rate, seed=run.seed)
             results.record(run, measured)
             note = f"{run.kind} {run.condition} {run.arm} seed {run.seed} {measured['accuracy']}"
@@ -44,7 +46,8 @@ def wanted_starts(config: Any) -> dict[tuple[int, int], set[int]]:
     wanted: dict[tuple[int, int], set[int]] = {}
     for condition in conditions(config).values():
         study = condition.study
-        wanted.setdefault((study.width, study.layers), set()).add(study.start_steps)
+        if study.start_steps:
+            wanted.setdefault((study.width, study.layers), set()).add(study.start_steps)
     return wanted
 
 

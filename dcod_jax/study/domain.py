@@ -15,8 +15,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dcod_jax.answers import extract_answer
 from dcod_jax.arithmetic import STYLES, Problem, worked_traces
 from dcod_jax.data import chat
@@ -29,7 +27,6 @@ from dcod_jax.types import DcodError, Params, Trace
 LARGEST = 20  # of the sum of the added numbers: a tiny model learns the facts below it in minutes
 SETS = ("in", "operands", "longer")  # test sets, beside "validation"
 PHRASING = "{}="
-ROUND = 512  # prompts sampled together
 
 
 def make_problem(numbers: Sequence[int], operators: str, split: str) -> Problem:
@@ -200,13 +197,13 @@ def teacher_traces(config: Any, teacher: Model) -> tuple[list[Trace], dict[str, 
                 f"{counts['sampled']} samples ({counts}); lower generate.temperature or "
                 "study.traces"
             )
-        problems = [next(stream) for _ in range(ROUND)]
+        problems = [next(stream) for _ in range(config.generate.batch_size)]
         drawn = teacher.answers(
             [prompt_ids(teacher.tokenizer, p) for p in problems],
             config,
             temperature=config.generate.temperature,
             seed=config.seed,
-            indices=range(counts["sampled"], counts["sampled"] + ROUND),
+            indices=range(counts["sampled"], counts["sampled"] + len(problems)),
         )
         for problem, answer in zip(problems, drawn, strict=True):
             if len(kept) == study.traces:
@@ -283,9 +280,3 @@ def _scored(config: Any, teacher: Model, traces: list[Trace]) -> list[Trace]:
         valid_vocab=len(teacher.tokenizer),
     )
     return score_traces(teacher.config, teacher.params, traces, settings=settings)
-
-
-def captured_mass(dataset: TraceDataset) -> float:
-    """Mean mass of the teacher's distribution that the dataset's top-k holds."""
-    tails = [np.exp(t.tail_logprobs) for t in dataset.read(range(min(256, len(dataset))))]
-    return float(1.0 - np.concatenate(tails).mean())

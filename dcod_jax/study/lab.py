@@ -94,6 +94,15 @@ class Trained:
     cpu_seconds: float  # without compilation
 
 
+@dataclasses.dataclass
+class Compiled:
+    """The train step of one loss and shape, and whether it was called yet."""
+
+    optimizer: Any
+    step: Any
+    called: bool = False
+
+
 class Lab:
     """Everything that runs share; `directory` keeps traces and starts between processes."""
 
@@ -110,7 +119,7 @@ class Lab:
             name: [domain.prompt_ids(self.tokenizer, p) for p in problems]
             for name, problems in self.problems.items()
         }
-        self._steps: dict[Any, Any] = {}
+        self._steps: dict[Any, Compiled] = {}
         self._teacher_samples: dict[tuple[int, int], Any] = {}
         self._datasets: dict[Path, TraceDataset] = {}
 
@@ -128,15 +137,31 @@ class Lab:
 
     def start(self, config: Any) -> Params:
         """The warm start of study.start_steps steps, from the file or trained now."""
+        if not config.study.start_steps:
+            return self._given_start(config)
         shape = (config.study.width, config.study.layers)
         path = self._start_file(config, config.study.start_steps)
         if not path.exists():
-            self._train_starts(config, sorted(self.wanted[shape] | {config.study.start_steps}))
+            self._train_starts(
+                config, sorted(self.wanted.get(shape, set()) | {config.study.start_steps})
+            )
         model_config = self.model_config(config)
         leaves, tree = jax.tree.flatten(transformer.param_shapes(model_config))
         with np.load(path) as stored:
             arrays = [jnp.asarray(stored[f"{i}"]) for i in range(len(leaves))]
         return jax.tree.unflatten(tree, arrays)
+
+    def _given_start(self, config: Any) -> Params:
+        """The parameters of student.path, which must be of the shape that the study asks for."""
+        if not config.student.path:
+            raise DcodError("study.start_steps=0 takes the start from student.path, which is empty")
+        found, params = hf.load_model(config.student.path, dtype=jnp.float32, mesh=None)
+        if transformer.param_shapes(found) != transformer.param_shapes(self.model_config(config)):
+            raise DcodError(
+                f"student.path={config.student.path} is not of study.width={config.study.width}, "
+                f"study.layers={config.study.layers} with heads of 16; set them to its own"
+            )
+        return params
 
     def _start_file(self, config: Any, steps: int) -> Path:
         study = config.study
@@ -181,8 +206,8 @@ class Lab:
 
     # ------------------------------------------------------------ training
 
-    def _compiled(self, config: Any) -> tuple[Any, Any]:
-        """(optimizer, train step) of this loss and shape; the rate is in the state."""
+    def _compiled(self, config: Any) -> Compiled:
+        """The train step of this loss and shape; the rate is in its state."""
         loss: LossConfig = configs.loss_config(config)
         cfg = dataclasses.replace(configs.optim_config(config), learning_rate=1.0)
         sizes = (config.data.batch_size, config.data.seq_len, config.train.steps)
@@ -203,7 +228,7 @@ class Lab:
                 valid_vocab=len(self.tokenizer),
                 teacher=TeacherModel(self.teacher.config, jnp.float32) if live else None,
             )
-            self._steps[key] = [optimizer, step, False]
+            self._steps[key] = Compiled(optimizer, step)
         return self._steps[key]
 
     def train(
@@ -218,8 +243,8 @@ class Lab:
     ) -> Trained:
         """train.steps steps from `params`; what follows from `seed` is the order of the traces."""
         entry = self._compiled(config)
-        if not entry[2]:  # one step that counts for nothing, so that no run pays for compiling
-            entry[2] = True
+        if not entry.called:  # one step that counts for nothing, so that no run pays for compiling
+            entry.called = True
             sampled = ["on_policy.fraction=1"] if config.on_policy.fraction else []
             warm = configs.with_changes(config, sampled)
             self._loop(warm, params, rate=rate, seed=seed, start=start, steps=1)
@@ -244,11 +269,11 @@ class Lab:
         steps: int,
         after_step: Any = None,
     ) -> Trained:
-        optimizer, step_of, _ = self._compiled(config)
+        compiled = self._compiled(config)
         loss: LossConfig = configs.loss_config(config)
         model_config = self.model_config(config)
         copy = jax.tree.map(jnp.array, params)  # the step donates its state
-        state = init_state(copy, optimizer, mesh=self.mesh, model_config=model_config)
+        state = init_state(copy, compiled.optimizer, mesh=self.mesh, model_config=model_config)
         state = with_rate(state, rate)
         live = (self.teacher.params,) if loss.teacher == "live" else ()
         batches = pipeline.train_batches(
@@ -269,7 +294,7 @@ class Lab:
         before = cpu_seconds()
         for step in range(steps):
             host_batch, _, _ = policy(step, state, *next(batches))
-            state, values = step_of(state, pipeline.to_device(host_batch, self.mesh), *live)
+            state, values = compiled.step(state, pipeline.to_device(host_batch, self.mesh), *live)
             history.append(values)
             if after_step is not None:
                 after_step(step + 1, state)
@@ -285,6 +310,16 @@ class Lab:
         return Trained(state.params, curves, tokens, policy.spent["tokens"], spent)
 
     # ------------------------------------------------------------ measuring
+
+    def reference(self, config: Any) -> dict[str, Any]:
+        """What a condition begins with: accuracies of start and teacher, and its traces."""
+        start, manifest = self.start(config), self.traces(config).manifest
+        return {
+            "start": {name: _share(self.grade(config, start, name)) for name in SETS},
+            "teacher": {name: _share(self.grade_teacher(config, name)) for name in SETS},
+            "counts": manifest["counts"],
+            "styles": manifest["styles"],
+        }
 
     def grade(self, config: Any, params: Params, name: str) -> np.ndarray:
         """[problems] bool: greedy answers of a student to one set."""
@@ -313,7 +348,7 @@ class Lab:
         names = ("validation",) if kind == "tune" else SETS
         for name in names:
             correct = self.grade(config, done.params, name)
-            measured["accuracy"][name] = round(float(correct.mean()), 4)
+            measured["accuracy"][name] = _share(correct)
             if kind == "test":
                 measured.setdefault("correct", {})[name] = pack_bits(correct)
         if kind == "test" and config.study.drift_prompts:
@@ -355,6 +390,10 @@ class Lab:
             name: round(float(value), 4) if math.isfinite(value) else None
             for name, value in found.items()
         }
+
+
+def _share(correct: np.ndarray) -> float:
+    return round(float(correct.mean()), 4)
 
 
 def _curves(history: list[dict[str, jax.Array]]) -> dict[str, np.ndarray]:

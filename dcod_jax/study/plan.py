@@ -1,8 +1,9 @@
 """What the study runs, in which order, and the file that remembers what is done.
 
-results.jsonl holds two kinds of lines, each appended whole:
+results.jsonl holds three kinds of lines, each appended whole:
 
     {"kind": "settings", "condition", "arm", "settings": {key: value unlike configs/base.py}}
+    {"kind": "reference", "condition", accuracies of start and teacher, counts of the traces}
     {"kind": "tune" | "test", "condition", "arm", "seed", "rate", ...what was measured}
 
 A line that a kill cut off is dropped, and its run is done again. A run whose settings differ from
@@ -93,8 +94,9 @@ def settings_of(config: Any) -> dict[str, Any]:
     defaults = configs.keys(configs.load_recipe(configs.BASE))
     flat = configs.keys(config)
     changed = {k: v for k, v in flat.items() if k not in _ELSEWHERE and v != defaults.get(k)}
-    if "teacher.path" in changed:  # where the checkout lies is no setting
-        changed["teacher.path"] = Path(changed["teacher.path"]).name
+    for key in ("teacher.path", "student.path"):  # where the checkout lies is no setting
+        if key in changed:
+            changed[key] = Path(changed[key]).name
     return json.loads(json.dumps(changed, sort_keys=True))
 
 
@@ -112,7 +114,8 @@ class Results:
             for line in self.lines
             if line["kind"] == "settings"
         }
-        self.done = {_key(line): line for line in self.lines if line["kind"] != "settings"}
+        self.references = {x["condition"] for x in self.lines if x["kind"] == "reference"}
+        self.done = {_key(x): x for x in self.lines if x["kind"] in ("tune", "test")}
 
     def append(self, line: dict[str, Any]) -> None:
         """Write one line, forced to the disk; what a kill left of an earlier one is cut off."""
@@ -129,6 +132,11 @@ class Results:
         line = dataclasses.asdict(run) | measured
         self.append(line)
         self.done[run.key] = line
+
+    def refer(self, condition: str, measured: dict[str, Any]) -> None:
+        """Write down what a condition begins with."""
+        self.append({"kind": "reference", "condition": condition} | measured)
+        self.references.add(condition)
 
     def hold_to(self, condition: str, arm: str, settings: dict[str, Any]) -> None:
         """Write down what this condition and arm are, or refuse when that has changed."""

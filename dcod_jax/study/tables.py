@@ -150,7 +150,7 @@ class Study:
     def of(self, condition: str, arm: str, pick: Pick) -> list[float]:
         """The picked number of each test run that has it."""
         values = [pick(line) for line in self.runs(condition, arm).values()]
-        return [value for value in values if value is not None]
+        return [float(value) for value in values if value is not None]
 
     def paired(self, one: tuple[str, str], base: tuple[str, str], pick: Pick) -> Estimate | None:
         """The picked number of one (condition, arm) minus another's, over seeds; None: no pair."""
