@@ -27,7 +27,7 @@ POSITIVE = (
     "generate.batch_size evaluate.max_new_tokens evaluate.batch_size export.max_shard_gb "
     "on_policy.max_new_tokens drift.samples drift.max_new_tokens drift.batch_size drift.resamples "
     "study.seeds study.width study.layers study.start_learning_rate "
-    " study.start_problems study.traces study.problems"
+    "study.start_problems study.traces study.problems"
 ).split()
 
 NOT_NEGATIVE = (

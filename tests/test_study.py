@@ -16,7 +16,6 @@ from dcod_jax.arithmetic import STYLES, worked_solution
 from dcod_jax.optim import make_optimizer
 from dcod_jax.study import domain
 from dcod_jax.study.__main__ import count_runs, study, wanted_starts
-from dcod_jax.study.lab import adjustable_optimizer
 from dcod_jax.study.plan import (
     Results,
     Run,
@@ -28,6 +27,7 @@ from dcod_jax.study.plan import (
     read_results,
     unpack_bits,
 )
+from dcod_jax.study.steps import adjustable_optimizer
 from dcod_jax.study.tables import Study, crossed_mean, fill_page
 from dcod_jax.types import DcodError
 
@@ -274,7 +274,9 @@ def test_reduced_study(tmp_path):
     lines = read_results(tmp_path / "results.jsonl")
     tests = {(x["arm"], x["seed"]): x for x in lines if x["kind"] == "test"}
     assert sorted(tests) == [(arm, seed) for arm in ("sft", "sft+sigmoid") for seed in (1, 2)]
-    assert len(lines) == count_runs(config) + 2  # and the settings of the two arms
+    (reference,) = [x for x in lines if x["kind"] == "reference"]
+    assert set(reference["start"]) == set(reference["teacher"]) == set(domain.SETS)
+    assert len(lines) == count_runs(config) + 3  # and that one, and the settings of the two arms
     for seed in (1, 2):  # the same batches, whatever the loss
         assert tests["sft", seed]["tokens"] == tests["sft+sigmoid", seed]["tokens"] > 0
     assert tests["sft", 1]["curves"]["ess"] == 1 > tests["sft+sigmoid", 1]["curves"]["ess"]

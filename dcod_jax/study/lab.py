@@ -10,14 +10,12 @@ import dataclasses
 import hashlib
 import json
 import math
-import resource
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from dcod_jax import config as configs
 from dcod_jax.arithmetic import build_tokenizer
@@ -33,54 +31,13 @@ from dcod_jax.mesh import make_mesh
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.on_policy import OnPolicy
-from dcod_jax.optim import OptimConfig, Schedule, make_optimizer
 from dcod_jax.start import Student
 from dcod_jax.study import domain
 from dcod_jax.study.domain import SETS, Model
 from dcod_jax.study.plan import pack_bits
+from dcod_jax.study.steps import adjustable_optimizer, cpu_seconds, student_config, with_rate
 from dcod_jax.train_step import init_state, make_train_step
 from dcod_jax.types import DcodError, Params, TrainState
-
-
-def cpu_seconds() -> float:
-    """CPU time of this process so far, all threads, user and system."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
-
-
-def adjustable_optimizer(
-    cfg: OptimConfig, steps: int
-) -> tuple[optax.GradientTransformationExtraArgs, Schedule]:
-    """The package's optimizer with its peak rate in the state, and the schedule relative to it."""
-
-    def build(learning_rate: Any) -> optax.GradientTransformation:
-        return make_optimizer(dataclasses.replace(cfg, learning_rate=learning_rate), steps)[0]
-
-    optimizer = optax.inject_hyperparams(build)(learning_rate=cfg.learning_rate)
-    return optimizer, make_optimizer(dataclasses.replace(cfg, learning_rate=1.0), steps)[1]
-
-
-def with_rate(state: TrainState, rate: float) -> TrainState:
-    """The state of an adjustable optimizer with this peak learning rate."""
-    hyper = dict(state.opt_state.hyperparams)
-    hyper["learning_rate"] = jnp.full_like(hyper["learning_rate"], rate)
-    opt_state = state.opt_state._replace(hyperparams=hyper)
-    return dataclasses.replace(state, opt_state=opt_state)
-
-
-def student_config(teacher: ModelConfig, width: int, layers: int) -> ModelConfig:
-    """The teacher's architecture at another width (heads of 16) and depth."""
-    if width % 16:
-        raise DcodError(f"study.width={width} must be a multiple of 16, the size of a head")
-    return dataclasses.replace(
-        teacher,
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_layers=layers,
-        num_heads=width // 16,
-        num_kv_heads=width // 16,
-        head_dim=16,
-    )
 
 
 @dataclasses.dataclass(frozen=True)
