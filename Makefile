@@ -30,7 +30,7 @@ quickstart-smollm2: models/SmolLM2-135M-Instruct-24L ## the same path on the rea
 	$(BIN)/python -m dcod_jax.train --config configs/quickstart_smollm2.py
 
 test: $(VENV)/.test lint ## environment and the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-long: $(VENV)/.test models/SmolLM2-135M-Instruct-24L ## the long forms: the real SmolLM2-135M, whole data files
 	$(BIN)/python -m pytest -m long
@@ -40,7 +40,7 @@ test-lowest: ## the suite on the lowest versions that pyproject.toml allows
 	$(VENV)-lowest/bin/pip install --quiet --upgrade pip
 	$(PYTHON) tools/lowest.py > $(VENV)-lowest/constraints.txt
 	$(VENV)-lowest/bin/pip install --quiet -e '.[test]' -c $(VENV)-lowest/constraints.txt
-	$(VENV)-lowest/bin/python -m pytest
+	$(VENV)-lowest/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.test ## ruff and pyright
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from dcod_jax.data import chat
 from dcod_jax.data.records import TraceDataset, check_fingerprints
 from dcod_jax.forward import TeacherModel
 from dcod_jax.losses import distill
+from dcod_jax.losses.divergences import DIVERGENCES
 from dcod_jax.mesh import make_mesh, tree_shardings
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig
@@ -51,6 +52,14 @@ def preflight(config: Any) -> None:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, tensor=config.mesh.tensor)
     check_batch(config.data.batch_size, config.train.microbatches, mesh)
     transformer.check_mesh(student.config, mesh)
+    loss = configs.loss_config(config)
+    if loss.teacher == "cached" and DIVERGENCES[loss.divergence].acts_on_student:
+        print(
+            f"note: loss.divergence={loss.divergence} acts on what the student believes, and a "
+            "top-k cache does not hold the teacher's view of that; far from the teacher its "
+            "gradient is off by half or more (docs/losses.md, What a cache loses). "
+            "loss.teacher=live is exact"
+        )
 
 
 def load_student(config: Any) -> Student:

@@ -13,6 +13,7 @@ from dcod_jax import config as configs
 from dcod_jax import train
 from dcod_jax.checkpoint import Checkpointer
 from dcod_jax.models import hf, transformer
+from dcod_jax.start import preflight
 from dcod_jax.types import DcodError
 
 VOCABULARY = len(tiny.SPECIAL) + len(tiny.ALPHABET)  # K = V: the cache holds everything, in bf16
@@ -221,3 +222,9 @@ def test_weight_on_what_the_student_knows_already_is_warned_of_once(place, capsy
     printed = capsys.readouterr().out
     assert printed.count("warning: step 2: 90% of the weight") == 1
     assert "step 3" not in printed
+
+
+@pytest.mark.parametrize(("divergence", "noted"), [("todi", True), ("forward_kl", False)])
+def test_a_cache_that_misleads_a_far_student_is_noted(place, capsys, divergence, noted):
+    preflight(load(place, "noted", f"loss.divergence={divergence}", "score.top_k=4"))
+    assert ("note: loss.divergence=todi acts on what" in capsys.readouterr().out) is noted

@@ -12,7 +12,8 @@ loss for the nll variants, DistillationTrainer with LogitStrategy and a live tea
 (bench_tunix.py). Each measurement is a process of its own, the variants take turns for --rounds
 rounds, and the table gives medians of CPU-seconds per step after warmup (getrusage; all threads)
 and of the peak resident memory (ru_maxrss; compilation included). No XLA flags are set for either.
-Ours saves matrix products only and recomputes what is elementwise (student.remat "dots").
+Ours saves matrix products only and recomputes what is elementwise (student.remat "dots"); logits
+exist for 256 tokens at a time (loss.head_chunk).
 
 The peer lives in an environment of its own:
     python3.11 -m venv peer && peer/bin/pip install google-tunix==0.1.7 "jax==0.10.2"
@@ -333,7 +334,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=1, help="steps before measuring")
     parser.add_argument("--steps", type=int, default=3, help="measured steps")
-    parser.add_argument("--head-chunk", type=int, default=512)
+    parser.add_argument("--head-chunk", type=int, default=256, help="loss.head_chunk")
     parser.add_argument("--remat", default="dots", help="what the layers save: none|dots|full")
     parser.add_argument("--clip-norm", type=float, default=0.0, help="0, as the peer's AdamW")
     parser.add_argument("--directory", default=None, help="where to save (checkpoint)")

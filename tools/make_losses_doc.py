@@ -31,6 +31,7 @@ def table() -> str:
     rows = [HEAD, ("---",) * len(HEAD)]
     for name, entry in DIVERGENCES.items():
         needs = "log p of the trace token, or nothing" if entry.value is None else "top-k or live"
+        needs = "live; top-k for a student near it" if entry.acts_on_student else needs
         cells = (f"`{name}`", entry.formula, needs, _keys(entry), entry.choose, entry.source)
         rows.append(tuple(cell.replace("|", "\\|") for cell in cells))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)

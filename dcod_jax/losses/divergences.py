@@ -104,6 +104,7 @@ class Divergence:
     formula: str
     source: str
     choose: str  # when to choose it
+    acts_on_student: bool = False  # a top-k cache misleads it where the student is far
 
 
 DIVERGENCES: dict[str, Divergence] = {
@@ -127,6 +128,7 @@ DIVERGENCES: dict[str, Divergence] = {
         "Σ q log(q/p)",
         "MiniLLM, arXiv 2306.08543",
         "the student is much smaller; it keeps to the modes it can reach",
+        acts_on_student=True,
     ),
     "jsd": Divergence(
         jsd,
@@ -141,6 +143,7 @@ DIVERGENCES: dict[str, Divergence] = {
         "Σ sg[σ(log p/q)] p log(p/q) + sg[σ(log q/p)] q log(q/p)",
         "ToDi, arXiv 2505.16297",
         "forward KL where the student is too low, reverse KL where it is too high, entry by entry",
+        acts_on_student=True,
     ),
     "skew_kl": Divergence(
         skew_kl,
@@ -162,5 +165,6 @@ DIVERGENCES: dict[str, Divergence] = {
         "−Σ sg[t] log q, t = softmax((1−s) z_q + s z_p), s rising to 1",
         "TAID, arXiv 2501.16937",
         "a wide gap between teacher and student: the target moves from the student to the teacher",
+        acts_on_student=True,
     ),
 }

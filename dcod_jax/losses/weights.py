@@ -123,6 +123,13 @@ def config_errors(cfg: WeightConfig) -> list[DcodError]:
             f"{key}temperature and offset are both 'auto' but target_ess=0 leaves one target for "
             "two unknowns; set target_ess"
         )
+    elif cfg.temperature == AUTO and cfg.offset == AUTO and cfg.target_ess <= cfg.target_mean:
+        # w in (0, 1): mean(w²) <= mean(w), so (mean w)² / mean(w²) >= mean w = target_mean.
+        errors.append(
+            f"{key}target_ess={cfg.target_ess} must be above {key}target_mean={cfg.target_mean} "
+            "where temperature and offset are both 'auto': weights between 0 and 1 of that mean "
+            "have no smaller effective sample size"
+        )
     return [DcodError(error) for error in errors]
 
 
