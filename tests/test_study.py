@@ -265,6 +265,7 @@ PAGE = """# x
 <!-- end -->
 <!-- study: rates --><!-- end -->
 <!-- study: progress --><!-- end -->
+<!-- study: references --><!-- end -->
 """
 
 

@@ -11,7 +11,7 @@ the weights use is the whole model: it did not write the traces, but theirs are 
 that a small machine can have. For traces with several completions in a field `code`:
 
     --config.run_dir=runs/study-qwen --config.data.traces=TRACES.jsonl
-    --config.prepare.prompt_field=question --config.prepare.completion_field=code
+    --config.prepare.completion_field=code
 
 Neither model solves such problems, so nothing is graded.
 """
@@ -24,6 +24,8 @@ def get_config():
     c.run_dir = "runs/study-smollm2"
     c.generate.prompts = ""
     c.data.traces = ""
+    c.prepare.prompt_field = "question"  # GSM8K's names: its worked answers are the traces
+    c.prepare.completion_field = "answer"
     c.data.max_length = 320
     c.data.seq_len = 320
     c.drift.limit = 16

@@ -295,6 +295,20 @@ def rates_table(study: Study) -> str:
     return table(["condition", "arm", *(f"{rate:g}" for rate in rates)], rows)
 
 
+def references_table(study: Study) -> str:
+    """Accuracy of start and teacher, percent, and how the traces came about."""
+    head = ["condition", *(f"start, {x}" for x in SETS), *(f"teacher, {x}" for x in SETS)]
+    rows = []
+    for line in study.lines:
+        if line["kind"] != "reference":
+            continue
+        cells = [f"{100 * line[who][name]:.1f}" for who in ("start", "teacher") for name in SETS]
+        dropped = ", ".join(f"{count:,} {name}" for name, count in line["counts"].items() if count)
+        styles = ", ".join(f"{count:,} {name}" for name, count in line["styles"].items() if count)
+        rows.append([line["condition"], *cells, dropped, styles])
+    return table([*head, "samples", "styles"], rows)
+
+
 def progress_table(study: Study) -> str:
     """Which parts were run: test runs by condition."""
     rows = []
@@ -312,6 +326,7 @@ def _drift(key: str) -> Pick:
 BLOCKS: dict[str, Callable[[Study, Sequence[str]], str]] = {
     "progress": lambda study, names: progress_table(study),
     "rates": lambda study, names: rates_table(study),
+    "references": lambda study, names: references_table(study),
     "accuracy": accuracy_table,
     "differences": difference_table,
     "drift": drift_table,
