@@ -298,6 +298,13 @@ def test_reduced_study(tmp_path):
         fill_page("<!-- study: nothing -->\n<!-- end -->", Study(tuple(lines)))
 
 
+def test_the_page_holds_the_results():
+    """Every table of docs/study.md is what the committed results say."""
+    page = (configs.ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    results = read_results(configs.ROOT / "docs" / "study" / "results.jsonl")
+    assert fill_page(page, Study(tuple(results))) == page, "run python tools/make_study_page.py"
+
+
 def test_best_rate_waits_for_the_whole_grid(tmp_path):
     results = Results(tmp_path / "results.jsonl")
     results.record(Run("tune", "main", "a", 0, 1e-3), {"accuracy": {"validation": 0.1}})

@@ -124,7 +124,8 @@ class Lab:
         study = config.study
         of = [study.width, study.layers, study.start_learning_rate, study.start_problems]
         of += [list(study.start_styles), list(study.start_terms), config.seed]
-        of += [config.data.seq_len, config.data.batch_size]
+        of += [config.data.seq_len, config.data.batch_size, config.data.head_tokens]
+        of += [_held_constant(config)]
         name = hashlib.sha256(json.dumps(of).encode()).hexdigest()[:12]
         return self.directory / "starts" / f"{name}-{steps}.npz"
 
@@ -347,6 +348,12 @@ class Lab:
             name: round(float(value), 4) if math.isfinite(value) else None
             for name, value in found.items()
         }
+
+
+def _held_constant(config: Any) -> dict[str, Any]:
+    """The optimizer's settings but for rate and schedule, which the warm start has of its own."""
+    values = dataclasses.asdict(configs.optim_config(config))
+    return {k: v for k, v in values.items() if k not in ("learning_rate", "schedule")}
 
 
 def _share(correct: np.ndarray) -> float:
