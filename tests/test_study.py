@@ -27,9 +27,9 @@ from dcod_jax.study.plan import (
     read_results,
     unpack_bits,
 )
-from dcod_jax.study.steps import adjustable_optimizer
+from dcod_jax.study.steps import adjustable_optimizer, with_rate
 from dcod_jax.study.tables import Study, crossed_mean, fill_page
-from dcod_jax.types import DcodError
+from dcod_jax.types import DcodError, TrainState
 
 RECIPE = configs.ROOT / "configs" / "study" / "arithmetic.py"
 TINY = {
@@ -243,7 +243,7 @@ def test_the_rate_in_the_state_is_the_rate():
         dataclasses.replace(cfg, learning_rate=1.0, weight_decay=0.1), 20
     )
     state, own = plain.init(params), ours.init(params)
-    own.hyperparams["learning_rate"] = jnp.full_like(own.hyperparams["learning_rate"], 2e-3)
+    own = with_rate(TrainState(jnp.int32(0), params, own, None), 2e-3).opt_state
     for step in range(4):
         assert float(schedule(step)) == pytest.approx(step / cfg.warmup_steps)
         wanted, state = plain.update(gradients, state, params)
