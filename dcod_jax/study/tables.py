@@ -104,8 +104,7 @@ class Study:
 
     def settings(self, condition: str, arm: str) -> dict[str, Any]:
         for line in self.lines:
-            same = (line["condition"], line["arm"]) == (condition, arm)
-            if line["kind"] == "settings" and same:
+            if line["kind"] == "settings" and (line["condition"], line["arm"]) == (condition, arm):
                 return line["settings"]
         raise DcodError(f"the results hold no settings of {condition!r} {arm!r}")
 
