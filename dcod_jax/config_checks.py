@@ -30,14 +30,17 @@ POSITIVE = (
     "generate.batch_size evaluate.max_new_tokens evaluate.batch_size export.max_shard_gb "
     "on_policy.max_new_tokens hosts.connect_timeout hosts.heartbeat hosts.timeout "
     "drift.samples drift.max_new_tokens drift.batch_size drift.resamples "
-    "report.points report.histogram_traces plan.slices"
+    "report.points report.histogram_traces plan.slices "
+    "study.seeds study.width study.layers study.start_learning_rate "
+    "study.start_problems study.traces study.problems"
 ).split()
 
 NOT_NEGATIVE = (
     "seed prepare.workers score.top_k optim.warmup_steps "
     "optim.weight_decay optim.clip_norm optim.final_fraction train.eval_every train.eval_batches "
     "train.save_every generate.temperature evaluate.limit data.eval_fraction data.head_tokens "
-    "on_policy.temperature drift.limit report.traces plan.hbm_gib"
+    "on_policy.temperature drift.limit report.traces plan.hbm_gib "
+    "study.start_steps study.noise study.drift_prompts"
 ).split()
 
 

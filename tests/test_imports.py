@@ -19,7 +19,8 @@ LEVELS = {
     3: "losses.distill models.gguf models.hf data.pipeline stops sampling decoding generate",
     4: "config_checks config forward train_step scoring evals filters drift_scores",
     5: "inspect generate_traces prepare score start on_policy export drift "
-    "report_data report_traces report stages evaluate train_log compiled estimate plan train",
+    "report_data report_traces report stages evaluate train_log compiled estimate plan train "
+    "study.domain study.plan study.steps study.lab study.tables study.__main__",
 }
 ORDER = [name for names in LEVELS.values() for name in names.split()]
 PLACE = {name: place for place, name in enumerate(ORDER)}
