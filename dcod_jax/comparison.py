@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import os
 import time
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
+from dcod_jax import hosts
 from dcod_jax.data import chat
 from dcod_jax.data.blocks import BlockFiles
 from dcod_jax.data.manifest import replace_file, to_json
@@ -28,8 +27,8 @@ from dcod_jax.evals import (
     to_line,
 )
 from dcod_jax.grading import Grader
-from dcod_jax.mesh import make_mesh
 from dcod_jax.models import hf
+from dcod_jax.paths import Path, as_path, rename
 from dcod_jax.prepare import load_tokenizer
 from dcod_jax.problem_sets import (
     PLAIN_STOP,
@@ -50,7 +49,7 @@ class _Model:
     """One model of the comparison; its weights are read when a set is not answered yet."""
 
     def __init__(self, config: Any, name: str, path: str):
-        self.config, self.name, self.path = config, name, Path(path)
+        self.config, self.name, self.path = config, name, as_path(path)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -64,13 +63,13 @@ class _Model:
         return hf.weights_fingerprint(self.path)
 
     @functools.cached_property
-    def mesh(self) -> Any:
-        mesh = self.config.mesh
-        return make_mesh(mesh.data, mesh.fsdp, tensor=mesh.tensor)
+    def share(self) -> tuple[Any, int, int]:
+        """(mesh, i, n): this process answers every n-th block from i on, on this mesh."""
+        return hosts.share(self.config)
 
     @functools.cached_property
     def loaded(self) -> tuple[hf.ModelConfig, Params]:
-        return hf.load_model(self.path, dtype=jnp.float32, mesh=self.mesh)
+        return hf.load_model(self.path, dtype=jnp.float32, mesh=self.share[0])
 
 
 def compare(config: Any, models: dict[str, str], *, detailed: bool = False) -> None:
@@ -80,7 +79,7 @@ def compare(config: Any, models: dict[str, str], *, detailed: bool = False) -> N
     that kind for each set. What is already answered with the same settings is not asked again.
     """
     sets = problem_sets(config)
-    folder = Path(config.run_dir) / "evaluation"
+    folder = as_path(config.run_dir) / "evaluation"
     results: dict[str, dict[str, EvalResult]] = {s.name: {} for s in sets}
     with Grader(timeout=config.prepare.grade_timeout, workers=config.prepare.workers) as grader:
         for name, path in models.items():
@@ -98,7 +97,9 @@ def compare(config: Any, models: dict[str, str], *, detailed: bool = False) -> N
     for problem_set in sets:
         own = results[problem_set.name]
         numbers = summary(own, baseline=baseline)
-        replace_file(folder / problem_set.name / "results.json", to_json(numbers))
+        home = folder / problem_set.name if problem_set.name else folder
+        if hosts.first():
+            replace_file(home / "results.json", to_json(numbers))
         title = _title(config, problem_set)
         console.print(accuracy_table(numbers, title=title))
         if detailed:
@@ -155,7 +156,7 @@ def grade_set(
 ) -> EvalResult:
     """The graded answers of one model to one set, from folder/<model>.jsonl as far as it is there.
 
-    An interrupted evaluation goes on behind its last whole block. Answers that were given under
+    An interrupted evaluation goes on with the blocks that are left. Answers that were given under
     other settings are kept as <model>.previous.jsonl and asked again.
     """
     check_exemplars(prompt_form(config, problem_set).exemplars, problem_set)
@@ -163,9 +164,10 @@ def grade_set(
     files = BlockFiles([path], _request(config, model, problem_set))
     manifest, other = files.finished()
     if manifest is None:
-        if other:
+        hosts.barrier(f"look for the answers of {model.name}")
+        if other and hosts.first():
             previous = folder / f"{model.name}.previous.jsonl"
-            os.replace(path, previous)
+            rename(path, previous)
             print(f"{path} was written {other}: kept as {previous.name}, asked again")
         _answer_rest(config, model, problem_set, files, grader)
         manifest = files.finish()
@@ -178,37 +180,34 @@ def _answer_rest(
     sampling, form = sampling_of(config), prompt_form(config, problem_set)
     asked = [(p, k) for p in problem_set.problems for k in range(sampling.samples)]
     prompts = [form.prompt(model.tokenizer, problem) for problem in problem_set.problems]
-    counts = files.resume() or {"answered": 0, "seconds": 0.0}
-    done, block = counts["answered"], BATCHES_IN_BLOCK * config.evaluate.batch_size
+    mesh, process, processes = model.share
+    most = -(-len(asked) // processes)  # so that no process is left without any
+    done, left = files.pending(len(asked), min(BATCHES_IN_BLOCK * config.evaluate.batch_size, most))
     label = f"evaluating {model.name}" + (f" on {problem_set.name}" if problem_set.name else "")
-    if done:
+    if done and hosts.first():
         print(f"{label}: going on behind {done} answers")
-    enabled = config.train.progress
-    with (
-        track(label, len(asked), unit="answers", done=done, enabled=enabled) as bar,
-        files.open() as (file,),
-    ):
-        for start in range(done, len(asked), block):
+    own = left[process::processes]
+    total, enabled = sum(map(len, own)), config.train.progress
+    with track(label, total, unit="answers", enabled=enabled) as bar:
+        for block in own:
             began = time.monotonic()
-            indices = range(start, min(start + block, len(asked)))
             generations = answer(
                 *model.loaded,
                 model.tokenizer,
-                [asked[i] for i in indices],
-                [prompts[i // sampling.samples] for i in indices],
-                indices=indices,
+                [asked[i] for i in block],
+                [prompts[i // sampling.samples] for i in block],
+                indices=block,
                 sampling=sampling,
                 max_new_tokens=config.evaluate.max_new_tokens,
                 batch_size=config.evaluate.batch_size,
                 compute_dtype=config.student.compute_dtype,
                 grader=grader,
-                mesh=model.mesh,
+                mesh=mesh,
                 on_batch=lambda sequences, tokens: bar(sequences),
             )
-            file.write("".join(map(to_line, generations)).encode("utf-8"))
-            seconds = counts["seconds"] + time.monotonic() - began
-            counts = {"answered": indices.stop, "seconds": seconds}
-            files.commit([file], counts)
+            if processes > 1 or hosts.first():
+                counts = {"answered": len(block), "seconds": time.monotonic() - began}
+                files.commit(block, ["".join(map(to_line, generations))], counts)
 
 
 # ---------------------------------------------------------------- numbers and table

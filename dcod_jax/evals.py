@@ -7,7 +7,6 @@ import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
@@ -18,6 +17,7 @@ from dcod_jax.eval_stats import bootstrap_interval, change_interval, loops, wils
 from dcod_jax.generate import Sample, sample
 from dcod_jax.grading import Grader
 from dcod_jax.models.config import ModelConfig
+from dcod_jax.paths import Location, Path, as_path
 from dcod_jax.types import DcodError, Params
 
 
@@ -89,7 +89,7 @@ class EvalResult:
 
 
 def read_problems(
-    path: str | Path,
+    path: Location,
     *,
     system_prompt: str = "",
     prompt_field: str = "",
@@ -105,7 +105,7 @@ def read_problems(
     """
     problems: list[Problem] = []
     seen: dict[str, str] = {}
-    for source, record in read_records(Path(path)):
+    for source, record in read_records(as_path(path)):
         if limit and len(problems) == limit:
             break
         messages = _messages(record, prompt_field=prompt_field, source=source)
@@ -386,11 +386,11 @@ def to_line(generation: Generation) -> str:
     return json.dumps(dataclasses.asdict(generation), ensure_ascii=False) + "\n"
 
 
-def write_generations(path: str | Path, generations: Sequence[Generation]) -> None:
+def write_generations(path: Location, generations: Sequence[Generation]) -> None:
     """Every generation with its grade, one JSON object a line."""
-    Path(path).write_text("".join(map(to_line, generations)), encoding="utf-8")
+    as_path(path).write_text("".join(map(to_line, generations)), encoding="utf-8")
 
 
-def read_generations(path: str | Path) -> list[Generation]:
+def read_generations(path: Location) -> list[Generation]:
     """What write_generations wrote."""
-    return [Generation(**record) for _, record in read_records(Path(path))]
+    return [Generation(**record) for _, record in read_records(as_path(path))]

@@ -3,8 +3,10 @@
 Reads generate.prompts; writes run_dir/traces.jsonl, with the teacher's log-probs of its own tokens.
 What is of no use goes to traces.rejected.jsonl with its reason: empty, truncated, and, where the
 prompt has a reference answer and prepare.filter_correct is set, wrong_answer, no_answer,
-grading_timeout, grading_error. Blocks of sequences are appended one by one, and the same command
-after an interruption goes on behind the last whole block.
+grading_timeout, grading_error. Blocks of sequences are files of their own until all are there, so
+the same command after an interruption goes on with those that are left. Of several processes each
+samples every n-th block with the teacher on its own devices, where it fits there; the bytes of the
+result are those of one process.
 """
 
 from __future__ import annotations
@@ -14,11 +16,9 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-import jax
-
+from dcod_jax import hosts
 from dcod_jax.config import run_verb
 from dcod_jax.data import chat
 from dcod_jax.data.blocks import BlockFiles
@@ -34,7 +34,7 @@ from dcod_jax.evals import (
 )
 from dcod_jax.generate import Sample, sample
 from dcod_jax.grading import REJECTED_AS, Grader
-from dcod_jax.mesh import make_mesh
+from dcod_jax.paths import Path, as_path
 from dcod_jax.progress import track
 from dcod_jax.scoring import Teacher, open_teacher
 from dcod_jax.types import DcodError
@@ -45,7 +45,7 @@ REJECTED = "traces.rejected.jsonl"  # beside traces.jsonl
 
 def traces_path(config: Any) -> Path:
     """Where the sampled traces of a run are."""
-    return Path(config.run_dir) / "traces.jsonl"
+    return as_path(config.run_dir) / "traces.jsonl"
 
 
 def generate_traces(config: Any) -> Path:
@@ -55,8 +55,6 @@ def generate_traces(config: Any) -> Path:
     was written and rejected. A finished file of the same prompts, teacher and settings is left as
     it is.
     """
-    if jax.process_count() > 1:
-        raise DcodError("generate_traces runs on one host; start it there alone")
     if not config.generate.prompts:
         raise DcodError("generate.prompts is empty; expected a JSONL file of {prompt, answer}")
     problems = read_problems(
@@ -89,38 +87,42 @@ def generate_traces(config: Any) -> Path:
 def _sample_rest(
     config: Any, teacher: Teacher, problems: Sequence[Problem], files: BlockFiles
 ) -> None:
-    """Sample, grade and append what is not there yet, block by block."""
-    counts = files.resume() or {"sampled": 0, "traces": 0, "tokens": 0, "rejected": {}}
-    done, copies = counts["sampled"], config.generate.samples
-    if done:
+    """Sample and grade the blocks that are left; of several processes each takes every n-th."""
+    mesh, process, processes = hosts.share(config)
+    copies = config.generate.samples
+    block_size = BATCHES_IN_BLOCK * config.generate.batch_size
+    done, left = files.pending(len(problems) * copies, block_size)
+    if done and hosts.first():
         print(f"going on behind {done} traces sampled before")
+    own = left[process::processes]
+    if not own:
+        return
     prompts = [_encode_prompt(teacher.tokenizer, problem) for problem in problems]
-    total, block = len(problems) * copies, BATCHES_IN_BLOCK * config.generate.batch_size
-    draw = _sampler(config, teacher)
+    draw = _sampler(config, teacher, mesh)
+    total, enabled = sum(map(len, own)), config.train.progress
     with (
         Grader(timeout=config.prepare.grade_timeout, workers=config.prepare.workers) as grader,
-        track("sampling", total, unit="traces", done=done, enabled=config.train.progress) as bar,
-        files.open() as (accepted, rejected),
+        track("sampling", total, unit="traces", enabled=enabled) as bar,
     ):
-        for start in range(done, total, block):
-            indices = range(start, min(start + block, total))
+        for block in own:
             samples = draw(
-                [prompts[index // copies] for index in indices],
-                indices=indices,
+                [prompts[index // copies] for index in block],
+                indices=block,
                 on_batch=lambda sequences, tokens: bar(sequences),
             )
-            reasons: collections.Counter[str] = collections.Counter(counts["rejected"])
-            for record, reason in _judged(config, teacher, problems, indices, samples, grader):
-                file = rejected if reason else accepted
-                file.write((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8"))
-                reasons[reason] += bool(reason)
+            texts: list[list[str]] = [[], []]
+            reasons: collections.Counter[str] = collections.Counter()
+            for record, reason in _judged(config, teacher, problems, block, samples, grader):
+                texts[bool(reason)].append(json.dumps(record, ensure_ascii=False) + "\n")
+                reasons.update([reason] if reason else [])
             counts = {
-                "sampled": indices.stop,
-                "traces": indices.stop - reasons.total(),
-                "tokens": counts["tokens"] + sum(len(s.token_ids) for s in samples),
-                "rejected": {name: reasons[name] for name in sorted(reasons) if reasons[name]},
+                "sampled": len(block),
+                "traces": len(texts[0]),
+                "tokens": sum(len(s.token_ids) for s in samples),
+                "rejected": dict(reasons),
             }
-            files.commit([accepted, rejected], counts)
+            if processes > 1 or hosts.first():
+                files.commit(block, ["".join(part) for part in texts], counts)
 
 
 def _encode_prompt(tokenizer: Any, problem: Problem) -> list[int]:
@@ -189,9 +191,8 @@ def _sampling(config: Any) -> Sampling:
     )
 
 
-def _sampler(config: Any, teacher: Teacher) -> Callable[..., list[Sample]]:
+def _sampler(config: Any, teacher: Teacher, mesh: Any) -> Callable[..., list[Sample]]:
     """The loaded teacher as a function of (prompts, indices, on_batch)."""
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, tensor=config.mesh.tensor)
     model_config, params = teacher.load(mesh)
     return functools.partial(
         sample,

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from dcod_jax import config as configs
+from dcod_jax import hosts
 from dcod_jax.comparison import compare
 from dcod_jax.data.manifest import MANIFEST, read_manifest
 from dcod_jax.export import export
-from dcod_jax.generate_traces import generate_traces
-from dcod_jax.prepare import prepare
+from dcod_jax.generate_traces import generate_traces, traces_path
+from dcod_jax.paths import Path, as_path
+from dcod_jax.prepare import is_prepared, prepare
+from dcod_jax.report import report
 from dcod_jax.score import score
 from dcod_jax.start import expected_teacher
 from dcod_jax.types import DcodError
@@ -27,20 +29,39 @@ def ensure_inputs(config: Any) -> None:
 
     On several hosts nothing is made: DcodError with the commands to run first.
     """
+    if jax.process_count() > 1:
+        _refuse_unfinished(config)
+        return
     missing = _missing(config)
-    if missing and jax.process_count() > 1:
-        commands = "\n".join(f"  python -m dcod_jax.{verb} --config ..." for verb in missing)
-        raise DcodError(
-            f"{configs.dataset_dir(config)} is not ready for training on {jax.process_count()} "
-            f"hosts; run these first with the same --config and flags, one after the other:\n"
-            + commands
-        )
     if "generate_traces" in missing:
         generate_traces(config)
     if "prepare" in missing:
         prepare(config)
     if "score" in missing:
         score(config)
+
+
+def _refuse_unfinished(config: Any) -> None:
+    """Process 0 looks for all: hashing the raw traces takes a while."""
+    told = json.dumps(_unfinished(config)) if hosts.first() else ""
+    unfinished = json.loads(hosts.exchange("look for unfinished steps", told)[0])
+    if unfinished:
+        commands = "\n".join(f"  python -m dcod_jax.{verb} --config ..." for verb in unfinished)
+        raise DcodError(
+            f"{configs.dataset_dir(config)} is not ready for training on {jax.process_count()} "
+            f"hosts; run these first with the same --config and flags, one after the other (like "
+            f"this command on every host; prepare works on process 0 alone):\n{commands}"
+        )
+
+
+def _unfinished(config: Any) -> list[str]:
+    """The verbs of _missing whose result is not there yet."""
+    verbs = _missing(config)
+    if is_prepared(config):
+        teachers = [expected_teacher(variant) for _, variant in configs.variants(config)]
+        teacher = next(filter(None, teachers), None)
+        return ["score"] if teacher and not _scored(config, teacher) else []
+    return [v for v in verbs if v != "generate_traces" or not traces_path(config).exists()]
 
 
 def _missing(config: Any) -> list[str]:
@@ -74,7 +95,7 @@ def _scored(config: Any, fingerprint: str) -> bool:
 
 
 def _splits(config: Any) -> list[Path]:
-    root = Path(configs.dataset_dir(config))
+    root = as_path(configs.dataset_dir(config))
     found = [path for path in (root / "train", root / "eval") if (path / MANIFEST).is_file()]
     return found or ([root] if (root / MANIFEST).is_file() else [])
 
@@ -90,10 +111,12 @@ def finish(config: Any, runs: Sequence[tuple[str, Any]]) -> None:
         models |= {name or "student": str(path) for name, path in exported.items()}
         compare(config, {name: path for name, path in models.items() if path})
     for name, variant in runs:
-        if change := held_out_change(Path(variant.run_dir)):
+        if change := held_out_change(as_path(variant.run_dir)):
             print(f"held-out nll{f' {name}' if name else ''}: {change}")
     for name, path in exported.items():
         print(f"exported{f' {name}' if name else ''}: {path}")
+    if config.report.at_end:
+        report(config)
 
 
 def held_out_change(run_dir: Path) -> str:

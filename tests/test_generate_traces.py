@@ -174,13 +174,14 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_generate_traces as test
 from dcod_jax import generate_traces as verb
-real = verb.BlockFiles.commit
-def dies_after_the_second(self, files, counts):
-    if counts["sampled"] > 8:
-        [file.flush() for file in files]  # a block that is written and not yet recorded
+from dcod_jax.data import blocks
+real, named = blocks.replace_file, []
+def dies_in_the_second_block(path, content):
+    named.append(path)
+    if len(named) == 6:  # a block whose bytes are there and which is not yet whole
         os.kill(os.getpid(), signal.SIGKILL)
-    real(self, files, counts)
-verb.BlockFiles.commit = dies_after_the_second
+    real(path, content)
+blocks.replace_file = dies_in_the_second_block
 verb.generate_traces(test.make_config(Path({place!r}), Path({run!r})))
 """
 
@@ -191,8 +192,9 @@ def test_killed_and_started_again_gives_the_same_bytes(place, whole, tmp_path, c
         [sys.executable, "-c", program], cwd=ROOT, env=os.environ, timeout=300, check=False
     )
     assert done.returncode == -signal.SIGKILL
-    partials = [tmp_path / f"{name}.partial" for name in ("traces.jsonl", verb.REJECTED)]
-    assert sum(len(read_lines(partial)) for partial in partials) == 16
+    [blocks] = tmp_path.glob("traces.jsonl.partial-*")
+    lines = [len(read_lines(part)) for part in blocks.glob("*.jsonl")]
+    assert (sum(lines), len(list(blocks.glob("*[0-9].json")))) == (16, 1)
     path = verb.generate_traces(make_config(place, tmp_path))
     assert "going on behind 8 traces" in capsys.readouterr().out
     for name in ("traces.jsonl", verb.REJECTED):

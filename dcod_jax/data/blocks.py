@@ -1,33 +1,36 @@
-"""JSONL files that grow block by block, are cut back to whole blocks, and end with a manifest.
+"""JSONL files made block by block, by one process or several, and finished with a manifest.
 
-    traces.jsonl.partial, traces.jsonl.partial.json   while they grow: the bytes, how far they count
-    traces.jsonl, traces.jsonl.manifest.json          when they are finished
+    traces.jsonl.partial-<request>/      while they grow: each block a file of its own (for each of
+                                         the files), and its counts, which make it whole
+    traces.jsonl, traces.jsonl.manifest.json    when every block is there
 
-What was asked for (the request) is kept in both records: files of another request are never
-mistaken for these. Several files may grow together; the first gives its name to the records.
+A block is a range of indices. What was asked for (the request) is in the manifest, and its hash in
+the name of the directory: files of another request are never mistaken for these. Several files may
+grow together; the first gives its name to the rest.
 """
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
-import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Sequence
+from typing import Any
 
-from dcod_jax.data.manifest import file_sha256, replace_file, to_json
+from dcod_jax import hosts
+from dcod_jax.data.manifest import commit_file, file_sha256, replace_file, to_json
+from dcod_jax.paths import Path
+from dcod_jax.storage import remove_tree, scratch
 
 
 class BlockFiles:
-    """The files of one request; `counts` is what the last committed block said."""
+    """The files of one request."""
 
     def __init__(self, paths: Sequence[Path], request: dict[str, Any]):
         self.paths, self.request = list(paths), json.loads(to_json(request))
-        self.partials = [_beside(path, ".partial") for path in self.paths]
-        self.record = _beside(self.paths[0], ".partial.json")
-        self.manifest = _beside(self.paths[0], ".manifest.json")
-        self.counts: dict[str, Any] = {}
+        first = self.paths[0]
+        self.manifest = first.with_name(first.name + ".manifest.json")
+        key = hashlib.sha256(to_json(self.request)).hexdigest()[:8]
+        self.blocks = first.with_name(f"{first.name}.partial-{key}")
 
     def finished(self) -> tuple[dict[str, Any] | None, str]:
         """(manifest, "") of a finished result of this request; (None, what is there instead).
@@ -44,68 +47,84 @@ class BlockFiles:
             return None, f"with other {', '.join(changed)}"
         if found["files"] != {path.name: _hash(path) for path in self.paths}:
             return None, "and changed since"
+        if hosts.first():
+            remove_tree(self.blocks)
         return found, ""
 
-    def resume(self) -> dict[str, Any]:
-        """Counts of the blocks that are whole, {} without any; what came after them is cut off."""
-        self.counts = self._whole()
-        if not self.counts:
-            for partial in self.partials:
-                partial.write_bytes(b"")
-        return self.counts
+    def _done(self) -> dict[range, dict[str, Any]]:
+        """{indices: counts} of the blocks that are whole, in order."""
+        done = {}
+        for file in sorted(self.blocks.glob("*.json")):
+            first, last = map(int, file.stem.split("-"))
+            done[range(first, last)] = json.loads(file.read_text())
+        return done
 
-    def _whole(self) -> dict[str, Any]:
-        if not self.record.exists():
-            return {}
-        found = json.loads(self.record.read_text(encoding="utf-8"))
-        if found["request"] == self.request:
-            for path, partial in zip(self.paths[1:], self.partials[1:], strict=True):
-                if path.exists() and not partial.exists():  # stopped between two renames of finish
-                    os.replace(path, partial)
-        if not all(path.exists() for path in self.partials):
-            return {}
-        sizes = [path.stat().st_size for path in self.partials]
-        whole = len(found["bytes"]) == len(sizes) and all(
-            size >= kept for size, kept in zip(sizes, found["bytes"], strict=True)
-        )
-        if found["request"] != self.request or not whole:
-            return {}
-        for path, kept in zip(self.partials, found["bytes"], strict=True):
-            os.truncate(path, kept)
-        return found["counts"]
+    def pending(self, total: int, size: int) -> tuple[int, list[range]]:
+        """(indices that are done, blocks that are left): on every process as the first sees them.
 
-    @contextlib.contextmanager
-    def open(self) -> Iterator[list[IO[bytes]]]:
-        """The growing files, to append to; `resume` comes before."""
-        with contextlib.ExitStack() as stack:
-            yield [stack.enter_context(open(path, "ab")) for path in self.partials]
+        A run with another size goes on between the blocks that are there.
+        """
+        left, start, done = [], 0, {}
+        if hosts.first():
+            done = self._done()
+            for block in [*done, range(total, total)]:
+                gap = range(start, block.start)
+                left += [[i, min(i + size, gap.stop)] for i in gap[::size]]
+                start = block.stop
+        told = json.dumps([sum(map(len, done)), left])
+        count, blocks = json.loads(hosts.exchange("share out the blocks", told)[0])
+        return count, [range(*block) for block in blocks]
 
-    def commit(self, files: Sequence[IO[bytes]], counts: dict[str, Any]) -> None:
-        """Record a block only after its bytes are on the disk."""
-        for file in files:
-            file.flush()
-            os.fsync(file.fileno())
-        self.counts = counts
-        sizes = [file.tell() for file in files]
-        state = {"request": self.request, "bytes": sizes, "counts": counts}
-        replace_file(self.record, to_json(state))
+    def commit(self, block: range, texts: Sequence[str], counts: dict[str, Any]) -> None:
+        """Write a block's part of each file; its counts, which make it whole, come last."""
+        self.blocks.mkdir(parents=True, exist_ok=True)
+        for place, text in enumerate(texts):
+            replace_file(self._part(block, place), text.encode("utf-8"))
+        replace_file(self.blocks / f"{_name(block)}.json", to_json(counts))
+
+    def _part(self, block: range, place: int) -> Path:
+        return self.blocks / f"{_name(block)}.{place}.jsonl"
 
     def finish(self) -> dict[str, Any]:
-        """Give the files their names, the manifest first; returns the manifest."""
-        hashes = {
-            path.name: _hash(partial)
-            for path, partial in zip(self.paths, self.partials, strict=True)
-        }
-        manifest = self.counts | {"request": self.request, "files": hashes}
-        replace_file(self.manifest, to_json(manifest))
-        for path, partial in reversed(list(zip(self.paths, self.partials, strict=True))):
-            os.replace(partial, path)
-        self.record.unlink(missing_ok=True)
-        return manifest
+        """Join the blocks of all processes in their order; returns the manifest.
+
+        It has the sums of the blocks' counts. The first file gets its name last.
+        """
+        hosts.barrier("the blocks")
+        if hosts.first():
+            self._join()
+        hosts.barrier("the manifest of the blocks")
+        return json.loads(self.manifest.read_text(encoding="utf-8"))
+
+    def _join(self) -> None:
+        done, hashes = self._done(), {}
+        for place, path in reversed(list(enumerate(self.paths))):
+            with scratch(path) as temporary:
+                with temporary.open("wb") as whole:
+                    for block in done:
+                        whole.write(self._part(block, place).read_bytes())
+                hashes[path.name] = file_sha256(temporary)
+                if place == 0:
+                    manifest = _sum(list(done.values())) | {"request": self.request}
+                    replace_file(self.manifest, to_json(manifest | {"files": hashes}))
+                commit_file(temporary, path)
+        remove_tree(self.blocks)
 
 
-def _beside(path: Path, suffix: str) -> Path:
-    return path.with_name(path.name + suffix)
+def _name(block: range) -> str:
+    return f"{block.start:09d}-{block.stop:09d}"
+
+
+def _sum(counts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Sums of numbers, and of dicts of numbers: {"n": 1, "by": {"a": 1}} twice -> doubled."""
+    total: dict[str, Any] = {}
+    for one in counts:
+        for name, value in one.items():
+            if isinstance(value, dict):
+                total[name] = _sum([total.get(name, {}), value])
+            else:
+                total[name] = total.get(name, 0) + value
+    return total
 
 
 def _hash(path: Path) -> str:
