@@ -107,7 +107,7 @@ def scripted(place, tmp_path, answers, **changes):
         return out
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verb, "_sampler", lambda config, teacher: draw)
+        patch.setattr(verb, "_sampler", lambda config, teacher, mesh: draw)
         path = verb.generate_traces(config)
     return read_lines(path), read_lines(path.with_name(verb.REJECTED)), path
 
