@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -96,12 +95,12 @@ def sample(
     request = Request(
         key=jax.random.key(seed),
         settings=settings,
-        # No token is -1: it fills up to 8, so that another number of stop ids compiles nothing.
-        stop_ids=jnp.array(ends + [-1] * (-len(ends) % 8), jnp.int32),
-        max_new_tokens=jnp.int32(max_new_tokens),
+        # No token is -1; filled up, so that another number of stop ids compiles nothing new.
+        stop_ids=np.array(ends + [-1] * (8 - len(ends) % 8), np.int32),
+        max_new_tokens=np.int32(max_new_tokens),
     )
     batch = _Batch(
-        Program(config, valid_vocab, jnp.dtype(compute_dtype), mesh),
+        Program(config, valid_vocab, np.dtype(compute_dtype), mesh),
         params,
         request,
         rows=min(batch_size, 1 << (len(prompts) - 1).bit_length()),
@@ -191,10 +190,10 @@ class _Batch:
             self.rows = decoding.decode(
                 self.params,
                 self.rows,
-                jnp.asarray(self.stopped),
+                self.stopped,
                 self.request,
-                most_steps=jnp.int32(STEPS_BETWEEN_CHECKS if stops else np.iinfo(np.int32).max),
-                most_alive=jnp.int32(len(self.members) - group if waiting else 0),
+                most_steps=np.int32(STEPS_BETWEEN_CHECKS if stops else np.iinfo(np.int32).max),
+                most_alive=np.int32(len(self.members) - group if waiting else 0),
                 program=self.program,
             )
             finished = self._collect(stops)
@@ -218,11 +217,13 @@ class _Batch:
             tokens[slot, : len(prompt)], lengths[slot] = prompt, len(prompt)
             places[slot], who[slot] = row, names[member]
             self.members[row], self.checked[row], self.stopped[row] = member, 0, False
-        arrays = (jnp.asarray(x) for x in (tokens, lengths, places, who))
         self.rows = decoding.prefill(
             self.params,
             self.rows,
-            *arrays,
+            tokens,
+            lengths,
+            places,
+            who,
             self.request,
             chunk=self.chunk,
             program=self.program,
@@ -234,7 +235,7 @@ class _Batch:
         alive, counts, drawn, logprobs = jax.device_get(
             (rows.alive, rows.counts, rows.drawn, rows.logprobs)
         )
-        ends = set(np.asarray(self.request.stop_ids).tolist())
+        ends = set(self.request.stop_ids.tolist())
         finished: dict[int, Sample] = {}
         self.stopped[:] = False
         for row, member in enumerate(self.members):
