@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from dcod_jax import decoding
 from dcod_jax.decoding import Program, Request
-from dcod_jax.mesh import batch_shards, shards
+from dcod_jax.mesh import batch_shards, parts, put, sharding
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.transformer import CACHE_CHUNK
 from dcod_jax.sampling import make_settings
@@ -92,6 +92,7 @@ def sample(
     if not prompts:
         return []
     ends = sorted(set(eos_ids))
+    everywhere = None if mesh is None else sharding(mesh, ())
     request = Request(
         key=jax.random.key(seed),
         settings=settings,
@@ -99,6 +100,7 @@ def sample(
         stop_ids=np.array(ends + [-1] * (8 - len(ends) % 8), np.int32),
         max_new_tokens=np.int32(max_new_tokens),
     )
+    request = jax.tree.map(lambda x: put(x, everywhere), request)
     batch = _Batch(
         Program(config, valid_vocab, np.dtype(compute_dtype), mesh),
         params,
@@ -156,7 +158,7 @@ class _Batch:
         # Weights split over FSDP are gathered layer by layer, inside the scan that frees them.
         split = (
             program.config.num_layers <= decoding.MAX_SPLIT_LAYERS
-            and shards(program.mesh, "embed") == 1
+            and parts(program.mesh, "embed") == 1
         )
         self.params = decoding.prepare_params(params, program=program, split=split)
         self.chunk = decoding.prefill_chunk(longest)
@@ -190,7 +192,7 @@ class _Batch:
             self.rows = decoding.decode(
                 self.params,
                 self.rows,
-                self.stopped,
+                self.stopped.copy(),
                 self.request,
                 most_steps=np.int32(STEPS_BETWEEN_CHECKS if stops else np.iinfo(np.int32).max),
                 most_alive=np.int32(len(self.members) - group if waiting else 0),
@@ -235,7 +237,7 @@ class _Batch:
         alive, counts, drawn, logprobs = jax.device_get(
             (rows.alive, rows.counts, rows.drawn, rows.logprobs)
         )
-        ends = set(self.request.stop_ids.tolist())
+        ends = set(np.asarray(self.request.stop_ids).tolist())
         finished: dict[int, Sample] = {}
         self.stopped[:] = False
         for row, member in enumerate(self.members):

@@ -14,19 +14,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dcod_jax import mesh as meshes
-from dcod_jax.models import layers
+from dcod_jax.models import attention, layers
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.types import DcodError, Params
 
-# What the backward pass finds saved of each layer, beside the layer's input.
+BLOCK_INPUT = "block_input"
+# What the backward pass finds saved of each layer, beside the layer's input (which "offload" keeps
+# in the host's memory).
 REMAT_POLICIES: dict[str, Any] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[BLOCK_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 CACHE_CHUNK = 64  # fewest cache slots that attention reads at a time
@@ -128,13 +137,22 @@ def _gather_layer(
     return jax.tree.map(gather, axes, layer, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def _embed(params: Params, tokens: Array, *, compute_dtype: DTypeLike, mesh: Mesh | None) -> Array:
-    # Whole along the FSDP axis first: a lookup in a table split on D would come out split on D and
-    # replicated over the batch. Rows are taken before the cast, so that the gradients of a
-    # frequent token add up in the parameters' dtype.
-    table = meshes.constrain(params["embed_tokens"]["embedding"], mesh, "vocab", None)
-    x = jnp.take(table, tokens, axis=0, mode="clip")
-    return meshes.constrain(x.astype(compute_dtype), mesh, "batch", "length", None)
+def _embed(
+    params: Params,
+    tokens: Array,
+    *,
+    compute_dtype: DTypeLike,
+    mesh: Mesh | None,
+    length: str | None = None,
+) -> Array:
+    # Every device looks up all tokens of its replica in the columns that it holds; what it found
+    # is exchanged for its own rows. The table is never whole on a device, nor is its gradient.
+    # Rows are taken before the cast, so that the gradients of a frequent token add up in the
+    # parameters' dtype.
+    tokens = meshes.constrain(tokens, mesh, "replica", None)
+    x = jnp.take(params["embed_tokens"]["embedding"], tokens, axis=0, mode="clip")
+    x = meshes.constrain(x, mesh, "replica", None, "embed").astype(compute_dtype)
+    return meshes.constrain(x, mesh, "batch", length, None)
 
 
 def hidden_states(
@@ -161,24 +179,30 @@ def hidden_states(
         segment_ids = jnp.ones_like(tokens)
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    length = tokens.shape[1]
+    tokens, segment_ids, positions = (
+        attention.to_pieces(x, mesh) for x in (tokens, segment_ids, positions)
+    )
     decoder_graph, block_graph = _graphs(config)
     layer_axes = logical_axes(config)["layers"]
     rope = layers.rope_tables(config, positions)
+    attend = functools.partial(attention.attention, mesh=mesh)
 
     def block(x: Array, layer: Params) -> tuple[Array, None]:
+        x = checkpoint_name(x, BLOCK_INPUT)
         layer = _gather_layer(layer, layer_axes, compute_dtype=compute_dtype, mesh=mesh)
         module = nnx.merge(block_graph, layer)
         query, key, value = module.project(x, rope)
-        x = module.finish(x, layers.packed_attention(query, key, value, segment_ids))
+        x = module.finish(x, attend(query, key, value, segment_ids))
         return meshes.constrain(x, mesh, "batch", "length", None), None
 
     if remat != "none":
         # Inside a scan nothing can be merged across the two passes: prevent_cse only costs.
         block = jax.checkpoint(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    x = _embed(params, tokens, compute_dtype=compute_dtype, mesh=mesh)
+    x = _embed(params, tokens, compute_dtype=compute_dtype, mesh=mesh, length="length")
     x, _ = jax.lax.scan(block, x, params["layers"])
     outer = {name: value for name, value in params.items() if name != "layers"}
-    return nnx.merge(decoder_graph, outer).norm(x)
+    return attention.from_pieces(nnx.merge(decoder_graph, outer).norm(x), mesh, length)
 
 
 def head_weight(config: ModelConfig, params: Params) -> Float[Array, "V D"]:
