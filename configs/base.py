@@ -22,7 +22,9 @@ def get_config() -> Any:
     c.student.tokenizer = ""  # HF tokenizer directory; empty: the one beside student.path
     c.student.chat_template = ""  # Jinja file used instead of the tokenizer's chat template
     c.student.compute_dtype = "bfloat16"  # matrix products and activations; master weights fp32
-    c.student.remat = "full"  # none | dots | full: what the backward pass recomputes per layer
+    # none | dots | full: what the backward pass recomputes per layer | offload: as full, and the
+    # layers' inputs wait in host memory | auto: the first of these that fits
+    c.student.remat = "full"  # none | dots | full | offload | auto: see docs/scaling.md
 
     c.teacher = ConfigDict()
     c.teacher.path = ""  # HF directory or .gguf file of the teacher that scores the traces
@@ -104,6 +106,7 @@ def get_config() -> Any:
     c.optim.b2 = 0.95  # AdamW second moment
     c.optim.eps = 1e-8  # AdamW epsilon
     c.optim.clip_norm = 1.0  # global gradient norm; 0: no clipping
+    c.optim.offload = False  # AdamW's moments wait in host memory between steps
 
     c.train = ConfigDict()
     c.train.steps = 1000  # optimizer steps
@@ -117,10 +120,31 @@ def get_config() -> Any:
     c.train.init_from = ""  # run directory or checkpoint whose parameters to start from
     c.train.progress = True  # progress bars
 
+    c.profile = ConfigDict()
+    c.profile.steps = ""  # first:last, both traced by XProf into run_dir/profile; empty: none
+
+    c.plan = ConfigDict()
+    c.plan.topology = ""  # what plan compiles for: v5e:4x4, v5p:2x2x4, v6e:16x16, ..., or cpu:8
+    c.plan.slices = 1  # slices of that topology, joined by the data-centre network
+    c.plan.hbm_gib = 0.0  # memory limit of a device in GiB; 0: what libtpu reports for the chip
+    c.plan.largest_batch = True  # search the largest batch that fits (several compilations)
+
     c.mesh = ConfigDict()
     c.mesh.data = -1  # replicas; -1: the devices that are left
     c.mesh.fsdp = 1  # pieces parameters and optimizer are split into
     c.mesh.tensor = 1  # pieces heads, mlp and vocabulary are split into
+    c.mesh.context = 1  # pieces the positions of a row are split into, for long traces
+    c.mesh.slices = -1  # TPU slices joined by the data-centre network; -1: as the devices report
+
+    c.hosts = ConfigDict()
+    c.hosts.coordinator = ""  # host:port of process 0; empty: hosts.cluster says who takes part
+    c.hosts.processes = 0  # processes of the run, where hosts.coordinator is set
+    c.hosts.process_id = -1  # this process, 0 to processes - 1, where hosts.coordinator is set
+    c.hosts.cluster = "auto"  # auto (a TPU slice says it) | none | slurm | ompi | mpi4py | k8s
+    c.hosts.collectives = "gloo"  # between processes on CPU: gloo | mpi
+    c.hosts.connect_timeout = 300.0  # seconds to wait for all processes at the start
+    c.hosts.heartbeat = 60.0  # seconds without a sign of life after which a process is lost
+    c.hosts.timeout = 1800.0  # seconds in which no process gets on after which the run is stuck
 
     c.generate = ConfigDict()
     c.generate.prompts = ""  # prompts JSONL (prompt, answer): sample traces from the teacher first
@@ -143,6 +167,14 @@ def get_config() -> Any:
     c.drift.batch_size = 64  # sequences sampled together
     c.drift.resamples = 2000  # bootstrap resamples behind an interval
     c.drift.compat = False  # also the numbers as the LMOps script computes them
+
+    c.report = ConfigDict()
+    c.report.at_end = False  # train writes the HTML report when it is done
+    c.report.path = ""  # HTML file; empty: run_dir/report.html
+    c.report.runs = ()  # directories of other runs to show beside this config's
+    c.report.traces = 12  # held-out traces shown token by token; 0: none, and no weight histogram
+    c.report.histogram_traces = 256  # held-out traces behind the weight histogram
+    c.report.points = 500  # points of a curve; a longer one keeps its extremes
 
     c.export = ConfigDict()
     c.export.path = ""  # HF directory to write; empty: run_dir/export

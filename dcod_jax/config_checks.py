@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any
 
 from dcod_jax.losses import distill
@@ -11,12 +12,14 @@ from dcod_jax.losses.divergences import DIVERGENCES
 
 CHOICES = {
     "student.compute_dtype": ("bfloat16", "float32"),
-    "student.remat": ("none", "dots", "full"),
+    "student.remat": ("none", "dots", "full", "offload", "auto"),
     "teacher.dtype": ("bfloat16", "float32"),
     "export.dtype": ("bfloat16", "float32", "float16"),
     "prepare.logprobs": ("ignore", "require"),
     "prepare.on_bad_record": ("error", "quarantine"),
     "optim.schedule": ("cosine", "linear", "constant"),
+    "hosts.cluster": ("auto", "none", "slurm", "ompi", "mpi4py", "k8s"),
+    "hosts.collectives": ("gloo", "mpi"),
 }
 
 POSITIVE = (
@@ -25,7 +28,9 @@ POSITIVE = (
     "optim.learning_rate optim.eps train.steps "
     "train.microbatches train.log_every train.keep generate.samples generate.max_new_tokens "
     "generate.batch_size evaluate.max_new_tokens evaluate.batch_size export.max_shard_gb "
-    "on_policy.max_new_tokens drift.samples drift.max_new_tokens drift.batch_size drift.resamples "
+    "on_policy.max_new_tokens hosts.connect_timeout hosts.heartbeat hosts.timeout "
+    "drift.samples drift.max_new_tokens drift.batch_size drift.resamples "
+    "report.points report.histogram_traces plan.slices "
     "study.seeds study.width study.layers study.start_learning_rate "
     "study.start_problems study.traces study.problems"
 ).split()
@@ -34,7 +39,8 @@ NOT_NEGATIVE = (
     "seed prepare.workers score.top_k optim.warmup_steps "
     "optim.weight_decay optim.clip_norm optim.final_fraction train.eval_every train.eval_batches "
     "train.save_every generate.temperature evaluate.limit data.eval_fraction data.head_tokens "
-    "on_policy.temperature drift.limit study.start_steps study.noise study.drift_prompts"
+    "on_policy.temperature drift.limit report.traces plan.hbm_gib "
+    "study.start_steps study.noise study.drift_prompts"
 ).split()
 
 
@@ -66,6 +72,38 @@ def _teacher_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
     return wrong
 
 
+def _hosts_errors(flat: dict[str, Any]) -> list[str]:
+    """hosts.* that cannot describe a run of several processes."""
+    address, count, own = (flat[f"hosts.{k}"] for k in ("coordinator", "processes", "process_id"))
+    if not address:
+        if count or own != -1:
+            return [
+                f"hosts.processes={count} and hosts.process_id={own} need hosts.coordinator="
+                "host:port of process 0; leave all three out where hosts.cluster knows them"
+            ]
+        return []
+    wrong = []
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        wrong.append(f"hosts.coordinator={address!r} must be host:port of process 0")
+    if not 0 <= own < count:
+        wrong.append(
+            f"hosts.process_id={own} must be one of 0 to {count - 1} (hosts.processes={count}), a "
+            "different one on each host"
+        )
+    return wrong
+
+
+def _profile_errors(text: str, steps: int) -> list[str]:
+    found = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text)
+    if not text or (found and int(found[1]) <= int(found[2]) <= steps):
+        return []
+    return [
+        f"profile.steps={text!r} must be first:last, such as 10:13, with "
+        f"1 <= first <= last <= train.steps={steps}"
+    ]
+
+
 def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
     """What is wrong in {dotted key: value} and its loss record; empty if all is well."""
     wrong: list[str] = []
@@ -80,10 +118,18 @@ def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
             wrong.append(f"{key}={flat[key]} must be in [0, 1)")
     wrong += [str(error) for error in distill.config_errors(loss)]
     wrong += _teacher_errors(flat, loss)
+    wrong += _hosts_errors(flat)
+    wrong += _profile_errors(flat["profile.steps"], flat["train.steps"])
     if flat["data.max_length"] > flat["data.seq_len"]:
         wrong.append(
             f"data.max_length={flat['data.max_length']} must not exceed "
             f"data.seq_len={flat['data.seq_len']}: a trace has to fit into one packed row"
+        )
+    if flat["mesh.context"] > 1 and flat["data.seq_len"] % (2 * flat["mesh.context"]):
+        wrong.append(
+            f"data.seq_len={flat['data.seq_len']} must be a multiple of "
+            f"{2 * flat['mesh.context']} = 2 * mesh.context={flat['mesh.context']}: each device "
+            "holds an early and a late chunk of a row"
         )
     if flat["data.batch_size"] % flat["train.microbatches"]:
         wrong.append(

@@ -52,8 +52,11 @@ def drift(config: Any) -> dict[str, Any]:
     tokenizer = load_tokenizer(config)
     prompts = _prompts(config, tokenizer)
     students = _students(config)
-    for name, path in [("teacher", teacher.path), *students.items()]:
-        _check_tokenizer(config, name, path, tokenizer)
+    _check_tokenizer("teacher", teacher.path, teacher.tokenizer, tokenizer)
+    for name, path in students.items():
+        if name != "start":  # which is asked with the tokenizer that it is trained with
+            own = load_any_tokenizer(path, chat_template=config.student.chat_template)
+            _check_tokenizer(name, path, own, tokenizer)
     folder = Path(config.run_dir) / "drift"
     folder.mkdir(parents=True, exist_ok=True)
     run = _Run(config, teacher, tokenizer, prompts, folder)
@@ -101,9 +104,8 @@ def _students(config: Any) -> dict[str, Path]:
     return found
 
 
-def _check_tokenizer(config: Any, name: str, path: Path, tokenizer: Any) -> None:
+def _check_tokenizer(name: str, path: Path, own: Any, tokenizer: Any) -> None:
     """Every model must mean the same by a token id; a template of its own does not matter."""
-    own = load_any_tokenizer(path, chat_template=config.student.chat_template)
     if chat.tokenizer_fingerprint(own) != chat.tokenizer_fingerprint(tokenizer):
         raise DcodError(
             f"{name} ({path}) has another tokenizer than the student; KL between distributions "
@@ -127,7 +129,7 @@ class _Run:
     ):
         self.config, self.source, self.folder = config, teacher, folder
         self.tokenizer, self.prompts = tokenizer, prompts
-        self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, tensor=config.mesh.tensor)
+        self.mesh = make_mesh(**config.mesh)
         self.teacher: Model | None = None
         self.drawn: dict[int, list[Sample]] = {}  # the teacher's sequences by block
 
@@ -309,6 +311,7 @@ def summary(
         "samples": config.drift.samples,
         "max_new_tokens": config.drift.max_new_tokens,
         "resamples": config.drift.resamples,
+        "least": LEAST,
         "models": models,
     }
 
@@ -328,7 +331,7 @@ def table(result: dict[str, Any]) -> Table:
     baseline = result["baseline"]
     out = Table(title=f"Excess accumulated error (ExAccErr) on {count} sequences of each model")
     out.add_column("student")
-    headings = ["tokens", "alive", "R (nats)", "E (nats)", "ExAccErr", "95 % interval"]
+    headings = ["tokens", "own alive", "R (nats)", "E (nats)", "ExAccErr", "95 % interval"]
     if len(result["models"]) > 1:
         headings.append(f"minus {baseline} (95 %)")
     for heading in headings:

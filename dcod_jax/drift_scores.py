@@ -268,15 +268,7 @@ def score_sequences(
     The loss code of a live teacher, whose chunked head keeps both models' logits to head_chunk
     tokens at a time. Each sequence is its own prompt (0, 1, ...) in the result.
     """
-    forward = Forward(
-        model=student.config,
-        loss=LossConfig("forward_kl", head_chunk, _UNIFORM, teacher="live"),
-        mesh=mesh,
-        compute_dtype=jnp.dtype(student.compute_dtype),
-        remat="none",
-        valid_vocab=valid_vocab,
-        teacher=TeacherModel(teacher.config, jnp.dtype(teacher.compute_dtype)),
-    )
+    forward = _forward(teacher, student, valid_vocab=valid_vocab, head_chunk=head_chunk, mesh=mesh)
     count = len(drawn)
     out = Scored(
         prompt=np.arange(count),
@@ -309,6 +301,20 @@ def score_sequences(
             "of them hold NaN or inf?"
         )
     return out
+
+
+def _forward(
+    teacher: Model, student: Model, *, valid_vocab: int, head_chunk: int, mesh: Mesh
+) -> Forward:
+    return Forward(
+        model=student.config,
+        loss=LossConfig("forward_kl", head_chunk, _UNIFORM, teacher="live"),
+        mesh=mesh,
+        compute_dtype=jnp.dtype(student.compute_dtype),
+        remat="none",
+        valid_vocab=valid_vocab,
+        teacher=TeacherModel(teacher.config, jnp.dtype(teacher.compute_dtype)),
+    )
 
 
 def _batch(

@@ -1,37 +1,38 @@
 """Sample traces from the teacher for a file of prompts: JSONL that prepare reads.
 
-Reads generate.prompts, writes run_dir/traces.jsonl; blocks of sequences are appended one by one,
-and the same command after an interruption goes on behind the last whole block.
+Reads generate.prompts, writes run_dir/traces.jsonl. Blocks of sequences are files of their own
+until all are there, so the same command after an interruption goes on with those that are left. Of
+several processes each samples every n-th block with the teacher on its own devices, where it fits
+there; the bytes of the result are those of one process.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import jax
-
+from dcod_jax import hosts
 from dcod_jax.config import run_verb
 from dcod_jax.data import chat
 from dcod_jax.data.formats import PROMPT_FIELDS
-from dcod_jax.data.manifest import file_sha256, replace_file, to_json
+from dcod_jax.data.manifest import commit_file, file_sha256, replace_file, to_json
 from dcod_jax.evals import Problem, decode_text, read_problems, stop_ids
 from dcod_jax.generate import Sample, sample
-from dcod_jax.mesh import make_mesh
+from dcod_jax.paths import Path, as_path
 from dcod_jax.progress import track
 from dcod_jax.scoring import Teacher, open_teacher
+from dcod_jax.storage import remove_tree, scratch
 from dcod_jax.types import DcodError
 
-BATCHES_IN_BLOCK = 4  # decoded between two appends
+BATCHES_IN_BLOCK = 4
 
 
 def traces_path(config: Any) -> Path:
     """Where the sampled traces of a run are."""
-    return Path(config.run_dir) / "traces.jsonl"
+    return as_path(config.run_dir) / "traces.jsonl"
 
 
 def generate_traces(config: Any) -> Path:
@@ -41,8 +42,6 @@ def generate_traces(config: Any) -> Path:
     beside the file (traces.jsonl.manifest.json) says what was read and counts what was written.
     A finished file of the same prompts, teacher and settings is left as it is.
     """
-    if jax.process_count() > 1:
-        raise DcodError("generate_traces runs on one host; start it there alone")
     if not config.generate.prompts:
         raise DcodError("generate.prompts is empty; expected a JSONL file of {prompt, answer}")
     problems = read_problems(
@@ -59,35 +58,52 @@ def generate_traces(config: Any) -> Path:
     if progress.finished():
         print(f"{path}: these traces were sampled before; nothing to do")
         return path
-    prompts = [chat.encode_prompt(teacher.tokenizer, p.messages) for p in problems]
-    total = len(problems) * config.generate.samples
-    block = BATCHES_IN_BLOCK * config.generate.batch_size
-    done = progress.resume()
-    draw = _sampler(config, teacher)
-    with (
-        track("sampling", total, unit="traces", done=done, enabled=config.train.progress) as bar,
-        open(progress.partial, "ab") as file,
-    ):
-        for start in range(done, total, block):
-            indices = range(start, min(start + block, total))
-            samples = draw(
-                [prompts[index // config.generate.samples] for index in indices],
-                indices=indices,
-                on_batch=lambda sequences, tokens: bar(sequences),
-            )
-            lines = [
-                _line(config, teacher.tokenizer, problems, index, drawn)
-                for index, drawn in zip(indices, samples, strict=True)
-            ]
-            file.write("".join(lines).encode("utf-8"))
-            progress.commit(file, indices.stop, samples, empty=lines.count(""))
-    manifest = progress.finish()
+    pending = progress.pending(
+        len(problems) * config.generate.samples,
+        BATCHES_IN_BLOCK * config.generate.batch_size,
+    )
+    _draw(config, teacher, problems, progress, pending)
+    hosts.barrier("sampling")
+    if hosts.first():
+        progress.finish()
+    hosts.barrier("the manifest of the traces")
+    manifest = json.loads(progress.manifest.read_text())
     print(
         f"{path}: {manifest['traces']} traces of {len(problems)} prompts, {manifest['tokens']} "
         f"tokens, {manifest['truncated']} cut at {config.generate.max_new_tokens} tokens; "
         f"{manifest['empty']} empty ones left out"
     )
     return path
+
+
+def _draw(
+    config: Any,
+    teacher: Teacher,
+    problems: Sequence[Problem],
+    progress: _Progress,
+    pending: Sequence[range],
+) -> None:
+    """Sample the blocks; of several processes each one takes every n-th."""
+    mesh, process, processes = hosts.share(config)
+    own = pending[process::processes]
+    if not own:
+        return
+    prompts = [chat.encode_prompt(teacher.tokenizer, p.messages) for p in problems]
+    draw = _sampler(config, teacher, mesh)
+    total = sum(len(block) for block in own)
+    with track("sampling", total, unit="traces", enabled=config.train.progress) as bar:
+        for block in own:
+            samples = draw(
+                [prompts[index // config.generate.samples] for index in block],
+                indices=block,
+                on_batch=lambda sequences, tokens: bar(sequences),
+            )
+            lines = [
+                _line(config, teacher.tokenizer, problems, index, drawn)
+                for index, drawn in zip(block, samples, strict=True)
+            ]
+            if processes > 1 or hosts.first():
+                progress.commit(block, lines, samples)
 
 
 def _request(config: Any, teacher: Teacher) -> dict[str, Any]:
@@ -108,9 +124,8 @@ def _request(config: Any, teacher: Teacher) -> dict[str, Any]:
     }
 
 
-def _sampler(config: Any, teacher: Teacher) -> Callable[..., list[Sample]]:
+def _sampler(config: Any, teacher: Teacher, mesh: Any) -> Callable[..., list[Sample]]:
     """The loaded teacher as a function of (prompts, indices, on_batch)."""
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, tensor=config.mesh.tensor)
     model_config, params = teacher.load(mesh)
     return functools.partial(
         sample,
@@ -156,14 +171,13 @@ def _line(
 
 
 class _Progress:
-    """The growing file, the record of how far it is whole, and the manifest at the end."""
+    """The finished blocks, each a file of its own, and the result and its manifest at the end."""
 
     def __init__(self, path: Path, request: dict[str, Any]):
         self.path, self.request = path, request
-        self.partial = path.with_name(path.name + ".partial")
-        self.record = path.with_name(path.name + ".partial.json")
         self.manifest = path.with_name(path.name + ".manifest.json")
-        self.counts = {"sampled": 0, "traces": 0, "empty": 0, "tokens": 0, "truncated": 0}
+        key = hashlib.sha256(to_json(request)).hexdigest()[:8]
+        self.blocks = path.with_name(f"{path.name}.partial-{key}")
 
     def finished(self) -> bool:
         """Whether the result is there; DcodError when it is another request's."""
@@ -172,6 +186,8 @@ class _Progress:
         if self.manifest.exists():
             found = json.loads(self.manifest.read_text())
             if found["request"] == self.request and found["sha256"] == file_sha256(self.path):
+                if hosts.first():
+                    remove_tree(self.blocks)
                 return True
             changed = [k for k, v in self.request.items() if found["request"].get(k) != v]
             reason = f"with other {', '.join(changed)}" if changed else "and changed since"
@@ -179,39 +195,62 @@ class _Progress:
             reason = "by something else (it has no manifest)"
         raise DcodError(f"{self.path} was written {reason}; move it away or change run_dir")
 
-    def resume(self) -> int:
-        """Sequences that are whole; what was written after them is cut off."""
-        if self.record.exists() and self.partial.exists():
-            found = json.loads(self.record.read_text())
-            if found["request"] == self.request and self.partial.stat().st_size >= found["bytes"]:
-                os.truncate(self.partial, found["bytes"])
-                self.counts = found["counts"]
-                if self.counts["sampled"]:
-                    print(f"going on behind {self.counts['sampled']} traces sampled before")
-                return self.counts["sampled"]
-        self.partial.write_bytes(b"")
-        return 0
+    def _done(self) -> dict[range, dict[str, Any]]:
+        """{sequences: counts} of the blocks that are whole, in order."""
+        done = {}
+        for file in sorted(self.blocks.glob("*.json")):
+            first, last = map(int, file.stem.split("-"))
+            done[range(first, last)] = json.loads(file.read_text())
+        return done
 
-    def commit(self, file: Any, sampled: int, block: Sequence[Sample], *, empty: int) -> None:
-        """Record the block only after its bytes are on the disk."""
-        file.flush()
-        os.fsync(file.fileno())
-        self.counts = {
-            "sampled": sampled,
-            "traces": self.counts["traces"] + len(block) - empty,
-            "empty": self.counts["empty"] + empty,
-            "tokens": self.counts["tokens"] + sum(len(s.token_ids) for s in block),
-            "truncated": self.counts["truncated"] + sum(not s.finished for s in block),
+    def pending(self, total: int, size: int) -> list[range]:
+        """The sequences that are left, in blocks; the same on every process, as the first sees it.
+
+        A run with another batch size goes on between the blocks that are there.
+        """
+        pending, start = [], 0
+        if hosts.first():
+            done = self._done()
+            for block in [*done, range(total, total)]:
+                gap = range(start, block.start)
+                pending += [[i, min(i + size, gap.stop)] for i in gap[::size]]
+                start = block.stop
+            if done:
+                print(f"going on behind {sum(map(len, done))} traces sampled before")
+        told = hosts.exchange("share out the sampling", json.dumps(pending))[0]
+        return [range(*block) for block in json.loads(told)]
+
+    def commit(self, block: range, lines: Sequence[str], samples: Sequence[Sample]) -> None:
+        """Write a block; its counts, which make it whole, come last."""
+        self.blocks.mkdir(parents=True, exist_ok=True)
+        name = f"{block.start:09d}-{block.stop:09d}"
+        replace_file(self.blocks / f"{name}.jsonl", "".join(lines).encode("utf-8"))
+        empty = list(lines).count("")
+        counts = {
+            "sampled": len(block),
+            "traces": len(samples) - empty,
+            "empty": empty,
+            "tokens": sum(len(s.token_ids) for s in samples),
+            "truncated": sum(not s.finished for s in samples),
         }
-        state = {"request": self.request, "bytes": file.tell(), "counts": self.counts}
-        replace_file(self.record, to_json(state))
+        replace_file(self.blocks / f"{name}.json", to_json(counts))
 
-    def finish(self) -> dict[str, Any]:
-        manifest = self.counts | {"request": self.request, "sha256": file_sha256(self.partial)}
-        replace_file(self.manifest, to_json(manifest))
-        os.replace(self.partial, self.path)
-        self.record.unlink(missing_ok=True)
-        return manifest
+    def finish(self) -> None:
+        """Join the blocks in their order."""
+        done = self._done()
+        counts = {
+            name: sum(block[name] for block in done.values())
+            for name in ("sampled", "traces", "empty", "tokens", "truncated")
+        }
+        with scratch(self.path) as temporary:
+            with temporary.open("wb") as whole:
+                for block in done:
+                    part = self.blocks / f"{block.start:09d}-{block.stop:09d}.jsonl"
+                    whole.write(part.read_bytes())
+            manifest = counts | {"request": self.request, "sha256": file_sha256(temporary)}
+            replace_file(self.manifest, to_json(manifest))
+            commit_file(temporary, self.path)
+        remove_tree(self.blocks)
 
 
 if __name__ == "__main__":

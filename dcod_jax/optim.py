@@ -39,6 +39,7 @@ class OptimConfig:
     b2: float
     eps: float
     clip_norm: float
+    offload: bool = False
 
 
 def make_schedule(cfg: OptimConfig, steps: int) -> Schedule:

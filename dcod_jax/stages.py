@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,21 +13,26 @@ from rich.console import Console
 from rich.table import Table
 
 from dcod_jax import config as configs
+from dcod_jax import hosts
 from dcod_jax.data.manifest import MANIFEST, read_manifest, replace_file, to_json
 from dcod_jax.evals import (
     EvalResult,
+    Generation,
     Problem,
     evaluate,
     paired_difference,
+    read_generations,
     read_problems,
+    summarize,
     write_generations,
 )
 from dcod_jax.export import export
-from dcod_jax.generate_traces import generate_traces
-from dcod_jax.mesh import make_mesh
+from dcod_jax.generate_traces import generate_traces, traces_path
 from dcod_jax.models import hf
-from dcod_jax.prepare import load_tokenizer, prepare
+from dcod_jax.paths import Path, as_path
+from dcod_jax.prepare import is_prepared, load_tokenizer, prepare
 from dcod_jax.progress import track
+from dcod_jax.report import report
 from dcod_jax.score import score
 from dcod_jax.scoring import load_any_tokenizer
 from dcod_jax.start import expected_teacher
@@ -41,20 +46,39 @@ def ensure_inputs(config: Any) -> None:
 
     On several hosts nothing is made: DcodError with the commands to run first.
     """
+    if jax.process_count() > 1:
+        _refuse_unfinished(config)
+        return
     missing = _missing(config)
-    if missing and jax.process_count() > 1:
-        commands = "\n".join(f"  python -m dcod_jax.{verb} --config ..." for verb in missing)
-        raise DcodError(
-            f"{configs.dataset_dir(config)} is not ready for training on {jax.process_count()} "
-            f"hosts; run these first with the same --config and flags, one after the other:\n"
-            + commands
-        )
     if "generate_traces" in missing:
         generate_traces(config)
     if "prepare" in missing:
         prepare(config)
     if "score" in missing:
         score(config)
+
+
+def _refuse_unfinished(config: Any) -> None:
+    """Process 0 looks for all: hashing the raw traces takes a while."""
+    told = json.dumps(_unfinished(config)) if hosts.first() else ""
+    unfinished = json.loads(hosts.exchange("look for unfinished steps", told)[0])
+    if unfinished:
+        commands = "\n".join(f"  python -m dcod_jax.{verb} --config ..." for verb in unfinished)
+        raise DcodError(
+            f"{configs.dataset_dir(config)} is not ready for training on {jax.process_count()} "
+            f"hosts; run these first with the same --config and flags, one after the other (like "
+            f"this command on every host; prepare works on process 0 alone):\n{commands}"
+        )
+
+
+def _unfinished(config: Any) -> list[str]:
+    """The verbs of _missing whose result is not there yet."""
+    verbs = _missing(config)
+    if is_prepared(config):
+        teachers = [expected_teacher(variant) for _, variant in configs.variants(config)]
+        teacher = next(filter(None, teachers), None)
+        return ["score"] if teacher and not _scored(config, teacher) else []
+    return [v for v in verbs if v != "generate_traces" or not traces_path(config).exists()]
 
 
 def _missing(config: Any) -> list[str]:
@@ -88,7 +112,7 @@ def _scored(config: Any, fingerprint: str) -> bool:
 
 
 def _splits(config: Any) -> list[Path]:
-    root = Path(configs.dataset_dir(config))
+    root = as_path(configs.dataset_dir(config))
     found = [path for path in (root / "train", root / "eval") if (path / MANIFEST).is_file()]
     return found or ([root] if (root / MANIFEST).is_file() else [])
 
@@ -104,10 +128,12 @@ def finish(config: Any, runs: Sequence[tuple[str, Any]]) -> None:
         models |= {name or "student": str(path) for name, path in exported.items()}
         compare(config, {name: path for name, path in models.items() if path})
     for name, variant in runs:
-        if change := held_out_change(Path(variant.run_dir)):
+        if change := held_out_change(as_path(variant.run_dir)):
             print(f"held-out nll{f' {name}' if name else ''}: {change}")
     for name, path in exported.items():
         print(f"exported{f' {name}' if name else ''}: {path}")
+    if config.report.at_end:
+        report(config)
 
 
 def held_out_change(run_dir: Path) -> str:
@@ -128,15 +154,17 @@ def compare(config: Any, models: dict[str, str]) -> None:
         answer_field=config.prepare.answer_field,
         limit=config.evaluate.limit,
     )
-    folder = Path(config.run_dir) / "evaluation"
+    folder = as_path(config.run_dir) / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
     results = {}
     for name, path in models.items():
         results[name] = _grade(config, name, path, problems)
-        write_generations(folder / f"{name}.jsonl", results[name].generations)
+        if hosts.first():
+            write_generations(folder / f"{name}.jsonl", results[name].generations)
     students = [name for name in models if name not in ("teacher", "start")]
     baseline = students[0] if len(students) > 1 else "start"
-    replace_file(folder / "results.json", to_json(summary(results, baseline=baseline)))
+    if hosts.first():
+        replace_file(folder / "results.json", to_json(summary(results, baseline=baseline)))
     console = Console()
     console = console if console.is_terminal else Console(width=110)
     console.print(accuracy_table(results, baseline=baseline))
@@ -186,11 +214,26 @@ def _tokenizer(config: Any, name: str, path: str) -> Any:
     """The start is asked with the tokenizer it is trained with, every other model with its own."""
     if name == "start":
         return load_tokenizer(config)
-    return load_any_tokenizer(Path(path), chat_template=config.student.chat_template)
+    return load_any_tokenizer(as_path(path), chat_template=config.student.chat_template)
 
 
 def _grade(config: Any, name: str, path: str, problems: Sequence[Problem]) -> EvalResult:
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, tensor=config.mesh.tensor)
+    """The result of all problems; of several processes each answers and grades every n-th."""
+    mesh, process, processes = hosts.share(config)
+    own = problems[process::processes]
+    start = time.monotonic()
+    result = _answer(config, name, path, own, mesh) if own else None
+    if result is not None and processes == 1:
+        return result
+    generations = result.generations if result else ()
+    folder = as_path(config.run_dir) / "evaluation"
+    everything = _gather(folder, name, generations, process=process, processes=processes)
+    return summarize(everything, seconds=time.monotonic() - start)
+
+
+def _answer(
+    config: Any, name: str, path: str, problems: Sequence[Problem], mesh: Any
+) -> EvalResult:
     model_config, params = hf.load_model(path, dtype=jnp.float32, mesh=mesh)
     tokenizer = _tokenizer(config, name, path)
     enabled = config.train.progress
@@ -208,3 +251,19 @@ def _grade(config: Any, name: str, path: str, problems: Sequence[Problem]) -> Ev
             mesh=mesh,
             on_batch=lambda sequences, tokens: advance(sequences),
         )
+
+
+def _gather(
+    folder: Path, name: str, own: Sequence[Generation], *, process: int, processes: int
+) -> tuple[Generation, ...]:
+    """Every process's generations in the order of the problems, through files they all see."""
+    parts = [folder / f".{name}.part-{i}" for i in range(processes)]
+    write_generations(parts[process], own)
+    hosts.barrier(f"evaluating {name}")
+    found = [read_generations(part) for part in parts]
+    hosts.barrier(f"reading the evaluation of {name}")
+    if hosts.first():
+        for part in parts:
+            part.unlink()
+    count = sum(map(len, found))
+    return tuple(found[i % processes][i // processes] for i in range(count))

@@ -97,13 +97,13 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_generate_traces as test
 from dcod_jax import generate_traces as verb
-real = verb._Progress.commit
-def dies_after_the_second(self, file, sampled, *rest, **options):
-    if sampled > 8:
-        file.flush()  # a block whose bytes are there and which is not yet recorded
+real, named = verb.replace_file, []
+def dies_in_the_second_block(path, content):
+    named.append(path)
+    if len(named) == 4:  # a block whose bytes are there and which is not yet whole
         os.kill(os.getpid(), signal.SIGKILL)
-    real(self, file, sampled, *rest, **options)
-verb._Progress.commit = dies_after_the_second
+    real(path, content)
+verb.replace_file = dies_in_the_second_block
 verb.generate_traces(test.make_config(Path({place!r}), Path({run!r})))
 """
 
@@ -114,8 +114,9 @@ def test_killed_and_started_again_gives_the_same_bytes(place, whole, tmp_path, c
         [sys.executable, "-c", program], cwd=ROOT, env=os.environ, timeout=300, check=False
     )
     assert done.returncode == -signal.SIGKILL
-    partial = tmp_path / "traces.jsonl.partial"
-    assert len(partial.read_bytes().splitlines()) == 14
+    [blocks] = tmp_path.glob("traces.jsonl.partial-*")
+    lines = [p.read_bytes().count(b"\n") for p in sorted(blocks.glob("*.jsonl"))]
+    assert (sum(lines), len(list(blocks.glob("*.json")))) == (14, 1)
     path = verb.generate_traces(make_config(place, tmp_path))
     assert "going on behind 8 traces" in capsys.readouterr().out
     assert path.read_bytes() == whole.read_bytes()
