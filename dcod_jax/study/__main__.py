@@ -17,7 +17,9 @@ def study(config: Any) -> None:
     results = Results(directory / "results.jsonl")
     lab = Lab(config, directory, wanted_starts(config))
     total = count_runs(config)
-    done = len(results.done)
+    names = conditions(config)
+    last = config.seed + config.study.seeds
+    done = sum(x["condition"] in names and x["seed"] <= last for x in results.done.values())
     with track("study", total, unit="runs", done=done, enabled=config.train.progress) as advance:
         for run, own in pending(config, results):
             if run.condition not in results.references:
