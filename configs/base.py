@@ -22,7 +22,9 @@ def get_config() -> Any:
     c.student.tokenizer = ""  # HF tokenizer directory; empty: the one beside student.path
     c.student.chat_template = ""  # Jinja file used instead of the tokenizer's chat template
     c.student.compute_dtype = "bfloat16"  # matrix products and activations; master weights fp32
-    c.student.remat = "full"  # none | dots | full: what the backward pass recomputes per layer
+    # none | dots | full: what the backward pass recomputes per layer | offload: as full, and the
+    # layers' inputs wait in host memory | auto: the first of these that fits
+    c.student.remat = "full"  # none | dots | full | offload | auto: see docs/scaling.md
 
     c.teacher = ConfigDict()
     c.teacher.path = ""  # HF directory or .gguf file of the teacher that scores the traces
@@ -104,6 +106,7 @@ def get_config() -> Any:
     c.optim.b2 = 0.95  # AdamW second moment
     c.optim.eps = 1e-8  # AdamW epsilon
     c.optim.clip_norm = 1.0  # global gradient norm; 0: no clipping
+    c.optim.offload = False  # AdamW's moments wait in host memory between steps
 
     c.train = ConfigDict()
     c.train.steps = 1000  # optimizer steps
@@ -120,10 +123,18 @@ def get_config() -> Any:
     c.profile = ConfigDict()
     c.profile.steps = ""  # first:last, both traced by XProf into run_dir/profile; empty: none
 
+    c.plan = ConfigDict()
+    c.plan.topology = ""  # what plan compiles for: v5e:4x4, v5p:2x2x4, v6e:16x16, ..., or cpu:8
+    c.plan.slices = 1  # slices of that topology, joined by the data-centre network
+    c.plan.hbm_gib = 0.0  # memory limit of a device in GiB; 0: what libtpu reports for the chip
+    c.plan.largest_batch = True  # search the largest batch that fits (several compilations)
+
     c.mesh = ConfigDict()
     c.mesh.data = -1  # replicas; -1: the devices that are left
     c.mesh.fsdp = 1  # pieces parameters and optimizer are split into
     c.mesh.tensor = 1  # pieces heads, mlp and vocabulary are split into
+    c.mesh.context = 1  # pieces the positions of a row are split into, for long traces
+    c.mesh.slices = -1  # TPU slices joined by the data-centre network; -1: as the devices report
 
     c.hosts = ConfigDict()
     c.hosts.coordinator = ""  # host:port of process 0; empty: hosts.cluster says who takes part
@@ -148,11 +159,53 @@ def get_config() -> Any:
     c.evaluate.max_new_tokens = 256  # longest answer
     c.evaluate.batch_size = 64  # sequences decoded together
 
+    c.drift = ConfigDict()
+    c.drift.prompts = ""  # prompts JSONL to continue; empty: evaluate.problems
+    c.drift.limit = 0  # prompts to take; 0: all
+    c.drift.samples = 1  # continuations of each prompt, from the teacher and from each student
+    c.drift.max_new_tokens = 256  # longest continuation, and the longest length of the curves
+    c.drift.batch_size = 64  # sequences sampled together
+    c.drift.resamples = 2000  # bootstrap resamples behind an interval
+    c.drift.compat = False  # also the numbers as the LMOps script computes them
+
+    c.report = ConfigDict()
+    c.report.at_end = False  # train writes the HTML report when it is done
+    c.report.path = ""  # HTML file; empty: run_dir/report.html
+    c.report.runs = ()  # directories of other runs to show beside this config's
+    c.report.traces = 12  # held-out traces shown token by token; 0: none, and no weight histogram
+    c.report.histogram_traces = 256  # held-out traces behind the weight histogram
+    c.report.points = 500  # points of a curve; a longer one keeps its extremes
+
     c.export = ConfigDict()
     c.export.path = ""  # HF directory to write; empty: run_dir/export
     c.export.dtype = "bfloat16"  # of the written weights
     c.export.step = -1  # checkpoint step; -1: the best by train.best_metric, else the newest
     c.export.max_shard_gb = 4.0  # larger weights are split into files of this size
+
+    c.study = ConfigDict()
+    c.study.arms = ()  # losses compared by the study: ("sft loss.weights.name=uniform", ...)
+    c.study.conditions = ()  # ("main", "hot generate.temperature=1.5", ...); "main" comes first
+    c.study.only = ()  # names of the arms to run; empty: all
+    c.study.seeds = 5  # test runs of each arm
+    c.study.learning_rates = (1e-3, 3e-3)  # the grid of every arm
+    c.study.own_rates = False  # a condition's own grid, not the rates found in "main"
+    c.study.width = 64  # hidden size of the student, a multiple of 16
+    c.study.layers = 2  # of the student
+    c.study.start_steps = 1000  # warm start, more is more competent; 0: student.path
+    c.study.start_learning_rate = 3e-3  # of the warm start, constant
+    c.study.start_styles = ("equations",)  # styles of the warm start's worked solutions
+    c.study.start_terms = (3, 6)  # fewest and most terms of a problem in the warm start
+    c.study.start_problems = 6000  # worked solutions of the warm start
+    c.study.terms = (3, 4)  # of the traces and of the test set "in"
+    c.study.longer_terms = (5, 6)  # of the test set "longer"
+    c.study.first_operands = (1, 6)  # lowest and highest first operand of everything trained on
+    c.study.held_out_operands = (7, 9)  # of the test set "operands"
+    c.study.traces = 3000  # traces of the teacher
+    c.study.noise = 0.0  # share of them with one digit of the steps replaced
+    c.study.styles = ()  # keep traces of these styles only; empty: all
+    c.study.problems = 256  # in each held-out set
+    c.study.drift_length = 20  # tokens over which ExAccErr is accumulated
+    c.study.drift_prompts = 128  # prompts of a test run's drift measurement; 0: none
 
     c.compare = ()  # variants trained from one start: ("sft loss.weights.name=uniform", ...)
     return c.lock()

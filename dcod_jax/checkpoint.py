@@ -221,7 +221,14 @@ def _moments(state: TrainState) -> dict[str, Any]:
 
 
 def _abstract(tree: Any) -> Any:
+    """What to restore; on this host's first device where no layout is given.
+
+    Orbax would take the layout of the run that saved, whose devices may be another host's.
+    """
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here
+        ),
         tree,
     )

@@ -12,7 +12,7 @@ from dcod_jax.losses.divergences import DIVERGENCES
 
 CHOICES = {
     "student.compute_dtype": ("bfloat16", "float32"),
-    "student.remat": ("none", "dots", "full"),
+    "student.remat": ("none", "dots", "full", "offload", "auto"),
     "teacher.dtype": ("bfloat16", "float32"),
     "export.dtype": ("bfloat16", "float32", "float16"),
     "prepare.logprobs": ("ignore", "require"),
@@ -28,14 +28,19 @@ POSITIVE = (
     "optim.learning_rate optim.eps train.steps "
     "train.microbatches train.log_every train.keep generate.samples generate.max_new_tokens "
     "generate.batch_size evaluate.max_new_tokens evaluate.batch_size export.max_shard_gb "
-    "on_policy.max_new_tokens hosts.connect_timeout hosts.heartbeat hosts.timeout"
+    "on_policy.max_new_tokens hosts.connect_timeout hosts.heartbeat hosts.timeout "
+    "drift.samples drift.max_new_tokens drift.batch_size drift.resamples "
+    "report.points report.histogram_traces plan.slices "
+    "study.seeds study.width study.layers study.start_learning_rate "
+    "study.start_problems study.traces study.problems"
 ).split()
 
 NOT_NEGATIVE = (
     "seed prepare.workers score.top_k optim.warmup_steps "
     "optim.weight_decay optim.clip_norm optim.final_fraction train.eval_every train.eval_batches "
     "train.save_every generate.temperature evaluate.limit data.eval_fraction data.head_tokens "
-    "on_policy.temperature"
+    "on_policy.temperature drift.limit report.traces plan.hbm_gib "
+    "study.start_steps study.noise study.drift_prompts"
 ).split()
 
 
@@ -119,6 +124,12 @@ def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
         wrong.append(
             f"data.max_length={flat['data.max_length']} must not exceed "
             f"data.seq_len={flat['data.seq_len']}: a trace has to fit into one packed row"
+        )
+    if flat["mesh.context"] > 1 and flat["data.seq_len"] % (2 * flat["mesh.context"]):
+        wrong.append(
+            f"data.seq_len={flat['data.seq_len']} must be a multiple of "
+            f"{2 * flat['mesh.context']} = 2 * mesh.context={flat['mesh.context']}: each device "
+            "holds an early and a late chunk of a row"
         )
     if flat["data.batch_size"] % flat["train.microbatches"]:
         wrong.append(

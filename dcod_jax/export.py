@@ -58,7 +58,7 @@ def export(config: Any) -> Path:
         raise DcodError("no student: set student.path or student.config as in the training run")
     model_config = hf.read_config(source)
     hosts.check_joined()
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, tensor=config.mesh.tensor)
+    mesh = make_mesh(**config.mesh)
     hosts.doing(f"exporting {config.run_dir}")
     params, restored = _read_checkpoint(config, model_config, mesh)
     path = export_path(config)

@@ -21,7 +21,6 @@ from dcod_jax.data.formats import PROMPT_FIELDS
 from dcod_jax.data.manifest import commit_file, file_sha256, replace_file, to_json
 from dcod_jax.evals import Problem, decode_text, read_problems, stop_ids
 from dcod_jax.generate import Sample, sample
-from dcod_jax.mesh import make_mesh
 from dcod_jax.paths import Path, as_path
 from dcod_jax.progress import track
 from dcod_jax.scoring import Teacher, open_teacher
@@ -85,12 +84,12 @@ def _draw(
     pending: Sequence[range],
 ) -> None:
     """Sample the blocks; of several processes each one takes every n-th."""
-    devices, process, processes = hosts.share(config)
+    mesh, process, processes = hosts.share(config)
     own = pending[process::processes]
     if not own:
         return
     prompts = [chat.encode_prompt(teacher.tokenizer, p.messages) for p in problems]
-    draw = _sampler(config, teacher, devices)
+    draw = _sampler(config, teacher, mesh)
     total = sum(len(block) for block in own)
     with track("sampling", total, unit="traces", enabled=config.train.progress) as bar:
         for block in own:
@@ -125,12 +124,8 @@ def _request(config: Any, teacher: Teacher) -> dict[str, Any]:
     }
 
 
-def _sampler(
-    config: Any, teacher: Teacher, devices: Sequence[Any] | None
-) -> Callable[..., list[Sample]]:
+def _sampler(config: Any, teacher: Teacher, mesh: Any) -> Callable[..., list[Sample]]:
     """The loaded teacher as a function of (prompts, indices, on_batch)."""
-    data = config.mesh.data if devices is None else -1
-    mesh = make_mesh(data, config.mesh.fsdp, tensor=config.mesh.tensor, devices=devices)
     model_config, params = teacher.load(mesh)
     return functools.partial(
         sample,

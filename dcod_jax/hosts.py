@@ -20,13 +20,15 @@ import json
 import os
 import signal
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from jax._src import distributed  # the key-value store's client has no public name
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
+from dcod_jax.mesh import make_mesh
 from dcod_jax.paths import Location, as_path
 from dcod_jax.types import DcodError
 from dcod_jax.watch import Companion, Watch, unheard
@@ -251,17 +253,19 @@ def check_shared(directory: Location) -> None:
         )
 
 
-def share(config: Any) -> tuple[Sequence[Any] | None, int, int]:
-    """(devices, i, n): work on these devices on every n-th piece from i on.
+def share(config: Any) -> tuple[Mesh, int, int]:
+    """(mesh, i, n): work on this mesh on every n-th piece from i on.
 
-    Where a model of mesh.fsdp * mesh.tensor pieces fits on one host's devices, each process works
-    alone on its share; otherwise all work on everything together: (None, 0, 1).
+    Where a model of mesh.fsdp * mesh.context * mesh.tensor pieces fits on one host's devices, each
+    process works alone on its share; otherwise all work on everything together, as process 0 of 1.
     """
     check_joined()
-    pieces = config.mesh.fsdp * config.mesh.tensor
+    sizes = config.mesh.to_dict()
+    pieces = sizes["fsdp"] * sizes["context"] * sizes["tensor"]
     if not _joined or pieces < 1 or jax.local_device_count() % pieces:
-        return None, 0, 1
-    return jax.local_devices(), jax.process_index(), jax.process_count()
+        return make_mesh(**sizes), 0, 1
+    own = make_mesh(**sizes | {"data": -1, "slices": -1}, devices=jax.local_devices())
+    return own, jax.process_index(), jax.process_count()
 
 
 # ---------------------------------------------------------------- stopping together

@@ -132,7 +132,7 @@ class MetricsWriter:
         run_dir.mkdir(parents=True, exist_ok=True)
         self.start = start
         path = run_dir / "metrics.jsonl"
-        kept = [] if not path.exists() else _complete_lines(path)
+        kept = [] if not path.exists() else read_metrics(path)
         earlier = [line for line in kept if line["step"] < start]
         self._current = [line for line in kept if line["step"] == start]
         temporary = path.with_name(path.name + ".tmp")
@@ -196,7 +196,7 @@ class MetricsWriter:
         self.close()
 
 
-def _complete_lines(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Lines of a metrics file; one that a killed process wrote in part is left out."""
     text = path.read_text(encoding="utf-8")
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

@@ -16,7 +16,6 @@ from dcod_jax.data import chat, score_progress
 from dcod_jax.data.codec import bytes_per_token
 from dcod_jax.data.manifest import read_manifest
 from dcod_jax.data.records import TraceDataset, check_fingerprints, extend
-from dcod_jax.mesh import make_mesh
 from dcod_jax.paths import Path, as_path
 from dcod_jax.progress import track
 from dcod_jax.scoring import ScoreSettings, Teacher, open_teacher, score_traces
@@ -49,9 +48,7 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
             done[split.name] = manifest
     if len(done) == len(splits):
         return done
-    devices, process, processes = hosts.share(config)
-    data = config.mesh.data if devices is None else -1
-    mesh = make_mesh(data, config.mesh.fsdp, tensor=config.mesh.tensor, devices=devices)
+    mesh, process, processes = hosts.share(config)
     model_config, params = teacher.load(mesh)
     settings = ScoreSettings(
         top_k=config.score.top_k,

@@ -28,11 +28,11 @@ from dcod_jax.evals import (
 )
 from dcod_jax.export import export
 from dcod_jax.generate_traces import generate_traces, traces_path
-from dcod_jax.mesh import make_mesh
 from dcod_jax.models import hf
 from dcod_jax.paths import Path, as_path
 from dcod_jax.prepare import is_prepared, load_tokenizer, prepare
 from dcod_jax.progress import track
+from dcod_jax.report import report
 from dcod_jax.score import score
 from dcod_jax.scoring import load_any_tokenizer
 from dcod_jax.start import expected_teacher
@@ -132,6 +132,8 @@ def finish(config: Any, runs: Sequence[tuple[str, Any]]) -> None:
             print(f"held-out nll{f' {name}' if name else ''}: {change}")
     for name, path in exported.items():
         print(f"exported{f' {name}' if name else ''}: {path}")
+    if config.report.at_end:
+        report(config)
 
 
 def held_out_change(run_dir: Path) -> str:
@@ -217,9 +219,7 @@ def _tokenizer(config: Any, name: str, path: str) -> Any:
 
 def _grade(config: Any, name: str, path: str, problems: Sequence[Problem]) -> EvalResult:
     """The result of all problems; of several processes each answers and grades every n-th."""
-    devices, process, processes = hosts.share(config)
-    data = config.mesh.data if devices is None else -1
-    mesh = make_mesh(data, config.mesh.fsdp, tensor=config.mesh.tensor, devices=devices)
+    mesh, process, processes = hosts.share(config)
     own = problems[process::processes]
     start = time.monotonic()
     result = _answer(config, name, path, own, mesh) if own else None

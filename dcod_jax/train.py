@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from dcod_jax import config as configs
 from dcod_jax import hosts, on_policy, stages
 from dcod_jax.checkpoint import Checkpointer
+from dcod_jax.compiled import choose_remat
 from dcod_jax.config import run_verb
 from dcod_jax.data import chat, pipeline
 from dcod_jax.data.manifest import replace_file
@@ -70,14 +71,14 @@ def fit(config: Any, *, name: str = "") -> int:
         best_metric=config.train.best_metric if eval_set else "",
     )
 
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, tensor=config.mesh.tensor)
+    mesh = make_mesh(**config.mesh)
     optimizer, schedule = make_optimizer(configs.optim_config(config), config.train.steps)
     teacher, teacher_params = load_live_teacher(config, student, mesh)
     options: dict[str, Any] = {
         "teacher": teacher,
         "mesh": mesh,
         "compute_dtype": jnp.dtype(config.student.compute_dtype),
-        "remat": config.student.remat,
+        "remat": choose_remat(config, mesh.devices.flat),
         "valid_vocab": student.valid_vocab,
     }
     train_step = make_train_step(
@@ -87,6 +88,7 @@ def fit(config: Any, *, name: str = "") -> int:
         schedule,
         batch_size=config.data.batch_size,
         microbatches=config.train.microbatches,
+        offload=config.optim.offload,
         **options,
     )
     reading = _reading(config, loss_config, mesh)

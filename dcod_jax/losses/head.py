@@ -1,13 +1,16 @@
 """The vocabulary head without a [B,T,V] array: logits exist for one chunk of tokens at a time.
 
-Layout. T is cut into n chunks of Tc positions and the batch into the S shards of the mesh, so a
-scan runs over n pieces [S, B/S, Tc, D]: every device works on its own rows in every piece.
+Layout. The tokens are cut into the S shards of the mesh (rows, and T where the mesh splits it), T
+then into n chunks of Tc positions, so a scan runs over n pieces [S, rows, Tc, D]: every device
+works on its own tokens in every piece.
 
 Gradient. A custom VJP whose forward pass already forms dhidden and dW piece by piece (the loss is
 a sum, so its cotangent is a single number that scales both in the backward pass). That needs one
 pass over the logits where recomputation needs two. dW is carried as per-shard partial sums
-[S,V,D], float32: one reduction over devices at the end. Without differentiation only values are
-computed.
+[S,V,D], float32, and scattered over the devices once, at the end. To read and write them costs a
+TPU v5e as much as the product of a thousand tokens, so there g pieces wait with their logits'
+gradient (in the compute dtype) for one product; elsewhere g is 1, which takes less memory. Without
+differentiation only values are computed.
 """
 
 from __future__ import annotations
@@ -24,12 +27,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dcod_jax.losses.distributions import mask_padding
 from dcod_jax.losses.divergences import target_logprobs
-from dcod_jax.mesh import batch_shards, constrain
+from dcod_jax.mesh import batch_shards, constrain, parts, platform, sum_shards
 from dcod_jax.types import DcodError
 
 # (logits [..., V] float32, targets [...], aux, shared) -> (loss [...], statistics of [...]).
 # It is differentiated in logits only.
 TokenLoss = Callable[[Array, Array, Any, Any], tuple[Array, Any]]
+
+
+# Most pieces whose logits' gradients wait for one product with the hidden states, by platform.
+GROUP = {"tpu": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +46,10 @@ class _Plan:
     token_loss: TokenLoss
     mesh: Mesh | None
     shards: int  # S
+    pieces: int  # of T; S = batch shards * pieces
     chunk: int  # Tc
-    chunks: int  # n
+    chunks: int  # n, a multiple of g
+    group: int  # g
     valid_vocab: int | None
 
 
@@ -50,33 +59,59 @@ def _plan(
     chunk: int,
     mesh: Mesh | None,
     valid_vocab: int | None,
+    group: int | None,
 ) -> _Plan:
     batch, length = shape
+    if group is None:
+        group = GROUP.get("cpu" if mesh is None else platform(mesh), 1)
     shards = batch_shards(mesh)
     if batch % shards:
         raise DcodError(f"a batch of {batch} rows must be a multiple of the {shards} batch shards")
     if chunk < 1:
         raise DcodError(f"loss.head_chunk={chunk} must be >= 1")
+    pieces = parts(mesh, "length")
+    length = -(-length // pieces)
     positions = max(1, chunk // (batch // shards))  # chunk counts the tokens of one shard
     chunks = -(-length // positions)
-    return _Plan(token_loss, mesh, shards, -(-length // chunks), chunks, valid_vocab)
+    groups = -(-chunks // group)
+    group = -(-chunks // groups)
+    chunks = groups * group
+    chunk = -(-length // chunks)
+    return _Plan(token_loss, mesh, shards * pieces, pieces, chunk, chunks, group, valid_vocab)
 
 
 def _split(plan: _Plan, x: Array) -> Array:
-    """[B, T, ...] -> [n, S, B/S, Tc, ...], T padded with zeros."""
-    padding = plan.chunks * plan.chunk - x.shape[1]
+    """[B, T, ...] -> [n, S, rows, Tc, ...], T padded with zeros; rows = B / batch shards."""
+    padding = plan.pieces * plan.chunks * plan.chunk - x.shape[1]
     if padding:
         x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-    rows = x.shape[0] // plan.shards
-    x = x.reshape(plan.shards, rows, plan.chunks, plan.chunk, *x.shape[2:])
-    return constrain(jnp.moveaxis(x, 2, 0), plan.mesh, None, "batch")
+    cut = (plan.shards // plan.pieces, -1, plan.pieces, plan.chunks, plan.chunk)
+    x = jnp.moveaxis(x.reshape(*cut, *x.shape[2:]), (3, 2), (0, 2))  # [n, shards, pieces, rows, Tc]
+    x = x.reshape(plan.chunks, plan.shards, *x.shape[3:])
+    return constrain(x, plan.mesh, None, "shards")
 
 
 def _join(plan: _Plan, x: Array, length: int) -> Array:
-    """[n, S, B/S, Tc, ...] -> [B, T, ...]; the inverse of _split."""
-    x = jnp.moveaxis(x, 0, 2)
-    x = x.reshape(x.shape[0] * x.shape[1], plan.chunks * plan.chunk, *x.shape[4:])
+    """[n, S, rows, Tc, ...] -> [B, T, ...]; the inverse of _split."""
+    x = x.reshape(plan.chunks, plan.shards // plan.pieces, plan.pieces, *x.shape[2:])
+    x = jnp.moveaxis(x, (0, 2), (3, 2))  # [shards, rows, pieces, n, Tc]
+    x = x.reshape(x.shape[0] * x.shape[1], plan.pieces * plan.chunks * plan.chunk, *x.shape[5:])
     return constrain(x[:, :length], plan.mesh, "batch")
+
+
+def _fold(plan: _Plan, x: Array) -> Array:
+    """[n, ...] -> [n/g, g, ...]."""
+    return x.reshape(plan.chunks // plan.group, plan.group, *x.shape[1:])
+
+
+def _unfold(x: Array) -> Array:
+    """[n/g, g, ...] -> [n, ...]; the inverse of _fold."""
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+def _pin_partial(plan: _Plan, x: Array) -> Array:
+    """[S, V, D], each shard's own sum on its device."""
+    return constrain(x, plan.mesh, "shards", "vocab")
 
 
 def gather_head(head_weight: Array, dtype: Any, mesh: Mesh | None) -> Array:
@@ -85,9 +120,9 @@ def gather_head(head_weight: Array, dtype: Any, mesh: Mesh | None) -> Array:
 
 
 def piece_logits(hidden: Array, weight: Array, mesh: Mesh | None) -> Array:
-    """[S, B/S, Tc, D], [V, D] -> float32 [S, B/S, Tc, V], V sharded."""
+    """[S, rows, Tc, D], [V, D] -> float32 [S, rows, Tc, V], V sharded."""
     logits = jnp.einsum("sbtd,vd->sbtv", hidden, weight, preferred_element_type=jnp.float32)
-    return constrain(logits, mesh, "batch", None, None, "vocab")
+    return constrain(logits, mesh, "shards", None, None, "vocab")
 
 
 def _piece_loss(
@@ -103,7 +138,7 @@ def _piece_loss(
 def _head(
     plan: _Plan, hidden: Array, head_weight: Array, inputs: tuple[Array, Array, Any], shared: Any
 ) -> tuple[Array, Any]:
-    """(loss sum, statistics [n, S, B/S, Tc]); hidden and inputs are already split."""
+    """(loss sum, statistics [n, S, rows, Tc]); hidden and inputs are already split."""
     weight = gather_head(head_weight, hidden.dtype, plan.mesh)
 
     def piece(total: Array, xs: tuple[Array, tuple[Array, Array, Any]]) -> tuple[Array, Any]:
@@ -121,8 +156,7 @@ def _head_forward(
     """As _head, and as residuals the gradient of the loss sum in hidden and head_weight."""
     weight = gather_head(head_weight, hidden.dtype, plan.mesh)
 
-    def piece(carry: tuple[Array, Array], xs: Any) -> tuple[Any, Any]:
-        total, weight_gradient = carry
+    def piece(total: Array, xs: Any) -> tuple[Array, Any]:
         hidden, (targets, mask, aux) = xs
         logits = piece_logits(hidden, weight, plan.mesh)
         loss_of = functools.partial(_piece_loss, plan)
@@ -131,21 +165,33 @@ def _head_forward(
         )
         # Outside the mask the cotangent is 0, but 0 · NaN (of whatever stands there) is NaN.
         logits_gradient = jnp.where(mask[..., None], logits_gradient, 0.0).astype(hidden.dtype)
-        hidden_gradient = jnp.einsum(
-            "sbtv,vd->sbtd", logits_gradient, weight, preferred_element_type=jnp.float32
-        ).astype(hidden.dtype)
-        hidden_gradient = constrain(hidden_gradient, plan.mesh, "batch")
-        partial_sum = jnp.einsum(
-            "sbtv,sbtd->svd", logits_gradient, hidden, preferred_element_type=jnp.float32
-        )
-        weight_gradient = constrain(weight_gradient + partial_sum, plan.mesh, "batch", "vocab")
-        return (total + loss, weight_gradient), (hidden_gradient, stats)
+        logits_gradient = constrain(logits_gradient, plan.mesh, "shards", None, None, "vocab")
+        return total + loss, (logits_gradient, stats)
 
+    def group(carry: tuple[Array, Array], xs: Any) -> tuple[Any, Any]:
+        total, weight_gradient = carry
+        total, (logits_gradient, stats) = jax.lax.scan(piece, total, xs)
+        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        hidden_gradient = product("gsbtv,vd->gsbtd", logits_gradient, weight)
+        hidden_gradient = hidden_gradient.astype(hidden.dtype)
+        hidden_gradient = constrain(hidden_gradient, plan.mesh, None, "shards")
+        partial_sum = product("gsbtv,gsbtd->svd", logits_gradient, xs[0])
+        weight_gradient = pin(weight_gradient + partial_sum)
+        return (total, weight_gradient), (hidden_gradient, stats)
+
+    pin = functools.partial(_pin_partial, plan)
     partial_sums = jnp.zeros((plan.shards, *head_weight.shape), jnp.float32)
-    start = (jnp.zeros((), jnp.float32), constrain(partial_sums, plan.mesh, "batch", "vocab"))
-    carry, (hidden_gradient, stats) = jax.lax.scan(piece, start, (hidden, inputs))
+    start = (jnp.zeros((), jnp.float32), pin(partial_sums))
+    fold = functools.partial(_fold, plan)
+    carry, outputs = jax.lax.scan(group, start, jax.tree.map(fold, (hidden, inputs)))
+    hidden_gradient, stats = jax.tree.map(_unfold, outputs)
     total, partial_sums = carry
-    weight_gradient = constrain(partial_sums.sum(axis=0), plan.mesh, "vocab", "embed")
+    weight_gradient = sum_shards(partial_sums, plan.mesh, "vocab", "embed")
+    # The layers' backward pass waits for it: else it is put off, and every device keeps a whole
+    # partial sum until the end.
+    hidden_gradient, weight_gradient = jax.lax.optimization_barrier(
+        (hidden_gradient, weight_gradient)
+    )
     return (total, stats), (hidden_gradient, weight_gradient.astype(head_weight.dtype))
 
 
@@ -173,6 +219,7 @@ def head_loss(
     mesh: Mesh | None = None,
     valid_vocab: int | None = None,
     shared: Any = None,
+    group: int | None = None,
 ) -> tuple[Float[Array, ""], Any]:
     """Sum of token_loss inside loss_mask, differentiable in hidden and head_weight.
 
@@ -181,9 +228,10 @@ def head_loss(
     accumulate in float32; softmax and loss are float32. Returns the sum and token_loss's
     statistics as [B,T,...]. chunk is the number of tokens of one batch shard whose logits
     exist at one time (at least one position of each row). Rows of head_weight from
-    valid_vocab on have probability 0.
+    valid_vocab on have probability 0. group: pieces that form one product of the weight gradient
+    (default: by the mesh's devices).
     """
-    plan = _plan(targets.shape, token_loss, chunk, mesh, valid_vocab)
+    plan = _plan(targets.shape, token_loss, chunk, mesh, valid_vocab, group)
     split = functools.partial(_split, plan)
     inputs = jax.tree.map(split, (targets, loss_mask, aux))
     result: Any = _head(plan, split(hidden), head_weight, inputs, shared)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dcod_jax.models import config as configs
 from dcod_jax.models.config import ModelConfig
-from dcod_jax.models.weights import Slot, Table, Weight, assemble, slots
+from dcod_jax.models.weights import Part, Slot, Table, Weight, assemble, slots
 from dcod_jax.paths import Location, Path, as_path
 from dcod_jax.storage import filling, local_copy
 from dcod_jax.types import DcodError, Params
@@ -202,7 +202,7 @@ def read_gguf(file: Location, *, dtype: DTypeLike = jnp.float32) -> tuple[ModelC
     dequantize = _package().quants.dequantize
     permuted = PERMUTED[config.model_type]
 
-    def read(slot: Slot) -> np.ndarray:
+    def read(slot: Slot, part: Part) -> np.ndarray:
         tensor = tensors[slot.name]
         values = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
         if values.shape != slot.shape:
@@ -210,7 +210,9 @@ def read_gguf(file: Location, *, dtype: DTypeLike = jnp.float32) -> tuple[ModelC
                 f"{path}: {slot.name} has shape {values.shape}, the metadata say {slot.shape}"
             )
         kind = slot.name.split(".")[-2]
-        return _unpermute(values, getattr(config, permuted[kind])) if kind in permuted else values
+        if kind in permuted:
+            values = _unpermute(values, getattr(config, permuted[kind]))
+        return values[part]
 
     return config, assemble(config, _LLAMA, read, dtype=dtype)
 

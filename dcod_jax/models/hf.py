@@ -25,6 +25,7 @@ from dcod_jax.models import gguf
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.transformer import check_mesh, logical_axes
 from dcod_jax.models.weights import (
+    Part,
     Slot,
     Table,
     Weight,
@@ -234,8 +235,8 @@ def load_params(
         if config.tie_word_embeddings and "lm_head.weight" in files:
             _check_tied(view, (config.vocab_size, config.hidden_size), where=directory)
 
-        def read(slot: Slot) -> np.ndarray:
-            return view(slot.name, slot.shape)[:]
+        def read(slot: Slot, part: Part) -> np.ndarray:
+            return view(slot.name, slot.shape)[part]
 
         return assemble(config, table, read, dtype=dtype, shardings=shardings)
 

@@ -9,6 +9,7 @@ Dimensions beside the legend: P rotary pairs (H/2), R query heads per kv head, S
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,6 @@ from dcod_jax.models.config import ModelConfig, rope_frequencies
 
 # Finite, so that a row that may see nothing has a uniform softmax instead of NaN.
 MASKED = -0.7 * float(np.finfo(np.float32).max)
-MAX_QUERY_BLOCKS = 8
-MIN_QUERY_BLOCK = 64
 
 
 class Linear(nnx.Module):
@@ -72,13 +71,14 @@ def apply_rope(
     x: Float[Array, "B T N H"], cos: Float[Array, "B T P"], sin: Float[Array, "B T P"]
 ) -> Float[Array, "B T N H"]:
     """Rotate the pairs (x[i], x[i + H/2]) in float32, HF's layout; returns the dtype of x."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    # With whole heads in the lanes of a TPU: halves would leave half of the lanes empty.
+    wide = x.astype(jnp.float32)
+    cos = jnp.concatenate([cos, cos], axis=-1)[:, :, None]
+    sin = jnp.concatenate([-sin, sin], axis=-1)[:, :, None]
+    return (wide * cos + jnp.roll(wide, x.shape[-1] // 2, axis=-1) * sin).astype(x.dtype)
 
 
-def _attend(
+def attend(
     query: Float[Array, "B G R S H"],
     key: Float[Array, "B G M H"],
     value: Float[Array, "B G M H"],
@@ -98,45 +98,44 @@ def _attend(
     return mixed.reshape(B, G, R, S, H)
 
 
-def packed_attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B T G H"],
-    value: Float[Array, "B T G H"],
-    segment_ids: Int[Array, "B T"],
-) -> Float[Array, "B T N H"]:
-    """Causal attention inside each segment; padding (segment 0) sees only padding.
-
-    Queries go in at most eight blocks and each block sees only the keys up to its end: half the
-    work of a full square, and one block's scores at a time (recomputed in the backward pass).
-    """
-    B, T, N, H = query.shape
-    G = key.shape[2]
-    queries = query.reshape(B, T, G, N // G, H).transpose(0, 2, 3, 1, 4)  # [B,G,R,T,H]
-    keys, values = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)  # [B,G,T,H]
-    block = max(MIN_QUERY_BLOCK, -(-T // MAX_QUERY_BLOCKS))
-    attend = jax.checkpoint(_attend)  # pyright: ignore[reportPrivateImportUsage]
-    outputs = []
-    for start in range(0, T, block):
-        end = min(start + block, T)
-        causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
-        same = segment_ids[:, start:end, None] == segment_ids[:, None, :end]
-        outputs.append(
-            attend(queries[..., start:end, :], keys[:, :, :end], values[:, :, :end], causal & same)
-        )
-    return jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
-
-
 def cached_attention(
     query: Float[Array, "B S N H"],
-    key: Float[Array, "B G M H"],
-    value: Float[Array, "B G M H"],
-    visible: Bool[Array, "B S M"],
+    read: Callable[[Array], tuple[Array, Array]],
+    positions: Int[Array, "B S"],
+    chunks: Int[Array, ""],
 ) -> Float[Array, "B S N H"]:
-    """Attention of S new queries over M cache slots."""
+    """Attention of S new queries over the first chunks of a cache, whose slot j holds position j.
+
+    read(i) -> keys and values [B, G, C, H] of chunk i; a query sees the slots up to its position.
+    The softmax is accumulated chunk by chunk (Milakov and Gimelshein, arXiv 1805.02867), so the
+    work follows what is written and not the cache's size, and a chunk that a row does not see
+    leaves its result as it is, bit for bit. Scores, softmax and sums are float32.
+    """
     B, S, N, H = query.shape
-    G = key.shape[1]
-    queries = query.reshape(B, S, G, N // G, H).transpose(0, 2, 3, 1, 4)
-    mixed = _attend(queries, key.astype(query.dtype), value.astype(query.dtype), visible)
+    shapes = jax.eval_shape(read, chunks)
+    G, C = shapes[0].shape[1:3]
+    queries = query.reshape(B, S, G, N // G, H).transpose(0, 2, 3, 1, 4)  # [B,G,R,S,H]
+    folded = queries.reshape(B, G, -1, H)  # the R heads beside the queries, as in attend
+
+    def add(index: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        highest, total, mixed = sums
+        key, value = (x.astype(query.dtype) for x in read(index))
+        scores = jnp.einsum("bgxh,bgch->bgxc", folded, key, preferred_element_type=jnp.float32)
+        visible = index * C + jnp.arange(C) <= positions[..., None]
+        scores = scores.reshape(B, G, -1, S, C) * (1.0 / math.sqrt(H))
+        scores = jnp.where(visible[:, None, None], scores, MASKED).reshape(B, G, -1, C)
+        peak = jnp.maximum(highest, scores.max(axis=-1, keepdims=True))
+        scale, probs = jnp.exp(highest - peak), jnp.exp(scores - peak)
+        more = jnp.einsum(
+            "bgxc,bgch->bgxh", probs.astype(value.dtype), value, preferred_element_type=jnp.float32
+        )
+        total = total * scale + probs.sum(axis=-1, keepdims=True)
+        return peak, total, mixed * scale + more
+
+    zeros = jnp.zeros((*folded.shape[:-1], 1), jnp.float32)
+    sums = (zeros + MASKED, zeros, jnp.zeros(folded.shape, jnp.float32))
+    _, total, mixed = jax.lax.fori_loop(0, chunks, add, sums)
+    mixed = (mixed / total).astype(query.dtype).reshape(B, G, -1, S, H)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(B, S, N, H)
 
 
