@@ -121,6 +121,8 @@ def get_config() -> Any:
     c.mesh.data = -1  # replicas; -1: the devices that are left
     c.mesh.fsdp = 1  # pieces parameters and optimizer are split into
     c.mesh.tensor = 1  # pieces heads, mlp and vocabulary are split into
+    c.mesh.context = 1  # pieces the positions of a row are split into, for long traces
+    c.mesh.slices = -1  # TPU slices joined by the data-centre network; -1: as the devices report
 
     c.hosts = ConfigDict()
     c.hosts.coordinator = ""  # host:port of process 0; empty: hosts.cluster says who takes part
@@ -144,6 +146,23 @@ def get_config() -> Any:
     c.evaluate.limit = 0  # problems to take; 0: all
     c.evaluate.max_new_tokens = 256  # longest answer
     c.evaluate.batch_size = 64  # sequences decoded together
+
+    c.drift = ConfigDict()
+    c.drift.prompts = ""  # prompts JSONL to continue; empty: evaluate.problems
+    c.drift.limit = 0  # prompts to take; 0: all
+    c.drift.samples = 1  # continuations of each prompt, from the teacher and from each student
+    c.drift.max_new_tokens = 256  # longest continuation, and the longest length of the curves
+    c.drift.batch_size = 64  # sequences sampled together
+    c.drift.resamples = 2000  # bootstrap resamples behind an interval
+    c.drift.compat = False  # also the numbers as the LMOps script computes them
+
+    c.report = ConfigDict()
+    c.report.at_end = False  # train writes the HTML report when it is done
+    c.report.path = ""  # HTML file; empty: run_dir/report.html
+    c.report.runs = ()  # directories of other runs to show beside this config's
+    c.report.traces = 12  # held-out traces shown token by token; 0: none, and no weight histogram
+    c.report.histogram_traces = 256  # held-out traces behind the weight histogram
+    c.report.points = 500  # points of a curve; a longer one keeps its extremes
 
     c.export = ConfigDict()
     c.export.path = ""  # HF directory to write; empty: run_dir/export

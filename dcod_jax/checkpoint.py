@@ -17,15 +17,16 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from dcod_jax.mesh import put
+from dcod_jax.paths import Location, RemotePath, as_path
 from dcod_jax.types import DcodError, Params, TrainState
 
 ITEMS = ("params", "opt_state", "run")
@@ -44,8 +45,12 @@ class Restored:
 class Checkpointer:
     """Asynchronous checkpoints of one run: the newest `keep` of them, and the best."""
 
-    def __init__(self, run_dir: str | Path, *, keep: int = 2, best_metric: str = ""):
-        self.directory = Path(run_dir).resolve() / "checkpoints"
+    def __init__(self, run_dir: Location, *, keep: int = 2, best_metric: str = ""):
+        self.directory = as_path(run_dir).resolve() / "checkpoints"
+        if isinstance(self.directory, RemotePath) and self.directory.protocol != "gs":
+            raise DcodError(
+                f"run_dir={run_dir}: checkpoints need a local directory or gs://bucket/name"
+            )
         self.best_metric = best_metric
         newest: Any = policies.LatestN(keep)
         policy = newest
@@ -61,7 +66,8 @@ class Checkpointer:
         )
         with self._explained("open"):
             self.directory.mkdir(parents=True, exist_ok=True)
-            self.manager = ocp.CheckpointManager(self.directory, item_names=ITEMS, options=options)
+            place = epath.Path(str(self.directory))  # Orbax's own way to gs://
+            self.manager = ocp.CheckpointManager(place, item_names=ITEMS, options=options)
 
     def steps(self) -> list[int]:
         """Steps that can be restored, oldest first."""
@@ -157,7 +163,7 @@ class Checkpointer:
     def _check_shapes(self, step: int, like: Params) -> None:
         """Name the first parameter that differs, before any array is read."""
         with ocp.StandardCheckpointer() as reader:
-            stored: Any = reader.metadata(self.directory / str(step) / "params")
+            stored: Any = reader.metadata(epath.Path(str(self.directory)) / str(step) / "params")
         if stored.item_metadata is None:
             raise ValueError("the description of its arrays is missing")
         there = _shapes(stored.item_metadata.tree)
@@ -192,9 +198,9 @@ class Checkpointer:
         return sorted(int(name) for name in names if name.isdigit())
 
 
-def read_run(run_dir: str | Path, step: int) -> Restored:
+def read_run(run_dir: Location, step: int) -> Restored:
     """The small part of a checkpoint (step, data position, config, metrics), without its arrays."""
-    path = Path(run_dir) / "checkpoints" / str(step) / "run" / "metadata"
+    path = as_path(run_dir) / "checkpoints" / str(step) / "run" / "metadata"
     try:
         return _restored(json.loads(path.read_text()))
     except (OSError, json.JSONDecodeError, KeyError) as error:

@@ -27,14 +27,16 @@ POSITIVE = (
     "optim.learning_rate optim.eps train.steps "
     "train.microbatches train.log_every train.keep generate.samples generate.max_new_tokens "
     "generate.batch_size evaluate.max_new_tokens evaluate.batch_size export.max_shard_gb "
-    "on_policy.max_new_tokens hosts.connect_timeout hosts.heartbeat hosts.timeout"
+    "on_policy.max_new_tokens hosts.connect_timeout hosts.heartbeat hosts.timeout "
+    "drift.samples drift.max_new_tokens drift.batch_size drift.resamples "
+    "report.points report.histogram_traces"
 ).split()
 
 NOT_NEGATIVE = (
     "seed prepare.workers score.top_k optim.warmup_steps "
     "optim.weight_decay optim.clip_norm optim.final_fraction train.eval_every train.eval_batches "
     "train.save_every generate.temperature evaluate.limit data.eval_fraction data.head_tokens "
-    "on_policy.temperature"
+    "on_policy.temperature drift.limit report.traces"
 ).split()
 
 
@@ -107,6 +109,12 @@ def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
         wrong.append(
             f"data.max_length={flat['data.max_length']} must not exceed "
             f"data.seq_len={flat['data.seq_len']}: a trace has to fit into one packed row"
+        )
+    if flat["mesh.context"] > 1 and flat["data.seq_len"] % (2 * flat["mesh.context"]):
+        wrong.append(
+            f"data.seq_len={flat['data.seq_len']} must be a multiple of "
+            f"{2 * flat['mesh.context']} = 2 * mesh.context={flat['mesh.context']}: each device "
+            "holds an early and a late chunk of a row"
         )
     if flat["data.batch_size"] % flat["train.microbatches"]:
         wrong.append(

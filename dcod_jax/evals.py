@@ -7,7 +7,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from dcod_jax.data.formats import PROMPT_FIELDS
 from dcod_jax.generate import sample
 from dcod_jax.grading import grade
 from dcod_jax.models.config import ModelConfig
+from dcod_jax.paths import Location, Path, as_path
 from dcod_jax.types import DcodError, Params
 
 Z95 = 1.959963984540054  # 97.5 % point of the normal distribution
@@ -72,7 +72,7 @@ class EvalResult:
 
 
 def read_problems(
-    path: str | Path,
+    path: Location,
     *,
     system_prompt: str = "",
     prompt_field: str = "",
@@ -88,7 +88,7 @@ def read_problems(
     """
     problems: list[Problem] = []
     seen: dict[str, str] = {}
-    for source, record in _records(Path(path)):
+    for source, record in _records(as_path(path)):
         if limit and len(problems) == limit:
             break
         messages = _messages(record, prompt_field=prompt_field, source=source)
@@ -294,12 +294,12 @@ def paired_difference(
 # ---------------------------------------------------------------- keeping
 
 
-def write_generations(path: str | Path, generations: Sequence[Generation]) -> None:
+def write_generations(path: Location, generations: Sequence[Generation]) -> None:
     """Every generation with its grade, one JSON object a line."""
     lines = [json.dumps(dataclasses.asdict(g), ensure_ascii=False) for g in generations]
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    as_path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def read_generations(path: str | Path) -> list[Generation]:
+def read_generations(path: Location) -> list[Generation]:
     """What write_generations wrote."""
-    return [Generation(**record) for _, record in _records(Path(path))]
+    return [Generation(**record) for _, record in _records(as_path(path))]

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Any
+from typing import Any
 
 from dcod_jax.data import chat, overlap
 from dcod_jax.data.delivered import delivered_logprobs
@@ -44,7 +45,7 @@ class Counts:
 class Filter:
     """The filters with what they remember: keys seen, prompts held out, ids given."""
 
-    def __init__(self, config: Any, tokenizer: Any, quarantine: IO[str]):
+    def __init__(self, config: Any, tokenizer: Any, quarantine: io.TextIOBase):
         self.config, self.tokenizer, self.quarantine = config, tokenizer, quarantine
         prepare = config.prepare
         self.fields = Fields(

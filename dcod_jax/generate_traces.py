@@ -11,9 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from dcod_jax import hosts
@@ -23,9 +21,10 @@ from dcod_jax.data.formats import PROMPT_FIELDS
 from dcod_jax.data.manifest import commit_file, file_sha256, replace_file, to_json
 from dcod_jax.evals import Problem, decode_text, read_problems, stop_ids
 from dcod_jax.generate import Sample, sample
-from dcod_jax.mesh import make_mesh
+from dcod_jax.paths import Path, as_path
 from dcod_jax.progress import track
 from dcod_jax.scoring import Teacher, open_teacher
+from dcod_jax.storage import remove_tree, scratch
 from dcod_jax.types import DcodError
 
 BATCHES_IN_BLOCK = 4
@@ -33,7 +32,7 @@ BATCHES_IN_BLOCK = 4
 
 def traces_path(config: Any) -> Path:
     """Where the sampled traces of a run are."""
-    return Path(config.run_dir) / "traces.jsonl"
+    return as_path(config.run_dir) / "traces.jsonl"
 
 
 def generate_traces(config: Any) -> Path:
@@ -85,12 +84,12 @@ def _draw(
     pending: Sequence[range],
 ) -> None:
     """Sample the blocks; of several processes each one takes every n-th."""
-    devices, process, processes = hosts.share(config)
+    mesh, process, processes = hosts.share(config)
     own = pending[process::processes]
     if not own:
         return
     prompts = [chat.encode_prompt(teacher.tokenizer, p.messages) for p in problems]
-    draw = _sampler(config, teacher, devices)
+    draw = _sampler(config, teacher, mesh)
     total = sum(len(block) for block in own)
     with track("sampling", total, unit="traces", enabled=config.train.progress) as bar:
         for block in own:
@@ -125,12 +124,8 @@ def _request(config: Any, teacher: Teacher) -> dict[str, Any]:
     }
 
 
-def _sampler(
-    config: Any, teacher: Teacher, devices: Sequence[Any] | None
-) -> Callable[..., list[Sample]]:
+def _sampler(config: Any, teacher: Teacher, mesh: Any) -> Callable[..., list[Sample]]:
     """The loaded teacher as a function of (prompts, indices, on_batch)."""
-    data = config.mesh.data if devices is None else -1
-    mesh = make_mesh(data, config.mesh.fsdp, tensor=config.mesh.tensor, devices=devices)
     model_config, params = teacher.load(mesh)
     return functools.partial(
         sample,
@@ -192,7 +187,7 @@ class _Progress:
             found = json.loads(self.manifest.read_text())
             if found["request"] == self.request and found["sha256"] == file_sha256(self.path):
                 if hosts.first():
-                    shutil.rmtree(self.blocks, ignore_errors=True)
+                    remove_tree(self.blocks)
                 return True
             changed = [k for k, v in self.request.items() if found["request"].get(k) != v]
             reason = f"with other {', '.join(changed)}" if changed else "and changed since"
@@ -243,19 +238,19 @@ class _Progress:
     def finish(self) -> None:
         """Join the blocks in their order."""
         done = self._done()
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with open(temporary, "wb") as whole:
-            for block in done:
-                part = self.blocks / f"{block.start:09d}-{block.stop:09d}.jsonl"
-                whole.write(part.read_bytes())
         counts = {
             name: sum(block[name] for block in done.values())
             for name in ("sampled", "traces", "empty", "tokens", "truncated")
         }
-        manifest = counts | {"request": self.request, "sha256": file_sha256(temporary)}
-        replace_file(self.manifest, to_json(manifest))
-        commit_file(temporary, self.path)
-        shutil.rmtree(self.blocks)
+        with scratch(self.path) as temporary:
+            with temporary.open("wb") as whole:
+                for block in done:
+                    part = self.blocks / f"{block.start:09d}-{block.stop:09d}.jsonl"
+                    whole.write(part.read_bytes())
+            manifest = counts | {"request": self.request, "sha256": file_sha256(temporary)}
+            replace_file(self.manifest, to_json(manifest))
+            commit_file(temporary, self.path)
+        remove_tree(self.blocks)
 
 
 if __name__ == "__main__":

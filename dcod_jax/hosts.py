@@ -20,14 +20,16 @@ import json
 import os
 import signal
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from jax._src import distributed  # the key-value store's client has no public name
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
+from dcod_jax.mesh import make_mesh
+from dcod_jax.paths import Location, as_path
 from dcod_jax.types import DcodError
 from dcod_jax.watch import Companion, Watch, unheard
 
@@ -93,7 +95,7 @@ def _has_peers(settings: Any) -> bool:
 
 def _on_tpu() -> bool:
     """Whether this machine has TPU chips that JAX is going to use."""
-    platforms = jax.config.read("jax_platforms") or ""
+    platforms = jax.config.jax_platforms or ""  # pyright: ignore[reportAttributeAccessIssue]
     if platforms and "tpu" not in platforms:
         return False
     chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
@@ -229,11 +231,11 @@ def agree(name: str, values: dict[str, Any]) -> None:
             )
 
 
-def check_shared(directory: str | Path) -> None:
+def check_shared(directory: Location) -> None:
     """Refuse a directory that not every process sees: process 0 alone writes most files there."""
     if not _joined:
         return
-    directory = Path(directory)
+    directory = as_path(directory)
     name = exchange("name the test file", f".seen-{uuid.uuid4().hex[:8]}")[0]
     if first():
         directory.mkdir(parents=True, exist_ok=True)
@@ -246,22 +248,24 @@ def check_shared(directory: str | Path) -> None:
     if blind:
         raise DcodError(
             f"process {', '.join(blind)} does not see what process 0 writes to "
-            f"{directory.absolute()}; put run_dir and data.dataset on storage that all hosts share "
+            f"{directory.resolve()}; put run_dir and data.dataset on storage that all hosts share "
             "(NFS, a mounted bucket)"
         )
 
 
-def share(config: Any) -> tuple[Sequence[Any] | None, int, int]:
-    """(devices, i, n): work on these devices on every n-th piece from i on.
+def share(config: Any) -> tuple[Mesh, int, int]:
+    """(mesh, i, n): work on this mesh on every n-th piece from i on.
 
-    Where a model of mesh.fsdp * mesh.tensor pieces fits on one host's devices, each process works
-    alone on its share; otherwise all work on everything together: (None, 0, 1).
+    Where a model of mesh.fsdp * mesh.context * mesh.tensor pieces fits on one host's devices, each
+    process works alone on its share; otherwise all work on everything together, as process 0 of 1.
     """
     check_joined()
-    pieces = config.mesh.fsdp * config.mesh.tensor
+    sizes = config.mesh.to_dict()
+    pieces = sizes["fsdp"] * sizes["context"] * sizes["tensor"]
     if not _joined or pieces < 1 or jax.local_device_count() % pieces:
-        return None, 0, 1
-    return jax.local_devices(), jax.process_index(), jax.process_count()
+        return make_mesh(**sizes), 0, 1
+    own = make_mesh(**sizes | {"data": -1, "slices": -1}, devices=jax.local_devices())
+    return own, jax.process_index(), jax.process_count()
 
 
 # ---------------------------------------------------------------- stopping together

@@ -1,61 +1,111 @@
-"""Mesh, logical-to-mesh rules and shardings; the only file that names mesh axes."""
+"""Mesh, logical-to-mesh rules and shardings; the only file that names mesh axes.
+
+Axes, the slowest network first: `slices` replicates over the data-centre network and carries one
+gradient all-reduce a step, nothing else; `data` replicates inside a slice; `fsdp` splits parameters
+and batch; `context` splits the positions of a row (and the parameters, like fsdp); `tensor` splits
+heads, mlp and vocabulary.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dcod_jax.types import DcodError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("slices", "data", "fsdp", "context", "tensor")
 
 # Logical axis of a model or batch -> mesh axes it is split over. One table, read by everything.
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
-    "embed": ("fsdp",),
+    "batch": ("slices", "data", "fsdp"),
+    "length": ("context",),
+    "shards": ("slices", "data", "fsdp", "context"),  # batch and length folded into one dimension
+    "embed": ("fsdp", "context"),
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
-}  # every other name (layers, length, head_dim, norm) is replicated
+}  # every other name (layers, head_dim, norm) is replicated
 
 
 def make_mesh(
-    data: int = -1, fsdp: int = 1, *, tensor: int = 1, devices: Sequence[Any] | None = None
+    data: int = -1,
+    fsdp: int = 1,
+    *,
+    tensor: int = 1,
+    context: int = 1,
+    slices: int = -1,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """Mesh of axes (data, fsdp, tensor); one of the sizes may be -1 and fills what is left.
+    """Mesh of AXES; one of data, fsdp, context and tensor may be -1 and fills what is left.
 
-    Raises DcodError with the arithmetic when the sizes do not multiply to the device count.
+    slices: TPU slices joined by the data-centre network, -1 for as many as the devices report;
+    devices that report none (CPU, GPU) are taken as equal contiguous groups. Raises DcodError with
+    the arithmetic when the sizes do not multiply to the device count, or slices is not theirs.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    free = [name for name, size in sizes.items() if size == -1]
+    sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
     bad = {name: size for name, size in sizes.items() if size < 1 and size != -1}
+    free = [name for name, size in sizes.items() if size == -1]
     if bad or len(free) > 1:
         raise DcodError(f"mesh sizes {sizes}: each must be >= 1, and at most one may be -1 (fill)")
+    sizes = {"slices": _count_slices(slices, devices), **sizes}
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if free:
         sizes[free[0]] = max(len(devices) // fixed, 1)
     total = math.prod(sizes.values())
     if total != len(devices):
-        product = " * ".join(f"{name}={size}" for name, size in sizes.items())
+        hidden = () if sizes["slices"] > 1 else ("slices",)
+        product = " * ".join(f"{name}={sizes[name]}" for name in AXES if name not in hidden)
         raise DcodError(
             f"mesh.{product} = {total}, but there are {len(devices)} devices; "
             f"set mesh.{free[0] if free else 'data'} or the other axes so that the product matches"
         )
     shape = tuple(sizes[name] for name in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return Mesh(_arrange(devices, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _reported(devices: Sequence[Any]) -> int:
+    """Slices that TPU devices know of; those of a single slice may not say so."""
+    if devices[0].platform != "tpu":
+        return 1
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def _count_slices(slices: int, devices: Sequence[Any]) -> int:
+    reported = _reported(devices)
+    if slices == -1:
+        return reported
+    if slices < 1 or (reported != slices and devices[0].platform == "tpu"):
+        raise DcodError(
+            f"mesh.slices={slices}, but the {len(devices)} devices are in {reported} TPU slice(s); "
+            f"set mesh.slices={reported}, or -1 to take what the devices report"
+        )
+    return slices
+
+
+def _arrange(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
+    """Devices in the mesh's shape: neighbours on the inner axes are neighbours on the wires."""
+    if _reported(devices) > 1:
+        inner, outer = (1, *shape[1:]), (shape[0], *(1,) * (len(shape) - 1))
+        return mesh_utils.create_hybrid_device_mesh(
+            inner, outer, devices, allow_split_physical_axes=True
+        )
+    # Contiguous groups of the given order are the slices where the devices know of none.
+    split = devices[0].platform == "tpu"
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)
 
 
 def spec(logical: Sequence[str | None]) -> PartitionSpec:
     """PartitionSpec of an array whose dimensions have these logical names.
 
-    spec(("batch", None)) -> P(("data", "fsdp"), None). A mesh axis is used once; when two
+    spec(("batch", None)) -> P(("slices", "data", "fsdp"), None). A mesh axis is used once; when two
     dimensions ask for it the first one gets it.
     """
     used: set[str] = set()
@@ -92,9 +142,24 @@ def tree_shardings(mesh: Mesh, logical_axes: Any) -> Any:
     )
 
 
+def parts(mesh: Mesh | None, logical: str) -> int:
+    """Number of pieces a dimension of this logical name is split into; 1 without a mesh."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES.get(logical, ()))
+
+
 def batch_shards(mesh: Mesh | None) -> int:
     """Number of pieces the batch dimension is split into."""
-    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    return parts(mesh, "batch")
+
+
+def describe(mesh: Mesh, logical: str) -> str:
+    """The mesh axes that a logical axis is split over: "slices=2 * data=4 * fsdp=4"."""
+    return " * ".join(f"{axis}={mesh.shape[axis]}" for axis in RULES[logical])
+
+
+def platform(mesh: Mesh) -> str:
+    """What the mesh's devices are (tpu, gpu, cpu), which need not be the host's own backend."""
+    return mesh.devices.flat[0].platform
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *logical: str | None) -> jax.Array:
@@ -104,17 +169,38 @@ def constrain(x: jax.Array, mesh: Mesh | None, *logical: str | None) -> jax.Arra
     return jax.lax.with_sharding_constraint(x, sharding(mesh, logical))
 
 
+def per_shard(
+    function: Callable[..., Any],
+    mesh: Mesh,
+    inputs: Sequence[Any],
+    output: Sequence[str | None],
+) -> Callable[..., Any]:
+    """The function on each device's own piece of arrays with these logical dimensions.
+
+    An input may be a pytree of PartitionSpecs instead. Kernels that the partitioner cannot split
+    run this way.
+    """
+    specs = tuple(spec(x) if isinstance(x, tuple) else x for x in inputs)
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=specs, out_specs=spec(output), check_vma=False
+    )
+
+
+def gather(x: jax.Array, logical: str, *, dimension: int) -> jax.Array:
+    """Inside per_shard: a dimension of this logical name whole again; its gradient is scattered."""
+    return jax.lax.all_gather(x, RULES[logical], axis=dimension, tiled=True)
+
+
 def check_divides(mesh: Mesh, dimensions: dict[str, tuple[str, int]]) -> None:
     """Refuse sizes that the mesh cannot split: {"config key": (logical axis, size)}.
 
     Raises DcodError naming the key, the size and the product of the mesh axes.
     """
     for key, (logical, size) in dimensions.items():
-        axes = RULES.get(logical, ())
-        parts = math.prod(mesh.shape[axis] for axis in axes)
-        if size % parts:
+        pieces = parts(mesh, logical)
+        if size % pieces:
+            single = len(RULES[logical]) == 1
             raise DcodError(
-                f"{key}={size} must be a multiple of {parts} "
-                f"(mesh axes {' * '.join(f'{a}={mesh.shape[a]}' for a in axes)}); "
-                f"change {key} or mesh.{axes[0]}"
+                f"{key}={size} must be a multiple of {'' if single else f'{pieces} = '}"
+                f"mesh.{describe(mesh, logical)}; change {key} or mesh.{RULES[logical][0]}"
             )

@@ -8,7 +8,6 @@ n-th shard with the teacher on its own devices, where it fits there; the first w
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 from dcod_jax import hosts
@@ -17,7 +16,7 @@ from dcod_jax.data import chat, score_progress
 from dcod_jax.data.codec import bytes_per_token
 from dcod_jax.data.manifest import read_manifest
 from dcod_jax.data.records import TraceDataset, check_fingerprints, extend
-from dcod_jax.mesh import make_mesh
+from dcod_jax.paths import Path, as_path
 from dcod_jax.progress import track
 from dcod_jax.scoring import ScoreSettings, Teacher, open_teacher, score_traces
 from dcod_jax.types import DcodError
@@ -32,7 +31,7 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
     DcodError when the teacher's tokenizer is another one than the dataset's, and when another
     teacher's log-probs are there and score.overwrite is not set.
     """
-    root = Path(dataset_dir(config))
+    root = as_path(dataset_dir(config))
     splits = [root / name for name in SPLITS if (root / name).is_dir()]
     if not splits:
         read_manifest(root)  # a dataset of one split, or the error that says what is missing
@@ -49,9 +48,7 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
             done[split.name] = manifest
     if len(done) == len(splits):
         return done
-    devices, process, processes = hosts.share(config)
-    data = config.mesh.data if devices is None else -1
-    mesh = make_mesh(data, config.mesh.fsdp, tensor=config.mesh.tensor, devices=devices)
+    mesh, process, processes = hosts.share(config)
     model_config, params = teacher.load(mesh)
     settings = ScoreSettings(
         top_k=config.score.top_k,

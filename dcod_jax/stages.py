@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,10 +28,11 @@ from dcod_jax.evals import (
 )
 from dcod_jax.export import export
 from dcod_jax.generate_traces import generate_traces, traces_path
-from dcod_jax.mesh import make_mesh
 from dcod_jax.models import hf
+from dcod_jax.paths import Path, as_path
 from dcod_jax.prepare import is_prepared, load_tokenizer, prepare
 from dcod_jax.progress import track
+from dcod_jax.report import report
 from dcod_jax.score import score
 from dcod_jax.scoring import load_any_tokenizer
 from dcod_jax.start import expected_teacher
@@ -112,7 +112,7 @@ def _scored(config: Any, fingerprint: str) -> bool:
 
 
 def _splits(config: Any) -> list[Path]:
-    root = Path(configs.dataset_dir(config))
+    root = as_path(configs.dataset_dir(config))
     found = [path for path in (root / "train", root / "eval") if (path / MANIFEST).is_file()]
     return found or ([root] if (root / MANIFEST).is_file() else [])
 
@@ -128,10 +128,12 @@ def finish(config: Any, runs: Sequence[tuple[str, Any]]) -> None:
         models |= {name or "student": str(path) for name, path in exported.items()}
         compare(config, {name: path for name, path in models.items() if path})
     for name, variant in runs:
-        if change := held_out_change(Path(variant.run_dir)):
+        if change := held_out_change(as_path(variant.run_dir)):
             print(f"held-out nll{f' {name}' if name else ''}: {change}")
     for name, path in exported.items():
         print(f"exported{f' {name}' if name else ''}: {path}")
+    if config.report.at_end:
+        report(config)
 
 
 def held_out_change(run_dir: Path) -> str:
@@ -152,7 +154,7 @@ def compare(config: Any, models: dict[str, str]) -> None:
         answer_field=config.prepare.answer_field,
         limit=config.evaluate.limit,
     )
-    folder = Path(config.run_dir) / "evaluation"
+    folder = as_path(config.run_dir) / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
     results = {}
     for name, path in models.items():
@@ -212,21 +214,19 @@ def _tokenizer(config: Any, name: str, path: str) -> Any:
     """The start is asked with the tokenizer it is trained with, every other model with its own."""
     if name == "start":
         return load_tokenizer(config)
-    return load_any_tokenizer(Path(path), chat_template=config.student.chat_template)
+    return load_any_tokenizer(as_path(path), chat_template=config.student.chat_template)
 
 
 def _grade(config: Any, name: str, path: str, problems: Sequence[Problem]) -> EvalResult:
     """The result of all problems; of several processes each answers and grades every n-th."""
-    devices, process, processes = hosts.share(config)
-    data = config.mesh.data if devices is None else -1
-    mesh = make_mesh(data, config.mesh.fsdp, tensor=config.mesh.tensor, devices=devices)
+    mesh, process, processes = hosts.share(config)
     own = problems[process::processes]
     start = time.monotonic()
     result = _answer(config, name, path, own, mesh) if own else None
     if result is not None and processes == 1:
         return result
     generations = result.generations if result else ()
-    folder = Path(config.run_dir) / "evaluation"
+    folder = as_path(config.run_dir) / "evaluation"
     everything = _gather(folder, name, generations, process=process, processes=processes)
     return summarize(everything, seconds=time.monotonic() - start)
 

@@ -12,7 +12,6 @@ directory for each variant. Exit codes: 0 done, 1 error, 75 interrupted after sa
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,6 +27,7 @@ from dcod_jax.losses import distill, reduce
 from dcod_jax.losses.distill import LossConfig
 from dcod_jax.mesh import make_mesh
 from dcod_jax.optim import make_optimizer
+from dcod_jax.paths import as_path
 from dcod_jax.start import (
     load_live_teacher,
     load_student,
@@ -61,7 +61,7 @@ def fit(config: Any, *, name: str = "") -> int:
     student = load_student(config)
     train_set, eval_set = open_datasets(config, student)
     loss_config = configs.loss_config(config)
-    run_dir = Path(config.run_dir)
+    run_dir = as_path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     checkpointer = Checkpointer(
         run_dir,
@@ -69,7 +69,7 @@ def fit(config: Any, *, name: str = "") -> int:
         best_metric=config.train.best_metric if eval_set else "",
     )
 
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, tensor=config.mesh.tensor)
+    mesh = make_mesh(**config.mesh)
     optimizer, schedule = make_optimizer(configs.optim_config(config), config.train.steps)
     teacher, teacher_params = load_live_teacher(config, student, mesh)
     options: dict[str, Any] = {

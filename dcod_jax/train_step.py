@@ -19,7 +19,7 @@ from dcod_jax.losses import adaptive, distill, reduce, weights
 from dcod_jax.losses.adaptive import LossState
 from dcod_jax.losses.distill import LossConfig
 from dcod_jax.losses.reduce import Sums, TokenStats
-from dcod_jax.mesh import batch_shards, constrain, sharding, tree_shardings
+from dcod_jax.mesh import batch_shards, constrain, describe, sharding, tree_shardings
 from dcod_jax.models import transformer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.optim import Schedule
@@ -32,8 +32,8 @@ def check_batch(batch_size: int, microbatches: int, mesh: Mesh) -> None:
     if batch_size % (microbatches * shards):
         raise DcodError(
             f"data.batch_size={batch_size} must be a multiple of {microbatches * shards} = "
-            f"train.microbatches={microbatches} * {shards} batch shards (mesh data="
-            f"{mesh.shape['data']} * fsdp={mesh.shape['fsdp']}); change one of them"
+            f"train.microbatches={microbatches} * {shards} batch shards (mesh "
+            f"{describe(mesh, 'batch')}); change one of them"
         )
 
 

@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -30,6 +28,8 @@ from dcod_jax import hosts
 from dcod_jax.data import manifest as manifests
 from dcod_jax.data import score_progress as progress
 from dcod_jax.data.codec import decode, encode, score_kind
+from dcod_jax.paths import Location, Path, as_path
+from dcod_jax.storage import local_copy, scratch
 from dcod_jax.types import DcodError, Trace
 
 # One record per chunk, no compression: two to three times the random reads of zstd for a fifth
@@ -40,18 +40,18 @@ _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 
 def _write_shard(path: Path, traces: Sequence[Trace]) -> dict[str, Any]:
     """Write a whole shard under a temporary name, check it, name it; returns its manifest entry."""
-    temporary = path.with_name(path.name + ".tmp")
     records = [encode(trace) for trace in traces]
     try:
-        writer = array_record_module.ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
-        for record in records:
-            writer.write(record)
-        writer.close()
-        manifests.commit_file(temporary, path)
+        with scratch(path) as temporary:
+            writer = array_record_module.ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
+            for record in records:
+                writer.write(record)
+            writer.close()
+            entry = manifests.file_entry(temporary) | {"file": path.name}
+            manifests.commit_file(temporary, path)
     except (RuntimeError, OSError) as error:
-        temporary.unlink(missing_ok=True)
         raise DcodError(f"cannot write {path}: {error}; free space and run it again") from error
-    return manifests.file_entry(path) | {
+    return entry | {
         "records": len(traces),
         "tokens": sum(len(trace.token_ids) for trace in traces),
         "completion_tokens": sum(int(np.count_nonzero(t.completion_mask)) for t in traces),
@@ -68,14 +68,14 @@ class DatasetWriter:
 
     def __init__(
         self,
-        directory: str | os.PathLike[str],
+        directory: Location,
         *,
         shard_records: int,
         manifest: dict[str, Any],
     ):
         if shard_records < 1:
             raise DcodError(f"prepare.shard_records={shard_records} must be at least 1")
-        self._directory = Path(directory)
+        self._directory = as_path(directory)
         self._shard_records = shard_records
         self._fields = dict(manifest)
         self._buffer: list[Trace] = []
@@ -166,13 +166,13 @@ class TraceDataset:
     file, what its manifest says and what was found.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, verify: bool = True):
-        self.directory = Path(directory)
+    def __init__(self, directory: Location, *, verify: bool = True):
+        self.directory = as_path(directory)
         self.manifest = manifests.read_manifest(self.directory)
         manifests.check_file(self.directory, self.manifest["lengths"], verify=True)
         for shard in self.manifest["shards"]:
             manifests.check_file(self.directory, shard, verify=verify)
-        self.lengths: np.ndarray = np.load(self.directory / self.manifest["lengths"]["file"])
+        self.lengths: np.ndarray = _read_lengths(self.directory, self.manifest)
         self.scored: bool = self.manifest["scored"]
         self.top_k: int = self.manifest["top_k"]
         self._ends = np.cumsum([shard["records"] for shard in self.manifest["shards"]])
@@ -190,7 +190,8 @@ class TraceDataset:
     def _reader(self, shard: int) -> tuple[Any, threading.Lock]:
         with self._lock:
             if shard not in self._readers:
-                path = self.directory / self.manifest["shards"][shard]["file"]
+                entry = self.manifest["shards"][shard]
+                path = local_copy(self.directory / entry["file"], sha256=entry["sha256"])
                 reader = array_record_module.ArrayRecordReader(
                     str(path), _READER_OPTIONS, file_reader_buffer_size=1 << 12
                 )
@@ -229,6 +230,10 @@ class TraceDataset:
         return [decode(record) for record in self.read_records(indices)]
 
 
+def _read_lengths(directory: Path, manifest: dict[str, Any]) -> np.ndarray:
+    return np.load(io.BytesIO((directory / manifest["lengths"]["file"]).read_bytes()))
+
+
 def check_fingerprints(
     dataset: TraceDataset,
     *,
@@ -261,7 +266,7 @@ def check_fingerprints(
 
 
 def extend(
-    directory: str | os.PathLike[str],
+    directory: Location,
     *,
     teacher: dict[str, Any],
     settings: dict[str, Any],

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dcod_jax.data import manifest as manifests
 from dcod_jax.data.codec import score_kind
+from dcod_jax.paths import Path
 from dcod_jax.types import DcodError, Trace
 
 

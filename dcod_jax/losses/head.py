@@ -1,7 +1,8 @@
 """The vocabulary head without a [B,T,V] array: logits exist for one chunk of tokens at a time.
 
-Layout. T is cut into n chunks of Tc positions and the batch into the S shards of the mesh, so a
-scan runs over n pieces [S, B/S, Tc, D]: every device works on its own rows in every piece.
+Layout. The tokens are cut into the S shards of the mesh (rows, and T where the mesh splits it), T
+then into n chunks of Tc positions, so a scan runs over n pieces [S, rows, Tc, D]: every device
+works on its own tokens in every piece.
 
 Gradient. A custom VJP whose forward pass already forms dhidden and dW piece by piece (the loss is
 a sum, so its cotangent is a single number that scales both in the backward pass). That needs one
@@ -24,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dcod_jax.losses.distributions import mask_padding
 from dcod_jax.losses.divergences import target_logprobs
-from dcod_jax.mesh import batch_shards, constrain
+from dcod_jax.mesh import batch_shards, constrain, parts
 from dcod_jax.types import DcodError
 
 # (logits [..., V] float32, targets [...], aux, shared) -> (loss [...], statistics of [...]).
@@ -39,6 +40,7 @@ class _Plan:
     token_loss: TokenLoss
     mesh: Mesh | None
     shards: int  # S
+    pieces: int  # of T; S = batch shards * pieces
     chunk: int  # Tc
     chunks: int  # n
     valid_vocab: int | None
@@ -57,25 +59,30 @@ def _plan(
         raise DcodError(f"a batch of {batch} rows must be a multiple of the {shards} batch shards")
     if chunk < 1:
         raise DcodError(f"loss.head_chunk={chunk} must be >= 1")
+    pieces = parts(mesh, "length")
+    length = -(-length // pieces)
     positions = max(1, chunk // (batch // shards))  # chunk counts the tokens of one shard
     chunks = -(-length // positions)
-    return _Plan(token_loss, mesh, shards, -(-length // chunks), chunks, valid_vocab)
+    chunk = -(-length // chunks)
+    return _Plan(token_loss, mesh, shards * pieces, pieces, chunk, chunks, valid_vocab)
 
 
 def _split(plan: _Plan, x: Array) -> Array:
-    """[B, T, ...] -> [n, S, B/S, Tc, ...], T padded with zeros."""
-    padding = plan.chunks * plan.chunk - x.shape[1]
+    """[B, T, ...] -> [n, S, rows, Tc, ...], T padded with zeros; rows = B / batch shards."""
+    padding = plan.pieces * plan.chunks * plan.chunk - x.shape[1]
     if padding:
         x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-    rows = x.shape[0] // plan.shards
-    x = x.reshape(plan.shards, rows, plan.chunks, plan.chunk, *x.shape[2:])
-    return constrain(jnp.moveaxis(x, 2, 0), plan.mesh, None, "batch")
+    cut = (plan.shards // plan.pieces, -1, plan.pieces, plan.chunks, plan.chunk)
+    x = jnp.moveaxis(x.reshape(*cut, *x.shape[2:]), (3, 2), (0, 2))  # [n, shards, pieces, rows, Tc]
+    x = x.reshape(plan.chunks, plan.shards, *x.shape[3:])
+    return constrain(x, plan.mesh, None, "shards")
 
 
 def _join(plan: _Plan, x: Array, length: int) -> Array:
-    """[n, S, B/S, Tc, ...] -> [B, T, ...]; the inverse of _split."""
-    x = jnp.moveaxis(x, 0, 2)
-    x = x.reshape(x.shape[0] * x.shape[1], plan.chunks * plan.chunk, *x.shape[4:])
+    """[n, S, rows, Tc, ...] -> [B, T, ...]; the inverse of _split."""
+    x = x.reshape(plan.chunks, plan.shards // plan.pieces, plan.pieces, *x.shape[2:])
+    x = jnp.moveaxis(x, (0, 2), (3, 2))  # [shards, rows, pieces, n, Tc]
+    x = x.reshape(x.shape[0] * x.shape[1], plan.pieces * plan.chunks * plan.chunk, *x.shape[5:])
     return constrain(x[:, :length], plan.mesh, "batch")
 
 
@@ -85,9 +92,9 @@ def gather_head(head_weight: Array, dtype: Any, mesh: Mesh | None) -> Array:
 
 
 def piece_logits(hidden: Array, weight: Array, mesh: Mesh | None) -> Array:
-    """[S, B/S, Tc, D], [V, D] -> float32 [S, B/S, Tc, V], V sharded."""
+    """[S, rows, Tc, D], [V, D] -> float32 [S, rows, Tc, V], V sharded."""
     logits = jnp.einsum("sbtd,vd->sbtv", hidden, weight, preferred_element_type=jnp.float32)
-    return constrain(logits, mesh, "batch", None, None, "vocab")
+    return constrain(logits, mesh, "shards", None, None, "vocab")
 
 
 def _piece_loss(
@@ -103,7 +110,7 @@ def _piece_loss(
 def _head(
     plan: _Plan, hidden: Array, head_weight: Array, inputs: tuple[Array, Array, Any], shared: Any
 ) -> tuple[Array, Any]:
-    """(loss sum, statistics [n, S, B/S, Tc]); hidden and inputs are already split."""
+    """(loss sum, statistics [n, S, rows, Tc]); hidden and inputs are already split."""
     weight = gather_head(head_weight, hidden.dtype, plan.mesh)
 
     def piece(total: Array, xs: tuple[Array, tuple[Array, Array, Any]]) -> tuple[Array, Any]:
@@ -134,15 +141,15 @@ def _head_forward(
         hidden_gradient = jnp.einsum(
             "sbtv,vd->sbtd", logits_gradient, weight, preferred_element_type=jnp.float32
         ).astype(hidden.dtype)
-        hidden_gradient = constrain(hidden_gradient, plan.mesh, "batch")
+        hidden_gradient = constrain(hidden_gradient, plan.mesh, "shards")
         partial_sum = jnp.einsum(
             "sbtv,sbtd->svd", logits_gradient, hidden, preferred_element_type=jnp.float32
         )
-        weight_gradient = constrain(weight_gradient + partial_sum, plan.mesh, "batch", "vocab")
+        weight_gradient = constrain(weight_gradient + partial_sum, plan.mesh, "shards", "vocab")
         return (total + loss, weight_gradient), (hidden_gradient, stats)
 
     partial_sums = jnp.zeros((plan.shards, *head_weight.shape), jnp.float32)
-    start = (jnp.zeros((), jnp.float32), constrain(partial_sums, plan.mesh, "batch", "vocab"))
+    start = (jnp.zeros((), jnp.float32), constrain(partial_sums, plan.mesh, "shards", "vocab"))
     carry, (hidden_gradient, stats) = jax.lax.scan(piece, start, (hidden, inputs))
     total, partial_sums = carry
     weight_gradient = constrain(partial_sums.sum(axis=0), plan.mesh, "vocab", "embed")

@@ -20,8 +20,6 @@ from dcod_jax.models.config import ModelConfig, rope_frequencies
 
 # Finite, so that a row that may see nothing has a uniform softmax instead of NaN.
 MASKED = -0.7 * float(np.finfo(np.float32).max)
-MAX_QUERY_BLOCKS = 8
-MIN_QUERY_BLOCK = 64
 
 
 class Linear(nnx.Module):
@@ -78,7 +76,7 @@ def apply_rope(
     return rotated.astype(x.dtype)
 
 
-def _attend(
+def attend(
     query: Float[Array, "B G R S H"],
     key: Float[Array, "B G M H"],
     value: Float[Array, "B G M H"],
@@ -98,34 +96,6 @@ def _attend(
     return mixed.reshape(B, G, R, S, H)
 
 
-def packed_attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B T G H"],
-    value: Float[Array, "B T G H"],
-    segment_ids: Int[Array, "B T"],
-) -> Float[Array, "B T N H"]:
-    """Causal attention inside each segment; padding (segment 0) sees only padding.
-
-    Queries go in at most eight blocks and each block sees only the keys up to its end: half the
-    work of a full square, and one block's scores at a time (recomputed in the backward pass).
-    """
-    B, T, N, H = query.shape
-    G = key.shape[2]
-    queries = query.reshape(B, T, G, N // G, H).transpose(0, 2, 3, 1, 4)  # [B,G,R,T,H]
-    keys, values = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)  # [B,G,T,H]
-    block = max(MIN_QUERY_BLOCK, -(-T // MAX_QUERY_BLOCKS))
-    attend = jax.checkpoint(_attend)  # pyright: ignore[reportPrivateImportUsage]
-    outputs = []
-    for start in range(0, T, block):
-        end = min(start + block, T)
-        causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
-        same = segment_ids[:, start:end, None] == segment_ids[:, None, :end]
-        outputs.append(
-            attend(queries[..., start:end, :], keys[:, :, :end], values[:, :, :end], causal & same)
-        )
-    return jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
-
-
 def cached_attention(
     query: Float[Array, "B S N H"],
     key: Float[Array, "B G M H"],
@@ -136,7 +106,7 @@ def cached_attention(
     B, S, N, H = query.shape
     G = key.shape[1]
     queries = query.reshape(B, S, G, N // G, H).transpose(0, 2, 3, 1, 4)
-    mixed = _attend(queries, key.astype(query.dtype), value.astype(query.dtype), visible)
+    mixed = attend(queries, key.astype(query.dtype), value.astype(query.dtype), visible)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(B, S, N, H)
 
 

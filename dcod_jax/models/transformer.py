@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dcod_jax import mesh as meshes
-from dcod_jax.models import layers
+from dcod_jax.models import attention, layers
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.types import DcodError, Params
 
@@ -126,13 +126,20 @@ def _gather_layer(
     return jax.tree.map(gather, axes, layer, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def _embed(params: Params, tokens: Array, *, compute_dtype: DTypeLike, mesh: Mesh | None) -> Array:
+def _embed(
+    params: Params,
+    tokens: Array,
+    *,
+    compute_dtype: DTypeLike,
+    mesh: Mesh | None,
+    length: str | None = None,
+) -> Array:
     # Whole along the FSDP axis first: a lookup in a table split on D would come out split on D and
     # replicated over the batch. Rows are taken before the cast, so that the gradients of a
     # frequent token add up in the parameters' dtype.
     table = meshes.constrain(params["embed_tokens"]["embedding"], mesh, "vocab", None)
     x = jnp.take(table, tokens, axis=0, mode="clip")
-    return meshes.constrain(x.astype(compute_dtype), mesh, "batch", "length", None)
+    return meshes.constrain(x.astype(compute_dtype), mesh, "batch", length, None)
 
 
 def hidden_states(
@@ -159,24 +166,29 @@ def hidden_states(
         segment_ids = jnp.ones_like(tokens)
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    length = tokens.shape[1]
+    tokens, segment_ids, positions = (
+        attention.to_pieces(x, mesh) for x in (tokens, segment_ids, positions)
+    )
     decoder_graph, block_graph = _graphs(config)
     layer_axes = logical_axes(config)["layers"]
     rope = layers.rope_tables(config, positions)
+    attend = functools.partial(attention.attention, mesh=mesh)
 
     def block(x: Array, layer: Params) -> tuple[Array, None]:
         layer = _gather_layer(layer, layer_axes, compute_dtype=compute_dtype, mesh=mesh)
         module = nnx.merge(block_graph, layer)
         query, key, value = module.project(x, rope)
-        x = module.finish(x, layers.packed_attention(query, key, value, segment_ids))
+        x = module.finish(x, attend(query, key, value, segment_ids))
         return meshes.constrain(x, mesh, "batch", "length", None), None
 
     if remat != "none":
         # Inside a scan nothing can be merged across the two passes: prevent_cse only costs.
         block = jax.checkpoint(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    x = _embed(params, tokens, compute_dtype=compute_dtype, mesh=mesh)
+    x = _embed(params, tokens, compute_dtype=compute_dtype, mesh=mesh, length="length")
     x, _ = jax.lax.scan(block, x, params["layers"])
     outer = {name: value for name, value in params.items() if name != "layers"}
-    return nnx.merge(decoder_graph, outer).norm(x)
+    return attention.from_pieces(nnx.merge(decoder_graph, outer).norm(x), mesh, length)
 
 
 def head_weight(config: ModelConfig, params: Params) -> Float[Array, "V D"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,6 +27,7 @@ class Weight:
     transpose: bool = False  # the file has [out, in], params have [in, out]
 
 
+Part = tuple[slice, ...]  # one slice a dimension, each with a start and a stop
 Table = dict[str, Weight]  # path in params, dotted -> its tensor in the file
 
 
@@ -78,31 +80,53 @@ def slots(config: ModelConfig, table: Table) -> Iterator[Slot]:
 def assemble(
     config: ModelConfig,
     table: Table,
-    read: Callable[[Slot], np.ndarray],
+    read: Callable[[Slot, Part], np.ndarray],
     *,
     dtype: DTypeLike,
     shardings: Params | None = None,
 ) -> Params:
-    """Params read tensor by tensor; at most one stacked leaf is on the host at a time."""
+    """Params read tensor by tensor, each device's piece straight from the file.
+
+    read gives a part of a tensor in the file's layout. The host holds one piece of one leaf at a
+    time, and a process reads no byte that only other processes need.
+    """
     shapes = flatten(param_shapes(config))
     targets = flatten(shardings) if shardings is not None else {}
     by_path: dict[str, list[Slot]] = {path: [] for path in shapes}
     for slot in slots(config, table):
         by_path[slot.path].append(slot)
-    flat = {}
-    for path, leaf in shapes.items():
-        host = np.empty(leaf.shape, jnp.dtype(dtype))
-        for slot in by_path[path]:
-            tensor = read(slot)
-            host[... if slot.layer is None else slot.layer] = tensor.T if slot.transpose else tensor
-        flat[path] = _place(host, targets.get(path))
-    return unflatten(flat)
+
+    def piece(path: str, index: Part) -> np.ndarray:
+        layers = by_path[path]
+        stacked = layers[0].layer is not None
+        part = index[1:] if stacked else index
+        host = np.empty([at.stop - at.start for at in index], jnp.dtype(dtype))
+        for place, slot in enumerate(layers[index[0]] if stacked else layers):
+            tensor = read(slot, part[::-1] if slot.transpose else part)
+            host[place if stacked else ...] = tensor.T if slot.transpose else tensor
+        return host
+
+    return unflatten(
+        {
+            path: _place(leaf.shape, targets.get(path), functools.partial(piece, path))
+            for path, leaf in shapes.items()
+        }
+    )
 
 
-def _place(host: np.ndarray, sharding: Any) -> jax.Array:
+def _place(shape: tuple[int, ...], sharding: Any, piece: Callable[[Part], np.ndarray]) -> jax.Array:
+    """The array of this sharding; each piece is made once, also where several devices hold it."""
     if sharding is None:
-        return jnp.asarray(host)
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+        return jnp.asarray(piece(tuple(slice(0, size) for size in shape)))
+    devices: dict[Any, list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(at.indices(size)[:2] for at, size in zip(index, shape, strict=True))
+        devices.setdefault(bounds, []).append(device)
+    arrays = []
+    for bounds, holders in devices.items():
+        host = piece(tuple(slice(*bound) for bound in bounds))
+        arrays += [jax.device_put(host, device) for device in holders]
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
 @jax.jit

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dcod_jax import mesh as meshes
+from dcod_jax.models import attention, layers, transformer
 from dcod_jax.models import config as configs
-from dcod_jax.models import layers, transformer
 from dcod_jax.types import DcodError
 
 
@@ -152,7 +152,7 @@ def test_attention_equals_the_library_one():
     mask = (same & jnp.tril(jnp.ones((150, 150), bool)))[:, None]
 
     def ours(*heads):
-        return layers.packed_attention(*heads, segment_ids)
+        return attention.packed_attention(*heads, segment_ids)
 
     def theirs(*heads):
         return jax.nn.dot_product_attention(*heads, mask=mask)

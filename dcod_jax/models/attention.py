@@ -1,0 +1,332 @@
+"""Attention over packed rows: one interface, and the kernel that the mesh's devices have.
+
+    splash    TPU: the Pallas kernel (jax.experimental.pallas.ops.tpu.splash_attention), scores
+              never leave the chip; on other devices it is interpreted, exact and very slow
+    library   GPU: jax.nn.dot_product_attention with the mask as an array
+    blocked   CPU, or no mesh: blocks of queries, each against the keys up to its end
+
+All of them are causal within a segment, take N/G query heads per kv head without repeating keys,
+and sum and normalise in float32.
+
+Sequence parallelism. Where the mesh splits "length" into c pieces, a row is cut into 2c chunks and
+piece i holds chunks i and 2c-1-i (`to_pieces`): of a causal square every piece then has the same
+work. Queries stay, keys and values are gathered over the pieces (their gradients are scattered
+back); everything outside attention is local to a position.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from dcod_jax import mesh as meshes
+from dcod_jax.models.layers import attend
+from dcod_jax.types import DcodError
+
+KINDS = ("auto", "splash", "library", "blocked")
+MAX_QUERY_BLOCKS = 8
+MIN_QUERY_BLOCK = 64
+LANES = 128  # the TPU kernel's tiles are multiples of it
+SPLASH_BLOCKS = (1024, 512, 256, LANES)
+
+_HEADS = ("batch", "length", "heads", None)
+_KV_HEADS = ("batch", "length", "kv_heads", None)
+_IDS = ("batch", "length")
+
+
+def choose(kind: str, mesh: Mesh | None) -> str:
+    """The kernel for the mesh's devices (not the host's: a program may be compiled for others)."""
+    if kind not in KINDS:
+        raise DcodError(f"attention={kind!r} must be one of {', '.join(KINDS)}")
+    if kind != "auto":
+        return kind
+    where = "cpu" if mesh is None else meshes.platform(mesh)
+    return {"tpu": "splash", "cpu": "blocked"}.get(where, "library")
+
+
+def attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T G H"],
+    value: Float[Array, "B T G H"],
+    segment_ids: Int[Array, "B T"],
+    *,
+    window: int | None = None,
+    mesh: Mesh | None = None,
+    kind: str = "auto",
+) -> Float[Array, "B T N H"]:
+    """Causal attention inside each segment; padding (segment 0) sees only padding.
+
+    Position i of a row sees position j of its segment iff 0 <= i - j (< window). Scores are scaled
+    by 1/sqrt(H). Where the mesh splits "length" the arguments are in the order of `to_pieces`, and
+    so is the result. Raises DcodError for a window below 1 or a length that cannot be cut so.
+    """
+    kind = choose(kind, mesh)
+    if window is not None and window < 1:
+        raise DcodError(f"a sliding window of {window} positions must be at least 1")
+    pieces, length = meshes.parts(mesh, "length"), query.shape[1]
+    if mesh is not None and length % length_multiple(mesh, kind):
+        raise DcodError(
+            f"a row of {length} positions must be a multiple of {length_multiple(mesh, kind)} "
+            f"to be split over mesh.{meshes.describe(mesh, 'length')}"
+        )
+    if kind == "splash":
+        return _splash(query, key, value, segment_ids, window=window, mesh=mesh)
+    if pieces > 1:
+        return _over_pieces(query, key, value, segment_ids, window=window, mesh=mesh, kind=kind)
+    run = packed_attention if kind == "blocked" else library_attention
+    return run(query, key, value, segment_ids, window=window)
+
+
+# ---------------------------------------------------------------- rows in pieces
+
+
+def length_multiple(mesh: Mesh | None, kind: str = "auto") -> int:
+    """What the length of a row must be a multiple of; `to_pieces` pads to it."""
+    pieces = meshes.parts(mesh, "length")
+    if pieces == 1:
+        return 1
+    return 2 * pieces * (LANES if choose(kind, mesh) == "splash" else 1)
+
+
+def _shuffle(x: Array, pieces: int) -> Array:
+    """[B, T, ...] in the row's order -> the order of pieces.
+
+    Two pieces: [0 1 2 3 4 5 6 7] -> [0 1 6 7 | 2 3 4 5].
+    """
+    halves = x.reshape(x.shape[0], 2, pieces, -1, *x.shape[2:])
+    return jnp.stack([halves[:, 0], jnp.flip(halves[:, 1], 1)], 2).reshape(x.shape)
+
+
+def _natural(x: Array, pieces: int) -> Array:
+    """The inverse of _shuffle."""
+    pairs = x.reshape(x.shape[0], pieces, 2, -1, *x.shape[2:])
+    return jnp.concatenate([pairs[:, :, 0], jnp.flip(pairs[:, :, 1], 1)], 1).reshape(x.shape)
+
+
+def to_pieces(x: Int[Array, "B T"], mesh: Mesh | None) -> Int[Array, "B T2"]:
+    """Row order -> the order of pieces, padded with 0 and split over "length"; else x itself."""
+    pieces = meshes.parts(mesh, "length")
+    if pieces == 1:
+        return x
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % length_multiple(mesh))))
+    return meshes.constrain(_shuffle(x, pieces), mesh, *_IDS)
+
+
+def from_pieces(x: Float[Array, "B T2 D"], mesh: Mesh | None, length: int) -> Array:
+    """The inverse of to_pieces, whole on every device: [B, length, D]."""
+    pieces = meshes.parts(mesh, "length")
+    if pieces == 1:
+        return x
+    return _natural(meshes.constrain(x, mesh, "batch", None, None), pieces)[:, :length]
+
+
+def _order(length: int, pieces: int) -> np.ndarray:
+    """Position in the row at each place: int32 [T]."""
+    chunks = np.arange(length, dtype=np.int32).reshape(2 * pieces, -1)
+    return np.concatenate([np.append(chunks[i], chunks[-1 - i]) for i in range(pieces)])
+
+
+def _whole(x: Array, pieces: int) -> Array:
+    """Inside per_shard: the piece [B, T/c, ...] -> the row in its own order [B, T, ...]."""
+    return _natural(meshes.gather(x, "length", dimension=1), pieces) if pieces > 1 else x
+
+
+def _over_pieces(
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array,
+    *,
+    window: int | None,
+    mesh: Mesh | None,
+    kind: str,
+) -> Array:
+    assert mesh is not None
+    pieces, length = meshes.parts(mesh, "length"), query.shape[1]
+
+    def piece(query: Array, key: Array, value: Array, segments: Array, order: Array) -> Array:
+        key, value, all_segments = (_whole(x, pieces) for x in (key, value, segments))
+        if kind == "library":
+            everything = jnp.arange(length)
+            visible = _visible(order, everything, segments, all_segments, window)
+            return jax.nn.dot_product_attention(query, key, value, mask=visible[:, None])
+        places = (order, jnp.arange(length))
+        ids = (segments, all_segments)
+        return _blocked(query, key, value, places, ids, window=window, ordered=False)
+
+    inputs = (_HEADS, _KV_HEADS, _KV_HEADS, _IDS, ("length",))
+    order = jnp.asarray(_order(length, pieces))
+    return meshes.per_shard(piece, mesh, inputs, _HEADS)(query, key, value, segment_ids, order)
+
+
+# ---------------------------------------------------------------- CPU and GPU
+
+
+def _visible(
+    queries: Int[Array, " S"],
+    keys: Int[Array, " M"],
+    query_segments: Int[Array, "B S"],
+    key_segments: Int[Array, "B M"],
+    window: int | None,
+) -> Bool[Array, "B S M"]:
+    """Which keys each query sees, from the positions in the row and the segments of both."""
+    order = queries[:, None] >= keys[None, :]
+    if window is not None:
+        order &= queries[:, None] - keys[None, :] < window
+    return order & (query_segments[:, :, None] == key_segments[:, None, :])
+
+
+def _blocked(
+    query: Array,
+    key: Array,
+    value: Array,
+    places: tuple[Array, Array],
+    segments: tuple[Array, Array],
+    *,
+    window: int | None,
+    ordered: bool,
+) -> Array:
+    """At most eight blocks of queries; one block's scores at a time, recomputed in the backward.
+
+    places and segments are those of (queries [S] or [B, S], keys [M] or [B, M]). ordered: queries
+    and keys are the same row in its order, so that a block needs no key outside its window.
+    """
+    B, S, N, H = query.shape
+    G = key.shape[2]
+    queries = query.reshape(B, S, G, N // G, H).transpose(0, 2, 3, 1, 4)  # [B,G,R,S,H]
+    keys, values = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)  # [B,G,M,H]
+    block = max(MIN_QUERY_BLOCK, -(-S // MAX_QUERY_BLOCKS))
+    outputs = []
+    for start in range(0, S, block):
+        here = slice(start, min(start + block, S))
+        seen = slice(0, key.shape[1])
+        if ordered:
+            seen = slice(0 if window is None else max(0, start - window + 1), here.stop)
+        visible = _visible(
+            places[0][here], places[1][seen], segments[0][:, here], segments[1][:, seen], window
+        )
+        outputs.append(
+            jax.checkpoint(attend)(
+                queries[..., here, :], keys[:, :, seen], values[:, :, seen], visible
+            )
+        )
+    return jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, S, N, H)
+
+
+def packed_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T G H"],
+    value: Float[Array, "B T G H"],
+    segment_ids: Int[Array, "B T"],
+    *,
+    window: int | None = None,
+) -> Float[Array, "B T N H"]:
+    """`attention` in plain array operations, for any device.
+
+    A block of queries sees only the keys from its window's start up to its end: half the work of a
+    full square, less with a window.
+    """
+    order = jnp.arange(query.shape[1])
+    places, segments = (order, order), (segment_ids, segment_ids)
+    return _blocked(query, key, value, places, segments, window=window, ordered=True)
+
+
+def library_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T G H"],
+    value: Float[Array, "B T G H"],
+    segment_ids: Int[Array, "B T"],
+    *,
+    window: int | None = None,
+) -> Float[Array, "B T N H"]:
+    """`attention` by jax.nn.dot_product_attention."""
+    order = jnp.arange(query.shape[1])
+    visible = _visible(order, order, segment_ids, segment_ids, window)
+    return jax.nn.dot_product_attention(query, key, value, mask=visible[:, None])
+
+
+# ---------------------------------------------------------------- TPU
+
+
+def splash_block(length: int, *, exact: bool = False) -> int:
+    """The largest tile for which padding the length to a multiple costs at most an eighth.
+
+    4096 -> 1024, 1500 -> 512 (1536), 300 -> 128 (384). exact: without any padding.
+    """
+    for block in SPLASH_BLOCKS:
+        if -(-length // block) * block <= (1.0 if exact else 1.125) * length:
+            return block
+    return SPLASH_BLOCKS[-1]
+
+
+@functools.lru_cache(maxsize=32)
+def _splash_kernel(
+    heads: int, length: int, pieces: int, window: int | None, interpret: bool
+) -> splash.SplashAttentionKernel:
+    """The kernel of one shape; its mask tables are NumPy arrays, so that no trace owns them."""
+    shape = (length, length)
+    mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
+    mask.q_sequence = _order(length, pieces)
+    # A tile of queries does not reach over the seam between the two chunks of a piece.
+    chunk = length if pieces == 1 else length // (2 * pieces)
+    rows, columns = (splash_block(n, exact=True) for n in (chunk, length))
+    sizes: dict[str, Any] = {
+        f"block_{name}": rows if name.startswith("q") else columns
+        # The unfused backward pass: the fused one writes dq once per key block and adds them up.
+        for name in "q kv kv_compute q_dkv kv_dkv kv_dkv_compute q_dq kv_dq".split()
+    }
+    with jax.ensure_compile_time_eval():
+        kernel = splash.make_splash_mha(
+            masks.MultiHeadMask([mask] * heads),
+            block_sizes=splash.BlockSizes(**sizes),
+            head_shards=1,
+            q_seq_shards=pieces,
+            interpret=interpret,
+        )
+        return jax.tree.map(np.asarray, kernel)
+
+
+def _splash(
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array,
+    *,
+    window: int | None,
+    mesh: Mesh | None,
+) -> Array:
+    _, T, N, H = query.shape
+    pieces = meshes.parts(mesh, "length")
+    padding = -T % splash_block(T) if pieces == 1 else 0
+    if padding:  # a segment 0 behind the row: it sees itself only, and is cut off again
+        widths = ((0, 0), (0, padding), (0, 0), (0, 0))
+        query, key, value = (jnp.pad(x, widths) for x in (query, key, value))
+        segment_ids = jnp.pad(segment_ids, widths[:2])
+    interpret = mesh is None or meshes.platform(mesh) != "tpu"
+    heads = N // meshes.parts(mesh, "heads")
+    kernel = _splash_kernel(heads, T + padding, pieces, window, interpret)
+    scale = 1.0 / math.sqrt(H)
+
+    def rows(
+        query: Array, key: Array, value: Array, ids: Array, kernel: splash.SplashAttentionKernel
+    ) -> Array:
+        key, value, all_ids = (_whole(x, pieces) for x in (key, value, ids))
+        query = (query.astype(jnp.float32) * scale).astype(query.dtype)
+        heads_first = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
+        mixed: Any = jax.vmap(kernel)(*heads_first, splash.SegmentIds(ids, all_ids))
+        return mixed.transpose(0, 2, 1, 3)
+
+    run = rows
+    if mesh is not None and mesh.size > 1:
+        tables = kernel.manual_sharding_spec(meshes.sharding(mesh, (None, "length")))
+        run = meshes.per_shard(rows, mesh, (_HEADS, _KV_HEADS, _KV_HEADS, _IDS, tables), _HEADS)
+    return run(query, key, value, segment_ids, kernel)[:, :T]

@@ -1,0 +1,149 @@
+"""Mesh, rules, the arithmetic of what is refused, and state that moves between meshes."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from dcod_jax import mesh as meshes
+from dcod_jax.checkpoint import Checkpointer
+from dcod_jax.models import transformer
+from dcod_jax.optim import OptimConfig, make_optimizer
+from dcod_jax.start import _random_params
+from dcod_jax.train_step import init_state
+from dcod_jax.types import DcodError
+from tests.test_train_step import MODEL
+
+OPTIMIZER = make_optimizer(OptimConfig(1e-3, "constant", 0, 0.1, 0.0, 0.9, 0.95, 1e-8, 1.0), 10)[0]
+
+
+class Chip:
+    """A TPU device as the mesh sees it."""
+
+    platform, device_kind, process_index = "tpu", "fake", 0
+
+    def __init__(self, number: int, slice_index: int):
+        self.id, self.slice_index = number, slice_index
+        self.coords, self.core_on_chip = (number % 4, 0, 0), 0
+
+
+@pytest.mark.parametrize("free", ["data", "fsdp", "context", "tensor"])
+def test_one_size_fills_what_is_left(free):
+    mesh = meshes.make_mesh(**{"data": 1, "fsdp": 2, "context": 1, "tensor": 1, free: -1})
+    assert mesh.size == 8
+    assert mesh.shape[free] == (8 if free == "fsdp" else 4)
+    assert tuple(mesh.shape) == ("slices", "data", "fsdp", "context", "tensor")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "text"),
+    [
+        (
+            {"data": 1, "fsdp": 3},
+            "mesh.data=1 * fsdp=3 * context=1 * tensor=1 = 3, but there are 8",
+        ),
+        (
+            {"fsdp": 3},
+            "mesh.data=2 * fsdp=3 * context=1 * tensor=1 = 6, but there are 8 devices; set",
+        ),
+        (
+            {"slices": 2, "data": 1, "tensor": 8},
+            "mesh.slices=2 * data=1 * fsdp=1 * context=1 * tensor=8 = 16, but there are 8 devices",
+        ),
+        ({"fsdp": -1}, "at most one may be -1"),
+        ({"data": 1, "tensor": 0}, "'tensor': 0"),
+        ({"slices": 0}, "mesh.slices=0"),
+    ],
+)
+def test_sizes_that_do_not_multiply_to_the_devices_are_refused(sizes, text):
+    with pytest.raises(DcodError, match=re.escape(text)):
+        meshes.make_mesh(**sizes)
+
+
+def test_slices_are_contiguous_groups_where_devices_know_of_none():
+    mesh = meshes.make_mesh(slices=2, tensor=2)
+    ids = np.vectorize(lambda device: device.id)(mesh.devices)
+    np.testing.assert_array_equal(ids.reshape(2, 4), np.arange(8).reshape(2, 4))
+    assert mesh.shape["data"] == 2
+
+
+def test_tpu_slices_are_taken_from_the_devices_and_another_number_is_refused(monkeypatch):
+    chips = [Chip(number, number // 4) for number in range(8)]
+    assert meshes._count_slices(-1, chips) == 2
+    with pytest.raises(DcodError, match=re.escape("mesh.slices=1, but the 8 devices are in 2 TPU")):
+        meshes.make_mesh(slices=1, devices=chips)
+    mixed = [chips[i] for i in (4, 0, 5, 1, 6, 2, 7, 3)]  # any order: a slice stays together
+    laid_out = meshes._arrange(mixed, (2, 1, 4, 1, 1))
+    assert [[chip.slice_index for chip in row.flat] for row in laid_out] == [[0] * 4, [1] * 4]
+
+
+def test_a_mesh_axis_is_used_once():
+    assert meshes.spec(("batch", "shards"))[1] == "context"
+    assert meshes.spec(("embed", "batch"))[1] == ("slices", "data")
+    # parameters are never split over slices: only gradients cross the data-centre network
+    assert all(
+        "slices" not in meshes.RULES.get(name, ())
+        for name in meshes.RULES
+        if name not in ("batch", "shards")
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "logical", "size", "text"),
+    [
+        ("num_attention_heads", "heads", 14, "num_attention_heads=14 must be a multiple of mesh.tensor=4; change"),
+        ("hidden_size", "embed", 33, "hidden_size=33 must be a multiple of 2 = mesh.fsdp=1 * context=2"),
+        ("data.seq_len", "length", 1001, "data.seq_len=1001 must be a multiple of mesh.context=2"),
+    ],
+)  # fmt: skip
+def test_what_the_mesh_cannot_split_is_refused_with_the_arithmetic(key, logical, size, text):
+    mesh = meshes.make_mesh(tensor=4, context=2)
+    with pytest.raises(DcodError, match=re.escape(text)):
+        meshes.check_divides(mesh, {key: (logical, size)})
+    meshes.check_divides(mesh, {key: (logical, 16)})
+
+
+def _layout(mesh):
+    return meshes.tree_shardings(mesh, transformer.logical_axes(MODEL))
+
+
+def test_random_parameters_are_made_in_their_pieces_and_do_not_depend_on_the_mesh():
+    one = _random_params(MODEL, 3, _layout(meshes.make_mesh(devices=jax.devices()[:1])))
+    mesh = meshes.make_mesh(1, 2, context=2, tensor=2)
+    many = _random_params(MODEL, 3, _layout(mesh))
+    kernel = many["layers"]["mlp"]["up_proj"]["kernel"]  # [2, 32, 48]
+    assert kernel.addressable_shards[0].data.shape == (2, 8, 24)
+    jax.tree.map(np.testing.assert_array_equal, one, many)
+    # no device ever holds a whole matrix of the stack
+    lowered = jax.jit(
+        lambda key: transformer.init_params(MODEL, key), out_shardings=_layout(mesh)
+    ).lower(jax.random.key(3))
+    assert "f32[2,32,48]" not in lowered.compile().as_text()
+
+
+def test_a_checkpoint_moves_from_eight_devices_to_four_by_two_to_one(tmp_path):
+    sizes = ({"fsdp": 8}, {"data": 1, "fsdp": 2, "context": 2, "tensor": 2}, {"slices": 2})
+    layouts = [
+        meshes.make_mesh(
+            **{"data": -1, **s} if "fsdp" not in s or s["fsdp"] < 8 else {"data": 1, **s}
+        )
+        for s in sizes
+    ]
+    layouts.append(meshes.make_mesh(devices=jax.devices()[:1]))
+    params = _random_params(MODEL, 3, _layout(layouts[0]))
+    expected = jax.device_get(params)
+    state = init_state(params, OPTIMIZER, mesh=layouts[0], model_config=MODEL)
+    shapes = transformer.param_shapes(MODEL)
+    for number, mesh in enumerate(layouts):
+        checkpointer = Checkpointer(tmp_path / str(number))
+        checkpointer.save(state, step=1, progress={}, config={})
+        checkpointer.close()
+        like = init_state(shapes, OPTIMIZER, mesh=mesh, model_config=MODEL, abstract=True)
+        state, _ = Checkpointer(tmp_path / str(number)).restore(like)
+        jax.tree.map(
+            lambda x, a: x.sharding.is_equivalent_to(a.sharding, x.ndim) or pytest.fail(),
+            state,
+            like,
+        )
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), expected)
