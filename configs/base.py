@@ -151,12 +151,27 @@ def get_config() -> Any:
     c.generate.prompts = ""  # prompts JSONL (prompt, answer): sample traces from the teacher first
     c.generate.samples = 1  # traces sampled for each prompt
     c.generate.temperature = 1.0  # of sampling; log-probs are always at temperature 1
+    c.generate.top_p = 1.0  # sample from the smallest set of tokens with this probability
+    c.generate.top_k = 0  # sample from this many most probable tokens; 0: all
+    c.generate.min_p = 0.0  # leave out tokens below this share of the most probable one
+    c.generate.stop = ()  # texts that end a trace
     c.generate.max_new_tokens = 256  # longest completion sampled
     c.generate.batch_size = 64  # sequences decoded together
 
     c.evaluate = ConfigDict()
-    c.evaluate.problems = ""  # held-out problems JSONL (prompt, answer) for greedy accuracy
-    c.evaluate.limit = 0  # problems to take; 0: all
+    c.evaluate.problems = ""  # held-out problems JSONL (prompt, answer)
+    c.evaluate.sets = ()  # benchmarks: gsm8k, math500, ... (docs/evaluation.md), or name=FILE.jsonl
+    c.evaluate.limit = 0  # problems to take of each; 0: all
+    c.evaluate.samples = 1  # answers for each problem: pass@1 is their mean, pass@k, maj@k
+    c.evaluate.temperature = 0.0  # of sampling; 0: greedy
+    c.evaluate.top_p = 1.0  # sample from the smallest set of tokens with this probability
+    c.evaluate.top_k = 0  # sample from this many most probable tokens; 0: all
+    c.evaluate.min_p = 0.0  # leave out tokens below this share of the most probable one
+    c.evaluate.stop = ()  # texts that end an answer
+    c.evaluate.form = "chat"  # chat: the model's template | plain: "Question: ... Answer:"
+    c.evaluate.shots = 0  # worked examples before each problem
+    c.evaluate.exemplars = ""  # JSONL of {prompt, completion} for them; empty: eight built in
+    c.evaluate.instruction = "auto"  # put behind each problem; auto: the benchmark's own
     c.evaluate.max_new_tokens = 256  # longest answer
     c.evaluate.batch_size = 64  # sequences decoded together
 
