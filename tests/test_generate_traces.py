@@ -15,7 +15,7 @@ import tiny
 from dcod_jax import config as configs
 from dcod_jax import generate_traces as verb
 from dcod_jax.data import chat
-from dcod_jax.data.formats import Fields
+from dcod_jax.data.formats import Fields, read_record
 from dcod_jax.data.traces import find_sources, read_traces
 from dcod_jax.generate import Sample
 from dcod_jax.models import hf, transformer
@@ -80,8 +80,9 @@ def test_every_trace_is_what_prepare_reads(place, whole):
         text = tokenizer.decode(record["token_ids"], skip_special_tokens=True)
         assert trace.completion_text() == text
     assert records[0]["template"] == "+"
-    talks = [trace for trace in traces if trace.id.startswith("talk")]
-    assert [m["role"] for m in talks[0].messages] == ["system", "user", "assistant"]
+    talk = next(r for r in records + rejected if r["id"].startswith("talk"))
+    (trace,) = read_record(talk, Fields(), source="x", requests={})
+    assert [m["role"] for m in trace.messages] == ["system", "user", "assistant"]
     for record in rejected:
         empty = not tokenizer.decode(record["token_ids"], skip_special_tokens=True).strip()
         assert record["rejected"] == ("empty" if empty else "truncated")
