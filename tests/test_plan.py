@@ -203,7 +203,7 @@ def test_a_program_over_the_limit_is_refused_with_what_it_needs():
     done = compiled.compile_program(traced, limit=1e6)
     assert done.arguments == 64 * 64 * 4
     with pytest.raises(compiled.DoesNotFitError) as refused:
-        compiled.compile_program(traced, limit=done.peak - 1)
+        compiled.compile_program(traced, limit=float(done.peak - 1))
     assert refused.value.needed == done.peak
 
 
