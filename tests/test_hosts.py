@@ -95,8 +95,8 @@ def test_a_process_that_ended_is_named_with_its_reason_and_code():
 
 
 def test_a_stall_is_blamed_on_those_that_wait_for_nobody():
-    numbers = {"waiting": True, "state": "the numbers of step 4"}
-    behind = peer(host="b", state="reading the batch of step 5")
+    numbers = {"waiting": True, "state": "the numbers of step 4", "heard": 160.0}
+    behind = peer(host="b", state="reading the batch of step 5", heard=160.0)
     found = judge([peer(**numbers), behind, peer(**numbers)], 161.0)
     assert found is not None
     assert found[0].startswith("stuck: nothing moved for hosts.timeout=60 s, by process 1 (b):\n")
@@ -154,7 +154,7 @@ def launch(count, command, place, *, devices=1, own=()):
     """`count` processes of one run on CPU, joined over gloo; returns them."""
     address = f"127.0.0.1:{free_port()}"
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": re.sub(r"(?<=device_count=)\d+", str(devices), os.environ["XLA_FLAGS"]),
         "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "JAX_COMPILATION_CACHE_DIR": str(place / "programs"),
@@ -224,7 +224,7 @@ def misbehave(place, culprit, misdeed, *, meets=False, more=(), own=((), ()), wa
     script = place / "script.py"
     script.write_text(SCRIPT.format(culprit=culprit, misdeed=misdeed, meets=meets))
     recipe = ["--config", str(ROOT / "configs" / "base.py"), f"--config.run_dir={place / 'run'}"]
-    command = [sys.executable, str(script), *recipe, "--config.hosts.heartbeat=3", *more]
+    command = [sys.executable, str(script), *recipe, "--config.hosts.heartbeat=8", *more]
     run = launch(2, command, place, own=own)
     return finish(run, timeout=90) if wait else run
 
