@@ -20,6 +20,7 @@ from dcod_jax import epitaph, hosts, train
 from dcod_jax.checkpoint import Checkpointer
 from dcod_jax.evaluate import evaluate
 from dcod_jax.generate_traces import generate_traces
+from dcod_jax.mesh import make_mesh
 from dcod_jax.models import hf, transformer
 from dcod_jax.prepare import prepare
 from dcod_jax.score import score
@@ -338,7 +339,7 @@ def one(place):
         place, **{"run_dir": str(place / "one"), "data.dataset": str(place / "one" / "dataset")}
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hosts, "share", lambda config: (jax.devices()[:2], 0, 1))
+        patch.setattr(hosts, "share", lambda config: (make_mesh(devices=jax.devices()[:2]), 0, 1))
         score(config)
         generate_traces(config)
         evaluate(config)
