@@ -97,8 +97,8 @@ def compare(config: Any, models: dict[str, str], *, detailed: bool = False) -> N
     for problem_set in sets:
         own = results[problem_set.name]
         numbers = summary(own, baseline=baseline)
+        home = folder / problem_set.name if problem_set.name else folder
         if hosts.first():
-            home = folder / problem_set.name
             replace_file(home / "results.json", to_json(numbers))
         title = _title(config, problem_set)
         console.print(accuracy_table(numbers, title=title))
@@ -156,16 +156,15 @@ def grade_set(
 ) -> EvalResult:
     """The graded answers of one model to one set, from folder/<model>.jsonl as far as it is there.
 
-    An interrupted evaluation goes on with the blocks that are left; of several processes each one
-    takes every n-th. Answers that were given under other settings are kept as
-    <model>.previous.jsonl and asked again.
+    An interrupted evaluation goes on with the blocks that are left. Answers that were given under
+    other settings are kept as <model>.previous.jsonl and asked again.
     """
     check_exemplars(prompt_form(config, problem_set).exemplars, problem_set)
     path = folder / f"{model.name}.jsonl"
     files = BlockFiles([path], _request(config, model, problem_set))
     manifest, other = files.finished()
-    hosts.barrier(f"looking at {path.name}")  # before the first process moves it away
     if manifest is None:
+        hosts.barrier(f"look for the answers of {model.name}")
         if other and hosts.first():
             previous = folder / f"{model.name}.previous.jsonl"
             rename(path, previous)
@@ -182,14 +181,14 @@ def _answer_rest(
     asked = [(p, k) for p in problem_set.problems for k in range(sampling.samples)]
     prompts = [form.prompt(model.tokenizer, problem) for problem in problem_set.problems]
     mesh, process, processes = model.share
+    most = -(-len(asked) // processes)  # so that no process is left without any
+    done, left = files.pending(len(asked), min(BATCHES_IN_BLOCK * config.evaluate.batch_size, most))
     label = f"evaluating {model.name}" + (f" on {problem_set.name}" if problem_set.name else "")
-    pending = files.pending(len(asked), BATCHES_IN_BLOCK * config.evaluate.batch_size)
-    left = sum(map(len, pending))
-    if left < len(asked):
-        print(f"{label}: going on behind {len(asked) - left} answers")
-    own = pending[process::processes]
-    enabled = config.train.progress
-    with track(label, sum(map(len, own)), unit="answers", enabled=enabled) as bar:
+    if done and hosts.first():
+        print(f"{label}: going on behind {done} answers")
+    own = left[process::processes]
+    total, enabled = sum(map(len, own)), config.train.progress
+    with track(label, total, unit="answers", enabled=enabled) as bar:
         for block in own:
             began = time.monotonic()
             generations = answer(
@@ -206,10 +205,9 @@ def _answer_rest(
                 mesh=mesh,
                 on_batch=lambda sequences, tokens: bar(sequences),
             )
-            content = "".join(map(to_line, generations)).encode("utf-8")
-            counts = {"answered": len(block), "seconds": time.monotonic() - began}
             if processes > 1 or hosts.first():
-                files.commit(block, [content], counts)
+                counts = {"answered": len(block), "seconds": time.monotonic() - began}
+                files.commit(block, ["".join(map(to_line, generations))], counts)
 
 
 # ---------------------------------------------------------------- numbers and table

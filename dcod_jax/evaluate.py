@@ -3,7 +3,7 @@
 Reads evaluate.problems and evaluate.sets and, of teacher.path, student.path and the run's exports
 (one for each variant of compare), those that exist; writes run_dir/evaluation/ (every generation
 with its grade, results.json; one folder for each set) and prints the tables. The same command
-after an interruption goes on behind the last whole block of answers.
+after an interruption goes on with the blocks of answers that are left.
 """
 
 from __future__ import annotations

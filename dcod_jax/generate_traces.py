@@ -74,12 +74,7 @@ def generate_traces(config: Any) -> Path:
     if manifest:
         print(f"{path}: these traces were sampled before; nothing to do")
         return path
-    total = len(problems) * config.generate.samples
-    pending = files.pending(total, BATCHES_IN_BLOCK * config.generate.batch_size)
-    left = sum(map(len, pending))
-    if left < total:
-        print(f"going on behind {total - left} traces sampled before")
-    _sample_blocks(config, teacher, problems, files, pending)
+    _sample_rest(config, teacher, problems, files)
     manifest = files.finish()
     rejected = "".join(f", {count} {name}" for name, count in manifest["rejected"].items())
     print(
@@ -89,24 +84,25 @@ def generate_traces(config: Any) -> Path:
     return path
 
 
-def _sample_blocks(
-    config: Any,
-    teacher: Teacher,
-    problems: Sequence[Problem],
-    files: BlockFiles,
-    pending: Sequence[range],
+def _sample_rest(
+    config: Any, teacher: Teacher, problems: Sequence[Problem], files: BlockFiles
 ) -> None:
-    """Sample, grade and write the blocks; of several processes each one takes every n-th."""
+    """Sample and grade the blocks that are left; of several processes each takes every n-th."""
     mesh, process, processes = hosts.share(config)
-    own, copies = pending[process::processes], config.generate.samples
+    copies = config.generate.samples
+    block_size = BATCHES_IN_BLOCK * config.generate.batch_size
+    done, left = files.pending(len(problems) * copies, block_size)
+    if done and hosts.first():
+        print(f"going on behind {done} traces sampled before")
+    own = left[process::processes]
     if not own:
         return
     prompts = [_encode_prompt(teacher.tokenizer, problem) for problem in problems]
     draw = _sampler(config, teacher, mesh)
-    total = sum(map(len, own))
+    total, enabled = sum(map(len, own)), config.train.progress
     with (
         Grader(timeout=config.prepare.grade_timeout, workers=config.prepare.workers) as grader,
-        track("sampling", total, unit="traces", enabled=config.train.progress) as bar,
+        track("sampling", total, unit="traces", enabled=enabled) as bar,
     ):
         for block in own:
             samples = draw(
@@ -114,20 +110,19 @@ def _sample_blocks(
                 indices=block,
                 on_batch=lambda sequences, tokens: bar(sequences),
             )
-            lines: tuple[list[str], list[str]] = ([], [])  # accepted, rejected
+            texts: list[list[str]] = [[], []]
             reasons: collections.Counter[str] = collections.Counter()
             for record, reason in _judged(config, teacher, problems, block, samples, grader):
-                lines[bool(reason)].append(json.dumps(record, ensure_ascii=False) + "\n")
-                reasons[reason] += bool(reason)
+                texts[bool(reason)].append(json.dumps(record, ensure_ascii=False) + "\n")
+                reasons.update([reason] if reason else [])
             counts = {
                 "sampled": len(block),
-                "traces": len(lines[0]),
+                "traces": len(texts[0]),
                 "tokens": sum(len(s.token_ids) for s in samples),
-                "rejected": {name: count for name, count in sorted(reasons.items()) if count},
+                "rejected": dict(reasons),
             }
             if processes > 1 or hosts.first():
-                contents = ["".join(part).encode("utf-8") for part in lines]
-                files.commit(block, contents, counts)
+                files.commit(block, ["".join(part) for part in texts], counts)
 
 
 def _encode_prompt(tokenizer: Any, problem: Problem) -> list[int]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -27,6 +26,7 @@ from dcod_jax.evals import Sampling, sample_options, stop_ids, text_of
 from dcod_jax.generate import sample
 from dcod_jax.mesh import make_mesh
 from dcod_jax.models.hf import load_model
+from dcod_jax.paths import as_path
 from dcod_jax.scoring import ScoreSettings, load_any_tokenizer, score_traces
 from dcod_jax.types import DcodError, Trace
 
@@ -63,7 +63,7 @@ class DcodLM(TemplateLM):
         if batch_size != "auto" and not str(batch_size).isdigit():
             raise DcodError(f"batch_size={batch_size!r} must be a number or auto (16)")
         self.batch_size = 16 if batch_size == "auto" else int(batch_size)
-        self.path = Path(pretrained)
+        self.path = as_path(pretrained)
         self.dtype, self.seed, self.max_gen_toks = dtype, seed, max_gen_toks
         self.mesh = make_mesh(data, fsdp, tensor=tensor)
         self.tokenizer = load_any_tokenizer(self.path, chat_template=chat_template)

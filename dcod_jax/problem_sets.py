@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import pathlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from dcod_jax.answers import reference_answer
@@ -15,9 +15,10 @@ from dcod_jax.data import chat
 from dcod_jax.data.formats import PROMPT_FIELDS
 from dcod_jax.eval_stats import difficulty_group
 from dcod_jax.evals import Problem, read_problems, read_records
+from dcod_jax.paths import as_path
 from dcod_jax.types import DcodError
 
-EXEMPLARS = Path(__file__).parent / "assets" / "evaluate" / "exemplars.jsonl"
+EXEMPLARS = pathlib.Path(__file__).parent / "assets" / "evaluate" / "exemplars.jsonl"
 PLAIN_STOP = "\n\nQuestion:"  # a base model in the plain form goes on with the next question
 _MARKS = {"hash": "####", "boxed": "\\boxed"}
 
@@ -88,7 +89,7 @@ def read_exemplars(path: str, shots: int) -> tuple[tuple[str, str], ...]:
     if not shots:
         return ()
     pairs = []
-    for source, record in read_records(Path(path) if path else EXEMPLARS):
+    for source, record in read_records(as_path(path) if path else EXEMPLARS):
         pair = record.get("prompt"), record.get("completion")
         if not all(isinstance(text, str) and text.strip() for text in pair):
             raise DcodError(f'{source}: an exemplar is {{"prompt": text, "completion": text}}')
@@ -142,7 +143,8 @@ def read_set(name: str, place: str = "", *, limit: int = 0) -> list[Problem]:
     benchmark = BENCHMARKS.get(name)
     if benchmark is None:
         return [_with_own_difficulty(p) for p in read_problems(place, limit=limit)]
-    rows = read_records(Path(place)) if Path(place).is_file() else _hub_rows(benchmark, name, place)
+    local = bool(place) and as_path(place).is_file()
+    rows = read_records(as_path(place)) if local else _hub_rows(benchmark, name, place)
     problems: list[Problem] = []
     seen: dict[str, str] = {}
     for source, record in rows:

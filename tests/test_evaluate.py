@@ -156,7 +156,7 @@ def test_an_interrupted_evaluation_goes_on_and_a_finished_one_is_not_repeated(
         with pytest.raises(KeyboardInterrupt):
             evaluate(config)
     [blocks] = path.parent.glob("start.jsonl.partial-*")
-    (blocks / "000000004-000000008.0").write_text('{"id": "t/1", "comp')  # cut off, no counts
+    (blocks / "000000004-000000008.0.jsonl").write_text('{"id": "t/1", "comp')  # no counts
     evaluate(config)
     assert "going on behind 4 answers" in capsys.readouterr().out
     assert [indices for indices, *_ in calls] == [[0, 1, 2, 3], [4, 5, 6, 7]]

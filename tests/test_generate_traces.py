@@ -193,8 +193,8 @@ def test_killed_and_started_again_gives_the_same_bytes(place, whole, tmp_path, c
     )
     assert done.returncode == -signal.SIGKILL
     [blocks] = tmp_path.glob("traces.jsonl.partial-*")
-    lines = [p.read_bytes().count(b"\n") for p in sorted(blocks.glob("*.[01]"))]
-    assert (sum(lines), len(list(blocks.glob("*.json")))) == (16, 1)
+    lines = [len(read_lines(part)) for part in blocks.glob("*.jsonl")]
+    assert (sum(lines), len(list(blocks.glob("*[0-9].json")))) == (16, 1)
     path = verb.generate_traces(make_config(place, tmp_path))
     assert "going on behind 8 traces" in capsys.readouterr().out
     for name in ("traces.jsonl", verb.REJECTED):

@@ -364,7 +364,7 @@ def test_scores_are_those_of_one_process_to_the_byte(place, one, two):
 
 
 def test_traces_are_those_of_one_process_to_the_byte(one, two):
-    for name in ("traces.jsonl", "traces.jsonl.manifest.json"):
+    for name in ("traces.jsonl", "traces.rejected.jsonl", "traces.jsonl.manifest.json"):
         assert (two[0] / name).read_bytes() == (one / name).read_bytes()
     assert not list(two[0].glob("traces.jsonl.partial*"))
 

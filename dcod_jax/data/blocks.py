@@ -1,12 +1,12 @@
-"""JSONL files made of blocks that several processes write, joined when all of them are there.
+"""JSONL files made block by block, by one process or several, and finished with a manifest.
 
-    traces.jsonl.partial-<key>/000000000-000000256.0   while they grow: a block of the first file,
-                               000000000-000000256.1   of the second, and, last, its counts:
-                               000000000-000000256.json
-    traces.jsonl, traces.jsonl.manifest.json           when they are finished
+    traces.jsonl.partial-<request>/      while they grow: each block a file of its own (for each of
+                                         the files), and its counts, which make it whole
+    traces.jsonl, traces.jsonl.manifest.json    when every block is there
 
-What was asked for (the request) names the directory and is in the manifest: files of another
-request are never mistaken for these. A block without its counts is not there, and is done again.
+A block is a range of indices. What was asked for (the request) is in the manifest, and its hash in
+the name of the directory: files of another request are never mistaken for these. Several files may
+grow together; the first gives its name to the rest.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from dcod_jax.storage import remove_tree, scratch
 
 
 class BlockFiles:
-    """The files of one request; every process of a run has one and sees the same files."""
+    """The files of one request."""
 
     def __init__(self, paths: Sequence[Path], request: dict[str, Any]):
         self.paths, self.request = list(paths), json.loads(to_json(request))
-        self.manifest = self.paths[0].with_name(self.paths[0].name + ".manifest.json")
+        first = self.paths[0]
+        self.manifest = first.with_name(first.name + ".manifest.json")
         key = hashlib.sha256(to_json(self.request)).hexdigest()[:8]
-        self.blocks = self.paths[0].with_name(f"{self.paths[0].name}.partial-{key}")
+        self.blocks = first.with_name(f"{first.name}.partial-{key}")
 
     def finished(self) -> tuple[dict[str, Any] | None, str]:
         """(manifest, "") of a finished result of this request; (None, what is there instead).
@@ -51,73 +52,79 @@ class BlockFiles:
         return found, ""
 
     def _done(self) -> dict[range, dict[str, Any]]:
-        """{items: counts} of the blocks that are whole, in order."""
+        """{indices: counts} of the blocks that are whole, in order."""
         done = {}
         for file in sorted(self.blocks.glob("*.json")):
-            start, stop = map(int, file.stem.split("-"))
-            done[range(start, stop)] = json.loads(file.read_text(encoding="utf-8"))
+            first, last = map(int, file.stem.split("-"))
+            done[range(first, last)] = json.loads(file.read_text())
         return done
 
-    def pending(self, total: int, size: int) -> list[range]:
-        """The items that are left, in blocks; the same on every process, as the first sees it.
+    def pending(self, total: int, size: int) -> tuple[int, list[range]]:
+        """(indices that are done, blocks that are left): on every process as the first sees them.
 
-        A run with another size of blocks goes on between those that are there.
+        A run with another size goes on between the blocks that are there.
         """
-        pending, start = [], 0
-        if hosts.first():
-            for block in [*self._done(), range(total, total)]:
-                gap = range(start, block.start)
-                pending += [[i, min(i + size, gap.stop)] for i in gap[::size]]
-                start = block.stop
-        told = hosts.exchange(f"share out {self.paths[0].name}", json.dumps(pending))[0]
-        return [range(*block) for block in json.loads(told)]
-
-    def commit(self, block: range, contents: Sequence[bytes], counts: dict[str, Any]) -> None:
-        """Write a block, one content for each file; its counts, which make it whole, come last."""
-        self.blocks.mkdir(parents=True, exist_ok=True)
-        for number, content in enumerate(contents):
-            replace_file(self._block(block, str(number)), content)
-        replace_file(self._block(block, "json"), to_json(counts))
-
-    def finish(self) -> dict[str, Any]:
-        """Join the blocks once every process has come here; the manifest, with their counts' sums.
-
-        Every process must call it.
-        """
-        hosts.barrier(f"the blocks of {self.paths[0].name}")
+        left, start, done = [], 0, {}
         if hosts.first():
             done = self._done()
-            manifest: dict[str, Any] = {}
-            for counts in done.values():
-                manifest = _sum(manifest, counts)
-            hashes = {}
-            for number, path in reversed(list(enumerate(self.paths))):
-                with scratch(path) as temporary:
-                    with temporary.open("wb") as whole:
-                        for block in done:
-                            whole.write(self._block(block, str(number)).read_bytes())
-                    hashes[path.name] = file_sha256(temporary)
-                    if number == 0:
-                        record = manifest | {"request": self.request, "files": hashes}
-                        replace_file(self.manifest, to_json(record))
-                    commit_file(temporary, path)
-            remove_tree(self.blocks)
-        hosts.barrier(f"the manifest of {self.paths[0].name}")
+            for block in [*done, range(total, total)]:
+                gap = range(start, block.start)
+                left += [[i, min(i + size, gap.stop)] for i in gap[::size]]
+                start = block.stop
+        told = json.dumps([sum(map(len, done)), left])
+        count, blocks = json.loads(hosts.exchange("share out the blocks", told)[0])
+        return count, [range(*block) for block in blocks]
+
+    def commit(self, block: range, texts: Sequence[str], counts: dict[str, Any]) -> None:
+        """Write a block's part of each file; its counts, which make it whole, come last."""
+        self.blocks.mkdir(parents=True, exist_ok=True)
+        for place, text in enumerate(texts):
+            replace_file(self._part(block, place), text.encode("utf-8"))
+        replace_file(self.blocks / f"{_name(block)}.json", to_json(counts))
+
+    def _part(self, block: range, place: int) -> Path:
+        return self.blocks / f"{_name(block)}.{place}.jsonl"
+
+    def finish(self) -> dict[str, Any]:
+        """Join the blocks of all processes in their order; returns the manifest.
+
+        It has the sums of the blocks' counts. The first file gets its name last.
+        """
+        hosts.barrier("the blocks")
+        if hosts.first():
+            self._join()
+        hosts.barrier("the manifest of the blocks")
         return json.loads(self.manifest.read_text(encoding="utf-8"))
 
-    def _block(self, block: range, suffix: str) -> Path:
-        return self.blocks / f"{block.start:09d}-{block.stop:09d}.{suffix}"
+    def _join(self) -> None:
+        done, hashes = self._done(), {}
+        for place, path in reversed(list(enumerate(self.paths))):
+            with scratch(path) as temporary:
+                with temporary.open("wb") as whole:
+                    for block in done:
+                        whole.write(self._part(block, place).read_bytes())
+                hashes[path.name] = file_sha256(temporary)
+                if place == 0:
+                    manifest = _sum(list(done.values())) | {"request": self.request}
+                    replace_file(self.manifest, to_json(manifest | {"files": hashes}))
+                commit_file(temporary, path)
+        remove_tree(self.blocks)
 
 
-def _sum(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Numbers added, dicts of them key by key, in the order of the names."""
-    total = dict(first)
-    for name, value in second.items():
-        if isinstance(value, dict):
-            total[name] = _sum(total.get(name, {}), value)
-        else:
-            total[name] = total.get(name, 0) + value
-    return dict(sorted(total.items()))
+def _name(block: range) -> str:
+    return f"{block.start:09d}-{block.stop:09d}"
+
+
+def _sum(counts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Sums of numbers, and of dicts of numbers: {"n": 1, "by": {"a": 1}} twice -> doubled."""
+    total: dict[str, Any] = {}
+    for one in counts:
+        for name, value in one.items():
+            if isinstance(value, dict):
+                total[name] = _sum([total.get(name, {}), value])
+            else:
+                total[name] = total.get(name, 0) + value
+    return total
 
 
 def _hash(path: Path) -> str:

@@ -36,7 +36,6 @@ class LossConfig:
     divergence: str
     head_chunk: int
     weights: WeightConfig
-    head_group: int = 1
     teacher: str = "cached"
     alpha: float = 1.0
     temperature: float = 1.0
@@ -44,6 +43,7 @@ class LossConfig:
     beta: float = 0.5
     skew: float = 0.1
     taid: TaidConfig = dataclasses.field(default_factory=TaidConfig)
+    head_group: int = 1
 
 
 @jax.tree_util.register_dataclass
