@@ -79,6 +79,7 @@ def get_config() -> Any:
     c.loss.taid_alpha = 5e-4  # of taid: how fast the interpolation may run ahead of its schedule
     c.loss.taid_beta = 0.99  # of taid: memory of the loss's relative change
     c.loss.head_chunk = 512  # tokens whose logits exist at one time in the vocabulary head
+    c.loss.head_group = 1  # chunks for one product of the head's gradient: see docs/scaling.md
     c.loss.weights = ConfigDict()
     c.loss.weights.name = "sigmoid"  # uniform | sigmoid (DisCorD) | clip | power | dft
     c.loss.weights.temperature = _or_auto(1.0)  # of sigmoid and power, or "auto"; paper's: unknown
@@ -120,6 +121,9 @@ def get_config() -> Any:
     c.train.init_from = ""  # run directory or checkpoint whose parameters to start from
     c.train.progress = True  # progress bars
 
+    c.profile = ConfigDict()
+    c.profile.steps = ""  # first:last, both traced by XProf into run_dir/profile; empty: none
+
     c.plan = ConfigDict()
     c.plan.topology = ""  # what plan compiles for: v5e:4x4, v5p:2x2x4, v6e:16x16, ..., or cpu:8
     c.plan.slices = 1  # slices of that topology, joined by the data-centre network
@@ -133,24 +137,91 @@ def get_config() -> Any:
     c.mesh.context = 1  # pieces the positions of a row are split into, for long traces
     c.mesh.slices = -1  # TPU slices joined by the data-centre network; -1: as the devices report
 
+    c.hosts = ConfigDict()
+    c.hosts.coordinator = ""  # host:port of process 0; empty: hosts.cluster says who takes part
+    c.hosts.processes = 0  # processes of the run, where hosts.coordinator is set
+    c.hosts.process_id = -1  # this process, 0 to processes - 1, where hosts.coordinator is set
+    c.hosts.cluster = "auto"  # auto (a TPU slice says it) | none | slurm | ompi | mpi4py | k8s
+    c.hosts.collectives = "gloo"  # between processes on CPU: gloo | mpi
+    c.hosts.connect_timeout = 300.0  # seconds to wait for all processes at the start
+    c.hosts.heartbeat = 60.0  # seconds without a sign of life after which a process is lost
+    c.hosts.timeout = 1800.0  # seconds in which no process gets on after which the run is stuck
+
     c.generate = ConfigDict()
     c.generate.prompts = ""  # prompts JSONL (prompt, answer): sample traces from the teacher first
     c.generate.samples = 1  # traces sampled for each prompt
     c.generate.temperature = 1.0  # of sampling; log-probs are always at temperature 1
+    c.generate.top_p = 1.0  # sample from the smallest set of tokens with this probability
+    c.generate.top_k = 0  # sample from this many most probable tokens; 0: all
+    c.generate.min_p = 0.0  # leave out tokens below this share of the most probable one
+    c.generate.stop = ()  # texts that end a trace
     c.generate.max_new_tokens = 256  # longest completion sampled
     c.generate.batch_size = 64  # sequences decoded together
 
     c.evaluate = ConfigDict()
-    c.evaluate.problems = ""  # held-out problems JSONL (prompt, answer) for greedy accuracy
-    c.evaluate.limit = 0  # problems to take; 0: all
+    c.evaluate.problems = ""  # held-out problems JSONL (prompt, answer)
+    c.evaluate.sets = ()  # benchmarks: gsm8k, math500, ... (docs/evaluation.md), or name=FILE.jsonl
+    c.evaluate.limit = 0  # problems to take of each; 0: all
+    c.evaluate.samples = 1  # answers for each problem: pass@1 is their mean, pass@k, maj@k
+    c.evaluate.temperature = 0.0  # of sampling; 0: greedy
+    c.evaluate.top_p = 1.0  # sample from the smallest set of tokens with this probability
+    c.evaluate.top_k = 0  # sample from this many most probable tokens; 0: all
+    c.evaluate.min_p = 0.0  # leave out tokens below this share of the most probable one
+    c.evaluate.stop = ()  # texts that end an answer
+    c.evaluate.form = "chat"  # chat: the model's template | plain: "Question: ... Answer:"
+    c.evaluate.shots = 0  # worked examples before each problem
+    c.evaluate.exemplars = ""  # JSONL of {prompt, completion} for them; empty: eight built in
+    c.evaluate.instruction = "auto"  # put behind each problem; auto: the benchmark's own
     c.evaluate.max_new_tokens = 256  # longest answer
     c.evaluate.batch_size = 64  # sequences decoded together
+
+    c.drift = ConfigDict()
+    c.drift.prompts = ""  # prompts JSONL to continue; empty: evaluate.problems
+    c.drift.limit = 0  # prompts to take; 0: all
+    c.drift.samples = 1  # continuations of each prompt, from the teacher and from each student
+    c.drift.max_new_tokens = 256  # longest continuation, and the longest length of the curves
+    c.drift.batch_size = 64  # sequences sampled together
+    c.drift.resamples = 2000  # bootstrap resamples behind an interval
+    c.drift.compat = False  # also the numbers as the LMOps script computes them
+
+    c.report = ConfigDict()
+    c.report.at_end = False  # train writes the HTML report when it is done
+    c.report.path = ""  # HTML file; empty: run_dir/report.html
+    c.report.runs = ()  # directories of other runs to show beside this config's
+    c.report.traces = 12  # held-out traces shown token by token; 0: none, and no weight histogram
+    c.report.histogram_traces = 256  # held-out traces behind the weight histogram
+    c.report.points = 500  # points of a curve; a longer one keeps its extremes
 
     c.export = ConfigDict()
     c.export.path = ""  # HF directory to write; empty: run_dir/export
     c.export.dtype = "bfloat16"  # of the written weights
     c.export.step = -1  # checkpoint step; -1: the best by train.best_metric, else the newest
     c.export.max_shard_gb = 4.0  # larger weights are split into files of this size
+
+    c.study = ConfigDict()
+    c.study.arms = ()  # losses compared by the study: ("sft loss.weights.name=uniform", ...)
+    c.study.conditions = ()  # ("main", "hot generate.temperature=1.5", ...); "main" comes first
+    c.study.only = ()  # names of the arms to run; empty: all
+    c.study.seeds = 5  # test runs of each arm
+    c.study.learning_rates = (1e-3, 3e-3)  # the grid of every arm
+    c.study.own_rates = False  # a condition's own grid, not the rates found in "main"
+    c.study.width = 64  # hidden size of the student, a multiple of 16
+    c.study.layers = 2  # of the student
+    c.study.start_steps = 1000  # warm start, more is more competent; 0: student.path
+    c.study.start_learning_rate = 3e-3  # of the warm start, constant
+    c.study.start_styles = ("equations",)  # styles of the warm start's worked solutions
+    c.study.start_terms = (3, 6)  # fewest and most terms of a problem in the warm start
+    c.study.start_problems = 6000  # worked solutions of the warm start
+    c.study.terms = (3, 4)  # of the traces and of the test set "in"
+    c.study.longer_terms = (5, 6)  # of the test set "longer"
+    c.study.first_operands = (1, 6)  # lowest and highest first operand of everything trained on
+    c.study.held_out_operands = (7, 9)  # of the test set "operands"
+    c.study.traces = 3000  # traces of the teacher
+    c.study.noise = 0.0  # share of them with one digit of the steps replaced
+    c.study.styles = ()  # keep traces of these styles only; empty: all
+    c.study.problems = 256  # in each held-out set
+    c.study.drift_length = 20  # tokens over which ExAccErr is accumulated
+    c.study.drift_prompts = 128  # prompts of a test run's drift measurement; 0: none
 
     c.compare = ()  # variants trained from one start: ("sft loss.weights.name=uniform", ...)
     return c.lock()

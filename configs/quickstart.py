@@ -56,5 +56,6 @@ def get_config():
     c.evaluate.max_new_tokens = 72
     c.evaluate.batch_size = 256
     c.export.dtype = "float32"
+    c.report.at_end = True
     c.compare = ("sft loss.weights.name=uniform", "discord loss.weights.name=sigmoid")
     return c

@@ -17,14 +17,16 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
+from dcod_jax.mesh import put
+from dcod_jax.paths import Location, RemotePath, as_path
 from dcod_jax.types import DcodError, Params, TrainState
 
 ITEMS = ("params", "opt_state", "run")
@@ -43,8 +45,12 @@ class Restored:
 class Checkpointer:
     """Asynchronous checkpoints of one run: the newest `keep` of them, and the best."""
 
-    def __init__(self, run_dir: str | Path, *, keep: int = 2, best_metric: str = ""):
-        self.directory = Path(run_dir).resolve() / "checkpoints"
+    def __init__(self, run_dir: Location, *, keep: int = 2, best_metric: str = ""):
+        self.directory = as_path(run_dir).resolve() / "checkpoints"
+        if isinstance(self.directory, RemotePath) and self.directory.protocol != "gs":
+            raise DcodError(
+                f"run_dir={run_dir}: checkpoints need a local directory or gs://bucket/name"
+            )
         self.best_metric = best_metric
         newest: Any = policies.LatestN(keep)
         policy = newest
@@ -60,7 +66,8 @@ class Checkpointer:
         )
         with self._explained("open"):
             self.directory.mkdir(parents=True, exist_ok=True)
-            self.manager = ocp.CheckpointManager(self.directory, item_names=ITEMS, options=options)
+            place = epath.Path(str(self.directory))  # Orbax's own way to gs://
+            self.manager = ocp.CheckpointManager(place, item_names=ITEMS, options=options)
 
     def steps(self) -> list[int]:
         """Steps that can be restored, oldest first."""
@@ -126,7 +133,7 @@ class Checkpointer:
             self._check_shapes(step, like.params)
             found = self.manager.restore(step, args=items)
         state = TrainState(
-            step=jax.device_put(jnp.int32(step), getattr(like.step, "sharding", None)),
+            step=put(jnp.int32(step), getattr(like.step, "sharding", None)),
             params=found["params"],
             opt_state=found["opt_state"]["optimizer"],
             loss_state=found["opt_state"]["loss"],
@@ -156,7 +163,7 @@ class Checkpointer:
     def _check_shapes(self, step: int, like: Params) -> None:
         """Name the first parameter that differs, before any array is read."""
         with ocp.StandardCheckpointer() as reader:
-            stored: Any = reader.metadata(self.directory / str(step) / "params")
+            stored: Any = reader.metadata(epath.Path(str(self.directory)) / str(step) / "params")
         if stored.item_metadata is None:
             raise ValueError("the description of its arrays is missing")
         there = _shapes(stored.item_metadata.tree)
@@ -191,9 +198,9 @@ class Checkpointer:
         return sorted(int(name) for name in names if name.isdigit())
 
 
-def read_run(run_dir: str | Path, step: int) -> Restored:
+def read_run(run_dir: Location, step: int) -> Restored:
     """The small part of a checkpoint (step, data position, config, metrics), without its arrays."""
-    path = Path(run_dir) / "checkpoints" / str(step) / "run" / "metadata"
+    path = as_path(run_dir) / "checkpoints" / str(step) / "run" / "metadata"
     try:
         return _restored(json.loads(path.read_text()))
     except (OSError, json.JSONDecodeError, KeyError) as error:
@@ -214,7 +221,14 @@ def _moments(state: TrainState) -> dict[str, Any]:
 
 
 def _abstract(tree: Any) -> Any:
+    """What to restore; on this host's first device where no layout is given.
+
+    Orbax would take the layout of the run that saved, whose devices may be another host's.
+    """
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here
+        ),
         tree,
     )

@@ -5,26 +5,31 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import pathlib
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
 
+from dcod_jax import hosts
 from dcod_jax.config_checks import config_errors, nearest
 from dcod_jax.losses.adaptive import TaidConfig
 from dcod_jax.losses.distill import LossConfig
 from dcod_jax.losses.weights import AUTO, WeightConfig
 from dcod_jax.optim import OptimConfig
+from dcod_jax.paths import Location, Path, as_path
+from dcod_jax.storage import local_copy
 from dcod_jax.types import DcodError
 
-ROOT = Path(__file__).resolve().parents[1]  # the checkout: recipes say `from configs.base import`
+# The checkout: recipes say `from configs.base import`.
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 BASE = ROOT / "configs" / "base.py"
 AUTOMATIC = ("loss.weights.temperature", "loss.weights.offset")  # a number or "auto"
-EXIT_INTERRUPTED = 75  # a signal stopped the run after its state was saved: start it again
+EXIT_INTERRUPTED = hosts.EXIT_INTERRUPTED
+OWN = ("hosts.process_id", "train.progress")  # a process of several has its own
 
 
 # ---------------------------------------------------------------- reading
@@ -78,11 +83,12 @@ def _parse(argv: Sequence[str]) -> tuple[str, list[tuple[str, str]], bool]:
     return recipe, overrides, wants_help
 
 
-def load_recipe(path: str | Path) -> Any:
+def load_recipe(path: Location) -> Any:
     """Run a recipe file's get_config(); mistakes in it are reported with its line."""
-    path = Path(path)
+    path = as_path(path)
     if not path.is_file():
         raise DcodError(f"--config {path}: no such file; a recipe is a Python file")
+    path = local_copy(path)
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     spec = importlib.util.spec_from_file_location(f"dcod_recipe_{path.stem}", path)
@@ -100,7 +106,7 @@ def load_recipe(path: str | Path) -> Any:
 
 
 def _recipe_error(path: Path, error: Exception) -> str:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if as_path(f.filename) == path]
     line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else 0
     text = str(error)
     unknown = re.search(r'Key "(\w+)" does not exist', text)
@@ -167,13 +173,22 @@ def variants(config: Any) -> Iterator[tuple[str, Any]]:
         return
     for text in config.compare:
         name, *changes = text.split()
-        own = {"run_dir": str(Path(config.run_dir) / name), "compare": ()}
+        own = {"run_dir": str(as_path(config.run_dir) / name), "compare": ()}
         variant = _copy(config, own | {"data.dataset": dataset_dir(config)})
-        for change in changes:
-            key, _, value = change.partition("=")
-            assign(variant, key, value)
-        check(variant)
-        yield name, FrozenConfigDict(variant)
+        yield name, _changed(variant, changes)
+
+
+def with_changes(config: Any, changes: Sequence[str]) -> Any:
+    """The config with ("dotted.key=value", ...) assigned as on the command line, and checked."""
+    return _changed(_copy(config, {}), changes)
+
+
+def _changed(copy: Any, changes: Sequence[str]) -> Any:
+    for change in changes:
+        key, _, value = change.partition("=")
+        assign(copy, key, value)
+    check(copy)
+    return FrozenConfigDict(copy)
 
 
 def replace(config: Any, changes: dict[str, Any]) -> Any:
@@ -195,7 +210,7 @@ def _copy(config: Any, changes: dict[str, Any]) -> Any:
 
 def dataset_dir(config: Any) -> str:
     """Where prepare writes and score and train read."""
-    return config.data.dataset or str(Path(config.run_dir) / "dataset")
+    return config.data.dataset or str(as_path(config.run_dir) / "dataset")
 
 
 def to_json(config: Any) -> str:
@@ -250,7 +265,7 @@ def comments() -> dict[str, str]:
 def help_text(verb: str, config: Any) -> str:
     """Usage, the verb's own description and every key with its value and comment."""
     spec = importlib.util.find_spec(f"dcod_jax.{verb}")
-    source = Path(spec.origin).read_text() if spec and spec.origin else ""
+    source = as_path(spec.origin).read_text() if spec and spec.origin else ""
     about = ast.get_docstring(ast.parse(source)) or ""
     usage = f"python -m dcod_jax.{verb} --config configs/<recipe>.py [--config.key=value ...]"
     lines, notes = [about, "", f"usage: {usage}", ""], comments()
@@ -260,9 +275,20 @@ def help_text(verb: str, config: Any) -> str:
 
 
 def run_verb(verb: str, function: Callable[[Any], object]) -> None:
-    """Entry of `python -m dcod_jax.<verb>`: a DcodError is printed as it is, with exit code 1."""
+    """Entry of `python -m dcod_jax.<verb>`: a DcodError is printed as it is, with exit code 1.
+
+    Joins the other processes where config.hosts or the machine names any; they must have been
+    started with the same config and see the same run_dir.
+    """
     try:
-        function(load(sys.argv[1:], verb=verb))
+        config = load(sys.argv[1:], verb=verb)
+        with hosts.session(config.hosts, notices=verb == "train"):
+            values = keys(config)
+            hosts.agree("config", {key: values[key] for key in values if key not in OWN})
+            hosts.check_shared(config.run_dir)
+            if not hosts.first():
+                config = replace(config, {"train.progress": False})
+            function(config)
     except DcodError as error:
         print(f"dcod_jax.{verb}: error: {error}", file=sys.stderr)
         raise SystemExit(1) from None

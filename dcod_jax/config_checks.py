@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any
 
+from dcod_jax.benchmarks import parse_set
 from dcod_jax.losses import distill
 from dcod_jax.losses.distill import LossConfig
 from dcod_jax.losses.divergences import DIVERGENCES
@@ -17,6 +19,9 @@ CHOICES = {
     "prepare.logprobs": ("ignore", "require"),
     "prepare.on_bad_record": ("error", "quarantine"),
     "optim.schedule": ("cosine", "linear", "constant"),
+    "hosts.cluster": ("auto", "none", "slurm", "ompi", "mpi4py", "k8s"),
+    "hosts.collectives": ("gloo", "mpi"),
+    "evaluate.form": ("chat", "plain"),
 }
 
 POSITIVE = (
@@ -24,15 +29,22 @@ POSITIVE = (
     "prepare.overlap_ngram prepare.shard_records score.batch_tokens "
     "optim.learning_rate optim.eps train.steps "
     "train.microbatches train.log_every train.keep generate.samples generate.max_new_tokens "
-    "generate.batch_size evaluate.max_new_tokens evaluate.batch_size export.max_shard_gb "
-    "on_policy.max_new_tokens plan.slices"
+    "generate.batch_size evaluate.samples evaluate.max_new_tokens evaluate.batch_size "
+    "export.max_shard_gb on_policy.max_new_tokens "
+    "hosts.connect_timeout hosts.heartbeat hosts.timeout "
+    "drift.samples drift.max_new_tokens drift.batch_size drift.resamples "
+    "report.points report.histogram_traces plan.slices "
+    "study.seeds study.width study.layers study.start_learning_rate "
+    "study.start_problems study.traces study.problems"
 ).split()
 
 NOT_NEGATIVE = (
     "seed prepare.workers score.top_k optim.warmup_steps "
     "optim.weight_decay optim.clip_norm optim.final_fraction train.eval_every train.eval_batches "
-    "train.save_every generate.temperature evaluate.limit data.eval_fraction data.head_tokens "
-    "on_policy.temperature plan.hbm_gib"
+    "train.save_every generate.temperature generate.top_k evaluate.limit "
+    "evaluate.temperature evaluate.top_k evaluate.shots data.eval_fraction data.head_tokens "
+    "on_policy.temperature drift.limit report.traces plan.hbm_gib "
+    "study.start_steps study.noise study.drift_prompts"
 ).split()
 
 
@@ -64,6 +76,65 @@ def _teacher_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
     return wrong
 
 
+def _hosts_errors(flat: dict[str, Any]) -> list[str]:
+    """hosts.* that cannot describe a run of several processes."""
+    address, count, own = (flat[f"hosts.{k}"] for k in ("coordinator", "processes", "process_id"))
+    if not address:
+        if count or own != -1:
+            return [
+                f"hosts.processes={count} and hosts.process_id={own} need hosts.coordinator="
+                "host:port of process 0; leave all three out where hosts.cluster knows them"
+            ]
+        return []
+    wrong = []
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        wrong.append(f"hosts.coordinator={address!r} must be host:port of process 0")
+    if not 0 <= own < count:
+        wrong.append(
+            f"hosts.process_id={own} must be one of 0 to {count - 1} (hosts.processes={count}), a "
+            "different one on each host"
+        )
+    return wrong
+
+
+def _profile_errors(text: str, steps: int) -> list[str]:
+    found = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text)
+    if not text or (found and int(found[1]) <= int(found[2]) <= steps):
+        return []
+    return [
+        f"profile.steps={text!r} must be first:last, such as 10:13, with "
+        f"1 <= first <= last <= train.steps={steps}"
+    ]
+
+
+def _sampling_errors(flat: dict[str, Any]) -> list[str]:
+    """Of generate.* and evaluate.*: ranges, and sets that are not known."""
+    wrong: list[str] = []
+    for part in ("generate", "evaluate"):
+        if not 0 < flat[f"{part}.top_p"] <= 1:
+            wrong.append(f"{part}.top_p={flat[f'{part}.top_p']} must be in (0, 1]")
+        if not 0 <= flat[f"{part}.min_p"] < 1:
+            wrong.append(f"{part}.min_p={flat[f'{part}.min_p']} must be in [0, 1)")
+        if not all(isinstance(text, str) and text for text in flat[f"{part}.stop"]):
+            wrong.append(f"{part}.stop={flat[f'{part}.stop']!r} must be non-empty texts")
+    if flat["evaluate.samples"] > 1 and flat["evaluate.temperature"] == 0:
+        wrong.append(
+            f"evaluate.samples={flat['evaluate.samples']} with evaluate.temperature=0 would ask "
+            "for the same greedy answer again; set a temperature such as 0.6"
+        )
+    names = []
+    for entry in flat["evaluate.sets"]:
+        try:
+            names.append(parse_set(str(entry))[0])
+        except ValueError as error:
+            wrong.append(str(error))
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        wrong.append(f"evaluate.sets: {', '.join(twice)} is named more than once")
+    return wrong
+
+
 def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
     """What is wrong in {dotted key: value} and its loss record; empty if all is well."""
     wrong: list[str] = []
@@ -78,6 +149,9 @@ def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
             wrong.append(f"{key}={flat[key]} must be in [0, 1)")
     wrong += [str(error) for error in distill.config_errors(loss)]
     wrong += _teacher_errors(flat, loss)
+    wrong += _hosts_errors(flat)
+    wrong += _profile_errors(flat["profile.steps"], flat["train.steps"])
+    wrong += _sampling_errors(flat)
     if flat["data.max_length"] > flat["data.seq_len"]:
         wrong.append(
             f"data.max_length={flat['data.max_length']} must not exceed "

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from dcod_jax import __version__
+from dcod_jax import __version__, hosts
 from dcod_jax.checkpoint import Checkpointer, Restored
 from dcod_jax.config import dataset_dir, run_verb
 from dcod_jax.data import chat
@@ -31,7 +28,9 @@ from dcod_jax.mesh import batch_shards, make_mesh, tree_shardings
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig, to_hf
 from dcod_jax.models.gguf import export_tokenizer
+from dcod_jax.paths import Location, Path, as_path
 from dcod_jax.scoring import load_any_tokenizer
+from dcod_jax.storage import publish, remove_tree, unfinished
 from dcod_jax.types import DcodError, Params
 
 MARKER = "dcod_jax.json"  # says that a directory is an export of ours, and what was checked
@@ -54,11 +53,13 @@ CHECK_ROWS, CHECK_LENGTH = 4, 48
 
 def export(config: Any) -> Path:
     """Export the run's checkpoint; returns the directory once it was re-opened and compared."""
-    source = Path(config.student.path or config.student.config)
+    source = as_path(config.student.path or config.student.config)
     if not config.student.path and not config.student.config:
         raise DcodError("no student: set student.path or student.config as in the training run")
     model_config = hf.read_config(source)
+    hosts.check_joined()
     mesh = make_mesh(**config.mesh)
+    hosts.doing(f"exporting {config.run_dir}")
     params, restored = _read_checkpoint(config, model_config, mesh)
     path = export_path(config)
     report = export_model(
@@ -82,11 +83,11 @@ def export(config: Any) -> Path:
 
 def export_path(config: Any) -> Path:
     """Where the run's export is or will be."""
-    return Path(config.export.path or Path(config.run_dir) / "export")
+    return as_path(config.export.path or as_path(config.run_dir) / "export")
 
 
 def _read_checkpoint(config: Any, model_config: ModelConfig, mesh: Mesh) -> tuple[Params, Restored]:
-    directory = Path(config.run_dir) / "checkpoints"
+    directory = as_path(config.run_dir) / "checkpoints"
     if not directory.is_dir():
         raise DcodError(f"{directory} does not exist; expected the checkpoints of a training run")
     checkpointer = Checkpointer(config.run_dir, best_metric=config.train.best_metric)
@@ -102,13 +103,13 @@ def _read_checkpoint(config: Any, model_config: ModelConfig, mesh: Mesh) -> tupl
 
 
 def _tokenizer_home(config: Any, source: Path) -> Path:
-    home = Path(config.student.tokenizer) if config.student.tokenizer else source
+    home = as_path(config.student.tokenizer) if config.student.tokenizer else source
     return home.parent if home.name == "config.json" else home
 
 
 def _card(config: Any, restored: Restored) -> dict[str, Any]:
     """What the model card tells: recipe, data and held-out metrics."""
-    root = Path(dataset_dir(config))
+    root = as_path(dataset_dir(config))
     names = [name for name in ("train", "eval") if (root / name / MANIFEST).is_file()]
     data = {name: read_manifest(root / name) for name in names}
     if not data and (root / MANIFEST).is_file():
@@ -128,9 +129,9 @@ def _card(config: Any, restored: Restored) -> dict[str, Any]:
 def export_model(
     params: Params,
     model_config: ModelConfig,
-    path: str | Path,
+    path: Location,
     *,
-    tokenizer_source: str | Path,
+    tokenizer_source: Location,
     dtype: str,
     card: dict[str, Any],
     max_shard_bytes: int,
@@ -144,20 +145,20 @@ def export_model(
     cannot express and when what is read back is not what was to be written; then no directory
     appears. Returns the checks.
     """
-    path = Path(path).resolve()
+    path = as_path(path).resolve()
     raw = to_hf(model_config, dtype=dtype)
-    tokenizer = load_any_tokenizer(Path(tokenizer_source), chat_template=chat_template)
+    tokenizer = load_any_tokenizer(as_path(tokenizer_source), chat_template=chat_template)
     if len(tokenizer) > model_config.vocab_size:
         raise DcodError(
             f"{tokenizer_source}: the tokenizer has {len(tokenizer)} entries, the model "
             f"{model_config.vocab_size} rows; set student.tokenizer to the student's own"
         )
     temporary = path.with_name(f".{path.name}.partial")
-    if _writes():
+    if hosts.first():
         _refuse_foreign(path)
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_tree(temporary)
         temporary.mkdir(parents=True)
-    _barrier("export: directory")
+    hosts.barrier("export: directory")
     try:
         hf.save_params(
             temporary,
@@ -166,33 +167,24 @@ def export_model(
             dtype=jnp.dtype(dtype),
             max_shard_bytes=max_shard_bytes,
         )
-        if _writes():
+        if hosts.first():
             _write_small_files(
-                temporary, raw, model_config, Path(tokenizer_source), tokenizer, chat_template
+                temporary, raw, model_config, as_path(tokenizer_source), tokenizer, chat_template
             )
-        _barrier("export: written")
+        hosts.barrier("export: written")
         report = verify(temporary, model_config, params, tokenizer, dtype=dtype, mesh=mesh)
-        if _writes():
+        if hosts.first():
             _write_card(temporary, card, report, dtype=dtype)
-            _publish(temporary, path)
-        _barrier("export: published")
+            publish(temporary, path, last=MARKER)
+        hosts.barrier("export: published")
     finally:
-        if _writes():
-            shutil.rmtree(temporary, ignore_errors=True)
+        if hosts.first():
+            remove_tree(temporary)
     return report
 
 
-def _writes() -> bool:
-    return jax.process_index() == 0
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
 def _refuse_foreign(path: Path) -> None:
-    if not path.exists() or (path / MARKER).is_file():
+    if not path.exists() or (path / MARKER).is_file() or unfinished(path, last=MARKER):
         return
     if not path.is_dir() or any(path.iterdir()):
         raise DcodError(
@@ -216,13 +208,14 @@ def _write_small_files(
     else:
         for name in TOKENIZER_FILES:
             if (tokenizer_source / name).is_file():
-                shutil.copyfile(tokenizer_source / name, directory / name)
+                (directory / name).write_bytes((tokenizer_source / name).read_bytes())
     if chat_template:
         settings_file = directory / "tokenizer_config.json"
         settings = json.loads(settings_file.read_text(encoding="utf-8"))
         settings.pop("chat_template", None)
         _write_json(settings_file, settings)
-        shutil.copyfile(chat_template, directory / "chat_template.jinja")
+        template = as_path(chat_template).read_bytes()
+        (directory / "chat_template.jinja").write_bytes(template)
     earlier = tokenizer_source / "generation_config.json"
     generation = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}
     stops = stop_ids(model_config, tokenizer)
@@ -237,16 +230,6 @@ def _write_small_files(
 def _write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
-
-
-def _publish(temporary: Path, path: Path) -> None:
-    """The old export goes away only when the new one is there."""
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        os.replace(path, old)
-    os.replace(temporary, path)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 # ---------------------------------------------------------------- checking

@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from dcod_jax import decoding
 from dcod_jax.decoding import Program, Request
-from dcod_jax.mesh import batch_shards, parts
+from dcod_jax.mesh import batch_shards, parts, put, sharding
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.transformer import CACHE_CHUNK
 from dcod_jax.sampling import make_settings
@@ -93,15 +92,17 @@ def sample(
     if not prompts:
         return []
     ends = sorted(set(eos_ids))
+    everywhere = None if mesh is None else sharding(mesh, ())
     request = Request(
         key=jax.random.key(seed),
         settings=settings,
-        # No token is -1: it fills up to 8, so that another number of stop ids compiles nothing.
-        stop_ids=jnp.array(ends + [-1] * (-len(ends) % 8), jnp.int32),
-        max_new_tokens=jnp.int32(max_new_tokens),
+        # No token is -1; filled up, so that another number of stop ids compiles nothing new.
+        stop_ids=np.array(ends + [-1] * (8 - len(ends) % 8), np.int32),
+        max_new_tokens=np.int32(max_new_tokens),
     )
+    request = jax.tree.map(lambda x: put(x, everywhere), request)
     batch = _Batch(
-        Program(config, valid_vocab, jnp.dtype(compute_dtype), mesh),
+        Program(config, valid_vocab, np.dtype(compute_dtype), mesh),
         params,
         request,
         rows=min(batch_size, 1 << (len(prompts) - 1).bit_length()),
@@ -191,10 +192,10 @@ class _Batch:
             self.rows = decoding.decode(
                 self.params,
                 self.rows,
-                jnp.asarray(self.stopped),
+                self.stopped.copy(),
                 self.request,
-                most_steps=jnp.int32(STEPS_BETWEEN_CHECKS if stops else np.iinfo(np.int32).max),
-                most_alive=jnp.int32(len(self.members) - group if waiting else 0),
+                most_steps=np.int32(STEPS_BETWEEN_CHECKS if stops else np.iinfo(np.int32).max),
+                most_alive=np.int32(len(self.members) - group if waiting else 0),
                 program=self.program,
             )
             finished = self._collect(stops)
@@ -218,11 +219,13 @@ class _Batch:
             tokens[slot, : len(prompt)], lengths[slot] = prompt, len(prompt)
             places[slot], who[slot] = row, names[member]
             self.members[row], self.checked[row], self.stopped[row] = member, 0, False
-        arrays = (jnp.asarray(x) for x in (tokens, lengths, places, who))
         self.rows = decoding.prefill(
             self.params,
             self.rows,
-            *arrays,
+            tokens,
+            lengths,
+            places,
+            who,
             self.request,
             chunk=self.chunk,
             program=self.program,

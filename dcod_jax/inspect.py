@@ -14,7 +14,6 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,8 @@ from dcod_jax.data import chat
 from dcod_jax.data.codec import bytes_per_token
 from dcod_jax.data.manifest import MANIFEST, commit_file, read_manifest
 from dcod_jax.data.records import TraceDataset, check_fingerprints
+from dcod_jax.paths import Path, as_path
+from dcod_jax.storage import scratch
 from dcod_jax.types import DcodError, Trace
 
 SPLITS = ("train", "eval")
@@ -53,7 +54,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.student and args.checkpoint:
         parser.error("give --student or --checkpoint, not both")
-    if args.export and Path(args.export).suffix not in (".jsonl", ".parquet"):
+    if args.export and as_path(args.export).suffix not in (".jsonl", ".parquet"):
         parser.error(f"--export {args.export}: expected a name that ends in .jsonl or .parquet")
     if min(args.examples, args.start, args.tokens) < 0:
         parser.error("--examples, --start and --tokens must not be negative")
@@ -61,7 +62,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def inspect(args: argparse.Namespace, console: Console) -> None:
-    root = Path(args.directory)
+    root = as_path(args.directory)
     paths = [root / name for name in SPLITS if (root / name / MANIFEST).is_file()]
     paths = paths if paths and not (root / MANIFEST).exists() else [root]
     if args.json:
@@ -80,7 +81,7 @@ def inspect(args: argparse.Namespace, console: Console) -> None:
         if args.start >= len(dataset) and args.examples:
             console.print(f"no trace {args.start}: {dataset.directory} has {len(dataset)} traces")
     if args.export:
-        count = export(datasets, Path(args.export), tokenizer=tokenizer, student=student)
+        count = export(datasets, as_path(args.export), tokenizer=tokenizer, student=student)
         console.print(f"{args.export}: {count} traces")
 
 
@@ -94,14 +95,14 @@ def _tokenizer(
     from dcod_jax.scoring import load_any_tokenizer
 
     source = args.tokenizer or (datasets[0].manifest.get("tokenizer") or {}).get("source", "")
-    if not args.tokenizer and (not source or not Path(source).exists()):
+    if not args.tokenizer and (not source or not as_path(source).exists()):
         console.print(
             f"The tokenizer {source or '(the manifest names none)'} is not here: tokens are shown "
             "as ids; give --tokenizer",
             markup=False,
         )
         return None
-    tokenizer = load_any_tokenizer(Path(source))
+    tokenizer = load_any_tokenizer(as_path(source))
     for dataset in datasets:
         check_fingerprints(dataset, tokenizer=chat.tokenizer_fingerprint(tokenizer))
     return tokenizer
@@ -120,9 +121,9 @@ def _student(args: argparse.Namespace, datasets: Sequence[TraceDataset]) -> Scor
     if args.checkpoint:
         config, params, home = _read_checkpoint(args.checkpoint)
     else:
-        home = Path(args.student)
+        home = as_path(args.student)
         config, params = hf.load_model(home, dtype=jnp.float32)
-    tokenizer = load_any_tokenizer(Path(args.tokenizer) if args.tokenizer else home)
+    tokenizer = load_any_tokenizer(as_path(args.tokenizer) if args.tokenizer else home)
     for dataset in datasets:
         check_fingerprints(dataset, tokenizer=chat.tokenizer_fingerprint(tokenizer))
     settings = ScoreSettings(
@@ -145,18 +146,18 @@ def _read_checkpoint(run_dir: str) -> tuple[Any, Any, Path]:
     from dcod_jax.checkpoint import Checkpointer, read_run
     from dcod_jax.models import hf, transformer
 
-    if not (Path(run_dir) / "checkpoints").is_dir():
+    if not (as_path(run_dir) / "checkpoints").is_dir():
         raise DcodError(f"--checkpoint {run_dir}: expected a run directory with checkpoints/ in it")
     checkpointer = Checkpointer(run_dir)
     steps = checkpointer.steps()
     if not steps:
         raise DcodError(f"--checkpoint {run_dir}: it holds no finished checkpoint")
     student = read_run(run_dir, steps[-1]).config["student"]
-    source = Path(student["path"] or student["config"])
+    source = as_path(student["path"] or student["config"])
     config = hf.read_config(source)
     params, _ = checkpointer.restore_params(transformer.param_shapes(config), step=steps[-1])
     checkpointer.close()
-    return config, params, Path(student["tokenizer"] or source)
+    return config, params, as_path(student["tokenizer"] or source)
 
 
 # ---------------------------------------------------------------- printing
@@ -267,15 +268,13 @@ def export(
     there are none); meta as it was stored (JSON text in Parquet, whose columns have one type).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     write = _write_parquet if path.suffix == ".parquet" else _write_jsonl
     try:
-        count = write(temporary, _batches(datasets, tokenizer, student))
-        commit_file(temporary, path)
+        with scratch(path) as temporary:
+            count = write(temporary, _batches(datasets, tokenizer, student))
+            commit_file(temporary, path)
     except OSError as error:
         raise DcodError(f"cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return count
 
 

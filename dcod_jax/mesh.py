@@ -123,6 +123,19 @@ def sharding(mesh: Mesh, logical: Sequence[str | None]) -> NamedSharding:
     return NamedSharding(mesh, spec(logical))
 
 
+def put(x: Any, layout: Any) -> jax.Array:
+    """A value that every process has, on devices some of which may be other processes'.
+
+    layout: a Sharding, or None for the default device. Every process must call it.
+    """
+    if layout is None or layout.is_fully_addressable:
+        return jax.device_put(x, layout)
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(put(jax.random.key_data(x), layout))
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, layout, lambda index: host[index])
+
+
 def tree_shardings(mesh: Mesh, logical_axes: Any) -> Any:
     """Shardings of a pytree of logical-axis tuples (see models/transformer.py:logical_axes)."""
     return jax.tree.map(

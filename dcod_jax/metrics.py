@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -18,8 +18,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 from tensorboardX import SummaryWriter
 
+from dcod_jax.paths import Location, Path, as_path
+from dcod_jax.storage import Mirror
+
 # First position within the completion of each bucket: [0,16), [16,32), ..., [1024, ∞).
 POSITION_BUCKETS = (0, 16, 32, 64, 128, 256, 512, 1024)
+SYNC_SECONDS = 60.0  # between two copies of a growing file to a store
 QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
 
 # Dense bfloat16 FLOP/s of one JAX device. A TPU v2/v3 device is a core (half a chip) and a 7x
@@ -113,17 +117,22 @@ class MetricsWriter:
     Opened for a run that goes on from step `start`: lines of later steps are dropped, a line of
     `start` itself is replaced when its keys are written again. So a restarted run's file equals
     an uninterrupted one but for the clock's fields. Only the first process writes.
+
+    A store cannot append: there both are kept on this machine's disk and sent whole when a minute
+    has passed since the last time, in sync() and in close().
     """
 
-    def __init__(self, run_dir: str | Path, start: int = 0):
+    def __init__(self, run_dir: Location, start: int = 0):
         self.enabled = jax.process_index() == 0
         if not self.enabled:
             return
-        run_dir = Path(run_dir)
+        self.mirror = Mirror(as_path(run_dir), fetch=("metrics.jsonl",))
+        self._sent = time.monotonic()
+        run_dir = self.mirror.directory
         run_dir.mkdir(parents=True, exist_ok=True)
         self.start = start
         path = run_dir / "metrics.jsonl"
-        kept = [] if not path.exists() else _complete_lines(path)
+        kept = [] if not path.exists() else read_metrics(path)
         earlier = [line for line in kept if line["step"] < start]
         self._current = [line for line in kept if line["step"] == start]
         temporary = path.with_name(path.name + ".tmp")
@@ -133,7 +142,10 @@ class MetricsWriter:
         self._put(*self._current)
         os.replace(temporary, path)  # a kill before this line leaves the old file whole
         # purge_step hides what an interrupted run wrote after its last checkpoint.
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
+        # The suffix keeps a restart within the same second from replacing the file in a store.
+        self.board = SummaryWriter(
+            str(run_dir / "tensorboard"), purge_step=start + 1, filename_suffix=f".{start}"
+        )
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One line {"step": step, key: value, ...} of the values that are available."""
@@ -151,6 +163,15 @@ class MetricsWriter:
         for key, value in line.items():
             if key != "step":
                 self.board.add_scalar(key, value, step)
+        if time.monotonic() - self._sent > SYNC_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        """Send what has grown to the store; nothing where run_dir is local."""
+        if self.enabled:
+            self.board.flush()
+            self.mirror.send()
+            self._sent = time.monotonic()
 
     def _put(self, *lines: dict[str, Any]) -> None:
         for line in lines:
@@ -161,6 +182,7 @@ class MetricsWriter:
         if self.enabled:
             self.file.close()
             self.board.close()
+            self.mirror.close()
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -174,7 +196,7 @@ class MetricsWriter:
         self.close()
 
 
-def _complete_lines(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Lines of a metrics file; one that a killed process wrote in part is left out."""
     text = path.read_text(encoding="utf-8")
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

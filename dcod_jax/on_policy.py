@@ -2,8 +2,9 @@
 
 The prompts of the batch at hand are continued by the current student with the repository's sampler
 and packed into rows of the same shape; the live teacher then scores them in the train step like
-any other batch. Coin and samples follow from (seed, step), so a resumed run repeats them. What it
-costs is counted, for a comparison with offline training at equal compute.
+any other batch. Coin and samples follow from (seed, step), so a resumed run repeats them. Several
+processes read the whole batch, sample it together and keep their rows. What it costs is counted,
+for a comparison with offline training at equal compute.
 """
 
 from __future__ import annotations
@@ -11,17 +12,21 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from dcod_jax.data import packing
 from dcod_jax.data.codec import Columns
-from dcod_jax.data.pipeline import HostBatch
+from dcod_jax.data.pipeline import HostBatch, host_slice
 from dcod_jax.evals import stop_ids
 from dcod_jax.generate import sample
 from dcod_jax.start import Student
-from dcod_jax.types import DcodError, TrainState
+from dcod_jax.types import TrainState
+
+
+def reading(config: Any, own: dict[str, Any]) -> dict[str, Any]:
+    """The fields of pipeline.Reading: prompts are needed of the whole batch, not of a host's."""
+    return own | {"process_index": 0, "process_count": 1} if config.on_policy.fraction else own
 
 
 class OnPolicy:
@@ -29,12 +34,8 @@ class OnPolicy:
 
     def __init__(self, config: Any, student: Student, mesh: Mesh, *, spent: dict[str, Any]):
         """spent: what an interrupted run had used up, as `spent` of its checkpoint."""
-        if config.on_policy.fraction and jax.process_count() > 1:
-            raise DcodError(
-                f"on_policy.fraction={config.on_policy.fraction}: sampling in training runs on one "
-                f"process only, there are {jax.process_count()}; set it to 0"
-            )
         self.config, self.student, self.mesh = config, student, mesh
+        self.host, self.hosts = host_slice(mesh, config.data.batch_size)
         self.spent: dict[str, Any] = {"tokens": 0, "seconds": 0.0} | spent
 
     def __call__(
@@ -45,7 +46,7 @@ class OnPolicy:
             return batch, trace_index, {}
         drawn = _draws(self.config.seed, step)
         if drawn[0] / 2**64 >= self.config.on_policy.fraction:
-            return batch, trace_index, self._metrics(on=False)
+            return *self._own_rows(batch, trace_index), self._metrics(on=False)
         start = time.monotonic()
         prompts, sources = _prompts(batch, trace_index)
         settings = self.config.on_policy
@@ -68,7 +69,13 @@ class OnPolicy:
         self.spent["seconds"] += time.monotonic() - start
         unfinished = sum(not s.finished for s in samples) / len(samples)
         more = {"on_policy/unfinished": unfinished, "on_policy/left_out": float(left_out)}
-        return own, index, self._metrics(on=True) | more
+        return *self._own_rows(own, index), self._metrics(on=True) | more
+
+    def _own_rows(self, batch: HostBatch, trace_index: np.ndarray) -> tuple[HostBatch, np.ndarray]:
+        """This host's rows of the whole batch."""
+        share = len(trace_index) // self.hosts
+        rows = slice(self.host * share, (self.host + 1) * share)
+        return {name: value[rows] for name, value in batch.items()}, trace_index[rows]
 
     def _metrics(self, *, on: bool) -> dict[str, float]:
         return {

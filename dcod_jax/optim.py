@@ -30,7 +30,7 @@ DECAYS: dict[str, Callable[[Array], Array]] = {
 class OptimConfig:
     """optim.* of the configuration; defaults and meanings are in configs/base.py."""
 
-    learning_rate: float
+    learning_rate: float | Array  # an array where the rate is part of the optimizer's state
     schedule: str
     warmup_steps: int
     final_fraction: float

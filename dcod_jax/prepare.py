@@ -11,13 +11,12 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import shutil
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from dcod_jax import hosts
 from dcod_jax.config import dataset_dir, run_verb
 from dcod_jax.data import chat, overlap
 from dcod_jax.data.formats import RawTrace
@@ -26,11 +25,14 @@ from dcod_jax.data.records import DatasetWriter
 from dcod_jax.data.traces import Source, describe, find_sources
 from dcod_jax.filters import Counts, Filter
 from dcod_jax.grading import Grader
+from dcod_jax.paths import Path, as_path
 from dcod_jax.progress import track
 from dcod_jax.scoring import load_any_tokenizer
+from dcod_jax.storage import publish, remove_tree, unfinished
 from dcod_jax.types import DcodError
 
 QUARANTINE = "quarantine.jsonl"
+LAST = f"train/{MANIFEST}"  # makes the directory a prepared dataset
 # What decides the result, beside the content of the files and the tokenizer.
 _SETTINGS = (
     "data.split data.eval_fraction data.max_length prepare.prompt_field prepare.completion_field "
@@ -47,7 +49,7 @@ def traces_source(config: Any) -> str:
     """data.traces, or what generate_traces writes for generate.prompts."""
     if config.data.traces or not config.generate.prompts:
         return config.data.traces
-    return str(Path(config.run_dir) / "traces.jsonl")
+    return str(as_path(config.run_dir) / "traces.jsonl")
 
 
 def load_tokenizer(config: Any) -> Any:
@@ -58,7 +60,7 @@ def load_tokenizer(config: Any) -> Any:
             "no tokenizer: set student.path, student.config or student.tokenizer; traces are "
             "tokenised for the student"
         )
-    path = Path(home)
+    path = as_path(home)
     path = path.parent if path.name == "config.json" else path
     return load_any_tokenizer(path, chat_template=config.student.chat_template)
 
@@ -101,7 +103,7 @@ def _identity(config: Any, tokenizer: Any) -> dict[str, Any]:
     settings = {key: _value(config, key) for key in _SETTINGS}
     overlaps = []
     for name in config.prepare.overlap_files:
-        if not Path(name).is_file():
+        if not as_path(name).is_file():
             raise DcodError(f"prepare.overlap_files: no such file: {name}")
         overlaps.append(file_sha256(name))
     return settings | {
@@ -150,6 +152,8 @@ def _existing(root: Path) -> dict[str, Any] | None:
     """The manifest of a complete dataset of this verb, None where there is nothing yet."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return None
+    if unfinished(root, last=LAST):
+        return None
     if not (root / "train" / MANIFEST).is_file():
         raise DcodError(
             f"{root} exists and is not a dataset that prepare wrote; remove it, or set "
@@ -164,7 +168,7 @@ def is_prepared(config: Any) -> bool:
     Raw traces that are no longer there are not asked for: a dataset can be taken to another
     machine without them. Raises DcodError when the dataset was made from other inputs.
     """
-    root = Path(dataset_dir(config))
+    root = as_path(dataset_dir(config))
     if (root / MANIFEST).is_file():  # a single dataset that was named directly
         return True
     manifest = _existing(root)
@@ -188,15 +192,13 @@ def is_prepared(config: Any) -> bool:
 
 def prepare(config: Any, *, progress: bool = True) -> Path:
     """Write the dataset that the config names, if it is not there; returns its directory."""
-    root = Path(dataset_dir(config))
-    if "://" in str(root):
-        raise DcodError(f"data.dataset={root}: prepare writes to a local directory; copy it after")
+    root = as_path(dataset_dir(config))
     if is_prepared(config):
         print(f"{root}: already prepared from these inputs; nothing to do")
         return root
     inputs = _inputs(config)
-    work = root.with_name(root.name + ".partial")  # what an interrupted run left is not resumed
-    shutil.rmtree(work, ignore_errors=True)
+    work = _work(root)  # what an interrupted run left is not resumed
+    remove_tree(work)
     work.mkdir(parents=True)
     # What is no Unicode stays the JSON escape that it was in the traces.
     with (work / QUARANTINE).open("w", encoding="utf-8", errors="backslashreplace") as quarantine:
@@ -208,11 +210,14 @@ def prepare(config: Any, *, progress: bool = True) -> Path:
             track(f"preparing {root.name}", total, unit="records", enabled=shown) as advance,
         ):
             counts = _write_splits(config, inputs, run, work, grader=grader, advance=advance)
-    if root.exists():
-        root.rmdir()  # empty, as checked above
-    work.rename(root)
+    publish(work, root, last=LAST)  # what is there is empty, as checked above
     _print_counts(root, counts)
     return root
+
+
+def _work(root: Path) -> Path:
+    """Where the dataset is until it is complete."""
+    return root.with_name(root.name + ".partial")
 
 
 def _write_splits(
@@ -290,7 +295,7 @@ def _finish(writer: DatasetWriter, run: Filter, key: str, *, held_out: int = 0) 
         raise DcodError(
             f"no trace of {key} is left for its split ({counts.manifest()['read']} read, "
             f"{held_out} held out; dropped: {reasons or 'none'}); the dropped records are in "
-            f"{run.quarantine.name}"
+            f"{_work(as_path(dataset_dir(run.config))) / QUARANTINE}"
         )
     manifest = counts.manifest()
     if held_out:
@@ -311,5 +316,12 @@ def _print_counts(root: Path, counts: dict[str, Counts]) -> None:
         print(f"dropped records: {root / QUARANTINE}")
 
 
+def prepare_once(config: Any) -> None:
+    """The verb: of several processes the first one works, the others wait for it."""
+    if hosts.first():
+        prepare(config)
+    hosts.barrier("prepare on process 0")
+
+
 if __name__ == "__main__":
-    run_verb("prepare", prepare)
+    run_verb("prepare", prepare_once)

@@ -10,6 +10,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dcod_jax import hosts
+
 LINE_SECONDS = 15.0  # between two lines of a log file
 
 
@@ -26,13 +28,14 @@ def track(
     """Yield advance(n, text); `done` of the total was finished before and has no rate."""
     console = Console(stderr=True)
     if not enabled:
-        yield lambda amount, text="": None
+        yield lambda amount, text="": hosts.moved()
     elif console.is_terminal:
         with _bar(console, unit) as bar:
             start = time.monotonic()
             task = bar.add_task(label, total=total, completed=done, rate="", text="")
 
             def advance(amount: int, text: str = "") -> None:
+                hosts.moved()
                 bar.advance(task, amount)
                 current = bar.tasks[0].completed - done
                 rate = current / max(time.monotonic() - start, 1e-9)
@@ -70,6 +73,7 @@ class _Lines:
         self.start = self.shown = time.monotonic()
 
     def __call__(self, amount: int, text: str = "") -> None:
+        hosts.moved()
         self.current += amount
         now = time.monotonic()
         if now - self.shown < LINE_SECONDS and self.current < self.total:

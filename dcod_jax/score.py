@@ -1,23 +1,22 @@
 """Add the teacher's log-probability of each completion token to a trace dataset.
 
 Reads teacher.path and data.dataset (train/ and, where there is one, eval/); an interrupted run goes
-on behind the last finished shard and ends with the same bytes.
+on behind the finished shards and ends with the same bytes. Of several processes each scores every
+n-th shard with the teacher on its own devices, where it fits there; the first writes the manifest.
 """
 
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
-import jax
-
+from dcod_jax import hosts
 from dcod_jax.config import dataset_dir, run_verb
 from dcod_jax.data import chat, score_progress
 from dcod_jax.data.codec import bytes_per_token
 from dcod_jax.data.manifest import read_manifest
 from dcod_jax.data.records import TraceDataset, check_fingerprints, extend
-from dcod_jax.mesh import make_mesh
+from dcod_jax.paths import Path, as_path
 from dcod_jax.progress import track
 from dcod_jax.scoring import ScoreSettings, Teacher, open_teacher, score_traces
 from dcod_jax.types import DcodError
@@ -32,7 +31,7 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
     DcodError when the teacher's tokenizer is another one than the dataset's, and when another
     teacher's log-probs are there and score.overwrite is not set.
     """
-    root = Path(dataset_dir(config))
+    root = as_path(dataset_dir(config))
     splits = [root / name for name in SPLITS if (root / name).is_dir()]
     if not splits:
         read_manifest(root)  # a dataset of one split, or the error that says what is missing
@@ -49,7 +48,7 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
             done[split.name] = manifest
     if len(done) == len(splits):
         return done
-    mesh = make_mesh(**config.mesh)
+    mesh, process, processes = hosts.share(config)
     model_config, params = teacher.load(mesh)
     settings = ScoreSettings(
         top_k=config.score.top_k,
@@ -61,9 +60,9 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
     for split in splits:
         if split.name in done:
             continue
-        total, before = _work(config, split, teacher, stored)
+        work = _work(config, split, teacher, stored, process=process, processes=processes)
         label = f"scoring {split.name}"
-        with track(label, total, done=before, enabled=config.train.progress) as advance:
+        with track(label, work[0], done=work[1], enabled=config.train.progress) as advance:
             options = {"settings": settings, "mesh": mesh, "on_tokens": advance}
             done[split.name] = extend(
                 split,
@@ -71,20 +70,33 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
                 settings=stored,
                 score_shard=functools.partial(score_traces, model_config, params, **options),
                 overwrite=config.score.overwrite,
-                write=jax.process_index() == 0,
+                write=processes > 1 or hosts.first(),
+                process=process,
+                processes=processes,
             )
         _report(split, done[split.name])
     return done
 
 
-def _work(config: Any, split: Path, teacher: Teacher, settings: dict[str, Any]) -> tuple[int, int]:
-    """Tokens of the split, and those that an interrupted run has behind it."""
+def _work(
+    config: Any,
+    split: Path,
+    teacher: Teacher,
+    settings: dict[str, Any],
+    *,
+    process: int,
+    processes: int,
+) -> tuple[int, int]:
+    """Tokens of this process's shards, and those that an interrupted run has behind it."""
     manifest = read_manifest(split)
+    shards = manifest["shards"]
     work = score_progress.describe(manifest, teacher.provenance(), settings)
     finished = score_progress.finished(split, work, overwrite=config.score.overwrite)
     if finished:
-        print(f"{split}: going on behind {len(finished)} of {len(manifest['shards'])} shards")
-    return manifest["totals"]["tokens"], sum(entry["shard"]["tokens"] for entry in finished)
+        print(f"{split}: going on behind {len(finished)} of {len(shards)} shards")
+    own = range(process, len(shards), processes)
+    total = sum(shards[number]["tokens"] for number in own)
+    return total, sum(shards[number]["tokens"] for number in own if number in finished)
 
 
 def _check_tokenizer(split: Path, teacher: Teacher) -> None:

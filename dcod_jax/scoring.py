@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,11 +20,12 @@ from dcod_jax.generate import bucket_length
 from dcod_jax.losses.distributions import MASKED_LOGIT
 from dcod_jax.losses.divergences import target_logprobs
 from dcod_jax.losses.head import head_loss, token_logprobs
-from dcod_jax.mesh import batch_shards, constrain, sharding
+from dcod_jax.mesh import batch_shards, constrain, put, sharding
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.gguf import export_tokenizer
 from dcod_jax.models.hf import load_model, weights_fingerprint
 from dcod_jax.models.transformer import head_weight, hidden_states
+from dcod_jax.paths import Path, as_path
 from dcod_jax.types import DcodError, Params, Trace
 
 TAIL_FLOOR = -100.0  # log of a tail that float32 holds to be empty: small, and never -inf
@@ -58,7 +58,7 @@ def open_teacher(settings: Any, *, chat_template: str = "") -> Teacher:
     """The teacher of config.teacher (path, name, revision, dtype): an HF directory or .gguf."""
     if not settings.path:
         raise DcodError("teacher.path is empty; expected an HF directory or a .gguf file")
-    path = Path(settings.path)
+    path = as_path(settings.path)
     return Teacher(
         path=path,
         name=settings.name or path.stem,
@@ -207,7 +207,7 @@ def _launch(
         targets[row, : len(ids) - 1] = ids[1:]
         segment_ids[row, : len(ids) - 1] = 1
     placed = [
-        jnp.asarray(x) if mesh is None else jax.device_put(x, sharding(mesh, ("batch", None)))
+        jnp.asarray(x) if mesh is None else put(x, sharding(mesh, ("batch", None)))
         for x in (tokens, targets, segment_ids)
     ]
     return score_step(config, params, *placed, settings=settings, mesh=mesh)

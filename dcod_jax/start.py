@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from dcod_jax.losses.divergences import DIVERGENCES
 from dcod_jax.mesh import check_divides, make_mesh, tree_shardings
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig
+from dcod_jax.paths import Path, as_path
 from dcod_jax.prepare import load_tokenizer
 from dcod_jax.scoring import open_teacher
 from dcod_jax.train_step import check_batch, init_state
@@ -28,10 +28,10 @@ from dcod_jax.types import DcodError, Params, TrainState
 # beyond the order in which floating-point sums are taken.
 FREE = (
     "run_dir compare mesh. student.remat train.log_every train.eval train.save_every train.keep "
-    "train.best_metric train.progress train.microbatches optim.offload loss.head_chunk "
+    "train.best_metric train.progress train.microbatches optim.offload loss.head "
     "data.prefetch data.verify_checksums data.traces data.eval data.split data.dataset teacher. "
-    "prepare. score. generate. evaluate. export. plan. student.path student.config "
-    "student.tokenizer train.init_from"
+    "prepare. score. generate. evaluate. drift. report. export. plan. student.path student.config "
+    "student.tokenizer train.init_from hosts. profile."
 ).split()
 LIVE = ("teacher.path", "teacher.dtype")  # not free where the teacher runs in the step
 
@@ -70,7 +70,7 @@ def load_student(config: Any) -> Student:
         raise DcodError(
             "no student: set student.path (HF directory or .gguf) or student.config (config.json)"
         )
-    path = Path(source)
+    path = as_path(source)
     model_config = hf.read_config(path)
     tokenizer = load_tokenizer(config)
     if len(tokenizer) > model_config.vocab_size:
@@ -91,7 +91,7 @@ def expected_teacher(config: Any) -> str | None:
 
 def open_datasets(config: Any, student: Student) -> tuple[TraceDataset, TraceDataset | None]:
     """(train, held-out or None), checked against the student's tokenizer and template."""
-    root = Path(configs.dataset_dir(config))
+    root = as_path(configs.dataset_dir(config))
     split = (root / "train").is_dir()
     opened = []
     for path in (root / "train", root / "eval") if split else (root,):

@@ -67,6 +67,17 @@ def test_one_command_goes_from_prompts_to_a_table_and_two_exports(quickstart):
         assert row["low"] <= row["accuracy"] <= row["high"]
 
 
+def test_the_report_is_written_at_the_end(quickstart):
+    run, _, output = quickstart
+    assert f"report: {run / 'report.html'}" in output
+    page = (run / "report.html").read_text()
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert [one["name"] for one in data["runs"]] == ["sft", "discord"]
+    assert data["notes"] == []
+    assert all(one["histogram"]["tokens"] for one in data["runs"])
+    assert set(data["evaluations"][0]["models"]) == {"teacher", "start", "sft", "discord"}
+
+
 def check_held_out(run, output, steps):
     for name in ("sft", "discord"):
         lines = map(json.loads, (run / name / "metrics.jsonl").read_text().splitlines())
@@ -142,7 +153,7 @@ def test_the_real_models_recipe_on_a_tiny_one(tmp_path):
     output = call(command, tmp_path)
     manifest = json.loads((tmp_path / "run" / "traces.jsonl.manifest.json").read_text())
     assert manifest["sampled"] == 160
-    assert 0 < manifest["truncated"] < 120
+    assert 0 < manifest["rejected"]["truncated"] < 120
     check_held_out(tmp_path / "run", output, [2, 4])
     for name in ("sft", "discord"):
         path = tmp_path / "run" / name / "export"

@@ -166,6 +166,42 @@ def test_a_batch_without_completion_tokens_teaches_the_loss_nothing(cfg):
     assert float(values["nonfinite"]) == 0
 
 
+def test_a_bfloat16_teacher_gives_the_loss_of_its_own_logits():
+    """As loss.teacher=live runs by default: teacher in bfloat16, student and softmax in float32."""
+    weights = WeightConfig("uniform", 1.0, 0.0, 2.0, "token", "mean", 0)
+    cfg = LossConfig("forward_kl", 20, weights, "live")
+    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), teacher_params())
+    evaluate = make_eval_step(
+        MODEL,
+        cfg,
+        mesh=make_mesh(devices=jax.devices()[:1]),
+        compute_dtype=jnp.float32,
+        valid_vocab=VALID,
+        teacher=TeacherModel(TEACHER, jnp.bfloat16),
+    )
+    batch = packed()
+    places = {"segment_ids": batch.segment_ids, "positions": batch.positions}
+
+    def logprobs(model, own, dtype):
+        logits = transformer.logits(model, own, batch.tokens, compute_dtype=dtype, **places)
+        return reference.log_softmax(np.asarray(logits)[..., :VALID])[np.asarray(batch.loss_mask)]
+
+    log_q = logprobs(MODEL, jax.tree.map(jnp.asarray, params()), jnp.float32)
+    wanted, exact = (
+        (np.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean()
+        for log_p in (
+            logprobs(TEACHER, half, jnp.bfloat16),
+            logprobs(TEACHER, jax.tree.map(jnp.asarray, teacher_params()), jnp.float32),
+        )
+    )
+    own = jax.tree.map(jnp.asarray, params())
+    state = init_state(own, optax.sgd(1.0), mesh=None, model_config=MODEL)
+    sums = evaluate(state, batch, half)
+    found = float(sums.loss) / float(sums.count)
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert abs(found - exact) > 1e-4 * exact
+
+
 WIDE = 1009  # a vocabulary that no other size is
 HIDDEN = {MODEL.hidden_size, TEACHER.hidden_size}
 

@@ -17,10 +17,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -29,6 +27,8 @@ from jaxtyping import Bool, Int
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from dcod_jax.paths import Location, as_path
+from dcod_jax.storage import local_directory
 from dcod_jax.types import DcodError, Trace
 
 Message = dict[str, Any]  # {"role": ..., "content": ...}
@@ -44,12 +44,17 @@ _EMPTY_THINKING = "<think></think>"  # some templates write it before a turn wit
 # ---------------------------------------------------------------- loading
 
 
-def load_tokenizer(path: str | os.PathLike[str], *, chat_template: str = "") -> Any:
+def _is_tokenizer_file(name: str) -> bool:
+    """What from_pretrained may read; not the weights."""
+    return name.endswith((".json", ".txt", ".model", ".jinja")) and ".safetensors" not in name
+
+
+def load_tokenizer(path: Location, *, chat_template: str = "") -> Any:
     """The tokenizer of an HF directory (or hub id), exactly as its tokenizer.json has it.
 
     `chat_template` names a Jinja file that takes the place of the tokenizer's own template.
     """
-    directory = Path(path)
+    directory = as_path(path)
     if directory.is_dir() and not (directory / "tokenizer.json").is_file():
         found = ", ".join(sorted(p.name for p in directory.iterdir())[:12]) or "nothing"
         raise DcodError(
@@ -58,7 +63,8 @@ def load_tokenizer(path: str | os.PathLike[str], *, chat_template: str = "") -> 
         )
     try:
         # The generic class: family classes rebuild the pre-tokenizer instead of reading it.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path))
+        home = local_directory(directory, wanted=_is_tokenizer_file)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(home))
     except (OSError, ValueError) as error:
         raise DcodError(
             f"no tokenizer at {path!s}: expected a directory with tokenizer.json, or a hub id "
@@ -68,7 +74,7 @@ def load_tokenizer(path: str | os.PathLike[str], *, chat_template: str = "") -> 
     tokenizer.backend_tokenizer.no_padding()
     if chat_template:
         try:
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+            tokenizer.chat_template = as_path(chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise DcodError(f"student.chat_template={chat_template}: {error}") from error
     return tokenizer
@@ -366,6 +372,12 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
             "set student.chat_template"
         )
     return _ids(tokenizer, text)
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Ids of plain text, behind the bos token where the tokenizer puts one: no chat template."""
+    _check_content(tokenizer, [{"role": "user", "content": text}])
+    return _ids(tokenizer, _bos(tokenizer) + text)
 
 
 def render_sample(tokenizer: Any, trace: Trace) -> str:

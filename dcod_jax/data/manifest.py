@@ -19,10 +19,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pathlib
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
+from dcod_jax.paths import Location, Path, RemotePath, as_path, file_size
+from dcod_jax.storage import local_copy, scratch
 from dcod_jax.types import DcodError
 
 FORMAT = "dcod_jax.traces"
@@ -38,11 +40,12 @@ _OWN_FILES = (
     "*.json.tmp",
     LENGTHS + "*",
     PROGRESS,
+    PROGRESS.replace(".json", "-*.json"),  # of further processes
 )
 
 
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    with open(path, "rb") as file:
+def file_sha256(path: Location) -> str:
+    with as_path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -55,8 +58,14 @@ def fsync_path(path: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
-def commit_file(temporary: Path, final: Path) -> None:
-    """Give a finished file its name; after a crash there is the old content or the new, whole."""
+def commit_file(temporary: pathlib.Path, final: Path) -> None:
+    """Give a finished file its name; after a crash there is the old content or the new, whole.
+
+    temporary: `scratch(final)`, on this machine's disk where final is in a store.
+    """
+    if isinstance(final, RemotePath):
+        final.upload(temporary)
+        return
     fsync_path(temporary)
     os.replace(temporary, final)
     fsync_path(final.parent)
@@ -64,12 +73,11 @@ def commit_file(temporary: Path, final: Path) -> None:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write `content` to `path` atomically; on a DcodError the old content is still there."""
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_bytes(content)
-        commit_file(temporary, path)
+        with scratch(path) as temporary:
+            temporary.write_bytes(content)
+            commit_file(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise DcodError(f"cannot write {path}: {error}; free space and run it again") from error
 
 
@@ -83,19 +91,19 @@ def to_json(value: Any) -> bytes:
 
 
 def file_entry(path: Path) -> dict[str, Any]:
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    return {"file": path.name, "bytes": file_size(path), "sha256": file_sha256(path)}
 
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     replace_file(directory / MANIFEST, to_json(manifest))
 
 
-def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
+def read_manifest(directory: Location) -> dict[str, Any]:
     """The manifest of a complete dataset.
 
     Raises DcodError when the directory is missing, half written, or of another format or version.
     """
-    directory = Path(directory)
+    directory = as_path(directory)
     path = directory / MANIFEST
     if not directory.is_dir():
         raise DcodError(
@@ -136,10 +144,15 @@ def check_file(directory: Path, entry: dict[str, Any], *, verify: bool) -> None:
     mend = "restore the file from a good copy, or prepare (and score) the dataset again"
     if not path.is_file():
         raise DcodError(f"{path} is missing, but {MANIFEST} lists it; {mend}")
-    size = path.stat().st_size
+    size = file_size(path)
     if size != entry["bytes"]:
         raise DcodError(f"{path} is damaged: expected {entry['bytes']} bytes, found {size}; {mend}")
-    if verify and (actual := file_sha256(path)) != entry["sha256"]:
+    if not verify:
+        return
+    if isinstance(path, RemotePath):
+        local_copy(path, sha256=entry["sha256"])
+        return
+    if (actual := file_sha256(path)) != entry["sha256"]:
         raise DcodError(
             f"{path} is damaged: expected sha256 {entry['sha256']}, found {actual}; {mend}"
         )

@@ -15,10 +15,10 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from dcod_jax.data.formats import PROMPT_FIELDS, RawTrace
+from dcod_jax.paths import as_path
 from dcod_jax.types import DcodError
 
 _WORD = re.compile(r"[^\W_]+")
@@ -79,7 +79,7 @@ def build_index(files: Sequence[str], *, size: int, prompt_field: str = "") -> O
     """
     index = OverlapIndex(size, {}, {})
     for name in files:
-        path = Path(name)
+        path = as_path(name)
         if not path.is_file():
             raise DcodError(f"prepare.overlap_files: no such file: {name}")
         for number, line in enumerate(path.read_bytes().splitlines(), 1):

@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -26,9 +24,12 @@ import numpy as np
 # The compiled reader and writer; they come without type stubs.
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
+from dcod_jax import hosts
 from dcod_jax.data import manifest as manifests
 from dcod_jax.data import score_progress as progress
 from dcod_jax.data.codec import decode, encode, score_kind
+from dcod_jax.paths import Location, Path, as_path
+from dcod_jax.storage import local_copy, scratch
 from dcod_jax.types import DcodError, Trace
 
 # One record per chunk, no compression: two to three times the random reads of zstd for a fifth
@@ -39,18 +40,18 @@ _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 
 def _write_shard(path: Path, traces: Sequence[Trace]) -> dict[str, Any]:
     """Write a whole shard under a temporary name, check it, name it; returns its manifest entry."""
-    temporary = path.with_name(path.name + ".tmp")
     records = [encode(trace) for trace in traces]
     try:
-        writer = array_record_module.ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
-        for record in records:
-            writer.write(record)
-        writer.close()
-        manifests.commit_file(temporary, path)
+        with scratch(path) as temporary:
+            writer = array_record_module.ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
+            for record in records:
+                writer.write(record)
+            writer.close()
+            entry = manifests.file_entry(temporary) | {"file": path.name}
+            manifests.commit_file(temporary, path)
     except (RuntimeError, OSError) as error:
-        temporary.unlink(missing_ok=True)
         raise DcodError(f"cannot write {path}: {error}; free space and run it again") from error
-    return manifests.file_entry(path) | {
+    return entry | {
         "records": len(traces),
         "tokens": sum(len(trace.token_ids) for trace in traces),
         "completion_tokens": sum(int(np.count_nonzero(t.completion_mask)) for t in traces),
@@ -67,14 +68,14 @@ class DatasetWriter:
 
     def __init__(
         self,
-        directory: str | os.PathLike[str],
+        directory: Location,
         *,
         shard_records: int,
         manifest: dict[str, Any],
     ):
         if shard_records < 1:
             raise DcodError(f"prepare.shard_records={shard_records} must be at least 1")
-        self._directory = Path(directory)
+        self._directory = as_path(directory)
         self._shard_records = shard_records
         self._fields = dict(manifest)
         self._buffer: list[Trace] = []
@@ -165,13 +166,13 @@ class TraceDataset:
     file, what its manifest says and what was found.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, verify: bool = True):
-        self.directory = Path(directory)
+    def __init__(self, directory: Location, *, verify: bool = True):
+        self.directory = as_path(directory)
         self.manifest = manifests.read_manifest(self.directory)
         manifests.check_file(self.directory, self.manifest["lengths"], verify=True)
         for shard in self.manifest["shards"]:
             manifests.check_file(self.directory, shard, verify=verify)
-        self.lengths: np.ndarray = np.load(self.directory / self.manifest["lengths"]["file"])
+        self.lengths: np.ndarray = _read_lengths(self.directory, self.manifest)
         self.scored: bool = self.manifest["scored"]
         self.top_k: int = self.manifest["top_k"]
         self._ends = np.cumsum([shard["records"] for shard in self.manifest["shards"]])
@@ -189,7 +190,8 @@ class TraceDataset:
     def _reader(self, shard: int) -> tuple[Any, threading.Lock]:
         with self._lock:
             if shard not in self._readers:
-                path = self.directory / self.manifest["shards"][shard]["file"]
+                entry = self.manifest["shards"][shard]
+                path = local_copy(self.directory / entry["file"], sha256=entry["sha256"])
                 reader = array_record_module.ArrayRecordReader(
                     str(path), _READER_OPTIONS, file_reader_buffer_size=1 << 12
                 )
@@ -228,6 +230,10 @@ class TraceDataset:
         return [decode(record) for record in self.read_records(indices)]
 
 
+def _read_lengths(directory: Path, manifest: dict[str, Any]) -> np.ndarray:
+    return np.load(io.BytesIO((directory / manifest["lengths"]["file"]).read_bytes()))
+
+
 def check_fingerprints(
     dataset: TraceDataset,
     *,
@@ -260,22 +266,27 @@ def check_fingerprints(
 
 
 def extend(
-    directory: str | os.PathLike[str],
+    directory: Location,
     *,
     teacher: dict[str, Any],
     settings: dict[str, Any],
     score_shard: Callable[[list[Trace]], list[Trace]],
     on_shard: Callable[[int, int], None] | None = None,
     overwrite: bool = False,
+    process: int = 0,
+    processes: int = 1,
     write: bool = True,
 ) -> dict[str, Any]:
     """Add a teacher's log-probs to a dataset, shard by shard; returns the new manifest.
 
     `score_shard` gets a shard's traces without scores and returns them with; it must not depend on
     earlier calls. `on_shard(done, total)` is told of progress. Killed at any time, the same call
-    goes on after the last finished shard and ends with the same bytes; until the end the directory
-    stays the old dataset. A run with the manifest's own teacher and settings does nothing. Of many
-    hosts all call this, one with `write` (the others compute along and return the old manifest).
+    goes on with the shards that are left and ends with the same bytes; until the end the directory
+    stays the old dataset. A run with the manifest's own teacher and settings does nothing.
+
+    Of several processes all call this. Either each scores every processes-th shard from `process`
+    on, and the first one writes the manifest when all are there; or all compute along and one
+    has `write`.
 
     Raises DcodError when another teacher scored, or began to score, and `overwrite` is not given.
     """
@@ -294,24 +305,44 @@ def extend(
         )
     work = progress.describe(manifest, teacher, settings)
     done = progress.finished(directory, work, overwrite=overwrite)
+    own = progress.noted(directory, work, process)
     shards = manifest["shards"]
-    first = sum(shard["records"] for shard in shards[: len(done)])
-    for number in range(len(done), len(shards)):
-        traces = dataset.read(range(first, first + shards[number]["records"]))
-        first += len(traces)
+    starts = np.cumsum([0, *(shard["records"] for shard in shards)]).tolist()
+    for number in range(process, len(shards), processes):
+        if number in done:
+            continue
+        traces = dataset.read(range(starts[number], starts[number + 1]))
         bare = [Trace(t.id, t.token_ids, t.completion_mask, meta=t.meta) for t in traces]
         scored = score_shard(bare)
         progress.check_scored(bare, scored, shard=shards[number]["file"])
         if write:
             entry = _write_shard(directory / progress.shard_name(work, number), scored)
-            done.append(progress.score_sums(scored) | {"shard": entry})
-            progress.save(directory, work, done)
+            done[number] = progress.score_sums(scored) | {"shard": entry}
+            own.append(done[number])
+            progress.save(directory, work, own, process)
         if on_shard is not None:
             on_shard(number + 1, len(shards))
-    if not write:
-        return manifest
-    scored_manifest = progress.scored_manifest(manifest, work, done)
+    hosts.barrier(f"scoring {directory.name}")
+    if write and process == 0:
+        if processes > 1:
+            done = progress.finished(directory, work, overwrite=overwrite)
+        _publish_scores(directory, manifest, work, done)
+    hosts.barrier(f"the manifest of {directory.name}")
+    return manifests.read_manifest(directory)
+
+
+def _publish_scores(
+    directory: Path, manifest: dict[str, Any], work: dict[str, Any], done: dict[int, dict[str, Any]]
+) -> None:
+    """Name the scored shards in the manifest, in their order, and remove the old ones."""
+    missing = sorted(set(range(len(manifest["shards"]))) - set(done))
+    if missing:
+        raise DcodError(
+            f"{directory}: the scored shards {missing} are missing or damaged although every "
+            "process finished; run the same command again, it makes these alone"
+        )
+    entries = [done[number] for number in sorted(done)]
+    scored_manifest = progress.scored_manifest(manifest, work, entries)
     manifests.write_manifest(directory, scored_manifest)
     # Only now: the manifest no longer names the old shards.
     manifests.remove_all_but(directory, manifests.listed(scored_manifest))
-    return scored_manifest

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dcod_jax.data import manifest as manifests
 from dcod_jax.data.codec import score_kind
+from dcod_jax.paths import Path
 from dcod_jax.types import DcodError, Trace
 
 
@@ -29,34 +29,52 @@ def shard_name(work: dict[str, Any], number: int) -> str:
     return f"scored-{key}-{number:05d}.array_record"
 
 
-def save(directory: Path, work: dict[str, Any], done: list[dict[str, Any]]) -> None:
+def _file(directory: Path, process: int) -> Path:
+    name = manifests.PROGRESS if process == 0 else f"score-progress-{process}.json"
+    return directory / name
+
+
+def shard_number(entry: dict[str, Any]) -> int:
+    """Place among the dataset's shards of one that `shard_name` named."""
+    return int(entry["shard"]["file"].split("-")[-1].partition(".")[0])
+
+
+def save(directory: Path, work: dict[str, Any], done: list[dict[str, Any]], process: int) -> None:
+    """Note what this process finished; each of several has a file of its own."""
     content = manifests.to_json({"work": work, "done": done})
-    manifests.replace_file(directory / manifests.PROGRESS, content)
+    manifests.replace_file(_file(directory, process), content)
 
 
-def finished(directory: Path, work: dict[str, Any], *, overwrite: bool) -> list[dict[str, Any]]:
-    """Shards an interrupted run of the same work finished: the longest undamaged prefix.
+def noted(directory: Path, work: dict[str, Any], process: int) -> list[dict[str, Any]]:
+    """What this process noted before about the same work."""
+    path = _file(directory, process)
+    found = json.loads(path.read_bytes()) if path.exists() else {}
+    return found["done"] if found.get("work") == work else []
+
+
+def finished(
+    directory: Path, work: dict[str, Any], *, overwrite: bool
+) -> dict[int, dict[str, Any]]:
+    """{number: entry} of the undamaged shards that interrupted runs of the same work finished.
 
     Raises DcodError when the unfinished work is another's and `overwrite` is not given.
     """
-    path = directory / manifests.PROGRESS
-    if not path.exists():
-        return []
-    found = json.loads(path.read_bytes())
-    if found["work"] != work:
-        if overwrite:
-            return []
-        raise DcodError(
-            f"{path}: an unfinished scoring has teacher {found['work']['teacher']} and settings "
-            f"{found['work']['settings']}; this run has teacher {work['teacher']} and settings "
-            f"{work['settings']}; go on with the former, or set score.overwrite=True"
-        )
-    done = []
-    for entry in found["done"]:
-        file = directory / entry["shard"]["file"]
-        if not file.is_file() or manifests.file_sha256(file) != entry["shard"]["sha256"]:
-            break
-        done.append(entry)
+    done: dict[int, dict[str, Any]] = {}
+    for path in sorted(directory.glob(manifests.PROGRESS.replace(".json", "*.json"))):
+        found = json.loads(path.read_bytes())
+        if found["work"] != work:
+            if overwrite:
+                continue
+            raise DcodError(
+                f"{path}: an unfinished scoring has teacher {found['work']['teacher']} and "
+                f"settings {found['work']['settings']}; this run has teacher {work['teacher']} "
+                f"and settings {work['settings']}; go on with the former, or set "
+                "score.overwrite=True"
+            )
+        for entry in found["done"]:
+            file = directory / entry["shard"]["file"]
+            if file.is_file() and manifests.file_sha256(file) == entry["shard"]["sha256"]:
+                done[shard_number(entry)] = entry
     return done
 
 

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import glob
 import gzip
 import hashlib
 import io
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from dcod_jax.data.formats import BadRecordError, Fields, RawTrace, is_request, read_record
+from dcod_jax.paths import Path, as_path, find
+from dcod_jax.storage import local_copy, local_directory
 from dcod_jax.types import DcodError
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
@@ -64,16 +64,15 @@ def find_sources(source: str, *, split: str = "train", key: str = "data.traces")
 
 def _find_part(part: str, *, split: str, key: str) -> list[Source]:
     if any(mark in part for mark in "*?["):
-        names = sorted(name for name in glob.glob(part, recursive=True) if Path(name).is_file())
-        if not names:
+        if not (files := find(part)):
             raise DcodError(f"{key}: the pattern {part!r} matches no file")
-        return [_file(Path(name), key=key) for name in names]
-    path = Path(part)
+        return [_file(file, key=key) for file in files]
+    path = as_path(part)
     if path.is_file():
         return [_file(path, key=key)]
     if path.is_dir():
         return _directory(path, split=split, key=key)
-    if part.endswith(_SUFFIXES) or part.startswith(("/", ".", "~")):
+    if part.endswith(_SUFFIXES) or part.startswith(("/", ".", "~")) or "://" in part:
         raise DcodError(f"{key}: no such file or directory: {part}")
     if part.count("/") > 1:
         raise DcodError(f"{key}: {part!r} is neither a file, a directory nor a hub id (owner/name)")
@@ -122,7 +121,7 @@ def _describe(source: Source) -> dict[str, Any]:
         splits = rows.info.splits or {}
         count = splits[source.split].num_examples if source.split in splits else 0
         return {"path": source.path, "kind": "hub", "split": source.split, "records": count}
-    path = Path(source.path)
+    path = as_path(source.path)
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     digest, size, lines = hashlib.sha256(), 0, 0
     for file in files:
@@ -184,14 +183,14 @@ def _open_file(path: Path) -> Iterator[io.BufferedIOBase]:
             yield file
         return
     try:
-        with gzip.open(path, "rb") as file:
+        with path.open("rb") as packed, gzip.open(packed, "rb") as file:
             yield file
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DcodError(f"{path} is not a whole gzip file: {error}; pack it again") from error
 
 
 def _read_lines(source: Source) -> Iterator[tuple[str, bytes]]:
-    with _open_file(Path(source.path)) as file:
+    with _open_file(as_path(source.path)) as file:
         for number, line in enumerate(file, 1):
             content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if content.strip():
@@ -226,10 +225,11 @@ def _open_rows(source: Source) -> Any:
     import datasets
     from datasets.exceptions import DatasetsError
 
+    path = as_path(source.path)
     try:
         if source.kind == "parquet":
-            return datasets.Dataset.from_parquet(source.path)
-        found: Any = datasets.load_from_disk(source.path)
+            return datasets.Dataset.from_parquet(str(local_copy(path)))
+        found: Any = datasets.load_from_disk(str(local_directory(path)))
     except (OSError, ValueError, DatasetsError) as error:
         raise DcodError(f"{source.path} is not a readable HF dataset: {error}") from error
     if isinstance(found, datasets.DatasetDict):

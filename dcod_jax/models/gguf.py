@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,6 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from dcod_jax.models import config as configs
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.weights import Part, Slot, Table, Weight, assemble, slots
+from dcod_jax.paths import Location, Path, as_path
+from dcod_jax.storage import filling, local_copy
 from dcod_jax.types import DcodError, Params
 
 _LLAMA: Table = {
@@ -94,7 +94,7 @@ def _open(file: Path) -> Any:
         raise DcodError(f"{file}: no such .gguf file; check the path")
     package = _package()
     try:
-        return package.GGUFReader(file)
+        return package.GGUFReader(local_copy(file))
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise DcodError(f"{file}: not a whole GGUF file ({error}); download it again") from error
 
@@ -187,15 +187,13 @@ def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
     return grouped.swapaxes(1, 2).reshape(rows.shape)
 
 
-def read_gguf(
-    file: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32
-) -> tuple[ModelConfig, Params]:
+def read_gguf(file: Location, *, dtype: DTypeLike = jnp.float32) -> tuple[ModelConfig, Params]:
     """(config, params) of a llama, qwen2 or qwen3 GGUF file, dequantised.
 
     Raises DcodError for another architecture, for metadata that cannot be honoured exactly, and
     for tensors that are missing or unknown (rope_freqs of Llama 3.1 among them).
     """
-    path = Path(file)
+    path = as_path(file)
     config, tensors = _read_head(path)
     expected = {slot.name: slot for slot in slots(config, _LLAMA)}
     for name in sorted(expected.keys() ^ tensors.keys()):
@@ -228,20 +226,18 @@ def _read_head(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
     return _config(reader, set(tensors), path), tensors
 
 
-def read_config(file: str | os.PathLike[str]) -> ModelConfig:
+def read_config(file: Location) -> ModelConfig:
     """The config of a GGUF file; raises DcodError as read_gguf does."""
-    return _read_head(Path(file))[0]
+    return _read_head(as_path(file))[0]
 
 
-def export_tokenizer(
-    file: str | os.PathLike[str], directory: str | os.PathLike[str]
-) -> PreTrainedTokenizerFast:
+def export_tokenizer(file: Location, directory: Location) -> PreTrainedTokenizerFast:
     """Write the file's tokenizer and chat template in HF form into directory.
 
     Raises DcodError for a tokenizer whose pre-tokenizer is not known here exactly: another one
     would give other ids without any sign of it.
     """
-    path = Path(file)
+    path = as_path(file)
     reader = _open(path)
     model, pre = _get(reader, "tokenizer.ggml.model"), _get(reader, "tokenizer.ggml.pre")
     if model != "gpt2" or pre not in PRE_TOKENIZERS:
@@ -272,7 +268,8 @@ def export_tokenizer(
         **{name: tokens[index] for name, index in ids.items() if index is not None},
     )
     fast.chat_template = _get(reader, "tokenizer.chat_template")
-    fast.save_pretrained(directory)
+    with filling(as_path(directory)) as local:
+        fast.save_pretrained(local)
     return fast
 
 

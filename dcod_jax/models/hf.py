@@ -8,7 +8,6 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from dcod_jax import hosts
 from dcod_jax import mesh as meshes
 from dcod_jax.models import config as configs
 from dcod_jax.models import gguf
@@ -36,6 +36,8 @@ from dcod_jax.models.weights import (
     slots,
     tensor_of,
 )
+from dcod_jax.paths import Location, Path, RemotePath, as_path, rename
+from dcod_jax.storage import local_copy, scratch
 from dcod_jax.types import DcodError, Params
 
 SINGLE = "model.safetensors"
@@ -89,10 +91,10 @@ _BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 _FLOATS = {"F32", "BF16", "F16"}
 
 
-def _directory(path: str | os.PathLike[str]) -> Path:
-    if not os.fspath(path):
+def _directory(path: Location) -> Path:
+    if not str(path):
         raise DcodError("the model path is empty; give an HF directory or a .gguf file")
-    directory = Path(path)
+    directory = as_path(path)
     if not directory.exists():
         raise DcodError(f"{directory}: no such model directory; check the path")
     return directory
@@ -108,7 +110,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def load_config(path: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, Any]]:
+def load_config(path: Location) -> tuple[ModelConfig, dict[str, Any]]:
     """(ModelConfig, the file's own dict) of an HF directory or a config.json.
 
     A text ends at the ids of config.json and at those of the generation_config.json beside it,
@@ -128,7 +130,7 @@ def load_config(path: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, An
     return config, raw
 
 
-def read_config(path: str | os.PathLike[str]) -> ModelConfig:
+def read_config(path: Location) -> ModelConfig:
     """ModelConfig of an HF directory, a config.json or a .gguf file."""
     directory = _directory(path)
     return gguf.read_config(directory) if directory.suffix == ".gguf" else load_config(directory)[0]
@@ -161,7 +163,7 @@ def _weight_map(directory: Path) -> dict[str, Path]:
 @contextlib.contextmanager
 def _open(file: Path) -> Iterator[Any]:
     try:
-        with safe_open(file, framework="np") as handle:
+        with safe_open(local_copy(file), framework="np") as handle:
             yield handle
     except SafetensorError as error:
         raise DcodError(
@@ -194,7 +196,7 @@ def _tolerated(config: ModelConfig, name: str) -> bool:
 
 
 def load_params(
-    path: str | os.PathLike[str],
+    path: Location,
     config: ModelConfig,
     *,
     dtype: DTypeLike = jnp.float32,
@@ -250,7 +252,7 @@ def _check_tied(view: Any, shape: tuple[int, int], *, where: Path) -> None:
 
 
 def load_model(
-    path: str | os.PathLike[str], *, dtype: DTypeLike, mesh: Mesh | None = None
+    path: Location, *, dtype: DTypeLike, mesh: Mesh | None = None
 ) -> tuple[ModelConfig, Params]:
     """(config, params) of an HF directory or a .gguf file, sharded over mesh if one is given."""
     directory = _directory(path)
@@ -258,7 +260,8 @@ def load_model(
         config, params = gguf.read_gguf(directory, dtype=dtype)
         if mesh is not None:
             check_mesh(config, mesh)
-            params = jax.device_put(params, meshes.tree_shardings(mesh, logical_axes(config)))
+            layout = meshes.tree_shardings(mesh, logical_axes(config))
+            params = jax.tree.map(meshes.put, params, layout)
         return config, params
     config, _ = load_config(directory)
     shardings = None
@@ -283,7 +286,7 @@ def _plan_shards(all_slots: list[Slot], dtype: DTypeLike, max_shard_bytes: int) 
 
 
 def save_params(
-    path: str | os.PathLike[str],
+    path: Location,
     config: ModelConfig,
     params: Params,
     *,
@@ -298,7 +301,7 @@ def save_params(
     if max_shard_bytes < 1:
         raise DcodError(f"max_shard_bytes={max_shard_bytes} must be positive")
     check_structure(config, params)
-    directory = Path(path)
+    directory = as_path(path)
     all_slots = list(slots(config, TABLES[config.model_type]))
     shards = _plan_shards(all_slots, dtype, max_shard_bytes)
     count = len(shards)
@@ -312,6 +315,7 @@ def save_params(
             directory.mkdir(parents=True, exist_ok=True)
         for shard, temporary in zip(shards, temporaries, strict=True):
             tensors = {slot.name: tensor_of(flat, slot, dtype=dtype) for slot in shard}
+            hosts.moved()
             if writes:
                 _write_shard(temporary, tensors)
         if writes:
@@ -327,6 +331,11 @@ def save_params(
 
 
 def _write_shard(file: Path, tensors: dict[str, np.ndarray]) -> None:
+    if isinstance(file, RemotePath):
+        with scratch(file) as local:
+            save_file(tensors, local, metadata={"format": "pt"})
+            file.upload(local)
+        return
     save_file(tensors, file, metadata={"format": "pt"})
     file.chmod(0o644)  # the library creates it readable by its owner only
     with file.open("rb+") as handle:
@@ -338,7 +347,7 @@ def _publish(
 ) -> None:
     """Move complete files to their names; order matters: index away, shards in, index in."""
     if len(files) == 1:
-        files[SINGLE].replace(directory / SINGLE)
+        rename(files[SINGLE], directory / SINGLE)
         (directory / INDEX).unlink(missing_ok=True)
     else:
         weight_map = {
@@ -351,19 +360,19 @@ def _publish(
         (directory / SINGLE).unlink(missing_ok=True)
         (directory / INDEX).unlink(missing_ok=True)
         for name, file in files.items():
-            file.replace(directory / name)
-        temporary.replace(directory / INDEX)
+            rename(file, directory / name)
+        rename(temporary, directory / INDEX)
     for stale in directory.glob("model-*-of-*.safetensors"):
         if stale.name not in files:
             stale.unlink()
 
 
-def weights_fingerprint(path: str | os.PathLike[str]) -> str:
+def weights_fingerprint(path: Location) -> str:
     """sha256 over the content of the weight files, in the order of their names."""
     directory = _directory(path)
     files = [directory] if directory.is_file() else sorted(set(_weight_map(directory).values()))
     whole = hashlib.sha256()
     for file in files:
-        with file.open("rb") as handle:
+        with local_copy(file).open("rb") as handle:
             whole.update(hashlib.file_digest(handle, "sha256").digest())
     return whole.hexdigest()

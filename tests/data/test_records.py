@@ -426,7 +426,7 @@ def test_a_stopped_scoring_goes_on_and_a_damaged_shard_is_done_again(tmp_path):
         return fake_scores(traces)
 
     extend(directory, teacher=TEACHER, settings={}, score_shard=counted)
-    assert calls == [4, 4, 4, 4, 2]
+    assert calls == [4, 4, 4, 2]
     assert contents(directory) == contents(whole)
 
 

@@ -1,0 +1,534 @@
+"""Several real processes over gloo: agreement, continuation, lost and stuck peers, split work."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from dcod_jax import config as configs
+from dcod_jax import epitaph, hosts, train
+from dcod_jax.checkpoint import Checkpointer
+from dcod_jax.evaluate import evaluate
+from dcod_jax.generate_traces import generate_traces
+from dcod_jax.mesh import make_mesh
+from dcod_jax.models import hf, transformer
+from dcod_jax.prepare import prepare
+from dcod_jax.score import score
+from dcod_jax.types import DcodError
+from dcod_jax.watch import EXIT_PEER, Peer, verdict
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = """
+from configs.base import get_config as base
+
+def get_config():
+    c = base()
+    c.run_dir = {run!r}
+    c.student.path = {student!r}
+    c.student.compute_dtype = "float32"
+    c.student.remat = "none"
+    c.teacher.path = {teacher!r}
+    c.teacher.dtype = "float32"
+    c.data.traces = {traces!r}
+    c.data.dataset = {dataset!r}
+    c.data.max_length = 64
+    c.data.seq_len = 64
+    c.data.batch_size = 8
+    c.prepare.workers = 1
+    c.prepare.shard_records = 16
+    c.generate.prompts = {traces!r}
+    c.generate.max_new_tokens = 8
+    c.generate.batch_size = 8
+    c.evaluate.problems = {traces!r}
+    c.evaluate.limit = 9
+    c.evaluate.max_new_tokens = 8
+    c.evaluate.batch_size = 4
+    c.optim.learning_rate = 3e-3
+    c.train.steps = 6
+    c.train.log_every = 1
+    c.train.eval_every = 0
+    c.train.save_every = 3
+    c.train.progress = False
+    c.export.dtype = "float32"
+    c.hosts.heartbeat = 4.0
+    return c
+"""
+
+
+# ---------------------------------------------------------------- the judgement, without processes
+
+
+def peer(**changes):
+    known = {"host": "h", "state": "s", "waiting": False, "count": 5, "beat": 1, "ended": ""}
+    return Peer(**(known | {"code": 0, "heard": 100.0, "moved": 100.0} | changes))
+
+
+def judge(peers, now: float):
+    return verdict(dict(enumerate(peers)), own=0, now=now, heartbeat=10.0, timeout=60.0)
+
+
+def test_nobody_is_blamed_while_all_are_heard_and_one_moves():
+    assert judge([peer(moved=0.0), peer(), peer(moved=0.0)], 109.0) is None
+
+
+def test_a_silent_process_is_named_with_what_it_did():
+    found = judge([peer(), peer(), peer(host="b", state="saving step 3", heard=85.0)], 100.0)
+    assert found is not None
+    assert found[0] == "lost: process 2 (b) gave no sign of life for 15 s, last: saving step 3"
+    assert found[1] == EXIT_PEER
+    assert judge([peer(heard=0.0), peer()], 100.0) is None  # a process does not miss itself
+
+
+def test_a_process_that_ended_is_named_with_its_reason_and_code():
+    found = judge([peer(), peer(ended="no such file", code=1, heard=0.0)], 100.0)
+    assert found == ("process 1 (h) ended: no such file", 1)
+
+
+def test_a_stall_is_blamed_on_those_that_wait_for_nobody():
+    numbers = {"waiting": True, "state": "the numbers of step 4", "heard": 160.0}
+    behind = peer(host="b", state="reading the batch of step 5", heard=160.0)
+    found = judge([peer(**numbers), behind, peer(**numbers)], 161.0)
+    assert found is not None
+    assert found[0].startswith("stuck: nothing moved for hosts.timeout=60 s, by process 1 (b):\n")
+    assert "process 0 (h): waits for the numbers of step 4, for 61 s" in found[0]
+    assert "process 1 (b): reading the batch of step 5, for 61 s" in found[0]
+    assert found[1] == EXIT_PEER
+    least = judge([peer(**numbers), peer(**numbers, count=4)], 161.0)
+    assert least is not None
+    assert "by process 1 (h):" in least[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["hosts.processes=2"], r"hosts.processes=2 and hosts.process_id=-1 need hosts.coord"),
+        (["hosts.coordinator=a:1", "hosts.processes=2"], "process_id=-1 must be one of 0 to 1"),
+        (["hosts.coordinator=a", "hosts.processes=1", "hosts.process_id=0"], "must be host:port"),
+        (["hosts.cluster=slrum"], "did you mean 'slurm'"),
+        (["hosts.heartbeat=0"], "hosts.heartbeat=0.0 must be greater than 0"),
+    ],
+)
+def test_a_description_that_cannot_be_is_refused(words, message):
+    argv = ["--config", str(configs.BASE), *(f"--config.{word}" for word in words)]
+    with pytest.raises(DcodError, match=message):
+        configs.load(argv, verb="train")
+
+
+def test_the_last_words_name_the_coordinator_or_the_process():
+    first = {"host": "a", "state": "saving step 4"}
+    last = {"process": 2, "host": "c", "state": "step 5", "coordinator": "a:1", "first": first}
+    found = epitaph.epitaph(last | {"joining": False}, reached=False)
+    assert found.endswith("lost: process 0 (a), the coordinator at a:1, last: saving step 4")
+    found = epitaph.epitaph(last | {"joining": False}, reached=True)
+    assert "process 2 (c) was killed or aborted" in found
+    found = epitaph.epitaph(last | {"joining": True}, reached=True)
+    assert "process 2 (c) stops: step 5: not all did" in found
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        assert not epitaph.answers(address)
+        listener.listen()
+        assert epitaph.answers(address)
+
+
+# ---------------------------------------------------------------- launching
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def launch(count, command, place, *, devices=1, own=()):
+    """`count` processes of one run on CPU, joined over gloo; returns them."""
+    address = f"127.0.0.1:{free_port()}"
+    environment = os.environ | {
+        "XLA_FLAGS": re.sub(r"(?<=device_count=)\d+", str(devices), os.environ["XLA_FLAGS"]),
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "JAX_COMPILATION_CACHE_DIR": str(place / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    where = [f"--config.hosts.coordinator={address}", f"--config.hosts.processes={count}"]
+    return [
+        subprocess.Popen(
+            [*command, *where, f"--config.hosts.process_id={i}", *(own[i] if own else ())],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(count)
+    ]
+
+
+def finish(run, *, timeout=240):
+    """[(exit code, stdout, stderr)] of all processes; none may hang."""
+    try:
+        ends = [process.communicate(timeout=timeout) for process in run]
+    finally:
+        for process in run:
+            process.kill()
+    return [(process.returncode, *end) for process, end in zip(run, ends, strict=True)]
+
+
+def succeed(run, code=0):
+    ends = finish(run)
+    assert [end[0] for end in ends] == [code] * len(ends), ends
+    return ends
+
+
+# ---------------------------------------------------------------- lost and stuck peers
+
+SCRIPT = """
+import os, signal, sys, time
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from dcod_jax import config, hosts
+
+def work(settings):
+    process = jax.process_index()
+    mesh = jax.make_mesh((jax.process_count(),), ("x",))
+    rows = NamedSharding(mesh, PartitionSpec("x"))
+    total = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+    for step in range(1, 4):
+        hosts.doing(f"reading the batch of step {{step}}")
+        if step == 3 and process == {culprit}:
+            {misdeed}
+        x = jax.make_array_from_process_local_data(rows, np.ones(1, np.float32))
+        if {meets} and step == 3:
+            hosts.barrier("the middle")
+        hosts.doing(f"the numbers of step {{step}}", waiting=True)
+        assert float(total(x)) == jax.process_count()
+    print("done")
+
+sys.argv[0] = "train"
+config.run_verb("train", work)
+"""
+
+
+def misbehave(place, culprit, misdeed, *, meets=False, more=(), own=((), ()), wait=True):
+    """[(exit code, stdout, stderr)] of two processes, one of which does something at step 3."""
+    script = place / "script.py"
+    script.write_text(SCRIPT.format(culprit=culprit, misdeed=misdeed, meets=meets))
+    recipe = ["--config", str(ROOT / "configs" / "base.py"), f"--config.run_dir={place / 'run'}"]
+    command = [sys.executable, str(script), *recipe, "--config.hosts.heartbeat=8", *more]
+    run = launch(2, command, place, own=own)
+    return finish(run, timeout=90) if wait else run
+
+
+KILL = "time.sleep(1.5); os.kill(os.getpid(), signal.SIGKILL)"
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_killed_process_is_named_and_the_other_ends(tmp_path, culprit):
+    ends = misbehave(tmp_path, culprit, KILL)
+    host = socket.gethostname()
+    other = 1 - culprit
+    # Process 0 takes the store with it: JAX aborts the others before they can end themselves.
+    assert ends[other][0] == (-signal.SIGABRT if culprit == 0 else EXIT_PEER), ends
+    assert f"process {other} ({host}) stops: lost: process {culprit} ({host})" in ends[other][2]
+    assert "last: reading the batch of step 3" in ends[other][2]
+    assert "start the same command on every host again" in ends[other][2]
+    killed = ends[culprit][2]
+    assert f"process {culprit} ({host}) was killed or aborted" in killed
+    assert "last: reading the batch of step 3" in killed
+
+
+@pytest.mark.parametrize("meets", [False, True], ids=["collective", "barrier"])
+def test_a_straggler_is_named_after_the_time_out(tmp_path, meets):
+    more = ["--config.hosts.timeout=4"]
+    ends = misbehave(tmp_path, 1, "time.sleep(600)", meets=meets, more=more)
+    assert [end[0] for end in ends] == [EXIT_PEER, EXIT_PEER], ends
+    host = socket.gethostname()
+    where = "the middle" if meets else "the numbers of step 3"
+    for _, _, errors in ends:
+        assert f"stuck: nothing moved for hosts.timeout=4 s, by process 1 ({host}):" in errors
+        assert f"process 0 ({host}): waits for {where}" in errors
+        assert f"process 1 ({host}): reading the batch of step 3" in errors
+
+
+def test_an_error_of_one_is_told_to_all(tmp_path):
+    misdeed = "raise config.DcodError('no such file\\nset data.traces')"
+    ends = misbehave(tmp_path, 1, misdeed)
+    assert [end[0] for end in ends] == [1, 1], ends
+    assert "error: no such file\nset data.traces" in ends[1][2]
+    assert f"process 1 ({socket.gethostname()}) ended: no such file" in ends[0][2]
+
+
+def test_another_config_is_refused_with_process_and_key(tmp_path):
+    run = misbehave(tmp_path, None, "pass", own=((), ("--config.seed=3",)))
+    assert [end[0] for end in run] == [1, 1], run
+    for _, _, errors in run:
+        assert "process 1 was started with another config:" in errors
+        assert "seed: 0 on process 0, 3 on process 1" in errors
+
+
+# ---------------------------------------------------------------- real runs
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A recipe whose traces are prepared and not yet scored."""
+    place = tmp_path_factory.mktemp("hosts")
+    tiny.write_model(place / "student", seed=1, num_hidden_layers=1)
+    tiny.write_model(place / "teacher", seed=2, num_hidden_layers=1)
+    tiny.write_jsonl(place / "traces.jsonl", tiny.sums(60))
+    recipe = RECIPE.format(
+        run=str(place / "two"),
+        student=str(place / "student"),
+        teacher=str(place / "teacher"),
+        traces=str(place / "traces.jsonl"),
+        dataset=str(place / "dataset"),
+    )
+    (place / "recipe.py").write_text(recipe)
+    prepare(load(place))
+    shutil.copytree(place / "dataset", place / "one" / "dataset")
+    shutil.copytree(place / "dataset", place / "unscored")
+    return place
+
+
+def load(place, **changes):
+    words = ["--config", str(place / "recipe.py")]
+    return configs.replace(configs.load(words, verb="train"), changes)
+
+
+def tasks(place, what, *more, count=2, devices=2):
+    script = str(ROOT / "tests" / "host_tasks.py")
+    command = [sys.executable, script, what, "--config", str(place / "recipe.py"), *more]
+    return launch(count, command, place, devices=devices)
+
+
+def files(directory):
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def metrics(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("time")} for line in lines]
+
+
+def params(place, run_dir):
+    shapes = transformer.param_shapes(hf.read_config(place / "student"))
+    checkpointer = Checkpointer(run_dir)
+    found, restored = checkpointer.restore_params(shapes)
+    checkpointer.close()
+    return jax.tree.map(np.asarray, found), restored.step
+
+
+@pytest.fixture(scope="module")
+def one(place):
+    """What one process makes of it; scoring and sampling on two devices, as each of two did."""
+    config = load(
+        place, **{"run_dir": str(place / "one"), "data.dataset": str(place / "one" / "dataset")}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hosts, "share", lambda config: (make_mesh(devices=jax.devices()[:2]), 0, 1))
+        score(config)
+        generate_traces(config)
+        evaluate(config)
+    train.fit(configs.replace(config, {"run_dir": str(place / "one" / "a")}))
+    return place / "one"
+
+
+@pytest.fixture(scope="module")
+def two(place):
+    """Two processes: split work, a whole run and its export, then one that is told to stop."""
+    ends = succeed(
+        tasks(place, "score; generate; evaluate; fit a; export a; fit b stop 3"), code=75
+    )
+    return place / "two", ends
+
+
+def test_scores_are_those_of_one_process_to_the_byte(place, one, two):
+    scored = files(place / "dataset")
+    assert [name for name in scored if "progress" in name] == []
+    assert len([name for name in scored if "scored-" in name]) == 4
+    assert scored == files(one / "dataset")
+
+
+def test_traces_are_those_of_one_process_to_the_byte(one, two):
+    for name in ("traces.jsonl", "traces.rejected.jsonl", "traces.jsonl.manifest.json"):
+        assert (two[0] / name).read_bytes() == (one / name).read_bytes()
+    assert not list(two[0].glob("traces.jsonl.partial*"))
+
+
+def test_generations_are_those_of_one_process(one, two):
+    for name in ("teacher", "start"):
+        ours, theirs = (path / "evaluation" / f"{name}.jsonl" for path in (two[0], one))
+        assert len(ours.read_text().splitlines()) == 9
+        assert ours.read_bytes() == theirs.read_bytes()
+    assert not list((two[0] / "evaluation").glob(".*"))
+
+
+def test_two_processes_train_as_one(place, one, two):
+    ours, theirs = metrics(two[0] / "a"), metrics(one / "a")
+    assert [line["step"] for line in ours] == list(range(1, 7))
+    for a, b in zip(ours, theirs, strict=True):
+        for key in ("loss", "nll", "grad_norm", "weights/mean", "tokens_seen"):
+            np.testing.assert_allclose(a[key], b[key], rtol=2e-5, err_msg=key)
+    mine, other = params(place, two[0] / "a")[0], params(place, one / "a")[0]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), mine, other)
+
+
+def test_the_first_process_speaks_for_all(two):
+    (_, first, _), (_, second, _) = two[1]
+    assert "parameters from" in first
+    assert [line for line in second.splitlines() if "Gloo" not in line] == []
+    assert len(list((two[0] / "a" / "tensorboard").iterdir())) == 1
+    assert json.loads((two[0] / "a" / "config.json").read_text())["hosts"]["processes"] == 2
+
+
+def test_the_export_of_two_processes_is_the_checkpoint(place, two):
+    exported = hf.load_model(two[0] / "a" / "export", dtype=np.float32)[1]
+    jax.tree.map(np.testing.assert_array_equal, params(place, two[0] / "a")[0], exported)
+
+
+def test_a_sigterm_on_one_stops_all_at_one_step_saved_once(place, two):
+    run, ends = two
+    told = [re.search(r"step (\d+): a process was told to stop", end[1]) for end in ends]
+    assert told[0] is not None
+    step = int(told[0][1])
+    assert 2 <= step < 6
+    assert re.search(rf"interrupted, saved at step {step} in \d.* s; the same", ends[0][1])
+    assert Checkpointer(run / "b").steps() == ([step] if step <= 3 else [3, step])
+    assert [line["step"] for line in metrics(run / "b")] == list(range(1, step + 1))
+
+
+@pytest.fixture(scope="module")
+def again(place, two):
+    """The stopped run goes on to its end; the next one loses a process to kill -9."""
+    return finish(tasks(place, "fit b; fit c kill 5"))
+
+
+def same_run(place, ours, theirs):
+    assert metrics(ours) == metrics(theirs)
+    (mine, step), (other, last) = params(place, ours), params(place, theirs)
+    assert step == last == 6
+    jax.tree.map(np.testing.assert_array_equal, mine, other)
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(place, two, again):
+    assert "resuming" in again[0][1]
+    same_run(place, two[0] / "b", two[0] / "a")
+
+
+def test_a_run_that_lost_a_process_goes_on_to_the_same_bits(place, two, again):
+    assert [end[0] for end in again] == [EXIT_PEER, -signal.SIGKILL], again
+    assert "lost: process 1" in again[0][2]
+    assert Checkpointer(two[0] / "c").steps() == [3]
+    succeed(tasks(place, "fit c"))
+    same_run(place, two[0] / "c", two[0] / "a")
+
+
+# ---------------------------------------------------------------- long forms
+
+
+@pytest.mark.long
+def test_four_processes_of_which_one_is_killed(place, two):
+    ends = finish(tasks(place, "fit four kill 5", count=4, devices=1))
+    assert [end[0] for end in ends] == [EXIT_PEER, -signal.SIGKILL, EXIT_PEER, EXIT_PEER], ends
+    for process in (0, 2, 3):
+        assert "lost: process 1" in ends[process][2]
+    succeed(tasks(place, "fit four", count=4, devices=1))
+    succeed(tasks(place, "fit whole", count=4, devices=1))
+    same_run(place, two[0] / "four", two[0] / "whole")
+    # Four processes of one device are two of two: another order of sums and no more.
+    for a, b in zip(metrics(two[0] / "whole"), metrics(two[0] / "a"), strict=True):
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=2e-5)
+
+
+@pytest.mark.long
+def test_work_begun_by_three_processes_is_finished_by_two(place, one, two, tmp_path):
+    """One of three is killed before its first shard; two others end with the same bytes."""
+    shutil.copytree(place / "unscored", tmp_path / "dataset")
+    where = [f"--config.run_dir={tmp_path}", f"--config.data.dataset={tmp_path / 'dataset'}"]
+    ends = finish(tasks(place, "die 1; score; generate", *where, count=3))
+    assert ends[1][0] == -signal.SIGKILL
+    assert list((tmp_path / "dataset" / "train").glob("scored-*"))
+    succeed(tasks(place, "score; generate", *where))
+    assert files(tmp_path / "dataset") == files(one / "dataset")
+    assert (tmp_path / "traces.jsonl").read_bytes() == (one / "traces.jsonl").read_bytes()
+
+
+@pytest.mark.long
+def test_a_notice_between_two_loops_stops_before_the_next(place, two):
+    ends = succeed(tasks(place, "late; fit never"), code=configs.EXIT_INTERRUPTED)
+    assert "a process was told to stop" in ends[0][1]
+    assert not (two[0] / "never").exists()
+
+
+@pytest.mark.long
+def test_a_frozen_coordinator_is_named(tmp_path):
+    run = misbehave(tmp_path, 0, "os.kill(os.getpid(), signal.SIGSTOP)", wait=False)
+    try:
+        errors = run[1].communicate(timeout=90)[1]
+    finally:
+        for process in run:
+            process.kill()
+    assert run[1].returncode == EXIT_PEER
+    assert f"lost: process 0 ({socket.gethostname()}), the coordinator, did not answer" in errors
+
+
+@pytest.mark.long
+def test_on_policy_batches_of_two_processes_are_those_of_one(place, two):
+    more = [
+        "--config.loss.teacher=live",
+        "--config.loss.divergence=reverse_kl",
+        "--config.loss.weights.name=uniform",
+        "--config.on_policy.fraction=0.6",
+        "--config.on_policy.max_new_tokens=16",
+    ]
+    succeed(tasks(place, "fit own2", *more))
+    succeed(tasks(place, "fit own1", *more, count=1, devices=4))
+    ours, theirs = metrics(two[0] / "own2"), metrics(two[0] / "own1")
+    assert {line["on_policy/batch"] for line in ours} == {0.0, 1.0}
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["on_policy/tokens_generated"] == b["on_policy/tokens_generated"]
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=2e-5)
+
+
+@pytest.mark.long
+def test_the_commands_themselves_from_traces_to_a_graded_export(place, tmp_path):
+    """prepare, score and train as a user starts them, and a SIGTERM to process 0 in between."""
+    where = [f"--config.run_dir={tmp_path}", f"--config.data.dataset={tmp_path / 'dataset'}"]
+    more = ["--config.data.eval_fraction=0.2", "--config.train.eval_every=3", *where]
+
+    def verb(name, *own):
+        command = [sys.executable, "-m", f"dcod_jax.{name}"]
+        return launch(2, [*command, "--config", str(place / "recipe.py"), *more, *own], place)
+
+    early = finish(verb("train"))
+    assert [end[0] for end in early] == [1, 1]
+    for _, _, errors in early:
+        assert "run these first" in errors
+        assert "dcod_jax.prepare" in errors
+    succeed(verb("prepare"))
+    assert [end[0] for end in finish(verb("train"))] == [1, 1]  # not scored yet
+    succeed(verb("score"))
+    ends = succeed(verb("train"))
+    assert "student" in ends[0][1]
+    assert (tmp_path / "export" / "model.safetensors").exists()
+    results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    assert {name: row["problems"] for name, row in results["models"].items()} == {
+        "teacher": 9,
+        "start": 9,
+        "student": 9,
+    }
+    assert [m["step"] for m in metrics(tmp_path) if "eval/nll" in m] == [0, 3, 6]
