@@ -19,9 +19,9 @@ CHOICES = {
     "prepare.logprobs": ("ignore", "require"),
     "prepare.on_bad_record": ("error", "quarantine"),
     "optim.schedule": ("cosine", "linear", "constant"),
-    "evaluate.form": ("chat", "plain"),
     "hosts.cluster": ("auto", "none", "slurm", "ompi", "mpi4py", "k8s"),
     "hosts.collectives": ("gloo", "mpi"),
+    "evaluate.form": ("chat", "plain"),
 }
 
 POSITIVE = (
@@ -29,9 +29,9 @@ POSITIVE = (
     "prepare.overlap_ngram prepare.shard_records score.batch_tokens "
     "optim.learning_rate optim.eps train.steps "
     "train.microbatches train.log_every train.keep generate.samples generate.max_new_tokens "
-    "evaluate.samples generate.batch_size evaluate.max_new_tokens evaluate.batch_size "
-    "export.max_shard_gb "
-    "on_policy.max_new_tokens hosts.connect_timeout hosts.heartbeat hosts.timeout "
+    "generate.batch_size evaluate.samples evaluate.max_new_tokens evaluate.batch_size "
+    "export.max_shard_gb on_policy.max_new_tokens "
+    "hosts.connect_timeout hosts.heartbeat hosts.timeout "
     "drift.samples drift.max_new_tokens drift.batch_size drift.resamples "
     "report.points report.histogram_traces plan.slices "
     "study.seeds study.width study.layers study.start_learning_rate "
@@ -76,33 +76,6 @@ def _teacher_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
     return wrong
 
 
-def _sampling_errors(flat: dict[str, Any]) -> list[str]:
-    """Of generate.* and evaluate.*: ranges, and sets that are not known."""
-    wrong: list[str] = []
-    for part in ("generate", "evaluate"):
-        if not 0 < flat[f"{part}.top_p"] <= 1:
-            wrong.append(f"{part}.top_p={flat[f'{part}.top_p']} must be in (0, 1]")
-        if not 0 <= flat[f"{part}.min_p"] < 1:
-            wrong.append(f"{part}.min_p={flat[f'{part}.min_p']} must be in [0, 1)")
-        if not all(isinstance(text, str) and text for text in flat[f"{part}.stop"]):
-            wrong.append(f"{part}.stop={flat[f'{part}.stop']!r} must be non-empty texts")
-    if flat["evaluate.samples"] > 1 and flat["evaluate.temperature"] == 0:
-        wrong.append(
-            f"evaluate.samples={flat['evaluate.samples']} with evaluate.temperature=0 would ask "
-            "for the same greedy answer again; set a temperature such as 0.6"
-        )
-    names = []
-    for entry in flat["evaluate.sets"]:
-        try:
-            names.append(parse_set(str(entry))[0])
-        except ValueError as error:
-            wrong.append(str(error))
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        wrong.append(f"evaluate.sets: {', '.join(twice)} is named more than once")
-    return wrong
-
-
 def _hosts_errors(flat: dict[str, Any]) -> list[str]:
     """hosts.* that cannot describe a run of several processes."""
     address, count, own = (flat[f"hosts.{k}"] for k in ("coordinator", "processes", "process_id"))
@@ -135,6 +108,33 @@ def _profile_errors(text: str, steps: int) -> list[str]:
     ]
 
 
+def _sampling_errors(flat: dict[str, Any]) -> list[str]:
+    """Of generate.* and evaluate.*: ranges, and sets that are not known."""
+    wrong: list[str] = []
+    for part in ("generate", "evaluate"):
+        if not 0 < flat[f"{part}.top_p"] <= 1:
+            wrong.append(f"{part}.top_p={flat[f'{part}.top_p']} must be in (0, 1]")
+        if not 0 <= flat[f"{part}.min_p"] < 1:
+            wrong.append(f"{part}.min_p={flat[f'{part}.min_p']} must be in [0, 1)")
+        if not all(isinstance(text, str) and text for text in flat[f"{part}.stop"]):
+            wrong.append(f"{part}.stop={flat[f'{part}.stop']!r} must be non-empty texts")
+    if flat["evaluate.samples"] > 1 and flat["evaluate.temperature"] == 0:
+        wrong.append(
+            f"evaluate.samples={flat['evaluate.samples']} with evaluate.temperature=0 would ask "
+            "for the same greedy answer again; set a temperature such as 0.6"
+        )
+    names = []
+    for entry in flat["evaluate.sets"]:
+        try:
+            names.append(parse_set(str(entry))[0])
+        except ValueError as error:
+            wrong.append(str(error))
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        wrong.append(f"evaluate.sets: {', '.join(twice)} is named more than once")
+    return wrong
+
+
 def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
     """What is wrong in {dotted key: value} and its loss record; empty if all is well."""
     wrong: list[str] = []
@@ -149,9 +149,9 @@ def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
             wrong.append(f"{key}={flat[key]} must be in [0, 1)")
     wrong += [str(error) for error in distill.config_errors(loss)]
     wrong += _teacher_errors(flat, loss)
-    wrong += _sampling_errors(flat)
     wrong += _hosts_errors(flat)
     wrong += _profile_errors(flat["profile.steps"], flat["train.steps"])
+    wrong += _sampling_errors(flat)
     if flat["data.max_length"] > flat["data.seq_len"]:
         wrong.append(
             f"data.max_length={flat['data.max_length']} must not exceed "

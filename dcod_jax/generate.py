@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -97,13 +96,13 @@ def sample(
     request = Request(
         key=jax.random.key(seed),
         settings=settings,
-        # No token is -1: it fills up to 8, so that another number of stop ids compiles nothing.
-        stop_ids=jnp.array(ends + [-1] * (-len(ends) % 8), jnp.int32),
-        max_new_tokens=jnp.int32(max_new_tokens),
+        # No token is -1; filled up, so that another number of stop ids compiles nothing new.
+        stop_ids=np.array(ends + [-1] * (8 - len(ends) % 8), np.int32),
+        max_new_tokens=np.int32(max_new_tokens),
     )
     request = jax.tree.map(lambda x: put(x, everywhere), request)
     batch = _Batch(
-        Program(config, valid_vocab, jnp.dtype(compute_dtype), mesh),
+        Program(config, valid_vocab, np.dtype(compute_dtype), mesh),
         params,
         request,
         rows=min(batch_size, 1 << (len(prompts) - 1).bit_length()),

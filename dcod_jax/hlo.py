@@ -34,7 +34,10 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _GROUPS = re.compile(r"replica_groups=\{(\{[\d,{} ]*\})\}")
-_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+_MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\]"
+    r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+)
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{} ]*\})\}")
 _OPERAND = re.compile(r"%([\w.\-]+)")
@@ -126,18 +129,16 @@ def replica_groups(rest: str) -> tuple[tuple[int, ...], ...]:
     """Groups of device positions of a collective; () when it names none (all devices).
 
     All three forms: {{0,1},{2,3}}; [2,2]<=[2,2]T(1,0), which is iota(4) reshaped, transposed,
-    reshaped; mesh['a'=2,'b'=2] {'a'}, axes of a mesh. Raises ValueError for another one.
+    reshaped; mesh['a'=2,'b'=2] {'a'}, axes of a mesh, whose devices may have an order of their own
+    (device_ids=([2,2]T(1,0))). Raises ValueError for another form.
     """
     mesh = _MESH.search(rest)
     if mesh:
-        return _mesh_groups(mesh[1], mesh[2])
+        return _mesh_groups(mesh[1], mesh[4], _iota(mesh[2], mesh[3]) if mesh[2] else None)
     iota = _IOTA.search(rest)
     if iota:
-        shape, source = _numbers(iota[1]), _numbers(iota[2])
-        ids = np.arange(math.prod(source)).reshape(source)
-        if iota[3]:
-            ids = ids.transpose(_numbers(iota[3]))
-        return tuple(tuple(int(i) for i in row) for row in ids.reshape(shape[0], -1))
+        ids = _iota(iota[2], iota[3]).reshape(_numbers(iota[1])[0], -1)
+        return tuple(tuple(int(i) for i in row) for row in ids)
     listed = _GROUPS.search(rest) or _PAIRS.search(rest)
     if not listed:
         if re.search(r"replica_groups=(?!\{\})", rest):
@@ -146,15 +147,25 @@ def replica_groups(rest: str) -> tuple[tuple[int, ...], ...]:
     return tuple(_numbers(group) for group in re.findall(r"\{([\d, ]*)\}", listed[1]) if group)
 
 
-def _mesh_groups(sizes: str, axes: str) -> tuple[tuple[int, ...], ...]:
-    """Groups along some axes of a mesh: ("'a'=2,'b'=3", "'b'") -> (0,1,2), (3,4,5)."""
+def _iota(shape: str, order: str | None) -> np.ndarray:
+    """("2,4", "1,0") -> iota(8) as [2, 4], transposed."""
+    ids = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
+    return ids.transpose(_numbers(order)) if order else ids
+
+
+def _mesh_groups(sizes: str, axes: str, devices: np.ndarray | None) -> tuple[tuple[int, ...], ...]:
+    """Groups along some axes of a mesh: ("'a'=2,'b'=3", "'b'") -> (0,1,2), (3,4,5).
+
+    devices: the mesh's devices in its order; None: 0, 1, 2, ...
+    """
     named = re.fullmatch(r"(?:'[^']*'=\d+,?)+", sizes)
     used = re.findall(r"'([^']*)'", axes)
     if not named or re.sub(r"'[^']*'|[, ]", "", axes):
         raise ValueError(f"replica groups in an unknown form: mesh[{sizes}] {{{axes}}}")
     shape = {name: int(n) for name, n in re.findall(r"'([^']*)'=(\d+)", sizes)}
     order = [name for name in shape if name not in used] + used
-    ids = np.arange(math.prod(shape.values())).reshape(tuple(shape.values()))
+    ids = np.arange(math.prod(shape.values())) if devices is None else devices
+    ids = ids.reshape(tuple(shape.values()))
     ids = ids.transpose([list(shape).index(name) for name in order])
     width = math.prod(shape[name] for name in used)
     return tuple(tuple(int(i) for i in row) for row in ids.reshape(-1, width))
@@ -223,17 +234,19 @@ class _Program:
                 for inner in step.called:
                     self.walk(inner, times)
             else:
-                self._collect(step, name, times, overlapped=False)
+                self._collect(step, name, times, overlapped=False, nested=False)
             cycles = _CYCLES.search(step.rest)
             self.cycles += times * int(cycles[1]) if cycles else 0
             self.kernels += times * ('custom_call_target="tpu_custom_call"' in step.rest)
 
-    def _collect(self, step: Instruction, body: str, times: int, *, overlapped: bool) -> None:
+    def _collect(
+        self, step: Instruction, body: str, times: int, *, overlapped: bool, nested: bool
+    ) -> None:
         """Note a collective, or those inside a fusion or an asynchronous wrapper."""
         kind = step.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
-            channel = _CHANNEL.search(step.rest)
-            key = (body, channel[1] if channel else step.name)
+            channel = _CHANNEL.search(step.rest) if nested else None
+            key = (body, f"{kind} {channel[1]}" if channel else step.name)
             before = self.collectives.get(key)
             overlapped = overlapped or step.opcode.endswith("-start")
             one = Collective(
@@ -248,8 +261,8 @@ class _Program:
         elif step.opcode in ("fusion", "async-start"):
             for inner in step.called:
                 apart = overlapped or step.opcode == "async-start" or inner.startswith("async")
-                for nested in self.found.get(inner, []):
-                    self._collect(nested, body, times, overlapped=apart)
+                for one in self.found.get(inner, []):
+                    self._collect(one, body, times, overlapped=apart, nested=True)
 
 
 def summarize(text: str) -> Summary:

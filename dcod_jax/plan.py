@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,6 +29,7 @@ from dcod_jax.config import run_verb
 from dcod_jax.data.manifest import replace_file
 from dcod_jax.mesh import batch_shards, make_mesh
 from dcod_jax.models.config import num_params
+from dcod_jax.paths import as_path
 from dcod_jax.types import DcodError
 
 FLAGS = {"--topology": "plan.topology", "--num-slices": "plan.slices"}
@@ -70,7 +70,7 @@ def plan(config: Any) -> dict[str, Any]:
         result["score"] = _score(fitting, target, console)
         if config.plan.largest_batch:
             result["largest_batch"] = _largest(fitting, target, report, console)
-    path = Path(config.run_dir) / "plan.json"
+    path = as_path(config.run_dir) / "plan.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, (json.dumps(result, indent=1) + "\n").encode())
     console.print(f"written: {path}", highlight=False)

@@ -10,11 +10,11 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from dcod_jax import config as configs
 from dcod_jax.metrics import read_metrics
+from dcod_jax.paths import Path
 from dcod_jax.types import DcodError
 
 POSITION = "weights/position_"  # prefix of the metrics by position bucket; the rest is its start

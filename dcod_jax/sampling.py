@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from dcod_jax.types import DcodError
@@ -49,10 +50,10 @@ def make_settings(
         raise DcodError(f"top_k={top_k} must be >= 0 (0: off)")
     filtered = top_k > 0 or top_p < 1 or min_p > 0
     return Settings(
-        temperature=jnp.float32(temperature or 1.0),
-        top_k=jnp.int32(top_k),
-        top_p=jnp.float32(top_p),
-        min_p=jnp.float32(min_p),
+        temperature=np.float32(temperature or 1.0),
+        top_k=np.int32(top_k),
+        top_p=np.float32(top_p),
+        min_p=np.float32(min_p),
         mode="greedy" if temperature == 0 else "filtered" if filtered else "plain",
     )
 

@@ -28,7 +28,7 @@ from dcod_jax.types import DcodError, Params, TrainState
 # beyond the order in which floating-point sums are taken.
 FREE = (
     "run_dir compare mesh. student.remat train.log_every train.eval train.save_every train.keep "
-    "train.best_metric train.progress train.microbatches optim.offload loss.head_chunk "
+    "train.best_metric train.progress train.microbatches optim.offload loss.head "
     "data.prefetch data.verify_checksums data.traces data.eval data.split data.dataset teacher. "
     "prepare. score. generate. evaluate. drift. report. export. plan. student.path student.config "
     "student.tokenizer train.init_from hosts. profile."

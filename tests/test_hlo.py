@@ -98,6 +98,14 @@ def test_bytes_are_those_received_and_sorted_by_network(summary):
         ("replica_groups=mesh['a'=2,'b'=3] {'b'}, x", ((0, 1, 2), (3, 4, 5))),
         ("replica_groups=mesh['a'=2,'b'=3] {'a'}, x", ((0, 3), (1, 4), (2, 5))),
         ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}, x", ((0, 1, 2, 3),)),
+        (
+            "replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'b'}, x",
+            ((0, 1, 2, 3), (4, 5, 6, 7)),
+        ),
+        (
+            "replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'c'}, x",
+            ((0, 4), (1, 5), (2, 6), (3, 7)),
+        ),
         ("replica_groups={}, x", ()),
         ("channel_id=4", ()),
     ],
@@ -140,7 +148,7 @@ def test_a_program_compiled_here_has_its_collectives_and_loops():
     def step(x):
         body = jax.shard_map(
             lambda y: jax.lax.psum_scatter(
-                jnp.tanh(jax.lax.all_gather(y, "x", tiled=True)), "x", tiled=True
+                jax.lax.all_gather(y, "x", tiled=True) * jax.lax.axis_index("x"), "x", tiled=True
             ),
             mesh=mesh,
             in_specs=P("x"),

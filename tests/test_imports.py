@@ -15,14 +15,14 @@ LEVELS = {
     "losses.distributions losses.divergences losses.weights losses.adaptive losses.head "
     "losses.reduce data.manifest data.codec data.score_progress data.blocks "
     "data.records data.packing data.chat data.formats data.traces data.delivered data.overlap "
-    "answers eval_stats benchmarks grading progress metrics profiling optim checkpoint "
-    "arithmetic drift_curves",
+    "answers eval_stats benchmarks grading progress metrics profiling optim "
+    "checkpoint arithmetic drift_curves",
     3: "losses.distill models.gguf models.hf data.pipeline stops sampling decoding generate",
-    4: "config_checks config forward train_step scoring evals problem_sets eval_details filters "
-    "drift_scores",
-    5: "inspect generate_traces prepare score start on_policy export drift comparison "
-    "report_data report_traces report stages evaluate lm_eval_model train_log compiled "
-    "estimate plan train "
+    4: "config_checks config forward train_step scoring evals problem_sets eval_details "
+    "filters drift_scores",
+    5: "inspect generate_traces prepare score start on_policy export drift "
+    "report_data report_traces report comparison stages evaluate lm_eval_model train_log "
+    "compiled estimate plan train "
     "study.domain study.plan study.steps study.lab study.tables study.__main__",
 }
 ORDER = [name for names in LEVELS.values() for name in names.split()]

@@ -81,12 +81,13 @@ def test_tpu_slices_are_taken_from_the_devices_and_another_number_is_refused(mon
 def test_a_mesh_axis_is_used_once():
     assert meshes.spec(("batch", "shards"))[1] == "context"
     assert meshes.spec(("embed", "batch"))[1] == ("slices", "data")
-    # parameters are never split over slices: only gradients cross the data-centre network
-    assert all(
-        "slices" not in meshes.RULES.get(name, ())
-        for name in meshes.RULES
-        if name not in ("batch", "shards")
-    )
+
+
+def test_parameters_are_never_split_over_slices():
+    """Only gradients cross the data-centre network."""
+    axes = jax.tree.leaves(transformer.logical_axes(MODEL))
+    assert {"embed", "vocab", "heads", "kv_heads", "mlp"} <= set(axes)
+    assert not any("slices" in meshes.RULES.get(name, ()) for name in axes)
 
 
 @pytest.mark.parametrize(

@@ -158,18 +158,21 @@ def steps_in(directory):
     """Numbers of the train steps that the trace annotates, one for each start of a step."""
     [trace] = directory.rglob("*.trace.json.gz")
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
-    return sorted(
+    own = {event["name"] for event in events if event.get("name", "").startswith("own ")}
+    found = sorted(
         int(event["args"]["step_num"])
         for event in events
         if event.get("name") == "train" and "step_num" in event.get("args", {})
     )
+    assert own == {f"own {step}" for step in found}  # nothing of another step is in it
+    return found
 
 
 def drive(tracer, count, start=0):
     work = jax.jit(lambda x: x @ x)
     value = jnp.ones((8, 8))
     for number in range(start + 1, count + 1):
-        with tracer.step(number):
+        with tracer.step(number), jax.profiler.TraceAnnotation(f"own {number}"):
             value = work(value)
         tracer.after(number, value)
     tracer.close()

@@ -143,8 +143,10 @@ def test_a_damaged_copy_is_fetched_again(memory, cache):
     write(memory, make_traces(12))
     expected = TraceDataset(memory).read_records(range(12))
     [copy] = cache.glob("*/traces-00000.array_record")
-    copy.write_bytes(copy.read_bytes()[:-1] + b"x")
+    whole = copy.read_bytes()
+    copy.write_bytes(whole[:-1] + b"x")
     assert TraceDataset(memory).read_records(range(12)) == expected
+    assert copy.read_bytes() == whole
 
 
 def test_a_changed_object_is_copied_again(store):

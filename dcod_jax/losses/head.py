@@ -8,9 +8,8 @@ Gradient. A custom VJP whose forward pass already forms dhidden and dW piece by 
 a sum, so its cotangent is a single number that scales both in the backward pass). That needs one
 pass over the logits where recomputation needs two. dW is carried as per-shard partial sums
 [S,V,D], float32, and scattered over the devices once, at the end. To read and write them costs a
-TPU v5e as much as the product of a thousand tokens, so there g pieces wait with their logits'
-gradient (in the compute dtype) for one product; elsewhere g is 1, which takes less memory. Without
-differentiation only values are computed.
+TPU v5e as much as the product of a thousand tokens, so g pieces may wait with their logits'
+gradient (in the compute dtype) for one product. Without differentiation only values are computed.
 """
 
 from __future__ import annotations
@@ -27,16 +26,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dcod_jax.losses.distributions import mask_padding
 from dcod_jax.losses.divergences import target_logprobs
-from dcod_jax.mesh import batch_shards, constrain, parts, platform, sum_shards
+from dcod_jax.mesh import batch_shards, constrain, parts, sum_shards
 from dcod_jax.types import DcodError
 
 # (logits [..., V] float32, targets [...], aux, shared) -> (loss [...], statistics of [...]).
 # It is differentiated in logits only.
 TokenLoss = Callable[[Array, Array, Any, Any], tuple[Array, Any]]
-
-
-# Most pieces whose logits' gradients wait for one product with the hidden states, by platform.
-GROUP = {"tpu": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +54,9 @@ def _plan(
     chunk: int,
     mesh: Mesh | None,
     valid_vocab: int | None,
-    group: int | None,
+    group: int,
 ) -> _Plan:
     batch, length = shape
-    if group is None:
-        group = GROUP.get("cpu" if mesh is None else platform(mesh), 1)
     shards = batch_shards(mesh)
     if batch % shards:
         raise DcodError(f"a batch of {batch} rows must be a multiple of the {shards} batch shards")
@@ -219,7 +212,7 @@ def head_loss(
     mesh: Mesh | None = None,
     valid_vocab: int | None = None,
     shared: Any = None,
-    group: int | None = None,
+    group: int = 1,
 ) -> tuple[Float[Array, ""], Any]:
     """Sum of token_loss inside loss_mask, differentiable in hidden and head_weight.
 
@@ -228,8 +221,8 @@ def head_loss(
     accumulate in float32; softmax and loss are float32. Returns the sum and token_loss's
     statistics as [B,T,...]. chunk is the number of tokens of one batch shard whose logits
     exist at one time (at least one position of each row). Rows of head_weight from
-    valid_vocab on have probability 0. group: pieces that form one product of the weight gradient
-    (default: by the mesh's devices).
+    valid_vocab on have probability 0. group: most pieces whose logits' gradients wait for one
+    product of the weight gradient.
     """
     plan = _plan(targets.shape, token_loss, chunk, mesh, valid_vocab, group)
     split = functools.partial(_split, plan)

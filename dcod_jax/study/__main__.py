@@ -9,15 +9,20 @@ from dcod_jax.config import run_verb
 from dcod_jax.progress import track
 from dcod_jax.study.lab import Lab
 from dcod_jax.study.plan import MAIN, Results, arms, conditions, pending
+from dcod_jax.types import DcodError
 
 
 def study(config: Any) -> None:
     """Every run that results.jsonl lacks, in the order of the recipe."""
+    if "://" in config.run_dir:
+        raise DcodError(f"run_dir={config.run_dir}: a study appends to its results on a local disk")
     directory = Path(config.run_dir)
     results = Results(directory / "results.jsonl")
     lab = Lab(config, directory, wanted_starts(config))
     total = count_runs(config)
-    done = len(results.done)
+    names = conditions(config)
+    last = config.seed + config.study.seeds
+    done = sum(x["condition"] in names and x["seed"] <= last for x in results.done.values())
     with track("study", total, unit="runs", done=done, enabled=config.train.progress) as advance:
         for run, own in pending(config, results):
             if run.condition not in results.references:

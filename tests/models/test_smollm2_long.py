@@ -127,14 +127,17 @@ def test_sampler_greedy_is_transformers_greedy(smollm2):
         compute_dtype=jnp.float32,
     )
     model.generation_config.eos_token_id = None  # go on for all the tokens, past the end marker
-    for text, prompt, got in zip(texts, prompts, samples, strict=True):
-        inputs = torch.tensor([prompt])
-        theirs = model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-        )[0, len(prompt) :].tolist()
+    width = max(map(len, prompts))
+    inputs = torch.full((20, width), config.pad_token_id)
+    mask = torch.zeros_like(inputs)
+    for row, prompt in enumerate(prompts):  # transformers pads on the left
+        inputs[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    with torch.no_grad():
+        out = model.generate(
+            inputs, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False
+        )
+    for text, theirs, got in zip(texts, out[:, width:].tolist(), samples, strict=True):
         assert got.token_ids == theirs, text
 
 
