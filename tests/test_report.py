@@ -66,7 +66,7 @@ def place(tmp_path_factory):
     config.compare = ("sft loss.weights.name=uniform", "discord loss.weights.temperature=0.5")
     config.report.traces = 5
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dcod_jax.score.make_mesh", one_device)
+        patch.setattr("dcod_jax.hosts.make_mesh", one_device)
         prepare(config)
         score(config)
     for _, variant in configs.variants(config):
