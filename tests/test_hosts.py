@@ -489,6 +489,7 @@ def test_a_frozen_coordinator_is_named(tmp_path):
     finally:
         for process in run:
             process.kill()
+        run[0].communicate()
     assert run[1].returncode == EXIT_PEER
     assert f"lost: process 0 ({socket.gethostname()}), the coordinator, did not answer" in errors
 
