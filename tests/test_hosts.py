@@ -232,7 +232,8 @@ def misbehave(place, culprit, misdeed, *, meets=False, more=(), own=((), ()), wa
 KILL = "time.sleep(4); os.kill(os.getpid(), signal.SIGKILL)"
 
 
-@pytest.mark.parametrize("culprit", [0, 1])
+# With process 0 goes the coordinator, and JAX may abort the others before they heard its last word.
+@pytest.mark.parametrize("culprit", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_killed_process_is_named_and_the_other_ends(tmp_path, culprit):
     ends = misbehave(tmp_path, culprit, KILL)
     host = socket.gethostname()
