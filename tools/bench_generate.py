@@ -107,7 +107,7 @@ def worker_transformers(
 
     torch.set_num_threads(args.cores)
     dtype = getattr(torch, args.dtype)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).eval()
     model.generation_config.eos_token_id = None if stop < 0 else stop
     pad = max(stop, 0)
     model.generation_config.pad_token_id = pad
