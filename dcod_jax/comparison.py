@@ -23,6 +23,7 @@ from dcod_jax.evals import (
     answer,
     paired_difference,
     read_generations,
+    sampling_of,
     summarize,
     to_line,
 )
@@ -97,9 +98,8 @@ def compare(config: Any, models: dict[str, str], *, detailed: bool = False) -> N
     for problem_set in sets:
         own = results[problem_set.name]
         numbers = summary(own, baseline=baseline)
-        home = folder / problem_set.name if problem_set.name else folder
         if hosts.first():
-            replace_file(home / "results.json", to_json(numbers))
+            replace_file(folder / problem_set.name / "results.json", to_json(numbers))
         title = _title(config, problem_set)
         console.print(accuracy_table(numbers, title=title))
         if detailed:
@@ -120,19 +120,10 @@ def _title(config: Any, problem_set: ProblemSet) -> str:
 # ---------------------------------------------------------------- one set, one model
 
 
-def sampling_of(config: Any) -> Sampling:
-    """evaluate.* as the record that decoding takes; the plain form stops at the next question."""
-    settings = config.evaluate
-    stop = tuple(settings.stop) + ((PLAIN_STOP,) if settings.form == "plain" else ())
-    return Sampling(
-        temperature=settings.temperature,
-        samples=settings.samples,
-        seed=config.seed,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
-        min_p=settings.min_p,
-        stop=stop,
-    )
+def _sampling(config: Any) -> Sampling:
+    """The plain form stops at the next question."""
+    stop = (PLAIN_STOP,) if config.evaluate.form == "plain" else ()
+    return sampling_of(config.evaluate, seed=config.seed, stop=stop)
 
 
 def _request(config: Any, model: _Model, problem_set: ProblemSet) -> dict[str, Any]:
@@ -144,7 +135,7 @@ def _request(config: Any, model: _Model, problem_set: ProblemSet) -> dict[str, A
         "tokenizer": chat.tokenizer_fingerprint(model.tokenizer),
         "template": chat.template_fingerprint(model.tokenizer),
         "prompt": dataclasses.asdict(form),
-        "sampling": dataclasses.asdict(sampling_of(config)),
+        "sampling": dataclasses.asdict(_sampling(config)),
         "max_new_tokens": config.evaluate.max_new_tokens,
         "compute_dtype": config.student.compute_dtype,
         "grade_timeout": config.prepare.grade_timeout,
@@ -177,7 +168,7 @@ def grade_set(
 def _answer_rest(
     config: Any, model: _Model, problem_set: ProblemSet, files: BlockFiles, grader: Grader
 ) -> None:
-    sampling, form = sampling_of(config), prompt_form(config, problem_set)
+    sampling, form = _sampling(config), prompt_form(config, problem_set)
     asked = [(p, k) for p in problem_set.problems for k in range(sampling.samples)]
     prompts = [form.prompt(model.tokenizer, problem) for problem in problem_set.problems]
     mesh, process, processes = model.share

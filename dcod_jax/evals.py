@@ -291,6 +291,13 @@ def answer(
     ]
 
 
+def sampling_of(settings: Any, *, seed: int, stop: tuple[str, ...] = ()) -> Sampling:
+    """generate.* or evaluate.* of the config as a record; stop: texts that end an answer, too."""
+    names = ("temperature", "samples", "top_p", "top_k", "min_p")
+    values = {name: settings[name] for name in names}
+    return Sampling(seed=seed, stop=(*settings.stop, *stop), **values)
+
+
 def sample_options(sampling: Sampling, tokenizer: Any) -> dict[str, Any]:
     """The arguments of generate.sample that say how tokens are drawn."""
     return {
@@ -386,11 +393,6 @@ def to_line(generation: Generation) -> str:
     return json.dumps(dataclasses.asdict(generation), ensure_ascii=False) + "\n"
 
 
-def write_generations(path: Location, generations: Sequence[Generation]) -> None:
-    """Every generation with its grade, one JSON object a line."""
-    as_path(path).write_text("".join(map(to_line, generations)), encoding="utf-8")
-
-
 def read_generations(path: Location) -> list[Generation]:
-    """What write_generations wrote."""
+    """The generations of a file of such lines."""
     return [Generation(**record) for _, record in read_records(as_path(path))]

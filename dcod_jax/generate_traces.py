@@ -26,9 +26,9 @@ from dcod_jax.data.formats import PROMPT_FIELDS
 from dcod_jax.data.manifest import file_sha256
 from dcod_jax.evals import (
     Problem,
-    Sampling,
     read_problems,
     sample_options,
+    sampling_of,
     stop_ids,
     text_of,
 )
@@ -172,23 +172,10 @@ def _request(config: Any, teacher: Teacher) -> dict[str, Any]:
         "teacher": teacher.provenance(),
         "tokenizer": chat.tokenizer_fingerprint(teacher.tokenizer),
         "template": chat.template_fingerprint(teacher.tokenizer),
-        "sampling": dataclasses.asdict(_sampling(config)),
+        "sampling": dataclasses.asdict(sampling_of(config.generate, seed=config.seed)),
         "max_new_tokens": config.generate.max_new_tokens,
         "filter_correct": config.prepare.filter_correct,
     }
-
-
-def _sampling(config: Any) -> Sampling:
-    settings = config.generate
-    return Sampling(
-        temperature=settings.temperature,
-        samples=settings.samples,
-        seed=config.seed,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
-        min_p=settings.min_p,
-        stop=tuple(settings.stop),
-    )
 
 
 def _sampler(config: Any, teacher: Teacher, mesh: Any) -> Callable[..., list[Sample]]:
@@ -204,7 +191,7 @@ def _sampler(config: Any, teacher: Teacher, mesh: Any) -> Callable[..., list[Sam
         valid_vocab=len(teacher.tokenizer),
         compute_dtype=config.teacher.dtype,
         mesh=mesh,
-        **sample_options(_sampling(config), teacher.tokenizer),
+        **sample_options(sampling_of(config.generate, seed=config.seed), teacher.tokenizer),
     )
 
 

@@ -131,7 +131,7 @@ def test_a_scripted_model_gets_the_grade_it_earned(tmp_path, tokenizer, monkeypa
     assert (result.low, result.high) == wilson(2, 4)
     assert "generations" not in result.summary()
     kept = tmp_path / "generations.jsonl"
-    evals.write_generations(kept, result.generations)
+    kept.write_text("".join(map(evals.to_line, result.generations)))
     assert tuple(evals.read_generations(kept)) == result.generations
 
 
