@@ -73,6 +73,8 @@ def session(settings: Any, *, notices: bool) -> Iterator[None]:
     )
     _joined.append(watch)
     try:
+        barrier("joining")
+        watch.greet()
         with _quiet(), _terminable(notices=notices):
             yield
         _leave(watch)

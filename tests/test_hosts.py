@@ -483,7 +483,7 @@ def test_a_notice_between_two_loops_stops_before_the_next(place, two):
 
 @pytest.mark.long
 def test_a_frozen_coordinator_is_named(tmp_path):
-    run = misbehave(tmp_path, 0, "os.kill(os.getpid(), signal.SIGSTOP)", wait=False)
+    run = misbehave(tmp_path, 0, KILL.replace("SIGKILL", "SIGSTOP"), wait=False)
     try:
         errors = run[1].communicate(timeout=90)[1]
     finally:
