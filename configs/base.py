@@ -22,7 +22,9 @@ def get_config() -> Any:
     c.student.tokenizer = ""  # HF tokenizer directory; empty: the one beside student.path
     c.student.chat_template = ""  # Jinja file used instead of the tokenizer's chat template
     c.student.compute_dtype = "bfloat16"  # matrix products and activations; master weights fp32
-    c.student.remat = "full"  # none | dots | full: what the backward pass recomputes per layer
+    # none | dots | full: what the backward pass recomputes per layer | offload: as full, and the
+    # layers' inputs wait in host memory | auto: the first of these that fits
+    c.student.remat = "full"  # none | dots | full | offload | auto: see docs/scaling.md
 
     c.teacher = ConfigDict()
     c.teacher.path = ""  # HF directory or .gguf file of the teacher that scores the traces
@@ -77,6 +79,7 @@ def get_config() -> Any:
     c.loss.taid_alpha = 5e-4  # of taid: how fast the interpolation may run ahead of its schedule
     c.loss.taid_beta = 0.99  # of taid: memory of the loss's relative change
     c.loss.head_chunk = 512  # tokens whose logits exist at one time in the vocabulary head
+    c.loss.head_group = 1  # chunks for one product of the head's gradient: see docs/scaling.md
     c.loss.weights = ConfigDict()
     c.loss.weights.name = "sigmoid"  # uniform | sigmoid (DisCorD) | clip | power | dft
     c.loss.weights.temperature = _or_auto(1.0)  # of sigmoid and power, or "auto"; paper's: unknown
@@ -104,6 +107,7 @@ def get_config() -> Any:
     c.optim.b2 = 0.95  # AdamW second moment
     c.optim.eps = 1e-8  # AdamW epsilon
     c.optim.clip_norm = 1.0  # global gradient norm; 0: no clipping
+    c.optim.offload = False  # AdamW's moments wait in host memory between steps
 
     c.train = ConfigDict()
     c.train.steps = 1000  # optimizer steps
@@ -116,6 +120,15 @@ def get_config() -> Any:
     c.train.best_metric = "eval/nll"  # lower is better; empty: keep by age only
     c.train.init_from = ""  # run directory or checkpoint whose parameters to start from
     c.train.progress = True  # progress bars
+
+    c.profile = ConfigDict()
+    c.profile.steps = ""  # first:last, both traced by XProf into run_dir/profile; empty: none
+
+    c.plan = ConfigDict()
+    c.plan.topology = ""  # what plan compiles for: v5e:4x4, v5p:2x2x4, v6e:16x16, ..., or cpu:8
+    c.plan.slices = 1  # slices of that topology, joined by the data-centre network
+    c.plan.hbm_gib = 0.0  # memory limit of a device in GiB; 0: what libtpu reports for the chip
+    c.plan.largest_batch = True  # search the largest batch that fits (several compilations)
 
     c.mesh = ConfigDict()
     c.mesh.data = -1  # replicas; -1: the devices that are left
@@ -138,12 +151,27 @@ def get_config() -> Any:
     c.generate.prompts = ""  # prompts JSONL (prompt, answer): sample traces from the teacher first
     c.generate.samples = 1  # traces sampled for each prompt
     c.generate.temperature = 1.0  # of sampling; log-probs are always at temperature 1
+    c.generate.top_p = 1.0  # sample from the smallest set of tokens with this probability
+    c.generate.top_k = 0  # sample from this many most probable tokens; 0: all
+    c.generate.min_p = 0.0  # leave out tokens below this share of the most probable one
+    c.generate.stop = ()  # texts that end a trace
     c.generate.max_new_tokens = 256  # longest completion sampled
     c.generate.batch_size = 64  # sequences decoded together
 
     c.evaluate = ConfigDict()
-    c.evaluate.problems = ""  # held-out problems JSONL (prompt, answer) for greedy accuracy
-    c.evaluate.limit = 0  # problems to take; 0: all
+    c.evaluate.problems = ""  # held-out problems JSONL (prompt, answer)
+    c.evaluate.sets = ()  # benchmarks: gsm8k, math500, ... (docs/evaluation.md), or name=FILE.jsonl
+    c.evaluate.limit = 0  # problems to take of each; 0: all
+    c.evaluate.samples = 1  # answers for each problem: pass@1 is their mean, pass@k, maj@k
+    c.evaluate.temperature = 0.0  # of sampling; 0: greedy
+    c.evaluate.top_p = 1.0  # sample from the smallest set of tokens with this probability
+    c.evaluate.top_k = 0  # sample from this many most probable tokens; 0: all
+    c.evaluate.min_p = 0.0  # leave out tokens below this share of the most probable one
+    c.evaluate.stop = ()  # texts that end an answer
+    c.evaluate.form = "chat"  # chat: the model's template | plain: "Question: ... Answer:"
+    c.evaluate.shots = 0  # worked examples before each problem
+    c.evaluate.exemplars = ""  # JSONL of {prompt, completion} for them; empty: eight built in
+    c.evaluate.instruction = "auto"  # put behind each problem; auto: the benchmark's own
     c.evaluate.max_new_tokens = 256  # longest answer
     c.evaluate.batch_size = 64  # sequences decoded together
 
@@ -169,6 +197,31 @@ def get_config() -> Any:
     c.export.dtype = "bfloat16"  # of the written weights
     c.export.step = -1  # checkpoint step; -1: the best by train.best_metric, else the newest
     c.export.max_shard_gb = 4.0  # larger weights are split into files of this size
+
+    c.study = ConfigDict()
+    c.study.arms = ()  # losses compared by the study: ("sft loss.weights.name=uniform", ...)
+    c.study.conditions = ()  # ("main", "hot generate.temperature=1.5", ...); "main" comes first
+    c.study.only = ()  # names of the arms to run; empty: all
+    c.study.seeds = 5  # test runs of each arm
+    c.study.learning_rates = (1e-3, 3e-3)  # the grid of every arm
+    c.study.own_rates = False  # a condition's own grid, not the rates found in "main"
+    c.study.width = 64  # hidden size of the student, a multiple of 16
+    c.study.layers = 2  # of the student
+    c.study.start_steps = 1000  # warm start, more is more competent; 0: student.path
+    c.study.start_learning_rate = 3e-3  # of the warm start, constant
+    c.study.start_styles = ("equations",)  # styles of the warm start's worked solutions
+    c.study.start_terms = (3, 6)  # fewest and most terms of a problem in the warm start
+    c.study.start_problems = 6000  # worked solutions of the warm start
+    c.study.terms = (3, 4)  # of the traces and of the test set "in"
+    c.study.longer_terms = (5, 6)  # of the test set "longer"
+    c.study.first_operands = (1, 6)  # lowest and highest first operand of everything trained on
+    c.study.held_out_operands = (7, 9)  # of the test set "operands"
+    c.study.traces = 3000  # traces of the teacher
+    c.study.noise = 0.0  # share of them with one digit of the steps replaced
+    c.study.styles = ()  # keep traces of these styles only; empty: all
+    c.study.problems = 256  # in each held-out set
+    c.study.drift_length = 20  # tokens over which ExAccErr is accumulated
+    c.study.drift_prompts = 128  # prompts of a test run's drift measurement; 0: none
 
     c.compare = ()  # variants trained from one start: ("sft loss.weights.name=uniform", ...)
     return c.lock()

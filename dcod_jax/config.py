@@ -175,11 +175,20 @@ def variants(config: Any) -> Iterator[tuple[str, Any]]:
         name, *changes = text.split()
         own = {"run_dir": str(as_path(config.run_dir) / name), "compare": ()}
         variant = _copy(config, own | {"data.dataset": dataset_dir(config)})
-        for change in changes:
-            key, _, value = change.partition("=")
-            assign(variant, key, value)
-        check(variant)
-        yield name, FrozenConfigDict(variant)
+        yield name, _changed(variant, changes)
+
+
+def with_changes(config: Any, changes: Sequence[str]) -> Any:
+    """The config with ("dotted.key=value", ...) assigned as on the command line, and checked."""
+    return _changed(_copy(config, {}), changes)
+
+
+def _changed(copy: Any, changes: Sequence[str]) -> Any:
+    for change in changes:
+        key, _, value = change.partition("=")
+        assign(copy, key, value)
+    check(copy)
+    return FrozenConfigDict(copy)
 
 
 def replace(config: Any, changes: dict[str, Any]) -> Any:

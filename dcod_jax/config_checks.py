@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any
 
+from dcod_jax.benchmarks import parse_set
 from dcod_jax.losses import distill
 from dcod_jax.losses.distill import LossConfig
 from dcod_jax.losses.divergences import DIVERGENCES
 
 CHOICES = {
     "student.compute_dtype": ("bfloat16", "float32"),
-    "student.remat": ("none", "dots", "full"),
+    "student.remat": ("none", "dots", "full", "offload", "auto"),
     "teacher.dtype": ("bfloat16", "float32"),
     "export.dtype": ("bfloat16", "float32", "float16"),
     "prepare.logprobs": ("ignore", "require"),
@@ -19,6 +21,7 @@ CHOICES = {
     "optim.schedule": ("cosine", "linear", "constant"),
     "hosts.cluster": ("auto", "none", "slurm", "ompi", "mpi4py", "k8s"),
     "hosts.collectives": ("gloo", "mpi"),
+    "evaluate.form": ("chat", "plain"),
 }
 
 POSITIVE = (
@@ -26,17 +29,22 @@ POSITIVE = (
     "prepare.overlap_ngram prepare.shard_records score.batch_tokens "
     "optim.learning_rate optim.eps train.steps "
     "train.microbatches train.log_every train.keep generate.samples generate.max_new_tokens "
-    "generate.batch_size evaluate.max_new_tokens evaluate.batch_size export.max_shard_gb "
-    "on_policy.max_new_tokens hosts.connect_timeout hosts.heartbeat hosts.timeout "
+    "generate.batch_size evaluate.samples evaluate.max_new_tokens evaluate.batch_size "
+    "export.max_shard_gb on_policy.max_new_tokens "
+    "hosts.connect_timeout hosts.heartbeat hosts.timeout "
     "drift.samples drift.max_new_tokens drift.batch_size drift.resamples "
-    "report.points report.histogram_traces"
+    "report.points report.histogram_traces plan.slices "
+    "study.seeds study.width study.layers study.start_learning_rate "
+    "study.start_problems study.traces study.problems"
 ).split()
 
 NOT_NEGATIVE = (
     "seed prepare.workers score.top_k optim.warmup_steps "
     "optim.weight_decay optim.clip_norm optim.final_fraction train.eval_every train.eval_batches "
-    "train.save_every generate.temperature evaluate.limit data.eval_fraction data.head_tokens "
-    "on_policy.temperature drift.limit report.traces"
+    "train.save_every generate.temperature generate.top_k evaluate.limit "
+    "evaluate.temperature evaluate.top_k evaluate.shots data.eval_fraction data.head_tokens "
+    "on_policy.temperature drift.limit report.traces plan.hbm_gib "
+    "study.start_steps study.noise study.drift_prompts"
 ).split()
 
 
@@ -90,6 +98,43 @@ def _hosts_errors(flat: dict[str, Any]) -> list[str]:
     return wrong
 
 
+def _profile_errors(text: str, steps: int) -> list[str]:
+    found = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text)
+    if not text or (found and int(found[1]) <= int(found[2]) <= steps):
+        return []
+    return [
+        f"profile.steps={text!r} must be first:last, such as 10:13, with "
+        f"1 <= first <= last <= train.steps={steps}"
+    ]
+
+
+def _sampling_errors(flat: dict[str, Any]) -> list[str]:
+    """Of generate.* and evaluate.*: ranges, and sets that are not known."""
+    wrong: list[str] = []
+    for part in ("generate", "evaluate"):
+        if not 0 < flat[f"{part}.top_p"] <= 1:
+            wrong.append(f"{part}.top_p={flat[f'{part}.top_p']} must be in (0, 1]")
+        if not 0 <= flat[f"{part}.min_p"] < 1:
+            wrong.append(f"{part}.min_p={flat[f'{part}.min_p']} must be in [0, 1)")
+        if not all(isinstance(text, str) and text for text in flat[f"{part}.stop"]):
+            wrong.append(f"{part}.stop={flat[f'{part}.stop']!r} must be non-empty texts")
+    if flat["evaluate.samples"] > 1 and flat["evaluate.temperature"] == 0:
+        wrong.append(
+            f"evaluate.samples={flat['evaluate.samples']} with evaluate.temperature=0 would ask "
+            "for the same greedy answer again; set a temperature such as 0.6"
+        )
+    names = []
+    for entry in flat["evaluate.sets"]:
+        try:
+            names.append(parse_set(str(entry))[0])
+        except ValueError as error:
+            wrong.append(str(error))
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        wrong.append(f"evaluate.sets: {', '.join(twice)} is named more than once")
+    return wrong
+
+
 def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
     """What is wrong in {dotted key: value} and its loss record; empty if all is well."""
     wrong: list[str] = []
@@ -105,6 +150,8 @@ def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
     wrong += [str(error) for error in distill.config_errors(loss)]
     wrong += _teacher_errors(flat, loss)
     wrong += _hosts_errors(flat)
+    wrong += _profile_errors(flat["profile.steps"], flat["train.steps"])
+    wrong += _sampling_errors(flat)
     if flat["data.max_length"] > flat["data.seq_len"]:
         wrong.append(
             f"data.max_length={flat['data.max_length']} must not exceed "

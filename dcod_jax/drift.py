@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,9 +32,11 @@ from dcod_jax.export import MARKER, export_path
 from dcod_jax.generate import Sample
 from dcod_jax.mesh import make_mesh
 from dcod_jax.models import hf
+from dcod_jax.paths import Path, as_path
 from dcod_jax.prepare import load_tokenizer
 from dcod_jax.progress import track
 from dcod_jax.scoring import Teacher, load_any_tokenizer, open_teacher
+from dcod_jax.storage import local_copy, scratch
 from dcod_jax.types import DcodError
 
 RESULT = "drift.json"
@@ -57,18 +58,18 @@ def drift(config: Any) -> dict[str, Any]:
         if name != "start":  # which is asked with the tokenizer that it is trained with
             own = load_any_tokenizer(path, chat_template=config.student.chat_template)
             _check_tokenizer(name, path, own, tokenizer)
-    folder = Path(config.run_dir) / "drift"
+    folder = as_path(config.run_dir) / "drift"
     folder.mkdir(parents=True, exist_ok=True)
     run = _Run(config, teacher, tokenizer, prompts, folder)
     measured = {name: run.student(name, path) for name, path in students.items()}
     result = summary(config, measured, prompts=len(prompts), teacher=teacher.name)
-    replace_file(Path(config.run_dir) / RESULT, to_json(result))
+    replace_file(as_path(config.run_dir) / RESULT, to_json(result))
     console = Console()
     console = console if console.is_terminal else Console(width=110)
     console.print(table(result))
     if config.drift.compat:
         console.print(lmops_table(result))
-    print(f"curves: {Path(config.run_dir) / RESULT}; every sequence: {folder}")
+    print(f"curves: {as_path(config.run_dir) / RESULT}; every sequence: {folder}")
     return result
 
 
@@ -91,7 +92,7 @@ def _prompts(config: Any, tokenizer: Any) -> list[list[int]]:
 
 def _students(config: Any) -> dict[str, Path]:
     """The start and the run's exports, those that there are."""
-    found = {"start": Path(config.student.path)} if config.student.path else {}
+    found = {"start": as_path(config.student.path)} if config.student.path else {}
     for name, variant in configs.variants(config):
         path = export_path(variant)
         if (path / MARKER).is_file():
@@ -242,17 +243,17 @@ def _write(path: Path, measured: Measured, request: dict[str, Any]) -> None:
         for side in ("student", "teacher")
         for field in dataclasses.fields(Scored)
     }
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        np.savez_compressed(file, request=np.array(to_json(request).decode()), **arrays)
-    commit_file(temporary, path)
+    with scratch(path) as temporary:
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, request=np.array(to_json(request).decode()), **arrays)
+        commit_file(temporary, path)
 
 
 def _read(path: Path, request: dict[str, Any]) -> Measured | None:
     """What _write wrote; None where there is nothing, or another request's answer (said so)."""
     if not path.is_file():
         return None
-    with np.load(path) as file:
+    with np.load(local_copy(path)) as file:
         if str(file["request"]) != to_json(request).decode():
             print(f"{path} is of other models or settings: measured anew")
             return None

@@ -1,26 +1,24 @@
-"""Greedy accuracy on held-out problems, with intervals and every generation kept."""
+"""Problems asked and graded: accuracy with intervals, every generation kept."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 from jax.sharding import Mesh
 
 from dcod_jax.data import chat
 from dcod_jax.data.formats import PROMPT_FIELDS
-from dcod_jax.generate import sample
-from dcod_jax.grading import grade
+from dcod_jax.eval_stats import bootstrap_interval, change_interval, loops, wilson
+from dcod_jax.generate import Sample, sample
+from dcod_jax.grading import Grader
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.paths import Location, Path, as_path
 from dcod_jax.types import DcodError, Params
-
-Z95 = 1.959963984540054  # 97.5 % point of the normal distribution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +30,20 @@ class Problem:
     answer: str
     fields: dict[str, Any]  # the record as read
     source: str  # "file:line"
+    difficulty: str = ""  # as the set has it; "" where it has none
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn: temperature 0 is greedy; n answers for each problem."""
+
+    temperature: float = 0.0
+    samples: int = 1
+    seed: int = 0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: no limit
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()  # texts that end an answer and are not part of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +57,18 @@ class Generation:
     correct: bool
     finished: bool  # False: cut at max_new_tokens
     tokens: int
+    sample: int = 0  # which of the problem's answers
+    reason: str = ""  # of the grade: one of grading.REASONS
+    repeats: bool = False  # ends in a loop (eval_stats.loops)
+    difficulty: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalResult:
-    """Greedy accuracy with its Wilson 95 % interval."""
+    """Accuracy with its 95 % interval: Wilson's for one answer a problem, else by resampling."""
 
     problems: int
-    correct: int
+    correct: int  # of problems times samples answers
     accuracy: float
     low: float
     high: float
@@ -61,6 +77,7 @@ class EvalResult:
     tokens: int  # generated
     seconds: float
     generations: tuple[Generation, ...]
+    samples: int = 1
 
     def summary(self) -> dict[str, Any]:
         """The numbers without the generations, for a results file."""
@@ -88,7 +105,7 @@ def read_problems(
     """
     problems: list[Problem] = []
     seen: dict[str, str] = {}
-    for source, record in _records(as_path(path)):
+    for source, record in read_records(as_path(path)):
         if limit and len(problems) == limit:
             break
         messages = _messages(record, prompt_field=prompt_field, source=source)
@@ -111,7 +128,8 @@ def read_problems(
     return problems
 
 
-def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file:line, record) of a JSONL file; raises DcodError for a line that is no JSON object."""
     if not path.is_file():
         raise DcodError(f"{path}: no such file; expected a JSONL file of problems")
     for number, raw in enumerate(path.read_bytes().split(b"\n"), 1):
@@ -196,46 +214,115 @@ def evaluate(
 ) -> EvalResult:
     """Decode every problem greedily and grade the final answers."""
     start = time.monotonic()
-    prompts = [chat.encode_prompt(tokenizer, problem.messages) for problem in problems]
-    samples = sample(
+    with Grader(timeout=grade_timeout, workers=workers) as grader:
+        generations = answer(
+            model_config,
+            params,
+            tokenizer,
+            [(problem, 0) for problem in problems],
+            [chat.encode_prompt(tokenizer, problem.messages) for problem in problems],
+            indices=range(len(problems)),
+            sampling=Sampling(),
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            compute_dtype=compute_dtype,
+            grader=grader,
+            mesh=mesh,
+            on_batch=on_batch,
+        )
+    return summarize(generations, seconds=time.monotonic() - start)
+
+
+def answer(
+    model_config: ModelConfig,
+    params: Params,
+    tokenizer: Any,
+    asked: Sequence[tuple[Problem, int]],
+    prompts: Sequence[Sequence[int]],
+    *,
+    indices: Sequence[int],
+    sampling: Sampling,
+    max_new_tokens: int,
+    batch_size: int,
+    compute_dtype: Any,
+    grader: Grader,
+    mesh: Mesh | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> list[Generation]:
+    """One graded answer for each (problem, number of the sample), in order.
+
+    `indices` names the sequences for their random numbers: an answer depends on its index and
+    `sampling.seed` alone, so that a part asked again later comes out the same.
+    """
+    drawn = sample(
         model_config,
         params,
         prompts,
+        indices=indices,
         max_new_tokens=max_new_tokens,
-        temperature=0.0,
-        seed=0,
         batch_size=batch_size,
         eos_ids=stop_ids(model_config, tokenizer),
         valid_vocab=len(tokenizer),
         compute_dtype=compute_dtype,
         mesh=mesh,
         on_batch=on_batch,
+        **sample_options(sampling, tokenizer),
     )
-    texts = [decode_text(tokenizer, s.token_ids) for s in samples]
-    pairs = [(text, problem.answer) for text, problem in zip(texts, problems, strict=True)]
-    grades = grade(pairs, timeout=grade_timeout, workers=workers)
-    generations = tuple(
+    texts = [text_of(tokenizer, s) for s in drawn]
+    graded = grader.stream(
+        (place, text, problem.answer)
+        for place, (text, (problem, _)) in enumerate(zip(texts, asked, strict=True))
+    )
+    return [
         Generation(
-            id=problem.id,
-            completion=text,
-            answer=problem.answer,
+            id=asked[place][0].id,
+            completion=texts[place],
+            answer=asked[place][0].answer,
             extracted=judged.extracted,
             correct=judged.correct,
-            finished=drawn.finished,
-            tokens=len(drawn.token_ids),
+            finished=drawn[place].finished,
+            tokens=len(drawn[place].token_ids),
+            sample=asked[place][1],
+            reason=judged.reason,
+            repeats=loops(texts[place]),
+            difficulty=asked[place][0].difficulty,
         )
-        for problem, text, judged, drawn in zip(problems, texts, grades, samples, strict=True)
-    )
-    return summarize(generations, seconds=time.monotonic() - start)
+        for place, judged in graded
+    ]
+
+
+def sample_options(sampling: Sampling, tokenizer: Any) -> dict[str, Any]:
+    """The arguments of generate.sample that say how tokens are drawn."""
+    return {
+        "temperature": sampling.temperature,
+        "seed": sampling.seed,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "stop_strings": sampling.stop,
+        "decode": functools.partial(decode_text, tokenizer),
+    }
+
+
+def text_of(tokenizer: Any, drawn: Sample) -> str:
+    """The text of a sample, without a stop string that ended it."""
+    return decode_text(tokenizer, drawn.token_ids) if drawn.text is None else drawn.text
 
 
 def summarize(generations: Sequence[Generation], *, seconds: float) -> EvalResult:
-    """Counts, rates and the interval of graded generations."""
-    total = len(generations)
-    correct = sum(g.correct for g in generations)
-    low, high = wilson(correct, total)
+    """Counts, rates and the interval of graded generations, equally many for each problem.
+
+    With one answer a problem the interval is Wilson's; with more, problems are resampled.
+    """
+    total, correct = len(generations), sum(g.correct for g in generations)
+    scores = problem_scores(generations)
+    samples = max(1, total // max(len(scores), 1))
+    if samples == 1:
+        low, high = wilson(correct, total)
+    else:
+        low, high = bootstrap_interval(list(scores.values()))
     return EvalResult(
-        problems=total,
+        problems=len(scores),
         correct=correct,
         accuracy=correct / total,
         low=low,
@@ -245,20 +332,25 @@ def summarize(generations: Sequence[Generation], *, seconds: float) -> EvalResul
         tokens=sum(g.tokens for g in generations),
         seconds=seconds,
         generations=tuple(generations),
+        samples=samples,
     )
 
 
-def wilson(correct: int, total: int) -> tuple[float, float]:
-    """Wilson score interval (95 %) of a proportion (Wilson 1927); (0, 10) -> (0.0, 0.278)."""
-    if total < 1:
-        raise DcodError("an interval needs at least one problem")
-    share, square = correct / total, Z95 * Z95
-    scale = 1 + square / total
-    center = (share + square / (2 * total)) / scale
-    spread = Z95 * math.sqrt(share * (1 - share) / total + square / (4 * total * total)) / scale
-    low = 0.0 if correct == 0 else center - spread
-    high = 1.0 if correct == total else center + spread
-    return low, high
+def by_problem(generations: Sequence[Generation]) -> dict[str, list[Generation]]:
+    """The answers to each problem; raises DcodError when one has more of them than another."""
+    groups: dict[str, list[Generation]] = {}
+    for generation in generations:
+        groups.setdefault(generation.id, []).append(generation)
+    counts = {len(group) for group in groups.values()}
+    if len(counts) > 1:
+        raise DcodError(f"problems have {sorted(counts)} answers; expected equally many for each")
+    return groups
+
+
+def problem_scores(generations: Sequence[Generation]) -> dict[str, float]:
+    """The share of correct answers of each problem: pass@1."""
+    groups = by_problem(generations)
+    return {name: sum(g.correct for g in group) / len(group) for name, group in groups.items()}
 
 
 def paired_difference(
@@ -270,36 +362,35 @@ def paired_difference(
 ) -> tuple[float, float, float]:
     """Accuracy of second minus first on the same problems, with its bootstrap 95 % interval.
 
-    Problems are resampled in pairs, so what both models find hard cancels. Raises DcodError when
-    the two were not evaluated on the same problems.
+    Problems are resampled in pairs, so what both models find hard cancels; a problem's score is
+    the share of its answers that are correct. Raises DcodError when the two were not evaluated on
+    the same problems.
     """
-    before = {g.id: g.correct for g in first}
-    after = {g.id: g.correct for g in second}
+    before, after = problem_scores(first), problem_scores(second)
     if before.keys() != after.keys():
         odd = sorted(before.keys() ^ after.keys())
         raise DcodError(
             f"the two runs differ in {len(odd)} problems (such as {odd[0]!r}); a paired "
             "comparison needs the same ones"
         )
-    change = np.array([int(after[name]) - int(before[name]) for name in before], np.int8)
-    generator = np.random.default_rng(seed)
-    # A resample is n draws with replacement: counts of the values -1, 0, 1 are multinomial.
-    shares = np.array([(change == value).mean() for value in (-1, 0, 1)])
-    draws = generator.multinomial(len(change), shares, size=resamples)
-    means = (draws[:, 2] - draws[:, 0]) / len(change)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(change.mean()), float(low), float(high)
+    change = [after[name] - before[name] for name in before]
+    low, high = change_interval(change, resamples=resamples, seed=seed)
+    return sum(change) / len(change), low, high
 
 
 # ---------------------------------------------------------------- keeping
 
 
+def to_line(generation: Generation) -> str:
+    """One JSON line with its newline."""
+    return json.dumps(dataclasses.asdict(generation), ensure_ascii=False) + "\n"
+
+
 def write_generations(path: Location, generations: Sequence[Generation]) -> None:
     """Every generation with its grade, one JSON object a line."""
-    lines = [json.dumps(dataclasses.asdict(g), ensure_ascii=False) for g in generations]
-    as_path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    as_path(path).write_text("".join(map(to_line, generations)), encoding="utf-8")
 
 
 def read_generations(path: Location) -> list[Generation]:
     """What write_generations wrote."""
-    return [Generation(**record) for _, record in _records(as_path(path))]
+    return [Generation(**record) for _, record in read_records(as_path(path))]

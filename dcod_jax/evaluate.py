@@ -1,8 +1,9 @@
-"""Grade models by greedy decoding on held-out problems: teacher, start and exported students.
+"""Grade models on benchmarks and held-out problems: teacher, start and exported students.
 
-Reads evaluate.problems and, of teacher.path, student.path and the run's exports (one for each
-variant of compare), those that exist; writes run_dir/evaluation/ (every generation with its grade,
-results.json) and prints the table.
+Reads evaluate.problems and evaluate.sets and, of teacher.path, student.path and the run's exports
+(one for each variant of compare), those that exist; writes run_dir/evaluation/ (every generation
+with its grade, results.json; one folder for each set) and prints the tables. The same command
+after an interruption goes on with the blocks of answers that are left.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 from dcod_jax import config as configs
-from dcod_jax import stages
+from dcod_jax.benchmarks import BENCHMARKS
+from dcod_jax.comparison import compare
 from dcod_jax.config import run_verb
 from dcod_jax.export import MARKER, export_path
 from dcod_jax.types import DcodError
@@ -18,8 +20,11 @@ from dcod_jax.types import DcodError
 
 def evaluate(config: Any) -> None:
     """Evaluate everything the config names that is there."""
-    if not config.evaluate.problems:
-        raise DcodError("evaluate.problems is empty; expected a JSONL file of {prompt, answer}")
+    if not config.evaluate.problems and not config.evaluate.sets:
+        raise DcodError(
+            "evaluate.problems is empty (expected a JSONL file of {prompt, answer}), and so is "
+            f"evaluate.sets (expected names: {', '.join(BENCHMARKS)})"
+        )
     models = {"teacher": config.teacher.path, "start": config.student.path}
     for name, variant in configs.variants(config):
         path = export_path(variant)
@@ -31,7 +36,7 @@ def evaluate(config: Any) -> None:
             f"nothing to evaluate: no export in {export_path(config)}; set student.path to an HF "
             "directory, or run `python -m dcod_jax.export` first"
         )
-    stages.compare(config, models)
+    compare(config, models, detailed=True)
 
 
 if __name__ == "__main__":

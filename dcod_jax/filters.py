@@ -19,15 +19,8 @@ from dcod_jax.data import chat, overlap
 from dcod_jax.data.delivered import delivered_logprobs
 from dcod_jax.data.formats import Fields, RawTrace
 from dcod_jax.data.traces import BadRecord, Source, read_traces
-from dcod_jax.grading import Grader
+from dcod_jax.grading import REJECTED_AS, Grader
 from dcod_jax.types import DcodError, Trace
-
-_GRADE_REASONS = {
-    "wrong": "wrong_answer",
-    "no_answer": "no_answer",
-    "timeout": "grading_timeout",
-    "error": "grading_error",
-}
 
 
 @dataclasses.dataclass
@@ -92,7 +85,7 @@ class Filter:
                 detail = (
                     f"answer {grade.extracted!r} by rule {grade.rule}, expected {trace.answer!r}"
                 )
-                self._drop(trace, _GRADE_REASONS[grade.reason], detail)
+                self._drop(trace, REJECTED_AS[grade.reason], detail)
             elif self._unique(trace) and (encoded := self._encode(trace)) is not None:
                 self.counts.kept += 1
                 yield trace, encoded

@@ -1,33 +1,46 @@
 """Sample traces from the teacher for a file of prompts: JSONL that prepare reads.
 
-Reads generate.prompts, writes run_dir/traces.jsonl. Blocks of sequences are files of their own
-until all are there, so the same command after an interruption goes on with those that are left. Of
-several processes each samples every n-th block with the teacher on its own devices, where it fits
-there; the bytes of the result are those of one process.
+Reads generate.prompts; writes run_dir/traces.jsonl, with the teacher's log-probs of its own tokens.
+What is of no use goes to traces.rejected.jsonl with its reason: empty, truncated, and, where the
+prompt has a reference answer and prepare.filter_correct is set, wrong_answer, no_answer,
+grading_timeout, grading_error. Blocks of sequences are files of their own until all are there, so
+the same command after an interruption goes on with those that are left. Of several processes each
+samples every n-th block with the teacher on its own devices, where it fits there; the bytes of the
+result are those of one process.
 """
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import functools
-import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from dcod_jax import hosts
 from dcod_jax.config import run_verb
 from dcod_jax.data import chat
+from dcod_jax.data.blocks import BlockFiles
 from dcod_jax.data.formats import PROMPT_FIELDS
-from dcod_jax.data.manifest import commit_file, file_sha256, replace_file, to_json
-from dcod_jax.evals import Problem, decode_text, read_problems, stop_ids
+from dcod_jax.data.manifest import file_sha256
+from dcod_jax.evals import (
+    Problem,
+    Sampling,
+    read_problems,
+    sample_options,
+    stop_ids,
+    text_of,
+)
 from dcod_jax.generate import Sample, sample
+from dcod_jax.grading import REJECTED_AS, Grader
 from dcod_jax.paths import Path, as_path
 from dcod_jax.progress import track
 from dcod_jax.scoring import Teacher, open_teacher
-from dcod_jax.storage import remove_tree, scratch
 from dcod_jax.types import DcodError
 
-BATCHES_IN_BLOCK = 4
+BATCHES_IN_BLOCK = 4  # decoded between two appends
+REJECTED = "traces.rejected.jsonl"  # beside traces.jsonl
 
 
 def traces_path(config: Any) -> Path:
@@ -38,9 +51,9 @@ def traces_path(config: Any) -> Path:
 def generate_traces(config: Any) -> Path:
     """generate.samples traces for each prompt at generate.temperature; returns the JSONL's path.
 
-    A trace cut at max_new_tokens is kept and marked `"finish_reason": "length"`. The manifest
-    beside the file (traces.jsonl.manifest.json) says what was read and counts what was written.
-    A finished file of the same prompts, teacher and settings is left as it is.
+    The manifest beside the file (traces.jsonl.manifest.json) says what was read and counts what
+    was written and rejected. A finished file of the same prompts, teacher and settings is left as
+    it is.
     """
     if not config.generate.prompts:
         raise DcodError("generate.prompts is empty; expected a JSONL file of {prompt, answer}")
@@ -54,56 +67,98 @@ def generate_traces(config: Any) -> Path:
     teacher = open_teacher(config.teacher, chat_template=config.student.chat_template)
     path = traces_path(config)
     path.parent.mkdir(parents=True, exist_ok=True)
-    progress = _Progress(path, _request(config, teacher))
-    if progress.finished():
+    files = BlockFiles([path, path.with_name(REJECTED)], _request(config, teacher))
+    manifest, other = files.finished()
+    if other:
+        raise DcodError(f"{path} was written {other}; move it away or change run_dir")
+    if manifest:
         print(f"{path}: these traces were sampled before; nothing to do")
         return path
-    pending = progress.pending(
-        len(problems) * config.generate.samples,
-        BATCHES_IN_BLOCK * config.generate.batch_size,
-    )
-    _draw(config, teacher, problems, progress, pending)
-    hosts.barrier("sampling")
-    if hosts.first():
-        progress.finish()
-    hosts.barrier("the manifest of the traces")
-    manifest = json.loads(progress.manifest.read_text())
+    _sample_rest(config, teacher, problems, files)
+    manifest = files.finish()
+    rejected = "".join(f", {count} {name}" for name, count in manifest["rejected"].items())
     print(
         f"{path}: {manifest['traces']} traces of {len(problems)} prompts, {manifest['tokens']} "
-        f"tokens, {manifest['truncated']} cut at {config.generate.max_new_tokens} tokens; "
-        f"{manifest['empty']} empty ones left out"
+        f"tokens; rejected: {rejected[2:] or 'none'}"
     )
     return path
 
 
-def _draw(
-    config: Any,
-    teacher: Teacher,
-    problems: Sequence[Problem],
-    progress: _Progress,
-    pending: Sequence[range],
+def _sample_rest(
+    config: Any, teacher: Teacher, problems: Sequence[Problem], files: BlockFiles
 ) -> None:
-    """Sample the blocks; of several processes each one takes every n-th."""
+    """Sample and grade the blocks that are left; of several processes each takes every n-th."""
     mesh, process, processes = hosts.share(config)
-    own = pending[process::processes]
+    copies = config.generate.samples
+    block_size = BATCHES_IN_BLOCK * config.generate.batch_size
+    done, left = files.pending(len(problems) * copies, block_size)
+    if done and hosts.first():
+        print(f"going on behind {done} traces sampled before")
+    own = left[process::processes]
     if not own:
         return
-    prompts = [chat.encode_prompt(teacher.tokenizer, p.messages) for p in problems]
+    prompts = [_encode_prompt(teacher.tokenizer, problem) for problem in problems]
     draw = _sampler(config, teacher, mesh)
-    total = sum(len(block) for block in own)
-    with track("sampling", total, unit="traces", enabled=config.train.progress) as bar:
+    total, enabled = sum(map(len, own)), config.train.progress
+    with (
+        Grader(timeout=config.prepare.grade_timeout, workers=config.prepare.workers) as grader,
+        track("sampling", total, unit="traces", enabled=enabled) as bar,
+    ):
         for block in own:
             samples = draw(
-                [prompts[index // config.generate.samples] for index in block],
+                [prompts[index // copies] for index in block],
                 indices=block,
                 on_batch=lambda sequences, tokens: bar(sequences),
             )
-            lines = [
-                _line(config, teacher.tokenizer, problems, index, drawn)
-                for index, drawn in zip(block, samples, strict=True)
-            ]
+            texts: list[list[str]] = [[], []]
+            reasons: collections.Counter[str] = collections.Counter()
+            for record, reason in _judged(config, teacher, problems, block, samples, grader):
+                texts[bool(reason)].append(json.dumps(record, ensure_ascii=False) + "\n")
+                reasons.update([reason] if reason else [])
+            counts = {
+                "sampled": len(block),
+                "traces": len(texts[0]),
+                "tokens": sum(len(s.token_ids) for s in samples),
+                "rejected": dict(reasons),
+            }
             if processes > 1 or hosts.first():
-                progress.commit(block, lines, samples)
+                files.commit(block, ["".join(part) for part in texts], counts)
+
+
+def _encode_prompt(tokenizer: Any, problem: Problem) -> list[int]:
+    try:
+        return chat.encode_prompt(tokenizer, problem.messages)
+    except DcodError as error:
+        raise DcodError(f"{problem.source}: {error}") from error
+
+
+def _judged(
+    config: Any,
+    teacher: Teacher,
+    problems: Sequence[Problem],
+    indices: Sequence[int],
+    samples: Sequence[Sample],
+    grader: Grader,
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """(record, "") of an accepted trace, (record, reason) of a rejected one, in order."""
+
+    def items() -> Iterator[tuple[Any, str, str | None]]:
+        for index, drawn in zip(indices, samples, strict=True):
+            problem = problems[index // config.generate.samples]
+            text = text_of(teacher.tokenizer, drawn)
+            record = _record(config, problem, index % config.generate.samples, text, drawn)
+            reason = "" if text.strip() else "empty"
+            reason = reason or ("" if drawn.finished else "truncated")
+            graded = config.prepare.filter_correct and problem.answer and not reason
+            yield (record, reason), text, problem.answer if graded else None
+
+    for (record, reason), verdict in grader.stream(items()):
+        if verdict is not None and not verdict.correct:
+            reason = REJECTED_AS[verdict.reason]
+        if reason:
+            found = verdict.extracted if verdict is not None else None
+            record |= {"rejected": reason, "extracted": found}
+        yield record, reason
 
 
 def _request(config: Any, teacher: Teacher) -> dict[str, Any]:
@@ -117,11 +172,23 @@ def _request(config: Any, teacher: Teacher) -> dict[str, Any]:
         "teacher": teacher.provenance(),
         "tokenizer": chat.tokenizer_fingerprint(teacher.tokenizer),
         "template": chat.template_fingerprint(teacher.tokenizer),
-        "seed": config.seed,
-        "samples": config.generate.samples,
-        "temperature": config.generate.temperature,
+        "sampling": dataclasses.asdict(_sampling(config)),
         "max_new_tokens": config.generate.max_new_tokens,
+        "filter_correct": config.prepare.filter_correct,
     }
+
+
+def _sampling(config: Any) -> Sampling:
+    settings = config.generate
+    return Sampling(
+        temperature=settings.temperature,
+        samples=settings.samples,
+        seed=config.seed,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        min_p=settings.min_p,
+        stop=tuple(settings.stop),
+    )
 
 
 def _sampler(config: Any, teacher: Teacher, mesh: Any) -> Callable[..., list[Sample]]:
@@ -132,33 +199,23 @@ def _sampler(config: Any, teacher: Teacher, mesh: Any) -> Callable[..., list[Sam
         model_config,
         params,
         max_new_tokens=config.generate.max_new_tokens,
-        temperature=config.generate.temperature,
-        seed=config.seed,
         batch_size=config.generate.batch_size,
         eos_ids=stop_ids(model_config, teacher.tokenizer),
         valid_vocab=len(teacher.tokenizer),
         compute_dtype=config.teacher.dtype,
         mesh=mesh,
+        **sample_options(_sampling(config), teacher.tokenizer),
     )
 
 
-def _line(
-    config: Any, tokenizer: Any, problems: Sequence[Problem], index: int, drawn: Sample
-) -> str:
-    """One trace in the fields that prepare looks for; the problem's other fields are kept.
-
-    Nothing where the teacher stopped at once: there is no completion to learn from.
-    """
-    place, copy = divmod(index, config.generate.samples)
-    problem, text = problems[place], decode_text(tokenizer, drawn.token_ids)
-    if not text.strip():
-        return ""
+def _record(config: Any, problem: Problem, copy: int, text: str, drawn: Sample) -> dict[str, Any]:
+    """One trace in the fields that prepare looks for; the problem's other fields are kept."""
     prompt_field = config.prepare.prompt_field or "prompt"
     completion_field = config.prepare.completion_field or "completion"
     replaced = ("id", "messages", prompt_field, completion_field, *PROMPT_FIELDS)
     record = {name: value for name, value in problem.fields.items() if name not in replaced}
     plain = len(problem.messages) == 1
-    record |= {
+    return record | {
         "id": problem.id if config.generate.samples == 1 else f"{problem.id}-{copy}",
         prompt_field: problem.messages[0]["content"] if plain else problem.messages,
         completion_field: text if plain else [{"role": "assistant", "content": text}],
@@ -167,90 +224,6 @@ def _line(
         "temperature": config.generate.temperature,
         "finish_reason": "stop" if drawn.finished else "length",
     }
-    return json.dumps(record, ensure_ascii=False) + "\n"
-
-
-class _Progress:
-    """The finished blocks, each a file of its own, and the result and its manifest at the end."""
-
-    def __init__(self, path: Path, request: dict[str, Any]):
-        self.path, self.request = path, request
-        self.manifest = path.with_name(path.name + ".manifest.json")
-        key = hashlib.sha256(to_json(request)).hexdigest()[:8]
-        self.blocks = path.with_name(f"{path.name}.partial-{key}")
-
-    def finished(self) -> bool:
-        """Whether the result is there; DcodError when it is another request's."""
-        if not self.path.exists():
-            return False
-        if self.manifest.exists():
-            found = json.loads(self.manifest.read_text())
-            if found["request"] == self.request and found["sha256"] == file_sha256(self.path):
-                if hosts.first():
-                    remove_tree(self.blocks)
-                return True
-            changed = [k for k, v in self.request.items() if found["request"].get(k) != v]
-            reason = f"with other {', '.join(changed)}" if changed else "and changed since"
-        else:
-            reason = "by something else (it has no manifest)"
-        raise DcodError(f"{self.path} was written {reason}; move it away or change run_dir")
-
-    def _done(self) -> dict[range, dict[str, Any]]:
-        """{sequences: counts} of the blocks that are whole, in order."""
-        done = {}
-        for file in sorted(self.blocks.glob("*.json")):
-            first, last = map(int, file.stem.split("-"))
-            done[range(first, last)] = json.loads(file.read_text())
-        return done
-
-    def pending(self, total: int, size: int) -> list[range]:
-        """The sequences that are left, in blocks; the same on every process, as the first sees it.
-
-        A run with another batch size goes on between the blocks that are there.
-        """
-        pending, start = [], 0
-        if hosts.first():
-            done = self._done()
-            for block in [*done, range(total, total)]:
-                gap = range(start, block.start)
-                pending += [[i, min(i + size, gap.stop)] for i in gap[::size]]
-                start = block.stop
-            if done:
-                print(f"going on behind {sum(map(len, done))} traces sampled before")
-        told = hosts.exchange("share out the sampling", json.dumps(pending))[0]
-        return [range(*block) for block in json.loads(told)]
-
-    def commit(self, block: range, lines: Sequence[str], samples: Sequence[Sample]) -> None:
-        """Write a block; its counts, which make it whole, come last."""
-        self.blocks.mkdir(parents=True, exist_ok=True)
-        name = f"{block.start:09d}-{block.stop:09d}"
-        replace_file(self.blocks / f"{name}.jsonl", "".join(lines).encode("utf-8"))
-        empty = list(lines).count("")
-        counts = {
-            "sampled": len(block),
-            "traces": len(samples) - empty,
-            "empty": empty,
-            "tokens": sum(len(s.token_ids) for s in samples),
-            "truncated": sum(not s.finished for s in samples),
-        }
-        replace_file(self.blocks / f"{name}.json", to_json(counts))
-
-    def finish(self) -> None:
-        """Join the blocks in their order."""
-        done = self._done()
-        counts = {
-            name: sum(block[name] for block in done.values())
-            for name in ("sampled", "traces", "empty", "tokens", "truncated")
-        }
-        with scratch(self.path) as temporary:
-            with temporary.open("wb") as whole:
-                for block in done:
-                    part = self.blocks / f"{block.start:09d}-{block.stop:09d}.jsonl"
-                    whole.write(part.read_bytes())
-            manifest = counts | {"request": self.request, "sha256": file_sha256(temporary)}
-            replace_file(self.manifest, to_json(manifest))
-            commit_file(temporary, self.path)
-        remove_tree(self.blocks)
 
 
 if __name__ == "__main__":

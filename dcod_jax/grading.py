@@ -35,6 +35,12 @@ from dcod_jax.answers import (
 )
 
 REASONS = ("correct", "wrong", "no_answer", "timeout", "error")
+REJECTED_AS = {  # why a trace with that verdict is dropped
+    "wrong": "wrong_answer",
+    "no_answer": "no_answer",
+    "timeout": "grading_timeout",
+    "error": "grading_error",
+}
 MEMORY_LIMIT = 2 << 30  # bytes of address space of one worker
 QUEUE_DEPTH = 8  # requests sent ahead to one worker: together below a pipe's 64 KiB, never blocking
 START_SECONDS = 60.0  # a worker imports sympy first

@@ -24,6 +24,7 @@ AXES = ("slices", "data", "fsdp", "context", "tensor")
 # Logical axis of a model or batch -> mesh axes it is split over. One table, read by everything.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("slices", "data", "fsdp"),
+    "replica": ("slices", "data"),  # of "batch", what does not split parameters
     "length": ("context",),
     "shards": ("slices", "data", "fsdp", "context"),  # batch and length folded into one dimension
     "embed": ("fsdp", "context"),
@@ -147,6 +148,11 @@ def parts(mesh: Mesh | None, logical: str) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES.get(logical, ()))
 
 
+def in_host_memory(layout: NamedSharding) -> NamedSharding:
+    """The same split, in the memory of each device's host."""
+    return layout.with_memory_kind("pinned_host")
+
+
 def batch_shards(mesh: Mesh | None) -> int:
     """Number of pieces the batch dimension is split into."""
     return parts(mesh, "batch")
@@ -189,6 +195,33 @@ def per_shard(
 def gather(x: jax.Array, logical: str, *, dimension: int) -> jax.Array:
     """Inside per_shard: a dimension of this logical name whole again; its gradient is scattered."""
     return jax.lax.all_gather(x, RULES[logical], axis=dimension, tiled=True)
+
+
+def sum_shards(partials: jax.Array, mesh: Mesh | None, *logical: str) -> jax.Array:
+    """[S, ...], a partial sum of each of the "shards" -> their sum [...], split as `logical` says.
+
+    An explicit reduce-scatter: the partitioner would make an all-reduce of it and put that off,
+    with a whole partial sum kept on every device until then.
+    """
+    if mesh is None or mesh.size == 1:
+        return partials.sum(axis=0)
+    shards = RULES["shards"]
+    own = [tuple(axis for axis in RULES.get(name, ()) if axis in shards) for name in logical]
+    kept = [tuple(axis for axis in RULES.get(name, ()) if axis not in shards) for name in logical]
+    rest = tuple(axis for axis in shards if not any(axis in axes for axes in own))
+
+    def add(x: jax.Array) -> jax.Array:
+        x = x.sum(axis=0)
+        for dimension, axes in enumerate(own):
+            if axes:
+                x = jax.lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True)
+        return jax.lax.psum(x, rest)
+
+    inputs = PartitionSpec(shards, *(axes or None for axes in kept))
+    split = spec(logical)
+    return jax.shard_map(add, mesh=mesh, in_specs=inputs, out_specs=split, check_vma=False)(
+        partials
+    )
 
 
 def check_divides(mesh: Mesh, dimensions: dict[str, tuple[str, int]]) -> None:

@@ -30,7 +30,7 @@ DECAYS: dict[str, Callable[[Array], Array]] = {
 class OptimConfig:
     """optim.* of the configuration; defaults and meanings are in configs/base.py."""
 
-    learning_rate: float
+    learning_rate: float | Array  # an array where the rate is part of the optimizer's state
     schedule: str
     warmup_steps: int
     final_fraction: float
@@ -39,6 +39,7 @@ class OptimConfig:
     b2: float
     eps: float
     clip_norm: float
+    offload: bool = False
 
 
 def make_schedule(cfg: OptimConfig, steps: int) -> Schedule:

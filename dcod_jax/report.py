@@ -15,10 +15,10 @@ import base64
 import hashlib
 import html
 import json
+import pathlib
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,11 +27,12 @@ from dcod_jax import __version__
 from dcod_jax import config as configs
 from dcod_jax.config import BASE, load_recipe, run_verb
 from dcod_jax.data.manifest import replace_file
+from dcod_jax.paths import Path, as_path
 from dcod_jax.report_data import Run, drifts, evaluations, find_runs, run_record
 from dcod_jax.report_traces import histogram, see, shown
 from dcod_jax.types import DcodError
 
-ASSETS = Path(__file__).resolve().parent / "assets" / "report"
+ASSETS = pathlib.Path(__file__).resolve().parent / "assets" / "report"
 SCRIPTS = ("charts.js", "page.js", "evidence.js", "traces.js", "main.js")
 
 
@@ -42,9 +43,9 @@ def report(config: Any) -> Path | None:
     """
     if jax.process_index():
         return None
-    own = [Path(variant.run_dir) for _, variant in configs.variants(config)]
-    runs = find_runs([*own, *(Path(other) for other in config.report.runs)])
-    path = Path(config.report.path or Path(config.run_dir) / "report.html")
+    own = [as_path(variant.run_dir) for _, variant in configs.variants(config)]
+    runs = find_runs([*own, *(as_path(other) for other in config.report.runs)])
+    path = as_path(config.report.path or as_path(config.run_dir) / "report.html")
     return write(runs, path, settings=config.report)
 
 
@@ -153,8 +154,8 @@ def main(argv: Sequence[str]) -> None:
     settings = load_recipe(BASE).report
     parser = argparse.ArgumentParser("python -m dcod_jax.report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--runs", nargs="+", type=Path, required=True, help="run directories")
-    parser.add_argument("--output", type=Path, help="default: report.html in the first directory")
+    parser.add_argument("--runs", nargs="+", type=as_path, required=True, help="run directories")
+    parser.add_argument("--output", type=as_path, help="default: the first one's report.html")
     parser.add_argument("--traces", type=int, default=settings.traces, help="traces to show")
     args = parser.parse_args(argv)
     settings.traces = args.traces

@@ -10,11 +10,11 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from dcod_jax import config as configs
 from dcod_jax.metrics import read_metrics
+from dcod_jax.paths import Path
 from dcod_jax.types import DcodError
 
 POSITION = "weights/position_"  # prefix of the metrics by position bucket; the rest is its start
@@ -57,11 +57,13 @@ def find_runs(directories: Sequence[Path]) -> list[Run]:
                 "directories of its variants"
             )
         runs += [Run(home.name, home, _stored_config(home)) for home in homes]
-    names = [run.name for run in runs]
-    return [
-        run if names.count(run.name) == 1 else dataclasses.replace(run, name=str(run.path))
-        for run in runs
-    ]
+    for name in (lambda run: f"{run.path.parent.name}/{run.path.name}", lambda run: str(run.path)):
+        names = [run.name for run in runs]
+        runs = [
+            run if names.count(run.name) == 1 else dataclasses.replace(run, name=name(run))
+            for run in runs
+        ]
+    return runs
 
 
 def _is_run(directory: Path) -> bool:

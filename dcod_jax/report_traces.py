@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from dcod_jax.mesh import make_mesh, tree_shardings
 from dcod_jax.metrics import read_metrics
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig
+from dcod_jax.paths import as_path
 from dcod_jax.report_data import Run
 from dcod_jax.scoring import ScoreSettings, load_any_tokenizer, score_traces
 from dcod_jax.types import DcodError, Params, Trace
@@ -122,7 +122,7 @@ def _tempering(run: Run, cfg: WeightConfig) -> Tempering | None:
 
 
 def _dataset(run: Run) -> TraceDataset:
-    root = Path(configs.dataset_dir(run.config))
+    root = as_path(configs.dataset_dir(run.config))
     for path in (root / "eval", root / "train", root):
         if (path / MANIFEST).is_file():
             return TraceDataset(path, verify=False)
@@ -134,7 +134,7 @@ def _tokenizer(run: Run) -> Any:
     if (export / MARKER).is_file():
         return load_any_tokenizer(export)
     settings = run.config.student
-    home = Path(settings.tokenizer or settings.path or settings.config)
+    home = as_path(settings.tokenizer or settings.path or settings.config)
     home = home.parent if home.name == "config.json" else home
     return load_any_tokenizer(home, chat_template=settings.chat_template)
 
@@ -153,7 +153,7 @@ def _student(run: Run) -> tuple[str, ModelConfig, Params, Any]:
     if not steps:
         raise DcodError(f"{run.path} has neither an export nor a finished checkpoint")
     settings = run.config.student
-    model_config = hf.read_config(Path(settings.path or settings.config))
+    model_config = hf.read_config(as_path(settings.path or settings.config))
     shapes = jax.tree.map(
         lambda shape, layout: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=layout),
         transformer.param_shapes(model_config),

@@ -210,7 +210,7 @@ def _launch(
         jnp.asarray(x) if mesh is None else put(x, sharding(mesh, ("batch", None)))
         for x in (tokens, targets, segment_ids)
     ]
-    return _score_batch(config, params, *placed, settings=settings, mesh=mesh)
+    return score_step(config, params, *placed, settings=settings, mesh=mesh)
 
 
 def _with_scores(trace: Trace, rows: list[np.ndarray]) -> Trace:
@@ -239,7 +239,7 @@ def _with_scores(trace: Trace, rows: list[np.ndarray]) -> Trace:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "settings", "mesh"))
-def _score_batch(
+def score_step(
     config: ModelConfig,
     params: Params,
     tokens: Int[Array, "B T"],

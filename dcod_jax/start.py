@@ -15,7 +15,7 @@ from dcod_jax.data.records import TraceDataset, check_fingerprints
 from dcod_jax.forward import TeacherModel
 from dcod_jax.losses import distill
 from dcod_jax.losses.divergences import DIVERGENCES
-from dcod_jax.mesh import make_mesh, tree_shardings
+from dcod_jax.mesh import check_divides, make_mesh, tree_shardings
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.paths import Path, as_path
@@ -28,10 +28,10 @@ from dcod_jax.types import DcodError, Params, TrainState
 # beyond the order in which floating-point sums are taken.
 FREE = (
     "run_dir compare mesh. student.remat train.log_every train.eval train.save_every train.keep "
-    "train.best_metric train.progress train.microbatches loss.head_chunk data.prefetch "
-    "data.verify_checksums data.traces data.eval data.split data.dataset teacher. prepare. score. "
-    "generate. evaluate. drift. report. export. student.path student.config student.tokenizer "
-    "train.init_from hosts."
+    "train.best_metric train.progress train.microbatches optim.offload loss.head "
+    "data.prefetch data.verify_checksums data.traces data.eval data.split data.dataset teacher. "
+    "prepare. score. generate. evaluate. drift. report. export. plan. student.path student.config "
+    "student.tokenizer train.init_from hosts. profile."
 ).split()
 LIVE = ("teacher.path", "teacher.dtype")  # not free where the teacher runs in the step
 
@@ -52,6 +52,7 @@ def preflight(config: Any) -> None:
     mesh = make_mesh(**config.mesh)
     check_batch(config.data.batch_size, config.train.microbatches, mesh)
     transformer.check_mesh(student.config, mesh)
+    check_divides(mesh, {"data.seq_len": ("length", config.data.seq_len)})
     loss = configs.loss_config(config)
     if loss.teacher == "cached" and DIVERGENCES[loss.divergence].acts_on_student:
         print(
@@ -148,8 +149,13 @@ def start_state(
         transformer.param_shapes(student.config),
         shardings,
     )
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "model_config": student.config,
+        "offload": config.optim.offload,
+    }
     if checkpointer.steps():
-        like = init_state(shapes, optimizer, mesh=mesh, model_config=student.config, abstract=True)
+        like = init_state(shapes, optimizer, **options, abstract=True)
         state, restored = checkpointer.restore(like)
         _check_same_run(config, restored, checkpointer.directory)
         print(f"resuming {config.run_dir} at step {restored.step}")
@@ -164,7 +170,7 @@ def start_state(
     else:
         params = _random_params(student.config, config.seed, shardings)
         print(f"random parameters for {config.student.config}, seed {config.seed}")
-    return init_state(params, optimizer, mesh=mesh, model_config=student.config), None
+    return init_state(params, optimizer, **options), None
 
 
 def _random_params(model_config: ModelConfig, seed: int, shardings: Params) -> Params:

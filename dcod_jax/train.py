@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from dcod_jax import config as configs
 from dcod_jax import hosts, on_policy, stages
 from dcod_jax.checkpoint import Checkpointer
+from dcod_jax.compiled import choose_remat
 from dcod_jax.config import run_verb
 from dcod_jax.data import chat, pipeline
 from dcod_jax.data.manifest import replace_file
@@ -58,6 +59,7 @@ def train(config: Any) -> None:
 def fit(config: Any, *, name: str = "") -> int:
     """Train one variant to train.steps, or resume it; returns the number of steps done."""
     hosts.check_joined()
+    entered = time.monotonic()
     student = load_student(config)
     train_set, eval_set = open_datasets(config, student)
     loss_config = configs.loss_config(config)
@@ -76,7 +78,7 @@ def fit(config: Any, *, name: str = "") -> int:
         "teacher": teacher,
         "mesh": mesh,
         "compute_dtype": jnp.dtype(config.student.compute_dtype),
-        "remat": config.student.remat,
+        "remat": choose_remat(config, mesh.devices.flat),
         "valid_vocab": student.valid_vocab,
     }
     train_step = make_train_step(
@@ -86,6 +88,7 @@ def fit(config: Any, *, name: str = "") -> int:
         schedule,
         batch_size=config.data.batch_size,
         microbatches=config.train.microbatches,
+        offload=config.optim.offload,
         **options,
     )
     reading = _reading(config, loss_config, mesh)
@@ -113,7 +116,15 @@ def fit(config: Any, *, name: str = "") -> int:
     print(f"one trace, supervised part marked:\n{chat.render_sample(student.tokenizer, sample)}\n")
 
     tokens_seen = progress["tokens_seen"]
-    log = Log(config, student, name=name, start=step, tokens_seen=tokens_seen, mesh=mesh)
+    log = Log(
+        config,
+        student,
+        name=name,
+        start=step,
+        tokens_seen=tokens_seen,
+        mesh=mesh,
+        entered=entered,
+    )
     evaluated = step if restored and restored.metrics else -1
     saved = step if restored else -1
     held_out: dict[str, float] = {}
@@ -131,13 +142,14 @@ def fit(config: Any, *, name: str = "") -> int:
                 pending = None
             if evaluate and evaluated != step and evaluator is not None:
                 hosts.doing(f"held-out loss at step {step}")
-                with log.pause():
+                with log.pause("eval"):
                     held_out = evaluator(state)
                 log.held_out(step, held_out)
                 evaluated = step
             if save and saved != step:
                 hosts.doing(f"saving step {step}")
-                with log.pause():
+                with log.pause("save"):
+                    log.writer.sync()  # a resumed run needs the lines up to its checkpoint
                     checkpointer.save(
                         state,
                         step=step,
@@ -150,19 +162,24 @@ def fit(config: Any, *, name: str = "") -> int:
                         metrics=held_out if evaluated == step else None,
                     )
                 saved = step
+                log.goodput.saved(step)
             if stop:
                 break
             hosts.doing(f"reading the batch of step {step + 1}")
-            host_batch, trace_index, cost = policy(step, state, *next(batches))
-            batch = pipeline.to_device(host_batch, mesh)
+            with log.phases.phase("data_wait"):
+                host_batch, trace_index, cost = policy(step, state, *next(batches))
+                batch = pipeline.to_device(host_batch, mesh)
             hosts.doing(f"starting step {step + 1}")
-            state, values = train_step(state, batch, *teacher_params)
+            with log.dispatching(step + 1):
+                state, values = train_step(state, batch, *teacher_params)
             step += 1
+            log.tracer.after(step, values)
             # Step n is running on the device; only now are the numbers of step n-1 fetched.
             if pending:
                 log.settle(pending, train_set, checkpointer)
             pending = Pending(step, values, trace_index, cost)
-        checkpointer.close()
+        with log.pause("save"):
+            checkpointer.close()
     if not last:
         seconds = time.monotonic() - began
         print(

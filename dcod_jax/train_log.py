@@ -18,6 +18,8 @@ from dcod_jax import metrics as meters
 from dcod_jax.checkpoint import Checkpointer
 from dcod_jax.data.records import TraceDataset
 from dcod_jax.models.config import flops_per_token
+from dcod_jax.paths import as_path
+from dcod_jax.profiling import Goodput, Phases, Tracer
 from dcod_jax.progress import track
 from dcod_jax.start import Student
 from dcod_jax.types import DcodError
@@ -41,10 +43,23 @@ class Log:
     """Numbers of a run: progress bar, metrics.jsonl, TensorBoard, and the stop at NaN."""
 
     def __init__(
-        self, config: Any, student: Student, *, name: str, start: int, tokens_seen: int, mesh: Any
+        self,
+        config: Any,
+        student: Student,
+        *,
+        name: str,
+        start: int,
+        tokens_seen: int,
+        mesh: Any,
+        entered: float,
     ):
         self.config = config
         self.tokens_seen = tokens_seen
+        run_dir = as_path(config.run_dir)
+        # Before the metrics file is opened, which drops the lines of a killed attempt.
+        self.goodput = Goodput(run_dir, start, entered=entered, enabled=hosts.first())
+        self.phases = Phases()
+        self.tracer = Tracer(config.profile.steps, run_dir, start=start)
         self.writer = meters.MetricsWriter(config.run_dir, start)
         self.bar = track(
             f"training {name}".rstrip(),
@@ -69,20 +84,35 @@ class Log:
         return self
 
     def __exit__(self, *details: Any) -> None:
+        self.tracer.close()
         self.bar.__exit__(*details)
         self.writer.close()
+        self.goodput.finish(failed=details[0] is not None)
+        if details[0] is None:
+            print(self.goodput.text())
 
     @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Time that is not a step's: evaluation and saving."""
+    def pause(self, kind: str) -> Iterator[None]:
+        """Time that is not a step's: "eval" and "save"."""
         start = time.monotonic()
         yield
-        self.paused += time.monotonic() - start
+        seconds = time.monotonic() - start
+        self.paused += seconds
+        self.goodput.paused(kind, seconds)
+
+    @contextmanager
+    def dispatching(self, step: int) -> Iterator[None]:
+        """The body starts this step on the device; it is traced where profile.steps says so."""
+        with self.tracer.step(step), self.phases.phase("dispatch"):
+            yield
 
     def settle(self, done: Pending, dataset: TraceDataset, checkpointer: Checkpointer) -> None:
         """Fetch one step's numbers, stop if they are not finite, count, show and write them."""
         hosts.doing(f"the numbers of step {done.step}", waiting=True)
-        values = {key: float(value) for key, value in jax.device_get(done.values).items()}
+        with self.phases.phase("device"):
+            fetched = jax.device_get(done.values)
+        self.goodput.started()
+        values = {key: float(value) for key, value in fetched.items()}
         if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
             raise DcodError(_not_finite(done, values, dataset, checkpointer))
         values |= done.cost
@@ -118,6 +148,8 @@ class Log:
         pace = {
             "time/step_seconds": per_step,
             "time/tokens_per_second": self.clock_tokens / seconds,
+            **self.phases.take(step - self.clock_step),
+            **self.goodput.line(step),
         }
         if self.peak:
             pace["time/mfu"] = self.flops / per_step / self.peak

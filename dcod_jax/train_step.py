@@ -19,7 +19,14 @@ from dcod_jax.losses import adaptive, distill, reduce, weights
 from dcod_jax.losses.adaptive import LossState
 from dcod_jax.losses.distill import LossConfig
 from dcod_jax.losses.reduce import Sums, TokenStats
-from dcod_jax.mesh import batch_shards, constrain, describe, sharding, tree_shardings
+from dcod_jax.mesh import (
+    batch_shards,
+    constrain,
+    describe,
+    in_host_memory,
+    sharding,
+    tree_shardings,
+)
 from dcod_jax.models import transformer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.optim import Schedule
@@ -38,15 +45,22 @@ def check_batch(batch_size: int, microbatches: int, mesh: Mesh) -> None:
 
 
 def state_shardings(
-    model_config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+    model_config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    offload: bool = False,
 ) -> TrainState:
-    """Shardings in the structure of the state; the optimizer's moments follow the parameters."""
+    """Shardings in the structure of the state; the optimizer's moments follow the parameters.
+
+    offload: the moments live in host memory between steps.
+    """
     params = tree_shardings(mesh, transformer.logical_axes(model_config))
     shapes = jax.eval_shape(optimizer.init, transformer.param_shapes(model_config))
     replicated = sharding(mesh, ())
     moments = optax.tree_utils.tree_map_params(
         optimizer,
-        lambda _, layout: layout,
+        lambda _, layout: in_host_memory(layout) if offload else layout,
         shapes,
         params,
         transform_non_params=lambda _: replicated,
@@ -62,12 +76,14 @@ def init_state(
     mesh: Mesh,
     model_config: ModelConfig,
     abstract: bool = False,
+    offload: bool = False,
 ) -> TrainState:
     """State of step 0 around params, which the first train step will donate.
 
     abstract: params may be ShapeDtypeStructs, and the state holds ShapeDtypeStructs with shardings.
+    offload: the optimizer's moments live in host memory between steps.
     """
-    layout = state_shardings(model_config, optimizer, mesh)
+    layout = state_shardings(model_config, optimizer, mesh, offload=offload)
     if abstract:
         shapes = TrainState(
             step=jax.ShapeDtypeStruct((), jnp.int32),  # pyright: ignore
@@ -244,6 +260,7 @@ def make_train_step(
     remat: str,
     valid_vocab: int | None,
     teacher: TeacherModel | None = None,
+    offload: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Jitted (state, batch) -> (next state, metrics as device scalars); the state is donated.
 
@@ -265,6 +282,8 @@ def make_train_step(
         _live(loss_config, teacher),
     )
     pieces = {"microbatches": microbatches}
+    layout = state_shardings(model_config, optimizer, mesh, offload=offload)
+    on_device = state_shardings(model_config, optimizer, mesh).opt_state
 
     def train_step(
         state: TrainState, batch: Batch, teacher_params: Params | None = None
@@ -272,9 +291,10 @@ def make_train_step(
         if adaptive.same_step(loss_config.weights):
             state = _temper_now(forward, state, batch, teacher_params, **pieces)
         gradients, sums, stats = _accumulate(forward, state, batch, teacher_params, **pieces)
-        small = distill.compact(batch)
+        small = jax.tree.map(lambda x: constrain(x, mesh, "batch"), distill.compact(batch))
         gradients = reduce.mean_gradients(gradients, sums, normalize)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        moments = jax.device_put(state.opt_state, on_device) if offload else state.opt_state
+        updates, opt_state = optimizer.update(gradients, moments, state.params)
         params = optax.apply_updates(state.params, updates)
         measured = _measure(loss_config, small, sums, stats, state.loss_state)
         measured["tokens/total"] = (batch.segment_ids > 0).sum()
@@ -286,7 +306,6 @@ def make_train_step(
         scalars = {key: value.astype(jnp.float32) for key, value in measured.items()}
         return TrainState(state.step + 1, params, opt_state, loss_state), scalars  # pyright: ignore
 
-    layout = state_shardings(model_config, optimizer, mesh)
     return jax.jit(
         train_step,
         in_shardings=(layout, sharding(mesh, ("batch",)), *_teacher_layout(forward)),

@@ -260,10 +260,11 @@ def test_the_verb_resumes_and_ends_with_the_same_numbers(
     # Interrupted in the third block, then started again.
     for file in folder.iterdir():
         file.unlink()
-    measured, calls = verb.measure, []
+    measured, calls, sampled = verb.measure, [], []
 
     def interrupted(*args, **options):
         calls.append(options["first_prompt"])
+        sampled.append(options["teacher_samples"] is None)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return measured(*args, **options)
@@ -274,6 +275,7 @@ def test_the_verb_resumes_and_ends_with_the_same_numbers(
     assert len(list(folder.iterdir())) == 2
     assert verb.drift(config) == whole
     assert calls == [0, 1, 2, 2, 3, 0, 1, 2, 3]
+    assert sampled == [True] * 5 + [False] * 4  # the second student's blocks know the teacher's
     assert "start: going on behind 2 of 4 blocks" in capsys.readouterr().out
     assert verb.drift(config) == whole
     assert calls[9:] == []  # everything was there

@@ -153,7 +153,7 @@ def test_the_real_models_recipe_on_a_tiny_one(tmp_path):
     output = call(command, tmp_path)
     manifest = json.loads((tmp_path / "run" / "traces.jsonl.manifest.json").read_text())
     assert manifest["sampled"] == 160
-    assert 0 < manifest["truncated"] < 120
+    assert 0 < manifest["rejected"]["truncated"] < 120
     check_held_out(tmp_path / "run", output, [2, 4])
     for name in ("sft", "discord"):
         path = tmp_path / "run" / name / "export"

@@ -9,7 +9,8 @@ import tiny
 
 from dcod_jax import evals
 from dcod_jax.data import chat
-from dcod_jax.evals import Generation, paired_difference, read_problems, wilson
+from dcod_jax.eval_stats import wilson
+from dcod_jax.evals import Generation, paired_difference, read_problems
 from dcod_jax.generate import Sample
 from dcod_jax.models import transformer
 from dcod_jax.models.config import from_hf

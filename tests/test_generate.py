@@ -10,16 +10,18 @@ import tiny
 import torch
 import transformers
 
-from dcod_jax import generate
+from dcod_jax import decoding
 from dcod_jax.evals import stop_ids
 from dcod_jax.generate import Sample, bucket_length, sample
 from dcod_jax.mesh import make_mesh, tree_shardings
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import from_hf
+from dcod_jax.sampling import choose, make_settings
 from dcod_jax.types import DcodError
 
 V = 49  # real vocabulary of the tiny models, which have 3 rows more
 LENGTHS = (5, 17, 3, 31, 40)
+MANY = (9, 40, 3, 33, 17, 61, 5, 12, 70, 26, 8)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,6 @@ def test_greedy_equals_transformers(tmp_path, family):
         prompts,
         max_new_tokens=32,
         temperature=0.0,
-        batch_size=8,
         eos_ids=(1,),
     )
     for prompt, got in zip(prompts, ours, strict=True):
@@ -128,10 +129,67 @@ def test_a_sample_does_not_depend_on_its_neighbours_or_the_batch_size(model):
     order = [3, 0, 2, 4, 1]
     shuffled = draw(model, [prompts[i] for i in order], indices=order)
     assert shuffled == [together[i] for i in order]
-    larger = draw(model, [*prompts[:4], [9] * 20], batch_size=8)
-    assert [s.token_ids for s in larger[:4]] == [s.token_ids for s in together[:4]]
-    alone = draw(model, [prompts[3]], indices=[3])
-    assert alone[0].token_ids == together[3].token_ids
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_refilled_rows_give_what_they_give_in_another_order_and_beside_others(model, temperature):
+    """Bit for bit, with the same number of rows."""
+    options = {"eos_ids": (0, 5, 17, 47), "temperature": temperature}
+    prompts = make_prompts(MANY)
+    refilled = draw(model, prompts, **options)
+    lengths = {len(s.token_ids) for s in refilled}
+    assert len(lengths) > 4  # rows fall free at different times
+    assert max(lengths) == 24
+    order = [5, 0, 10, 3, 8, 7, 1, 9, 2, 6, 4]
+    mixed = draw(model, [prompts[i] for i in order], indices=order, **options)
+    assert mixed == [refilled[i] for i in order]
+    few = draw(model, prompts[3:7], indices=range(3, 7), **options)  # no row is refilled
+    assert few == refilled[3:7]
+
+
+def test_another_number_of_rows_and_another_cache_length_give_the_same_tokens(model):
+    prompts = make_prompts(MANY)
+    eos = (0, 5, 17, 47)
+    refilled = [s.token_ids for s in draw(model, prompts, eos_ids=eos)]
+    together = draw(model, prompts, eos_ids=eos, batch_size=16)
+    assert [s.token_ids for s in together] == refilled
+    alone = [draw(model, [p], indices=[i], eos_ids=eos)[0] for i, p in enumerate(prompts[:4])]
+    assert [s.token_ids for s in alone] == refilled[:4]
+    longer = draw(model, [*prompts, [7] * 180], eos_ids=eos)
+    assert [s.token_ids for s in longer[:-1]] == refilled
+
+
+def test_stop_strings_end_a_completion_where_the_text_reaches_one(model):
+    """Whatever the blocks between two looks, as cutting the whole completion does."""
+    prompts = make_prompts((9, 40, 3, 33, 17))
+
+    def decode(ids):
+        return "".join(f"<{i}>" for i in ids)
+
+    free = draw(model, prompts, eos_ids=(98,), max_new_tokens=40)
+    third, late = free[0].token_ids[3], free[1].token_ids[33]
+    strings = (f"<{third}>", f"{late}>")
+    got = draw(
+        model, prompts, eos_ids=(98,), max_new_tokens=40, stop_strings=strings, decode=decode,
+    )  # fmt: skip
+    assert {s.stop_reason for s in got} >= {"stop"}
+    for whole, cut in zip(free, got, strict=True):
+        texts = [decode(whole.token_ids[: n + 1]) for n in range(40)]
+        ends = [n for n, text in enumerate(texts) if any(s in text for s in strings)]
+        count = ends[0] + 1 if ends else 40
+        text = texts[count - 1]
+        assert cut.token_ids == whole.token_ids[:count]
+        assert cut.logprobs == pytest.approx(whole.logprobs[:count], abs=1e-5)
+        assert cut.stop_reason == ("stop" if ends else "length")
+        assert cut.finished == bool(ends)
+        assert cut.text == text[: min([text.find(s) for s in strings if s in text], default=None)]
+
+
+def test_a_scanned_model_gives_what_an_unrolled_one_gives(model, monkeypatch):
+    prompts = make_prompts()
+    unrolled = draw(model, prompts)
+    monkeypatch.setattr(decoding, "MAX_SPLIT_LAYERS", 1)
+    assert [s.token_ids for s in draw(model, prompts)] == [s.token_ids for s in unrolled]
 
 
 def test_copies_of_a_prompt_differ_and_the_seed_decides(model):
@@ -162,11 +220,10 @@ def test_sampling_follows_the_softmax_at_its_temperature():
     logits = jnp.array([0.5, -1.0, 1.5, 0.0, -0.3, 9.0, 9.0])  # the last two are padding
     count, temperature = 20_000, 0.8
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(count))
-    tokens, logprobs = generate.choose(
+    tokens, logprobs = choose(
         jnp.tile(logits, (count, 1)),
         keys,
-        jnp.float32(temperature),
-        greedy=False,
+        make_settings(temperature=temperature),
         valid_vocab=5,
     )
     exact = np.exp(np.asarray(logits[:5], np.float64) / temperature)

@@ -15,8 +15,9 @@ import tiny
 from dcod_jax import config as configs
 from dcod_jax import generate_traces as verb
 from dcod_jax.data import chat
-from dcod_jax.data.formats import Fields
+from dcod_jax.data.formats import Fields, read_record
 from dcod_jax.data.traces import find_sources, read_traces
+from dcod_jax.generate import Sample
 from dcod_jax.models import hf, transformer
 from dcod_jax.types import DcodError
 
@@ -38,13 +39,19 @@ def place(tmp_path_factory):
     return place
 
 
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def make_config(place: Path, run_dir: Path, **changes):
     config = configs.load_recipe(configs.BASE)
     config.run_dir = str(run_dir)
     config.teacher.path, config.teacher.dtype = str(place / "teacher"), "float32"
     config.generate.prompts = str(place / "prompts.jsonl")
-    config.generate.samples = 3
-    config.generate.max_new_tokens = 16
+    config.generate.samples = 6
+    config.generate.temperature = 5.0  # nearly uniform: the stop token is drawn soon enough
+    config.prepare.filter_correct = False  # a random model solves nothing
+    config.generate.max_new_tokens = 32
     config.generate.batch_size = 2
     config.train.progress = False
     for key, value in changes.items():
@@ -59,22 +66,92 @@ def whole(place):
 
 def test_every_trace_is_what_prepare_reads(place, whole):
     tokenizer = chat.load_tokenizer(place / "teacher")
-    records = [json.loads(line) for line in whole.read_text().splitlines()]
+    records, rejected = read_lines(whole), read_lines(whole.with_name(verb.REJECTED))
     traces = list(read_traces(find_sources(str(whole)), Fields()))
-    assert len(records) == len(traces) == 14  # one was empty
-    assert len({trace.id for trace in traces}) == 14
+    assert len(records) == len(traces) > 4
+    assert len({r["id"] for r in records + rejected}) == len(records + rejected) == 30
     for record, trace in zip(records, traces, strict=True):
         assert trace.id == record["id"]
         assert trace.answer == record["answer"]
         assert trace.token_ids == record["token_ids"]
         assert trace.logprobs == record["logprobs"]
-        assert trace.temperature == 1.0
-        ended = record["token_ids"][-1] == tokenizer.eos_token_id
-        assert trace.finish_reason == ("stop" if ended else "length")
+        assert (trace.temperature, trace.finish_reason) == (5.0, "stop")
+        assert record["token_ids"][-1] == tokenizer.eos_token_id
         text = tokenizer.decode(record["token_ids"], skip_special_tokens=True)
         assert trace.completion_text() == text
     assert records[0]["template"] == "+"
-    assert [m["role"] for m in traces[-1].messages] == ["system", "user", "assistant"]
+    talk = next(r for r in records + rejected if r["id"].startswith("talk"))
+    (trace,) = read_record(talk, Fields(), source="x", requests={})
+    assert [m["role"] for m in trace.messages] == ["system", "user", "assistant"]
+    for record in rejected:
+        empty = not tokenizer.decode(record["token_ids"], skip_special_tokens=True).strip()
+        assert record["rejected"] == ("empty" if empty else "truncated")
+        assert empty or len(record["token_ids"]) == 32
+
+
+def scripted(place, tmp_path, answers, **changes):
+    """A run whose teacher says what `answers` has: {prompt id: [(text, finished), ...]}."""
+    config = make_config(place, tmp_path, prepare__filter_correct="true", **changes)
+    tokenizer = chat.load_tokenizer(place / "teacher")
+    said = [pair for samples in answers.values() for pair in samples]
+    config.generate.samples = len(said) // len(answers)
+    questions = [{"id": name, "prompt": name, "answer": "3"} for name in answers]
+    config.generate.prompts = str(tiny.write_jsonl(tmp_path / "p.jsonl", questions))
+
+    def draw(prompts, *, indices, on_batch):
+        assert len(prompts) == len(indices)
+        out = []
+        for text, finished in (said[i] for i in indices):
+            ids = tokenizer.encode(text, add_special_tokens=False) + [1] * finished
+            out.append(Sample(ids, [-0.5] * len(ids), finished))
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verb, "_sampler", lambda config, teacher, mesh: draw)
+        path = verb.generate_traces(config)
+    return read_lines(path), read_lines(path.with_name(verb.REJECTED)), path
+
+
+def test_wrong_answers_are_kept_apart_with_their_reason(place, tmp_path, capsys):
+    right, wrong = ("1+2=3\n#### 3", True), ("1+2=4\n#### 4", True)
+    answers = {"a": [right, wrong, ("no idea", True)], "b": [("", True), ("3 is", False), right]}
+    records, rejected, path = scripted(place, tmp_path, answers, generate__batch_size="1")
+    assert [r["id"] for r in records] == ["a-0", "b-2"]
+    found = [(r["id"], r["rejected"], r["extracted"]) for r in rejected]
+    assert found == [
+        ("a-1", "wrong_answer", "4"),
+        ("a-2", "no_answer", None),
+        ("b-0", "empty", None),
+        ("b-1", "truncated", None),
+    ]
+    assert rejected[0]["completion"] == wrong[0]
+    manifest = json.loads(path.with_name("traces.jsonl.manifest.json").read_text())
+    counts = {"empty": 1, "no_answer": 1, "truncated": 1, "wrong_answer": 1}
+    assert (manifest["sampled"], manifest["traces"], manifest["rejected"]) == (6, 2, counts)
+    assert "rejected: 1 empty, 1 no_answer, 1 truncated, 1 wrong_answer" in capsys.readouterr().out
+
+
+def test_the_sampling_settings_reach_the_sampler(place, tmp_path, monkeypatch):
+    asked = []
+
+    def note(model_config, params, prompts, **options):
+        asked.append(options)
+        return [Sample([5, 1], [-0.5, -0.1], True, "stop", "0") for _ in prompts]
+
+    monkeypatch.setattr(verb, "sample", note)
+    settings = {"top_p": "0.9", "top_k": "7", "min_p": "0.1", "stop": "x,y"}
+    changes = {f"generate__{name}": value for name, value in settings.items()}
+    path = verb.generate_traces(make_config(place, tmp_path, **changes))
+    options = asked[0]
+    names = ("temperature", "top_p", "top_k", "min_p", "stop_strings", "seed")
+    assert [options[n] for n in names] == [5.0, 0.9, 7, 0.1, ("x", "y"), 0]
+    assert options["decode"]([5, 6]) == "01"
+    assert [r["completion"] for r in read_lines(path)] == ["0"] * 24 + [[TURN]] * 6
+    request = json.loads(path.with_name("traces.jsonl.manifest.json").read_text())["request"]
+    assert request["sampling"]["stop"] == ["x", "y"]
+
+
+TURN = {"role": "assistant", "content": "0"}
 
 
 def test_logprobs_and_tokens_are_the_teachers_own(place, whole):
@@ -97,13 +174,14 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_generate_traces as test
 from dcod_jax import generate_traces as verb
-real, named = verb.replace_file, []
+from dcod_jax.data import blocks
+real, named = blocks.replace_file, []
 def dies_in_the_second_block(path, content):
     named.append(path)
-    if len(named) == 4:  # a block whose bytes are there and which is not yet whole
+    if len(named) == 6:  # a block whose bytes are there and which is not yet whole
         os.kill(os.getpid(), signal.SIGKILL)
     real(path, content)
-verb.replace_file = dies_in_the_second_block
+blocks.replace_file = dies_in_the_second_block
 verb.generate_traces(test.make_config(Path({place!r}), Path({run!r})))
 """
 
@@ -115,14 +193,16 @@ def test_killed_and_started_again_gives_the_same_bytes(place, whole, tmp_path, c
     )
     assert done.returncode == -signal.SIGKILL
     [blocks] = tmp_path.glob("traces.jsonl.partial-*")
-    lines = [p.read_bytes().count(b"\n") for p in sorted(blocks.glob("*.jsonl"))]
-    assert (sum(lines), len(list(blocks.glob("*.json")))) == (14, 1)
+    lines = [len(read_lines(part)) for part in blocks.glob("*.jsonl")]
+    assert (sum(lines), len(list(blocks.glob("*[0-9].json")))) == (16, 1)
     path = verb.generate_traces(make_config(place, tmp_path))
     assert "going on behind 8 traces" in capsys.readouterr().out
-    assert path.read_bytes() == whole.read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
+    for name in ("traces.jsonl", verb.REJECTED):
+        assert (tmp_path / name).read_bytes() == (whole.parent / name).read_bytes()
+    assert sorted(p.name for p in path.parent.iterdir()) == [
         "traces.jsonl",
         "traces.jsonl.manifest.json",
+        "traces.rejected.jsonl",
     ]
 
 
@@ -137,7 +217,7 @@ def test_a_finished_file_is_left_alone_without_reading_the_weights(place, whole,
 
 def test_other_settings_do_not_overwrite_it(place, whole):
     before = whole.read_bytes()
-    with pytest.raises(DcodError, match=r"with other temperature.*change run_dir"):
+    with pytest.raises(DcodError, match=r"with other sampling.*change run_dir"):
         verb.generate_traces(make_config(place, place / "run", generate__temperature="0.5"))
     assert whole.read_bytes() == before
 
@@ -151,10 +231,11 @@ def test_a_file_of_someone_else_is_not_overwritten(place, tmp_path):
 
 def test_the_manifest_counts_what_was_written(whole):
     manifest = json.loads(whole.with_name("traces.jsonl.manifest.json").read_text())
-    records = [json.loads(line) for line in whole.read_text().splitlines()]
-    assert (manifest["sampled"], manifest["traces"], manifest["empty"]) == (15, len(records), 1)
-    assert manifest["tokens"] == 1 + sum(len(r["token_ids"]) for r in records)
-    assert manifest["truncated"] == sum(r["finish_reason"] == "length" for r in records)
+    records, rejected = read_lines(whole), read_lines(whole.with_name(verb.REJECTED))
+    assert (manifest["sampled"], manifest["traces"]) == (30, len(records))
+    reasons = [r["rejected"] for r in rejected]
+    assert manifest["rejected"] == {name: reasons.count(name) for name in sorted(set(reasons))}
+    assert manifest["tokens"] == sum(len(r["token_ids"]) for r in records + rejected)
     assert manifest["request"]["teacher"]["name"] == "teacher"
 
 

@@ -138,6 +138,38 @@ def test_a_worker_that_ignores_its_alarm_is_killed(monkeypatch: pytest.MonkeyPat
     assert reasons == ["correct", "timeout", "correct"]
 
 
+MEMORY_BOMB = """
+import sys, types
+def verify(reference, predicted, timeout_seconds):
+    if "bomb" in predicted:
+        bytearray(4 << 30)
+    return True
+stub = types.ModuleType("math_verify")
+stub.verify, stub.parse = verify, lambda text, parsing_timeout: text
+sys.modules["math_verify"] = stub
+from dcod_jax.grading import _worker_main
+_worker_main()
+"""
+
+
+def test_an_answer_that_eats_memory_is_wrong_and_the_rest_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = grading.subprocess.Popen
+    monkeypatch.setattr(
+        grading.subprocess, "Popen", lambda args, **kw: real([args[0], "-c", MEMORY_BOMB], **kw)
+    )
+    pairs = [("\\boxed{a}", "b"), ("\\boxed{bomb}", "b"), ("\\boxed{a}", "b")]
+    with Grader(timeout=10, workers=1) as grader:
+        grades = [g for _, g in grader.stream((None, *pair) for pair in pairs)]
+        assert len(grader.workers) == 1
+    assert [(g.correct, g.reason) for g in grades] == [
+        (True, "correct"),
+        (False, "error"),
+        (True, "correct"),
+    ]
+
+
 def test_workers_end_with_a_parent_that_was_killed() -> None:
     program = (
         "import time\n"

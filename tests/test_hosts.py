@@ -232,7 +232,8 @@ def misbehave(place, culprit, misdeed, *, meets=False, more=(), own=((), ()), wa
 KILL = "time.sleep(4); os.kill(os.getpid(), signal.SIGKILL)"
 
 
-@pytest.mark.parametrize("culprit", [0, 1])
+# With process 0 goes the coordinator, and JAX may abort the others before they heard its last word.
+@pytest.mark.parametrize("culprit", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_killed_process_is_named_and_the_other_ends(tmp_path, culprit):
     ends = misbehave(tmp_path, culprit, KILL)
     host = socket.gethostname()
@@ -367,7 +368,7 @@ def test_scores_are_those_of_one_process_to_the_byte(place, one, two):
 
 
 def test_traces_are_those_of_one_process_to_the_byte(one, two):
-    for name in ("traces.jsonl", "traces.jsonl.manifest.json"):
+    for name in ("traces.jsonl", "traces.rejected.jsonl", "traces.jsonl.manifest.json"):
         assert (two[0] / name).read_bytes() == (one / name).read_bytes()
     assert not list(two[0].glob("traces.jsonl.partial*"))
 

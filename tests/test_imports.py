@@ -9,17 +9,21 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dcod_jax"
 
 # A file imports from files before it in this order only; the numbers are the levels of the layout.
 LEVELS = {
-    0: "types paths storage",
+    0: "types paths storage chips hlo",
     1: "mesh epitaph watch hosts",
     2: "models.config models.layers models.attention models.transformer models.weights "
     "losses.distributions losses.divergences losses.weights losses.adaptive losses.head "
-    "losses.reduce data.manifest data.codec data.score_progress "
+    "losses.reduce data.manifest data.codec data.score_progress data.blocks "
     "data.records data.packing data.chat data.formats data.traces data.delivered data.overlap "
-    "answers grading progress metrics optim checkpoint arithmetic drift_curves",
-    3: "losses.distill models.gguf models.hf data.pipeline generate",
-    4: "config_checks config forward train_step scoring evals filters drift_scores",
+    "answers eval_stats benchmarks grading progress metrics profiling optim "
+    "checkpoint arithmetic drift_curves",
+    3: "losses.distill models.gguf models.hf data.pipeline stops sampling decoding generate",
+    4: "config_checks config forward train_step scoring evals problem_sets eval_details "
+    "filters drift_scores",
     5: "inspect generate_traces prepare score start on_policy export drift "
-    "report_data report_traces report stages evaluate train_log train",
+    "report_data report_traces report comparison stages evaluate lm_eval_model train_log "
+    "compiled estimate plan train "
+    "study.domain study.plan study.steps study.lab study.tables study.__main__",
 }
 ORDER = [name for names in LEVELS.values() for name in names.split()]
 PLACE = {name: place for place, name in enumerate(ORDER)}

@@ -18,14 +18,17 @@ import tiny
 
 from dcod_jax import config as configs
 from dcod_jax import report, report_data, report_traces, stages
+from dcod_jax.checkpoint import Checkpointer
 from dcod_jax.data.manifest import MANIFEST
 from dcod_jax.data.records import TraceDataset
 from dcod_jax.export import MARKER
 from dcod_jax.losses import weights
 from dcod_jax.mesh import make_mesh
 from dcod_jax.models import hf, transformer
+from dcod_jax.optim import make_optimizer
 from dcod_jax.prepare import prepare
 from dcod_jax.score import score
+from dcod_jax.train_step import init_state
 from dcod_jax.types import DcodError
 
 HOSTILE = (
@@ -63,7 +66,7 @@ def place(tmp_path_factory):
     config.compare = ("sft loss.weights.name=uniform", "discord loss.weights.temperature=0.5")
     config.report.traces = 5
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dcod_jax.score.make_mesh", one_device)
+        patch.setattr("dcod_jax.hosts.make_mesh", one_device)
         prepare(config)
         score(config)
     for _, variant in configs.variants(config):
@@ -174,43 +177,11 @@ def test_the_embedded_numbers_are_those_of_the_metrics_file(page, place):
         assert run["config"]["loss.weights.name"] == {"sft": "uniform", "discord": "sigmoid"}[name]
 
 
-def test_long_curves_keep_ends_and_extremes_exactly():
-    generator = np.random.default_rng(0)
-    curve = [(step, float(v)) for step, v in enumerate(generator.normal(size=100_000))]
-    found = report_data.thin(curve, 200)
-    assert 150 <= len(found) <= 202
-    assert set(found) <= set(curve)
-    assert found == sorted(found)
-    assert {found[0], found[-1]} == {curve[0], curve[-1]}
-    assert max(found, key=lambda x: x[1]) == max(curve, key=lambda x: x[1])
-    assert min(found, key=lambda x: x[1]) == min(curve, key=lambda x: x[1])
-    assert report_data.thin(curve[:200], 200) == curve[:200]
-
-
 def test_accuracy_is_the_evaluations(page, place):
     for found, name in zip(data_of(page)["evaluations"], ("", "gsm8k"), strict=True):
         path = Path(place.run_dir) / "evaluation" / name / "results.json"
         written = json.loads(path.read_text())
         assert found == {"source": str(path), "set": name, **written}
-
-
-def test_drift_is_the_drift_file_at_fewer_lengths(tmp_path):
-    def curve(scale):
-        return {k: [scale * n for n in range(1, 51)] for k in ("value", "low", "high")}
-
-    row = {"reach": 37, "student_alive": list(range(50)), "teacher_alive": list(range(50))}
-    row |= {"excess": curve(2.0), "log_ratio": {"student": curve(1.0), "teacher": curve(3.0)}}
-    row["excess"]["low"][36] = None
-    (tmp_path / "drift.json").write_text(json.dumps({"models": {"a": row}}))
-    run = report_data.Run("a", tmp_path, None)
-    [found] = report_data.drifts([run], points=10)
-    thin = found["models"]["a"]
-    assert thin["lengths"] == [1, 6, 11, 16, 21, 26, 31, 36, 37, 41, 46, 50]
-    at = thin["lengths"].index(37)
-    assert (thin["excess"]["value"][at], thin["excess"]["low"][at]) == (74.0, None)
-    assert thin["log_ratio"]["teacher"]["value"][0] == 3.0
-    [whole] = report_data.drifts([run], points=50)
-    assert whole["models"]["a"]["excess"] == row["excess"]
 
 
 # ---------------------------------------------------------------- traces and weights
@@ -244,10 +215,29 @@ def test_trace_weights_are_the_train_steps(page, place):
         assert sft["student"] != discord["student"]
 
 
-@pytest.mark.parametrize("scope", weights.SCOPES)
-def test_token_weights_equal_packed_ones(place, scope):
+def test_a_run_without_export_is_seen_by_its_newest_checkpoint(place, tmp_path):
+    mesh = one_device()
+    export = Path(place.run_dir) / "discord" / "export"
+    model_config, params = hf.load_model(export, dtype=jnp.float32, mesh=mesh)
+    optimizer, _ = make_optimizer(configs.optim_config(place), 10)
+    state = init_state(params, optimizer, mesh=mesh, model_config=model_config)
+    _, variant = list(configs.variants(place))[1]
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(state, step=3, progress={}, config=variant.to_dict())
+    checkpointer.close()
+    runs = [
+        report_data.Run("a", path, configs.replace(variant, {"run_dir": str(path)}))
+        for path in (tmp_path, export.parent)
+    ]
+    seen, exported = (report_traces.see(run, count=24) for run in runs)
+    assert (seen.source, exported.source) == ("checkpoint of step 3", f"export {export}")
+    for mine, theirs in zip(seen.weights, exported.weights, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_token_weights_equal_packed_ones(place):
     """One row a trace, or all in one row as a train step packs them: the same weights."""
-    cfg = weights.WeightConfig("sigmoid", 0.7, 0.1, 2.0, scope, "sequence", 0)
+    cfg = weights.WeightConfig("sigmoid", 0.7, 0.1, 2.0, "prefix", "sequence", 0)
     traces = TraceDataset(Path(place.run_dir) / "dataset" / "train").read(range(4))
     generator = np.random.default_rng(0)
     student = [-generator.gamma(1.0, 1.0, len(t.logprobs)).astype(np.float32) for t in traces]

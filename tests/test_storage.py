@@ -3,6 +3,7 @@
 import gzip
 import json
 import pathlib
+import time
 
 import jax
 import jax.numpy as jnp
@@ -142,8 +143,10 @@ def test_a_damaged_copy_is_fetched_again(memory, cache):
     write(memory, make_traces(12))
     expected = TraceDataset(memory).read_records(range(12))
     [copy] = cache.glob("*/traces-00000.array_record")
-    copy.write_bytes(copy.read_bytes()[:-1] + b"x")
+    whole = copy.read_bytes()
+    copy.write_bytes(whole[:-1] + b"x")
     assert TraceDataset(memory).read_records(range(12)) == expected
+    assert copy.read_bytes() == whole
 
 
 def test_a_changed_object_is_copied_again(store):
@@ -415,6 +418,10 @@ def test_a_half_written_checkpoint_in_cloud_storage_is_not_restored(gcs):
     (run / "checkpoints" / "2" / "commit_success.txt").unlink()  # what is written last
     again = Checkpointer(run)
     assert again.steps() == [1]
+    deadline = time.monotonic() + 60
+    while (run / "checkpoints" / "2").exists():  # its remains are removed in the background
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     again.close()
 
 

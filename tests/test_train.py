@@ -1,5 +1,6 @@
 """The loop: exact resumption after kill -9, signals, NaN, held-out loss, and settings kept."""
 
+import gzip
 import json
 import math
 import os
@@ -121,7 +122,7 @@ def assert_same_run(place, run_dir, reference):
 @pytest.fixture(scope="module")
 def reference(place):
     """An uninterrupted run, in a process of its own like the interrupted ones."""
-    run = start(place, place / "reference")
+    run = start(place, place / "reference", "--config.profile.steps=3:4")
     output = run.communicate(timeout=300)[0]
     assert run.returncode == 0, output
     return place / "reference"
@@ -140,6 +141,37 @@ def test_it_learns_and_writes_what_it_says(place, reference):
     assert stored["train"]["steps"] == 8
     assert (reference / "export" / "model.safetensors").exists()
     assert list((reference / "tensorboard").iterdir())
+
+
+def test_the_time_of_a_step_is_told_by_its_phases(reference):
+    lines = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
+    shares = []
+    for line in (line for line in lines if "loss" in line):
+        phases = [line[f"time/{name}_seconds"] for name in ("data_wait", "dispatch", "device")]
+        assert min(phases) >= 0
+        shares.append(sum(phases) / line["time/step_seconds"])
+    assert max(shares) < 1.01  # nothing is counted twice
+    assert np.median(shares) > 0.5  # the rest: writing the line itself, the bar
+
+
+def test_the_steps_asked_for_are_traced(reference):
+    [trace] = (reference / "profile").rglob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    steps = [e["args"]["step_num"] for e in events if e.get("name") == "train" and "args" in e]
+    assert sorted(map(int, steps)) == [3, 4]
+
+
+def test_goodput_says_where_the_time_went(reference):
+    found = json.loads((reference / "goodput.json").read_text())
+    [attempt], total = found["attempts"], found["total"]
+    assert (attempt["from_step"], attempt["step"], attempt["ended"]) == (0, 8, "ended")
+    assert list(attempt["steps_at_save"]) == ["4", "8"]
+    parts = ("startup", "eval", "save", "lost", "productive")
+    seconds = [total[f"{name}_seconds"] for name in parts]
+    assert sum(seconds) == pytest.approx(total["wall_seconds"])
+    assert total["lost_seconds"] == 0
+    assert min(total["eval_seconds"], total["save_seconds"], total["productive_seconds"]) > 0
+    assert total["goodput"] == total["productive_seconds"] / total["wall_seconds"]
 
 
 def kill_after(run, path, step, how):
@@ -168,6 +200,14 @@ def test_kill_9_in_mid_run_then_the_same_command_is_bit_identical(place, referen
     output = second.communicate(timeout=300)[0]
     assert second.returncode == 0, output
     assert_same_run(place, run_dir, reference)
+    found = json.loads((run_dir / "goodput.json").read_text())
+    assert [attempt["ended"] for attempt in found["attempts"]] == ["killed", "ended"]
+    killed, after = found["attempts"]
+    assert killed["step"] >= 5
+    assert 0 < killed["lost"] == found["total"]["lost_seconds"]
+    if after["from_step"] == 4:  # the steps up to the save were not lost
+        steps = killed["elapsed"] - killed["startup"] - killed["eval"] - killed["save"]
+        assert killed["lost"] == pytest.approx(steps - killed["steps_at_save"]["4"])
 
 
 def test_sigterm_saves_and_exits_with_its_own_code(place, reference):

@@ -4,6 +4,7 @@ With SGD at rate 1 the change of the parameters is the gradient, so comparing pa
 gradients. float32 throughout; tolerances are relative 2e-5 of each array's largest entry.
 """
 
+import dataclasses
 import functools
 import re
 
@@ -106,10 +107,13 @@ def params() -> dict:
 
 
 @functools.cache
-def step_of(sizes=(1, 1, 1), microbatches=1, cfg=None, rows=ROWS, dtype="float32", optim="sgd"):
+def step_of(
+    sizes=(1, 1, 1), microbatches=1, cfg=None, rows=ROWS, dtype="float32", optim="sgd", **more
+):
     """(jitted step, function that makes a fresh state); cached, for compilation is the cost."""
     devices = jax.devices()[: int(np.prod(sizes))]
-    mesh = make_mesh(sizes[0], sizes[1], tensor=sizes[2], devices=devices)
+    names = ("data", "fsdp", "tensor", "context", "slices")
+    mesh = make_mesh(**dict(zip(names, sizes, strict=False)), devices=devices)
     optimizer, schedule = optax.sgd(1.0), optax.constant_schedule(1.0)
     if optim == "adamw":
         values = (3e-3, "cosine", 0, 0.1, 0.01, 0.9, 0.95, 1e-8, 1.0)
@@ -123,11 +127,12 @@ def step_of(sizes=(1, 1, 1), microbatches=1, cfg=None, rows=ROWS, dtype="float32
         microbatches=microbatches,
         mesh=mesh,
         compute_dtype=jnp.dtype(dtype),
-        remat="none",
         valid_vocab=VALID,
+        **{"remat": "none", **more},
     )
+    offload = {"offload": more.get("offload", False)}
     return step, lambda: init_state(
-        jax.tree.map(jnp.array, params()), optimizer, mesh=mesh, model_config=MODEL
+        jax.tree.map(jnp.array, params()), optimizer, mesh=mesh, model_config=MODEL, **offload
     )
 
 
@@ -148,10 +153,27 @@ def assert_same(got, wanted, *, rtol=2e-5):
         assert got[1][key] == pytest.approx(value, rel=rtol, abs=1e-6, nan_ok=True), key
 
 
-@pytest.mark.parametrize(("sizes", "microbatches"), [((1, 1, 1), 4), ((2, 2, 2), 2)])
+@pytest.mark.parametrize(
+    ("sizes", "microbatches"), [((1, 1, 1), 4), ((2, 2, 2), 2), ((1, 2, 2, 2), 1)]
+)
 def test_microbatches_and_devices_change_nothing(sizes, microbatches):
     wanted = one_step(packed())
     assert_same(one_step(packed(), sizes=sizes, microbatches=microbatches), wanted)
+
+
+@pytest.mark.parametrize("more", [{"offload": True}, {"remat": "offload"}], ids=str)
+def test_what_waits_in_host_memory_changes_no_bit(more):
+    options = {"sizes": (2, 2, 2), "optim": "adamw"}
+    states = []
+    for chosen in ({"remat": "full"}, {"remat": "full", **more}):
+        step, fresh = step_of(**options, **chosen)
+        state = fresh()
+        for _ in range(2):
+            state, _ = step(state, packed())
+        states.append(state)
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, states))
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(states[1].opt_state) if x.ndim}
+    assert kinds == ({"pinned_host"} if "offload" in more else {"device"})
 
 
 SCOPED = loss_config(scope="prefix", normalize="sequence", temperature=0.7)
@@ -162,6 +184,17 @@ def test_packed_equals_unpacked(cfg):
     together = one_step(packed(), cfg=cfg)
     alone = one_step(pack([[i] for i in range(DOCUMENTS)], length=9), cfg=cfg, rows=DOCUMENTS)
     assert_same(alone, together)
+
+
+def test_rows_split_over_devices_and_a_compact_head_change_nothing():
+    """Weights that look at the whole completion, rows over four devices, in each of two slices."""
+    batch = packed()
+    positions = np.full((ROWS, LENGTH - 2), LENGTH, np.int32)
+    for row, mask in zip(positions, np.asarray(batch.loss_mask), strict=True):
+        row[: mask.sum()] = np.flatnonzero(mask)
+    compact = dataclasses.replace(batch, head_positions=jnp.asarray(positions))
+    wanted = one_step(batch, cfg=SCOPED)
+    assert_same(one_step(compact, cfg=SCOPED, sizes=(1, 1, 1, 4, 2)), wanted)
 
 
 def test_padding_content_and_the_order_of_rows_and_documents_change_nothing():

@@ -170,11 +170,13 @@ def test_a_bfloat16_teacher_gives_the_loss_of_its_own_logits():
     """As loss.teacher=live runs by default: teacher in bfloat16, student and softmax in float32."""
     weights = WeightConfig("uniform", 1.0, 0.0, 2.0, "token", "mean", 0)
     cfg = LossConfig("forward_kl", 20, weights, "live")
-    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), teacher_params())
+    strong = jax.tree.map(lambda x: 3 * jnp.asarray(x), teacher_params())  # so that rounding shows
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), strong)
+    mesh = make_mesh(devices=jax.devices()[:1])
     evaluate = make_eval_step(
         MODEL,
         cfg,
-        mesh=make_mesh(devices=jax.devices()[:1]),
+        mesh=mesh,
         compute_dtype=jnp.float32,
         valid_vocab=VALID,
         teacher=TeacherModel(TEACHER, jnp.bfloat16),
@@ -191,11 +193,11 @@ def test_a_bfloat16_teacher_gives_the_loss_of_its_own_logits():
         (np.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean()
         for log_p in (
             logprobs(TEACHER, half, jnp.bfloat16),
-            logprobs(TEACHER, jax.tree.map(jnp.asarray, teacher_params()), jnp.float32),
+            logprobs(TEACHER, strong, jnp.float32),
         )
     )
     own = jax.tree.map(jnp.asarray, params())
-    state = init_state(own, optax.sgd(1.0), mesh=None, model_config=MODEL)
+    state = init_state(own, optax.sgd(1.0), mesh=mesh, model_config=MODEL)
     sums = evaluate(state, batch, half)
     found = float(sums.loss) / float(sums.count)
     assert found == pytest.approx(wanted, rel=1e-5)

@@ -11,7 +11,7 @@ from pathlib import Path
 def main() -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for requirement in [*project["dependencies"], *extras["gguf"], *extras["test"]]:
+    for requirement in [*project["dependencies"], *extras["gguf"], *extras["gcs"], *extras["test"]]:
         lower = re.fullmatch(r"([\w.-]+)(?:>=|==)([\w.]+).*", requirement)
         if lower:
             print(f"{lower[1]}=={lower[2]}")

@@ -374,6 +374,12 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     return _ids(tokenizer, text)
 
 
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Ids of plain text, behind the bos token where the tokenizer puts one: no chat template."""
+    _check_content(tokenizer, [{"role": "user", "content": text}])
+    return _ids(tokenizer, _bos(tokenizer) + text)
+
+
 def render_sample(tokenizer: Any, trace: Trace) -> str:
     """The decoded trace with its supervised tokens between « and »."""
     parts, start = [], 0

@@ -7,8 +7,9 @@ works on its own tokens in every piece.
 Gradient. A custom VJP whose forward pass already forms dhidden and dW piece by piece (the loss is
 a sum, so its cotangent is a single number that scales both in the backward pass). That needs one
 pass over the logits where recomputation needs two. dW is carried as per-shard partial sums
-[S,V,D], float32: one reduction over devices at the end. Without differentiation only values are
-computed.
+[S,V,D], float32, and scattered over the devices once, at the end. To read and write them costs a
+TPU v5e as much as the product of a thousand tokens, so g pieces may wait with their logits'
+gradient (in the compute dtype) for one product. Without differentiation only values are computed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dcod_jax.losses.distributions import mask_padding
 from dcod_jax.losses.divergences import target_logprobs
-from dcod_jax.mesh import batch_shards, constrain, parts
+from dcod_jax.mesh import batch_shards, constrain, parts, sum_shards
 from dcod_jax.types import DcodError
 
 # (logits [..., V] float32, targets [...], aux, shared) -> (loss [...], statistics of [...]).
@@ -42,7 +43,8 @@ class _Plan:
     shards: int  # S
     pieces: int  # of T; S = batch shards * pieces
     chunk: int  # Tc
-    chunks: int  # n
+    chunks: int  # n, a multiple of g
+    group: int  # g
     valid_vocab: int | None
 
 
@@ -52,6 +54,7 @@ def _plan(
     chunk: int,
     mesh: Mesh | None,
     valid_vocab: int | None,
+    group: int,
 ) -> _Plan:
     batch, length = shape
     shards = batch_shards(mesh)
@@ -63,8 +66,11 @@ def _plan(
     length = -(-length // pieces)
     positions = max(1, chunk // (batch // shards))  # chunk counts the tokens of one shard
     chunks = -(-length // positions)
+    groups = -(-chunks // group)
+    group = -(-chunks // groups)
+    chunks = groups * group
     chunk = -(-length // chunks)
-    return _Plan(token_loss, mesh, shards * pieces, pieces, chunk, chunks, valid_vocab)
+    return _Plan(token_loss, mesh, shards * pieces, pieces, chunk, chunks, group, valid_vocab)
 
 
 def _split(plan: _Plan, x: Array) -> Array:
@@ -84,6 +90,21 @@ def _join(plan: _Plan, x: Array, length: int) -> Array:
     x = jnp.moveaxis(x, (0, 2), (3, 2))  # [shards, rows, pieces, n, Tc]
     x = x.reshape(x.shape[0] * x.shape[1], plan.pieces * plan.chunks * plan.chunk, *x.shape[5:])
     return constrain(x[:, :length], plan.mesh, "batch")
+
+
+def _fold(plan: _Plan, x: Array) -> Array:
+    """[n, ...] -> [n/g, g, ...]."""
+    return x.reshape(plan.chunks // plan.group, plan.group, *x.shape[1:])
+
+
+def _unfold(x: Array) -> Array:
+    """[n/g, g, ...] -> [n, ...]; the inverse of _fold."""
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+def _pin_partial(plan: _Plan, x: Array) -> Array:
+    """[S, V, D], each shard's own sum on its device."""
+    return constrain(x, plan.mesh, "shards", "vocab")
 
 
 def gather_head(head_weight: Array, dtype: Any, mesh: Mesh | None) -> Array:
@@ -128,8 +149,7 @@ def _head_forward(
     """As _head, and as residuals the gradient of the loss sum in hidden and head_weight."""
     weight = gather_head(head_weight, hidden.dtype, plan.mesh)
 
-    def piece(carry: tuple[Array, Array], xs: Any) -> tuple[Any, Any]:
-        total, weight_gradient = carry
+    def piece(total: Array, xs: Any) -> tuple[Array, Any]:
         hidden, (targets, mask, aux) = xs
         logits = piece_logits(hidden, weight, plan.mesh)
         loss_of = functools.partial(_piece_loss, plan)
@@ -138,21 +158,33 @@ def _head_forward(
         )
         # Outside the mask the cotangent is 0, but 0 · NaN (of whatever stands there) is NaN.
         logits_gradient = jnp.where(mask[..., None], logits_gradient, 0.0).astype(hidden.dtype)
-        hidden_gradient = jnp.einsum(
-            "sbtv,vd->sbtd", logits_gradient, weight, preferred_element_type=jnp.float32
-        ).astype(hidden.dtype)
-        hidden_gradient = constrain(hidden_gradient, plan.mesh, "shards")
-        partial_sum = jnp.einsum(
-            "sbtv,sbtd->svd", logits_gradient, hidden, preferred_element_type=jnp.float32
-        )
-        weight_gradient = constrain(weight_gradient + partial_sum, plan.mesh, "shards", "vocab")
-        return (total + loss, weight_gradient), (hidden_gradient, stats)
+        logits_gradient = constrain(logits_gradient, plan.mesh, "shards", None, None, "vocab")
+        return total + loss, (logits_gradient, stats)
 
+    def group(carry: tuple[Array, Array], xs: Any) -> tuple[Any, Any]:
+        total, weight_gradient = carry
+        total, (logits_gradient, stats) = jax.lax.scan(piece, total, xs)
+        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        hidden_gradient = product("gsbtv,vd->gsbtd", logits_gradient, weight)
+        hidden_gradient = hidden_gradient.astype(hidden.dtype)
+        hidden_gradient = constrain(hidden_gradient, plan.mesh, None, "shards")
+        partial_sum = product("gsbtv,gsbtd->svd", logits_gradient, xs[0])
+        weight_gradient = pin(weight_gradient + partial_sum)
+        return (total, weight_gradient), (hidden_gradient, stats)
+
+    pin = functools.partial(_pin_partial, plan)
     partial_sums = jnp.zeros((plan.shards, *head_weight.shape), jnp.float32)
-    start = (jnp.zeros((), jnp.float32), constrain(partial_sums, plan.mesh, "shards", "vocab"))
-    carry, (hidden_gradient, stats) = jax.lax.scan(piece, start, (hidden, inputs))
+    start = (jnp.zeros((), jnp.float32), pin(partial_sums))
+    fold = functools.partial(_fold, plan)
+    carry, outputs = jax.lax.scan(group, start, jax.tree.map(fold, (hidden, inputs)))
+    hidden_gradient, stats = jax.tree.map(_unfold, outputs)
     total, partial_sums = carry
-    weight_gradient = constrain(partial_sums.sum(axis=0), plan.mesh, "vocab", "embed")
+    weight_gradient = sum_shards(partial_sums, plan.mesh, "vocab", "embed")
+    # The layers' backward pass waits for it: else it is put off, and every device keeps a whole
+    # partial sum until the end.
+    hidden_gradient, weight_gradient = jax.lax.optimization_barrier(
+        (hidden_gradient, weight_gradient)
+    )
     return (total, stats), (hidden_gradient, weight_gradient.astype(head_weight.dtype))
 
 
@@ -180,6 +212,7 @@ def head_loss(
     mesh: Mesh | None = None,
     valid_vocab: int | None = None,
     shared: Any = None,
+    group: int = 1,
 ) -> tuple[Float[Array, ""], Any]:
     """Sum of token_loss inside loss_mask, differentiable in hidden and head_weight.
 
@@ -188,9 +221,10 @@ def head_loss(
     accumulate in float32; softmax and loss are float32. Returns the sum and token_loss's
     statistics as [B,T,...]. chunk is the number of tokens of one batch shard whose logits
     exist at one time (at least one position of each row). Rows of head_weight from
-    valid_vocab on have probability 0.
+    valid_vocab on have probability 0. group: most pieces whose logits' gradients wait for one
+    product of the weight gradient.
     """
-    plan = _plan(targets.shape, token_loss, chunk, mesh, valid_vocab)
+    plan = _plan(targets.shape, token_loss, chunk, mesh, valid_vocab, group)
     split = functools.partial(_split, plan)
     inputs = jax.tree.map(split, (targets, loss_mask, aux))
     result: Any = _head(plan, split(hidden), head_weight, inputs, shared)

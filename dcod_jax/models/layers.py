@@ -9,6 +9,7 @@ Dimensions beside the legend: P rotary pairs (H/2), R query heads per kv head, S
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -70,10 +71,11 @@ def apply_rope(
     x: Float[Array, "B T N H"], cos: Float[Array, "B T P"], sin: Float[Array, "B T P"]
 ) -> Float[Array, "B T N H"]:
     """Rotate the pairs (x[i], x[i + H/2]) in float32, HF's layout; returns the dtype of x."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    # With whole heads in the lanes of a TPU: halves would leave half of the lanes empty.
+    wide = x.astype(jnp.float32)
+    cos = jnp.concatenate([cos, cos], axis=-1)[:, :, None]
+    sin = jnp.concatenate([-sin, sin], axis=-1)[:, :, None]
+    return (wide * cos + jnp.roll(wide, x.shape[-1] // 2, axis=-1) * sin).astype(x.dtype)
 
 
 def attend(
@@ -98,15 +100,42 @@ def attend(
 
 def cached_attention(
     query: Float[Array, "B S N H"],
-    key: Float[Array, "B G M H"],
-    value: Float[Array, "B G M H"],
-    visible: Bool[Array, "B S M"],
+    read: Callable[[Array], tuple[Array, Array]],
+    positions: Int[Array, "B S"],
+    chunks: Int[Array, ""],
 ) -> Float[Array, "B S N H"]:
-    """Attention of S new queries over M cache slots."""
+    """Attention of S new queries over the first chunks of a cache, whose slot j holds position j.
+
+    read(i) -> keys and values [B, G, C, H] of chunk i; a query sees the slots up to its position.
+    The softmax is accumulated chunk by chunk (Milakov and Gimelshein, arXiv 1805.02867), so the
+    work follows what is written and not the cache's size, and a chunk that a row does not see
+    leaves its result as it is, bit for bit. Scores, softmax and sums are float32.
+    """
     B, S, N, H = query.shape
-    G = key.shape[1]
-    queries = query.reshape(B, S, G, N // G, H).transpose(0, 2, 3, 1, 4)
-    mixed = attend(queries, key.astype(query.dtype), value.astype(query.dtype), visible)
+    shapes = jax.eval_shape(read, chunks)
+    G, C = shapes[0].shape[1:3]
+    queries = query.reshape(B, S, G, N // G, H).transpose(0, 2, 3, 1, 4)  # [B,G,R,S,H]
+    folded = queries.reshape(B, G, -1, H)  # the R heads beside the queries, as in attend
+
+    def add(index: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        highest, total, mixed = sums
+        key, value = (x.astype(query.dtype) for x in read(index))
+        scores = jnp.einsum("bgxh,bgch->bgxc", folded, key, preferred_element_type=jnp.float32)
+        visible = index * C + jnp.arange(C) <= positions[..., None]
+        scores = scores.reshape(B, G, -1, S, C) * (1.0 / math.sqrt(H))
+        scores = jnp.where(visible[:, None, None], scores, MASKED).reshape(B, G, -1, C)
+        peak = jnp.maximum(highest, scores.max(axis=-1, keepdims=True))
+        scale, probs = jnp.exp(highest - peak), jnp.exp(scores - peak)
+        more = jnp.einsum(
+            "bgxc,bgch->bgxh", probs.astype(value.dtype), value, preferred_element_type=jnp.float32
+        )
+        total = total * scale + probs.sum(axis=-1, keepdims=True)
+        return peak, total, mixed * scale + more
+
+    zeros = jnp.zeros((*folded.shape[:-1], 1), jnp.float32)
+    sums = (zeros + MASKED, zeros, jnp.zeros(folded.shape, jnp.float32))
+    _, total, mixed = jax.lax.fori_loop(0, chunks, add, sums)
+    mixed = (mixed / total).astype(query.dtype).reshape(B, G, -1, S, H)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(B, S, N, H)
 
 

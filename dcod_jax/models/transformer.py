@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -23,11 +24,22 @@ from dcod_jax.models import attention, layers
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.types import DcodError, Params
 
-# What the backward pass finds saved of each layer, beside the layer's input.
+BLOCK_INPUT = "block_input"
+# What the backward pass finds saved of each layer, beside the layer's input (which "offload" keeps
+# in the host's memory).
 REMAT_POLICIES: dict[str, Any] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[BLOCK_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
+
+CACHE_CHUNK = 64  # fewest cache slots that attention reads at a time
+MAX_CACHE_CHUNKS = 16  # a longer cache is read in larger chunks
 
 # Module name -> logical axes of its kernel [in, out]; a bias has the last one.
 _KERNEL_AXES: dict[str, tuple[str, str]] = {
@@ -44,11 +56,10 @@ _KERNEL_AXES: dict[str, tuple[str, str]] = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of M slots per row; slot j holds position j once it is written."""
+    """Keys and values of M slots per row; slot j is that of position j."""
 
     keys: Any  # [L, B, G, M, H]; as a pytree it also holds shapes and shardings
     values: Any  # [L, B, G, M, H]
-    written: Any  # bool [B, M]
 
 
 def _pure(module: nnx.Module) -> Params:
@@ -134,12 +145,14 @@ def _embed(
     mesh: Mesh | None,
     length: str | None = None,
 ) -> Array:
-    # Whole along the FSDP axis first: a lookup in a table split on D would come out split on D and
-    # replicated over the batch. Rows are taken before the cast, so that the gradients of a
-    # frequent token add up in the parameters' dtype.
-    table = meshes.constrain(params["embed_tokens"]["embedding"], mesh, "vocab", None)
-    x = jnp.take(table, tokens, axis=0, mode="clip")
-    return meshes.constrain(x.astype(compute_dtype), mesh, "batch", length, None)
+    # Every device looks up all tokens of its replica in the columns that it holds; what it found
+    # is exchanged for its own rows. The table is never whole on a device, nor is its gradient.
+    # Rows are taken before the cast, so that the gradients of a frequent token add up in the
+    # parameters' dtype.
+    tokens = meshes.constrain(tokens, mesh, "replica", None)
+    x = jnp.take(params["embed_tokens"]["embedding"], tokens, axis=0, mode="clip")
+    x = meshes.constrain(x, mesh, "replica", None, "embed").astype(compute_dtype)
+    return meshes.constrain(x, mesh, "batch", length, None)
 
 
 def hidden_states(
@@ -176,6 +189,7 @@ def hidden_states(
     attend = functools.partial(attention.attention, mesh=mesh)
 
     def block(x: Array, layer: Params) -> tuple[Array, None]:
+        x = checkpoint_name(x, BLOCK_INPUT)
         layer = _gather_layer(layer, layer_axes, compute_dtype=compute_dtype, mesh=mesh)
         module = nnx.merge(block_graph, layer)
         query, key, value = module.project(x, rope)
@@ -221,14 +235,29 @@ def logits(
     return jnp.einsum("btd,vd->btv", hidden, weight, preferred_element_type=jnp.float32)
 
 
+def _cache_chunk(capacity: int) -> int:
+    """Slots that attention reads at a time: 40 -> 40, 1000 -> 64, 1500 -> 128."""
+    power = 1 << (-(-capacity // MAX_CACHE_CHUNKS) - 1).bit_length()
+    return min(capacity, max(CACHE_CHUNK, power))
+
+
 def init_cache(config: ModelConfig, batch_size: int, max_len: int, dtype: DTypeLike) -> Cache:
-    """An empty cache of max_len positions per row."""
+    """An empty cache of at least max_len positions per row, a whole number of chunks."""
+    max_len += -max_len % _cache_chunk(max_len)
     shape = (config.num_layers, batch_size, config.num_kv_heads, max_len, config.head_dim)
-    return Cache(
-        keys=jnp.zeros(shape, dtype),
-        values=jnp.zeros(shape, dtype),
-        written=jnp.zeros((batch_size, max_len), bool),
-    )
+    return Cache(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
+
+
+def split_layers(params: Params) -> Params:
+    """The same parameters with "layers" as a tuple, one tree a layer, instead of stacked.
+
+    A scan over stacked layers copies each weight out of its stack at every step; where a step is
+    short (decoding on CPU) that costs as much as the step itself.
+    """
+    stacked = params["layers"]
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    layers_ = tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count))
+    return {**params, "layers": layers_}
 
 
 def forward_with_cache(
@@ -238,42 +267,58 @@ def forward_with_cache(
     *,
     positions: Int[Array, "B S"],
     cache: Cache,
+    rows: Int[Array, " B"] | None = None,
     compute_dtype: DTypeLike = jnp.float32,
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "B S D"], Cache]:
     """Hidden states of S new tokens per row (prefill or decode) and the cache that holds them.
 
     positions are absolute and name the slot each token is written to. A query at position i sees
-    slot j iff j <= i and j was written; padding behind a prompt is therefore never seen as long as
-    its slots are overwritten before decoding reaches them. A position outside 0..M-1 is not
-    written (its own output is finite and meaningless).
+    the slots 0..i, so a row's positions must have been written in order from 0; what is behind
+    (padding, an earlier sequence) is not seen and is overwritten before decoding reaches it. A
+    position outside 0..M-1 is not written (its own output is finite and meaningless).
+    `rows` names the cache rows of the tokens' rows (default: all, in order); a row out of range
+    is not written. params may have their layers stacked (scanned) or split (unrolled).
     """
     decoder_graph, block_graph = _graphs(config)
     layer_axes = logical_axes(config)["layers"]
     rope = layers.rope_tables(config, positions)
-    slots_total = cache.written.shape[1]
+    capacity = cache.keys.shape[3]
+    chunk = _cache_chunk(capacity)
     # Out of range goes to M, which mode="drop" drops; a negative index would wrap round instead.
-    inside = (positions >= 0) & (positions < slots_total)
-    slots = jnp.where(inside, positions, slots_total)
-    rows = jnp.arange(tokens.shape[0])[:, None]
-    written = cache.written.at[rows, slots].set(True, mode="drop")
-    visible = (jnp.arange(slots_total) <= positions[..., None]) & written[:, None]
+    inside = (positions >= 0) & (positions < capacity)
+    slots = jnp.where(inside, positions, capacity)
+    chunks = jnp.max(jnp.where(inside, positions, 0)) // chunk + 1
+    places = (jnp.arange(tokens.shape[0]) if rows is None else rows)[:, None]
 
-    def block(carry: tuple[Array, Array, Array], xs: tuple[Params, Array]) -> tuple[Any, None]:
+    def block(carry: tuple[Array, Array, Array], xs: tuple[Params, Any]) -> tuple[Any, None]:
         (x, keys, values), (layer, index) = carry, xs
         layer = _gather_layer(layer, layer_axes, compute_dtype=compute_dtype, mesh=mesh)
         module = nnx.merge(block_graph, layer)
         query, key, value = module.project(x, rope)
         # The whole cache is carried and written in place: stacking it anew would copy it.
-        keys = keys.at[index, rows, :, slots].set(key.astype(keys.dtype), mode="drop")
-        values = values.at[index, rows, :, slots].set(value.astype(values.dtype), mode="drop")
-        mixed = layers.cached_attention(query, keys[index], values[index], visible)
+        keys = keys.at[index, places, :, slots].set(key.astype(keys.dtype), mode="drop")
+        values = values.at[index, places, :, slots].set(value.astype(values.dtype), mode="drop")
+
+        def part(x: Array, number: Array) -> Array:
+            start, sizes = (index, 0, 0, number * chunk, 0), (1, *x.shape[1:3], chunk, x.shape[4])
+            slice_ = jax.lax.dynamic_slice(x, start, sizes)[0]
+            return slice_ if rows is None else jnp.take(slice_, rows, axis=0, mode="clip")
+
+        def read(number: Array) -> tuple[Array, Array]:
+            return part(keys, number), part(values, number)
+
+        mixed = layers.cached_attention(query, read, positions, chunks)
         return (module.finish(x, mixed), keys, values), None
 
     x = _embed(params, tokens, compute_dtype=compute_dtype, mesh=mesh)
-    indices = jnp.arange(config.num_layers)
     carry = (x, cache.keys, cache.values)
-    (x, keys, values), _ = jax.lax.scan(block, carry, (params["layers"], indices))
+    if isinstance(params["layers"], tuple):
+        for index, layer in enumerate(params["layers"]):
+            carry, _ = block(carry, (layer, index))
+    else:
+        indices = jnp.arange(config.num_layers)
+        carry, _ = jax.lax.scan(block, carry, (params["layers"], indices))
+    x, keys, values = carry
     outer = {name: value for name, value in params.items() if name != "layers"}
-    hidden = nnx.merge(decoder_graph, outer).norm(x)
-    return hidden, Cache(keys=keys, values=values, written=written)
+    return nnx.merge(decoder_graph, outer).norm(x), Cache(keys=keys, values=values)

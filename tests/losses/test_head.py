@@ -70,10 +70,10 @@ def assert_close(got, wanted, *, rtol=2e-5, atol=2e-6):
     )
 
 
-@pytest.mark.parametrize("chunk", [1, 40, 10_000])
-def test_values_and_gradients_equal_the_naive_head(chunk):
+@pytest.mark.parametrize(("chunk", "group"), [(1, 1), (40, 1), (10_000, 4), (40, 3), (8, 4)])
+def test_values_and_gradients_equal_the_naive_head(chunk, group):
     inputs = example()
-    assert_close(both(chunked, inputs, chunk=chunk), both(naive, inputs))
+    assert_close(both(chunked, inputs, chunk=chunk, group=group), both(naive, inputs))
 
 
 def test_without_differentiation_the_values_are_the_same():
@@ -110,9 +110,10 @@ def test_batch_and_vocabulary_sharded_over_eight_devices(vocab, valid):
         key: jax.device_put(value, sharding(mesh, ("vocab", "embed")) if "weight" in key else rows)
         for key, value in inputs.items()
     }
-    got = both(chunked, placed, chunk=12, mesh=mesh, valid_vocab=valid)
+    got = both(chunked, placed, chunk=12, mesh=mesh, valid_vocab=valid, group=2)
     assert_close(got, wanted)
-    assert got[1][1].sharding.spec == sharding(mesh, ("vocab", "embed")).spec
+    split = sharding(mesh, ("vocab", "embed"))
+    assert got[1][1].sharding.is_equivalent_to(split, 2), got[1][1].sharding
 
 
 def test_sharded_logits_stay_sharded_and_the_weight_gradient_is_reduced_once():
@@ -126,11 +127,18 @@ def test_sharded_logits_stay_sharded_and_the_weight_gradient_is_reduced_once():
     jitted = jax.jit(of, in_shardings=(weight_layout, layout))
     text = jitted.lower(weight, inputs).compile().as_text()
     assert not re.search(r"\[(\d+,)*104[,\]]", text), "an array over the whole vocabulary"
-    # Weight-sized traffic: one gather over fsdp before the loop, one reduction after it.
-    collective = re.compile(rf"= f32\[(?:1,)?52,{D}\]\S* (all-\w+|reduce-scatter)\(")
+    # Weight-sized traffic: one gather over fsdp before the loop, one reduction after it, scattered
+    # over fsdp before what is left is summed over data.
     entry = text.index("\nENTRY")
-    assert collective.findall(text[:entry]) == []
-    assert sorted(collective.findall(text[entry:])) == ["all-gather", "all-reduce"]
+    found = {}
+    for shape in (f"52,{D}", f"52,{D // 2}"):
+        collective = re.compile(rf"= f32\[(?:1,)?{shape}\]\S* (all-\w+|reduce-scatter)\(")
+        assert collective.findall(text[:entry]) == []
+        found[shape] = collective.findall(text[entry:])
+    assert found == {
+        f"52,{D}": ["all-gather"],
+        f"52,{D // 2}": ["reduce-scatter", "all-reduce"],
+    }
 
 
 def test_bfloat16_operands_accumulate_in_float32():
@@ -184,6 +192,18 @@ def _compiled(vocab, length, *, chunk=16, forward_only=False):
 
     function = of if forward_only else jax.value_and_grad(of, argnums=(0, 1), has_aux=True)
     return jax.jit(function).lower(inputs["hidden"], inputs["head_weight"]).compile()
+
+
+def test_gradients_that_wait_for_their_group_are_all_that_a_group_adds():
+    inputs = example(vocab=1009, length=64)
+
+    def temporary(group):
+        of = jax.grad(lambda h: chunked(**dict(inputs, hidden=h), chunk=16, group=group)[0])
+        compiled = jax.jit(of).lower(inputs["hidden"]).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    waiting = 3 * 16 * 1009 * 4
+    assert 0 < temporary(4) - temporary(1) < 1.5 * waiting
 
 
 @pytest.mark.parametrize("forward_only", [False, True])

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dcod_jax.generate import sample
 from dcod_jax.models import hf, transformer
 
 pytestmark = pytest.mark.long
@@ -103,6 +104,41 @@ def test_greedy_text(smollm2):
         )[0, len(prompt) :].tolist()
         print(f"{PROMPTS[row]!r} -> {tokenizer.decode(theirs[:24])!r}")
         assert [int(step[row]) for step in ours] == theirs
+
+
+def test_sampler_greedy_is_transformers_greedy(smollm2):
+    """20 prompts in 16 rows (rows are refilled, prompts of different lengths), 64 tokens each."""
+    config, params, model, tokenizer = smollm2
+    asset = ROOT / "dcod_jax" / "assets" / "smollm2" / "prompts.jsonl"
+    texts = [json.loads(line)["prompt"] for line in asset.read_text().splitlines()]
+    texts = list(dict.fromkeys([*PROMPTS, " ".join(PROMPTS), *texts]))[:20]
+    prompts = [_prompt(tokenizer, text) for text in texts]
+    assert len(prompts) == 20
+    samples = sample(
+        config,
+        params,
+        prompts,
+        max_new_tokens=NEW_TOKENS,
+        temperature=0.0,
+        seed=0,
+        batch_size=16,
+        eos_ids=(),
+        valid_vocab=len(tokenizer),
+        compute_dtype=jnp.float32,
+    )
+    model.generation_config.eos_token_id = None  # go on for all the tokens, past the end marker
+    width = max(map(len, prompts))
+    inputs = torch.full((20, width), config.pad_token_id)
+    mask = torch.zeros_like(inputs)
+    for row, prompt in enumerate(prompts):  # transformers pads on the left
+        inputs[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    with torch.no_grad():
+        out = model.generate(
+            inputs, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False
+        )
+    for text, theirs, got in zip(texts, out[:, width:].tolist(), samples, strict=True):
+        assert got.token_ids == theirs, text
 
 
 @pytest.fixture(scope="module")

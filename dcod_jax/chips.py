@@ -1,0 +1,55 @@
+"""What a plan needs to know of an accelerator that is not at hand: memory, speed, networks, clock.
+
+Figures are of one JAX device, which on TPU7x is a chiplet (half a chip) and elsewhere a chip.
+peak_flops, hbm_bandwidth, ici_bandwidth and dcn_bandwidth follow Google's pages
+docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; v4's interconnect is the page's all-reduce
+bandwidth of a pod over its 4096 chips, and v4's data-centre bandwidth is not on it. ICI counts one
+direction (half of the pages' bidirectional figure).
+hbm_usable is what libtpu 0.0.x names when a program does not fit ("exceeds available HBM"), read
+from a program of 8 TiB for each topology with jax 0.10.2; it is less than the chip's HBM.
+clock turns libtpu's estimated cycles into seconds: peak_flops over the matrix units' operations in
+a cycle (cycle_flops). The latter is the power of two above what libtpu's estimate of an 8192-cubed
+bfloat16 product comes to: 115 (v5e), 236 (v5p), 243 (v4), 369 (v6e) and 422 (TPU7x) thousand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One kind of JAX device."""
+
+    name: str  # as a topology names it: v5e of v5e:4x4
+    peak_flops: float  # dense bfloat16, a second
+    hbm_usable: float  # bytes
+    hbm_bandwidth: float  # bytes a second
+    ici_bandwidth: float  # bytes a second into the device from its slice
+    dcn_bandwidth: float | None  # bytes a second into the device from other slices
+    cycle_flops: int  # matrix operations of one cycle
+    options: tuple[tuple[str, str], ...] = ()  # of get_topology_desc, beside the topology's name
+
+    @property
+    def clock(self) -> float:
+        """Cycles a second."""
+        return self.peak_flops / self.cycle_flops
+
+
+# jax.Device.device_kind -> chip.
+CHIPS: dict[str, Chip] = {
+    "TPU v4": Chip(
+        "v4", 275e12, 30.75 * GIB, 1200e9, 268e9, None, 2**18, (("chip_config_name", "megacore"),)
+    ),
+    "TPU v5 lite": Chip("v5e", 197e12, 15.75 * GIB, 819e9, 200e9, 3.125e9, 2**17),
+    "TPU v5": Chip("v5p", 459e12, 95.74 * GIB, 2765e9, 600e9, 6.25e9, 2**18),
+    "TPU v6 lite": Chip("v6e", 918e12, 31.25 * GIB, 1638e9, 400e9, 12.5e9, 2**19),
+    "TPU7x": Chip("tpu7x", 1153.5e12, 94.75 * GIB, 3690e9, 300e9, 6.25e9, 2**19),
+}
+
+
+def by_name(name: str) -> Chip | None:
+    """The chip that a topology's name begins with ("v5e"), or None."""
+    return next((chip for chip in CHIPS.values() if chip.name == name), None)

@@ -1,0 +1,282 @@
+"""The study's arithmetic: problems by operand range and length, traces of the teacher, noise.
+
+Three sets of held-out problems: "in" is what the traces are about; "operands" begins with numbers
+that neither the traces nor the warm start begin with; "longer" has more terms than the traces (the
+warm start saw that length, in its own style, or no student would solve any).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dcod_jax.answers import extract_answer
+from dcod_jax.arithmetic import STYLES, Problem, worked_traces
+from dcod_jax.data import chat
+from dcod_jax.data.manifest import MANIFEST
+from dcod_jax.data.records import DatasetWriter, TraceDataset
+from dcod_jax.generate import Sample, sample
+from dcod_jax.scoring import ScoreSettings, score_traces
+from dcod_jax.types import DcodError, Params, Trace
+
+LARGEST = 20  # of the sum of the added numbers: a tiny model learns the facts below it in minutes
+SETS = ("in", "operands", "longer")  # test sets, beside "validation"
+PHRASING = "{}="
+
+
+def make_problem(numbers: Sequence[int], operators: str, split: str) -> Problem:
+    """numbers (8, 5, 4), operators "+-" -> the problem "8+5-4=" with the expression as its id."""
+    problem = Problem("", tuple(numbers), operators, PHRASING, split)
+    return dataclasses.replace(problem, id=problem.expression)
+
+
+def problem_stream(
+    name: str, *, terms: tuple[int, int], first: tuple[int, int], seed: int
+) -> Iterator[Problem]:
+    """Endless random problems of a length and first operand in these ranges (both ends included).
+
+    The other operands are 1 to 9; no value on the way is negative, and the added numbers sum up to
+    at most LARGEST. A problem may come twice.
+    """
+    draw = random.Random(f"{seed} {name}")
+    while True:
+        count = draw.randint(*terms)
+        numbers = [draw.randint(*first), *(draw.randint(1, 9) for _ in range(count - 1))]
+        operators = "".join(draw.choice("+-") for _ in range(count - 1))
+        problem = make_problem(numbers, operators, name)
+        added = sum(n for op, n in zip("+" + operators, numbers, strict=True) if op == "+")
+        if min(problem.running_values()) >= 0 and added <= LARGEST:
+            yield problem
+
+
+def _distinct(stream: Iterator[Problem], count: int, taken: set[str]) -> list[Problem]:
+    found: list[Problem] = []
+    for problem in stream:
+        if len(found) == count:
+            break
+        if problem.id not in taken:
+            taken.add(problem.id)
+            found.append(problem)
+    return found
+
+
+def held_out(config: Any) -> dict[str, list[Problem]]:
+    """{"validation" and each of SETS: distinct problems}, none of which is in two of them."""
+    study, taken = config.study, set()
+    ranges = {
+        "validation": (study.terms, study.first_operands),
+        "in": (study.terms, study.first_operands),
+        "operands": (study.terms, study.held_out_operands),
+        "longer": (study.longer_terms, study.first_operands),
+    }
+    found = {}
+    for name, (terms, first) in ranges.items():
+        stream = problem_stream(name, terms=tuple(terms), first=tuple(first), seed=config.seed)
+        found[name] = _distinct(stream, study.problems, taken)
+    return found
+
+
+def training_problems(config: Any, name: str, terms: Sequence[int]) -> Iterator[Problem]:
+    """Endless problems outside every held-out set."""
+    forbidden = {p.id for problems in held_out(config).values() for p in problems}
+    first = tuple(config.study.first_operands)
+    stream = problem_stream(name, terms=(terms[0], terms[1]), first=first, seed=config.seed)
+    return (problem for problem in stream if problem.id not in forbidden)
+
+
+# ---------------------------------------------------------------- texts
+
+
+def prompt_ids(tokenizer: Any, problem: Problem) -> list[int]:
+    return chat.encode_prompt(tokenizer, [{"role": "user", "content": problem.record()["prompt"]}])
+
+
+def is_correct(problem: Problem, text: str) -> bool:
+    """Whether the text ends in the answer; the domain's answers need no algebra."""
+    found = extract_answer(text)
+    return found is not None and found.answer == str(problem.answer)
+
+
+def style_of(text: str) -> str:
+    """The style of STYLES that a worked solution is written in."""
+    if text.startswith(("plus", "minus")):
+        return "groups"
+    return "words" if " up " in text or " down " in text else "equations"
+
+
+def disturb(text: str, draw: random.Random) -> str:
+    """One digit of the steps replaced by another one; the last line, the answer, stays.
+
+    Such a trace passes a filter by its final answer: "8+5=13\\n#### 13" -> "8+7=13\\n#### 13".
+    """
+    steps, mark, answer = text.rpartition("\n####")
+    places = [i for i, character in enumerate(steps) if character.isdigit()]
+    if not places:
+        return text
+    place = draw.choice(places)
+    other = draw.choice([digit for digit in "0123456789" if digit != steps[place]])
+    return steps[:place] + other + steps[place + 1 :] + mark + answer
+
+
+def to_trace(tokenizer: Any, name: str, prompt: str, completion: str) -> Trace:
+    messages = [
+        {"role": "user", "content": prompt},
+        {"role": "assistant", "content": completion},
+    ]
+    ids, mask = chat.encode(tokenizer, messages)
+    return Trace(name, ids, mask)
+
+
+# ---------------------------------------------------------------- traces
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model with what its use needs."""
+
+    config: Any  # ModelConfig
+    params: Params
+    tokenizer: Any
+
+    def answers(
+        self, prompts: Sequence[Sequence[int]], config: Any, **options: Any
+    ) -> list[Sample]:
+        """Continuations; options are temperature, seed and indices of `sample`."""
+        return sample(
+            self.config,
+            self.params,
+            prompts,
+            max_new_tokens=config.generate.max_new_tokens,
+            batch_size=config.generate.batch_size,
+            eos_ids=(self.tokenizer.eos_token_id,),
+            valid_vocab=len(self.tokenizer),
+            compute_dtype="float32",
+            **options,
+        )
+
+    def text(self, drawn: Sample) -> str:
+        return self.tokenizer.decode(
+            drawn.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+
+def start_traces(config: Any, tokenizer: Any) -> list[Trace]:
+    """Worked solutions in the start's own styles, of problems of the start's lengths."""
+    study = config.study
+    stream = training_problems(config, "start", study.start_terms)
+    problems = [next(stream) for _ in range(study.start_problems)]
+    shares = dict.fromkeys(study.start_styles, 1.0)
+    records = worked_traces(problems, shares, seed=config.seed)
+    return [
+        to_trace(tokenizer, f"{i}", record["prompt"], record["completion"])
+        for i, record in enumerate(records)
+    ]
+
+
+def teacher_traces(config: Any, teacher: Model) -> tuple[list[Trace], dict[str, Any]]:
+    """`study.traces` samples of the teacher and how they came about.
+
+    Wrong answers are dropped where prepare.filter_correct says so, and with study.styles every
+    trace in another style; then study.noise of them are disturbed.
+    """
+    study = config.study
+    stream = training_problems(config, "traces", study.terms)
+    draw = random.Random(f"{config.seed} noise")
+    kept: list[Trace] = []
+    counts = {"sampled": 0, "wrong": 0, "other style": 0, "unfinished": 0, "disturbed": 0}
+    styles = dict.fromkeys(STYLES, 0)
+    while len(kept) < study.traces:
+        if counts["sampled"] >= 40 * study.traces:
+            raise DcodError(
+                f"only {len(kept)} of study.traces={study.traces} usable traces after "
+                f"{counts['sampled']} samples ({counts}); lower generate.temperature or "
+                "study.traces"
+            )
+        problems = [next(stream) for _ in range(config.generate.batch_size)]
+        drawn = teacher.answers(
+            [prompt_ids(teacher.tokenizer, p) for p in problems],
+            config,
+            temperature=config.generate.temperature,
+            seed=config.seed,
+            indices=range(counts["sampled"], counts["sampled"] + len(problems)),
+        )
+        for problem, answer in zip(problems, drawn, strict=True):
+            if len(kept) == study.traces:
+                break
+            text = teacher.text(answer)
+            counts["sampled"] += 1
+            reason = _why_not(config, problem, answer, text)
+            if reason:
+                counts[reason] += 1
+                continue
+            styles[style_of(text)] += 1
+            if draw.random() < study.noise:
+                text, counts["disturbed"] = disturb(text, draw), counts["disturbed"] + 1
+            name = f"{len(kept)}"
+            kept.append(to_trace(teacher.tokenizer, name, problem.record()["prompt"], text))
+    return kept, {"counts": counts, "styles": styles}
+
+
+def _why_not(config: Any, problem: Problem, answer: Sample, text: str) -> str:
+    if not answer.finished or not text.strip():
+        return "unfinished"
+    if config.prepare.filter_correct and not is_correct(problem, text):
+        return "wrong"
+    if config.study.styles and style_of(text) not in config.study.styles:
+        return "other style"
+    return ""
+
+
+def traces_path(directory: Path, config: Any, *, start: bool) -> Path:
+    """Where the trace dataset of these settings lies under `directory`."""
+    kind = "start" if start else "teacher"
+    content = json.dumps(_settings(config, kind), sort_keys=True)
+    return directory / f"{kind}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+
+def open_traces(path: Path, config: Any, teacher: Model | None, tokenizer: Any) -> TraceDataset:
+    """The trace dataset at traces_path, made when it is not there.
+
+    With a teacher: its samples, scored with score.top_k. Without: the start's worked solutions.
+    """
+    if not (path / MANIFEST).exists():
+        if teacher is None:
+            traces, report = start_traces(config, tokenizer), {}
+        else:
+            traces, report = teacher_traces(config, teacher)
+            traces = _scored(config, teacher, traces)
+        report["settings"] = _settings(config, "start" if teacher is None else "teacher")
+        with DatasetWriter(path, shard_records=8192, manifest=report) as writer:
+            for trace in traces:
+                writer.write(trace)
+    return TraceDataset(path)
+
+
+def _settings(config: Any, kind: str) -> dict[str, Any]:
+    keys = "terms longer_terms first_operands held_out_operands problems".split()
+    keys += {
+        "start": "start_terms start_styles start_problems".split(),
+        "teacher": "traces noise styles".split(),
+    }[kind]
+    found: dict[str, Any] = {f"study.{key}": config.study[key] for key in keys}
+    if kind == "teacher":
+        found["generate"] = [config.generate.temperature, config.generate.max_new_tokens]
+        found["filter"] = config.prepare.filter_correct
+        found["score"] = [config.teacher.path, config.score.top_k]
+    return found | {"seed": config.seed}
+
+
+def _scored(config: Any, teacher: Model, traces: list[Trace]) -> list[Trace]:
+    settings = ScoreSettings(
+        top_k=min(config.score.top_k, len(teacher.tokenizer)),
+        batch_tokens=config.score.batch_tokens,
+        head_chunk=config.loss.head_chunk,
+        compute_dtype="float32",
+        valid_vocab=len(teacher.tokenizer),
+    )
+    return score_traces(teacher.config, teacher.params, traces, settings=settings)

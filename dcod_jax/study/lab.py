@@ -1,0 +1,378 @@
+"""One run of the study: from a warm start through the package's own train step to its measures.
+
+What runs have in common is made once and kept: the teacher, the trace datasets, the warm starts,
+and one compiled train step for each loss, in which the learning rate is part of the state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dcod_jax import config as configs
+from dcod_jax.arithmetic import build_tokenizer
+from dcod_jax.data import pipeline
+from dcod_jax.data.manifest import commit_file
+from dcod_jax.data.records import TraceDataset
+from dcod_jax.drift_scores import Model as DriftModel
+from dcod_jax.drift_scores import draw_samples, measure
+from dcod_jax.forward import TeacherModel
+from dcod_jax.losses import distill
+from dcod_jax.losses.distill import LossConfig
+from dcod_jax.mesh import make_mesh
+from dcod_jax.models import hf, transformer
+from dcod_jax.models.config import ModelConfig
+from dcod_jax.on_policy import OnPolicy
+from dcod_jax.start import Student
+from dcod_jax.study import domain
+from dcod_jax.study.domain import SETS, Model
+from dcod_jax.study.plan import pack_bits
+from dcod_jax.study.steps import adjustable_optimizer, cpu_seconds, student_config, with_rate
+from dcod_jax.train_step import init_state, make_train_step
+from dcod_jax.types import DcodError, Params, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a training left behind."""
+
+    params: Params
+    curves: dict[str, np.ndarray]  # metric -> value at each step
+    tokens: int  # completion tokens trained on
+    generated: int  # tokens sampled from the student on the way
+    cpu_seconds: float  # without compilation
+
+
+@dataclasses.dataclass
+class Compiled:
+    """The train step of one loss and shape, and whether it was called yet."""
+
+    optimizer: Any
+    step: Any
+    called: bool = False
+
+
+class Lab:
+    """Everything that runs share; `directory` keeps traces and starts between processes."""
+
+    def __init__(self, config: Any, directory: Path, starts: dict[tuple[int, int], set[int]]):
+        """starts: for each (width, layers) the numbers of warm-start steps that are wanted."""
+        self.directory, self.wanted = directory, starts
+        self.mesh = make_mesh(1, devices=jax.devices()[:1])
+        self.tokenizer = build_tokenizer()
+        teacher_config, params = hf.load_model(config.teacher.path, dtype=jnp.float32, mesh=None)
+        params = jax.device_put(params, jax.devices()[0])
+        self.teacher = Model(teacher_config, params, self.tokenizer)
+        self.problems = domain.held_out(config)
+        self.prompts = {
+            name: [domain.prompt_ids(self.tokenizer, p) for p in problems]
+            for name, problems in self.problems.items()
+        }
+        self._steps: dict[Any, Compiled] = {}
+        self._teacher_samples: dict[tuple[int, int], Any] = {}
+        self._datasets: dict[Path, TraceDataset] = {}
+
+    # ------------------------------------------------------------ what is shared
+
+    def model_config(self, config: Any) -> ModelConfig:
+        return student_config(self.teacher.config, config.study.width, config.study.layers)
+
+    def traces(self, config: Any, *, start: bool = False) -> TraceDataset:
+        path = domain.traces_path(self.directory / "traces", config, start=start)
+        if path not in self._datasets:
+            teacher = None if start else self.teacher
+            self._datasets[path] = domain.open_traces(path, config, teacher, self.tokenizer)
+        return self._datasets[path]
+
+    def start(self, config: Any) -> Params:
+        """The warm start of study.start_steps steps, from the file or trained now."""
+        if not config.study.start_steps:
+            return self._given_start(config)
+        shape = (config.study.width, config.study.layers)
+        path = self._start_file(config, config.study.start_steps)
+        if not path.exists():
+            self._train_starts(
+                config, sorted(self.wanted.get(shape, set()) | {config.study.start_steps})
+            )
+        model_config = self.model_config(config)
+        leaves, tree = jax.tree.flatten(transformer.param_shapes(model_config))
+        with np.load(path) as stored:
+            arrays = [jnp.asarray(stored[f"{i}"]) for i in range(len(leaves))]
+        return jax.tree.unflatten(tree, arrays)
+
+    def _given_start(self, config: Any) -> Params:
+        """The parameters of student.path, which must be of the shape that the study asks for."""
+        if not config.student.path:
+            raise DcodError("study.start_steps=0 takes the start from student.path, which is empty")
+        found, params = hf.load_model(config.student.path, dtype=jnp.float32, mesh=None)
+        if transformer.param_shapes(found) != transformer.param_shapes(self.model_config(config)):
+            raise DcodError(
+                f"student.path={config.student.path} is not of study.width={config.study.width}, "
+                f"study.layers={config.study.layers} with heads of 16; set them to its own"
+            )
+        return params
+
+    def _start_file(self, config: Any, steps: int) -> Path:
+        study = config.study
+        of = [study.width, study.layers, study.start_learning_rate, study.start_problems]
+        of += [list(study.start_styles), list(study.start_terms), config.seed]
+        of += [config.data.seq_len, config.data.batch_size, config.data.head_tokens]
+        of += [_held_constant(config)]
+        name = hashlib.sha256(json.dumps(of).encode()).hexdigest()[:12]
+        return self.directory / "starts" / f"{name}-{steps}.npz"
+
+    def _train_starts(self, config: Any, wanted: list[int]) -> None:
+        """One training at a constant rate; the shorter starts are stops on its way."""
+        model_config = self.model_config(config)
+        plain = configs.with_changes(
+            config,
+            [
+                "loss.divergence=nll",
+                "loss.weights.name=uniform",
+                "loss.teacher=cached",
+                "on_policy.fraction=0",
+                "optim.schedule=constant",
+                f"optim.learning_rate={config.study.start_learning_rate}",
+                f"train.steps={wanted[-1]}",
+            ],
+        )
+        params = transformer.init_params(model_config, jax.random.key(config.seed))
+        kept: dict[int, Params] = {}
+
+        def keep(step: int, state: TrainState) -> None:
+            if step in wanted:
+                kept[step] = jax.device_get(state.params)
+
+        rate = config.study.start_learning_rate
+        self.train(plain, params, rate=rate, seed=config.seed, start=True, after_step=keep)
+        for steps, snapshot in kept.items():
+            path = self._start_file(config, steps)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".tmp")
+            with open(temporary, "wb") as file:
+                arrays = {f"{i}": leaf for i, leaf in enumerate(jax.tree.leaves(snapshot))}
+                np.savez(file, **arrays)
+            commit_file(temporary, path)
+
+    # ------------------------------------------------------------ training
+
+    def _compiled(self, config: Any) -> Compiled:
+        """The train step of this loss and shape; the rate is in its state."""
+        loss: LossConfig = configs.loss_config(config)
+        cfg = dataclasses.replace(configs.optim_config(config), learning_rate=1.0)
+        sizes = (config.data.batch_size, config.data.seq_len, config.train.steps)
+        key = (loss, cfg, self.model_config(config), sizes)
+        if key not in self._steps:
+            optimizer, schedule = adjustable_optimizer(cfg, config.train.steps)
+            live = loss.teacher == "live"
+            step = make_train_step(
+                self.model_config(config),
+                loss,
+                optimizer,
+                schedule,
+                batch_size=config.data.batch_size,
+                microbatches=1,
+                mesh=self.mesh,
+                compute_dtype=jnp.float32,
+                remat="none",
+                valid_vocab=len(self.tokenizer),
+                teacher=TeacherModel(self.teacher.config, jnp.float32) if live else None,
+            )
+            self._steps[key] = Compiled(optimizer, step)
+        return self._steps[key]
+
+    def train(
+        self,
+        config: Any,
+        params: Params,
+        *,
+        rate: float,
+        seed: int,
+        start: bool = False,
+        after_step: Any = None,
+    ) -> Trained:
+        """train.steps steps from `params`; what follows from `seed` is the order of the traces."""
+        entry = self._compiled(config)
+        if not entry.called:  # one step that counts for nothing, so that no run pays for compiling
+            entry.called = True
+            sampled = ["on_policy.fraction=1"] if config.on_policy.fraction else []
+            warm = configs.with_changes(config, sampled)
+            self._loop(warm, params, rate=rate, seed=seed, start=start, steps=1)
+        return self._loop(
+            config,
+            params,
+            rate=rate,
+            seed=seed,
+            start=start,
+            steps=config.train.steps,
+            after_step=after_step,
+        )
+
+    def _loop(
+        self,
+        config: Any,
+        params: Params,
+        *,
+        rate: float,
+        seed: int,
+        start: bool,
+        steps: int,
+        after_step: Any = None,
+    ) -> Trained:
+        compiled = self._compiled(config)
+        loss: LossConfig = configs.loss_config(config)
+        model_config = self.model_config(config)
+        copy = jax.tree.map(jnp.array, params)  # the step donates its state
+        state = init_state(copy, compiled.optimizer, mesh=self.mesh, model_config=model_config)
+        state = with_rate(state, rate)
+        live = (self.teacher.params,) if loss.teacher == "live" else ()
+        batches = pipeline.train_batches(
+            self.traces(config, start=start),
+            seed=seed,
+            seq_len=config.data.seq_len,
+            batch_size=config.data.batch_size,
+            head_tokens=config.data.head_tokens,
+            prefetch=config.data.prefetch,
+            require_scores=distill.needs_cache(loss),
+            require_top_k=loss.teacher == "cached" and distill.needs_distribution(loss),
+        )
+        student = Student("study", model_config, self.tokenizer, len(self.tokenizer))
+        own = configs.replace(config, {"seed": seed})
+        policy = OnPolicy(own, student, self.mesh, spent={})
+        history: list[dict[str, jax.Array]] = []
+        jax.block_until_ready(state)
+        before = cpu_seconds()
+        for step in range(steps):
+            host_batch, _, _ = policy(step, state, *next(batches))
+            state, values = compiled.step(state, pipeline.to_device(host_batch, self.mesh), *live)
+            history.append(values)
+            if after_step is not None:
+                after_step(step + 1, state)
+        jax.block_until_ready(state)
+        spent = cpu_seconds() - before
+        curves = _curves(history)
+        if not np.isfinite(curves["loss"]).all():
+            raise DcodError(
+                f"the loss is not finite at step {int(np.argmin(np.isfinite(curves['loss']))) + 1} "
+                f"with learning rate {rate}; take it out of study.learning_rates"
+            )
+        tokens = int(curves["tokens/completion"].sum())
+        return Trained(state.params, curves, tokens, policy.spent["tokens"], spent)
+
+    # ------------------------------------------------------------ measuring
+
+    def reference(self, config: Any) -> dict[str, Any]:
+        """What a condition begins with: accuracies of start and teacher, and its traces."""
+        start, manifest = self.start(config), self.traces(config).manifest
+        return {
+            "start": {name: _share(self.grade(config, start, name)) for name in SETS},
+            "teacher": {name: _share(self.grade_teacher(config, name)) for name in SETS},
+            "counts": manifest["counts"],
+            "styles": manifest["styles"],
+        }
+
+    def grade(self, config: Any, params: Params, name: str) -> np.ndarray:
+        """[problems] bool: greedy answers of a student to one set."""
+        model = Model(self.model_config(config), params, self.tokenizer)
+        return self._correct(model, config, name)
+
+    def grade_teacher(self, config: Any, name: str) -> np.ndarray:
+        return self._correct(self.teacher, config, name)
+
+    def _correct(self, model: Model, config: Any, name: str) -> np.ndarray:
+        drawn = model.answers(self.prompts[name], config, temperature=0.0, seed=0)
+        pairs = zip(self.problems[name], map(model.text, drawn), strict=True)
+        return np.array([domain.is_correct(problem, text) for problem, text in pairs])
+
+    def run(self, config: Any, *, kind: str, rate: float, seed: int) -> dict[str, Any]:
+        """Everything measured in one run, as it goes into results.jsonl."""
+        done = self.train(config, self.start(config), rate=rate, seed=seed)
+        before = cpu_seconds()
+        measured: dict[str, Any] = {
+            "accuracy": {},
+            "train_cpu": round(done.cpu_seconds, 2),
+            "tokens": done.tokens,
+            "generated": done.generated,
+            "curves": _summary(done.curves),
+        }
+        names = ("validation",) if kind == "tune" else SETS
+        for name in names:
+            correct = self.grade(config, done.params, name)
+            measured["accuracy"][name] = _share(correct)
+            if kind == "test":
+                measured.setdefault("correct", {})[name] = pack_bits(correct)
+        if kind == "test" and config.study.drift_prompts:
+            measured["drift"] = self.drift(config, done.params)
+        measured["eval_cpu"] = round(cpu_seconds() - before, 2)
+        return measured
+
+    def drift(self, config: Any, params: Params) -> dict[str, float | None]:
+        """ExAccErr over the first study.drift_length tokens on problems of the set "in".
+
+        Both models continue the same prompts at temperature 1; KL in nats, whole vocabulary.
+        None where no sequence is that long.
+        """
+        length = config.study.drift_length
+        teacher = DriftModel(self.teacher.config, self.teacher.params, "float32")
+        student = DriftModel(self.model_config(config), params, "float32")
+        prompts = self.prompts["in"][: config.study.drift_prompts]
+        drawing = {
+            "max_new_tokens": config.generate.max_new_tokens,
+            "seed": config.seed,
+            "eos_ids": (self.tokenizer.eos_token_id,),
+            "valid_vocab": len(self.tokenizer),
+            "batch_size": config.generate.batch_size,
+            "mesh": self.mesh,
+        }
+        key = (len(prompts), config.generate.max_new_tokens)
+        if key not in self._teacher_samples:
+            self._teacher_samples[key] = draw_samples(teacher, prompts, **drawing)
+        measured = measure(
+            teacher, student, prompts, teacher_samples=self._teacher_samples[key], **drawing
+        )
+        curves = measured.curves(resamples=1)
+        found = {
+            "excess": curves.excess.value[length - 1],
+            "accumulated": curves.accumulated.value[length - 1],
+            "reference": curves.reference.value[length - 1],
+        }
+        return {
+            name: round(float(value), 4) if math.isfinite(value) else None
+            for name, value in found.items()
+        }
+
+
+def _held_constant(config: Any) -> dict[str, Any]:
+    """The optimizer's settings but for rate and schedule, which the warm start has of its own."""
+    values = dataclasses.asdict(configs.optim_config(config))
+    return {k: v for k, v in values.items() if k not in ("learning_rate", "schedule")}
+
+
+def _share(correct: np.ndarray) -> float:
+    return round(float(correct.mean()), 4)
+
+
+def _curves(history: list[dict[str, jax.Array]]) -> dict[str, np.ndarray]:
+    """{metric: [steps]} of those that every step has."""
+    stacked = jax.device_get(history)
+    return {key: np.array([values[key] for values in stacked]) for key in stacked[0]}
+
+
+def _summary(curves: dict[str, np.ndarray]) -> dict[str, float]:
+    """Means over the last tenth of the steps (at least one), and of the weights over all steps."""
+    last = max(len(curves["loss"]) // 10, 1)
+    found = {"nll": curves["nll"][-last:].mean(), "ess": curves["weights/ess"].mean()}
+    if "weights/temperature" in curves:
+        found["temperature"] = np.exp(np.log(curves["weights/temperature"][1:]).mean())
+    unknown = 1 - curves["weights/confident_tokens"]
+    share = (1 - curves["weights/confident_mass"]) / np.maximum(unknown, 1e-6)
+    found["unknown_weight"] = share[unknown > 0].mean() if (unknown > 0).any() else math.nan
+    return {key: round(float(value), 4) for key, value in found.items() if math.isfinite(value)}

@@ -1,0 +1,356 @@
+"""Results of the study as numbers with intervals and as Markdown tables.
+
+The problems of a set are the same for every run and the seeds the same for every arm, so two arms
+are compared in pairs: a difference D[seed, problem] in {-1, 0, 1}.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from scipy import stats
+
+from dcod_jax import config as configs
+from dcod_jax.study.domain import SETS
+from dcod_jax.study.plan import MAIN, unpack_bits
+from dcod_jax.types import DcodError
+
+Line = dict[str, Any]
+Pick = Callable[[Line], float | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % interval; without an interval (one seed) low and high are NaN."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def crossed_mean(values: Float[np.ndarray, "S P"]) -> Estimate:
+    """Mean over seeds and problems, and its 95 % interval for new seeds and new problems.
+
+    Two-way crossed random effects without replication: with MS_s, MS_p, MS_e the mean squares of
+    seeds, problems and the rest, Var(mean) = (MS_s + MS_p - MS_e) / (S P), in which neither of the
+    first two counts for less than MS_e; Student's t with Satterthwaite's degrees of freedom
+    (Satterthwaite 1946). A single seed or problem gives no interval.
+    """
+    seeds, problems = values.shape
+    mean = float(values.mean())
+    if seeds < 2 or problems < 2:
+        return Estimate(mean, math.nan, math.nan)
+    rows, columns = values.mean(axis=1), values.mean(axis=0)
+    rest = values - rows[:, None] - columns[None, :] + mean
+    free = (seeds - 1, problems - 1, (seeds - 1) * (problems - 1))
+    error = float(np.square(rest).sum()) / free[2]
+    squares = (
+        max(problems * float(rows.var(ddof=1)), error),
+        max(seeds * float(columns.var(ddof=1)), error),
+        error,
+    )
+    total = squares[0] + squares[1] - squares[2]
+    if total <= 0:  # every value is the same
+        return Estimate(mean, mean, mean)
+    freedom = total**2 / sum(s**2 / f for s, f in zip(squares, free, strict=True))
+    spread = float(stats.t.ppf(0.975, freedom)) * math.sqrt(total / (seeds * problems))
+    return Estimate(mean, mean - spread, mean + spread)
+
+
+def seed_mean(values: Sequence[float]) -> Estimate:
+    """Mean over seeds with Student's 95 % interval."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Estimate(mean, math.nan, math.nan)
+    spread = float(stats.t.ppf(0.975, len(values) - 1)) * float(stats.sem(values))
+    return Estimate(mean, mean - spread, mean + spread)
+
+
+# ---------------------------------------------------------------- looking things up
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """The lines of a results file, and questions to them."""
+
+    lines: tuple[Line, ...]
+
+    def conditions(self) -> list[str]:
+        return list(dict.fromkeys(line["condition"] for line in self.tests()))
+
+    def tests(self) -> list[Line]:
+        return [line for line in self.lines if line["kind"] == "test"]
+
+    def arms(self, condition: str) -> list[str]:
+        """In the order of the recipe, as far as they were run."""
+        ran = {line["arm"] for line in self.tests() if line["condition"] == condition}
+        order = [
+            line["arm"]
+            for line in self.lines
+            if line["kind"] == "settings" and line["condition"] == condition
+        ]
+        return [arm for arm in order if arm in ran]
+
+    def runs(self, condition: str, arm: str) -> dict[int, Line]:
+        """{seed: line} of the test runs."""
+        own = [x for x in self.tests() if (x["condition"], x["arm"]) == (condition, arm)]
+        return {line["seed"]: line for line in sorted(own, key=lambda x: x["seed"])}
+
+    def settings(self, condition: str, arm: str) -> dict[str, Any]:
+        for line in self.lines:
+            if line["kind"] == "settings" and (line["condition"], line["arm"]) == (condition, arm):
+                return line["settings"]
+        raise DcodError(f"the results hold no settings of {condition!r} {arm!r}")
+
+    def problems(self, condition: str, arm: str) -> int:
+        default = configs.keys(configs.load_recipe(configs.BASE))["study.problems"]
+        return int(self.settings(condition, arm).get("study.problems", default))
+
+    def base(self, condition: str, arm: str) -> tuple[str, str] | None:
+        """(condition, arm) that an arm is compared with; None: there is none.
+
+        The unweighted form of a weighted method, SFT for a plain one, in the same condition, or in
+        "main" where the two conditions are one but for the arms that they run.
+        """
+        name = arm.partition("+")[0] if "+" in arm else "sft"
+        if name == arm:
+            return None
+        if name in self.arms(condition):
+            return condition, name
+        if name in self.arms(MAIN) and self._world(condition, arm) == self._world(MAIN, name):
+            return MAIN, name
+        return None
+
+    def _world(self, condition: str, arm: str) -> dict[str, Any]:
+        settings = self.settings(condition, arm)
+        return {key: value for key, value in settings.items() if not key.startswith("loss.")}
+
+    def correct(self, condition: str, arm: str, name: str, seeds: Iterable[int]) -> np.ndarray:
+        """[seeds, problems] of 0 and 1."""
+        count, runs = self.problems(condition, arm), self.runs(condition, arm)
+        return np.array([unpack_bits(runs[s]["correct"][name], count) for s in seeds], np.float64)
+
+    def accuracy(self, condition: str, arm: str, name: str) -> Estimate:
+        return crossed_mean(self.correct(condition, arm, name, self.runs(condition, arm)))
+
+    def difference(self, one: tuple[str, str], base: tuple[str, str], name: str) -> Estimate:
+        """Accuracy of one (condition, arm) minus that of another, on the seeds that both have."""
+        first, second = self.runs(*one), self.runs(*base)
+        seeds = [seed for seed in first if seed in second]
+        pair = [self.correct(*each, name, seeds) for each in (one, base)]
+        return crossed_mean(pair[0] - pair[1])
+
+    def of(self, condition: str, arm: str, pick: Pick) -> list[float]:
+        """The picked number of each test run that has it."""
+        values = [pick(line) for line in self.runs(condition, arm).values()]
+        return [float(value) for value in values if value is not None]
+
+    def paired(self, one: tuple[str, str], base: tuple[str, str], pick: Pick) -> Estimate | None:
+        """The picked number of one (condition, arm) minus another's, over seeds; None: no pair."""
+        first, second = self.runs(*one), self.runs(*base)
+        pairs = [(pick(first[s]), pick(second[s])) for s in first if s in second]
+        changes = [a - b for a, b in pairs if a is not None and b is not None]
+        return seed_mean(changes) if changes else None
+
+
+# ---------------------------------------------------------------- Markdown
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def percent(value: Estimate) -> str:
+    """0.865 with its interval -> "86.5 (84.0 to 89.0)"; bounds are cut to 0 and 100."""
+    low, high = max(value.low, 0.0), min(value.high, 1.0)
+    interval = "" if math.isnan(value.low) else f" ({100 * low:.1f} to {100 * high:.1f})"
+    return f"{100 * value.mean:.1f}{interval}"
+
+
+def points(value: Estimate) -> str:
+    """Percentage points with sign; bold where the interval leaves out 0."""
+    text = f"{100 * value.mean:+.1f}"
+    if math.isnan(value.low):
+        return _minus(text)
+    text += f" ({100 * value.low:+.1f} to {100 * value.high:+.1f})"
+    return _minus(f"**{text}**" if value.low > 0 or value.high < 0 else text)
+
+
+def number(value: Estimate, digits: int = 1, *, sign: bool = False) -> str:
+    form = f"{'+' if sign else ''}.{digits}f"
+    text = format(value.mean, form)
+    if math.isnan(value.low):
+        return _minus(text)
+    text += f" ({format(value.low, form)} to {format(value.high, form)})"
+    apart = sign and (value.low > 0 or value.high < 0)
+    return _minus(f"**{text}**" if apart else text)
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−")
+
+
+def accuracy_table(study: Study, names: Sequence[str]) -> str:
+    """Accuracy on the three sets, percent, for every arm of these conditions."""
+    head = ["condition", "arm", "seeds", *SETS]
+    rows = [
+        [
+            condition,
+            f"`{arm}`",
+            f"{len(study.runs(condition, arm))}",
+            *(percent(study.accuracy(condition, arm, name)) for name in SETS),
+        ]
+        for condition in names
+        for arm in study.arms(condition)
+    ]
+    return table(head, rows)
+
+
+def difference_table(study: Study, names: Sequence[str]) -> str:
+    """Paired differences of accuracy, percentage points, and of the two drift numbers."""
+    head = ["condition", "arm", "minus", *SETS, "ExAccErr, points", "error on own prefixes, nats"]
+    rows = []
+    for condition in names:
+        for arm in study.arms(condition):
+            base = study.base(condition, arm)
+            if base is None:
+                continue
+            one = (condition, arm)
+            drift = [study.paired(one, base, _drift(key)) for key in ("excess", "accumulated")]
+            rows.append(
+                [
+                    condition,
+                    f"`{arm}`",
+                    f"`{base[1]}`",
+                    *(points(study.difference(one, base, name)) for name in SETS),
+                    *("n/a" if value is None else number(value, sign=True) for value in drift),
+                ]
+            )
+    return table(head, rows)
+
+
+def drift_table(study: Study, names: Sequence[str]) -> str:
+    """ExAccErr and what it is made of."""
+    keys = ("excess", "accumulated", "reference")
+    head = ["condition", "arm", "seeds", "ExAccErr, %", "R, nats", "E, nats"]
+    rows = []
+    for condition in names:
+        for arm in study.arms(condition):
+            values = [study.of(condition, arm, _drift(key)) for key in keys]
+            cells = [number(seed_mean(v)) if v else "n/a" for v in values]
+            rows.append([condition, f"`{arm}`", f"{len(values[0])}", *cells])
+    return table(head, rows)
+
+
+def cost_table(study: Study, names: Sequence[str]) -> str:
+    """What a run costs, and what its weights looked like."""
+    head = ["condition", "arm", "rate", "train CPU-s", "tokens trained on", "tokens generated"]
+    head += ["effective sample size", "weight of tokens of q ≤ 0.9", "nll at the end"]
+    rows = []
+    for condition in names:
+        for arm in study.arms(condition):
+            lines = list(study.runs(condition, arm).values())
+
+            def mean(pick: Pick, form: str, arm: str = arm, condition: str = condition) -> str:
+                values = study.of(condition, arm, pick)
+                return format(float(np.mean(values)), form) if values else "n/a"
+
+            rows.append(
+                [
+                    condition,
+                    f"`{arm}`",
+                    f"{lines[0]['rate']:g}",
+                    mean(lambda line: line["train_cpu"], ".1f"),
+                    mean(lambda line: line["tokens"], ",.0f"),
+                    mean(lambda line: line["generated"], ",.0f"),
+                    mean(lambda line: line["curves"].get("ess"), ".2f"),
+                    mean(lambda line: line["curves"].get("unknown_weight"), ".2f"),
+                    mean(lambda line: line["curves"]["nll"], ".2f"),
+                ]
+            )
+    return table(head, rows)
+
+
+def rates_table(study: Study) -> str:
+    """The learning-rate grids: validation accuracy, percent."""
+    tunes = [line for line in study.lines if line["kind"] == "tune"]
+    rates = sorted({line["rate"] for line in tunes})
+    found = {(x["condition"], x["arm"], x["rate"]): x["accuracy"]["validation"] for x in tunes}
+    rows = []
+    for condition, arm in dict.fromkeys((x["condition"], x["arm"]) for x in tunes):
+        values = [found.get((condition, arm, rate)) for rate in rates]
+        best = max(v for v in values if v is not None)
+        place = values.index(best)
+        cells = ["" if v is None else f"{100 * v:.1f}" for v in values]
+        cells[place] = f"**{cells[place]}**"
+        rows.append([condition, f"`{arm}`", *cells])
+    return table(["condition", "arm", *(f"{rate:g}" for rate in rates)], rows)
+
+
+def references_table(study: Study) -> str:
+    """Accuracy of start and teacher, percent, and how the traces came about."""
+    head = ["condition", *(f"start, {x}" for x in SETS), *(f"teacher, {x}" for x in SETS)]
+    rows = []
+    for line in study.lines:
+        if line["kind"] != "reference":
+            continue
+        cells = [f"{100 * line[who][name]:.1f}" for who in ("start", "teacher") for name in SETS]
+        dropped = ", ".join(f"{count:,} {name}" for name, count in line["counts"].items() if count)
+        styles = ", ".join(f"{count:,} {name}" for name, count in line["styles"].items() if count)
+        rows.append([line["condition"], *cells, dropped, styles])
+    return table([*head, "samples", "styles"], rows)
+
+
+def progress_table(study: Study) -> str:
+    """Which parts were run: test runs by condition."""
+    rows = []
+    for condition in dict.fromkeys(x["condition"] for x in study.lines):
+        counts = {arm: len(study.runs(condition, arm)) for arm in study.arms(condition)}
+        full = ", ".join(f"`{arm}` {count}" for arm, count in counts.items())
+        rows.append([condition, full or "none yet"])
+    return table(["condition", "test runs (seeds) of each arm"], rows)
+
+
+def _drift(key: str) -> Pick:
+    return lambda line: (line.get("drift") or {}).get(key)
+
+
+BLOCKS: dict[str, Callable[[Study, Sequence[str]], str]] = {
+    "progress": lambda study, names: progress_table(study),
+    "rates": lambda study, names: rates_table(study),
+    "references": lambda study, names: references_table(study),
+    "accuracy": accuracy_table,
+    "differences": difference_table,
+    "drift": drift_table,
+    "cost": cost_table,
+}
+
+
+def fill_page(page: str, study: Study) -> str:
+    """The page with the tables between its marker comments replaced.
+
+    A marker is `<!-- study: BLOCK condition, condition -->`, ended by `<!-- end -->`; no condition
+    means all that have a test run. Raises DcodError for a block that is not in BLOCKS.
+    """
+    done = study.conditions()
+
+    def fill(found: re.Match[str]) -> str:
+        block, wanted = found[1], [name.strip() for name in found[2].split(",") if name.strip()]
+        if block not in BLOCKS:
+            raise DcodError(f"study page: no table {block!r}; there are {', '.join(BLOCKS)}")
+        names = [name for name in (wanted or done) if name in done]
+        missing = [name for name in wanted if name not in done]
+        text = BLOCKS[block](study, names) if names else ""
+        if missing:
+            text += f"\n\nNot run: {', '.join(missing)}."
+        mark = f"<!-- study: {' '.join([block, ', '.join(wanted)]).rstrip()} -->"
+        return f"{mark}\n\n{text.strip()}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- study: (\S+) ?(.*?) ?-->.*?<!-- end -->", fill, page, flags=re.DOTALL)

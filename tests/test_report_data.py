@@ -1,0 +1,55 @@
+"""What a report reads: thinned curves keep their numbers."""
+
+import json
+
+import numpy as np
+
+from dcod_jax import report_data
+
+
+def test_long_curves_keep_ends_and_extremes_exactly():
+    generator = np.random.default_rng(0)
+    curve = [(step, float(v)) for step, v in enumerate(generator.normal(size=100_000))]
+    found = report_data.thin(curve, 200)
+    assert 150 <= len(found) <= 202
+    assert set(found) <= set(curve)
+    assert found == sorted(found)
+    assert {found[0], found[-1]} == {curve[0], curve[-1]}
+    assert max(found, key=lambda x: x[1]) == max(curve, key=lambda x: x[1])
+    assert min(found, key=lambda x: x[1]) == min(curve, key=lambda x: x[1])
+    assert report_data.thin(curve[:200], 200) == curve[:200]
+
+
+def test_drift_is_the_drift_file_at_fewer_lengths(tmp_path):
+    def curve(scale):
+        return {k: [scale * n for n in range(1, 51)] for k in ("value", "low", "high")}
+
+    row = {"reach": 37, "student_alive": list(range(50)), "teacher_alive": list(range(50))}
+    row |= {"excess": curve(2.0), "log_ratio": {"student": curve(1.0), "teacher": curve(3.0)}}
+    row["excess"]["low"][36] = None
+    (tmp_path / "drift.json").write_text(json.dumps({"models": {"a": row}}))
+    run = report_data.Run("a", tmp_path, None)
+    [found] = report_data.drifts([run], points=10)
+    thin = found["models"]["a"]
+    assert thin["lengths"] == [1, 6, 11, 16, 21, 26, 31, 36, 37, 41, 46, 50]
+    at = thin["lengths"].index(37)
+    assert (thin["excess"]["value"][at], thin["excess"]["low"][at]) == (74.0, None)
+    assert thin["log_ratio"]["teacher"]["value"][0] == 3.0
+    [whole] = report_data.drifts([run], points=50)
+    assert whole["models"]["a"]["excess"] == row["excess"]
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    """By the directory above, and where that is the same too by the whole path."""
+    for place in ("a/x/sft", "a/x/discord", "a/y/sft", "b/y/sft"):
+        run = tmp_path / place
+        run.mkdir(parents=True)
+        (run / "config.json").write_text("{}")
+        (run / "metrics.jsonl").write_text("")
+    found = report_data.find_runs([tmp_path / "a/x", tmp_path / "a/y", tmp_path / "b/y/sft"])
+    assert [run.name for run in found] == [
+        "discord",
+        "x/sft",
+        str(tmp_path / "a/y/sft"),
+        str(tmp_path / "b/y/sft"),
+    ]

@@ -1,0 +1,228 @@
+"""Compile train steps for TPU slices that are not at hand, and hold them to their targets.
+
+    python3.11 -m venv tpu && tpu/bin/pip install -e . "jax[tpu]==0.10.2"
+    tpu/bin/python tools/bench_aot.py                 # rows not yet in build/aot; table
+    tpu/bin/python tools/bench_aot.py --rows nll,topk # these rows
+    tpu/bin/python tools/bench_aot.py --table         # the table of what is there
+
+Student: the shape of Qwen2.5-1.5B; packed rows of 4096 tokens, all of them supervised; libtpu's
+default flags. Every row is a process of its own and leaves build/aot/<row>.json; an interrupted run
+goes on. A row takes 2 to 7 minutes on two cores.
+
+temp: GiB of temporaries a chip (compiled.memory_analysis()), beside the arguments, args. est: the
+sum of libtpu's estimated cycles, loops multiplied, at 1.5 GHz, in ms; it leaves out the attention
+kernels and collectives, so it ranks programs and is not a step time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "0"}
+QWEN_1B: dict[str, Any] = {
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+}
+QWEN_7B = QWEN_1B | {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
+VALID_VOCAB = 151665  # entries of the tokenizer that they share
+
+TOP_K = {"loss.divergence": "forward_kl", "score.top_k": 64}
+LIVE = {"loss.divergence": "forward_kl", "loss.teacher": "live"}
+PLAIN = {"loss.weights.name": "uniform"}
+GROUP = {"loss.head_group": 4}
+LONG = {"data.seq_len": 32768, "data.max_length": 32768}
+
+# Row -> (student, changed keys); the first ones matter most.
+ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "nll": (QWEN_1B, {}),
+    "nll-plain": (QWEN_1B, PLAIN),
+    "topk": (QWEN_1B, TOP_K),
+    "live": (QWEN_1B, LIVE),
+    "nll-256": (QWEN_1B, {"data.batch_size": 256}),
+    "7b": (
+        QWEN_7B,
+        {"data.batch_size": 256, "mesh.fsdp": 64, "plan.topology": "v5e:16x16"},
+    ),
+    "two-slices": (QWEN_1B, {"data.batch_size": 128, "plan.slices": 2}),
+    "nll-group-4": (QWEN_1B, GROUP),
+    "live-group-4": (QWEN_1B, LIVE | GROUP),
+    "nll-2-layers": (QWEN_1B | {"num_hidden_layers": 2}, {}),
+    "nll-56-layers": (QWEN_1B | {"num_hidden_layers": 56}, {}),
+    "nll-offload": (QWEN_1B, {"student.remat": "offload"}),
+    "nll-optim-offload": (QWEN_1B, {"optim.offload": True}),
+    "long-1-row": (QWEN_1B, LONG | {"data.batch_size": 1, "mesh.fsdp": 1, "mesh.context": 16}),
+    "long-8-rows": (QWEN_1B, LONG | {"data.batch_size": 8, "mesh.fsdp": 4, "mesh.context": 4}),
+    "nll-dots-16": (QWEN_1B, {"student.remat": "dots", "data.batch_size": 16}),
+    "nll-full-16": (QWEN_1B, {"data.batch_size": 16}),
+}
+
+# Row -> (most GiB of temporaries, most ms, row to compare with, most of its ms).
+TARGETS: dict[str, tuple[float | None, float | None, str, float | None]] = {
+    "nll": (5.0, 1355, "nll-plain", 1.005),
+    "topk": (5.4, None, "nll-plain", 1.06),
+    "live": (6.6, None, "nll-plain", 1.40),
+    "7b": (5.8, None, "", None),
+}
+
+
+def recipe(name: str, directory: Path) -> Any:
+    """The row's config: configs/base.py with the benchmark's sizes and the row's changes."""
+    from dcod_jax import compiled
+    from dcod_jax import config as configs
+
+    student, changes = ROWS[name]
+    file = directory / f"{name}.config.json"
+    file.write_text(json.dumps(student))
+    values = {
+        "student.config": str(file),
+        "teacher.path": str(file) if "loss.teacher" in changes else "",
+        "data.seq_len": 4096,
+        "data.max_length": 4096,
+        "data.batch_size": 64,
+        "mesh.fsdp": 16,
+        "plan.topology": "v5e:4x4",
+        **changes,
+    }
+    return compiled.altered(configs.load_recipe(configs.BASE), values)
+
+
+def worker(name: str, directory: Path) -> dict[str, Any]:
+    """Compile one row; its numbers."""
+    from dcod_jax import compiled, estimate
+
+    config = recipe(name, directory)
+    target = compiled.target(config)
+    start = time.process_time()
+    traced = compiled.train_program(config, target.devices, valid_vocab=VALID_VOCAB)
+    try:
+        done = compiled.compile_program(traced)
+    except compiled.DoesNotFitError as error:
+        return {"row": name, "needed": error.needed}
+    (directory / f"{name}.hlo").write_text(done.text)
+    numbers = estimate.train_numbers(config, target, traced, done)
+    assert target.chip is not None
+    vocabulary = student_vocabulary_bytes(name)
+    return {
+        "row": name,
+        "arguments": done.arguments,
+        "temporaries": done.temporaries,
+        "peak": done.peak,
+        "host": done.host,
+        "estimated_ms": done.summary.cycles / target.chip.clock * 1e3,
+        "compile_cpu_seconds": time.process_time() - start,
+        # In a loop and as large as the vocabulary matrix: it would be gathered for every chunk.
+        "vocabulary_gathers_in_loops": sum(
+            c.kind == "all-gather" and c.times > 1 and c.size >= vocabulary
+            for c in done.summary.collectives
+        ),
+        "hlo_bytes": len(done.text),
+        **numbers,
+    }
+
+
+def student_vocabulary_bytes(name: str) -> int:
+    """Bytes of the vocabulary matrix in bfloat16."""
+    student = ROWS[name][0]
+    return 2 * student["vocab_size"] * student["hidden_size"]
+
+
+def compile_row(name: str, directory: Path) -> None:
+    """One row in a fresh process; leaves its JSON."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--worker", name]
+    command += ["--directory", str(directory)]
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    environment.pop("XLA_FLAGS", None)
+    environment.pop("LIBTPU_INIT_ARGS", None)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise SystemExit(f"{name}: {run.stderr[-3000:]}")
+    result = json.loads(run.stdout.strip().splitlines()[-1])
+    temporary = directory / f"{name}.json.tmp"
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    temporary.rename(directory / f"{name}.json")
+
+
+def table(directory: Path) -> list[str]:
+    """Markdown lines of the rows that are there, each against its targets."""
+    done = {
+        p.stem: json.loads(p.read_text()) for p in directory.glob("*.json") if "." not in p.stem
+    }
+    lines = ["| row | args | temp | target | est ms | target | of plain | target | async | CPU-s |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    for name in ROWS:
+        if name not in done:
+            continue
+        row = done[name]
+        if "needed" in row:
+            lines.append(f"| {name} | | needs {(row['needed'] or 0) / 2**30:.2f} | | | | | | | |")
+            continue
+        temp, milliseconds, other, ratio = TARGETS.get(name, (None, None, "", None))
+        relative = ""
+        if other and other in done:
+            relative = f"{row['estimated_ms'] / done[other]['estimated_ms']:.4f}"
+        moved = sum(c["bytes"] for c in row["collectives"])
+        beside = sum(c["bytes"] * c["overlapped"] for c in row["collectives"])
+        cells = (
+            name,
+            f"{row['arguments'] / 2**30:.2f}",
+            f"{row['temporaries'] / 2**30:.2f}",
+            temp or "",
+            f"{row['estimated_ms']:.0f}",
+            milliseconds or "",
+            relative,
+            ratio or "",
+            f"{beside / moved:.0%}" if moved else "",
+            f"{row['compile_cpu_seconds']:.0f}",
+        )
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", default=",".join(ROWS), help="comma-separated")
+    parser.add_argument("--again", action="store_true", help="compile rows that are there too")
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    parser.add_argument("--directory", type=Path, default=ROOT / "build" / "aot")
+    parser.add_argument("--worker", choices=ROWS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.directory.mkdir(parents=True, exist_ok=True)
+    if args.worker:
+        print(json.dumps(worker(args.worker, args.directory)))
+        return
+    for name in [] if args.table else args.rows.split(","):
+        if args.again or not (args.directory / f"{name}.json").exists():
+            compile_row(name, args.directory)
+            print(f"{name}: done", flush=True)
+    print("\n".join(table(args.directory)))
+
+
+if __name__ == "__main__":
+    main()
