@@ -29,6 +29,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 BASE = ROOT / "configs" / "base.py"
 AUTOMATIC = ("loss.weights.temperature", "loss.weights.offset")  # a number or "auto"
 EXIT_INTERRUPTED = hosts.EXIT_INTERRUPTED
+ALONE = ("drift", "report", "plan")  # verbs of one process
 OWN = ("hosts.process_id", "train.progress")  # a process of several has its own
 
 
@@ -282,6 +283,8 @@ def run_verb(verb: str, function: Callable[[Any], object]) -> None:
     """
     try:
         config = load(sys.argv[1:], verb=verb)
+        if verb in ALONE:
+            hosts.refuse_peers(config.hosts, verb)
         with hosts.session(config.hosts, notices=verb == "train"):
             values = keys(config)
             hosts.agree("config", {key: values[key] for key in values if key not in OWN})

@@ -73,6 +73,8 @@ def session(settings: Any, *, notices: bool) -> Iterator[None]:
     )
     _joined.append(watch)
     try:
+        barrier("joining")
+        watch.greet()
         with _quiet(), _terminable(notices=notices):
             yield
         _leave(watch)
@@ -85,6 +87,15 @@ def session(settings: Any, *, notices: bool) -> Iterator[None]:
         watch.fail(error, code=1)
     finally:
         _joined.remove(watch)
+
+
+def refuse_peers(settings: Any, verb: str) -> None:
+    """Raise DcodError where several processes are asked for in a verb that knows of one only."""
+    if settings.coordinator and settings.processes > 1:
+        raise DcodError(
+            f"{verb} runs in one process, hosts.processes={settings.processes}; start it on one "
+            f"host: python -m dcod_jax.{verb} --config ... --config.hosts.cluster=none"
+        )
 
 
 def _has_peers(settings: Any) -> bool:

@@ -115,8 +115,10 @@ def finish(config: Any, runs: Sequence[tuple[str, Any]]) -> None:
             print(f"held-out nll{f' {name}' if name else ''}: {change}")
     for name, path in exported.items():
         print(f"exported{f' {name}' if name else ''}: {path}")
-    if config.report.at_end:
+    if config.report.at_end and jax.process_count() == 1:
         report(config)
+    elif config.report.at_end:
+        print("the report is made on one host alone: python -m dcod_jax.report --config ...")
 
 
 def held_out_change(run_dir: Path) -> str:

@@ -176,6 +176,10 @@ class Watch:
         for thread in self.threads:
             thread.start()
 
+    def greet(self) -> None:
+        """Learn every process's host before one can be lost; call it after a barrier."""
+        self._beat()
+
     # ---- what the process itself says
 
     def doing(self, what: str, *, waiting: bool) -> None:

@@ -124,6 +124,18 @@ def test_a_description_that_cannot_be_is_refused(words, message):
         configs.load(argv, verb="train")
 
 
+def test_a_verb_of_one_process_refuses_several_with_the_command():
+    settings = load_base("hosts.coordinator=a:1", "hosts.processes=2", "hosts.process_id=1").hosts
+    with pytest.raises(DcodError, match=r"drift runs in one process, hosts\.processes=2; .*=none"):
+        hosts.refuse_peers(settings, "drift")
+    hosts.refuse_peers(load_base().hosts, "drift")
+
+
+def load_base(*words):
+    argv = ["--config", str(configs.BASE), *(f"--config.{word}" for word in words)]
+    return configs.load(argv, verb="train")
+
+
 def test_the_last_words_name_the_coordinator_or_the_process():
     first = {"host": "a", "state": "saving step 4"}
     last = {"process": 2, "host": "c", "state": "step 5", "coordinator": "a:1", "first": first}
@@ -484,7 +496,7 @@ def test_a_notice_between_two_loops_stops_before_the_next(place, two):
 
 @pytest.mark.long
 def test_a_frozen_coordinator_is_named(tmp_path):
-    run = misbehave(tmp_path, 0, "os.kill(os.getpid(), signal.SIGSTOP)", wait=False)
+    run = misbehave(tmp_path, 0, KILL.replace("SIGKILL", "SIGSTOP"), wait=False)
     try:
         errors = run[1].communicate(timeout=90)[1]
     finally:
