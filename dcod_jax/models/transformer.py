@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -51,6 +52,11 @@ _KERNEL_AXES: dict[str, tuple[str, str]] = {
     "up_proj": ("embed", "mlp"),
     "down_proj": ("mlp", "embed"),
 }
+
+# Logical dimensions of what a block passes on.
+_TOKENS = ("batch", "length", None)
+_HEADS = ("batch", "length", "heads", None)
+_KV_HEADS = ("batch", "length", "kv_heads", None)
 
 
 @jax.tree_util.register_dataclass
@@ -134,7 +140,49 @@ def _gather_layer(
         whole = tuple(None if name == "embed" else name for name in names[1:])
         return meshes.constrain(weight.astype(compute_dtype), mesh, *whole)
 
-    return jax.tree.map(gather, axes, layer, is_leaf=lambda x: isinstance(x, tuple))
+    return jax.tree.map(gather, axes, layer, is_leaf=_is_names)
+
+
+def _with_weights(
+    function: Callable[..., Any],
+    layer: Params,
+    axes: Params,
+    used: tuple[str, ...],
+    arrays: tuple[tuple[tuple[str | None, ...], Array], ...],
+    output: tuple[Any, ...],
+    *,
+    compute_dtype: DTypeLike,
+    mesh: Mesh | None,
+) -> Any:
+    """function(layer, *arrays), the matrices of the modules `used` as `_gather_layer` has them.
+
+    Every device runs it on its own tokens, so that the gradient of a matrix is a partial sum on
+    each, which one reduce-scatter adds up and splits; the partitioner would all-reduce it. With a
+    tensor axis, where the function needs collectives of its own, the partitioner does it all.
+    """
+    if mesh is None or mesh.size == 1 or meshes.parts(mesh, "heads") > 1:
+        layer = _gather_layer(layer, axes, compute_dtype=compute_dtype, mesh=mesh)
+        return function(layer, *(x for _, x in arrays))
+
+    def gather(path: tuple[Any, ...], names: tuple[str, ...], weight: Array) -> Array:
+        if names[-1] == "norm" or path[-2].key not in used:
+            return weight
+        weight = weight.astype(compute_dtype)
+        if "embed" not in names:
+            return weight
+        return meshes.gather_weight(weight, mesh, "embed", names.index("embed") - 1)
+
+    def on_shard(layer: Params, *arrays: Array) -> Any:
+        whole = jax.tree_util.tree_map_with_path(gather, axes, layer, is_leaf=_is_names)
+        return function(whole, *arrays)
+
+    specs = jax.tree.map(lambda names: meshes.spec(names[1:]), axes, is_leaf=_is_names)
+    run = meshes.per_shard(on_shard, mesh, (specs, *(names for names, _ in arrays)), output)
+    return run(layer, *(x for _, x in arrays))
+
+
+def _is_names(x: Any) -> bool:
+    return isinstance(x, tuple)
 
 
 def _embed(
@@ -187,13 +235,26 @@ def hidden_states(
     layer_axes = logical_axes(config)["layers"]
     rope = layers.rope_tables(config, positions)
     attend = functools.partial(attention.attention, mesh=mesh)
+    run = functools.partial(_with_weights, compute_dtype=compute_dtype, mesh=mesh)
 
     def block(x: Array, layer: Params) -> tuple[Array, None]:
         x = checkpoint_name(x, BLOCK_INPUT)
-        layer = _gather_layer(layer, layer_axes, compute_dtype=compute_dtype, mesh=mesh)
-        module = nnx.merge(block_graph, layer)
-        query, key, value = module.project(x, rope)
-        x = module.finish(x, attend(query, key, value, segment_ids))
+        query, key, value = run(
+            lambda layer, x, *rope: nnx.merge(block_graph, layer).project(x, rope),
+            layer,
+            layer_axes,
+            ("q_proj", "k_proj", "v_proj"),
+            tuple((_TOKENS, value) for value in (x, *rope)),
+            (_HEADS, _KV_HEADS, _KV_HEADS),
+        )
+        x = run(
+            lambda layer, x, mixed: nnx.merge(block_graph, layer).finish(x, mixed),
+            layer,
+            layer_axes,
+            ("o_proj", "gate_proj", "up_proj", "down_proj"),
+            ((_TOKENS, x), (_HEADS, attend(query, key, value, segment_ids))),
+            _TOKENS,
+        )
         return meshes.constrain(x, mesh, "batch", "length", None), None
 
     if remat != "none":

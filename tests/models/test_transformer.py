@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -181,6 +183,41 @@ def test_fsdp_gathers_each_layers_weights_inside_the_loop():
     # one layer's whole up_proj; never the stacked one
     assert any("[64,128]" in line for line in gathers)
     assert not any("[2,64,128]" in line for line in gathers)
+
+
+def test_fsdp_scatters_each_layers_gradient_inside_the_loop():
+    """No device sums up a whole matrix's gradient, of which it keeps an eighth."""
+    mesh = meshes.make_mesh(1, 8)
+    config = _config(hidden_size=64, intermediate_size=128)
+    params, tokens = transformer.param_shapes(config), jax.ShapeDtypeStruct((8, 16), jnp.int32)
+    shardings = meshes.tree_shardings(mesh, transformer.logical_axes(config))
+    batch = meshes.sharding(mesh, ("batch", None))
+    function = jax.grad(_loss(config, remat="full", mesh=mesh))
+    jitted = jax.jit(function, in_shardings=(shardings, batch), out_shardings=shardings)
+    program = jitted.lower(params, tokens).compile().as_text().splitlines()
+    sums = [line for line in program if "all-reduce(" in line]
+    assert sum("reduce-scatter(" in line for line in program) >= 7
+    assert not any(re.search(r"\[(64|128),(32|64|128)\]", line) for line in sums), sums
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rotary_positions_equal_their_formula_and_turn_gradients_back(dtype):
+    x = jax.random.normal(jax.random.key(0), (2, 5, 3, 8)).astype(dtype)
+    rope = layers.rope_tables(_config(head_dim=8), jnp.arange(10).reshape(2, 5))
+
+    def formula(x, cos, sin):
+        left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        cos, sin = cos[:, :, None], sin[:, :, None]
+        halves = [left * cos - right * sin, right * cos + left * sin]
+        return jnp.concatenate(halves, axis=-1).astype(dtype)
+
+    quarter = (jnp.zeros((2, 5, 4)), jnp.ones((2, 5, 4)))  # the halves themselves: to the bit
+    np.testing.assert_array_equal(layers.apply_rope(x, *quarter), formula(x, *quarter))
+    got, back = jax.vjp(lambda x: layers.apply_rope(x, *rope), x)
+    wanted, wanted_back = jax.vjp(lambda x: formula(x, *rope), x)
+    tolerance = 1e-6 if dtype == "float32" else 2**-7
+    _assert_close(got, wanted, tolerance=tolerance)
+    _assert_close(back(wanted)[0], wanted_back(wanted)[0], tolerance=tolerance)
 
 
 @pytest.mark.parametrize(
