@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dcod_jax.types import DcodError
@@ -246,7 +247,27 @@ def _scatter(x: jax.Array, mesh: Mesh, axes: Sequence[str], *, dimension: int) -
             stages = torus_stages(np.array([device.coords for device in line]))
         for groups in stages:
             x = jax.lax.psum_scatter(x, axis, axis_index_groups=groups, tiled=True)
+    # Else whoever uses the result may have the whole laid out anew before it is added up.
+    x = with_layout_constraint(x, Layout(tuple(range(x.ndim))))
     return jnp.moveaxis(x, 0, dimension)
+
+
+def _scatter_parts(x: jax.Array, mesh: Mesh, axes: Sequence[str], *, dimension: int) -> jax.Array:
+    """`_scatter` of a part of every device's piece at a time: the result of libtpu's all-reduce of
+    a large array would be as large again.
+    """
+    x = jnp.moveaxis(x, dimension, 0)
+    devices = math.prod(mesh.shape[axis] for axis in axes)
+    rows, rest = x.shape[0] // devices, x.shape[1:]
+    count = next(n for n in (8, 4, 2, 1) if rows % (8 * n) == 0 or n == 1)  # tiles have 8 rows
+    x = x.reshape(devices, count, rows // count, *rest)
+
+    def part(index: jax.Array) -> jax.Array:
+        one = jax.lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False)
+        return _scatter(one.reshape(-1, *rest), mesh, axes, dimension=0)
+
+    done = jax.lax.map(part, jnp.arange(count)).reshape(rows, *rest)
+    return jnp.moveaxis(done, 0, dimension)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
@@ -286,7 +307,8 @@ def sum_shards(partials: jax.Array, mesh: Mesh | None, *logical: str) -> jax.Arr
     def add(x: jax.Array) -> jax.Array:
         x = x.sum(axis=0)
         for dimension, axes in enumerate(own):
-            x = _scatter(x, mesh, axes, dimension=dimension)
+            if axes:
+                x = _scatter_parts(x, mesh, axes, dimension=dimension)
         return jax.lax.psum(x, rest)
 
     inputs = PartitionSpec(shards, *(axes or None for axes in kept))

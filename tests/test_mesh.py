@@ -108,6 +108,17 @@ def test_a_scatter_along_a_torus_goes_one_dimension_after_the_other(places, size
     assert pieces == [[i] for i in range(len(places))]
 
 
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 2, "context": 2, "tensor": 2}])
+def test_partial_sums_are_added_over_the_shards_and_split(sizes):
+    """Also where a device's rows (here 16 and 32) are scattered in several parts."""
+    mesh = meshes.make_mesh(1, **sizes)
+    shards = 8 // sizes.get("tensor", 1)
+    partials = np.random.default_rng(0).normal(size=(shards, 128, 6)).astype(np.float32)
+    got = jax.jit(lambda x: meshes.sum_shards(x, mesh, "embed", "vocab"))(partials)
+    np.testing.assert_allclose(got, partials.sum(0), atol=1e-5)
+    assert got.sharding.is_equivalent_to(meshes.sharding(mesh, ("embed", "vocab")), 2)
+
+
 def test_a_mesh_axis_is_used_once():
     assert meshes.spec(("batch", "shards"))[1] == "context"
     assert meshes.spec(("embed", "batch"))[1] == ("slices", "data")
