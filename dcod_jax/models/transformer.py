@@ -39,7 +39,7 @@ REMAT_POLICIES: dict[str, Any] = {
     ),
 }
 
-CACHE_CHUNK = 64  # fewest cache slots that attention reads at a time
+CACHE_CHUNK = 256  # cache slots that attention reads at a time: a chunk of several is copied out
 MAX_CACHE_CHUNKS = 16  # a longer cache is read in larger chunks
 
 # Module name -> logical axes of its kernel [in, out]; a bias has the last one.
@@ -62,10 +62,14 @@ _KV_HEADS = ("batch", "length", "kv_heads", None)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of M slots per row; slot j is that of position j."""
+    """Keys and values of M slots per row; slot j is that of position j.
 
-    keys: Any  # [L, B, G, M, H]; as a pytree it also holds shapes and shardings
-    values: Any  # [L, B, G, M, H]
+    Each is a tuple of one array [L, B, G, M, H] for all layers, which a scan needs, or of an array
+    [1, B, G, M, H] for each, which is read without copying it out of the whole.
+    """
+
+    keys: Any  # as a pytree it also holds shapes and shardings
+    values: Any
 
 
 def _pure(module: nnx.Module) -> Params:
@@ -73,10 +77,13 @@ def _pure(module: nnx.Module) -> Params:
 
 
 @functools.cache
-def _graphs(config: ModelConfig) -> tuple[Any, Any]:
+def _graphs(config: ModelConfig, *, turned: bool = False) -> tuple[Any, Any]:
     """Graph definitions of (Decoder, Block): the modules without their arrays."""
     decoder = nnx.eval_shape(lambda: layers.Decoder(config, rngs=nnx.Rngs(0)))
     block = nnx.eval_shape(lambda: layers.Block(config, rngs=nnx.Rngs(0)))
+    for _, module in nnx.iter_graph(block):
+        if isinstance(module, layers.Linear):
+            module.turned = turned
     return nnx.split(decoder)[0], nnx.split(block)[0]
 
 
@@ -297,16 +304,29 @@ def logits(
 
 
 def _cache_chunk(capacity: int) -> int:
-    """Slots that attention reads at a time: 40 -> 40, 1000 -> 64, 1500 -> 128."""
-    power = 1 << (-(-capacity // MAX_CACHE_CHUNKS) - 1).bit_length()
-    return min(capacity, max(CACHE_CHUNK, power))
+    """Slots that attention reads at a time: 40 -> 40, 320 -> 160, 1000 -> 256, 6000 -> 384."""
+    count = min(-(-capacity // CACHE_CHUNK), MAX_CACHE_CHUNKS)
+    return capacity if count == 1 else 32 * -(-capacity // (32 * count))
 
 
-def init_cache(config: ModelConfig, batch_size: int, max_len: int, dtype: DTypeLike) -> Cache:
+def init_cache(
+    config: ModelConfig, batch_size: int, max_len: int, dtype: DTypeLike, *, split: bool = False
+) -> Cache:
     """An empty cache of at least max_len positions per row, a whole number of chunks."""
     max_len += -max_len % _cache_chunk(max_len)
-    shape = (config.num_layers, batch_size, config.num_kv_heads, max_len, config.head_dim)
-    return Cache(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
+    count, depth = (config.num_layers, 1) if split else (1, config.num_layers)
+    shape = (depth, batch_size, config.num_kv_heads, max_len, config.head_dim)
+    keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(count)) for _ in range(2))
+    return Cache(keys=keys, values=values)
+
+
+def turn_kernels(params: Params) -> Params:
+    """The same parameters with the layers' kernels as [out, in], for layers.turned_matmul."""
+
+    def turn(path: tuple[Any, ...], x: Array) -> Array:
+        return jnp.swapaxes(x, -1, -2) if path[-1].key == "kernel" else x
+
+    return {**params, "layers": jax.tree_util.tree_map_with_path(turn, params["layers"])}
 
 
 def split_layers(params: Params) -> Params:
@@ -331,6 +351,7 @@ def forward_with_cache(
     rows: Int[Array, " B"] | None = None,
     compute_dtype: DTypeLike = jnp.float32,
     mesh: Mesh | None = None,
+    turned: bool = False,
 ) -> tuple[Float[Array, "B S D"], Cache]:
     """Hidden states of S new tokens per row (prefill or decode) and the cache that holds them.
 
@@ -339,17 +360,24 @@ def forward_with_cache(
     (padding, an earlier sequence) is not seen and is overwritten before decoding reaches it. A
     position outside 0..M-1 is not written (its own output is finite and meaningless).
     `rows` names the cache rows of the tokens' rows (default: all, in order); a row out of range
-    is not written. params may have their layers stacked (scanned) or split (unrolled).
+    is not written. params and cache may have their layers stacked (scanned) or split (unrolled);
+    turned: the kernels are [out, in], for layers.turned_matmul.
     """
-    decoder_graph, block_graph = _graphs(config)
+    decoder_graph, block_graph = _graphs(config, turned=turned)
     layer_axes = logical_axes(config)["layers"]
+    if turned:  # (layers, in, out) -> (layers, out, in); scales and biases have one axis beside
+        layer_axes = jax.tree.map(
+            lambda names: (names[0], *names[:0:-1]),
+            layer_axes,
+            is_leaf=lambda x: isinstance(x, tuple),
+        )
     rope = layers.rope_tables(config, positions)
-    capacity = cache.keys.shape[3]
+    capacity = cache.keys[0].shape[3]
     chunk = _cache_chunk(capacity)
     # Out of range goes to M, which mode="drop" drops; a negative index would wrap round instead.
     inside = (positions >= 0) & (positions < capacity)
     slots = jnp.where(inside, positions, capacity)
-    chunks = jnp.max(jnp.where(inside, positions, 0)) // chunk + 1
+    chunks = 1 if chunk == capacity else jnp.max(jnp.where(inside, positions, 0)) // chunk + 1
     places = (jnp.arange(tokens.shape[0]) if rows is None else rows)[:, None]
 
     def block(carry: tuple[Array, Array, Array], xs: tuple[Params, Any]) -> tuple[Any, None]:
@@ -369,17 +397,20 @@ def forward_with_cache(
         def read(number: Array) -> tuple[Array, Array]:
             return part(keys, number), part(values, number)
 
-        mixed = layers.cached_attention(query, read, positions, chunks)
+        mixed = layers.cached_attention(query, read, positions, chunks, turned=turned)
         return (module.finish(x, mixed), keys, values), None
 
     x = _embed(params, tokens, compute_dtype=compute_dtype, mesh=mesh)
-    carry = (x, cache.keys, cache.values)
     if isinstance(params["layers"], tuple):
-        for index, layer in enumerate(params["layers"]):
-            carry, _ = block(carry, (layer, index))
+        kept = []
+        for layer, keys, values in zip(params["layers"], cache.keys, cache.values, strict=True):
+            (x, *both), _ = block((x, keys, values), (layer, 0))
+            kept.append(both)
+        keys, values = zip(*kept, strict=True)
     else:
+        carry = (x, *cache.keys, *cache.values)
         indices = jnp.arange(config.num_layers)
-        carry, _ = jax.lax.scan(block, carry, (params["layers"], indices))
-    x, keys, values = carry
+        (x, *both), _ = jax.lax.scan(block, carry, (params["layers"], indices))
+        keys, values = ((stacked,) for stacked in both)
     outer = {name: value for name, value in params.items() if name != "layers"}
     return nnx.merge(decoder_graph, outer).norm(x), Cache(keys=keys, values=values)
