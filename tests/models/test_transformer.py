@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dcod_jax import mesh as meshes
+from dcod_jax.models import cached, layers, transformer
 from dcod_jax.models import config as configs
-from dcod_jax.models import layers, transformer
 from dcod_jax.types import DcodError
 
 
@@ -239,22 +239,22 @@ def test_mesh_that_does_not_divide_is_refused(changes, key):
 @pytest.mark.parametrize("chunk", [256, 32])  # the cache is read at once, in three chunks
 @pytest.mark.parametrize(("split", "turned"), [(False, False), (True, False), (True, True)])
 def test_cache_reads_only_what_was_written_and_is_not_ahead(monkeypatch, split, turned, chunk):
-    monkeypatch.setattr(transformer, "CACHE_CHUNK", chunk)
+    monkeypatch.setattr(cached, "CACHE_CHUNK", chunk)
     config = _config()
     params, tokens = _params(config), _tokens(2, 75)
     positions = jnp.broadcast_to(jnp.arange(75), (2, 75))
     expected = transformer.hidden_states(config, params, tokens)
-    params = transformer.turn_kernels(params) if turned else params
-    params = transformer.split_layers(params) if split else params
+    params = cached.turn_kernels(params) if turned else params
+    params = cached.split_layers(params) if split else params
 
     @jax.jit
     def step(tokens, positions, cache):
-        return transformer.forward_with_cache(
+        return cached.forward_with_cache(
             config, params, tokens, positions=positions, cache=cache, turned=turned
         )
 
     # a cache full of large garbage: unwritten slots must not be seen
-    empty = transformer.init_cache(config, 2, 96, jnp.float32, split=split)
+    empty = cached.init_cache(config, 2, 96, jnp.float32, split=split)
     cache = jax.tree.map(lambda x: x + 50.0, empty)
     first, cache = step(tokens[:, :25], positions[:, :25], cache)
     np.testing.assert_allclose(first, expected[:, :25], atol=1e-5)
@@ -271,12 +271,12 @@ def test_cache_reads_only_what_was_written_and_is_not_ahead(monkeypatch, split, 
 def test_a_cache_is_a_whole_number_of_chunks():
     config = _config()
     for wanted in (*range(1, 600), *range(600, 9000, 37)):
-        cache = jax.eval_shape(lambda n=wanted: transformer.init_cache(config, 1, n, jnp.float32))
+        cache = jax.eval_shape(lambda n=wanted: cached.init_cache(config, 1, n, jnp.float32))
         slots = cache.keys[0].shape[3]
         assert wanted <= slots <= 1.25 * wanted
-        chunk = transformer._cache_chunk(slots)
+        chunk = cached._cache_chunk(slots)
         assert slots % chunk == 0
-        assert slots // chunk <= transformer.MAX_CACHE_CHUNKS
+        assert slots // chunk <= cached.MAX_CACHE_CHUNKS
 
 
 @pytest.mark.parametrize("rows", [1, 16, layers.MANY_ROWS + 1])
@@ -294,8 +294,8 @@ def test_a_turned_matmul_is_the_plain_one_with_float32_sums(rows, dtype):
 def test_positions_outside_the_cache_write_nothing():
     config = _config()
     params = _params(config)
-    cache = transformer.init_cache(config, 1, 4, jnp.bfloat16)
-    hidden, after = transformer.forward_with_cache(
+    cache = cached.init_cache(config, 1, 4, jnp.bfloat16)
+    hidden, after = cached.forward_with_cache(
         config, params, _tokens(1, 2), positions=jnp.array([[-1, 4]]), cache=cache
     )
     assert jnp.isfinite(hidden).all()
