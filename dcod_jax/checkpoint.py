@@ -162,11 +162,10 @@ class Checkpointer:
 
     def _check_shapes(self, step: int, like: Params) -> None:
         """Name the first parameter that differs, before any array is read."""
-        with ocp.StandardCheckpointer() as reader:
-            stored: Any = reader.metadata(epath.Path(str(self.directory)) / str(step) / "params")
-        if stored.item_metadata is None:
-            raise ValueError("the description of its arrays is missing")
-        there = _shapes(stored.item_metadata.tree)
+        reader = ocp.PyTreeCheckpointHandler()
+        stored: Any = reader.metadata(epath.Path(str(self.directory)) / str(step) / "params")
+        reader.close()
+        there = _shapes(stored.tree)
         for path, shape in _shapes(like).items():
             if there.get(path) != shape:
                 raise ValueError(f"{path} has shape {there.get(path)}, the model needs {shape}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -32,13 +33,21 @@ def ensure_inputs(config: Any) -> None:
     if jax.process_count() > 1:
         _refuse_unfinished(config)
         return
-    missing = _missing(config)
-    if "generate_traces" in missing:
-        generate_traces(config)
-    if "prepare" in missing:
-        prepare(config)
-    if "score" in missing:
-        score(config)
+    verbs = {"generate_traces": generate_traces, "prepare": prepare, "score": score}
+    for name in _missing(config):
+        verbs[name](config)
+        return_freed_memory()
+
+
+def return_freed_memory() -> None:
+    """Give what earlier steps freed back to the system, where the C library can (glibc).
+
+    Freed arrays otherwise stay with the process: a second training run would need its own state
+    on top of the room that the first one left.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _refuse_unfinished(config: Any) -> None:

@@ -49,6 +49,7 @@ def train(config: Any) -> None:
     stages.ensure_inputs(config)
     for name, variant in runs:
         fit(variant, name=name)
+        stages.return_freed_memory()
         hosts.stop_if_noticed()
     stages.finish(config, runs)
 
