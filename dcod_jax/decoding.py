@@ -13,19 +13,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from dcod_jax.mesh import constrain
-from dcod_jax.models.config import ModelConfig
-from dcod_jax.models.transformer import (
+from dcod_jax.mesh import constrain, parts
+from dcod_jax.models.cached import (
     Cache,
     forward_with_cache,
-    head_weight,
     init_cache,
-    logical_axes,
     split_layers,
+    turn_kernels,
 )
+from dcod_jax.models.config import ModelConfig
+from dcod_jax.models.layers import turned_matmul
+from dcod_jax.models.transformer import head_weight, logical_axes
 from dcod_jax.sampling import Settings, choose
 from dcod_jax.types import Params
 
@@ -41,6 +43,24 @@ class Program:
     valid_vocab: int
     compute_dtype: Any
     mesh: Mesh | None
+    split: bool  # layers are unrolled, each with its own weights and cache, instead of scanned
+    turned: bool  # kernels are [out, in] (layers.turned_matmul)
+
+
+def make_program(
+    config: ModelConfig, *, valid_vocab: int, compute_dtype: Any, mesh: Mesh | None
+) -> Program:
+    """The program that suits the model's depth, the mesh and its platform."""
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return Program(
+        config,
+        valid_vocab,
+        np.dtype(compute_dtype),
+        mesh,
+        # Weights split over FSDP are gathered layer by layer, inside the scan that frees them.
+        split=config.num_layers <= MAX_SPLIT_LAYERS and parts(mesh, "embed") == 1,
+        turned=platform == "cpu",
+    )
 
 
 def prefill_chunk(longest: int) -> int:
@@ -78,16 +98,17 @@ class Request:
     max_new_tokens: Any  # int32
 
 
-@functools.partial(jax.jit, static_argnames=("program", "split"))
-def prepare_params(params: Params, *, program: Program, split: bool) -> Params:
-    """The matrices in the compute dtype, once and not at every step; norm scales keep theirs."""
+@functools.partial(jax.jit, static_argnames=("program",))
+def prepare_params(params: Params, *, program: Program) -> Params:
+    """The matrices in compute dtype and layout, once and not at every step; norms keep theirs."""
     cast = jax.tree.map(
         lambda names, x: x if names[-1] == "norm" else x.astype(program.compute_dtype),
         logical_axes(program.config),
         params,
         is_leaf=lambda x: isinstance(x, tuple),
     )
-    return split_layers(cast) if split else cast
+    cast = turn_kernels(cast) if program.turned else cast
+    return split_layers(cast) if program.split else cast
 
 
 @functools.partial(jax.jit, static_argnames=("program", "rows", "slots", "places"))
@@ -96,7 +117,9 @@ def empty_rows(*, program: Program, rows: int, slots: int, places: int) -> Rows:
     integers = jnp.zeros(rows, jnp.int32)
     return _pin(
         Rows(
-            cache=init_cache(program.config, rows, slots, program.compute_dtype),
+            cache=init_cache(
+                program.config, rows, slots, program.compute_dtype, split=program.split
+            ),
             names=integers.astype(jnp.uint32),
             lengths=integers,
             tokens=integers,
@@ -116,8 +139,7 @@ def _pin(rows: Rows, mesh: Mesh | None) -> Rows:
         return constrain(x, mesh, None, "batch", "kv_heads", None, None)
 
     whole = jax.tree.map(lambda x: constrain(x, mesh, *(None,) * x.ndim), rows)
-    cache = Cache(keys=heads(rows.cache.keys), values=heads(rows.cache.values))
-    return dataclasses.replace(whole, cache=cache)
+    return dataclasses.replace(whole, cache=jax.tree.map(heads, rows.cache))
 
 
 def _draw(
@@ -129,7 +151,10 @@ def _draw(
     request: Request,
 ) -> tuple[Array, Array, Array]:
     """Tokens, log-probs, and whether a token ends its sequence; the key is (seed, name, step)'s."""
-    logits = jnp.einsum("bd,vd->bv", hidden, head, preferred_element_type=jnp.float32)
+    if program.turned:
+        logits = turned_matmul(hidden, head)
+    else:
+        logits = jnp.einsum("bd,vd->bv", hidden, head, preferred_element_type=jnp.float32)
     keys = jax.vmap(
         lambda name, step: jax.random.fold_in(jax.random.fold_in(request.key, name), step)
     )(names, steps)
@@ -174,6 +199,7 @@ def prefill(
             rows=places,
             compute_dtype=program.compute_dtype,
             mesh=program.mesh,
+            turned=program.turned,
         )
         here = jnp.clip(last - start, 0, chunk - 1)
         picked = jnp.take_along_axis(hidden, here[:, None, None], axis=1)[:, 0]
@@ -237,6 +263,7 @@ def decode(
             cache=rows.cache,
             compute_dtype=program.compute_dtype,
             mesh=program.mesh,
+            turned=program.turned,
         )
         tokens, logprobs, ended = _draw(
             program, head, hidden[:, 0], rows.names, rows.counts, request

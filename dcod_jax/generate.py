@@ -17,14 +17,14 @@ from jax.sharding import Mesh
 
 from dcod_jax import decoding
 from dcod_jax.decoding import Program, Request
-from dcod_jax.mesh import batch_shards, parts, put, sharding
+from dcod_jax.mesh import batch_shards, put, sharding
 from dcod_jax.models.config import ModelConfig
-from dcod_jax.models.transformer import CACHE_CHUNK
 from dcod_jax.sampling import make_settings
 from dcod_jax.stops import StopStrings
 from dcod_jax.types import DcodError, Params
 
 ROWS_PER_PREFILL = 8  # an eighth of the rows is filled at a time, as soon as it is free
+SLOTS_STEP = 64  # a short cache has a multiple of it
 STEPS_BETWEEN_CHECKS = 16  # decode steps between two looks for stop strings
 
 
@@ -102,7 +102,9 @@ def sample(
     )
     request = jax.tree.map(lambda x: put(x, everywhere), request)
     batch = _Batch(
-        Program(config, valid_vocab, np.dtype(compute_dtype), mesh),
+        decoding.make_program(
+            config, valid_vocab=valid_vocab, compute_dtype=compute_dtype, mesh=mesh
+        ),
         params,
         request,
         rows=min(batch_size, 1 << (len(prompts) - 1).bit_length()),
@@ -155,14 +157,9 @@ class _Batch:
         self.group = max(rows // ROWS_PER_PREFILL, 1)
         self.group += -self.group % pieces
         self.program, self.request = program, request
-        # Weights split over FSDP are gathered layer by layer, inside the scan that frees them.
-        split = (
-            program.config.num_layers <= decoding.MAX_SPLIT_LAYERS
-            and parts(program.mesh, "embed") == 1
-        )
-        self.params = decoding.prepare_params(params, program=program, split=split)
+        self.params = decoding.prepare_params(params, program=program)
         self.chunk = decoding.prefill_chunk(longest)
-        self.slots = bucket_length(longest + max_new_tokens, CACHE_CHUNK)
+        self.slots = bucket_length(longest + max_new_tokens, SLOTS_STEP)
         self.rows = decoding.empty_rows(
             program=program,
             rows=rows,

@@ -256,8 +256,10 @@ def _scatter_parts(x: jax.Array, mesh: Mesh, axes: Sequence[str], *, dimension: 
     """`_scatter` of a part of every device's piece at a time: the result of libtpu's all-reduce of
     a large array would be as large again.
     """
-    x = jnp.moveaxis(x, dimension, 0)
     devices = math.prod(mesh.shape[axis] for axis in axes)
+    if devices == 1:
+        return x
+    x = jnp.moveaxis(x, dimension, 0)
     rows, rest = x.shape[0] // devices, x.shape[1:]
     count = next(n for n in (8, 4, 2, 1) if rows % (8 * n) == 0 or n == 1)  # tiles have 8 rows
     x = x.reshape(devices, count, rows // count, *rest)

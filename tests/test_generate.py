@@ -1,5 +1,6 @@
 """The sampler: greedy as transformers, independent of the batch, log-probs as a plain forward."""
 
+import dataclasses
 import json
 
 import jax
@@ -190,6 +191,20 @@ def test_a_scanned_model_gives_what_an_unrolled_one_gives(model, monkeypatch):
     unrolled = draw(model, prompts)
     monkeypatch.setattr(decoding, "MAX_SPLIT_LAYERS", 1)
     assert [s.token_ids for s in draw(model, prompts)] == [s.token_ids for s in unrolled]
+
+
+def test_the_kernels_of_other_platforms_give_what_those_of_a_cpu_give(model, monkeypatch):
+    prompts = make_prompts()
+    turned = draw(model, prompts)
+    chosen = decoding.make_program
+
+    def plain(*args, **options):
+        program = chosen(*args, **options)
+        assert program.turned  # this is a CPU
+        return dataclasses.replace(program, turned=False)
+
+    monkeypatch.setattr(decoding, "make_program", plain)
+    assert [s.token_ids for s in draw(model, prompts)] == [s.token_ids for s in turned]
 
 
 def test_copies_of_a_prompt_differ_and_the_seed_decides(model):

@@ -21,19 +21,35 @@ from dcod_jax.models.config import ModelConfig, rope_frequencies
 
 # Finite, so that a row that may see nothing has a uniform softmax instead of NaN.
 MASKED = -0.7 * float(np.finfo(np.float32).max)
+MANY_ROWS = 64  # beyond, a CPU multiplies x @ w as fast as w @ x
+
+
+def turned_matmul(x: Float[Array, "*B I"], weight: Float[Array, "O I"]) -> Float[Array, "*B O"]:
+    """x @ weight.T in float32; a few rows of x are computed as (weight @ x.T).T.
+
+    The matmuls of XLA's CPU backend pack their right-hand side anew at every call. That should be x
+    and not the weight; with many rows it does not matter. XLA would fold the transposition away
+    again; the barrier keeps it.
+    """
+    if math.prod(x.shape[:-1]) > MANY_ROWS:
+        return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=jnp.float32)
+    y = jnp.einsum("oi,...i->o...", weight, x, preferred_element_type=jnp.float32)
+    return jnp.moveaxis(jax.lax.optimization_barrier(y), 0, -1)
 
 
 class Linear(nnx.Module):
-    """y = x @ kernel (+ bias), in the dtype of x."""
+    """y = x @ kernel (+ bias), in the dtype of x; a turned one has its kernel as [out, in]."""
 
     def __init__(self, width: tuple[int, int], *, bias: bool, std: float, rngs: nnx.Rngs):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), width))
         if bias:
             self.bias = nnx.Param(jnp.zeros(width[1]))
         self.has_bias = bias
+        self.turned = False
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        y = x @ self.kernel[...].astype(x.dtype)
+        kernel = self.kernel[...].astype(x.dtype)
+        y = turned_matmul(x, kernel).astype(x.dtype) if self.turned else x @ kernel
         return y + self.bias[...].astype(x.dtype) if self.has_bias else y
 
 
@@ -127,17 +143,20 @@ def cached_attention(
     query: Float[Array, "B S N H"],
     read: Callable[[Array], tuple[Array, Array]],
     positions: Int[Array, "B S"],
-    chunks: Int[Array, ""],
+    chunks: Int[Array, ""] | int,
+    *,
+    turned: bool = False,
 ) -> Float[Array, "B S N H"]:
     """Attention of S new queries over the first chunks of a cache, whose slot j holds position j.
 
     read(i) -> keys and values [B, G, C, H] of chunk i; a query sees the slots up to its position.
     The softmax is accumulated chunk by chunk (Milakov and Gimelshein, arXiv 1805.02867), so the
     work follows what is written and not the cache's size, and a chunk that a row does not see
-    leaves its result as it is, bit for bit. Scores, softmax and sums are float32.
+    leaves its result as it is, bit for bit. Scores, softmax and sums are float32. turned: the
+    scores are computed as keys @ queries, see turned_matmul.
     """
     B, S, N, H = query.shape
-    shapes = jax.eval_shape(read, chunks)
+    shapes = jax.eval_shape(read, jnp.int32(0))
     G, C = shapes[0].shape[1:3]
     queries = query.reshape(B, S, G, N // G, H).transpose(0, 2, 3, 1, 4)  # [B,G,R,S,H]
     folded = queries.reshape(B, G, -1, H)  # the R heads beside the queries, as in attend
@@ -145,7 +164,10 @@ def cached_attention(
     def add(index: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         highest, total, mixed = sums
         key, value = (x.astype(query.dtype) for x in read(index))
-        scores = jnp.einsum("bgxh,bgch->bgxc", folded, key, preferred_element_type=jnp.float32)
+        if turned:
+            scores = jax.vmap(jax.vmap(turned_matmul))(folded, key)
+        else:
+            scores = jnp.einsum("bgxh,bgch->bgxc", folded, key, preferred_element_type=jnp.float32)
         visible = index * C + jnp.arange(C) <= positions[..., None]
         scores = scores.reshape(B, G, -1, S, C) * (1.0 / math.sqrt(H))
         scores = jnp.where(visible[:, None, None], scores, MASKED).reshape(B, G, -1, C)

@@ -7,7 +7,6 @@ params is the plain nested dict of their arrays, each layer array stacked on a l
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -39,9 +38,6 @@ REMAT_POLICIES: dict[str, Any] = {
     ),
 }
 
-CACHE_CHUNK = 64  # fewest cache slots that attention reads at a time
-MAX_CACHE_CHUNKS = 16  # a longer cache is read in larger chunks
-
 # Module name -> logical axes of its kernel [in, out]; a bias has the last one.
 _KERNEL_AXES: dict[str, tuple[str, str]] = {
     "q_proj": ("embed", "heads"),
@@ -59,24 +55,18 @@ _HEADS = ("batch", "length", "heads", None)
 _KV_HEADS = ("batch", "length", "kv_heads", None)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """Keys and values of M slots per row; slot j is that of position j."""
-
-    keys: Any  # [L, B, G, M, H]; as a pytree it also holds shapes and shardings
-    values: Any  # [L, B, G, M, H]
-
-
 def _pure(module: nnx.Module) -> Params:
     return nnx.to_pure_dict(nnx.state(module))
 
 
 @functools.cache
-def _graphs(config: ModelConfig) -> tuple[Any, Any]:
+def graphs(config: ModelConfig, *, turned: bool = False) -> tuple[Any, Any]:
     """Graph definitions of (Decoder, Block): the modules without their arrays."""
     decoder = nnx.eval_shape(lambda: layers.Decoder(config, rngs=nnx.Rngs(0)))
     block = nnx.eval_shape(lambda: layers.Block(config, rngs=nnx.Rngs(0)))
+    for _, module in nnx.iter_graph(block):
+        if isinstance(module, layers.Linear):
+            module.turned = turned
     return nnx.split(decoder)[0], nnx.split(block)[0]
 
 
@@ -124,7 +114,7 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     meshes.check_divides(mesh, sizes)
 
 
-def _gather_layer(
+def gather_layer(
     layer: Params, axes: Params, *, compute_dtype: DTypeLike, mesh: Mesh | None
 ) -> Params:
     """One layer's matrices and biases in compute dtype, whole along the FSDP axis.
@@ -154,14 +144,14 @@ def _with_weights(
     compute_dtype: DTypeLike,
     mesh: Mesh | None,
 ) -> Any:
-    """function(layer, *arrays), the matrices of the modules `used` as `_gather_layer` has them.
+    """function(layer, *arrays), the matrices of the modules `used` as `gather_layer` has them.
 
     Every device runs it on its own tokens, so that the gradient of a matrix is a partial sum on
     each, which one reduce-scatter adds up and splits; the partitioner would all-reduce it. With a
     tensor axis, where the function needs collectives of its own, the partitioner does it all.
     """
     if mesh is None or mesh.size == 1 or meshes.parts(mesh, "heads") > 1:
-        layer = _gather_layer(layer, axes, compute_dtype=compute_dtype, mesh=mesh)
+        layer = gather_layer(layer, axes, compute_dtype=compute_dtype, mesh=mesh)
         return function(layer, *(x for _, x in arrays))
 
     def gather(path: tuple[Any, ...], names: tuple[str, ...], weight: Array) -> Array:
@@ -185,7 +175,7 @@ def _is_names(x: Any) -> bool:
     return isinstance(x, tuple)
 
 
-def _embed(
+def embed(
     params: Params,
     tokens: Array,
     *,
@@ -231,7 +221,7 @@ def hidden_states(
     tokens, segment_ids, positions = (
         attention.to_pieces(x, mesh) for x in (tokens, segment_ids, positions)
     )
-    decoder_graph, block_graph = _graphs(config)
+    decoder_graph, block_graph = graphs(config)
     layer_axes = logical_axes(config)["layers"]
     rope = layers.rope_tables(config, positions)
     attend = functools.partial(attention.attention, mesh=mesh)
@@ -260,7 +250,7 @@ def hidden_states(
     if remat != "none":
         # Inside a scan nothing can be merged across the two passes: prevent_cse only costs.
         block = jax.checkpoint(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    x = _embed(params, tokens, compute_dtype=compute_dtype, mesh=mesh, length="length")
+    x = embed(params, tokens, compute_dtype=compute_dtype, mesh=mesh, length="length")
     x, _ = jax.lax.scan(block, x, params["layers"])
     outer = {name: value for name, value in params.items() if name != "layers"}
     return attention.from_pieces(nnx.merge(decoder_graph, outer).norm(x), mesh, length)
@@ -294,92 +284,3 @@ def logits(
     )
     weight = head_weight(config, params).astype(compute_dtype)
     return jnp.einsum("btd,vd->btv", hidden, weight, preferred_element_type=jnp.float32)
-
-
-def _cache_chunk(capacity: int) -> int:
-    """Slots that attention reads at a time: 40 -> 40, 1000 -> 64, 1500 -> 128."""
-    power = 1 << (-(-capacity // MAX_CACHE_CHUNKS) - 1).bit_length()
-    return min(capacity, max(CACHE_CHUNK, power))
-
-
-def init_cache(config: ModelConfig, batch_size: int, max_len: int, dtype: DTypeLike) -> Cache:
-    """An empty cache of at least max_len positions per row, a whole number of chunks."""
-    max_len += -max_len % _cache_chunk(max_len)
-    shape = (config.num_layers, batch_size, config.num_kv_heads, max_len, config.head_dim)
-    return Cache(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
-
-
-def split_layers(params: Params) -> Params:
-    """The same parameters with "layers" as a tuple, one tree a layer, instead of stacked.
-
-    A scan over stacked layers copies each weight out of its stack at every step; where a step is
-    short (decoding on CPU) that costs as much as the step itself.
-    """
-    stacked = params["layers"]
-    count = jax.tree.leaves(stacked)[0].shape[0]
-    layers_ = tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count))
-    return {**params, "layers": layers_}
-
-
-def forward_with_cache(
-    config: ModelConfig,
-    params: Params,
-    tokens: Int[Array, "B S"],
-    *,
-    positions: Int[Array, "B S"],
-    cache: Cache,
-    rows: Int[Array, " B"] | None = None,
-    compute_dtype: DTypeLike = jnp.float32,
-    mesh: Mesh | None = None,
-) -> tuple[Float[Array, "B S D"], Cache]:
-    """Hidden states of S new tokens per row (prefill or decode) and the cache that holds them.
-
-    positions are absolute and name the slot each token is written to. A query at position i sees
-    the slots 0..i, so a row's positions must have been written in order from 0; what is behind
-    (padding, an earlier sequence) is not seen and is overwritten before decoding reaches it. A
-    position outside 0..M-1 is not written (its own output is finite and meaningless).
-    `rows` names the cache rows of the tokens' rows (default: all, in order); a row out of range
-    is not written. params may have their layers stacked (scanned) or split (unrolled).
-    """
-    decoder_graph, block_graph = _graphs(config)
-    layer_axes = logical_axes(config)["layers"]
-    rope = layers.rope_tables(config, positions)
-    capacity = cache.keys.shape[3]
-    chunk = _cache_chunk(capacity)
-    # Out of range goes to M, which mode="drop" drops; a negative index would wrap round instead.
-    inside = (positions >= 0) & (positions < capacity)
-    slots = jnp.where(inside, positions, capacity)
-    chunks = jnp.max(jnp.where(inside, positions, 0)) // chunk + 1
-    places = (jnp.arange(tokens.shape[0]) if rows is None else rows)[:, None]
-
-    def block(carry: tuple[Array, Array, Array], xs: tuple[Params, Any]) -> tuple[Any, None]:
-        (x, keys, values), (layer, index) = carry, xs
-        layer = _gather_layer(layer, layer_axes, compute_dtype=compute_dtype, mesh=mesh)
-        module = nnx.merge(block_graph, layer)
-        query, key, value = module.project(x, rope)
-        # The whole cache is carried and written in place: stacking it anew would copy it.
-        keys = keys.at[index, places, :, slots].set(key.astype(keys.dtype), mode="drop")
-        values = values.at[index, places, :, slots].set(value.astype(values.dtype), mode="drop")
-
-        def part(x: Array, number: Array) -> Array:
-            start, sizes = (index, 0, 0, number * chunk, 0), (1, *x.shape[1:3], chunk, x.shape[4])
-            slice_ = jax.lax.dynamic_slice(x, start, sizes)[0]
-            return slice_ if rows is None else jnp.take(slice_, rows, axis=0, mode="clip")
-
-        def read(number: Array) -> tuple[Array, Array]:
-            return part(keys, number), part(values, number)
-
-        mixed = layers.cached_attention(query, read, positions, chunks)
-        return (module.finish(x, mixed), keys, values), None
-
-    x = _embed(params, tokens, compute_dtype=compute_dtype, mesh=mesh)
-    carry = (x, cache.keys, cache.values)
-    if isinstance(params["layers"], tuple):
-        for index, layer in enumerate(params["layers"]):
-            carry, _ = block(carry, (layer, index))
-    else:
-        indices = jnp.arange(config.num_layers)
-        carry, _ = jax.lax.scan(block, carry, (params["layers"], indices))
-    x, keys, values = carry
-    outer = {name: value for name, value in params.items() if name != "layers"}
-    return nnx.merge(decoder_graph, outer).norm(x), Cache(keys=keys, values=values)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dcod_jax import mesh as meshes
+from dcod_jax.models import cached, layers, transformer
 from dcod_jax.models import config as configs
-from dcod_jax.models import layers, transformer
 from dcod_jax.types import DcodError
 
 
@@ -236,42 +236,71 @@ def test_mesh_that_does_not_divide_is_refused(changes, key):
         transformer.hidden_states(config, _params(config), _tokens(8, 4), mesh=mesh)
 
 
-def test_cache_reads_only_what_was_written_and_is_not_ahead():
+@pytest.mark.parametrize("chunk", [256, 32])  # the cache is read at once, in three chunks
+@pytest.mark.parametrize(("split", "turned"), [(False, False), (True, False), (True, True)])
+def test_cache_reads_only_what_was_written_and_is_not_ahead(monkeypatch, split, turned, chunk):
+    monkeypatch.setattr(cached, "CACHE_CHUNK", chunk)
     config = _config()
-    params, tokens = _params(config), _tokens(2, 9)
-    positions = jnp.broadcast_to(jnp.arange(9), (2, 9))
+    params, tokens = _params(config), _tokens(2, 75)
+    positions = jnp.broadcast_to(jnp.arange(75), (2, 75))
     expected = transformer.hidden_states(config, params, tokens)
+    params = cached.turn_kernels(params) if turned else params
+    params = cached.split_layers(params) if split else params
 
     @jax.jit
     def step(tokens, positions, cache):
-        return transformer.forward_with_cache(
-            config, params, tokens, positions=positions, cache=cache
+        return cached.forward_with_cache(
+            config, params, tokens, positions=positions, cache=cache, turned=turned
         )
 
     # a cache full of large garbage: unwritten slots must not be seen
-    empty = transformer.init_cache(config, 2, 12, jnp.float32)
-    cache = transformer.Cache(empty.keys + 50.0, empty.values + 50.0)
-    first, cache = step(tokens[:, :3], positions[:, :3], cache)
-    np.testing.assert_allclose(first, expected[:, :3], atol=1e-5)
-    middle, cache = step(tokens[:, 3:6], positions[:, 3:6], cache)
-    np.testing.assert_allclose(middle, expected[:, 3:6], atol=1e-5)
-    again, _ = step(tokens[:, :3], positions[:, :3], cache)  # later slots are written, not seen
-    np.testing.assert_allclose(again, expected[:, :3], atol=1e-5)
-    rest, cache = step(tokens[:, 6:], positions[:, 6:], cache)
-    np.testing.assert_allclose(rest, expected[:, 6:], atol=1e-5)
-    assert (np.asarray(cache.keys[:, :, :, 9:]) == 50.0).all()
+    empty = cached.init_cache(config, 2, 96, jnp.float32, split=split)
+    cache = jax.tree.map(lambda x: x + 50.0, empty)
+    first, cache = step(tokens[:, :25], positions[:, :25], cache)
+    np.testing.assert_allclose(first, expected[:, :25], atol=1e-5)
+    middle, cache = step(tokens[:, 25:50], positions[:, 25:50], cache)
+    np.testing.assert_allclose(middle, expected[:, 25:50], atol=1e-5)
+    again, _ = step(tokens[:, :25], positions[:, :25], cache)  # later slots are written, not seen
+    np.testing.assert_allclose(again, expected[:, :25], atol=1e-5)
+    rest, cache = step(tokens[:, 50:], positions[:, 50:], cache)
+    np.testing.assert_allclose(rest, expected[:, 50:], atol=1e-5)
+    assert len(cache.keys) == (config.num_layers if split else 1)
+    assert all((np.asarray(keys[:, :, :, 75:]) == 50.0).all() for keys in cache.keys)
+
+
+def test_a_cache_is_a_whole_number_of_chunks():
+    config = _config()
+    for wanted in (*range(1, 600), *range(600, 9000, 37)):
+        cache = jax.eval_shape(lambda n=wanted: cached.init_cache(config, 1, n, jnp.float32))
+        slots = cache.keys[0].shape[3]
+        assert wanted <= slots <= 1.25 * wanted
+        chunk = cached._cache_chunk(slots)
+        assert slots % chunk == 0
+        assert slots // chunk <= cached.MAX_CACHE_CHUNKS
+
+
+@pytest.mark.parametrize("rows", [1, 16, layers.MANY_ROWS + 1])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_turned_matmul_is_the_plain_one_with_float32_sums(rows, dtype):
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (rows, 1, 40)).astype(dtype)
+    weight = jax.random.normal(keys[1], (24, 40)).astype(dtype)
+    y = jax.jit(layers.turned_matmul)(x, weight)
+    assert y.dtype == jnp.float32
+    expected = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    np.testing.assert_allclose(y, expected, atol=1e-4)
 
 
 def test_positions_outside_the_cache_write_nothing():
     config = _config()
     params = _params(config)
-    cache = transformer.init_cache(config, 1, 4, jnp.bfloat16)
-    hidden, after = transformer.forward_with_cache(
+    cache = cached.init_cache(config, 1, 4, jnp.bfloat16)
+    hidden, after = cached.forward_with_cache(
         config, params, _tokens(1, 2), positions=jnp.array([[-1, 4]]), cache=cache
     )
     assert jnp.isfinite(hidden).all()
     jax.tree.map(np.testing.assert_array_equal, after, cache)
-    assert after.keys.dtype == jnp.bfloat16
+    assert after.keys[0].dtype == jnp.bfloat16
 
 
 def test_logical_axes_name_every_dimension():
