@@ -84,8 +84,10 @@ def get_config() -> Any:
     c.loss.weights.name = "sigmoid"  # uniform | sigmoid (DisCorD) | clip | power | dft
     c.loss.weights.temperature = _or_auto(1.0)  # of sigmoid and power, or "auto"; paper's: unknown
     c.loss.weights.offset = _or_auto(0.0)  # added to the log-ratio inside the sigmoid, or "auto"
-    c.loss.weights.target_ess = 0.995  # auto temperature: effective sample size; 0: target_mean
-    c.loss.weights.target_mean = 0.5  # auto offset: mean raw weight
+    # The automatic temperature aims at one of three: both 0 means target_mean
+    c.loss.weights.target_loss = 0.9  # share of the loss that the weights leave; 0: another target
+    c.loss.weights.target_ess = 0.0  # effective sample size of the weights; 0: another target
+    c.loss.weights.target_mean = 0.5  # mean raw weight; also what the automatic offset aims at
     c.loss.weights.smoothing = 0.9  # auto: memory over steps; 0: solved in this step (a pass more)
     c.loss.weights.clip = 2.0  # upper bound of clip and power
     c.loss.weights.scope = "token"  # token | prefix | sequence: where the log-ratio is averaged

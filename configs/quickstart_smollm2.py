@@ -3,9 +3,9 @@
     python tools/get_smollm2.py --layers 24
     python -m dcod_jax.train --config configs/quickstart_smollm2.py
 
-Short enough for a laptop (521 CPU-seconds, 3.9 GiB), so what it shows is that real weights go through
-every step and that the held-out loss falls. No accuracy is claimed: neither model solves word
-problems reliably, which is also why traces are kept whether right or wrong.
+Short enough for a laptop (521 CPU-seconds, 3.9 GiB), so what it shows is that real weights go
+through every step and that the held-out loss falls. No accuracy is claimed: neither model solves
+word problems reliably, which is also why traces are kept whether right or wrong.
 """
 
 from pathlib import Path

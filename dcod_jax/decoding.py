@@ -18,17 +18,16 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from dcod_jax.mesh import constrain, parts
-from dcod_jax.models.config import ModelConfig
-from dcod_jax.models.layers import turned_matmul
-from dcod_jax.models.transformer import (
+from dcod_jax.models.cached import (
     Cache,
     forward_with_cache,
-    head_weight,
     init_cache,
-    logical_axes,
     split_layers,
     turn_kernels,
 )
+from dcod_jax.models.config import ModelConfig
+from dcod_jax.models.layers import turned_matmul
+from dcod_jax.models.transformer import head_weight, logical_axes
 from dcod_jax.sampling import Settings, choose
 from dcod_jax.types import Params
 

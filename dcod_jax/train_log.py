@@ -137,7 +137,7 @@ class Log:
             f"warning: step {step}: {mass:.0%} of the weight lies on tokens that the student gives "
             f"q > 0.9 already, which are {share:.0%} of the tokens (effective sample size "
             f"{values['weights/ess']:.2f}). A student that lacks the skill stops learning so; see "
-            "docs/method.md, and consider loss.weights.temperature=auto, a higher target_ess or "
+            "docs/method.md, and consider loss.weights.temperature=auto, a higher target_loss or "
             "warmup_steps",
             flush=True,
         )

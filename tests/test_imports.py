@@ -11,9 +11,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dcod_jax"
 LEVELS = {
     0: "types paths storage chips hlo",
     1: "mesh epitaph watch hosts",
-    2: "models.config models.layers models.attention models.transformer models.weights "
-    "losses.distributions losses.divergences losses.weights losses.adaptive losses.head "
-    "losses.reduce data.manifest data.codec data.score_progress data.blocks "
+    2: "models.config models.layers models.attention models.transformer models.cached "
+    "models.weights losses.distributions losses.divergences losses.weights losses.adaptive "
+    "losses.head losses.reduce data.manifest data.codec data.score_progress data.blocks "
     "data.records data.packing data.chat data.formats data.traces data.delivered data.overlap "
     "answers eval_stats benchmarks grading progress metrics profiling optim "
     "checkpoint arithmetic drift_curves",

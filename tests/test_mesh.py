@@ -78,6 +78,47 @@ def test_tpu_slices_are_taken_from_the_devices_and_another_number_is_refused(mon
     assert [[chip.slice_index for chip in row.flat] for row in laid_out] == [[0] * 4, [1] * 4]
 
 
+SNAKE = [(x if y % 2 == 0 else 3 - x, y, 0) for y in range(4) for x in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("places", "sizes"),
+    [
+        ([(x, 0) for x in range(8)], [8]),  # a line
+        ([(x, y) for x in range(4) for y in range(2)], [4, 2]),
+        (SNAKE, [4, 4]),  # the order of a v5e 4x4 slice
+        ([(x, y, z) for x in range(4) for y in range(2) for z in range(4)], [4, 2, 4]),
+        ([(0, 0), (1, 1), (0, 1), (1, 0)], [4]),  # no line at all
+    ],
+)
+def test_a_scatter_along_a_torus_goes_one_dimension_after_the_other(places, sizes):
+    stages = meshes.torus_stages(np.array(places))
+    assert [len(groups[0]) for groups in stages] == sizes
+    pieces = [list(range(len(places)))] * len(places)  # what each position still holds
+    for groups in stages:
+        assert sorted(i for group in groups for i in group) == list(range(len(places)))
+        for group in groups:
+            assert len({tuple(pieces[i]) for i in group}) == 1  # they add up the same pieces
+            if len(stages) > 1:
+                moved = (np.array([places[i] for i in group]) != places[group[0]]).any(0)
+                assert moved.sum() == 1
+            for place, i in enumerate(group):
+                size = len(pieces[i]) // len(group)
+                pieces[i] = pieces[i][place * size : (place + 1) * size]
+    assert pieces == [[i] for i in range(len(places))]
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 2, "context": 2, "tensor": 2}])
+def test_partial_sums_are_added_over_the_shards_and_split(sizes):
+    """Also where a device's rows (here 16 and 32) are scattered in several parts."""
+    mesh = meshes.make_mesh(1, **sizes)
+    shards = 8 // sizes.get("tensor", 1)
+    partials = np.random.default_rng(0).normal(size=(shards, 128, 6)).astype(np.float32)
+    got = jax.jit(lambda x: meshes.sum_shards(x, mesh, "embed", "vocab"))(partials)
+    np.testing.assert_allclose(got, partials.sum(0), atol=1e-5)
+    assert got.sharding.is_equivalent_to(meshes.sharding(mesh, ("embed", "vocab")), 2)
+
+
 def test_a_mesh_axis_is_used_once():
     assert meshes.spec(("batch", "shards"))[1] == "context"
     assert meshes.spec(("embed", "batch"))[1] == ("slices", "data")

@@ -25,6 +25,7 @@ from dcod_jax.study.plan import (
     pack_bits,
     pending,
     read_results,
+    settings_of,
     unpack_bits,
 )
 from dcod_jax.study.steps import adjustable_optimizer, with_rate
@@ -192,6 +193,20 @@ def test_the_shipped_recipe_reads():
     for name, condition in conditions(config).items():
         assert arms(condition), name
     assert set(wanted_starts(config)[64, 2]) == {200, 1000, 2000}
+
+
+def test_the_shipped_results_are_of_the_shipped_recipe():
+    """A default that changes must be pinned in the recipe, or the tables tell of other runs."""
+    config = configs.load_recipe(RECIPE)
+    now = {
+        (name, arm): settings_of(own)
+        for name, condition in conditions(config).items()
+        for arm, own in arms(condition).items()
+    }
+    written = Results(configs.ROOT / "docs" / "study" / "results.jsonl").settings
+    assert len(written.keys() & now.keys()) > 10
+    for key in written.keys() & now.keys():
+        assert written[key] == now[key], key
 
 
 # ---------------------------------------------------------------- numbers

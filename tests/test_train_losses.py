@@ -108,11 +108,12 @@ def test_a_live_teacher_gives_the_cached_loss(place, divergence, tolerance):
 @pytest.mark.parametrize(
     "changes",
     [
-        ("loss.weights.temperature=auto",),
+        ("loss.weights.temperature=auto", "loss.weights.target_loss=0.999"),
         (
             "loss.divergence=taid",
             "loss.weights.temperature=auto",
             "loss.weights.smoothing=0",
+            "loss.weights.target_loss=0",
             "loss.weights.target_ess=0.9",
         ),
     ],

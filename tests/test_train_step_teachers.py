@@ -25,8 +25,11 @@ K, CAPACITY = 4, 20  # top-k; the head's capacity of a row
 TEACHER = dataclasses.replace(MODEL, vocab_size=VALID + 5, hidden_size=40, intermediate_size=44)
 
 
-def config(divergence, teacher, *, smoothing, scope="token") -> LossConfig:
-    more = {"target_ess": 0.9, "smoothing": smoothing}
+ESS = {"target_loss": 0.0, "target_ess": 0.9}
+
+
+def config(divergence, teacher, *, smoothing, scope="token", target=ESS) -> LossConfig:
+    more = {"smoothing": smoothing, **target}
     weights = WeightConfig("sigmoid", AUTO, 0.0, 2.0, scope, "mean", 0, **more)
     taid = TaidConfig(start=0.3, alpha=0.3, beta=0.5, steps=50)
     return LossConfig(divergence, 20, weights, teacher, alpha=0.8, taid=taid)
@@ -100,10 +103,13 @@ def run(cfg, batch, *, steps=3, **options):
 
 
 CACHED = config("forward_kl", "cached", smoothing=0.0)
+KEPT = config("nll", "cached", smoothing=0.0, target={"target_loss": 0.97})
 LIVE = config("taid", "live", smoothing=0.9, scope="prefix")
 
 
-@pytest.mark.parametrize("cfg", [CACHED, LIVE], ids=["cached same step", "live taid smoothed"])
+@pytest.mark.parametrize(
+    "cfg", [CACHED, KEPT, LIVE], ids=["cached same step", "kept loss", "live taid smoothed"]
+)
 def test_devices_microbatches_and_the_compact_head_change_nothing(cfg):
     batch = with_cache(packed()) if cfg is CACHED else packed()
     wanted, history = run(cfg, batch)
@@ -126,6 +132,8 @@ def test_devices_microbatches_and_the_compact_head_change_nothing(cfg):
     if cfg is CACHED:  # solved before the step: in force in the first one, and on target
         assert history[0]["weights/ess"] == pytest.approx(0.9, rel=0.01)
         assert 0 < history[0]["teacher/captured_mass"] < 1
+    elif cfg is KEPT:  # neither of the ends
+        assert 1.1 < history[0]["weights/temperature"] < 1e3
     else:  # the step before's: uniform at first
         assert history[0]["weights/temperature"] == MAX_TEMPERATURE
         assert history[0]["weights/ess"] == pytest.approx(1.0, rel=1e-6)

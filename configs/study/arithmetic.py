@@ -18,10 +18,12 @@ SIGMOID = "loss.weights.name=sigmoid"
 UNIFORM = "loss.weights.name=uniform"
 GKD = "loss.divergence=jsd loss.teacher=live on_policy.fraction=0.5"
 # A name "x+w" is method x with weights w: its tables compare it with "x".
+# "auto" holds an effective sample size: the default target is another, this is what was run.
+AUTO = "loss.weights.temperature=auto loss.weights.target_loss=0 loss.weights.target_ess=0.995"
 ARMS = (
     f"sft loss.divergence=nll {UNIFORM}",
     f"sft+sigmoid loss.divergence=nll {SIGMOID}",
-    f"sft+auto loss.divergence=nll {SIGMOID} loss.weights.temperature=auto",
+    f"sft+auto loss.divergence=nll {SIGMOID} {AUTO}",
     "dft loss.divergence=nll loss.weights.name=dft loss.weights.normalize=none",
     f"fkl loss.divergence=forward_kl {UNIFORM}",
     f"fkl+sigmoid loss.divergence=forward_kl {SIGMOID}",

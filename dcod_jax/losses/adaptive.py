@@ -21,6 +21,10 @@ from dcod_jax.losses.weights import AUTO, Tempering, WeightConfig
 # Where a temperature is looked for. From MAX on weights are uniform to float32's precision; that is
 # also where a run starts, so that the first step is plain (unweighted) training.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.02, 1e6
+# The lowest that target_loss may choose: a student that lags nowhere keeps its whole loss at every
+# temperature, and must not be sharpened for that.
+SHARPEST_FOR_LOSS = 1.0
+FAINTEST = 1e-30  # mean weight; a temperature that makes them fainter could make all of them 0
 HALVINGS = 40  # of a bisection: the interval of log temperature ends at 2e-11 of its length
 _REACH = 30.0  # sigmoid(±30) is 0 or 1 for every purpose
 
@@ -50,9 +54,11 @@ def initial() -> LossState:
 # ---------------------------------------------------------------- automatic temperature
 
 
-def _bisect(f: Callable[[Array], Array], low: Array, high: Array, target: float) -> Array:
+def _bisect(
+    f: Callable[[Array], Array], low: Array, high: Array, target: float, *, rising: Any = None
+) -> Array:
     """x in [low, high] with f(x) = target for a monotone f; the nearer end when there is none."""
-    rising = f(high) >= f(low)
+    rising = f(high) >= f(low) if rising is None else rising
 
     def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
@@ -64,29 +70,60 @@ def _bisect(f: Callable[[Array], Array], low: Array, high: Array, target: float)
     return 0.5 * (low + high)
 
 
-def solve(cfg: WeightConfig, r: Float[Array, "B T"], loss_mask: Bool[Array, "B T"]) -> Tempering:
+def kept_loss(
+    w: Float[Array, "B T"],
+    r: Float[Array, "B T"],
+    nll: Float[Array, "B T"],
+    loss_mask: Bool[Array, "B T"],
+) -> Float[Array, ""]:
+    """Share of the plain loss left when the weights have discounted the student's lag.
+
+    1 - (Σ lag/n - Σ w lag/Σ w) / (Σ nll/n), lag = max(-r, 0), over the mask; -inf where the
+    weights are too faint. With an offset <= 0 it never falls as the temperature grows: over
+    1/temperature the sigmoid's log w has the slope r (1 - w) (power: r, or 0 at the clip), and of
+    any two tokens the one with the greater lag has the smaller slope, so their covariance under w,
+    the slope of Σ w lag/Σ w, is never positive. With nll in the place of lag that does not hold:
+    nll is high, too, where p is low and q above it.
+    """
+    count = jnp.maximum(loss_mask.sum(), 1)
+    w, lag, nll = (jnp.where(loss_mask, x, 0.0) for x in (w, jnp.maximum(-r, 0.0), nll))
+    tiny = jnp.finfo(jnp.float32).tiny
+    lost = lag.sum() / count - (w * lag).sum() / jnp.maximum(w.sum(), tiny)
+    kept = 1.0 - lost / jnp.maximum(nll.sum() / count, tiny)
+    return jnp.where(w.sum() > FAINTEST * count, kept, -jnp.inf)
+
+
+def solve(
+    cfg: WeightConfig,
+    r: Float[Array, "B T"],
+    nll: Float[Array, "B T"],
+    loss_mask: Bool[Array, "B T"],
+) -> Tempering:
     """The temperature and offset that meet the targets over the completion tokens given.
 
-    temperature "auto" aims at the effective sample size target_ess (with target_ess 0 at the mean
-    raw weight target_mean), offset "auto" at the mean raw weight target_mean. r is the scoped
-    log-ratio. Both quantities grow with the temperature where the student lags behind (r < 0); a
-    target out of reach gives the nearer end of [MIN_TEMPERATURE, MAX_TEMPERATURE].
+    r is the scoped log-ratio, nll = -log q. temperature "auto" aims at the kept loss target_loss,
+    else at the effective sample size target_ess, else (both 0) at the mean raw weight target_mean,
+    which is also what offset "auto" aims at. The last two grow with the temperature where the
+    student lags behind (r < 0). A target out of reach gives the nearer end.
     """
     r = jax.lax.stop_gradient(jnp.where(loss_mask, r, 0.0))
+    nll = jax.lax.stop_gradient(nll)
     count = jnp.maximum(loss_mask.sum(), 1)
     lowest = jnp.where(loss_mask, r, jnp.inf).min()
     highest = jnp.where(loss_mask, r, -jnp.inf).max()
 
-    def moments(tempering: Tempering) -> tuple[Array, Array]:
-        w = jnp.where(loss_mask, weights.WEIGHTS[cfg.name](cfg, r, tempering), 0.0)
-        return w.sum() / count, jnp.square(w).sum() / count
+    def raw(tempering: Tempering) -> Array:
+        return jnp.where(loss_mask, weights.WEIGHTS[cfg.name](cfg, r, tempering), 0.0)
 
     def mean(tempering: Tempering) -> Array:
-        return moments(tempering)[0]
+        return raw(tempering).sum() / count
 
     def ess(tempering: Tempering) -> Array:
-        first, second = moments(tempering)
-        return jnp.square(first) / jnp.maximum(second, jnp.finfo(jnp.float32).tiny)
+        second = jnp.square(raw(tempering)).sum() / count
+        return jnp.square(mean(tempering)) / jnp.maximum(second, jnp.finfo(jnp.float32).tiny)
+
+    def kept(tempering: Tempering) -> Array:
+        return kept_loss(raw(tempering), r, nll, loss_mask)
 
     def with_offset(temperature: Any) -> Tempering:
         if cfg.offset != AUTO:
@@ -99,13 +136,17 @@ def solve(cfg: WeightConfig, r: Float[Array, "B T"], loss_mask: Bool[Array, "B T
 
     if cfg.temperature != AUTO:
         return with_offset(cfg.temperature)
-    quantity = ess if cfg.target_ess else mean
-    target = cfg.target_ess or cfg.target_mean
+    if cfg.target_loss:
+        quantity, target, rising, least = kept, cfg.target_loss, True, SHARPEST_FOR_LOSS
+    else:
+        quantity = ess if cfg.target_ess else mean
+        target, rising, least = cfg.target_ess or cfg.target_mean, None, MIN_TEMPERATURE
     log_temperature = _bisect(
         lambda x: quantity(with_offset(jnp.exp(x))),
-        jnp.log(jnp.float32(MIN_TEMPERATURE)),
+        jnp.log(jnp.float32(least)),
         jnp.log(jnp.float32(MAX_TEMPERATURE)),
         target,
+        rising=rising,
     )
     return with_offset(jnp.exp(log_temperature))
 
@@ -131,7 +172,8 @@ def retemper(
     if not cfg.automatic:
         return state
     r = weights.log_ratio(cfg, student_logprobs, teacher_logprobs)
-    found = solve(cfg, weights.scoped_log_ratio(cfg, r, loss_mask, segment_ids), loss_mask)
+    scoped = weights.scoped_log_ratio(cfg, r, loss_mask, segment_ids)
+    found = solve(cfg, scoped, -student_logprobs.astype(jnp.float32), loss_mask)
     first = (state.temperature >= MAX_TEMPERATURE) & (state.offset == 0.0)
     keep = jnp.where(first, 0.0, cfg.smoothing)
     keep = jnp.where(loss_mask.any() & jnp.isfinite(r).all(where=loss_mask), keep, 1.0)

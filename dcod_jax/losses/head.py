@@ -7,9 +7,12 @@ works on its own tokens in every piece.
 Gradient. A custom VJP whose forward pass already forms dhidden and dW piece by piece (the loss is
 a sum, so its cotangent is a single number that scales both in the backward pass). That needs one
 pass over the logits where recomputation needs two. dW is carried as per-shard partial sums
-[S,V,D], float32, and scattered over the devices once, at the end. To read and write them costs a
+[S,D,V], float32, and scattered over the devices once, at the end. To read and write them costs a
 TPU v5e as much as the product of a thousand tokens, so g pieces may wait with their logits'
 gradient (in the compute dtype) for one product. Without differentiation only values are computed.
+
+The head stands on its side here, [D,V]: the dimension that FSDP splits lies first in memory, and
+neither the gather of W nor the scatter of dW goes through a second copy of the whole.
 """
 
 from __future__ import annotations
@@ -103,18 +106,19 @@ def _unfold(x: Array) -> Array:
 
 
 def _pin_partial(plan: _Plan, x: Array) -> Array:
-    """[S, V, D], each shard's own sum on its device."""
-    return constrain(x, plan.mesh, "shards", "vocab")
+    """[S, D, V], each shard's own sum on its device."""
+    return constrain(x, plan.mesh, "shards", None, "vocab")
 
 
 def gather_head(head_weight: Array, dtype: Any, mesh: Mesh | None) -> Array:
-    """[V,D] in the compute dtype, gathered over "embed" once, before the scan."""
-    return constrain(head_weight.astype(dtype), mesh, "vocab", None)
+    """[V,D] -> [D,V] in the compute dtype, gathered over "embed" once, before the scan."""
+    pieces = constrain(head_weight.astype(dtype).T, mesh, "embed", "vocab")
+    return constrain(pieces, mesh, None, "vocab")
 
 
 def piece_logits(hidden: Array, weight: Array, mesh: Mesh | None) -> Array:
-    """[S, rows, Tc, D], [V, D] -> float32 [S, rows, Tc, V], V sharded."""
-    logits = jnp.einsum("sbtd,vd->sbtv", hidden, weight, preferred_element_type=jnp.float32)
+    """[S, rows, Tc, D], [D, V] -> float32 [S, rows, Tc, V], V sharded."""
+    logits = jnp.einsum("sbtd,dv->sbtv", hidden, weight, preferred_element_type=jnp.float32)
     return constrain(logits, mesh, "shards", None, None, "vocab")
 
 
@@ -165,21 +169,21 @@ def _head_forward(
         total, weight_gradient = carry
         total, (logits_gradient, stats) = jax.lax.scan(piece, total, xs)
         product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        hidden_gradient = product("gsbtv,vd->gsbtd", logits_gradient, weight)
+        hidden_gradient = product("gsbtv,dv->gsbtd", logits_gradient, weight)
         hidden_gradient = hidden_gradient.astype(hidden.dtype)
         hidden_gradient = constrain(hidden_gradient, plan.mesh, None, "shards")
-        partial_sum = product("gsbtv,gsbtd->svd", logits_gradient, xs[0])
+        partial_sum = product("gsbtd,gsbtv->sdv", xs[0], logits_gradient)
         weight_gradient = pin(weight_gradient + partial_sum)
         return (total, weight_gradient), (hidden_gradient, stats)
 
     pin = functools.partial(_pin_partial, plan)
-    partial_sums = jnp.zeros((plan.shards, *head_weight.shape), jnp.float32)
+    partial_sums = jnp.zeros((plan.shards, *weight.shape), jnp.float32)
     start = (jnp.zeros((), jnp.float32), pin(partial_sums))
     fold = functools.partial(_fold, plan)
     carry, outputs = jax.lax.scan(group, start, jax.tree.map(fold, (hidden, inputs)))
     hidden_gradient, stats = jax.tree.map(_unfold, outputs)
     total, partial_sums = carry
-    weight_gradient = sum_shards(partial_sums, plan.mesh, "vocab", "embed")
+    weight_gradient = sum_shards(partial_sums, plan.mesh, "embed", "vocab").T
     # The layers' backward pass waits for it: else it is put off, and every device keeps a whole
     # partial sum until the end.
     hidden_gradient, weight_gradient = jax.lax.optimization_barrier(

@@ -36,7 +36,8 @@ class WeightConfig:
     scope: str
     normalize: str
     warmup_steps: int
-    target_ess: float = 0.995
+    target_loss: float = 0.9
+    target_ess: float = 0.0
     target_mean: float = 0.5
     smoothing: float = 0.9
 
@@ -110,27 +111,47 @@ def config_errors(cfg: WeightConfig) -> list[DcodError]:
         errors.append(f"{key}offset={cfg.offset} must be a finite number")
     if cfg.warmup_steps < 0:
         errors.append(f"{key}warmup_steps={cfg.warmup_steps} must be >= 0 (0: no warmup)")
-    if not 0 <= cfg.target_ess < 1:
-        errors.append(
-            f"{key}target_ess={cfg.target_ess} must be in [0, 1); 0: aim at target_mean instead"
-        )
+    for name, value in (("target_loss", cfg.target_loss), ("target_ess", cfg.target_ess)):
+        if not 0 <= value < 1:
+            errors.append(f"{key}{name}={value} must be in [0, 1); 0: it is not what is aimed at")
     if not 0 < cfg.target_mean < 1:
         errors.append(f"{key}target_mean={cfg.target_mean} must be between 0 and 1")
     if not 0 <= cfg.smoothing < 1:
         errors.append(f"{key}smoothing={cfg.smoothing} must be in [0, 1); 0: this step's own value")
-    if cfg.temperature == AUTO and cfg.offset == AUTO and not cfg.target_ess:
-        errors.append(
-            f"{key}temperature and offset are both 'auto' but target_ess=0 leaves one target for "
-            "two unknowns; set target_ess"
-        )
-    elif cfg.temperature == AUTO and cfg.offset == AUTO and cfg.target_ess <= cfg.target_mean:
+    if cfg.temperature == AUTO:
+        errors += _target_errors(cfg)
+    return [DcodError(error) for error in errors]
+
+
+def _target_errors(cfg: WeightConfig) -> list[str]:
+    """What is wrong with the targets of the automatic temperature, alone or with the offset."""
+    key = "loss.weights."
+    if cfg.target_loss and cfg.target_ess:
+        return [
+            f"{key}target_loss={cfg.target_loss} and {key}target_ess={cfg.target_ess} are two "
+            "targets for one temperature; set one of them to 0"
+        ]
+    if cfg.offset != AUTO:
+        used = "target_loss" if cfg.target_loss else "target_ess" if cfg.target_ess else ""
+        if not used or cfg.target_mean == WeightConfig.target_mean:
+            return []
+        return [
+            f"{key}target_mean={cfg.target_mean} is not read: the temperature aims at {used}. Set "
+            f"{key}target_loss=0 and {key}target_ess=0 to aim at it, or {key}offset='auto'"
+        ]
+    if not cfg.target_loss and not cfg.target_ess:
+        return [
+            f"{key}temperature and offset are both 'auto' but target_loss=0 and target_ess=0 leave "
+            "one target for two unknowns; set one of them"
+        ]
+    if 0 < cfg.target_ess <= cfg.target_mean:
         # w in (0, 1): mean(w²) <= mean(w), so (mean w)² / mean(w²) >= mean w = target_mean.
-        errors.append(
+        return [
             f"{key}target_ess={cfg.target_ess} must be above {key}target_mean={cfg.target_mean} "
             "where temperature and offset are both 'auto': weights between 0 and 1 of that mean "
             "have no smaller effective sample size"
-        )
-    return [DcodError(error) for error in errors]
+        ]
+    return []
 
 
 def needs_teacher(cfg: WeightConfig) -> bool:

@@ -83,15 +83,40 @@ def rope_tables(
     return jnp.cos(angles), jnp.sin(angles)
 
 
+@jax.custom_vjp
 def apply_rope(
     x: Float[Array, "B T N H"], cos: Float[Array, "B T P"], sin: Float[Array, "B T P"]
 ) -> Float[Array, "B T N H"]:
-    """Rotate the pairs (x[i], x[i + H/2]) in float32, HF's layout; returns the dtype of x."""
-    # With whole heads in the lanes of a TPU: halves would leave half of the lanes empty.
-    wide = x.astype(jnp.float32)
+    """Rotate the pairs (x[i], x[i + H/2]) in float32, HF's layout; returns the dtype of x.
+
+    Differentiable in x only: the transpose is the rotation back.
+    """
+    # The halves change places in a product with a permutation, which is exact: a TPU would take
+    # the lanes apart in memory, and that took longer than all other work on the positions.
+    H = x.shape[-1]
+    swap = jnp.roll(jnp.eye(H, dtype=x.dtype), H // 2, axis=1)
+    swapped = jnp.einsum(
+        "btnh,hk->btnk",
+        x,
+        swap,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
     cos = jnp.concatenate([cos, cos], axis=-1)[:, :, None]
     sin = jnp.concatenate([-sin, sin], axis=-1)[:, :, None]
-    return (wide * cos + jnp.roll(wide, x.shape[-1] // 2, axis=-1) * sin).astype(x.dtype)
+    return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)
+
+
+def _apply_rope_forward(x: Array, cos: Array, sin: Array) -> tuple[Array, tuple[Array, Array]]:
+    return apply_rope(x, cos, sin), (cos, sin)
+
+
+def _apply_rope_backward(rope: tuple[Array, Array], gradient: Array) -> tuple[Array, None, None]:
+    cos, sin = rope
+    return apply_rope(gradient, cos, -sin), None, None
+
+
+apply_rope.defvjp(_apply_rope_forward, _apply_rope_backward)
 
 
 def attend(

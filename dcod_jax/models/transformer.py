@@ -7,8 +7,8 @@ params is the plain nested dict of their arrays, each layer array stacked on a l
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,9 +38,6 @@ REMAT_POLICIES: dict[str, Any] = {
     ),
 }
 
-CACHE_CHUNK = 256  # cache slots that attention reads at a time: a chunk of several is copied out
-MAX_CACHE_CHUNKS = 16  # a longer cache is read in larger chunks
-
 # Module name -> logical axes of its kernel [in, out]; a bias has the last one.
 _KERNEL_AXES: dict[str, tuple[str, str]] = {
     "q_proj": ("embed", "heads"),
@@ -52,18 +49,10 @@ _KERNEL_AXES: dict[str, tuple[str, str]] = {
     "down_proj": ("mlp", "embed"),
 }
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """Keys and values of M slots per row; slot j is that of position j.
-
-    Each is a tuple of one array [L, B, G, M, H] for all layers, which a scan needs, or of an array
-    [1, B, G, M, H] for each, which is read without copying it out of the whole.
-    """
-
-    keys: Any  # as a pytree it also holds shapes and shardings
-    values: Any
+# Logical dimensions of what a block passes on.
+_TOKENS = ("batch", "length", None)
+_HEADS = ("batch", "length", "heads", None)
+_KV_HEADS = ("batch", "length", "kv_heads", None)
 
 
 def _pure(module: nnx.Module) -> Params:
@@ -71,7 +60,7 @@ def _pure(module: nnx.Module) -> Params:
 
 
 @functools.cache
-def _graphs(config: ModelConfig, *, turned: bool = False) -> tuple[Any, Any]:
+def graphs(config: ModelConfig, *, turned: bool = False) -> tuple[Any, Any]:
     """Graph definitions of (Decoder, Block): the modules without their arrays."""
     decoder = nnx.eval_shape(lambda: layers.Decoder(config, rngs=nnx.Rngs(0)))
     block = nnx.eval_shape(lambda: layers.Block(config, rngs=nnx.Rngs(0)))
@@ -125,7 +114,7 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     meshes.check_divides(mesh, sizes)
 
 
-def _gather_layer(
+def gather_layer(
     layer: Params, axes: Params, *, compute_dtype: DTypeLike, mesh: Mesh | None
 ) -> Params:
     """One layer's matrices and biases in compute dtype, whole along the FSDP axis.
@@ -141,10 +130,52 @@ def _gather_layer(
         whole = tuple(None if name == "embed" else name for name in names[1:])
         return meshes.constrain(weight.astype(compute_dtype), mesh, *whole)
 
-    return jax.tree.map(gather, axes, layer, is_leaf=lambda x: isinstance(x, tuple))
+    return jax.tree.map(gather, axes, layer, is_leaf=_is_names)
 
 
-def _embed(
+def _with_weights(
+    function: Callable[..., Any],
+    layer: Params,
+    axes: Params,
+    used: tuple[str, ...],
+    arrays: tuple[tuple[tuple[str | None, ...], Array], ...],
+    output: tuple[Any, ...],
+    *,
+    compute_dtype: DTypeLike,
+    mesh: Mesh | None,
+) -> Any:
+    """function(layer, *arrays), the matrices of the modules `used` as `gather_layer` has them.
+
+    Every device runs it on its own tokens, so that the gradient of a matrix is a partial sum on
+    each, which one reduce-scatter adds up and splits; the partitioner would all-reduce it. With a
+    tensor axis, where the function needs collectives of its own, the partitioner does it all.
+    """
+    if mesh is None or mesh.size == 1 or meshes.parts(mesh, "heads") > 1:
+        layer = gather_layer(layer, axes, compute_dtype=compute_dtype, mesh=mesh)
+        return function(layer, *(x for _, x in arrays))
+
+    def gather(path: tuple[Any, ...], names: tuple[str, ...], weight: Array) -> Array:
+        if names[-1] == "norm" or path[-2].key not in used:
+            return weight
+        weight = weight.astype(compute_dtype)
+        if "embed" not in names:
+            return weight
+        return meshes.gather_weight(weight, mesh, "embed", names.index("embed") - 1)
+
+    def on_shard(layer: Params, *arrays: Array) -> Any:
+        whole = jax.tree_util.tree_map_with_path(gather, axes, layer, is_leaf=_is_names)
+        return function(whole, *arrays)
+
+    specs = jax.tree.map(lambda names: meshes.spec(names[1:]), axes, is_leaf=_is_names)
+    run = meshes.per_shard(on_shard, mesh, (specs, *(names for names, _ in arrays)), output)
+    return run(layer, *(x for _, x in arrays))
+
+
+def _is_names(x: Any) -> bool:
+    return isinstance(x, tuple)
+
+
+def embed(
     params: Params,
     tokens: Array,
     *,
@@ -190,23 +221,36 @@ def hidden_states(
     tokens, segment_ids, positions = (
         attention.to_pieces(x, mesh) for x in (tokens, segment_ids, positions)
     )
-    decoder_graph, block_graph = _graphs(config)
+    decoder_graph, block_graph = graphs(config)
     layer_axes = logical_axes(config)["layers"]
     rope = layers.rope_tables(config, positions)
     attend = functools.partial(attention.attention, mesh=mesh)
+    run = functools.partial(_with_weights, compute_dtype=compute_dtype, mesh=mesh)
 
     def block(x: Array, layer: Params) -> tuple[Array, None]:
         x = checkpoint_name(x, BLOCK_INPUT)
-        layer = _gather_layer(layer, layer_axes, compute_dtype=compute_dtype, mesh=mesh)
-        module = nnx.merge(block_graph, layer)
-        query, key, value = module.project(x, rope)
-        x = module.finish(x, attend(query, key, value, segment_ids))
+        query, key, value = run(
+            lambda layer, x, *rope: nnx.merge(block_graph, layer).project(x, rope),
+            layer,
+            layer_axes,
+            ("q_proj", "k_proj", "v_proj"),
+            tuple((_TOKENS, value) for value in (x, *rope)),
+            (_HEADS, _KV_HEADS, _KV_HEADS),
+        )
+        x = run(
+            lambda layer, x, mixed: nnx.merge(block_graph, layer).finish(x, mixed),
+            layer,
+            layer_axes,
+            ("o_proj", "gate_proj", "up_proj", "down_proj"),
+            ((_TOKENS, x), (_HEADS, attend(query, key, value, segment_ids))),
+            _TOKENS,
+        )
         return meshes.constrain(x, mesh, "batch", "length", None), None
 
     if remat != "none":
         # Inside a scan nothing can be merged across the two passes: prevent_cse only costs.
         block = jax.checkpoint(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    x = _embed(params, tokens, compute_dtype=compute_dtype, mesh=mesh, length="length")
+    x = embed(params, tokens, compute_dtype=compute_dtype, mesh=mesh, length="length")
     x, _ = jax.lax.scan(block, x, params["layers"])
     outer = {name: value for name, value in params.items() if name != "layers"}
     return attention.from_pieces(nnx.merge(decoder_graph, outer).norm(x), mesh, length)
@@ -240,116 +284,3 @@ def logits(
     )
     weight = head_weight(config, params).astype(compute_dtype)
     return jnp.einsum("btd,vd->btv", hidden, weight, preferred_element_type=jnp.float32)
-
-
-def _cache_chunk(capacity: int) -> int:
-    """Slots that attention reads at a time: 40 -> 40, 320 -> 160, 1000 -> 256, 6000 -> 384."""
-    count = min(-(-capacity // CACHE_CHUNK), MAX_CACHE_CHUNKS)
-    return capacity if count == 1 else 32 * -(-capacity // (32 * count))
-
-
-def init_cache(
-    config: ModelConfig, batch_size: int, max_len: int, dtype: DTypeLike, *, split: bool = False
-) -> Cache:
-    """An empty cache of at least max_len positions per row, a whole number of chunks."""
-    max_len += -max_len % _cache_chunk(max_len)
-    count, depth = (config.num_layers, 1) if split else (1, config.num_layers)
-    shape = (depth, batch_size, config.num_kv_heads, max_len, config.head_dim)
-    keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(count)) for _ in range(2))
-    return Cache(keys=keys, values=values)
-
-
-def turn_kernels(params: Params) -> Params:
-    """The same parameters with the layers' kernels as [out, in], for layers.turned_matmul."""
-
-    def turn(path: tuple[Any, ...], x: Array) -> Array:
-        return jnp.swapaxes(x, -1, -2) if path[-1].key == "kernel" else x
-
-    return {**params, "layers": jax.tree_util.tree_map_with_path(turn, params["layers"])}
-
-
-def split_layers(params: Params) -> Params:
-    """The same parameters with "layers" as a tuple, one tree a layer, instead of stacked.
-
-    A scan over stacked layers copies each weight out of its stack at every step; where a step is
-    short (decoding on CPU) that costs as much as the step itself.
-    """
-    stacked = params["layers"]
-    count = jax.tree.leaves(stacked)[0].shape[0]
-    layers_ = tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count))
-    return {**params, "layers": layers_}
-
-
-def forward_with_cache(
-    config: ModelConfig,
-    params: Params,
-    tokens: Int[Array, "B S"],
-    *,
-    positions: Int[Array, "B S"],
-    cache: Cache,
-    rows: Int[Array, " B"] | None = None,
-    compute_dtype: DTypeLike = jnp.float32,
-    mesh: Mesh | None = None,
-    turned: bool = False,
-) -> tuple[Float[Array, "B S D"], Cache]:
-    """Hidden states of S new tokens per row (prefill or decode) and the cache that holds them.
-
-    positions are absolute and name the slot each token is written to. A query at position i sees
-    the slots 0..i, so a row's positions must have been written in order from 0; what is behind
-    (padding, an earlier sequence) is not seen and is overwritten before decoding reaches it. A
-    position outside 0..M-1 is not written (its own output is finite and meaningless).
-    `rows` names the cache rows of the tokens' rows (default: all, in order); a row out of range
-    is not written. params and cache may have their layers stacked (scanned) or split (unrolled);
-    turned: the kernels are [out, in], for layers.turned_matmul.
-    """
-    decoder_graph, block_graph = _graphs(config, turned=turned)
-    layer_axes = logical_axes(config)["layers"]
-    if turned:  # (layers, in, out) -> (layers, out, in); scales and biases have one axis beside
-        layer_axes = jax.tree.map(
-            lambda names: (names[0], *names[:0:-1]),
-            layer_axes,
-            is_leaf=lambda x: isinstance(x, tuple),
-        )
-    rope = layers.rope_tables(config, positions)
-    capacity = cache.keys[0].shape[3]
-    chunk = _cache_chunk(capacity)
-    # Out of range goes to M, which mode="drop" drops; a negative index would wrap round instead.
-    inside = (positions >= 0) & (positions < capacity)
-    slots = jnp.where(inside, positions, capacity)
-    chunks = 1 if chunk == capacity else jnp.max(jnp.where(inside, positions, 0)) // chunk + 1
-    places = (jnp.arange(tokens.shape[0]) if rows is None else rows)[:, None]
-
-    def block(carry: tuple[Array, Array, Array], xs: tuple[Params, Any]) -> tuple[Any, None]:
-        (x, keys, values), (layer, index) = carry, xs
-        layer = _gather_layer(layer, layer_axes, compute_dtype=compute_dtype, mesh=mesh)
-        module = nnx.merge(block_graph, layer)
-        query, key, value = module.project(x, rope)
-        # The whole cache is carried and written in place: stacking it anew would copy it.
-        keys = keys.at[index, places, :, slots].set(key.astype(keys.dtype), mode="drop")
-        values = values.at[index, places, :, slots].set(value.astype(values.dtype), mode="drop")
-
-        def part(x: Array, number: Array) -> Array:
-            start, sizes = (index, 0, 0, number * chunk, 0), (1, *x.shape[1:3], chunk, x.shape[4])
-            slice_ = jax.lax.dynamic_slice(x, start, sizes)[0]
-            return slice_ if rows is None else jnp.take(slice_, rows, axis=0, mode="clip")
-
-        def read(number: Array) -> tuple[Array, Array]:
-            return part(keys, number), part(values, number)
-
-        mixed = layers.cached_attention(query, read, positions, chunks, turned=turned)
-        return (module.finish(x, mixed), keys, values), None
-
-    x = _embed(params, tokens, compute_dtype=compute_dtype, mesh=mesh)
-    if isinstance(params["layers"], tuple):
-        kept = []
-        for layer, keys, values in zip(params["layers"], cache.keys, cache.values, strict=True):
-            (x, *both), _ = block((x, keys, values), (layer, 0))
-            kept.append(both)
-        keys, values = zip(*kept, strict=True)
-    else:
-        carry = (x, *cache.keys, *cache.values)
-        indices = jnp.arange(config.num_layers)
-        (x, *both), _ = jax.lax.scan(block, carry, (params["layers"], indices))
-        keys, values = ((stacked,) for stacked in both)
-    outer = {name: value for name, value in params.items() if name != "layers"}
-    return nnx.merge(decoder_graph, outer).norm(x), Cache(keys=keys, values=values)

@@ -13,7 +13,13 @@ import pytest
 
 from dcod_jax.checkpoint import Checkpointer
 from dcod_jax.losses import adaptive, weights
-from dcod_jax.losses.adaptive import MAX_TEMPERATURE, MIN_TEMPERATURE, LossState, TaidConfig
+from dcod_jax.losses.adaptive import (
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
+    SHARPEST_FOR_LOSS,
+    LossState,
+    TaidConfig,
+)
 from dcod_jax.losses.weights import AUTO, WeightConfig
 from dcod_jax.types import TrainState
 
@@ -31,6 +37,8 @@ def config(**changes) -> WeightConfig:
         "scope": "token",
         "normalize": "mean",
         "warmup_steps": 0,
+        "target_loss": 0.0,
+        "target_ess": 0.0,
         "smoothing": 0.0,
     }
     return WeightConfig(**values | changes)
@@ -54,15 +62,28 @@ def ratios() -> dict[str, np.ndarray]:
     return {name: np.float32(r) for name, r in made.items()}
 
 
+@functools.cache
+def surprise() -> np.ndarray:
+    """-log p of the teacher: most of its tokens are sure, a few of them it did not expect."""
+    generator = np.random.default_rng(2)
+    noise = generator.random((B, T)) < 0.05
+    return np.float32(np.where(noise, 9, generator.exponential(0.1, (B, T))))
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def solve_all(cfg, rs, mask):
-    return jax.vmap(lambda r: adaptive.solve(cfg, r, mask))(rs)
+def solve_all(cfg, rs, nlls, mask):
+    return jax.vmap(lambda r, nll: adaptive.solve(cfg, r, nll, mask))(rs, nlls)
+
+
+def stacked(rs):
+    r = jnp.stack(list(rs.values()))
+    return r, surprise() - r
 
 
 def solutions(cfg, rs=None):
     """name -> (temperature, offset, mean weight, effective sample size); the last two in float64"""
     rs = ratios() if rs is None else rs
-    found = solve_all(cfg, jnp.stack(list(rs.values())), jnp.asarray(MASK))
+    found = solve_all(cfg, *stacked(rs), jnp.asarray(MASK))
     out = {}
     for i, (name, r) in enumerate(rs.items()):
         temperature, offset = (
@@ -72,13 +93,23 @@ def solutions(cfg, rs=None):
     return out
 
 
-def moments(cfg, r, temperature, offset):
+def log_weights(cfg, r, temperature, offset):
     x = (np.float64(r) + offset) / temperature
-    if cfg.name == "sigmoid":
-        w = np.exp(-np.logaddexp(0, -x))
-    else:
-        w = np.minimum(np.exp(np.minimum(x, 50)), cfg.clip)
+    return -np.logaddexp(0, -x) if cfg.name == "sigmoid" else np.minimum(x, math.log(cfg.clip))
+
+
+def moments(cfg, r, temperature, offset):
+    w = np.exp(log_weights(cfg, r, temperature, offset))
     return w.mean(), w.mean() ** 2 / np.square(w).mean()
+
+
+def kept_loss(cfg, r, nll, temperature, offset=0.0):
+    """What is left of the mean nll when the weights have discounted the student's lag; float64."""
+    logs = log_weights(cfg, r, temperature, offset)
+    share = np.exp(logs - logs.max())  # no underflow, however far behind the student is
+    share /= share.sum()
+    lag = np.where(r < 0, -np.float64(r), 0.0)
+    return 1 - np.sum((1 / len(lag) - share) * lag) / np.mean(np.float64(nll))
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "power"])
@@ -102,9 +133,7 @@ def test_the_temperature_hits_the_effective_sample_size_and_is_monotone_in_it(na
 def test_the_temperature_may_aim_at_the_mean_weight_instead():
     lagging = {name: r for name, r in ratios().items() if name in ("lags", "from scratch")}
     for target in (0.1, 0.3, 0.45):
-        for _, _, mean, _ in solutions(
-            config(target_ess=0.0, target_mean=target), lagging
-        ).values():
+        for _, _, mean, _ in solutions(config(target_mean=target), lagging).values():
             assert mean == pytest.approx(target, rel=0.01)
 
 
@@ -121,6 +150,17 @@ def test_the_offset_hits_the_mean_weight_at_any_fixed_temperature(temperature):
     assert np.all(np.diff(offsets, axis=0) > 0)
 
 
+@pytest.mark.parametrize("mean", [0.3, 0.5, 0.8])
+def test_the_kept_loss_goes_with_the_offset_too(mean):
+    cfg = config(offset=AUTO, target_loss=0.9, target_mean=mean)
+    for name in ("lags", "from scratch", "agrees but for a few"):
+        r = ratios()[name]
+        ((temperature, offset, got_mean, _),) = solutions(cfg, {name: r}).values()
+        kept = kept_loss(cfg, r[MASK], (surprise() - r)[MASK], temperature, offset)
+        assert kept == pytest.approx(0.9, rel=0.01), name
+        assert got_mean == pytest.approx(mean, rel=0.01), name
+
+
 @pytest.mark.parametrize(("ess", "mean"), [(0.9, 0.5), (0.7, 0.3), (0.95, 0.8)])
 def test_both_together_hit_both(ess, mean):
     cfg = config(offset=AUTO, target_ess=ess, target_mean=mean)
@@ -131,12 +171,120 @@ def test_both_together_hit_both(ess, mean):
 
 def test_out_of_reach_is_the_nearer_end_and_stays_finite():
     same = {"same": np.zeros((B, T), np.float32), "ahead": np.full((B, T), 50, np.float32)}
-    for temperature, *_ in solutions(config(), same).values():
+    for temperature, *_ in solutions(config(target_ess=0.995), same).values():
         assert MIN_TEMPERATURE * 0.99 <= temperature <= MAX_TEMPERATURE * 1.01
     far = {"far": np.where(np.arange(T) % 2, -1e4, 0).astype(np.float32)[None].repeat(B, 0)}
     ((temperature, _, _, ess),) = solutions(config(target_ess=0.9), far).values()
     assert ess == pytest.approx(0.9, rel=0.01)
     assert 1e2 < temperature < 1e5
+
+
+# ---------------------------------------------------------------- the kept loss
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "power"])
+def test_the_temperature_hits_the_kept_loss_and_is_monotone_in_it(name):
+    before = dict.fromkeys(ratios(), 0.0)
+    hits = 0
+    for target in (0.4, 0.6, 0.8, 0.9, 0.95, 0.99):
+        cfg = config(name=name, target_loss=target)
+        for which, (temperature, offset, *_) in solutions(cfg).items():
+            r = ratios()[which]
+            r, nll = r[MASK], (surprise() - r)[MASK]
+            assert temperature >= before[which] * (1 - 1e-4), (which, target)
+            assert offset == 0
+            at_floor = kept_loss(cfg, r, nll, SHARPEST_FOR_LOSS)
+            if at_floor < target:
+                kept = kept_loss(cfg, r, nll, temperature)
+                assert kept == pytest.approx(target, rel=1e-3), (which, target)
+                hits += 1
+            else:  # it may not be sharper than the fixed temperature that is the default
+                assert temperature == pytest.approx(SHARPEST_FOR_LOSS, rel=1e-5), (which, target)
+            before[which] = temperature
+    assert 12 <= hits < 30  # both happen
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "power"])
+@pytest.mark.parametrize("offset", [0.0, -2.0])
+def test_the_kept_loss_never_falls_as_the_temperature_grows(name, offset):
+    generator = np.random.default_rng(4)
+    grid = np.geomspace(MIN_TEMPERATURE, MAX_TEMPERATURE, 300)
+    cfg = config(name=name)
+    for trial in range(60):
+        scale = 10.0 ** generator.uniform(-3, 3)
+        r = scale * generator.standard_t(1.5, 1 + 3 * trial) + generator.normal(0, scale)
+        r = np.clip(r, -1e4, 1e4)
+        nll = np.maximum(-r, 0) + generator.exponential(1, r.shape)
+        kept = [kept_loss(cfg, r, nll, temperature, offset) for temperature in grid]
+        assert np.diff(kept).min() >= -1e-9, trial
+
+
+def test_unexpected_tokens_do_not_hide_what_the_student_gives_up():
+    """With nll in the place of lag, 5 % noise of large nll and weight near 1 would do so."""
+    noise, hard = (np.arange(MASK.sum()) % 20 == at for at in (3, 7))
+    r = np.where(noise, 2.0, np.where(hard, -3.0, -0.05))
+    nll = np.where(noise, 9.0, 0.0) - r
+    full = [np.zeros((B, T), np.float32) for _ in range(2)]
+    for array, values in zip(full, (r, nll), strict=True):
+        array[MASK] = values
+    cfg = config(target_loss=0.9)
+    found = adaptive.solve(cfg, *(jnp.asarray(x) for x in full), jnp.asarray(MASK))
+    temperature = float(found.temperature)
+    assert kept_loss(cfg, r, nll, temperature) == pytest.approx(0.9, rel=1e-3)
+    assert temperature > 2
+    w = np.exp(log_weights(cfg, r, 1.0, 0.0))
+    assert np.sum(w * nll) / w.sum() > nll.mean()  # the plain loss seems to lose nothing at all
+    assert kept_loss(cfg, r, nll, 1.0) < 0.8
+
+
+def test_giving_up_more_raises_the_temperature():
+    """Where the effective sample size lets it fall: the tokens given up weigh nothing any more."""
+    temperatures = {"target_loss": [], "target_ess": []}
+    for depth in (2.0, 5.0, 12.0, 50.0):
+        r = np.where(np.arange(T) % 20 == 3, -depth, -0.1 - 0.02 * (np.arange(T) % 7))
+        rs = {"gives up": np.float32(r)[None].repeat(B, 0)}
+        for name, found in temperatures.items():
+            found.append(solutions(config(**{name: 0.94}), rs)["gives up"][0])
+    assert np.all(np.diff(temperatures["target_loss"]) > 0)
+    assert temperatures["target_loss"][-1] > 100
+    assert temperatures["target_ess"][-1] < 10 * temperatures["target_ess"][0]
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "power"])
+def test_the_kept_loss_is_solved_at_the_ends_of_float32(name):
+    generator = np.random.default_rng(6)
+    shape = (B, T)
+    far = {
+        "-1e4 or 0": np.where(np.arange(T) % 2, -1e4, 0)[None].repeat(B, 0),
+        "all at -1e4": np.full(shape, -1e4),
+        "anything": np.where(
+            generator.random(shape) < 0.5, 0, -(10 ** generator.uniform(-6, 4, shape))
+        ),
+        "one token at -1e4": np.where(np.arange(B * T).reshape(shape) == MASK.argmax(), -1e4, 0),
+        "equal to the teacher": np.zeros(shape),
+        "ahead": np.full(shape, 1e4),
+    }
+    teachers = {"sure": np.zeros(shape), "lost": np.full(shape, -1e4)}
+    for (which, student), (_, teacher) in itertools.product(far.items(), teachers.items()):
+        student = np.minimum(np.float32(student), 0)
+        r = np.float32(student - teacher)
+        for target in (0.5, 0.9, 0.99):
+            cfg = config(name=name, target_loss=target)
+            state = adaptive.retemper(
+                cfg,
+                adaptive.initial(),
+                jnp.asarray(student),
+                jnp.asarray(np.float32(teacher)),
+                jnp.asarray(MASK),
+                jnp.asarray(SEGMENTS),
+            )
+            temperature = float(state.temperature)
+            assert SHARPEST_FOR_LOSS * 0.999 <= temperature <= MAX_TEMPERATURE * 1.001, which
+            w = np.asarray(weights.WEIGHTS[name](cfg, jnp.asarray(r), state.tempering))[MASK]
+            assert np.isfinite(w).all(), which
+            assert w.sum() > 0, which
+            kept = kept_loss(cfg, r[MASK], -np.minimum(student, -1e-30)[MASK], temperature)
+            assert kept >= target * 0.99 or temperature > 0.99 * MAX_TEMPERATURE, which
 
 
 @pytest.mark.shared
@@ -161,6 +309,16 @@ def test_targets_are_hit_on_real_traces(shared_data):
     for target in (0.7, 0.9):
         ((*_, ess),) = solutions(config(target_ess=target), {"real": r}).values()
         assert ess == pytest.approx(target, rel=0.01)
+    nll = -np.float32(student[rows[:, :-1], rows[:, 1:]])
+    for name in ("sigmoid", "power"):
+        cfg, temperatures = config(name=name), np.geomspace(MIN_TEMPERATURE, MAX_TEMPERATURE, 200)
+        kept = [kept_loss(cfg, r[MASK], nll[MASK], temperature) for temperature in temperatures]
+        assert np.diff(kept).min() > -1e-9
+        for target in (0.9, 0.95, 0.99):
+            cfg = config(name=name, target_loss=target)
+            found = adaptive.solve(cfg, jnp.asarray(r), jnp.asarray(nll), jnp.asarray(MASK))
+            kept = kept_loss(cfg, r[MASK], nll[MASK], float(found.temperature))
+            assert kept == pytest.approx(target, rel=1e-3)
     cfg = config(offset=AUTO, target_ess=0.8, target_mean=0.4)
     ((_, _, mean, ess),) = solutions(cfg, {"real": r}).values()
     assert (ess, mean) == (pytest.approx(0.8, rel=0.01), pytest.approx(0.4, rel=0.01))
@@ -192,9 +350,10 @@ def test_weights_begin_uniform_and_the_first_solution_is_taken_whole():
     assert float(after.offset) == pytest.approx(0.9 * wanted[1] + 0.1 * new[1], rel=1e-3)
 
 
+@pytest.mark.parametrize("target", [{"target_ess": 0.995}, {"target_loss": 0.9}], ids=str)
 @pytest.mark.parametrize("smoothing", [0.0, 0.9])
-def test_a_batch_that_cannot_teach_changes_nothing_bit_for_bit(smoothing):
-    cfg = config(smoothing=smoothing, offset=AUTO)
+def test_a_batch_that_cannot_teach_changes_nothing_bit_for_bit(smoothing, target):
+    cfg = config(smoothing=smoothing, offset=AUTO, **target)
     r, mask = jnp.asarray(ratios()["lags"]), jnp.asarray(MASK)
     row, column = np.argwhere(MASK)[0]
     useless = {
@@ -233,14 +392,15 @@ def test_the_target_is_met_by_the_scoped_weights(scope):
     assert float(unscoped.temperature) > 1.2 * float(state.temperature)
 
 
-def test_the_solution_carries_no_gradient():
-    cfg = config(offset=AUTO, smoothing=0.5)
+@pytest.mark.parametrize("target", [{"target_ess": 0.995}, {"target_loss": 0.9}], ids=str)
+def test_the_solution_carries_no_gradient(target):
+    cfg = config(offset=AUTO, smoothing=0.5, **target)
 
     def of(r):
         after = adaptive.retemper(
             cfg, adaptive.initial(), r, jnp.zeros_like(r), jnp.asarray(MASK), jnp.asarray(SEGMENTS)
         )
-        found = adaptive.solve(cfg, r, jnp.asarray(MASK))  # its brackets depend on r
+        found = adaptive.solve(cfg, r, -r, jnp.asarray(MASK))  # its brackets depend on r
         return after.temperature + after.offset + found.temperature + found.offset
 
     assert not np.any(jax.grad(of)(jnp.asarray(ratios()["lags"])))

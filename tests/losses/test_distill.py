@@ -227,14 +227,21 @@ WRONG = [  # (what of the loss, what of its weights, what the one message must s
     ({}, {"offset": "warm"}, "loss.weights.offset='warm' must be a number or 'auto'"),
     ({}, {"name": "clip", "temperature": "auto"}, "it is for sigmoid, power"),
     ({}, {"name": "power", "offset": "auto"}, "loss.weights.offset='auto' means nothing for"),
+    ({}, {"target_loss": 1.0}, "loss.weights.target_loss=1.0 must be in [0, 1)"),
     ({}, {"target_ess": 1.0}, "loss.weights.target_ess=1.0 must be in [0, 1)"),
     ({}, {"target_mean": 0.0}, "loss.weights.target_mean=0.0 must be between 0 and 1"),
     ({}, {"smoothing": 1.0}, "loss.weights.smoothing=1.0 must be in [0, 1)"),
     (
         {},
-        {"temperature": "auto", "offset": "auto", "target_ess": 0.0},
-        "leaves one target for two unknowns",
+        {"temperature": "auto", "offset": "auto", "target_loss": 0.0},
+        "leave one target for two unknowns",
     ),
+    (
+        {},
+        {"temperature": "auto", "target_ess": 0.9},
+        "loss.weights.target_ess=0.9 are two targets for one temperature; set one of them to 0",
+    ),
+    ({}, {"temperature": "auto", "target_mean": 0.3}, "target_mean=0.3 is not read"),
 ]
 
 
@@ -249,7 +256,10 @@ def test_what_is_allowed_is_not_refused():
     for loss, weight in (
         ({"divergence": "jsd", "beta": 0.0, "teacher": "live", "temperature": 3.0}, {}),
         ({"divergence": "taid", "taid": TaidConfig(start=0.0, end=1.0), "alpha": 0.0}, {}),
-        ({}, {"temperature": "auto", "target_ess": 0.0}),
+        ({}, {"temperature": "auto", "target_loss": 0.0, "target_mean": 0.3}),
+        ({}, {"temperature": "auto", "target_loss": 0.0, "target_ess": 0.9}),
+        ({}, {"temperature": "auto", "offset": "auto", "target_mean": 0.3}),
+        ({}, {"target_ess": 0.9, "target_mean": 0.3}),  # nothing is automatic
         ({}, {"temperature": "auto", "offset": "auto", "smoothing": 0.0}),
         ({}, {"name": "power", "temperature": "auto"}),
     ):

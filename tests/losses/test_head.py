@@ -131,13 +131,13 @@ def test_sharded_logits_stay_sharded_and_the_weight_gradient_is_reduced_once():
     # over fsdp before what is left is summed over data.
     entry = text.index("\nENTRY")
     found = {}
-    for shape in (f"52,{D}", f"52,{D // 2}"):
+    for shape in (f"{D},52", f"{D // 2},52"):
         collective = re.compile(rf"= f32\[(?:1,)?{shape}\]\S* (all-\w+|reduce-scatter)\(")
         assert collective.findall(text[:entry]) == []
         found[shape] = collective.findall(text[entry:])
     assert found == {
-        f"52,{D}": ["all-gather"],
-        f"52,{D // 2}": ["reduce-scatter", "all-reduce"],
+        f"{D},52": ["all-gather"],
+        f"{D // 2},52": ["reduce-scatter", "all-reduce"],
     }
 
 

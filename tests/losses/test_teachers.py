@@ -263,8 +263,8 @@ def test_the_compact_head_equals_the_whole_one(teacher, scope, normalize):
 
 @pytest.mark.parametrize("teacher", TEACHERS)
 def test_no_gradient_flows_through_weights_teacher_or_automatic_temperature(teacher):
-    auto = {"temperature": AUTO, "offset": AUTO, "smoothing": 0.0, "target_ess": 0.9}
-    cfg = config("reverse_kl", teacher, auto)
+    auto = {"temperature": AUTO, "offset": AUTO, "smoothing": 0.0}
+    cfg = config("reverse_kl", teacher, auto | {"target_loss": 0.0, "target_ess": 0.9})
     student, live, batch = example()
 
     def of(student, live, known):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from dcod_jax.models import hf, transformer
+from dcod_jax.models import cached, hf, transformer
 
 TOLERANCE = 2e-4
 IDS = 131  # ids below the smallest vocabulary
@@ -88,11 +88,11 @@ def test_greedy_continuations_match(pair):
     for row, prompt in enumerate(prompts):
         padded[row, : len(prompt)] = prompt
     config, params = pair.config, pair.params
-    cache = transformer.init_cache(config, 3, int(max(lengths)) + count, jnp.float32)
+    cache = cached.init_cache(config, 3, int(max(lengths)) + count, jnp.float32)
 
     @jax.jit
     def step(tokens, positions, cache):
-        hidden, cache = transformer.forward_with_cache(
+        hidden, cache = cached.forward_with_cache(
             config, params, tokens, positions=positions, cache=cache
         )
         return hidden @ transformer.head_weight(config, params).T, cache

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dcod_jax.generate import sample
-from dcod_jax.models import hf, transformer
+from dcod_jax.models import cached, hf, transformer
 
 pytestmark = pytest.mark.long
 
@@ -72,7 +72,7 @@ def test_greedy_text(smollm2):
 
     @jax.jit
     def step(params, tokens, positions, cache):
-        hidden, cache = transformer.forward_with_cache(
+        hidden, cache = cached.forward_with_cache(
             config, params, tokens, positions=positions, cache=cache
         )
         return hidden @ transformer.head_weight(config, params).T, cache
@@ -82,9 +82,7 @@ def test_greedy_text(smollm2):
     tokens = np.full((len(prompts), lengths.max()), config.pad_token_id, np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
-    cache = transformer.init_cache(
-        config, len(prompts), int(lengths.max()) + NEW_TOKENS, jnp.float32
-    )
+    cache = cached.init_cache(config, len(prompts), int(lengths.max()) + NEW_TOKENS, jnp.float32)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     logits, cache = step(params, jnp.asarray(tokens), positions, cache)
     token = jnp.argmax(logits[jnp.arange(len(prompts)), lengths - 1], axis=-1)

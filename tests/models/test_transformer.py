@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dcod_jax import mesh as meshes
+from dcod_jax.models import cached, layers, transformer
 from dcod_jax.models import config as configs
-from dcod_jax.models import layers, transformer
 from dcod_jax.types import DcodError
 
 
@@ -183,6 +185,41 @@ def test_fsdp_gathers_each_layers_weights_inside_the_loop():
     assert not any("[2,64,128]" in line for line in gathers)
 
 
+def test_fsdp_scatters_each_layers_gradient_inside_the_loop():
+    """No device sums up a whole matrix's gradient, of which it keeps an eighth."""
+    mesh = meshes.make_mesh(1, 8)
+    config = _config(hidden_size=64, intermediate_size=128)
+    params, tokens = transformer.param_shapes(config), jax.ShapeDtypeStruct((8, 16), jnp.int32)
+    shardings = meshes.tree_shardings(mesh, transformer.logical_axes(config))
+    batch = meshes.sharding(mesh, ("batch", None))
+    function = jax.grad(_loss(config, remat="full", mesh=mesh))
+    jitted = jax.jit(function, in_shardings=(shardings, batch), out_shardings=shardings)
+    program = jitted.lower(params, tokens).compile().as_text().splitlines()
+    sums = [line for line in program if "all-reduce(" in line]
+    assert sum("reduce-scatter(" in line for line in program) >= 7
+    assert not any(re.search(r"\[(64|128),(32|64|128)\]", line) for line in sums), sums
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rotary_positions_equal_their_formula_and_turn_gradients_back(dtype):
+    x = jax.random.normal(jax.random.key(0), (2, 5, 3, 8)).astype(dtype)
+    rope = layers.rope_tables(_config(head_dim=8), jnp.arange(10).reshape(2, 5))
+
+    def formula(x, cos, sin):
+        left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        cos, sin = cos[:, :, None], sin[:, :, None]
+        halves = [left * cos - right * sin, right * cos + left * sin]
+        return jnp.concatenate(halves, axis=-1).astype(dtype)
+
+    quarter = (jnp.zeros((2, 5, 4)), jnp.ones((2, 5, 4)))  # the halves themselves: to the bit
+    np.testing.assert_array_equal(layers.apply_rope(x, *quarter), formula(x, *quarter))
+    got, back = jax.vjp(lambda x: layers.apply_rope(x, *rope), x)
+    wanted, wanted_back = jax.vjp(lambda x: formula(x, *rope), x)
+    tolerance = 1e-6 if dtype == "float32" else 2**-7
+    _assert_close(got, wanted, tolerance=tolerance)
+    _assert_close(back(wanted)[0], wanted_back(wanted)[0], tolerance=tolerance)
+
+
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
@@ -202,22 +239,22 @@ def test_mesh_that_does_not_divide_is_refused(changes, key):
 @pytest.mark.parametrize("chunk", [256, 32])  # the cache is read at once, in three chunks
 @pytest.mark.parametrize(("split", "turned"), [(False, False), (True, False), (True, True)])
 def test_cache_reads_only_what_was_written_and_is_not_ahead(monkeypatch, split, turned, chunk):
-    monkeypatch.setattr(transformer, "CACHE_CHUNK", chunk)
+    monkeypatch.setattr(cached, "CACHE_CHUNK", chunk)
     config = _config()
     params, tokens = _params(config), _tokens(2, 75)
     positions = jnp.broadcast_to(jnp.arange(75), (2, 75))
     expected = transformer.hidden_states(config, params, tokens)
-    params = transformer.turn_kernels(params) if turned else params
-    params = transformer.split_layers(params) if split else params
+    params = cached.turn_kernels(params) if turned else params
+    params = cached.split_layers(params) if split else params
 
     @jax.jit
     def step(tokens, positions, cache):
-        return transformer.forward_with_cache(
+        return cached.forward_with_cache(
             config, params, tokens, positions=positions, cache=cache, turned=turned
         )
 
     # a cache full of large garbage: unwritten slots must not be seen
-    empty = transformer.init_cache(config, 2, 96, jnp.float32, split=split)
+    empty = cached.init_cache(config, 2, 96, jnp.float32, split=split)
     cache = jax.tree.map(lambda x: x + 50.0, empty)
     first, cache = step(tokens[:, :25], positions[:, :25], cache)
     np.testing.assert_allclose(first, expected[:, :25], atol=1e-5)
@@ -234,12 +271,12 @@ def test_cache_reads_only_what_was_written_and_is_not_ahead(monkeypatch, split, 
 def test_a_cache_is_a_whole_number_of_chunks():
     config = _config()
     for wanted in (*range(1, 600), *range(600, 9000, 37)):
-        cache = jax.eval_shape(lambda n=wanted: transformer.init_cache(config, 1, n, jnp.float32))
+        cache = jax.eval_shape(lambda n=wanted: cached.init_cache(config, 1, n, jnp.float32))
         slots = cache.keys[0].shape[3]
         assert wanted <= slots <= 1.25 * wanted
-        chunk = transformer._cache_chunk(slots)
+        chunk = cached._cache_chunk(slots)
         assert slots % chunk == 0
-        assert slots // chunk <= transformer.MAX_CACHE_CHUNKS
+        assert slots // chunk <= cached.MAX_CACHE_CHUNKS
 
 
 @pytest.mark.parametrize("rows", [1, 16, layers.MANY_ROWS + 1])
@@ -257,8 +294,8 @@ def test_a_turned_matmul_is_the_plain_one_with_float32_sums(rows, dtype):
 def test_positions_outside_the_cache_write_nothing():
     config = _config()
     params = _params(config)
-    cache = transformer.init_cache(config, 1, 4, jnp.bfloat16)
-    hidden, after = transformer.forward_with_cache(
+    cache = cached.init_cache(config, 1, 4, jnp.bfloat16)
+    hidden, after = cached.forward_with_cache(
         config, params, _tokens(1, 2), positions=jnp.array([[-1, 4]]), cache=cache
     )
     assert jnp.isfinite(hidden).all()

@@ -1,0 +1,151 @@
+"""The transformer over a cache of keys and values: what the sampler runs, prefill and decode.
+
+Beside it the forms that decoding keeps parameters and cache in: layers stacked, for a scan, or
+split, one tree a layer; kernels turned to [out, in], for a CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from dcod_jax.models import layers
+from dcod_jax.models.config import ModelConfig
+from dcod_jax.models.transformer import embed, gather_layer, graphs, logical_axes
+from dcod_jax.types import Params
+
+CACHE_CHUNK = 256  # cache slots that attention reads at a time: a chunk of several is copied out
+MAX_CACHE_CHUNKS = 16  # a longer cache is read in larger chunks
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of M slots per row; slot j is that of position j.
+
+    Each is a tuple of one array [L, B, G, M, H] for all layers, which a scan needs, or of an array
+    [1, B, G, M, H] for each, which is read without copying it out of the whole.
+    """
+
+    keys: Any  # as a pytree it also holds shapes and shardings
+    values: Any
+
+
+def _cache_chunk(capacity: int) -> int:
+    """Slots that attention reads at a time: 40 -> 40, 320 -> 160, 1000 -> 256, 6000 -> 384."""
+    count = min(-(-capacity // CACHE_CHUNK), MAX_CACHE_CHUNKS)
+    return capacity if count == 1 else 32 * -(-capacity // (32 * count))
+
+
+def init_cache(
+    config: ModelConfig, batch_size: int, max_len: int, dtype: DTypeLike, *, split: bool = False
+) -> Cache:
+    """An empty cache of at least max_len positions per row, a whole number of chunks."""
+    max_len += -max_len % _cache_chunk(max_len)
+    count, depth = (config.num_layers, 1) if split else (1, config.num_layers)
+    shape = (depth, batch_size, config.num_kv_heads, max_len, config.head_dim)
+    keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(count)) for _ in range(2))
+    return Cache(keys=keys, values=values)
+
+
+def turn_kernels(params: Params) -> Params:
+    """The same parameters with the layers' kernels as [out, in], for layers.turned_matmul."""
+
+    def turn(path: tuple[Any, ...], x: Array) -> Array:
+        return jnp.swapaxes(x, -1, -2) if path[-1].key == "kernel" else x
+
+    return {**params, "layers": jax.tree_util.tree_map_with_path(turn, params["layers"])}
+
+
+def split_layers(params: Params) -> Params:
+    """The same parameters with "layers" as a tuple, one tree a layer, instead of stacked.
+
+    A scan over stacked layers copies each weight out of its stack at every step; where a step is
+    short (decoding on CPU) that costs as much as the step itself.
+    """
+    stacked = params["layers"]
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    layers_ = tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count))
+    return {**params, "layers": layers_}
+
+
+def forward_with_cache(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B S"],
+    *,
+    positions: Int[Array, "B S"],
+    cache: Cache,
+    rows: Int[Array, " B"] | None = None,
+    compute_dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | None = None,
+    turned: bool = False,
+) -> tuple[Float[Array, "B S D"], Cache]:
+    """Hidden states of S new tokens per row (prefill or decode) and the cache that holds them.
+
+    positions are absolute and name the slot each token is written to. A query at position i sees
+    the slots 0..i, so a row's positions must have been written in order from 0; what is behind
+    (padding, an earlier sequence) is not seen and is overwritten before decoding reaches it. A
+    position outside 0..M-1 is not written (its own output is finite and meaningless).
+    `rows` names the cache rows of the tokens' rows (default: all, in order); a row out of range
+    is not written. params and cache may have their layers stacked (scanned) or split (unrolled);
+    turned: the kernels are [out, in], for layers.turned_matmul.
+    """
+    decoder_graph, block_graph = graphs(config, turned=turned)
+    layer_axes = logical_axes(config)["layers"]
+    if turned:  # (layers, in, out) -> (layers, out, in); scales and biases have one axis beside
+        layer_axes = jax.tree.map(
+            lambda names: (names[0], *names[:0:-1]),
+            layer_axes,
+            is_leaf=lambda x: isinstance(x, tuple),
+        )
+    rope = layers.rope_tables(config, positions)
+    capacity = cache.keys[0].shape[3]
+    chunk = _cache_chunk(capacity)
+    # Out of range goes to M, which mode="drop" drops; a negative index would wrap round instead.
+    inside = (positions >= 0) & (positions < capacity)
+    slots = jnp.where(inside, positions, capacity)
+    chunks = 1 if chunk == capacity else jnp.max(jnp.where(inside, positions, 0)) // chunk + 1
+    places = (jnp.arange(tokens.shape[0]) if rows is None else rows)[:, None]
+
+    def block(carry: tuple[Array, Array, Array], xs: tuple[Params, Any]) -> tuple[Any, None]:
+        (x, keys, values), (layer, index) = carry, xs
+        layer = gather_layer(layer, layer_axes, compute_dtype=compute_dtype, mesh=mesh)
+        module = nnx.merge(block_graph, layer)
+        query, key, value = module.project(x, rope)
+        # The whole cache is carried and written in place: stacking it anew would copy it.
+        keys = keys.at[index, places, :, slots].set(key.astype(keys.dtype), mode="drop")
+        values = values.at[index, places, :, slots].set(value.astype(values.dtype), mode="drop")
+
+        def part(x: Array, number: Array) -> Array:
+            start, sizes = (index, 0, 0, number * chunk, 0), (1, *x.shape[1:3], chunk, x.shape[4])
+            slice_ = jax.lax.dynamic_slice(x, start, sizes)[0]
+            return slice_ if rows is None else jnp.take(slice_, rows, axis=0, mode="clip")
+
+        def read(number: Array) -> tuple[Array, Array]:
+            return part(keys, number), part(values, number)
+
+        mixed = layers.cached_attention(query, read, positions, chunks, turned=turned)
+        return (module.finish(x, mixed), keys, values), None
+
+    x = embed(params, tokens, compute_dtype=compute_dtype, mesh=mesh)
+    if isinstance(params["layers"], tuple):
+        kept = []
+        for layer, keys, values in zip(params["layers"], cache.keys, cache.values, strict=True):
+            (x, *both), _ = block((x, keys, values), (layer, 0))
+            kept.append(both)
+        keys, values = zip(*kept, strict=True)
+    else:
+        carry = (x, *cache.keys, *cache.values)
+        indices = jnp.arange(config.num_layers)
+        (x, *both), _ = jax.lax.scan(block, carry, (params["layers"], indices))
+        keys, values = ((stacked,) for stacked in both)
+    outer = {name: value for name, value in params.items() if name != "layers"}
+    return nnx.merge(decoder_graph, outer).norm(x), Cache(keys=keys, values=values)
