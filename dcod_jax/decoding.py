@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from dcod_jax.mesh import constrain, parts
+from dcod_jax.mesh import constrain, is_names, parts, platform
 from dcod_jax.models.cached import (
     Cache,
     forward_with_cache,
@@ -51,7 +51,7 @@ def make_program(
     config: ModelConfig, *, valid_vocab: int, compute_dtype: Any, mesh: Mesh | None
 ) -> Program:
     """The program that suits the model's depth, the mesh and its platform."""
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    where = jax.default_backend() if mesh is None else platform(mesh)
     return Program(
         config,
         valid_vocab,
@@ -59,7 +59,7 @@ def make_program(
         mesh,
         # Weights split over FSDP are gathered layer by layer, inside the scan that frees them.
         split=config.num_layers <= MAX_SPLIT_LAYERS and parts(mesh, "embed") == 1,
-        turned=platform == "cpu",
+        turned=where == "cpu",
     )
 
 
@@ -105,7 +105,7 @@ def prepare_params(params: Params, *, program: Program) -> Params:
         lambda names, x: x if names[-1] == "norm" else x.astype(program.compute_dtype),
         logical_axes(program.config),
         params,
-        is_leaf=lambda x: isinstance(x, tuple),
+        is_leaf=is_names,
     )
     cast = turn_kernels(cast) if program.turned else cast
     return split_layers(cast) if program.split else cast

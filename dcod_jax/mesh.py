@@ -149,9 +149,7 @@ def put(x: Any, layout: Any) -> jax.Array:
 
 def tree_shardings(mesh: Mesh, logical_axes: Any) -> Any:
     """Shardings of a pytree of logical-axis tuples (see models/transformer.py:logical_axes)."""
-    return jax.tree.map(
-        lambda axes: sharding(mesh, axes), logical_axes, is_leaf=lambda x: isinstance(x, tuple)
-    )
+    return jax.tree.map(lambda axes: sharding(mesh, axes), logical_axes, is_leaf=is_names)
 
 
 def parts(mesh: Mesh | None, logical: str) -> int:
@@ -172,6 +170,11 @@ def batch_shards(mesh: Mesh | None) -> int:
 def describe(mesh: Mesh, logical: str) -> str:
     """The mesh axes that a logical axis is split over: "slices=2 * data=4 * fsdp=4"."""
     return " * ".join(f"{axis}={mesh.shape[axis]}" for axis in RULES[logical])
+
+
+def is_names(x: Any) -> bool:
+    """Whether x is the logical names of one array: a leaf of a tree of them, for jax.tree.map."""
+    return isinstance(x, tuple)
 
 
 def platform(mesh: Mesh) -> str:

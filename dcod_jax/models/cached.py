@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from dcod_jax.mesh import is_names
 from dcod_jax.models import layers
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.transformer import embed, gather_layer, graphs, logical_axes
@@ -104,7 +105,7 @@ def forward_with_cache(
         layer_axes = jax.tree.map(
             lambda names: (names[0], *names[:0:-1]),
             layer_axes,
-            is_leaf=lambda x: isinstance(x, tuple),
+            is_leaf=is_names,
         )
     rope = layers.rope_tables(config, positions)
     capacity = cache.keys[0].shape[3]

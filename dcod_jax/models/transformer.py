@@ -130,7 +130,7 @@ def gather_layer(
         whole = tuple(None if name == "embed" else name for name in names[1:])
         return meshes.constrain(weight.astype(compute_dtype), mesh, *whole)
 
-    return jax.tree.map(gather, axes, layer, is_leaf=_is_names)
+    return jax.tree.map(gather, axes, layer, is_leaf=meshes.is_names)
 
 
 def _with_weights(
@@ -163,16 +163,12 @@ def _with_weights(
         return meshes.gather_weight(weight, mesh, "embed", names.index("embed") - 1)
 
     def on_shard(layer: Params, *arrays: Array) -> Any:
-        whole = jax.tree_util.tree_map_with_path(gather, axes, layer, is_leaf=_is_names)
+        whole = jax.tree_util.tree_map_with_path(gather, axes, layer, is_leaf=meshes.is_names)
         return function(whole, *arrays)
 
-    specs = jax.tree.map(lambda names: meshes.spec(names[1:]), axes, is_leaf=_is_names)
+    specs = jax.tree.map(lambda names: meshes.spec(names[1:]), axes, is_leaf=meshes.is_names)
     run = meshes.per_shard(on_shard, mesh, (specs, *(names for names, _ in arrays)), output)
     return run(layer, *(x for _, x in arrays))
-
-
-def _is_names(x: Any) -> bool:
-    return isinstance(x, tuple)
 
 
 def embed(
