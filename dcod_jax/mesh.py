@@ -211,6 +211,18 @@ def gather(x: jax.Array, logical: str, *, dimension: int) -> jax.Array:
     return jax.lax.all_gather(x, RULES[logical], axis=dimension, tiled=True)
 
 
+def place(mesh: Mesh | None, logical: str) -> jax.Array | int:
+    """Inside per_shard: which piece of a dimension of this logical name the device has, from 0."""
+    return 0 if parts(mesh, logical) == 1 else jax.lax.axis_index(RULES[logical])
+
+
+def across(x: jax.Array, *, mesh: Mesh | None, logical: str, largest: bool = False) -> jax.Array:
+    """Inside per_shard: the sum (or the largest) of x over the pieces of this logical name."""
+    if parts(mesh, logical) == 1:
+        return x
+    return (jax.lax.pmax if largest else jax.lax.psum)(x, RULES[logical])
+
+
 def torus_stages(places: np.ndarray) -> list[list[list[int]]]:
     """Groups of positions for a reduce-scatter along one dimension of a torus after the other.
 

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from dcod_jax.data import chat
 from dcod_jax.generate import bucket_length
-from dcod_jax.losses.distributions import MASKED_LOGIT
 from dcod_jax.losses.divergences import target_logprobs
+from dcod_jax.losses.events import Layout, event_logits
 from dcod_jax.losses.head import head_loss, token_logprobs
 from dcod_jax.mesh import batch_shards, constrain, put, sharding
 from dcod_jax.models.config import ModelConfig
@@ -261,7 +261,7 @@ def score_step(
     head, mask = head_weight(config, params), segment_ids > 0
     options = {"chunk": settings.head_chunk, "mesh": mesh, "valid_vocab": settings.valid_vocab}
     if settings.top_k:
-        observe = functools.partial(_observe_top_k, top_k=settings.top_k)
+        observe = functools.partial(_observe_top_k, top_k=settings.top_k, mesh=mesh)
         _, out = head_loss(hidden, head, targets, mask, (), observe, **options)
     else:
         out = (token_logprobs(hidden, head, targets, **options),)
@@ -276,23 +276,23 @@ def _round_down(x: jax.Array) -> jax.Array:
 
 
 def _observe_top_k(
-    logits: jax.Array, targets: jax.Array, aux: Any, shared: Any, *, top_k: int
+    logits: jax.Array, targets: jax.Array, aux: Any, shared: Any, *, top_k: int, mesh: Mesh | None
 ) -> tuple[jax.Array, Any]:
     """What head_loss collects from each chunk of logits; there is no loss."""
-    out = (target_logprobs(logits, targets), *top_k_logprobs(logits, top_k=top_k))
+    out = (target_logprobs(logits, targets), *top_k_logprobs(logits, top_k=top_k, mesh=mesh))
     return jnp.zeros(targets.shape, jnp.float32), out
 
 
 def top_k_logprobs(
-    logits: Float[Array, "*N V"], *, top_k: int
+    logits: Float[Array, "*N V"], *, top_k: int, mesh: Mesh | None = None
 ) -> tuple[Int[Array, "*N K"], Float[Array, "*N K"], Float[Array, "*N"]]:
     """Most probable tokens, their log-probs, and log(1 - Σ of their probabilities).
 
     The tail is summed over the other tokens' logits rather than taken as 1 - Σ, which would lose it
-    where Σ is near 1. It is at least TAIL_FLOOR, also where K = V leaves nothing.
+    where Σ is near 1. It is at least TAIL_FLOOR, also where K = V leaves nothing. mesh: the logits
+    are split over it as in the head.
     """
-    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    values, ids = jax.lax.top_k(logits, top_k)
-    rest = jnp.put_along_axis(logits, ids, MASKED_LOGIT, axis=-1, inplace=False)
-    tail = jax.nn.logsumexp(rest, axis=-1) - total[..., 0]
-    return ids, values - total, jnp.maximum(tail, TAIL_FLOOR)
+    ids = jax.lax.top_k(logits, top_k)[1]
+    events, _ = event_logits(logits, ids, ids[..., 0], Layout(mesh=mesh))
+    logprobs = jax.nn.log_softmax(events, axis=-1)
+    return ids, logprobs[..., :-1], jnp.maximum(logprobs[..., -1], TAIL_FLOOR)

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from dcod_jax.losses import adaptive, distributions, reduce, weights
 from dcod_jax.losses.adaptive import LossState, TaidConfig
 from dcod_jax.losses.divergences import DIVERGENCES, target_logprobs
+from dcod_jax.losses.events import Layout
 from dcod_jax.losses.head import TokenLoss, gather_head, head_loss, piece_logits
 from dcod_jax.losses.reduce import Sums, TokenStats
 from dcod_jax.losses.weights import WeightConfig
@@ -144,26 +145,18 @@ def compact_hidden(batch: Batch, hidden: Float[Array, "B T D"]) -> Float[Array, 
 # ---------------------------------------------------------------- per token
 
 
-def _teacher_logits(aux: dict[str, Array], shared: dict[str, Any], options: _Static) -> Array:
+def _teacher_logits(aux: dict[str, Array], shared: dict[str, Any], options: Layout) -> Array:
     """The live teacher's logits of one piece, as wide as the student's."""
     logits = piece_logits(aux["teacher_hidden"], shared["teacher_head"], options.mesh)
     return jax.lax.stop_gradient(distributions.mask_padding(logits, options.valid_vocab))
 
 
-def _divergence(
-    cfg: LossConfig,
-    logits: Array,
-    teacher_logits: Array | None,
-    aux: dict[str, Array],
-    shared: dict[str, Any],
-) -> Array:
+def _value(
+    cfg: LossConfig, log_p: Array, log_q: Array, shared: dict[str, Any]
+) -> Float[Array, "*N"]:
+    """The divergence of each token from its aligned distributions."""
     entry = DIVERGENCES[cfg.divergence]
     assert entry.value is not None
-    if teacher_logits is not None:
-        log_p, log_q = distributions.dense(teacher_logits, logits, cfg.temperature)
-    else:
-        cache = (aux["topk_ids"], aux["topk_logprobs"], aux["tail_logprobs"])
-        log_p, log_q = distributions.buckets(*cache, logits)
     knob = 0.0
     if entry.knob:
         knob = (
@@ -173,15 +166,7 @@ def _divergence(
     return value * cfg.temperature**2 if cfg.temperature_squared else value
 
 
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    """What a piece needs to know besides its arrays."""
-
-    mesh: Mesh | None
-    valid_vocab: int | None
-
-
-def _token_loss(cfg: LossConfig, options: _Static, *, weighed: bool) -> TokenLoss:
+def _token_loss(cfg: LossConfig, options: Layout, *, weighed: bool) -> TokenLoss:
     """w · ((1−α) nll + α d) per token. Weights are read from aux where a pass before has weighed
     the tokens; else they are formed from the piece's own log q, which costs nothing more.
     """
@@ -189,12 +174,23 @@ def _token_loss(cfg: LossConfig, options: _Static, *, weighed: bool) -> TokenLos
     def token_loss(
         logits: Array, targets: Array, aux: dict[str, Array], shared: dict[str, Any]
     ) -> tuple[Array, TokenStats]:
-        logprobs = target_logprobs(logits, targets)
-        teacher_logits = None
         teacher_logprobs = aux["teacher_logprobs"]
+        value = None
+        if "topk_ids" in aux:
+            cache = (aux["topk_ids"], aux["topk_logprobs"], aux["tail_logprobs"])
+            log_p, log_q, logprobs = distributions.buckets_and_target(
+                *cache, logits, targets, options
+            )
+            value = _value(cfg, log_p, log_q, shared)
+        else:
+            logits = distributions.mask_padding(logits, options.valid_vocab)
+            logprobs = target_logprobs(logits, targets)
         if "teacher_hidden" in aux:
             teacher_logits = _teacher_logits(aux, shared, options)
             teacher_logprobs = target_logprobs(teacher_logits, targets)
+            if needs_distribution(cfg):
+                dense = distributions.dense(teacher_logits, logits, cfg.temperature)
+                value = _value(cfg, *dense, shared)
         if weighed:
             weight = aux["weights"]
         else:
@@ -203,9 +199,8 @@ def _token_loss(cfg: LossConfig, options: _Static, *, weighed: bool) -> TokenLos
             )
             weight = weights.warm(cfg.weights, raw, shared["step"])
         divergence = loss = -logprobs
-        if needs_distribution(cfg):
-            divergence = _divergence(cfg, logits, teacher_logits, aux, shared)
-            loss = divergence
+        if value is not None:
+            divergence = loss = value
             if cfg.alpha != 1:
                 loss = (1 - cfg.alpha) * -logprobs + cfg.alpha * divergence
         return weight * loss, TokenStats(logprobs, teacher_logprobs, weight, divergence)
@@ -213,12 +208,13 @@ def _token_loss(cfg: LossConfig, options: _Static, *, weighed: bool) -> TokenLos
     return token_loss
 
 
-def _observe(options: _Static) -> TokenLoss:
+def _observe(options: Layout) -> TokenLoss:
     """log q and log p of the targets, no loss: the pass before the weights."""
 
     def observe(
         logits: Array, targets: Array, aux: dict[str, Array], shared: dict[str, Any]
     ) -> tuple[Array, tuple[Array, Array]]:
+        logits = distributions.mask_padding(logits, options.valid_vocab)
         logprobs = target_logprobs(logits, targets)
         teacher = aux["teacher_logprobs"]
         if "teacher_hidden" in aux:
@@ -280,11 +276,9 @@ def observe_logprobs(
     aux = {name: aux[name] for name in ("teacher_logprobs", "teacher_hidden") if name in aux}
     hidden, head_weight = jax.lax.stop_gradient((hidden, head_weight))
     everywhere = jnp.ones(batch.targets.shape, bool)
-    options: dict[str, Any] = {"chunk": cfg.head_chunk, "mesh": mesh, "valid_vocab": valid_vocab}
-    observe = _observe(_Static(mesh, valid_vocab))
-    return head_loss(
-        hidden, head_weight, batch.targets, everywhere, aux, observe, shared=shared, **options
-    )[1]
+    observe = _observe(Layout(valid_vocab, mesh))
+    inputs = (hidden, head_weight, batch.targets, everywhere, aux, observe)
+    return head_loss(*inputs, shared=shared, chunk=cfg.head_chunk, mesh=mesh)[1]
 
 
 def distill_loss(
@@ -313,10 +307,9 @@ def distill_loss(
         "interpolation": adaptive.interpolation(cfg.taid, loss_state),
     }
     weighed = weights.needs_logprob_pass(cfg.weights)
-    options: dict[str, Any] = {"mesh": mesh, "valid_vocab": valid_vocab}
     if weighed:
         logprobs, teacher_logprobs = observe_logprobs(
-            cfg, hidden, head_weight, batch, teacher=teacher, **options
+            cfg, hidden, head_weight, batch, teacher=teacher, mesh=mesh, valid_vocab=valid_vocab
         )
         aux["weights"] = weights.weigh(
             cfg.weights,
@@ -333,11 +326,11 @@ def distill_loss(
         batch.targets,
         batch.loss_mask,
         aux,
-        _token_loss(cfg, _Static(mesh, valid_vocab), weighed=weighed),
+        _token_loss(cfg, Layout(valid_vocab, mesh, hidden.dtype), weighed=weighed),
         shared=shared,
         chunk=cfg.head_chunk,
         group=cfg.head_group,
-        **options,
+        mesh=mesh,
     )
     stats = dataclasses.replace(stats, weights=jnp.where(batch.loss_mask, stats.weights, 0.0))
     return reduce.token_sums(total, stats, batch.loss_mask), stats

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-MASKED_LOGIT = -1e30  # of padded vocabulary rows: probability 0, and finite so that 0 * it is 0
+from dcod_jax.losses.events import MASKED_LOGIT, Layout, event_logits
 
 
 def mask_padding(logits: Float[Array, "*N V"], valid_vocab: int | None) -> Float[Array, "*N V"]:
@@ -45,9 +45,23 @@ def buckets(
     student's tail is summed over the other logits, not taken as 1 − Σ, which would lose it where
     Σ is near 1; its log-softmax over the K + 1 is then its distribution over the events.
     """
+    return buckets_and_target(ids, logprobs, tail, student_logits, ids[..., 0], Layout())[:2]
+
+
+def buckets_and_target(
+    ids: Int[Array, "*N K"],
+    logprobs: Float[Array, "*N K"],
+    tail: Float[Array, "*N"],
+    student_logits: Float[Array, "*N V"],
+    targets: Int[Array, "*N"],
+    layout: Layout,
+) -> tuple[Float[Array, "*N E"], Float[Array, "*N E"], Float[Array, "*N"]]:
+    """`buckets`, and log q of the targets, which no pass of its own over the logits is needed for.
+
+    student_logits: not masked; layout.valid_vocab says what of them is padding.
+    """
     known = jnp.concatenate([logprobs.astype(jnp.float32), tail[..., None]], axis=-1)
     log_p = jax.lax.stop_gradient(jax.nn.log_softmax(known, axis=-1))
-    chosen = jnp.take_along_axis(student_logits, ids, axis=-1)
-    others = jnp.put_along_axis(student_logits, ids, MASKED_LOGIT, axis=-1, inplace=False)
-    rest = jax.nn.logsumexp(others, axis=-1, keepdims=True)
-    return log_p, jax.nn.log_softmax(jnp.concatenate([chosen, rest], axis=-1), axis=-1)
+    logits, target_logits = event_logits(student_logits, ids, targets, layout)
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return log_p, logits - total, target_logits - total[..., 0]
