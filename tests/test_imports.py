@@ -12,7 +12,7 @@ LEVELS = {
     0: "types paths storage chips hlo",
     1: "mesh epitaph watch hosts",
     2: "models.config models.layers models.attention models.transformer models.cached "
-    "models.weights losses.distributions losses.divergences losses.weights losses.adaptive "
+    "models.weights losses.events losses.distributions losses.divergences losses.weights losses.adaptive "
     "losses.head losses.reduce data.manifest data.codec data.score_progress data.blocks "
     "data.records data.packing data.chat data.formats data.traces data.delivered data.overlap "
     "answers eval_stats benchmarks grading progress metrics profiling optim "
