@@ -150,6 +150,7 @@ def _first_fit(
     choices = [("as the recipe says", start), *remedies(config, target.devices)]
     for what, changes in choices:
         changed = programs.altered(config, changes)
+        console.print(f"compiling the train step: {what}", highlight=False)
         try:
             report = _try(changed, target)
         except DoesNotFitError as error:
@@ -190,9 +191,10 @@ def _largest(
         compiles += 1
         try:
             peaks[guess] = _try(changed, target)["peak"]
-            fits = guess
-        except DoesNotFitError:
-            refused = guess
+            fits, needs = guess, _size(peaks[guess])
+        except DoesNotFitError as error:
+            refused, needs = guess, f"{_size(error.needed)}, too much"
+        console.print(f"largest batch: {guess * unit} rows need {needs}", highlight=False)
         guess = _guess(peaks, fits, refused, target.limit)
         if compiles > MAX_DOUBLINGS:
             break

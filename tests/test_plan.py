@@ -116,12 +116,18 @@ def modelled(monkeypatch):
 
 
 @pytest.mark.parametrize("limit", [4.0, 6.5, 40.0, 173.0])
-def test_the_largest_batch_fits_and_one_step_more_does_not(student, tmp_path, modelled, limit):
+def test_the_largest_batch_fits_and_one_step_more_does_not(
+    student, tmp_path, modelled, limit, capsys
+):
     changes = {"plan.largest_batch": True, "plan.hbm_gib": limit * 1e6 / GIB}
     found = plan.plan(recipe(student, tmp_path, **changes))["largest_batch"]
     assert found["rows"] == 8 * int((limit - 3.0) / 0.4 + 1e-9)
     assert found["refused"] == found["rows"] + 8
     assert modelled["compiles"] <= 8
+    # Each compilation of a large model takes minutes: what came of it is said at once.
+    told = capsys.readouterr().out
+    assert "compiling the train step: as the recipe says" in told
+    assert told.count(" rows need ") == modelled["compiles"] - 1
 
 
 def test_out_of_memory_is_a_table_and_names_the_first_remedy_that_fits(
