@@ -225,6 +225,26 @@ def test_a_stopped_run_goes_on_to_the_same_bits(place, two, again):
 
 
 @pytest.mark.long
+def test_a_loss_that_is_not_finite_stops_all_at_one_step(place):
+    settings = {
+        "loss.weights.name": "uniform",
+        "optim.learning_rate": "1e30",
+        "optim.warmup_steps": "0",
+        "optim.clip_norm": "0",
+        "train.save_every": "0",
+    }
+    more = [f"--config.{key}={value}" for key, value in settings.items()]
+    ends = finish(tasks(place, "fit nan", *more))
+    assert [end[0] for end in ends] == [1, 1], ends
+    told = [set(re.findall(r"step (\d+): loss=", end[2])) for end in ends]
+    assert len(told[0]) == 1
+    assert told[0] == told[1]
+    ids = set(re.findall(r"sum-\d+-\d+", ends[0][2]))
+    assert len(ids) > 8  # of the whole batch, not of one process's four rows alone
+    assert len(metrics(place / "two" / "nan")) == int(told[0].pop()) - 1
+
+
+@pytest.mark.long
 def test_four_processes_of_which_one_is_killed(place, two):
     ends = finish(tasks(place, "fit four kill 5", count=4, devices=1))
     assert [end[0] for end in ends] == [EXIT_PEER, -signal.SIGKILL, EXIT_PEER, EXIT_PEER], ends
