@@ -4,7 +4,8 @@ Figures are of one JAX device, which on TPU7x is a chiplet (half a chip) and els
 peak_flops, hbm_bandwidth, ici_bandwidth and dcn_bandwidth follow Google's pages
 docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; v4's interconnect is the page's all-reduce
 bandwidth of a pod over its 4096 chips, and v4's data-centre bandwidth is not on it. ICI counts one
-direction (half of the pages' bidirectional figure).
+direction (half of the pages' bidirectional figure). The largest slices are the pages' too; libtpu
+describes larger ones that nobody has.
 hbm_usable is what libtpu 0.0.x names when a program does not fit ("exceeds available HBM"), read
 from a program of 8 TiB for each topology with jax 0.10.2; it is less than the chip's HBM.
 clock turns libtpu's estimated cycles into seconds: peak_flops over the matrix units' operations in
@@ -30,6 +31,8 @@ class Chip:
     ici_bandwidth: float  # bytes a second into the device from its slice
     dcn_bandwidth: float | None  # bytes a second into the device from other slices
     cycle_flops: int  # matrix operations of one cycle
+    dimensions: int  # of the torus of a slice
+    largest: int  # chips of the largest slice
     options: tuple[tuple[str, str], ...] = ()  # of get_topology_desc, beside the topology's name
 
     @property
@@ -41,12 +44,13 @@ class Chip:
 # jax.Device.device_kind -> chip.
 CHIPS: dict[str, Chip] = {
     "TPU v4": Chip(
-        "v4", 275e12, 30.75 * GIB, 1200e9, 268e9, None, 2**18, (("chip_config_name", "megacore"),)
+        *("v4", 275e12, 30.75 * GIB, 1200e9, 268e9, None, 2**18, 3, 4096),
+        options=(("chip_config_name", "megacore"),),
     ),
-    "TPU v5 lite": Chip("v5e", 197e12, 15.75 * GIB, 819e9, 200e9, 3.125e9, 2**17),
-    "TPU v5": Chip("v5p", 459e12, 95.74 * GIB, 2765e9, 600e9, 6.25e9, 2**18),
-    "TPU v6 lite": Chip("v6e", 918e12, 31.25 * GIB, 1638e9, 400e9, 12.5e9, 2**19),
-    "TPU7x": Chip("tpu7x", 1153.5e12, 94.75 * GIB, 3690e9, 300e9, 6.25e9, 2**19),
+    "TPU v5 lite": Chip("v5e", 197e12, 15.75 * GIB, 819e9, 200e9, 3.125e9, 2**17, 2, 256),
+    "TPU v5": Chip("v5p", 459e12, 95.74 * GIB, 2765e9, 600e9, 6.25e9, 2**18, 3, 6144),
+    "TPU v6 lite": Chip("v6e", 918e12, 31.25 * GIB, 1638e9, 400e9, 12.5e9, 2**19, 2, 256),
+    "TPU7x": Chip("tpu7x", 1153.5e12, 94.75 * GIB, 3690e9, 300e9, 6.25e9, 2**19, 3, 9216),
 }
 
 

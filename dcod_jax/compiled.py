@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -94,6 +95,13 @@ def target(config: Any) -> Target:
     if chip is None or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         known = ", ".join(f"{c.name}:AxB" for c in chips.CHIPS.values())
         raise DcodError(f"plan.topology={name!r} is not known: {known} (or AxBxC), or cpu:N")
+    sides = [int(side) for side in shape.split("x")]
+    if len(sides) > chip.dimensions or not 0 < math.prod(sides) <= chip.largest:
+        raise DcodError(
+            f"plan.topology={name!r}: {chip.name} slices have {chip.dimensions} dimensions and at "
+            f"most {chip.largest} chips, this is {shape} = {math.prod(sides)}; several slices are "
+            "--num-slices"
+        )
     devices = _describe(name, chip, slices)
     return Target(name, devices, chip, limit or chip.hbm_usable, slices)
 
@@ -138,6 +146,12 @@ def student_of(config: Any) -> ModelConfig:
     if not source:
         raise DcodError("no student: set student.config (config.json) or student.path")
     return hf.read_config(source)
+
+
+def models_of(config: Any) -> list[ModelConfig]:
+    """Architectures of all parameters of a train step: the student's, and a live teacher's."""
+    live = config.loss.teacher == "live"
+    return [student_of(config), *([hf.read_config(config.teacher.path)] if live else [])]
 
 
 def _shapes(model: ModelConfig, dtype: Any, mesh: Any) -> Params:

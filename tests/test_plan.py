@@ -116,12 +116,18 @@ def modelled(monkeypatch):
 
 
 @pytest.mark.parametrize("limit", [4.0, 6.5, 40.0, 173.0])
-def test_the_largest_batch_fits_and_one_step_more_does_not(student, tmp_path, modelled, limit):
+def test_the_largest_batch_fits_and_one_step_more_does_not(
+    student, tmp_path, modelled, limit, capsys
+):
     changes = {"plan.largest_batch": True, "plan.hbm_gib": limit * 1e6 / GIB}
     found = plan.plan(recipe(student, tmp_path, **changes))["largest_batch"]
     assert found["rows"] == 8 * int((limit - 3.0) / 0.4 + 1e-9)
     assert found["refused"] == found["rows"] + 8
     assert modelled["compiles"] <= 8
+    # Each compilation of a large model takes minutes: what came of it is said at once.
+    told = capsys.readouterr().out
+    assert "compiling the train step: as the recipe says" in told
+    assert told.count(" rows need ") == modelled["compiles"] - 1
 
 
 def test_out_of_memory_is_a_table_and_names_the_first_remedy_that_fits(
@@ -143,6 +149,9 @@ def test_out_of_memory_is_a_table_and_names_the_first_remedy_that_fits(
     printed = capsys.readouterr().out
     assert "too much" in printed
     assert "mesh.fsdp=4" in printed
+    changes = "--config.student.remat=full --config.train.microbatches=8 --config.mesh.fsdp=4"
+    assert f"student: {result['parameters']:,} parameters" in printed
+    assert f"what follows is with {changes} --config.mesh.data=2" in printed
 
 
 def test_where_nothing_fits_the_table_is_written_and_the_error_says_what_to_do(
@@ -158,7 +167,7 @@ def test_where_nothing_fits_the_table_is_written_and_the_error_says_what_to_do(
 
 def test_remedies_come_cheapest_first_and_build_on_each_other(student, tmp_path):
     config = recipe(student, tmp_path, **{"mesh.fsdp": 2, "student.remat": "none"})
-    names = [what for what, _ in plan.remedies(config, 8)]
+    names = [what for what, _ in plan.remedies(config, jax.devices())]
     assert names == [
         "student.remat=dots",
         "student.remat=full",
@@ -168,14 +177,48 @@ def test_remedies_come_cheapest_first_and_build_on_each_other(student, tmp_path)
         "student.remat=offload",
         "optim.offload=true",
     ]
-    last = list(plan.remedies(config, 8))[-1][1]
+    last = list(plan.remedies(config, jax.devices()))[-1][1]
     assert last == {
         "student.remat": "offload",
         "train.microbatches": 2,
         "mesh.fsdp": 8,
-        "mesh.data": -1,
+        "mesh.data": 1,
         "optim.offload": True,
     }
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        # The axis that fills is counted, and stays what it is.
+        ({"data": 4, "fsdp": 1, "tensor": -1}, [(2, 2), (4, 1)]),
+        ({"data": 2, "fsdp": 2, "context": -1}, [(4, 1)]),
+        ({"data": 1, "fsdp": -1}, []),
+        # Parameters are not split over slices.
+        ({"fsdp": 1, "slices": 2}, [(2, 2), (4, 1)]),
+    ],
+)
+def test_more_fsdp_is_asked_for_only_where_the_mesh_can_have_it(student, tmp_path, sizes, expected):
+    keys = {f"mesh.{axis}": size for axis, size in ({"fsdp": 1} | sizes).items()}
+    config = recipe(student, tmp_path, **keys)
+    found = list(plan.remedies(config, jax.devices()))
+    larger = [changes for what, changes in found if what.startswith("mesh.fsdp")]
+    assert [(c["mesh.fsdp"], c["mesh.data"]) for c in larger] == expected
+    for changes in larger:
+        compiled.train_program(compiled.altered(config, changes), jax.devices())
+
+
+@pytest.mark.parametrize(("hidden", "expected"), [(24, [2, 4, 8]), (12, [2, 4])])
+def test_more_fsdp_than_the_model_can_be_cut_into_is_not_asked_for(tmp_path, hidden, expected):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tiny.raw_config(hidden_size=hidden, num_attention_heads=2)))
+    found = plan.remedies(recipe(path, tmp_path, **{"mesh.fsdp": 1}), jax.devices())
+    assert [changes["mesh.fsdp"] for what, changes in found if "mesh.fsdp" in what] == expected
+
+
+def test_a_remedy_that_is_taken_already_is_not_tried_again(student, tmp_path):
+    keys = {"student.remat": "offload", "optim.offload": True, "data.batch_size": 8}
+    assert list(plan.remedies(recipe(student, tmp_path, **keys), jax.devices())) == []
 
 
 def test_auto_takes_the_least_recomputation_that_fits(student, tmp_path, monkeypatch, capsys):
@@ -217,6 +260,9 @@ def test_a_program_over_the_limit_is_refused_with_what_it_needs():
         ("cpu:99", "--xla_force_host_platform_device_count=99"),
         ("v9:4x4", "is not known: v4:AxB"),
         ("v5e:16", "is not known"),
+        ("v5e:64x64", "at most 256 chips, this is 64x64 = 4096; several slices are --num-slices"),
+        ("v6e:4x4x4", "v6e slices have 2 dimensions"),
+        ("v5p:2x2x0", "this is 2x2x0 = 0"),
         ("", "plan.topology is empty"),
     ],
 )
@@ -248,6 +294,15 @@ def test_matrix_products_are_counted_through_loops_and_shards():
     # The backward pass recomputes each product and takes two more.
     gradient = jax.make_jaxpr(jax.grad(step, argnums=(0, 1)))(*shapes).jaxpr
     assert compiled.matmul_flops(gradient) == 4 * forward
+
+
+def test_the_scoring_step_has_a_time_and_its_assumptions_too(capsys):
+    report = {"seconds": 0.25, "tokens_per_day": 3.1e9, "assumptions": ["half of the peak"]}
+    plan._print_speed("", 64, report, plan.Console(width=100))
+    assert capsys.readouterr().out.splitlines() == [
+        "step: 0.250 s estimated, 3.10 G tokens a day (rows of 64, padding included)",
+        "  assumed: half of the peak",
+    ]
 
 
 def test_the_flags_are_config_keys():

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,29 +190,8 @@ def kill_after(run, path, step, how):
     pytest.fail(f"never reached step {step}: {run.communicate()[0]}")
 
 
-def test_kill_9_in_mid_run_then_the_same_command_is_bit_identical(place, reference):
-    run_dir = place / "killed"
-    first = start(place, run_dir)
-    kill_after(first, run_dir / "metrics.jsonl", 5, signal.SIGKILL)
-    first.communicate()
-    assert first.returncode == -signal.SIGKILL
-    assert Checkpointer(run_dir).steps() in ([4], [])
-    second = start(place, run_dir)
-    output = second.communicate(timeout=300)[0]
-    assert second.returncode == 0, output
-    assert_same_run(place, run_dir, reference)
-    found = json.loads((run_dir / "goodput.json").read_text())
-    assert [attempt["ended"] for attempt in found["attempts"]] == ["killed", "ended"]
-    killed, after = found["attempts"]
-    assert killed["step"] >= 5
-    assert 0 < killed["lost"] == found["total"]["lost_seconds"]
-    if after["from_step"] == 4:  # the steps up to the save were not lost
-        steps = killed["elapsed"] - killed["startup"] - killed["eval"] - killed["save"]
-        assert killed["lost"] == pytest.approx(steps - killed["steps_at_save"]["4"])
-
-
-def test_sigterm_saves_and_exits_with_its_own_code(place, reference):
-    run_dir = place / "terminated"
+def test_sigterm_then_kill_9_then_the_same_command_is_bit_identical(place, reference):
+    run_dir = place / "stopped"
     first = start(place, run_dir, "--config.train.steps=8")
     kill_after(first, run_dir / "metrics.jsonl", 2, signal.SIGTERM)
     output = first.communicate(timeout=300)[0]
@@ -219,11 +199,28 @@ def test_sigterm_saves_and_exits_with_its_own_code(place, reference):
         pytest.skip("the run was over before the signal came")
     assert first.returncode == configs.EXIT_INTERRUPTED, output
     assert "the same command goes on" in output
+    [saved] = Checkpointer(run_dir).steps()
     second = start(place, run_dir)
-    output = second.communicate(timeout=300)[0]
-    assert second.returncode == 0, output
-    assert "resuming" in output
+    kill_after(second, run_dir / "metrics.jsonl", max(5, saved + 1), signal.SIGKILL)
+    output = second.communicate()[0]
+    assert second.returncode == -signal.SIGKILL
+    assert f"resuming {run_dir} at step {saved}" in output
+    kept = Checkpointer(run_dir).steps()
+    assert set(kept) <= {saved, 4}
+    third = start(place, run_dir)
+    output = third.communicate(timeout=300)[0]
+    assert third.returncode == 0, output
+    assert f"resuming {run_dir} at step {kept[-1]}" in output
     assert_same_run(place, run_dir, reference)
+    found = json.loads((run_dir / "goodput.json").read_text())
+    stopped, killed, after = found["attempts"]
+    assert [a["ended"] for a in (stopped, killed, after)] == ["ended", "killed", "ended"]
+    assert killed["step"] >= 5
+    assert stopped["lost"] == 0
+    assert 0 < killed["lost"] == found["total"]["lost_seconds"]
+    if after["from_step"] == 4:  # the steps up to the save were not lost
+        steps = killed["elapsed"] - killed["startup"] - killed["eval"] - killed["save"]
+        assert killed["lost"] == pytest.approx(steps - killed["steps_at_save"].get("4", 0.0))
 
 
 def test_another_seed_is_another_run(place, reference):
@@ -239,21 +236,20 @@ def test_a_finished_run_is_left_alone(place, reference):
     )
 
 
-def test_another_mesh_continues_within_rounding(place, reference):
+def test_another_mesh_continues_within_rounding(place, reference, capsys):
+    """From a checkpoint of replicas, with parameters and heads split and no micro-batches."""
     run_dir = place / "eight"
-    run = start(
-        place,
-        run_dir,
-        "--config.mesh.fsdp=2",
-        "--config.mesh.tensor=2",
-        "--config.train.microbatches=1",
-    )
-    output = run.communicate(timeout=300)[0]
-    assert run.returncode == 0, output
-    for ours, theirs in zip(metrics(run_dir), metrics(reference), strict=True):
+    shutil.copytree(reference, run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "8")
+    changes = ("mesh.fsdp=2", "mesh.tensor=2", "train.microbatches=1")
+    assert train.fit(load(place, run_dir, *(f"--config.{change}" for change in changes))) == 8
+    assert f"resuming {run_dir} at step 4" in capsys.readouterr().out
+    ours, theirs = metrics(run_dir), metrics(reference)
+    assert ours != theirs  # the last steps were done anew
+    for mine, other in zip(ours, theirs, strict=True):
         for key in ("loss", "nll", "eval/nll", "eval/loss"):
-            if key in ours:
-                np.testing.assert_allclose(ours[key], theirs[key], rtol=2e-5, err_msg=key)
+            if key in mine:
+                np.testing.assert_allclose(mine[key], other[key], rtol=2e-5, err_msg=key)
 
 
 def test_not_finite_stops_with_step_traces_and_last_good_checkpoint(place):

@@ -218,12 +218,20 @@ def host_slice(mesh: Mesh, batch_size: int) -> tuple[int, int]:
     """(process_index, process_count) to read with: hosts that hold the same rows read the same.
 
     Without model parallelism across hosts this is this host's number and the number of hosts.
+    Raises DcodError where two hosts have some rows in common and others not.
     """
     layout = meshes.sharding(mesh, ("batch", None)).devices_indices_map((batch_size, 1))
     rows: dict[int, set[int]] = {}
     for device, (piece, _) in layout.items():
         rows.setdefault(device.process_index, set()).add(piece.start or 0)
     shares = sorted({tuple(sorted(starts)) for starts in rows.values()})
+    if len(set().union(*shares)) != sum(map(len, shares)):
+        raise DcodError(
+            f"hosts share rows of a batch in part, they begin at {' and '.join(map(str, shares))}: "
+            f"mesh.{meshes.describe(mesh, 'batch')} leaves {mesh.size // meshes.batch_shards(mesh)}"
+            f" devices (mesh.context * tensor) a batch shard, of {jax.local_device_count()} on a "
+            "host; one of the two must be a multiple of the other"
+        )
     return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
 
 

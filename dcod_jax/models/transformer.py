@@ -186,6 +186,8 @@ def embed(
     tokens = meshes.constrain(tokens, mesh, "replica", None)
     x = jnp.take(params["embed_tokens"]["embedding"], tokens, axis=0, mode="clip")
     x = meshes.constrain(x, mesh, "replica", None, "embed").astype(compute_dtype)
+    # One mesh axis after the other: at once the partitioner makes x whole on every device.
+    x = meshes.constrain(x, mesh, "replica", length, "embed")
     return meshes.constrain(x, mesh, "batch", length, None)
 
 

@@ -250,6 +250,18 @@ class FakeDevice:
         self.process_index = process_index
 
 
+def lay_out(monkeypatch, rows):
+    """Two hosts, whose devices hold these rows of a batch, the first host's first."""
+    devices = [FakeDevice(2 * place // len(rows)) for place in range(len(rows))]
+
+    class Layout:
+        def devices_indices_map(self, shape):
+            pieces = [(slice(*piece), slice(None)) for piece in rows]
+            return dict(zip(devices, pieces, strict=True))
+
+    monkeypatch.setattr(pipeline.meshes, "sharding", lambda mesh, logical: Layout())
+
+
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
@@ -259,14 +271,14 @@ class FakeDevice:
     ],
 )
 def test_hosts_with_the_same_rows_read_the_same(monkeypatch, rows, expected):
-    devices = [FakeDevice(0), FakeDevice(0), FakeDevice(1), FakeDevice(1)]
-
-    class Layout:
-        def devices_indices_map(self, shape):
-            pieces = [(slice(*piece), slice(None)) for piece in rows]
-            return dict(zip(devices, pieces, strict=True))
-
-    monkeypatch.setattr(pipeline.meshes, "sharding", lambda mesh, logical: Layout())
+    lay_out(monkeypatch, rows)
     for process, slice_of_it in enumerate(expected):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         assert pipeline.host_slice(make_mesh(), 8) == slice_of_it
+
+
+def test_hosts_that_share_a_part_of_their_rows_are_refused(monkeypatch):
+    """Two hosts of three devices, two devices a batch shard: the middle one is on both."""
+    lay_out(monkeypatch, [(0, 2), (0, 2), (2, 4), (2, 4), (4, 6), (4, 6)])
+    with pytest.raises(DcodError, match=r"in part, they begin at \(0, 2\) and \(2, 4\): mesh"):
+        pipeline.host_slice(make_mesh(), 6)

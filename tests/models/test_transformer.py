@@ -323,3 +323,21 @@ def test_init_is_deterministic_and_normal():
         ].dtype
         == jnp.bfloat16
     )
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 2, "context": 4}, {"data": 2, "fsdp": 2, "context": 2}])
+def test_embedded_tokens_are_never_whole_on_a_device_of_a_mesh_of_two_axes(sizes):
+    """Rows go over one axis, positions over the other; both at once would be a gather of all."""
+    mesh = meshes.make_mesh(**{"data": 1, **sizes})
+    params = {"embed_tokens": {"embedding": jnp.ones((96, 32))}}
+    tokens = _tokens(8, 24)
+
+    def loss(params):
+        options = {"compute_dtype": jnp.float32, "mesh": mesh, "length": "length"}
+        return jnp.square(transformer.embed(params, tokens, **options)).sum()
+
+    layout = {"embed_tokens": {"embedding": meshes.sharding(mesh, ("vocab", "embed"))}}
+    text = jax.jit(jax.grad(loss), in_shardings=(layout,)).lower(params).compile().as_text()
+    rows = 8 // mesh.shape["data"]
+    assert f"f32[{rows},{24 // mesh.shape['context']}," in text
+    assert f"f32[{rows},24,32]" not in text

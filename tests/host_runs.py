@@ -1,0 +1,57 @@
+"""Starting several processes of one run on this machine, for tests."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def launch(count, command, place, *, devices=1, own=()):
+    """`count` processes of one run on CPU, joined over gloo; returns them."""
+    address = f"127.0.0.1:{free_port()}"
+    environment = os.environ | {
+        "XLA_FLAGS": re.sub(r"(?<=device_count=)\d+", str(devices), os.environ["XLA_FLAGS"]),
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "JAX_COMPILATION_CACHE_DIR": str(place / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    where = [f"--config.hosts.coordinator={address}", f"--config.hosts.processes={count}"]
+    return [
+        subprocess.Popen(
+            [*command, *where, f"--config.hosts.process_id={i}", *(own[i] if own else ())],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(count)
+    ]
+
+
+def finish(run, *, timeout=240):
+    """[(exit code, stdout, stderr)] of all processes; none may hang."""
+    try:
+        ends = [process.communicate(timeout=timeout) for process in run]
+    finally:
+        for process in run:
+            process.kill()
+    return [(process.returncode, *end) for process, end in zip(run, ends, strict=True)]
+
+
+def succeed(run, code=0):
+    ends = finish(run)
+    assert [end[0] for end in ends] == [code] * len(ends), ends
+    return ends
