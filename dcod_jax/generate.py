@@ -92,7 +92,10 @@ def sample(
     if not prompts:
         return []
     ends = sorted(set(eos_ids))
-    everywhere = None if mesh is None else sharding(mesh, ())
+    program = decoding.make_program(
+        config, valid_vocab=valid_vocab, compute_dtype=compute_dtype, mesh=mesh
+    )
+    everywhere = None if program.mesh is None else sharding(program.mesh, ())
     request = Request(
         key=jax.random.key(seed),
         settings=settings,
@@ -102,10 +105,8 @@ def sample(
     )
     request = jax.tree.map(lambda x: put(x, everywhere), request)
     batch = _Batch(
-        decoding.make_program(
-            config, valid_vocab=valid_vocab, compute_dtype=compute_dtype, mesh=mesh
-        ),
-        params,
+        program,
+        decoding.place_params(params, mesh=mesh),
         request,
         rows=min(batch_size, 1 << (len(prompts) - 1).bit_length()),
         longest=max(map(len, prompts)),
@@ -161,6 +162,7 @@ class _Batch:
         self.chunk = decoding.prefill_chunk(longest)
         self.slots = bucket_length(longest + max_new_tokens, SLOTS_STEP)
         self.rows = decoding.empty_rows(
+            jax.tree.leaves(self.params)[0],
             program=program,
             rows=rows,
             slots=self.slots,
