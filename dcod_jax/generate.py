@@ -130,13 +130,26 @@ def _check(
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise DcodError(f"{name}={value} must be at least 1")
+    names = [f"prompt {i}" for i in range(len(prompts))]
+    check_room(config, prompts, names, max_new_tokens=max_new_tokens)
+
+
+def check_room(
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    names: Sequence[str],
+    *,
+    max_new_tokens: int,
+    key: str = "max_new_tokens",
+) -> None:
+    """Refuse an empty prompt and one that leaves no room for max_new_tokens, by its name."""
     room = config.max_position_embeddings - max_new_tokens
-    for i, prompt in enumerate(prompts):
+    for name, prompt in zip(names, prompts, strict=True):
         if not 0 < len(prompt) <= room:
             raise DcodError(
-                f"prompt {i} has {len(prompt)} tokens; expected 1 to {room} "
+                f"{name} has {len(prompt)} tokens; expected 1 to {room} "
                 f"(max_position_embeddings={config.max_position_embeddings} of the model less "
-                f"max_new_tokens={max_new_tokens}); shorten the prompt or lower max_new_tokens"
+                f"{key}={max_new_tokens}); shorten the prompt or lower {key}"
             )
 
 

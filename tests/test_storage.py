@@ -19,11 +19,12 @@ from dcod_jax.data import manifest as manifests
 from dcod_jax.data.formats import Fields
 from dcod_jax.data.records import TraceDataset, extend
 from dcod_jax.data.traces import describe, find_sources, read_traces
-from dcod_jax.evals import Generation, read_generations, read_problems, to_line
+from dcod_jax.evals import Generation, read_generations, to_line
 from dcod_jax.losses.adaptive import initial
 from dcod_jax.models import hf
 from dcod_jax.paths import RemotePath, as_path
 from dcod_jax.prepare import prepare
+from dcod_jax.problems import read_problems
 from dcod_jax.storage import Mirror, local_copy, local_directory, publish, unfinished
 from dcod_jax.types import DcodError, TrainState
 

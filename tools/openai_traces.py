@@ -58,7 +58,7 @@ class UnavailableError(Exception):
 
 
 def read_prompts(path: Path, *, system: str, field: str) -> list[dict[str, Any]]:
-    """{"id", "messages", and the record's other fields} of each line; MistakeError for a bad one."""
+    """{"id", "messages", the record's other fields} of each line; MistakeError for a bad one."""
     prompts, seen = [], {}
     try:
         text = path.read_text(encoding="utf-8-sig")
