@@ -50,6 +50,7 @@ def see(run: Run, *, count: int) -> Seen:
     Parameters are those of the run's export, else of its newest checkpoint. Raises DcodError with
     what is not there.
     """
+    _check_config(run)
     dataset = _dataset(run)
     tokenizer = _tokenizer(run)
     check_fingerprints(dataset, tokenizer=chat.tokenizer_fingerprint(tokenizer))
@@ -119,6 +120,19 @@ def _tempering(run: Run, cfg: WeightConfig) -> Tempering | None:
 
 
 # ---------------------------------------------------------------- what is there
+
+
+def _check_config(run: Run) -> None:
+    """Refuse a config.json without the settings that weights and log-probs follow from."""
+    known, own = configs.keys(configs.load_recipe(configs.BASE)), configs.keys(run.config)
+    sections = ("student.", "data.", "score.", "loss.", "train.", "export.")
+    odd = [key for key in {**known, **own} if (key in known) != (key in own)]
+    odd = [key for key in odd if key.startswith(sections)]
+    if odd:
+        raise DcodError(
+            f"{run.path}/config.json is of another version of dcod_jax, which differs in "
+            f"{', '.join(odd[:3])}"
+        )
 
 
 def _dataset(run: Run) -> TraceDataset:
