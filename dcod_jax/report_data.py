@@ -147,10 +147,10 @@ def thin(found: Sequence[tuple[int, float]], points: int) -> list[tuple[int, flo
 
 
 def evaluations(runs: Sequence[Run], notes: list[str]) -> list[dict[str, Any]]:
-    """Every results.json that belongs to the runs: {"source", "set", "baseline", "models"}.
+    """Every results.json that belongs to the runs: {"source", "set", "runs", and what it holds}.
 
-    set is the name of the folder of a problem set, "" for the evaluation's own. A file of another
-    form is left out with a note.
+    set is the name of the folder of a problem set, "" for the evaluation's own; runs says which of
+    them a model is. A file of another form is left out with a note.
     """
     found = []
     for root in dict.fromkeys(run.root for run in runs):
@@ -159,7 +159,8 @@ def evaluations(runs: Sequence[Run], notes: list[str]) -> list[dict[str, Any]]:
             if path.is_file():
                 name = "" if path.parent == folder else path.parent.name
                 result = _result(path, ("accuracy",), notes)
-                found += [{"source": str(path), "set": name, **result}] if result else []
+                place = {"source": str(path), "set": name, "runs": _places(runs, root)}
+                found += [{**place, **result}] if result else []
     return found
 
 
@@ -173,8 +174,18 @@ def drifts(runs: Sequence[Run], notes: list[str], *, points: int) -> list[dict[s
         path = root / "drift.json"
         if path.is_file() and (result := _result(path, DRIFT, notes)):
             models = {name: _thin_drift(row, points) for name, row in result["models"].items()}
-            found.append({"source": str(path), **result, "models": models})
+            place = {"source": str(path), "runs": _places(runs, root)}
+            found.append({**place, **result, "models": models})
     return found
+
+
+def _places(runs: Sequence[Run], root: Path) -> dict[str, int]:
+    """{model: place of its run} of the models that results in `root` tell of."""
+    return {
+        "student" if run.path == root else run.path.name: place
+        for place, run in enumerate(runs)
+        if run.root == root
+    }
 
 
 def _thin_drift(row: dict[str, Any], points: int) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import math
 import re
 import shutil
 import subprocess
@@ -181,7 +180,8 @@ def test_accuracy_is_the_evaluations(page, place):
     for found, name in zip(data_of(page)["evaluations"], ("", "gsm8k"), strict=True):
         path = Path(place.run_dir) / "evaluation" / name / "results.json"
         written = json.loads(path.read_text())
-        assert found == {"source": str(path), "set": name, **written}
+        runs = {"sft": 0, "discord": 1}
+        assert found == {"source": str(path), "set": name, "runs": runs, **written}
 
 
 # ---------------------------------------------------------------- traces and weights
@@ -233,6 +233,17 @@ def test_a_run_without_export_is_seen_by_its_newest_checkpoint(place, tmp_path):
     assert (seen.source, exported.source) == ("checkpoint of step 3", f"export {export}")
     for mine, theirs in zip(seen.weights, exported.weights, strict=True):
         np.testing.assert_array_equal(mine, theirs)
+
+
+def test_a_run_that_was_moved_is_seen_all_the_same(place, tmp_path):
+    moved = shutil.copytree(place.run_dir, tmp_path / "moved")
+    for stored in moved.glob("*/config.json"):
+        stored.write_text(stored.read_text().replace(place.run_dir, "/nowhere"))
+    runs = report_data.find_runs([moved])
+    found = report.collect(runs, settings=place.report)
+    assert not found["notes"]
+    assert f"export {moved / 'sft' / 'export'}" in found["runs"][1]["seen"]
+    assert len(found["traces"]) == place.report.traces
 
 
 def test_token_weights_equal_packed_ones(place):
@@ -337,15 +348,6 @@ def test_a_traces_text_is_never_markup(page):
     [hostile] = [t for t in data_of(page)["traces"] if t["id"] == HOSTILE]
     assert HOSTILE in "".join(hostile["texts"])  # and %data% in it stayed what it is
     assert HOSTILE not in page
-
-
-def test_embedding_round_trips():
-    value = {"a": "</script><!-- & \u2028 é", "b": [1.5, None]}
-    text = report.embedded(value)
-    assert json.loads(text) == value
-    assert not set("<>&\u2028é") & set(text)
-    with pytest.raises(ValueError, match="JSON"):
-        report.embedded(math.nan)
 
 
 def test_directories_on_the_command_line(place, tmp_path, capsys):

@@ -1,11 +1,12 @@
 """What a report reads: thinned curves keep their numbers, and files that cannot be shown."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 
-from dcod_jax import report_data
+from dcod_jax import report, report_data
 from dcod_jax.types import DcodError
 
 
@@ -58,6 +59,21 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     ]
 
 
+def test_a_model_belongs_to_the_run_beside_its_results(tmp_path):
+    """Two comparisons with runs of the same names, and a run of its own."""
+    for place in ("a/sft", "b/discord", "b/sft", "c"):
+        run = tmp_path / place
+        run.mkdir(parents=True)
+        (run / "config.json").write_text("{}")
+        (run / "metrics.jsonl").write_text("")
+        home = run if place == "c" else run.parent
+        (home / "evaluation").mkdir(exist_ok=True)
+        (home / "evaluation" / "results.json").write_text('{"models": {}}')
+    runs = report_data.find_runs([tmp_path / name for name in "abc"])
+    found = report_data.evaluations(runs, [])
+    assert [one["runs"] for one in found] == [{"sft": 0}, {"discord": 1, "sft": 2}, {"student": 3}]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "note"),
     [
@@ -95,3 +111,12 @@ def test_a_run_that_cannot_be_read_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DcodError, match=message):
         report_data.run_record(*report_data.find_runs([tmp_path]), points=10)
+
+
+def test_embedding_round_trips():
+    value = {"a": "</script><!-- & \u2028 é", "b": [1.5, None]}
+    text = report.embedded(value)
+    assert json.loads(text) == value
+    assert not set("<>&\u2028é") & set(text)
+    with pytest.raises(ValueError, match="JSON"):
+        report.embedded(math.nan)
