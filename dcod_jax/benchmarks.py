@@ -107,6 +107,6 @@ def parse_set(text: str) -> tuple[str, str]:
     if name not in BENCHMARKS and not place:
         raise ValueError(
             f"evaluate.sets: {name!r} is no benchmark ({', '.join(BENCHMARKS)}); "
-            f"a set of your own is {name}=FILE.jsonl or {name}=owner/dataset"
+            f"a set of your own is {name}=FILE.jsonl"
         )
     return name, place

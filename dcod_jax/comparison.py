@@ -27,6 +27,7 @@ from dcod_jax.evals import (
     summarize,
     to_line,
 )
+from dcod_jax.generate import check_room
 from dcod_jax.grading import Grader
 from dcod_jax.models import hf
 from dcod_jax.paths import Path, as_path, rename
@@ -171,6 +172,13 @@ def _answer_rest(
     sampling, form = _sampling(config), prompt_form(config, problem_set)
     asked = [(p, k) for p in problem_set.problems for k in range(sampling.samples)]
     prompts = [form.prompt(model.tokenizer, problem) for problem in problem_set.problems]
+    check_room(
+        hf.read_config(model.path),
+        prompts,
+        [f"{problem.source}: the prompt" for problem in problem_set.problems],
+        max_new_tokens=config.evaluate.max_new_tokens,
+        key="evaluate.max_new_tokens",
+    )
     mesh, process, processes = model.share
     most = -(-len(asked) // processes)  # so that no process is left without any
     done, left = files.pending(len(asked), min(BATCHES_IN_BLOCK * config.evaluate.batch_size, most))

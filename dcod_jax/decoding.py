@@ -50,13 +50,17 @@ class Program:
 def make_program(
     config: ModelConfig, *, valid_vocab: int, compute_dtype: Any, mesh: Mesh | None
 ) -> Program:
-    """The program that suits the model's depth, the mesh and its platform."""
+    """The program that suits the model's depth, the mesh and its platform.
+
+    A mesh of one device is left out: it splits nothing, and callers with and without one share
+    what is compiled.
+    """
     where = jax.default_backend() if mesh is None else platform(mesh)
     return Program(
         config,
         valid_vocab,
         np.dtype(compute_dtype),
-        mesh,
+        None if mesh is None or mesh.size == 1 else mesh,
         # Weights split over FSDP are gathered layer by layer, inside the scan that frees them.
         split=config.num_layers <= MAX_SPLIT_LAYERS and parts(mesh, "embed") == 1,
         turned=where == "cpu",
@@ -98,6 +102,12 @@ class Request:
     max_new_tokens: Any  # int32
 
 
+def place_params(params: Params, *, mesh: Mesh | None) -> Params:
+    """The parameters bound to the one device that they are used on, if it is one."""
+    used = jax.tree.leaves(params)[0].devices() if mesh is None else set(mesh.devices.flat)
+    return jax.device_put(params, *used) if len(used) == 1 else params
+
+
 @functools.partial(jax.jit, static_argnames=("program",))
 def prepare_params(params: Params, *, program: Program) -> Params:
     """The matrices in compute dtype and layout, once and not at every step; norms keep theirs."""
@@ -111,9 +121,15 @@ def prepare_params(params: Params, *, program: Program) -> Params:
     return split_layers(cast) if program.split else cast
 
 
-@functools.partial(jax.jit, static_argnames=("program", "rows", "slots", "places"))
-def empty_rows(*, program: Program, rows: int, slots: int, places: int) -> Rows:
-    """Rows without a sequence."""
+@functools.partial(
+    jax.jit, static_argnames=("program", "rows", "slots", "places"), keep_unused=True
+)
+def empty_rows(beside: Array, *, program: Program, rows: int, slots: int, places: int) -> Rows:
+    """Rows without a sequence, where the weight `beside` is.
+
+    What is made out of nothing is bound to no device, and the rows that prefill and decode return
+    are bound to the weights': prefill would be compiled for each of the two.
+    """
     integers = jnp.zeros(rows, jnp.int32)
     return _pin(
         Rows(

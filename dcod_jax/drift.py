@@ -27,13 +27,14 @@ from dcod_jax.data import chat
 from dcod_jax.data.manifest import commit_file, replace_file, to_json
 from dcod_jax.drift_curves import LMOPS_INDEX, Curve
 from dcod_jax.drift_scores import Measured, Model, Scored, excess_difference, measure, to_samples
-from dcod_jax.evals import read_problems, stop_ids
+from dcod_jax.evals import stop_ids
 from dcod_jax.export import MARKER, export_path
-from dcod_jax.generate import Sample
+from dcod_jax.generate import Sample, check_room
 from dcod_jax.mesh import make_mesh
 from dcod_jax.models import hf
 from dcod_jax.paths import Path, as_path
 from dcod_jax.prepare import load_tokenizer
+from dcod_jax.problems import read_problems
 from dcod_jax.progress import track
 from dcod_jax.scoring import Teacher, load_any_tokenizer, open_teacher
 from dcod_jax.storage import local_copy, scratch
@@ -51,8 +52,8 @@ def drift(config: Any) -> dict[str, Any]:
         raise DcodError("drift runs on one process; start it on one host")
     teacher = open_teacher(config.teacher, chat_template=config.student.chat_template)
     tokenizer = load_tokenizer(config)
-    prompts = _prompts(config, tokenizer)
     students = _students(config)
+    prompts = _prompts(config, tokenizer, [teacher.path, *students.values()])
     _check_tokenizer("teacher", teacher.path, teacher.tokenizer, tokenizer)
     for name, path in students.items():
         if name != "start":  # which is asked with the tokenizer that it is trained with
@@ -76,7 +77,8 @@ def drift(config: Any) -> dict[str, Any]:
 # ---------------------------------------------------------------- what is there
 
 
-def _prompts(config: Any, tokenizer: Any) -> list[list[int]]:
+def _prompts(config: Any, tokenizer: Any, models: Sequence[Path]) -> list[list[int]]:
+    """Token ids of the prompts, each of which has to leave room in every model."""
     path = config.drift.prompts or config.evaluate.problems
     if not path:
         raise DcodError("drift.prompts and evaluate.problems are empty; expected a prompts JSONL")
@@ -87,7 +89,17 @@ def _prompts(config: Any, tokenizer: Any) -> list[list[int]]:
         limit=config.drift.limit,
         need_answer=False,
     )
-    return [chat.encode_prompt(tokenizer, problem.messages) for problem in problems]
+    prompts = [chat.encode_prompt(tokenizer, problem.messages) for problem in problems]
+    names = [f"{problem.source}: the prompt" for problem in problems]
+    for model in models:
+        check_room(
+            hf.read_config(model),
+            prompts,
+            names,
+            max_new_tokens=config.drift.max_new_tokens,
+            key="drift.max_new_tokens",
+        )
+    return prompts
 
 
 def _students(config: Any) -> dict[str, Path]:

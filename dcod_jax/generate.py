@@ -92,7 +92,10 @@ def sample(
     if not prompts:
         return []
     ends = sorted(set(eos_ids))
-    everywhere = None if mesh is None else sharding(mesh, ())
+    program = decoding.make_program(
+        config, valid_vocab=valid_vocab, compute_dtype=compute_dtype, mesh=mesh
+    )
+    everywhere = None if program.mesh is None else sharding(program.mesh, ())
     request = Request(
         key=jax.random.key(seed),
         settings=settings,
@@ -102,10 +105,8 @@ def sample(
     )
     request = jax.tree.map(lambda x: put(x, everywhere), request)
     batch = _Batch(
-        decoding.make_program(
-            config, valid_vocab=valid_vocab, compute_dtype=compute_dtype, mesh=mesh
-        ),
-        params,
+        program,
+        decoding.place_params(params, mesh=mesh),
         request,
         rows=min(batch_size, 1 << (len(prompts) - 1).bit_length()),
         longest=max(map(len, prompts)),
@@ -129,13 +130,26 @@ def _check(
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise DcodError(f"{name}={value} must be at least 1")
+    names = [f"prompt {i}" for i in range(len(prompts))]
+    check_room(config, prompts, names, max_new_tokens=max_new_tokens)
+
+
+def check_room(
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    names: Sequence[str],
+    *,
+    max_new_tokens: int,
+    key: str = "max_new_tokens",
+) -> None:
+    """Refuse an empty prompt and one that leaves no room for max_new_tokens, by its name."""
     room = config.max_position_embeddings - max_new_tokens
-    for i, prompt in enumerate(prompts):
+    for name, prompt in zip(names, prompts, strict=True):
         if not 0 < len(prompt) <= room:
             raise DcodError(
-                f"prompt {i} has {len(prompt)} tokens; expected 1 to {room} "
+                f"{name} has {len(prompt)} tokens; expected 1 to {room} "
                 f"(max_position_embeddings={config.max_position_embeddings} of the model less "
-                f"max_new_tokens={max_new_tokens}); shorten the prompt or lower max_new_tokens"
+                f"{key}={max_new_tokens}); shorten the prompt or lower {key}"
             )
 
 
@@ -161,6 +175,7 @@ class _Batch:
         self.chunk = decoding.prefill_chunk(longest)
         self.slots = bucket_length(longest + max_new_tokens, SLOTS_STEP)
         self.rows = decoding.empty_rows(
+            jax.tree.leaves(self.params)[0],
             program=program,
             rows=rows,
             slots=self.slots,

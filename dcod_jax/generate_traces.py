@@ -24,17 +24,12 @@ from dcod_jax.data import chat
 from dcod_jax.data.blocks import BlockFiles
 from dcod_jax.data.formats import PROMPT_FIELDS
 from dcod_jax.data.manifest import file_sha256
-from dcod_jax.evals import (
-    Problem,
-    read_problems,
-    sample_options,
-    sampling_of,
-    stop_ids,
-    text_of,
-)
-from dcod_jax.generate import Sample, sample
+from dcod_jax.evals import sample_options, sampling_of, stop_ids, text_of
+from dcod_jax.generate import Sample, check_room, sample
 from dcod_jax.grading import REJECTED_AS, Grader
+from dcod_jax.models import hf
 from dcod_jax.paths import Path, as_path
+from dcod_jax.problems import Problem, read_problems
 from dcod_jax.progress import track
 from dcod_jax.scoring import Teacher, open_teacher
 from dcod_jax.types import DcodError
@@ -98,6 +93,13 @@ def _sample_rest(
     if not own:
         return
     prompts = [_encode_prompt(teacher.tokenizer, problem) for problem in problems]
+    check_room(
+        hf.read_config(teacher.path),
+        prompts,
+        [f"{problem.source}: the prompt" for problem in problems],
+        max_new_tokens=config.generate.max_new_tokens,
+        key="generate.max_new_tokens",
+    )
     draw = _sampler(config, teacher, mesh)
     total, enabled = sum(map(len, own)), config.train.progress
     with (

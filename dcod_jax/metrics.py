@@ -20,6 +20,7 @@ from tensorboardX import SummaryWriter
 
 from dcod_jax.paths import Location, Path, as_path
 from dcod_jax.storage import Mirror
+from dcod_jax.types import DcodError
 
 # First position within the completion of each bucket: [0,16), [16,32), ..., [1024, ∞).
 POSITION_BUCKETS = (0, 16, 32, 64, 128, 256, 512, 1024)
@@ -198,5 +199,15 @@ class MetricsWriter:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Lines of a metrics file; one that a killed process wrote in part is left out."""
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    whole = path.read_bytes()
+    lines = []
+    for number, line in enumerate(whole[: whole.rfind(b"\n") + 1].splitlines(), 1):
+        try:
+            lines.append(json.loads(line))
+            lines[-1]["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DcodError(
+                f"{path}:{number}: expected a JSON object with step, as training writes it "
+                f"({error!r}); take the line out"
+            ) from None
+    return lines

@@ -14,12 +14,12 @@ from dcod_jax.benchmarks import BENCHMARKS, Benchmark, parse_set
 from dcod_jax.data import chat
 from dcod_jax.data.formats import PROMPT_FIELDS
 from dcod_jax.eval_stats import difficulty_group
-from dcod_jax.evals import Problem, read_problems, read_records
 from dcod_jax.paths import as_path
+from dcod_jax.problems import Problem, read_problems, read_records
 from dcod_jax.types import DcodError
 
 EXEMPLARS = pathlib.Path(__file__).parent / "assets" / "evaluate" / "exemplars.jsonl"
-PLAIN_STOP = "\n\nQuestion:"  # a base model in the plain form goes on with the next question
+PLAIN_STOP = "\nQuestion:"  # a base model in the plain form goes on with the next question
 _MARKS = {"hash": "####", "boxed": "\\boxed"}
 
 
@@ -161,15 +161,15 @@ def read_set(name: str, place: str = "", *, limit: int = 0) -> list[Problem]:
 
 
 def _problem(benchmark: Benchmark, record: dict[str, Any], source: str, default: str) -> Problem:
-    names = (benchmark.prompt, *PROMPT_FIELDS)
-    field = next((n for n in names if isinstance(record.get(n), str) and record[n].strip()), None)
+    prompts, names = (benchmark.prompt, *PROMPT_FIELDS), (benchmark.name, "id")
+    field = next((n for n in prompts if isinstance(record.get(n), str) and record[n].strip()), None)
     if field is None:
         raise DcodError(
-            f"{source}: no problem; expected text in one of {', '.join(dict.fromkeys(names))}, "
+            f"{source}: no problem; expected text in one of {', '.join(dict.fromkeys(prompts))}, "
             f"got {', '.join(record)}"
         )
     return Problem(
-        id=str(record.get(benchmark.name, record.get("id", default))),
+        id=next((str(record[n]) for n in names if record.get(n) is not None), default),
         messages=[{"role": "user", "content": record[field]}],
         answer=_answer(benchmark, record, source),
         fields=record,

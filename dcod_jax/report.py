@@ -79,8 +79,8 @@ def collect(runs: Sequence[Run], *, settings: Any) -> dict[str, Any]:
         "title": " and ".join(dict.fromkeys(run.root.name for run in runs)),
         "about": f"dcod_jax {__version__}: " + ", ".join(str(run.path) for run in runs),
         "runs": records,
-        "evaluations": evaluations(runs),
-        "drifts": drifts(runs, points=settings.points),
+        "evaluations": evaluations(runs, notes),
+        "drifts": drifts(runs, notes, points=settings.points),
         "traces": list(traces.values()),
         "notes": notes,
     }
@@ -148,7 +148,7 @@ def _hash(text: str) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """With --runs any directories, else the runs of --config."""
-    if "--runs" not in argv:
+    if not any(word.split("=")[0] == "--runs" for word in argv):
         run_verb("report", report)
         return
     settings = load_recipe(BASE).report

@@ -18,6 +18,8 @@ from dcod_jax.paths import Path
 from dcod_jax.types import DcodError
 
 POSITION = "weights/position_"  # prefix of the metrics by position bucket; the rest is its start
+DRIFT = ("student_alive", "teacher_alive", "reach", "accumulated", "reference", "excess")
+DRIFT += ("log_ratio",)  # what a drift.json has of each student
 CURVES = ("student_kl", "teacher_kl", "accumulated", "reference", "excess", "difference")
 
 
@@ -71,11 +73,7 @@ def _is_run(directory: Path) -> bool:
 
 
 def _stored_config(directory: Path) -> Any:
-    path = directory / "config.json"
-    try:
-        return configs.to_config(json.loads(path.read_text(encoding="utf-8")))
-    except json.JSONDecodeError as error:
-        raise DcodError(f"{path}: not JSON ({error})") from None
+    return configs.to_config(_read_json(directory / "config.json"))
 
 
 # ---------------------------------------------------------------- metrics
@@ -148,10 +146,11 @@ def thin(found: Sequence[tuple[int, float]], points: int) -> list[tuple[int, flo
 # ---------------------------------------------------------------- evaluation and drift
 
 
-def evaluations(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Every results.json that belongs to the runs: {"source", "set", "baseline", "models"}.
+def evaluations(runs: Sequence[Run], notes: list[str]) -> list[dict[str, Any]]:
+    """Every results.json that belongs to the runs: {"source", "set", "runs", and what it holds}.
 
-    set is the name of the folder of a problem set, "" for the evaluation's own.
+    set is the name of the folder of a problem set, "" for the evaluation's own; runs says which of
+    them a model is. A file of another form is left out with a note.
     """
     found = []
     for root in dict.fromkeys(run.root for run in runs):
@@ -159,20 +158,34 @@ def evaluations(runs: Sequence[Run]) -> list[dict[str, Any]]:
         for path in (folder / "results.json", *sorted(folder.glob("*/results.json"))):
             if path.is_file():
                 name = "" if path.parent == folder else path.parent.name
-                found.append({"source": str(path), "set": name, **_read_json(path)})
+                result = _result(path, ("accuracy",), notes)
+                place = {"source": str(path), "set": name, "runs": _places(runs, root)}
+                found += [{**place, **result}] if result else []
     return found
 
 
-def drifts(runs: Sequence[Run], *, points: int) -> list[dict[str, Any]]:
-    """Every drift.json that belongs to the runs, its curves at about `points` lengths."""
+def drifts(runs: Sequence[Run], notes: list[str], *, points: int) -> list[dict[str, Any]]:
+    """Every drift.json that belongs to the runs, its curves at about `points` lengths.
+
+    A file of another form is left out with a note.
+    """
     found = []
     for root in dict.fromkeys(run.root for run in runs):
         path = root / "drift.json"
-        if path.is_file():
-            result = _read_json(path)
+        if path.is_file() and (result := _result(path, DRIFT, notes)):
             models = {name: _thin_drift(row, points) for name, row in result["models"].items()}
-            found.append({"source": str(path), **result, "models": models})
+            place = {"source": str(path), "runs": _places(runs, root)}
+            found.append({**place, **result, "models": models})
     return found
+
+
+def _places(runs: Sequence[Run], root: Path) -> dict[str, int]:
+    """{model: place of its run} of the models that results in `root` tell of."""
+    return {
+        "student" if run.path == root else run.path.name: place
+        for place, run in enumerate(runs)
+        if run.root == root
+    }
 
 
 def _thin_drift(row: dict[str, Any], points: int) -> dict[str, Any]:
@@ -195,8 +208,26 @@ def _thin_drift(row: dict[str, Any], points: int) -> dict[str, Any]:
     return thinned
 
 
+def _result(path: Path, needed: Sequence[str], notes: list[str]) -> dict[str, Any] | None:
+    """A file of {"models": {name: row}}, or None and a note of what the page could not show."""
+    result = _read_json(path)
+    models = result.get("models")
+    if not isinstance(models, dict):
+        notes.append(f"{path} is not shown: it has no models; make it again")
+        return None
+    for name, row in models.items():
+        lacking = [key for key in needed if key not in row]
+        if lacking:
+            notes.append(f"{path} is not shown: {name} has no {', '.join(lacking)}; make it again")
+            return None
+    return result
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
         raise DcodError(f"{path}: not JSON ({error}); make it again") from None
+    if not isinstance(found, dict):
+        raise DcodError(f"{path}: expected a JSON object, got {type(found).__name__}")
+    return found

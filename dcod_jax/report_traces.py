@@ -22,7 +22,7 @@ from dcod_jax.mesh import make_mesh, tree_shardings
 from dcod_jax.metrics import read_metrics
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig
-from dcod_jax.paths import as_path
+from dcod_jax.paths import Path, as_path
 from dcod_jax.report_data import Run
 from dcod_jax.scoring import ScoreSettings, load_any_tokenizer, score_traces
 from dcod_jax.types import DcodError, Params, Trace
@@ -50,6 +50,7 @@ def see(run: Run, *, count: int) -> Seen:
     Parameters are those of the run's export, else of its newest checkpoint. Raises DcodError with
     what is not there.
     """
+    _check_config(run)
     dataset = _dataset(run)
     tokenizer = _tokenizer(run)
     check_fingerprints(dataset, tokenizer=chat.tokenizer_fingerprint(tokenizer))
@@ -121,16 +122,37 @@ def _tempering(run: Run, cfg: WeightConfig) -> Tempering | None:
 # ---------------------------------------------------------------- what is there
 
 
+def _check_config(run: Run) -> None:
+    """Refuse a config.json without the settings that weights and log-probs follow from."""
+    known, own = configs.keys(configs.load_recipe(configs.BASE)), configs.keys(run.config)
+    sections = ("student.", "data.", "score.", "loss.", "train.", "export.")
+    odd = [key for key in {**known, **own} if (key in known) != (key in own)]
+    odd = [key for key in odd if key.startswith(sections)]
+    if odd:
+        raise DcodError(
+            f"{run.path}/config.json is of another version of dcod_jax, which differs in "
+            f"{', '.join(odd[:3])}"
+        )
+
+
 def _dataset(run: Run) -> TraceDataset:
     root = as_path(configs.dataset_dir(run.config))
-    for path in (root / "eval", root / "train", root):
-        if (path / MANIFEST).is_file():
-            return TraceDataset(path, verify=False)
+    # Beside the run and its variants as well: it may have been moved since.
+    for home in (root, run.path / "dataset", run.path.parent / "dataset"):
+        for path in (home / "eval", home / "train", home):
+            if (path / MANIFEST).is_file():
+                return TraceDataset(path, verify=False)
     raise DcodError(f"no trace dataset in {root}")
 
 
+def _export(run: Run) -> Path:
+    """The run's export, also where the run was moved since."""
+    wanted, beside = export_path(run.config), run.path / "export"
+    return beside if (beside / MARKER).is_file() and not (wanted / MARKER).is_file() else wanted
+
+
 def _tokenizer(run: Run) -> Any:
-    export = export_path(run.config)
+    export = _export(run)
     if (export / MARKER).is_file():
         return load_any_tokenizer(export)
     settings = run.config.student
@@ -142,7 +164,7 @@ def _tokenizer(run: Run) -> Any:
 def _student(run: Run) -> tuple[str, ModelConfig, Params, Any]:
     """(what it is, architecture, parameters, mesh); split over the devices that are here."""
     mesh = make_mesh(1, -1)
-    export = export_path(run.config)
+    export = _export(run)
     if (export / MARKER).is_file():
         return f"export {export}", *hf.load_model(export, dtype=jnp.float32, mesh=mesh), mesh
     checkpoints = run.path / "checkpoints"

@@ -21,8 +21,9 @@ from dcod_jax import arithmetic
 from dcod_jax.answers import extract_answer
 from dcod_jax.config import load_recipe
 from dcod_jax.data import chat
-from dcod_jax.evals import evaluate, read_problems
+from dcod_jax.evals import evaluate
 from dcod_jax.models import hf
+from dcod_jax.problems import read_problems
 from dcod_jax.types import DcodError
 
 ROOT = Path(__file__).resolve().parents[1]

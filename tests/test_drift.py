@@ -302,6 +302,11 @@ def test_what_cannot_be_measured_is_said(config, tmp_path):
     )
     with pytest.raises(DcodError, match="another tokenizer"):
         verb.drift(config)
+    config.student.tokenizer = ""
+    config.drift.prompts = str(tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": "1" * 256}]))
+    with pytest.raises(DcodError, match=r"p\.jsonl:1: the prompt has .* drift\.max_new_tokens"):
+        verb.drift(config)
+    config.drift.prompts = ""
     config.evaluate.problems = ""
     with pytest.raises(DcodError, match=r"drift\.prompts and evaluate\.problems are empty"):
         verb.drift(config)

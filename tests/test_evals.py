@@ -10,10 +10,11 @@ import tiny
 from dcod_jax import evals
 from dcod_jax.data import chat
 from dcod_jax.eval_stats import wilson
-from dcod_jax.evals import Generation, paired_difference, read_problems
+from dcod_jax.evals import Generation, paired_difference
 from dcod_jax.generate import Sample
 from dcod_jax.models import transformer
 from dcod_jax.models.config import from_hf
+from dcod_jax.problems import read_problems
 from dcod_jax.types import DcodError
 
 
@@ -67,6 +68,11 @@ def test_the_assistants_own_turn_is_not_part_of_the_question(tmp_path):
         (b'{"prompt": " ", "answer": "1"}', "non-empty text"),
         (b'{"prompt": [{"role": "user"}], "answer": "1"}', "non-empty text"),
         (b'{"id": "x", "prompt": "1", "answer": "1"}', "used before at .*:1"),
+        (b'{"prompt": "1", "answer": ""}', "no field 'answer' or an empty one"),
+        (b'{"prompt": "1", "answer": ["1", "2"]}', "text or a number, got .*several answers"),
+        (b'{"prompt": "1", "answer": true}', "text or a number, got True"),
+        (b'{"prompt": "1", "answer": NaN}', "text or a number, got nan"),
+        (b'{"prompt": "1", "answer": "1", "x": "\\ud83d"}', "half a surrogate pair"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, message):
@@ -74,6 +80,18 @@ def test_a_bad_line_is_named(tmp_path, line, message):
     file.write_bytes(b'{"id": "x", "prompt": "2", "answer": "2"}\n\n' + line + b"\n")
     with pytest.raises(DcodError, match=f"bad.jsonl:3: .*{message}"):
         read_problems(file)
+
+
+def test_a_file_as_other_programs_write_it(tmp_path):
+    """A byte order mark, CRLF, and fields that are there but null."""
+    file = tmp_path / "p.jsonl"
+    record = b'{"id": null, "prompt": null, "question": "%d?", "answer": %d}\r\n'
+    file.write_bytes(b"\xef\xbb\xbf" + record % (1, 1) + b"\r\n" + record % (2, 2))
+    read = read_problems(file)
+    assert [(p.id, p.messages[0]["content"], p.answer) for p in read] == [
+        ("0", "1?", "1"),
+        ("1", "2?", "2"),
+    ]
 
 
 def test_no_file_and_no_problems(tmp_path):

@@ -70,6 +70,14 @@ def test_nothing_to_evaluate_is_said(config):
         evaluate(config)
 
 
+def test_a_prompt_that_leaves_no_room_is_named_before_anything_is_asked(config, tmp_path):
+    config.student.path = str(tiny.write_model(tmp_path / "start", seed=1))
+    rows = [*tiny.sums(1), {"prompt": "1" * 250, "answer": "1"}]
+    file = tiny.write_jsonl(tmp_path / "p.jsonl", rows)
+    with pytest.raises(DcodError, match=rf"^{file}:2: the prompt has 253 .* evaluate\.max_new_tok"):
+        evaluate(config)
+
+
 # ---------------------------------------------------------------- sets, samples, resuming
 
 SAID = ("#### 3", "it is 03", "#### 4", "who knows")  # right, right, wrong, no answer
@@ -180,7 +188,7 @@ def test_few_shot_plain_prompts_stop_at_the_next_question(scripted, tmp_path):
     config.evaluate.exemplars = str(tiny.write_jsonl(tmp_path / "e.jsonl", pairs))
     config.evaluate.form, config.evaluate.shots = "plain", 1
     evaluate(config)
-    assert calls[0][1]["stop_strings"] == ("z", "\n\nQuestion:")
+    assert calls[0][1]["stop_strings"] == ("z", "\nQuestion:")
     config.evaluate.exemplars = str(
         tiny.write_jsonl(tmp_path / "e.jsonl", [{"prompt": "1+1?", "completion": "#### 2"}])
     )

@@ -296,6 +296,20 @@ def test_few_shapes_are_compiled():
     assert [bucket_length(n) for n in (1, 32, 33, 256, 257, 1100)] == [32, 32, 64, 256, 320, 1280]
 
 
+def test_each_program_is_compiled_once(model):
+    """For a row's first prompt and for another one, on one device with a mesh and without."""
+    config, params = model
+    mesh = make_mesh(1, devices=jax.devices()[:1])
+    laid_out = jax.device_put(params, tree_shardings(mesh, transformer.logical_axes(config)))
+    programs = (decoding.prefill, decoding.decode)
+    before = [program._cache_size() for program in programs]
+    # A vocabulary that no other test has.
+    options = {"valid_vocab": 46, "eos_ids": (0, 5, 17, 47)}
+    found = draw((config, laid_out), make_prompts(MANY), mesh=mesh, **options)
+    assert draw(model, make_prompts(MANY), **options) == found
+    assert [program._cache_size() for program in programs] == [n + 1 for n in before]
+
+
 def test_progress_counts_every_sequence_and_token(model):
     seen = []
     prompts = make_prompts()

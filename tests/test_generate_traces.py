@@ -239,6 +239,12 @@ def test_the_manifest_counts_what_was_written(whole):
     assert manifest["request"]["teacher"]["name"] == "teacher"
 
 
+def test_a_prompt_that_leaves_no_room_is_named_before_anything_is_sampled(place, tmp_path):
+    file = tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": "1?"}, {"prompt": "1" * 256}])
+    with pytest.raises(DcodError, match=rf"^{file}:2: the prompt has .* generate\.max_new_tokens"):
+        verb.generate_traces(make_config(place, tmp_path, generate__prompts=str(file)))
+
+
 def test_prompts_must_be_given(place, tmp_path):
     with pytest.raises(DcodError, match=r"generate\.prompts is empty"):
         verb.generate_traces(make_config(place, tmp_path, generate__prompts=""))

@@ -32,7 +32,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, tokenizer):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.tokenizer, self.failing = tokenizer, True
+        self.tokenizer, self.failing, self.scores = tokenizer, True, True
         self.attempts, self.bodies = collections.Counter(), []
         self.busy = self.most_busy = 0
         self.lock = threading.Lock()
@@ -69,6 +69,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.send(404, {"error": {"message": "no such model"}})
         if question.startswith("long"):
             return self.send(400, {"error": {"message": "the prompt is too long"}})
+        if question.startswith("filtered"):
+            choice = {"index": 0, "message": {"role": "assistant", "content": None}}
+            return self.send(200, {"choices": [choice]})
         if kind == "dropped":
             self.close_connection = True
             return None
@@ -83,7 +86,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "message": {"role": "assistant", "content": text, "tool_calls": []},
             "finish_reason": "stop",
             "token_ids": ids if body.get("return_token_ids") else None,
-            "logprobs": logprobs if body.get("logprobs") else None,
+            "logprobs": logprobs if body.get("logprobs") and self.server.scores else None,
         }
         answer = {"id": "c", "object": "chat.completion", "model": "tiny", "choices": [choice]}
         return self.send(200, answer, cut=kind == "cut", garbage=kind == "garbage")
@@ -171,8 +174,8 @@ def test_what_is_answered_is_not_asked_again_and_a_cut_line_is_mended(server, tm
     assert call(server, prompts, output, "--n=4") == 0  # more samples of the same prompts
     assert len(server.bodies) == asked + 8 + 6
     assert len({r["custom_id"] for r in lines(output)}) == 24
-    with pytest.raises(SystemExit, match="asked with other temperature"):
-        call(server, prompts, output, "--temperature=0.5")
+    assert call(server, prompts, output, "--temperature=0.5") == 2
+    assert "asked with other temperature" in capsys.readouterr().err
 
 
 def test_a_file_without_any_whole_line_is_emptied(tmp_path):
@@ -183,6 +186,80 @@ def test_a_file_without_any_whole_line_is_emptied(tmp_path):
     path.write_bytes(b"{}\n" + b"a" * 200_000)
     assert tool["repair"](path) == 200_000
     assert path.read_bytes() == b"{}\n"
+
+
+@pytest.mark.parametrize("content", ['{"prompt": "1+1?"}\n{"prompt": "2+2?"}', '{"a": 1}', "notes"])
+def test_a_file_of_someone_else_keeps_every_byte(server, tmp_path, capsys, content):
+    """Also its last line, which has no newline as one that was cut off has none."""
+    prompts, other = write_prompts(tmp_path / "p.jsonl"), tmp_path / "other"
+    other.write_text(content)
+    assert call(server, prompts, other) == 2
+    assert "other:1: not a line of this tool" in capsys.readouterr().err
+    assert call(server, other, other) == 2
+    assert other.read_text() == content
+    assert not server.bodies
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"prompt": 5}', "p:1: prompt must be non-empty text or a list of"),
+        ('{"messages": []}', "p:1: messages must be non-empty text"),
+        ('{"messages": [{"role": "user"}]}', "p:1: messages must be non-empty text"),
+        ('\n{"text": "a"}', "p:2: no prompt; expected one of prompt, question"),
+        ("[1]", "p:1: no prompt"),
+        ("", "p: no prompts; expected one JSON object a line"),
+        (b"\xff", "p: not UTF-8 at byte 0"),
+        (None, "p: No such file"),
+    ],
+)
+def test_prompts_that_cannot_be_asked_are_named(tmp_path, capsys, content, message):
+    path = tmp_path / "p"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    words = [str(path), str(tmp_path / "o"), "--model=m", "--system=s", "--url=http://127.0.0.1:9"]
+    assert tool["main"](words) == 2
+    assert f"{tmp_path}/{message}" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_prompts_as_other_programs_write_them(server, home, tmp_path):
+    """A byte order mark, CRLF, ids and prompts that are null, and a field named "error"."""
+    server.failing = False
+    prompts, output = tmp_path / "p.jsonl", tmp_path / "new" / "o.jsonl"
+    record = b'{"id": null, "prompt": null, "question": "%d+1?", "answer": %d, "error": "x"}\r\n'
+    prompts.write_bytes(b"\xef\xbb\xbf" + record % (1, 2) + record % (2, 3))
+    more = ("--logprobs", '--extra={"return_token_ids": true}', "--n=1")
+    assert call(server, prompts, output, *more) == 0
+    assert sorted(r["custom_id"] for r in lines(output)) == ["0-0", "1-0"]
+    assert len(prepared(home, tmp_path, str(output))) == 2  # graded: prepare drops wrong ones
+
+
+def test_answers_that_prepare_could_not_read_are_not_kept(server, tmp_path, capsys):
+    server.failing = False
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"id": "f", "prompt": "filtered+1?"}\n{"id": "g", "prompt": "1+1?"}\n')
+    assert call(server, prompts, tmp_path / "o.jsonl", "--n=1") == 1
+    assert "f-0: gave up: an answer without text" in capsys.readouterr().err
+    assert [r["custom_id"] for r in lines(tmp_path / "o.jsonl")] == ["g-0"]
+    server.scores = False
+    assert call(server, prompts, tmp_path / "l.jsonl", "--logprobs") == 2
+    assert "its answers have no log-probs; leave --logprobs out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("--url=localhost:8000/v1", "expected http://HOST:PORT/v1"),
+        ("--timeout=0", "--timeout must be above 0"),
+        ("--n=0", "--n and --concurrency must be at least 1"),
+        ("--extra=[]", "--extra must be a JSON object"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused(tmp_path, capsys, word, message):
+    with pytest.raises(SystemExit):
+        tool["main"]([str(tmp_path / "p"), str(tmp_path / "o"), "--model=m", word])
+    assert message in capsys.readouterr().err
 
 
 def test_what_can_not_be_answered_is_told_and_the_rest_goes_on(server, tmp_path, capsys):

@@ -9,7 +9,6 @@ import tiny
 from dcod_jax import config as configs
 from dcod_jax.benchmarks import BENCHMARKS, BOXED, parse_set
 from dcod_jax.data import chat
-from dcod_jax.evals import Problem
 from dcod_jax.grading import grade
 from dcod_jax.problem_sets import (
     EXEMPLARS,
@@ -21,6 +20,7 @@ from dcod_jax.problem_sets import (
     read_exemplars,
     read_set,
 )
+from dcod_jax.problems import Problem
 from dcod_jax.types import DcodError
 
 
@@ -97,6 +97,12 @@ def test_a_set_that_cannot_be_opened_says_what_to_write(tmp_path):
     file = tiny.write_jsonl(tmp_path / "twice.jsonl", [ROWS["amc23"], ROWS["amc23"]])
     with pytest.raises(DcodError, match=r"twice\.jsonl:2: id '4' was used before"):
         read_set("amc23", str(file))
+
+
+def test_an_id_that_is_null_is_none(tmp_path):
+    rows = [ROWS["aime25"] | {"id": None}] * 2
+    file = tiny.write_jsonl(tmp_path / "null.jsonl", rows)
+    assert [problem.id for problem in read_set("aime25", str(file))] == ["0", "1"]
 
 
 def test_entries_of_the_list_of_sets():

@@ -16,11 +16,12 @@ from dcod_jax.checkpoint import Checkpointer
 from dcod_jax.data.formats import Fields
 from dcod_jax.data.records import TraceDataset
 from dcod_jax.data.traces import describe, find_sources, read_traces
-from dcod_jax.evals import Generation, read_generations, read_problems, to_line
+from dcod_jax.evals import Generation, read_generations, to_line
 from dcod_jax.losses.adaptive import initial
 from dcod_jax.models import hf
 from dcod_jax.paths import RemotePath
 from dcod_jax.prepare import prepare
+from dcod_jax.problems import read_problems
 from dcod_jax.storage import local_directory
 from dcod_jax.types import DcodError, TrainState
 

@@ -44,12 +44,12 @@ TINY = {
     "study.start_problems": "24",
     "study.traces": "24",
     "study.problems": "16",
-    "study.drift_prompts": "8",
+    "study.drift_prompts": "16",
     "study.drift_length": "2",
     "generate.batch_size": "16",
     "generate.max_new_tokens": "48",
     "data.batch_size": "2",
-    "data.head_tokens": "0",
+    "optim.schedule": "constant",  # as the start's: one program for it and for sft
     "train.steps": "4",
     "train.progress": "false",
 }

@@ -34,6 +34,10 @@ REFUSED = (401, 403, 404, 405)  # the same for every request
 LONGEST_PAUSE = 60.0  # seconds between two attempts, whatever the server asks for
 
 
+class MistakeError(Exception):
+    """An argument or a file that must be mended first."""
+
+
 class RefusedError(Exception):
     """No request will be answered: a wrong key, model or URL."""
 
@@ -54,33 +58,56 @@ class UnavailableError(Exception):
 
 
 def read_prompts(path: Path, *, system: str, field: str) -> list[dict[str, Any]]:
-    """{"id", "messages", and the record's other fields} of each line; SystemExit for a bad one."""
+    """{"id", "messages", the record's other fields} of each line; MistakeError for a bad one."""
     prompts, seen = [], {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise MistakeError(f"{path}: {error.strerror}; expected a JSONL file of prompts") from None
+    except UnicodeDecodeError as error:
+        raise MistakeError(f"{path}: not UTF-8 at byte {error.start}") from None
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise SystemExit(f"{where}: not JSON: {error}") from None
-        names = (field,) if field else (*PROMPT_FIELDS, "messages")
-        name = next((n for n in names if isinstance(record, dict) and n in record), None)
-        if name is None:
-            raise SystemExit(f"{where}: no prompt; expected one of {', '.join(names)}")
-        value = record[name]
-        messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
+            raise MistakeError(f"{where}: not JSON: {error}") from None
+        messages = _messages(record, field=field, where=where)
         if system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
-        key = str(record.get("id", number - 1))
+        key = str(number - 1 if record.get("id") is None else record["id"])
         if key in seen:
-            raise SystemExit(f"{where}: id {key!r} was used before at {seen[key]}")
+            raise MistakeError(f"{where}: id {key!r} was used before at {seen[key]}")
         seen[key] = where
         rest = {k: v for k, v in record.items() if k not in (*PROMPT_FIELDS, "messages", "id")}
         prompts.append({"id": key, "messages": messages, "rest": rest})
     if not prompts:
-        raise SystemExit(f"{path}: no prompts")
+        raise MistakeError(f"{path}: no prompts; expected one JSON object a line")
     return prompts
+
+
+def _messages(record: Any, *, field: str, where: str) -> list[dict[str, Any]]:
+    """The chat messages of a prompt; text is one user message."""
+    names = (field,) if field else (*PROMPT_FIELDS, "messages")
+    values = record if isinstance(record, dict) else {}
+    name = next((n for n in names if values.get(n) is not None), None)
+    if name is None:
+        raise MistakeError(
+            f"{where}: no prompt; expected one of {', '.join(names)}, got {str(record)[:60]}; "
+            "--prompt-field names another one"
+        )
+    value = values[name]
+    if isinstance(value, str) and value.strip():
+        return [{"role": "user", "content": value}]
+    turns = value if isinstance(value, list) else []
+    if turns and all(isinstance(m, dict) and m.get("role") and m.get("content") for m in turns):
+        return turns
+    raise MistakeError(
+        f'{where}: {name} must be non-empty text or a list of {{"role", "content"}} messages, '
+        f"got {str(value)[:60]!r}"
+    )
 
 
 def repair(path: Path) -> int:
@@ -103,29 +130,43 @@ def repair(path: Path) -> int:
 
 
 def answered(path: Path, bodies: dict[str, dict[str, Any]]) -> set[str]:
-    """The custom_ids that the file has; SystemExit when one was asked with another request."""
+    """The custom_ids that the file has, without a last line that was cut off.
+
+    MistakeError when it is not a file of this tool, or one was asked with another request.
+    """
     found: set[str] = set()
     if not path.exists():
         return found
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n") and (found or _begins_a_record(line)):
+                break
             try:
                 record = json.loads(line)
                 name, body = record["custom_id"], record["request"]["body"]
             except (ValueError, KeyError, TypeError) as error:
-                raise SystemExit(
+                raise MistakeError(
                     f"{path}:{number}: not a line of this tool ({error!r}); name another output"
                 ) from None
             if name in bodies and body != bodies[name]:
                 changed = [
                     k for k in {**body, **bodies[name]} if body.get(k) != bodies[name].get(k)
                 ]
-                raise SystemExit(
+                raise MistakeError(
                     f"{path}:{number}: {name} was asked with other {', '.join(changed)}; name "
                     "another output, or give what it was begun with"
                 )
             found.add(name)
     return found
+
+
+def _begins_a_record(line: bytes) -> bool:
+    """Whether a file's only line may be one of ours that was cut off: an unfinished object."""
+    try:
+        json.loads(line)
+    except ValueError:
+        return line.startswith(b'{"')
+    return False
 
 
 # ---------------------------------------------------------------- one request
@@ -176,7 +217,18 @@ def ask(options: argparse.Namespace, body: dict[str, Any]) -> dict[str, Any]:
         raise UnavailableError(f"{type(error).__name__}: {error}") from None
     if not isinstance(answer, dict) or not answer.get("choices"):
         raise UnavailableError(f"an answer without choices: {str(answer)[:200]}")
+    _check(answer["choices"][0], body)
     return answer
+
+
+def _check(choice: Any, body: dict[str, Any]) -> None:
+    """Refuse what prepare could not read, before a night of it is on the disk."""
+    message = choice.get("message") if isinstance(choice, dict) else None
+    text = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(text, str):
+        raise BadRequestError(f"an answer without text: {str(choice)[:200]}")
+    if body.get("logprobs") and text and not choice.get("logprobs"):
+        raise RefusedError("its answers have no log-probs; leave --logprobs out and run score")
 
 
 def _wait(headers: Any) -> float | None:
@@ -228,10 +280,14 @@ def jobs(
 def run(options: argparse.Namespace) -> int:
     """Ask for everything that is missing; returns the number of samples that failed."""
     prompts = read_prompts(options.prompts, system=options.system, field=options.prompt_field)
-    removed, wanted = repair(options.output), jobs(options, prompts)
-    if removed:
-        print(f"{options.output}: removed a last line that was cut off ({removed} bytes)")
+    wanted = jobs(options, prompts)
+    if options.output.is_dir() or options.output.resolve() == options.prompts.resolve():
+        raise MistakeError(f"{options.output}: the output must be a file of its own")
     done = answered(options.output, {name: body for name, (_, body) in wanted.items()})
+    # Only now: a file that is not this tool's stays as it is, to the last byte.
+    if removed := repair(options.output):
+        print(f"{options.output}: removed a last line that was cut off ({removed} bytes)")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     missing = [name for name in wanted if name not in done]
     print(f"{len(wanted) - len(missing)} samples are there, {len(missing)} missing", flush=True)
     stopped, failed, shown = threading.Event(), 0, time.monotonic()
@@ -267,6 +323,7 @@ def _append(
         "custom_id": name,
         "request": {"body": body},
         "response": {"status_code": 200, "body": answer},
+        "error": None,
     }
     file.write((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8"))
     file.flush()
@@ -307,6 +364,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.n < 1 or options.concurrency < 1 or options.retries < 0:
         parser.error("--n and --concurrency must be at least 1, --retries not negative")
+    if options.max_tokens < 1 or options.timeout <= 0 or options.temperature < 0:
+        parser.error("--max-tokens and --timeout must be above 0, --temperature not negative")
+    if not options.url.startswith(("http://", "https://")):
+        parser.error(f"--url {options.url}: expected http://HOST:PORT/v1 or https://...")
     try:
         if not isinstance(json.loads(options.extra), dict):
             parser.error("--extra must be a JSON object")
@@ -316,9 +377,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    """0: everything answered; 1: some samples failed (run again); 2: the server refuses them."""
+    """0: everything answered; 1: some samples failed (run again); 2: something must be mended."""
     try:
         return 1 if run(parse(argv)) else 0
+    except MistakeError as error:
+        print(error, file=sys.stderr)
+        return 2
     except RefusedError as error:
         print(f"the server refuses the request: {error}", file=sys.stderr)
         return 2

@@ -120,6 +120,9 @@ function range(values, { zero = false, robust = false } = {}) {
 
 // ---------------------------------------------------------------- the chart
 
+// Charts that wait for the page to be put together: only then they have a width.
+const pending = [];
+
 // series: [{name, color, dash, step, points: [[x, y]], band: [[x, low, high]]}]; y null: a gap.
 // Returns nothing drawn (null) where no series has a value.
 function chart(settings) {
@@ -134,6 +137,7 @@ function chart(settings) {
   const note = el("p", { class: "note" });
   box.append(note);
   const draw = () => drawChart(holder, note, series, settings);
+  pending.push(draw);
   new ResizeObserver(() => requestAnimationFrame(draw)).observe(holder);
   return box;
 }

@@ -12,16 +12,14 @@ const ACCURACY = {
 };
 
 // Teacher, start, then the runs as they are listed, then whatever else there is.
-function ordered(models) {
-  const rank = (name) => {
-    const run = DATA.runs.findIndex((one) => one.name === name);
-    return name === "teacher" ? -2 : name === "start" ? -1 : run >= 0 ? run : DATA.runs.length;
-  };
-  return Object.entries(models).sort(([a], [b]) => rank(a) - rank(b));
+function ordered(result) {
+  const rank = (name) =>
+    name === "teacher" ? -2 : name === "start" ? -1 : (result.runs[name] ?? DATA.runs.length);
+  return Object.entries(result.models).sort(([a], [b]) => rank(a) - rank(b));
 }
 
 function accuracy(result) {
-  const models = ordered(result.models);
+  const models = ordered(result);
   const keys = Object.keys(ACCURACY).filter((key) => models.some(([, row]) => known(row[key])));
   const heads = ["model"];
   for (const key of keys) {
@@ -30,10 +28,10 @@ function accuracy(result) {
       heads.push("95 % interval", "", `minus ${result.baseline}, paired 95 %`);
   }
   const rows = models.map(([name, row], place) => {
-    const cells = [named(name, modelColor(name, place))];
+    const cells = [named(name, modelColor(name, place, result))];
     for (const key of keys) {
       cells.push(ACCURACY[key][1](row[key]));
-      if (key === "accuracy") cells.push(...intervalCells(name, row, place));
+      if (key === "accuracy") cells.push(...intervalCells(row, modelColor(name, place, result)));
     }
     return cells;
   });
@@ -41,12 +39,12 @@ function accuracy(result) {
     result.set ? el("h3", { text: result.set }) : null,
     el("p", { class: "dim", text: result.source }),
     table(heads, rows),
-    ...detailTables(models),
+    ...detailTables(models, result),
   ].filter(Boolean);
 }
 
 // Where results hold details: pass@k and maj@k, accuracy by length and difficulty, defects.
-function detailTables(models) {
+function detailTables(models, result) {
   const having = models.filter(([, row]) => row.details);
   const span = ([mean, low, high]) => `${percent(mean)} (${percent(low)} to ${percent(high)})`;
   const tables = [];
@@ -54,7 +52,7 @@ function detailTables(models) {
     if (rows.length) tables.push(el("h3", { text: title }), table(heads, rows));
   };
   const each = (pick) => having.flatMap(([name, row], place) => pick(name, row.details, place));
-  const cell = (name, place) => named(name, modelColor(name, place));
+  const cell = (name, place) => named(name, modelColor(name, place, result));
   const ks = (own) => Object.keys(own.pass_at_k || {});
   add(
     "pass@k and maj@k (95 %)",
@@ -109,7 +107,7 @@ function detailTables(models) {
   return [el("details", {}, el("summary", { text: "details of the answers" }), ...tables)];
 }
 
-function intervalCells(name, row, place) {
+function intervalCells(row, color) {
   const span = known(row.low) ? `${percent(row.low)} to ${percent(row.high)}` : ABSENT;
   const bar = svg("svg", {
     width: 160,
@@ -117,7 +115,6 @@ function intervalCells(name, row, place) {
     role: "img",
     "aria-label": `accuracy ${percent(row.accuracy)}`,
   });
-  const color = modelColor(name, place);
   bar.append(svg("line", { x1: 2, x2: 158, y1: 7, y2: 7, class: "axis" }));
   if (known(row.low)) {
     bar.append(
@@ -209,14 +206,14 @@ function histogramChart() {
 
 // ---------------------------------------------------------------- drift
 
-function driftCurve(models, pick, more = {}) {
-  return ordered(models).map(([name, row], place) => {
+function driftCurve(result, pick, more = {}) {
+  return ordered(result).map(([name, row], place) => {
     const count = row.lengths.filter((n) => n <= row.reach).length;
     const curve = pick(row);
     const at = (values) => row.lengths.slice(0, count).map((n, k) => [n, values[k]]);
     return {
       name: more.label ? `${name}: ${more.label}` : name,
-      color: modelColor(name, place),
+      color: modelColor(name, place, result),
       points: at(curve.value),
       band: more.plain
         ? undefined
@@ -228,7 +225,6 @@ function driftCurve(models, pick, more = {}) {
 }
 
 function drift(result) {
-  const models = result.models;
   const options = { legend: true, xLabel: "generated tokens", xName: "token", xInteger: true };
   const about = [
     `teacher ${result.teacher}, ${result.prompts} prompts × ${result.samples} samples`,
@@ -241,7 +237,7 @@ function drift(result) {
     grid(
       chart({
         title: "ExAccErr: excess of accumulated error",
-        series: driftCurve(models, (row) => row.excess),
+        series: driftCurve(result, (row) => row.excess),
         yText: (y) => `${format(y)} %`,
         ...options,
       }),
@@ -249,11 +245,11 @@ function drift(result) {
         title: "Accumulated KL(teacher‖student), nats",
         ...options,
         series: [
-          ...driftCurve(models, (row) => row.accumulated, {
+          ...driftCurve(result, (row) => row.accumulated, {
             label: "own sequences (R)",
             plain: true,
           }),
-          ...driftCurve(models, (row) => row.reference, {
+          ...driftCurve(result, (row) => row.reference, {
             label: "teacher's (E)",
             dash: "5 4",
             plain: true,
@@ -264,11 +260,11 @@ function drift(result) {
         title: "Mean log q − log p by position",
         ...options,
         series: [
-          ...driftCurve(models, (row) => row.log_ratio.student, {
+          ...driftCurve(result, (row) => row.log_ratio.student, {
             label: "own sequences",
             plain: true,
           }),
-          ...driftCurve(models, (row) => row.log_ratio.teacher, {
+          ...driftCurve(result, (row) => row.log_ratio.teacher, {
             label: "teacher's",
             dash: "5 4",
             plain: true,
@@ -279,15 +275,15 @@ function drift(result) {
         title: "Sequences alive",
         ...options,
         zero: true,
-        series: ordered(models).flatMap(([name, row], place) => [
+        series: ordered(result).flatMap(([name, row], place) => [
           {
             name: `${name}: own`,
-            color: modelColor(name, place),
+            color: modelColor(name, place, result),
             points: row.lengths.map((n, k) => [n, row.student_alive[k]]),
           },
           {
             name: `${name}: teacher's`,
-            color: modelColor(name, place),
+            color: modelColor(name, place, result),
             dash: "5 4",
             thin: true,
             points: row.lengths.map((n, k) => [n, row.teacher_alive[k]]),
@@ -302,7 +298,7 @@ function driftTable(result) {
   const reach = Math.min(...Object.values(result.models).map((row) => row.reach));
   const span = (curve, k) =>
     known(curve.low[k]) ? `${curve.low[k].toFixed(1)} to ${curve.high[k].toFixed(1)} %` : ABSENT;
-  const rows = ordered(result.models).map(([name, row], place) => {
+  const rows = ordered(result).map(([name, row], place) => {
     const k = row.lengths.filter((n) => n <= reach).length - 1;
     const at = (curve) => (k < 0 ? null : curve.value[k]);
     const change =
@@ -310,7 +306,7 @@ function driftTable(result) {
         ? `${at(row.difference).toFixed(1)} % (${span(row.difference, k)})`
         : ABSENT;
     return [
-      named(name, modelColor(name, place)),
+      named(name, modelColor(name, place, result)),
       format(k < 0 ? null : row.lengths[k]),
       format(at(row.accumulated)),
       format(at(row.reference)),

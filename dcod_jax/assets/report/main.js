@@ -111,6 +111,7 @@ function main() {
   );
   section("Other metrics", "", grid(prefixed("").map((key) => metric(key, key))));
   section("Settings", "", ...settings());
+  pending.forEach((draw) => draw()); // at once: also on a page that is printed and never shown
 }
 
 main();

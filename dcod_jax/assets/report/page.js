@@ -5,12 +5,11 @@ const COLORS = 6;
 const runColor = (i) => `var(--run${i % COLORS})`;
 const dashOf = (i) => ["", "7 4", "2 3"][Math.floor(i / COLORS) % 3];
 
-// The colour of a run is also that of the model of its name in tables and drift curves.
-function modelColor(name, place) {
+// The colour of a run is also that of its model in tables and drift curves.
+function modelColor(name, place, result) {
   if (name === "start") return "var(--start)";
   if (name === "teacher") return "var(--ink)";
-  const run = DATA.runs.findIndex((one) => one.name === name);
-  return runColor(run >= 0 ? run : place);
+  return runColor(result.runs[name] ?? DATA.runs.length + place);
 }
 
 function section(title, about, ...nodes) {
