@@ -13,8 +13,8 @@ LEVELS = {
     1: "mesh epitaph watch hosts",
     2: "models.config models.layers models.attention models.transformer models.cached "
     "models.weights losses.events losses.distributions losses.divergences losses.weights "
-    "losses.adaptive losses.head losses.reduce data.manifest data.codec data.score_progress data.blocks "
-    "data.records data.packing data.chat data.formats data.traces data.delivered data.overlap "
+    "losses.adaptive losses.head losses.reduce data.manifest data.codec data.score_progress "
+    "data.blocks data.records data.packing data.chat data.formats data.traces data.delivered data.overlap "
     "answers eval_stats benchmarks grading progress metrics profiling optim problems "
     "checkpoint arithmetic drift_curves",
     3: "losses.distill models.gguf models.hf data.pipeline stops sampling decoding generate",
