@@ -14,8 +14,8 @@ LEVELS = {
     2: "models.config models.layers models.attention models.transformer models.cached "
     "models.weights losses.events losses.distributions losses.divergences losses.weights "
     "losses.adaptive losses.head losses.reduce data.manifest data.codec data.score_progress "
-    "data.blocks data.records data.packing data.chat data.formats data.traces data.delivered data.overlap "
-    "answers eval_stats benchmarks grading progress metrics profiling optim problems "
+    "data.blocks data.records data.packing data.chat data.formats data.traces data.delivered "
+    "data.overlap answers eval_stats benchmarks grading progress metrics profiling optim problems "
     "checkpoint arithmetic drift_curves",
     3: "losses.distill models.gguf models.hf data.pipeline stops sampling decoding generate",
     4: "config_checks config forward train_step scoring evals problem_sets eval_details "
