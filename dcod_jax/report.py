@@ -28,7 +28,7 @@ from dcod_jax import config as configs
 from dcod_jax.config import BASE, load_recipe, run_verb
 from dcod_jax.data.manifest import replace_file
 from dcod_jax.paths import Path, as_path
-from dcod_jax.report_data import Run, drifts, evaluations, find_runs, run_record
+from dcod_jax.report_data import Run, drifts, evaluations, find_runs, goodput, run_record
 from dcod_jax.report_traces import histogram, see, shown
 from dcod_jax.types import DcodError
 
@@ -66,7 +66,7 @@ def collect(runs: Sequence[Run], *, settings: Any) -> dict[str, Any]:
     traces: dict[tuple[str, str], dict[str, Any]] = {}
     for place, run in enumerate(runs):
         record = run_record(run, points=settings.points)
-        record |= {"histogram": None, "seen": ""}
+        record |= {"histogram": None, "seen": "", "goodput": goodput(run, notes)}
         records.append(record)
         try:
             _add_traces(run, place, record, traces, settings=settings)

@@ -15,11 +15,13 @@ from typing import Any
 from dcod_jax import config as configs
 from dcod_jax.metrics import read_metrics
 from dcod_jax.paths import Path
+from dcod_jax.profiling import GOODPUT
 from dcod_jax.types import DcodError
 
 POSITION = "weights/position_"  # prefix of the metrics by position bucket; the rest is its start
 DRIFT = ("student_alive", "teacher_alive", "reach", "accumulated", "reference", "excess")
 DRIFT += ("log_ratio",)  # what a drift.json has of each student
+GOODPUT_PARTS = ("productive", "startup", "eval", "save", "lost", "wall")  # of goodput.json
 CURVES = ("student_kl", "teacher_kl", "accumulated", "reference", "excess", "difference")
 
 
@@ -101,6 +103,28 @@ def run_record(run: Run, *, points: int) -> dict[str, Any]:
         "series": series,
         "positions": _positions(lines),
     }
+
+
+def goodput(run: Run, notes: list[str]) -> dict[str, Any] | None:
+    """{"starts", "goodput", "seconds": {part: seconds}} of goodput.json, or None without one.
+
+    A file of another form is left out with a note.
+    """
+    path = run.path / GOODPUT
+    if not path.is_file():
+        return None
+    found = _read_json(path)
+    try:
+        total = found["total"]
+        seconds = {part: total[f"{part}_seconds"] for part in GOODPUT_PARTS}
+        return {
+            "starts": len(found["attempts"]),
+            "goodput": total["goodput"],
+            "seconds": seconds,
+        }
+    except (KeyError, TypeError) as error:
+        notes.append(f"{path} is not shown: it has no {error}; it is not a run's goodput.json")
+        return None
 
 
 def _plain(value: Any) -> Any:

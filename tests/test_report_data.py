@@ -2,11 +2,13 @@
 
 import json
 import math
+import time
 
 import numpy as np
 import pytest
 
 from dcod_jax import report, report_data
+from dcod_jax.profiling import Goodput
 from dcod_jax.types import DcodError
 
 
@@ -92,6 +94,37 @@ def test_results_of_another_form_are_left_out_with_a_note(tmp_path, name, conten
     assert report_data.drifts([run], notes, points=10) == []
     [found] = notes
     assert f"{path} is not shown: {note}" in found
+
+
+def test_goodput_is_what_the_loop_wrote(tmp_path):
+    for start in (0, 2):  # killed after step 3, of which the checkpoint of step 2 was kept
+        clock = Goodput(tmp_path, start, entered=time.monotonic() - 5, enabled=True)
+        clock.paused("eval", 0.25)
+        clock.started()
+        clock.saved(2)
+    clock.finish(failed=False)
+    written = json.loads((tmp_path / "goodput.json").read_text())
+    notes = []
+    found = report_data.goodput(report_data.Run("sft", tmp_path, {}), notes)
+    assert found is not None
+    assert not notes
+    assert found["starts"] == 2
+    assert found["goodput"] == written["total"]["goodput"]
+    seconds = found["seconds"]
+    assert seconds["eval"] == 0.5
+    assert seconds["wall"] == pytest.approx(sum(seconds.values()) - seconds["wall"])
+    assert seconds["wall"] > seconds["startup"] > 9
+
+
+def test_goodput_of_another_form_is_left_out_with_a_note(tmp_path):
+    run, notes = report_data.Run("sft", tmp_path, {}), []
+    assert report_data.goodput(run, notes) is None
+    assert notes == []
+    for content, lacking in (({"total": {}}, "productive_seconds"), ({}, "total")):
+        (tmp_path / "goodput.json").write_text(json.dumps(content))
+        notes = []
+        assert report_data.goodput(run, notes) is None
+        assert f"goodput.json is not shown: it has no '{lacking}'" in notes[0]
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,10 @@ const ABOUT_DRIFT = [
   "on text of its own than on the teacher's.",
 ].join(" ");
 
+const ABOUT_TIME = DATA.runs.some((run) => run.goodput)
+  ? "Goodput is the share of wall time, over all starts of a run, in steps that were not done again."
+  : "";
+
 function main() {
   document.getElementById("about").textContent = DATA.about;
   DATA.runs.forEach((run, i) => {
@@ -106,7 +110,8 @@ function main() {
   section("Traces", "", traces());
   section(
     "Time",
-    "",
+    ABOUT_TIME,
+    goodputTable(),
     grid(prefixed("time/").map((key) => metric(key, key, { robust: true, zero: true }))),
   );
   section("Other metrics", "", grid(prefixed("").map((key) => metric(key, key))));

@@ -144,3 +144,28 @@ function runsTable() {
   });
   return table(heads, rows);
 }
+
+// Where the wall time of a run went, over all its starts.
+function goodputTable() {
+  const having = DATA.runs.filter((run) => run.goodput);
+  if (!having.length) return null;
+  const heads = [
+    "run",
+    "starts",
+    "goodput",
+    "steps that count, s",
+    "start-up",
+    "held-out loss",
+    "saves",
+    "steps done again",
+    "in all",
+  ];
+  const parts = ["productive", "startup", "eval", "save", "lost", "wall"];
+  const rows = having.map((run) => [
+    named(run.name, runColor(DATA.runs.indexOf(run))),
+    format(run.goodput.starts),
+    `${format(100 * run.goodput.goodput)} %`,
+    ...parts.map((part) => format(run.goodput.seconds[part])),
+  ]);
+  return table(heads, rows);
+}
