@@ -40,6 +40,8 @@ _MESH = re.compile(
 )
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{} ]*\})\}")
+# Between slices libtpu sends through the hosts: a "send" is all that is left of a collective.
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="([A-Z_]+)"')
 _OPERAND = re.compile(r"%([\w.\-]+)")
 
 
@@ -70,15 +72,20 @@ class Collective:
     groups: tuple[tuple[int, ...], ...]  # positions of the devices in the mesh; () is all of them
     overlapped: bool  # started and awaited apart, or fused with compute
     computation: str
+    between_slices: bool = False  # one device of each slice; groups is () then
 
-    def received(self, devices: int) -> float:
-        """Bytes a device takes in a step, on a ring."""
-        n = len(self.groups[0]) if self.groups else devices
+    def received(self, slice_of: Sequence[int]) -> float:
+        """Bytes a device takes in a step, on a ring; slice_of names each position's slice."""
+        n = len(self.groups[0]) if self.groups else len(slice_of)
+        if self.between_slices:
+            n = len(set(slice_of))
         share = {"collective-permute": 1.0, "all-reduce": 2 * (n - 1) / n}
         return self.times * self.size * share.get(self.kind, (n - 1) / n)
 
     def crosses(self, slice_of: Sequence[int]) -> bool:
         """Whether a group holds devices of several slices; slice_of names each position's."""
+        if self.between_slices:
+            return True
         groups = self.groups or (tuple(range(len(slice_of))),)
         return any(len({slice_of[i] for i in group}) > 1 for group in groups)
 
@@ -258,6 +265,17 @@ class _Program:
                 computation=body,
             )
             self.collectives[key] = one
+        elif kind == "send" and (transfer := _BETWEEN_SLICES.search(step.rest)):
+            size = max(array_bytes(m[0]) for m in re.finditer(_ARRAY, step.shape))
+            self.collectives[body, step.name] = Collective(
+                kind=transfer[1].lower().replace("_", "-"),
+                size=size,
+                times=times,
+                groups=(),
+                overlapped=True,
+                computation=body,
+                between_slices=True,
+            )
         elif step.opcode in ("fusion", "async-start"):
             for inner in step.called:
                 apart = overlapped or step.opcode == "async-start" or inner.startswith("async")
@@ -290,7 +308,7 @@ def bytes_by_kind(
     for one in summary.collectives:
         network = "dcn" if one.crosses(slice_of) else "ici"
         row = table.setdefault((one.kind, network), {"count": 0.0, "bytes": 0.0, "overlapped": 0.0})
-        received = one.received(len(slice_of))
+        received = one.received(slice_of)
         row["count"] += one.times
         row["bytes"] += received
         row["overlapped"] += received * one.overlapped

@@ -55,6 +55,9 @@ ENTRY %main (x: bf16[8,16]) -> f32[] {{
   %scatter = f32[1,4]{{1,0}} reduce-scatter(%big), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%add
   %mean = f32[] all-reduce(%total), channel_id=2, replica_groups={{{{0,4}},{{1,5}},{{2,6}},{{3,7}}}}, to_apply=%add
   %start.2 = (f32[4], f32[4]) collective-permute-start(%q), channel_id=3, source_target_pairs={{{{0,1}},{{1,0}}}}
+  %send = (f32[10]{{0}}, u32[], token[]) send(%mine, %after), channel_id=4, is_host_transfer=true, frontend_attributes={{_xla_megascale_reduce_operation="SUM",_xla_megascale_transfer_type="ALL_REDUCE"}}
+  %recv = (f32[10]{{0}}, u32[], token[]) recv(%after), channel_id=5, is_host_transfer=true, frontend_attributes={{_xla_megascale_transfer_type="ALL_REDUCE"}}
+  %to_host = (f32[99]{{0}}, u32[], token[]) send(%mine, %after), channel_id=6, is_host_transfer=true
   ROOT %r = f32[] add(%mean, %mean), {CONFIG % 1}
 }}
 """  # noqa: E501 - HLO is written on long lines
@@ -82,10 +85,15 @@ def test_bytes_are_those_received_and_sorted_by_network(summary):
     table = hlo.bytes_by_kind(summary, slice_of=[0, 0, 0, 0, 1, 1, 1, 1])
     assert table["all-gather", "ici"] == {"count": 28, "bytes": 28 * 192, "overlapped": 1.0}
     assert table["reduce-scatter", "dcn"] == {"count": 1, "bytes": 128 * 7 / 8, "overlapped": 0.0}
-    # Four pairs, each of two slices: 2 (n - 1)/n of four bytes.
-    assert table["all-reduce", "dcn"] == {"count": 1, "bytes": 4.0, "overlapped": 0.0}
+    # Four pairs, each of two slices: 2 (n - 1)/n of four bytes. And libtpu's own way between two
+    # slices: forty bytes sent through the hosts, which come back summed.
+    assert table["all-reduce", "dcn"] == {"count": 2, "bytes": 44.0, "overlapped": 40 / 44}
+    three = hlo.bytes_by_kind(summary, slice_of=[0, 0, 1, 1, 1, 2, 2, 2])["all-reduce", "dcn"]
+    assert three["bytes"] == pytest.approx(4.0 + 40 * 4 / 3)
     assert table["collective-permute", "ici"] == {"count": 1, "bytes": 16, "overlapped": 1.0}
     one_slice = hlo.bytes_by_kind(summary, slice_of=[0] * 8)
+    sent = one_slice.pop(("all-reduce", "dcn"))  # a program of one slice sends nothing so
+    assert sent["bytes"] == 0
     assert {network for _, network in one_slice} == {"ici"}
 
 

@@ -64,6 +64,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "topk": (QWEN_1B, TOP_K),
     "live": (QWEN_1B, LIVE),
     "nll-256": (QWEN_1B, {"data.batch_size": 256}),
+    "nll-256-micro": (QWEN_1B, {"data.batch_size": 256, "train.microbatches": 4}),
     "7b": (
         QWEN_7B,
         {"data.batch_size": 256, "mesh.fsdp": 64, "plan.topology": "v5e:16x16"},
