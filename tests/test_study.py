@@ -303,6 +303,13 @@ def test_reduced_study(tmp_path):
             assert accuracy == pytest.approx(line["accuracy"][name], abs=1e-4)
     study(config)
     assert read_results(tmp_path / "results.jsonl") == lines, "a finished study does nothing"
+    other = reference | {"start": reference["start"] | {"in": 0.0625}}
+    left = [other if line is reference else line for line in lines[:-1]]  # one run is missing
+    text = "".join(json.dumps(line) + "\n" for line in left)
+    (tmp_path / "results.jsonl").write_text(text)
+    with pytest.raises(DcodError, match=r"'main' began from a start .*'in': 0\.0625"):
+        study(config)
+    assert (tmp_path / "results.jsonl").read_text() == text
 
     lines.sort(key=lambda line: line["kind"])  # in a long study the kinds are mixed
     page = fill_page(PAGE, Study(tuple(lines)))
@@ -319,6 +326,23 @@ def test_the_page_holds_the_results():
     page = (configs.ROOT / "docs" / "study.md").read_text(encoding="utf-8")
     results = read_results(configs.ROOT / "docs" / "study" / "results.jsonl")
     assert fill_page(page, Study(tuple(results))) == page, "run python tools/make_study_page.py"
+
+
+def test_an_arm_is_compared_with_main_only_from_the_same_start():
+    settings = {"study.only": [], "loss.weights.name": "x"}
+    lines = [
+        {"kind": "settings", "condition": name, "arm": arm, "settings": settings}
+        for name, arm in (("main", "sft"), ("variants", "sft+t3"))
+    ]
+    starts = [
+        {"kind": "reference", "condition": name, "start": {"in": 0.5}}
+        for name in ("main", "variants")
+    ]
+    lines.append({"kind": "test", "condition": "main", "arm": "sft"})
+    alike = Study((*lines, *starts))
+    assert alike.base("variants", "sft+t3") == ("main", "sft")
+    apart = Study((*lines, starts[0], starts[1] | {"start": {"in": 0.25}}))
+    assert apart.base("variants", "sft+t3") is None
 
 
 def test_best_rate_waits_for_the_whole_grid(tmp_path):

@@ -42,7 +42,7 @@ ARMS = (
 PLAIN = "sft,sft+sigmoid,sft+auto,dft,fkl,fkl+sigmoid"
 OTHERS = "todi,todi+sigmoid,jsd,jsd+sigmoid,gkd,gkd+sigmoid"
 NLL = "sft,sft+sigmoid,sft+auto"
-VARIANTS = "sft+t3,sft+prefix,sft+sequence,sft+unnormalised,sft+each-sequence"
+VARIANTS = "sft,sft+sigmoid,sft+t3,sft+prefix,sft+sequence,sft+unnormalised,sft+each-sequence"
 GIVEN = f"study.start_steps=0 student.path={TEACHER.parent / 'student'}"
 # In the order of their weight: an interrupted study has the first ones whole.
 CONDITIONS = (

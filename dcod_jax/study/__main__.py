@@ -24,9 +24,13 @@ def study(config: Any) -> None:
     last = config.seed + config.study.seeds
     done = sum(x["condition"] in names and x["seed"] <= last for x in results.done.values())
     with track("study", total, unit="runs", done=done, enabled=config.train.progress) as advance:
+        begun: set[str] = set()
         for run, own in pending(config, results):
             if run.condition not in results.references:
                 results.refer(run.condition, lab.reference(own))
+            elif run.condition not in begun:
+                results.begin_alike(run.condition, lab.start_accuracy(own))
+            begun.add(run.condition)
             measured = lab.run(own, kind=run.kind, rate=run.rate, seed=run.seed)
             results.record(run, measured)
             note = f"{run.kind} {run.condition} {run.arm} seed {run.seed} {measured['accuracy']}"

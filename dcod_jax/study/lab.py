@@ -271,13 +271,18 @@ class Lab:
 
     def reference(self, config: Any) -> dict[str, Any]:
         """What a condition begins with: accuracies of start and teacher, and its traces."""
-        start, manifest = self.start(config), self.traces(config).manifest
+        manifest = self.traces(config).manifest
         return {
-            "start": {name: _share(self.grade(config, start, name)) for name in SETS},
+            "start": self.start_accuracy(config),
             "teacher": {name: _share(self.grade_teacher(config, name)) for name in SETS},
             "counts": manifest["counts"],
             "styles": manifest["styles"],
         }
+
+    def start_accuracy(self, config: Any) -> dict[str, float]:
+        """{set: accuracy of the start}."""
+        start = self.start(config)
+        return {name: _share(self.grade(config, start, name)) for name in SETS}
 
     def grade(self, config: Any, params: Params, name: str) -> np.ndarray:
         """[problems] bool: greedy answers of a student to one set."""

@@ -114,7 +114,7 @@ class Results:
             for line in self.lines
             if line["kind"] == "settings"
         }
-        self.references = {x["condition"] for x in self.lines if x["kind"] == "reference"}
+        self.references = {x["condition"]: x for x in self.lines if x["kind"] == "reference"}
         self.done = {_key(x): x for x in self.lines if x["kind"] in ("tune", "test")}
 
     def append(self, line: dict[str, Any]) -> None:
@@ -135,8 +135,24 @@ class Results:
 
     def refer(self, condition: str, measured: dict[str, Any]) -> None:
         """Write down what a condition begins with."""
-        self.append({"kind": "reference", "condition": condition} | measured)
-        self.references.add(condition)
+        line = {"kind": "reference", "condition": condition} | measured
+        self.append(line)
+        self.references[condition] = line
+
+    def begin_alike(self, condition: str, start: dict[str, float]) -> None:
+        """Refuse to go on from another start than that of the condition's earlier runs.
+
+        A start that was trained again by another version of the program, or on another machine,
+        differs in its last bits, and in its accuracies by more than what is compared.
+        """
+        before = self.references[condition]["start"]
+        if before != start:
+            raise DcodError(
+                f"{self.path}: the runs of condition {condition!r} began from a start of accuracy "
+                f"{before}; the start that is there now has {start}. Put the earlier one back "
+                f"({self.path.parent}/starts), or take the condition's lines out of the file so "
+                "that all its runs are done from this one"
+            )
 
     def hold_to(self, condition: str, arm: str, settings: dict[str, Any]) -> None:
         """Write down what this condition and arm are, or refuse when that has changed."""

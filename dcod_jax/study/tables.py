@@ -116,7 +116,7 @@ class Study:
         """(condition, arm) that an arm is compared with; None: there is none.
 
         The unweighted form of a weighted method, SFT for a plain one, in the same condition, or in
-        "main" where the two conditions are one but for the arms that they run.
+        "main" where the two conditions are one but for the arms that they run, the start included.
         """
         name = arm.partition("+")[0] if "+" in arm else "sft"
         if name == arm:
@@ -129,7 +129,12 @@ class Study:
 
     def _world(self, condition: str, arm: str) -> dict[str, Any]:
         settings = self.settings(condition, arm)
-        return {key: value for key, value in settings.items() if not key.startswith("loss.")}
+        world = {key: value for key, value in settings.items() if not key.startswith("loss.")}
+        starts = [x["start"] for x in self.lines if self._is_reference(x, condition)]
+        return world | {"start": starts}
+
+    def _is_reference(self, line: Line, condition: str) -> bool:
+        return line["kind"] == "reference" and line["condition"] == condition
 
     def correct(self, condition: str, arm: str, name: str, seeds: Iterable[int]) -> np.ndarray:
         """[seeds, problems] of 0 and 1."""
