@@ -143,7 +143,7 @@ class Results:
         """Refuse to go on from another start than that of the condition's earlier runs.
 
         A start that was trained again by another version of the program, or on another machine,
-        differs in its last bits, and in its accuracies by more than what is compared.
+        can differ in its accuracies by more than what is compared.
         """
         before = self.references[condition]["start"]
         if before != start:
