@@ -31,7 +31,7 @@ from dcod_jax.models.transformer import head_weight, logical_axes
 from dcod_jax.sampling import Settings, choose
 from dcod_jax.types import Params
 
-PREFILL_CHUNKS = (16, 256)  # least and most prompt tokens of a row that prefill takes at a time
+PREFILL_CHUNKS = (16, 64, 256)  # multiples of the first up to the second, then powers of two
 MAX_SPLIT_LAYERS = 64  # deeper models are scanned in decoding too, to bound the program's size
 
 
@@ -68,12 +68,14 @@ def make_program(
 
 
 def prefill_chunk(longest: int) -> int:
-    """Tokens of a row in one prefill step: a power of two near an eighth of the longest prompt.
+    """Tokens of a row in one prefill step: 42 -> 48, 100 -> 64, 600 -> 128, 5000 -> 256.
 
-    Larger ones read the weights less often, smaller ones pad less. 42 -> 16, 600 -> 128.
+    Larger ones read the weights less often, smaller ones pad less.
     """
-    least, most = PREFILL_CHUNKS
-    return min(max(1 << ((longest - 1) // 8).bit_length(), least), most)
+    step, small, most = PREFILL_CHUNKS
+    if longest > small:
+        return min(max(1 << ((longest - 1) // 8).bit_length(), small), most)
+    return -(-longest // step) * step
 
 
 @jax.tree_util.register_dataclass

@@ -69,7 +69,8 @@ def choose(
 
     The log-probabilities are those of the model, whatever temperature and filters chose among.
     """
-    logits = jnp.where(jnp.arange(logits.shape[-1]) < valid_vocab, logits, MASKED)
+    if valid_vocab < logits.shape[-1]:
+        logits = jnp.where(jnp.arange(logits.shape[-1]) < valid_vocab, logits, MASKED)
     if settings.mode == "greedy":
         tokens = _argmax(logits)
     else:

@@ -31,8 +31,9 @@ MAX_CACHE_CHUNKS = 16  # a longer cache is read in larger chunks
 class Cache:
     """Keys and values of M slots per row; slot j is that of position j.
 
-    Each is a tuple of one array [L, B, G, M, H] for all layers, which a scan needs, or of an array
-    [1, B, G, M, H] for each, which is read without copying it out of the whole.
+    Keys are [L, B, G, H, M] and values [L, B, G, M, H], as the products with them read them. Each
+    is a tuple of one such array for all layers, which a scan needs, or of an array with L = 1 for
+    each, which is read without copying it out of the whole.
     """
 
     keys: Any  # as a pytree it also holds shapes and shardings
@@ -51,8 +52,9 @@ def init_cache(
     """An empty cache of at least max_len positions per row, a whole number of chunks."""
     max_len += -max_len % _cache_chunk(max_len)
     count, depth = (config.num_layers, 1) if split else (1, config.num_layers)
-    shape = (depth, batch_size, config.num_kv_heads, max_len, config.head_dim)
-    keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(count)) for _ in range(2))
+    head, slots = (depth, batch_size, config.num_kv_heads), (max_len, config.head_dim)
+    keys = tuple(jnp.zeros((*head, *slots[::-1]), dtype) for _ in range(count))
+    values = tuple(jnp.zeros((*head, *slots), dtype) for _ in range(count))
     return Cache(keys=keys, values=values)
 
 
@@ -108,7 +110,7 @@ def forward_with_cache(
             is_leaf=is_names,
         )
     rope = layers.rope_tables(config, positions)
-    capacity = cache.keys[0].shape[3]
+    capacity = cache.values[0].shape[3]
     chunk = _cache_chunk(capacity)
     # Out of range goes to M, which mode="drop" drops; a negative index would wrap round instead.
     inside = (positions >= 0) & (positions < capacity)
@@ -122,18 +124,18 @@ def forward_with_cache(
         module = nnx.merge(block_graph, layer)
         query, key, value = module.project(x, rope)
         # The whole cache is carried and written in place: stacking it anew would copy it.
-        keys = keys.at[index, places, :, slots].set(key.astype(keys.dtype), mode="drop")
+        keys = keys.at[index, places, :, :, slots].set(key.astype(keys.dtype), mode="drop")
         values = values.at[index, places, :, slots].set(value.astype(values.dtype), mode="drop")
 
-        def part(x: Array, number: Array) -> Array:
-            start, sizes = (index, 0, 0, number * chunk, 0), (1, *x.shape[1:3], chunk, x.shape[4])
-            slice_ = jax.lax.dynamic_slice(x, start, sizes)[0]
+        def part(x: Array, number: Array, axis: int) -> Array:
+            layer = jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+            slice_ = jax.lax.dynamic_slice_in_dim(layer, number * chunk, chunk, axis)
             return slice_ if rows is None else jnp.take(slice_, rows, axis=0, mode="clip")
 
         def read(number: Array) -> tuple[Array, Array]:
-            return part(keys, number), part(values, number)
+            return part(keys, number, 3), part(values, number, 2)
 
-        mixed = layers.cached_attention(query, read, positions, chunks, turned=turned)
+        mixed = layers.cached_attention(query, read, positions, chunks)
         return (module.finish(x, mixed), keys, values), None
 
     x = embed(params, tokens, compute_dtype=compute_dtype, mesh=mesh)

@@ -21,7 +21,7 @@ from dcod_jax.models.config import ModelConfig, rope_frequencies
 
 # Finite, so that a row that may see nothing has a uniform softmax instead of NaN.
 MASKED = -0.7 * float(np.finfo(np.float32).max)
-MANY_ROWS = 64  # beyond, a CPU multiplies x @ w as fast as w @ x
+MANY_ROWS = 512  # beyond, a CPU multiplies x @ w as fast as w @ x
 
 
 def turned_matmul(x: Float[Array, "*B I"], weight: Float[Array, "O I"]) -> Float[Array, "*B O"]:
@@ -144,30 +144,25 @@ def cached_attention(
     read: Callable[[Array], tuple[Array, Array]],
     positions: Int[Array, "B S"],
     chunks: Int[Array, ""] | int,
-    *,
-    turned: bool = False,
 ) -> Float[Array, "B S N H"]:
     """Attention of S new queries over the first chunks of a cache, whose slot j holds position j.
 
-    read(i) -> keys and values [B, G, C, H] of chunk i; a query sees the slots up to its position.
+    read(i) -> keys [B, G, H, C] and values [B, G, C, H] of chunk i; a query sees the slots up to
+    its position.
     The softmax is accumulated chunk by chunk (Milakov and Gimelshein, arXiv 1805.02867), so the
     work follows what is written and not the cache's size, and a chunk that a row does not see
-    leaves its result as it is, bit for bit. Scores, softmax and sums are float32. turned: the
-    scores are computed as keys @ queries, see turned_matmul.
+    leaves its result as it is, bit for bit. Scores, softmax and sums are float32.
     """
     B, S, N, H = query.shape
     shapes = jax.eval_shape(read, jnp.int32(0))
-    G, C = shapes[0].shape[1:3]
+    G, C = shapes[1].shape[1:3]
     queries = query.reshape(B, S, G, N // G, H).transpose(0, 2, 3, 1, 4)  # [B,G,R,S,H]
     folded = queries.reshape(B, G, -1, H)  # the R heads beside the queries, as in attend
 
     def add(index: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         highest, total, mixed = sums
         key, value = (x.astype(query.dtype) for x in read(index))
-        if turned:
-            scores = jax.vmap(jax.vmap(turned_matmul))(folded, key)
-        else:
-            scores = jnp.einsum("bgxh,bgch->bgxc", folded, key, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("bgxh,bghc->bgxc", folded, key, preferred_element_type=jnp.float32)
         visible = index * C + jnp.arange(C) <= positions[..., None]
         scores = scores.reshape(B, G, -1, S, C) * (1.0 / math.sqrt(H))
         scores = jnp.where(visible[:, None, None], scores, MASKED).reshape(B, G, -1, C)

@@ -142,7 +142,7 @@ def test_a_query_that_may_see_nothing_is_finite():
 
     assert jnp.isfinite(loss(query, key, value))
     cached = layers.cached_attention(
-        query.reshape(1, 2, 4, 8), lambda index: (key, value), jnp.full((1, 2), -1), jnp.int32(1)
+        query.reshape(1, 2, 4, 8), lambda index: (key.mT, value), jnp.full((1, 2), -1), jnp.int32(1)
     )
     assert jnp.isfinite(cached).all()
     for gradient in jax.grad(loss, argnums=(0, 1, 2))(query, key, value):
@@ -265,14 +265,15 @@ def test_cache_reads_only_what_was_written_and_is_not_ahead(monkeypatch, split, 
     rest, cache = step(tokens[:, 50:], positions[:, 50:], cache)
     np.testing.assert_allclose(rest, expected[:, 50:], atol=1e-5)
     assert len(cache.keys) == (config.num_layers if split else 1)
-    assert all((np.asarray(keys[:, :, :, 75:]) == 50.0).all() for keys in cache.keys)
+    assert all((np.asarray(keys[..., 75:]) == 50.0).all() for keys in cache.keys)
+    assert all((np.asarray(v[..., 75:, :]) == 50.0).all() for v in cache.values)
 
 
 def test_a_cache_is_a_whole_number_of_chunks():
     config = _config()
     for wanted in (*range(1, 600), *range(600, 9000, 37)):
         cache = jax.eval_shape(lambda n=wanted: cached.init_cache(config, 1, n, jnp.float32))
-        slots = cache.keys[0].shape[3]
+        slots = cache.values[0].shape[3]
         assert wanted <= slots <= 1.25 * wanted
         chunk = cached._cache_chunk(slots)
         assert slots % chunk == 0
