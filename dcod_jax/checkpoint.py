@@ -76,10 +76,15 @@ class Checkpointer:
                 keep_checkpoints_without_metrics=False,
             )
             policy = policies.AnyPreservationPolicy([newest, best])
-        options: dict[str, Any] = {"preservation_policy": policy, "cleanup_tmp_directories": True}
+        # Of those that are alone, local_checkpoints.py removes what is half-written.
+        options: dict[str, Any] = {
+            "preservation_policy": policy,
+            "cleanup_tmp_directories": not alone,
+        }
         if alone or beside_local:
-            # Where directories are made in the background, processes find each other's signals by
-            # how many saves they began: one that gave up its local ones would wait for ever.
+            # Directories made in the background are waited for under a number that counts all
+            # saves of a process. One that gave up its local ones has another number than process
+            # 0: it would write before the directory is made, and lose its part when that is made.
             options["async_options"] = ocp.options.AsyncOptions(
                 create_directories_asynchronously=False
             )

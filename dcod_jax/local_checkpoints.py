@@ -4,7 +4,7 @@ Every train.local_every steps each process saves what it holds, without the othe
 train.local_dir/<run>/process-<i>/<id>/checkpoints/<step>. The newest two are kept: a process may
 be killed while it writes the step that the others have already.
 
-run_dir/checkpoints/local.json says which of them belong to the run as it stands: the id, the number
+run_dir/checkpoints/local.txt says which of them belong to the run as it stands: the id, the number
 of processes, and the layout, that is, which process holds which part of every array. A start that
 goes on from local checkpoints keeps this record, one that goes on from anything else writes a new
 id, and one without train.local_dir removes it. So what a start has passed over, and what was left
@@ -26,12 +26,12 @@ import jax
 
 from dcod_jax import hosts
 from dcod_jax.checkpoint import Checkpointer, Restored, finished
-from dcod_jax.data.manifest import replace_file, to_json
+from dcod_jax.data.manifest import replace_file
 from dcod_jax.storage import remove_tree
 from dcod_jax.types import DcodError, TrainState
 from dcod_jax.watch import HOST
 
-RECORD = "local.json"
+RECORD = "local.txt"  # in one line: id, number of processes, layout
 KEEP = 2
 
 
@@ -48,32 +48,32 @@ class LocalCheckpoints:
         self.own: Checkpointer | None = None  # none either after the disk refused one
         self.newest = 0
 
-    # ---------------------------------------------------------------- at the start
-
     def restore(self, like: TrainState, *, before: int) -> tuple[TrainState, Restored] | None:
         """State at the newest step that all processes have whole, if it is newer than the shared.
 
         None where there is no such step below `before`. All processes call it once, before the
-        first save; says in a line why checkpoints that one of them has are not used.
+        first save; a line says why checkpoints that one of them has are not used.
         """
         if not self.enabled:
             self._forget()
             return None
-        own = {"id": uuid.uuid4().hex, "processes": jax.process_count(), "layout": layout(like)}
+        own = [uuid.uuid4().hex, str(jax.process_count()), layout(like)]
         shared = max(self.shared.steps(), default=0)
         known = hosts.first() and self.record.is_file()
-        record = json.loads(self.record.read_bytes()) if known else None
-        told = json.dumps([record, own["id"], shared])
-        record, own["id"], shared = json.loads(hosts.exchange("local checkpoints", told)[0])
+        then = self.record.read_bytes().decode(errors="replace").split() if known else []
+        told = json.dumps([then, own[0], shared])
+        then, own[0], shared = json.loads(hosts.exchange("local checkpoints", told)[0])
         found = None
-        if record and (difference := _difference(record, own)):
-            print(f"local checkpoints are of {difference}; going on without them")
-        elif record:
-            found = self._newest(record["id"], like, after=shared, before=before)
+        if len(then) == 3 and then[1] != own[1]:
+            print(f"local checkpoints are of {then[1]} processes, these are {own[1]}; not used")
+        elif len(then) == 3 and then[2] != own[2]:
+            print("local checkpoints are of another mesh or model; not used")
+        elif len(then) == 3:
+            found = self._newest(then[0], like, after=shared, before=before)
         if found is None and hosts.first():
-            replace_file(self.record, to_json(own))
+            replace_file(self.record, (" ".join(own) + "\n").encode())
         self.newest = found[1].step if found else 0
-        self._open(record["id"] if found else own["id"])
+        self._open(then[0] if found else own[0])
         return found
 
     def _newest(
@@ -81,51 +81,51 @@ class LocalCheckpoints:
     ) -> tuple[TrainState, Restored] | None:
         """Agree on a step and read it, until one was read by all or none is left."""
         while True:
-            own = json.dumps([HOST, finished(self.home / name / "checkpoints")])
-            everyone = [json.loads(text) for text in hosts.exchange("local steps", own)]
+            own: list[int] = []
+            with contextlib.suppress(OSError):  # a disk in trouble has none
+                own = finished(self.home / name / "checkpoints")
+            told = hosts.exchange("local steps", json.dumps([HOST, own]))
+            everyone = [json.loads(text) for text in told]
             names = [f"process {i} ({host})" for i, (host, _) in enumerate(everyone)]
-            steps = [steps for _, steps in everyone]
+            steps = [have for _, have in everyone]
             step, newest, lacking = agree(steps, after=after, before=before)
             if step is None:
+                who = ", ".join(names[i] for i in lacking)
                 if lacking:
-                    print(
-                        f"local checkpoints: {', '.join(names[i] for i in lacking)} has none of "
-                        f"step {newest}; going on from {self.shared.directory}"
-                    )
+                    print(f"local checkpoints: {who} has none of step {newest}; not used")
                 return None
-            found, problem = self._attempt(name, step, like)
+            found, problem = None, ""
+            try:
+                found = self._checkpointer(name).restore(like, step=step)
+            except DcodError as error:
+                problem = str(error)
             problems = hosts.exchange("reading local checkpoints", problem)
             if not any(problems):
                 return found
             told = [f"{who}: {text}" for who, text in zip(names, problems, strict=True) if text]
             print(f"local checkpoints of step {step} are not used. {'; '.join(told)}")
-            del found  # room for the next
-            before = step
+            found, before = None, step  # room for the next, which is older
 
-    def _attempt(
-        self, name: str, step: int, like: TrainState
-    ) -> tuple[tuple[TrainState, Restored] | None, str]:
-        """(what was read, "") or (None, what is wrong with it)."""
-        try:
-            reader = Checkpointer(self.home / name, keep=KEEP, alone=True)
-            found = reader.restore(like, step=step)
-            reader.close()
-        except DcodError as error:
-            return None, str(error)
-        return found, ""
+    def _checkpointer(self, name: str) -> Checkpointer:
+        return Checkpointer(self.home / name, keep=KEEP, alone=True)
 
     def _open(self, name: str) -> None:
         """Be ready to save under this id; all else that this process has of the run is removed."""
+        try:
+            self._tidy(name)
+            self.own = self._checkpointer(name)
+        except (DcodError, OSError) as error:
+            self._give_up(error)
+
+    def _tidy(self, name: str) -> None:
+        """Leave the whole checkpoints of this id that are no newer than the run is."""
         for other in list(self.home.iterdir()) if self.home.is_dir() else []:
             if other.name != name:
                 remove_tree(other)
-        for step in finished(self.home / name / "checkpoints"):
-            if step > self.newest:
-                remove_tree(self.home / name / "checkpoints" / str(step))
-        try:
-            self.own = Checkpointer(self.home / name, keep=KEEP, alone=True)
-        except DcodError as error:
-            self._give_up(error)
+        place = self.home / name / "checkpoints"
+        for path in list(place.iterdir()) if place.is_dir() else []:
+            if not path.name.isdigit() or int(path.name) > self.newest:
+                remove_tree(path)
 
     # ---------------------------------------------------------------- as the run goes
 
@@ -142,12 +142,10 @@ class LocalCheckpoints:
             except DcodError as error:
                 self._give_up(error)
 
-    def _give_up(self, error: DcodError) -> None:
+    def _give_up(self, error: Exception) -> None:
         if self.own is not None:  # room for what else is on that disk
             with contextlib.suppress(OSError):
-                for path in list(self.own.directory.iterdir()):
-                    if not path.name.isdigit():
-                        remove_tree(path)
+                self._tidy(self.own.directory.parent.name)
         self.own = None
         print(
             f"warning: process {jax.process_index()} ({HOST}): {error}. No more local checkpoints "
@@ -158,24 +156,20 @@ class LocalCheckpoints:
 
     def close(self) -> None:
         """Remove them; the shared checkpoint of the last step must be whole."""
-        if not self.enabled:
-            return
         if self.own is not None:
             try:
                 self.own.close()
             except DcodError as error:
                 self._give_up(error)
-        remove_tree(self.home)
-        with contextlib.suppress(OSError):  # the other processes of this host are not ready
-            self.home.parent.rmdir()
+        if self.enabled:
+            remove_tree(self.home)
+            with contextlib.suppress(OSError):  # another process of this host is not ready
+                self.home.parent.rmdir()
         self._forget()
 
     def _forget(self) -> None:
         if hosts.first():
             self.record.unlink(missing_ok=True)
-
-
-# ---------------------------------------------------------------- agreement
 
 
 def agree(
@@ -203,9 +197,3 @@ def layout(like: TrainState) -> str:
         }
         described.append([jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype), sorted(held)])
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
-
-
-def _difference(record: dict[str, Any], own: dict[str, Any]) -> str:
-    if record["processes"] != own["processes"]:
-        return f"{record['processes']} processes, these are {own['processes']}"
-    return "another mesh or model" if record["layout"] != own["layout"] else ""

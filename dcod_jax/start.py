@@ -162,7 +162,7 @@ def start_state(
     }
     like = init_state(shapes, optimizer, **options, abstract=True)
     if found := local.restore(like, before=config.train.steps):
-        _check_same_run(config, found[1], as_path(config.train.local_dir))
+        _check_same_run(config, found[1], checkpointer.directory)
         where = f"the local checkpoints in {config.train.local_dir}"
         print(f"resuming {config.run_dir} at step {found[1].step}, from {where}")
         return found

@@ -248,7 +248,7 @@ def local(place, two):
     homes["refused"].mkdir(parents=True)
     (homes["refused"] / "process-1").write_text("not a directory")
     third = succeed(
-        tasks(place, "fit sound; fit replaced; fit refused; fit halted stop 3", *more),
+        tasks(place, "fit sound; fit replaced; slow; fit refused; fit halted stop 3", *more),
         code=configs.EXIT_INTERRUPTED,
     )
     for ends in (first, second):
@@ -268,7 +268,7 @@ def test_a_killed_run_goes_on_from_the_local_step_to_the_same_bits(place, two, l
 @pytest.mark.long
 def test_a_process_without_its_disk_sends_all_to_the_shared_step(place, two, local):
     said = local[2][0][1]
-    assert re.search(r"local checkpoints: process 1 \(.*\) has none of step 5; going on from", said)
+    assert re.search(r"local checkpoints: process 1 \(.*\) has none of step 5; not used", said)
     assert f"resuming {two[0] / 'replaced'} at step 3\n" in said
     same_run(place, two[0] / "replaced", two[0] / "sound")
 

@@ -150,14 +150,24 @@ def test_a_start_without_them_ends_their_life(run):
 def test_another_mesh_is_told_and_not_restored(run, capsys):
     run.like = state_of(meshes.make_mesh(4, 2), 0)
     assert run.start()[1] is None
-    assert "local checkpoints are of another mesh or model; going on" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said == "local checkpoints are of another mesh or model; not used\n"
 
 
 def test_another_number_of_processes_is_told(run, capsys):
     path = run.place / "run" / "checkpoints" / RECORD
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"processes": 2}))
+    name, _, held = path.read_text().split()
+    path.write_text(f"{name} 2 {held}")
     assert run.start()[1] is None
-    assert "local checkpoints are of 2 processes, these are 1; going" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said == "local checkpoints are of 2 processes, these are 1; not used\n"
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\x00", b"{}"])
+def test_a_damaged_record_is_no_record(run, content):
+    (run.place / "run" / "checkpoints" / RECORD).write_bytes(content)
+    assert run.start()[1] is None
+    assert run.steps() == []
 
 
 @pytest.mark.parametrize("item", ["params", "opt_state", "run"])
@@ -180,7 +190,11 @@ def test_a_damaged_one_is_told_and_the_older_one_read(run, mesh, capsys, item):
 def test_a_half_written_directory_is_not_read(run):
     [place] = run.place.glob("disk/run-*/process-0/*/checkpoints")
     (place / "3").rename(place / "3.orbax-checkpoint-tmp")
-    assert run.start()[1][1].step == 2
+    opened, (_, restored) = run.start()
+    assert restored.step == 2
+    assert [path.name for path in place.iterdir()] == ["2"]
+    run.save(opened, 3)
+    assert run.steps() == [2, 3]
 
 
 # ---------------------------------------------------------------- beside another process
@@ -199,10 +213,8 @@ def beside(monkeypatch, answers):
 def test_a_process_that_lacks_them_is_named_and_nobody_restores(run, monkeypatch, capsys):
     beside(monkeypatch, {"local steps": [json.dumps(["host-b", []])]})
     assert run.start()[1] is None
-    assert (
-        "local checkpoints: process 1 (host-b) has none of step 3; going on from "
-        f"{run.place / 'run' / 'checkpoints'}\n" == capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert said == "local checkpoints: process 1 (host-b) has none of step 3; not used\n"
     assert run.steps() == []
 
 
