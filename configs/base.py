@@ -119,6 +119,8 @@ def get_config() -> Any:
     c.train.eval_batches = 0  # held-out batches; 0: all
     c.train.save_every = 100  # steps between checkpoints; 0: only at the end
     c.train.keep = 2  # newest checkpoints kept, beside the best
+    c.train.local_dir = ""  # also save to this directory of each host's own disk; empty: do not
+    c.train.local_every = 0  # steps between checkpoints in train.local_dir, less than save_every
     c.train.best_metric = "eval/nll"  # lower is better; empty: keep by age only
     c.train.init_from = ""  # run directory or checkpoint whose parameters to start from
     c.train.progress = True  # progress bars

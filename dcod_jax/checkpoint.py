@@ -1,7 +1,8 @@
 """Checkpoints of a run, and where a run's parameters come from.
 
 Restore precedence (decided in train.py, first that applies):
-  1. the run's own directory: params, optimizer, step and data position (resume);
+  1. the run's own directory: params, optimizer, step and data position (resume), or newer ones on
+     the processes' own disks (local_checkpoints.py);
   2. train.init_from: the parameters of another run's checkpoint, step 0;
   3. student.path: HF or GGUF weights;
   4. student.config: random initial weights.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,7 +28,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from dcod_jax.mesh import put
-from dcod_jax.paths import Location, RemotePath, as_path
+from dcod_jax.paths import Location, Path, RemotePath, as_path
 from dcod_jax.types import DcodError, Params, TrainState
 
 ITEMS = ("params", "opt_state", "run")
@@ -45,7 +47,20 @@ class Restored:
 class Checkpointer:
     """Asynchronous checkpoints of one run: the newest `keep` of them, and the best."""
 
-    def __init__(self, run_dir: Location, *, keep: int = 2, best_metric: str = ""):
+    def __init__(
+        self,
+        run_dir: Location,
+        *,
+        keep: int = 2,
+        best_metric: str = "",
+        alone: bool = False,
+        beside_local: bool = False,
+    ):
+        """alone: run_dir is this process's own, for the shards it holds; it waits for no other.
+
+        beside_local: such ones are written in the same run.
+        """
+        self.alone = alone
         self.directory = as_path(run_dir).resolve() / "checkpoints"
         if isinstance(self.directory, RemotePath) and self.directory.protocol != "gs":
             raise DcodError(
@@ -61,13 +76,29 @@ class Checkpointer:
                 keep_checkpoints_without_metrics=False,
             )
             policy = policies.AnyPreservationPolicy([newest, best])
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy, cleanup_tmp_directories=True
-        )
+        # Of those that are alone, local_checkpoints.py removes what is half-written.
+        options: dict[str, Any] = {
+            "preservation_policy": policy,
+            "cleanup_tmp_directories": not alone,
+        }
+        if alone or beside_local:
+            # Directories made in the background are waited for under a number that counts all
+            # saves of a process. One that gave up its local ones has another number than process
+            # 0: it would write before the directory is made, and lose its part when that is made.
+            options["async_options"] = ocp.options.AsyncOptions(
+                create_directories_asynchronously=False
+            )
         with self._explained("open"):
             self.directory.mkdir(parents=True, exist_ok=True)
             place = epath.Path(str(self.directory))  # Orbax's own way to gs://
-            self.manager = ocp.CheckpointManager(place, item_names=ITEMS, options=options)
+            if alone:
+                self.manager = _lonely_manager(place, options)
+            else:
+                self.manager = ocp.CheckpointManager(
+                    place,
+                    item_names=ITEMS,
+                    options=ocp.CheckpointManagerOptions(**options),
+                )
 
     def steps(self) -> list[int]:
         """Steps that can be restored, oldest first."""
@@ -99,8 +130,8 @@ class Checkpointer:
         metrics = metrics or {}
         run = {"step": step, "progress": progress, "config": config, "metrics": metrics}
         items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            opt_state=ocp.args.StandardSave(_moments(state)),
+            params=self._saving(state.params),
+            opt_state=self._saving(_moments(state)),
             run=ocp.args.JsonSave(run),
         )
         ranked = metrics if self.best_metric in metrics else None
@@ -125,8 +156,8 @@ class Checkpointer:
         """
         step = self._existing(step)
         items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(_abstract(like.params)),
-            opt_state=ocp.args.StandardRestore(_abstract(_moments(like))),
+            params=self._restoring(like.params),
+            opt_state=self._restoring(_moments(like)),
             run=ocp.args.JsonRestore(),
         )
         with self._explained("restore", step):
@@ -143,13 +174,21 @@ class Checkpointer:
     def restore_params(self, like: Params, *, step: int | None = None) -> tuple[Params, Restored]:
         """Parameters alone, with the shapes, dtypes and shardings of `like`."""
         step = self._existing(step)
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(_abstract(like)), run=ocp.args.JsonRestore()
-        )
+        items = ocp.args.Composite(params=self._restoring(like), run=ocp.args.JsonRestore())
         with self._explained("restore", step):
             self._check_shapes(step, like)
             found = self.manager.restore(step, args=items)
         return found["params"], _restored(found["run"])
+
+    def _saving(self, tree: Any) -> Any:
+        return ocp.args.PyTreeSave(tree) if self.alone else ocp.args.StandardSave(tree)
+
+    def _restoring(self, like: Any) -> Any:
+        like = _abstract(like)
+        if not self.alone:
+            return ocp.args.StandardRestore(like)
+        how = ocp.checkpoint_utils.construct_restore_args(like)
+        return ocp.args.PyTreeRestore(like, restore_args=how)
 
     def _existing(self, step: int | None) -> int:
         steps = self.steps()
@@ -177,24 +216,70 @@ class Checkpointer:
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             where = self.directory / (str(step) if step is not None else "")
             text = " ".join(str(error).split())[:400] or type(error).__name__
+            if self.alone:  # the caller knows what follows from it
+                text = "no space left on the disk" if "space left" in str(error) else text
+                raise DcodError(f"{where}: cannot {what} a local checkpoint: {text}") from error
             if "space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error):
                 hint = "free disk space and run the same command again"
             elif what == "restore":
-                others = [s for s in self._finished() if s != step]
+                others = [s for s in finished(self.directory) if s != step]
                 hint = (
                     "the directory is damaged or of another model; move it away to go on from "
                     + (f"step {others[-1]}" if others else "the beginning")
                 )
             else:
                 hint = "see that the directory can be written, and run the same command again"
-            kept = (
-                f"; finished checkpoints {self._finished()} are untouched" if what == "save" else ""
-            )
+            there = finished(self.directory)
+            kept = f"; finished checkpoints {there} are untouched" if what == "save" else ""
             raise DcodError(f"{where}: cannot {what} a checkpoint: {text}{kept}; {hint}") from error
 
-    def _finished(self) -> list[int]:
-        names = [p.name for p in self.directory.iterdir()] if self.directory.is_dir() else []
-        return sorted(int(name) for name in names if name.isdigit())
+
+def finished(directory: Path) -> list[int]:
+    """Steps whose directories have their final names, oldest first."""
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+class _Lonely(ocp.CheckpointManager):
+    """Saves of one process among several, at other moments than the others' perhaps."""
+
+    def reached_preemption(self, step: int) -> bool:
+        # The service would take this step, which a save that ends late asks with, for the one the
+        # loop is at, and all could agree on a step that is past already.
+        return False
+
+
+def _needed(record: logging.LogRecord) -> bool:
+    """Orbax warns at each such save that it does not add up the sizes of all processes' parts."""
+    return "primary_host=None" not in record.getMessage()
+
+
+def _lonely_manager(place: epath.Path, options: dict[str, Any]) -> ocp.CheckpointManager:
+    """Every process is its own primary host and writes each shard it holds, whichever replica."""
+    logging.getLogger("absl").addFilter(_needed)
+    processes = ocp.options.MultiprocessingOptions(
+        primary_host=None,
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix=f"local-{jax.process_index()}",
+    )
+    arrays = ocp.type_handlers.ArrayHandler(
+        primary_host=None, replica_id=None, use_replica_parallel=False
+    )
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    handlers: dict[str, Any] = {
+        item: ocp.PyTreeCheckpointHandler(
+            multiprocessing_options=processes, type_handler_registry=registry
+        )
+        for item in ("params", "opt_state")
+    }
+    handlers["run"] = ocp.JsonCheckpointHandler(multiprocessing_options=processes)
+    return _Lonely(
+        place,
+        item_handlers=handlers,
+        options=ocp.CheckpointManagerOptions(
+            **options, create=False, multiprocessing_options=processes
+        ),
+    )
 
 
 def read_run(run_dir: Location, step: int) -> Restored:

@@ -41,7 +41,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "seed prepare.workers score.top_k optim.warmup_steps "
     "optim.weight_decay optim.clip_norm optim.final_fraction train.eval_every train.eval_batches "
-    "train.save_every generate.temperature generate.top_k evaluate.limit "
+    "train.save_every train.local_every generate.temperature generate.top_k evaluate.limit "
     "evaluate.temperature evaluate.top_k evaluate.shots data.eval_fraction data.head_tokens "
     "on_policy.temperature drift.limit report.traces plan.hbm_gib "
     "study.start_steps study.noise study.drift_prompts"
@@ -108,6 +108,26 @@ def _profile_errors(text: str, steps: int) -> list[str]:
     ]
 
 
+def _local_errors(directory: str, every: int, save_every: int) -> list[str]:
+    """train.local_* that could not give a checkpoint, or would put it in the wrong place."""
+    if "://" in directory:
+        return [
+            f"train.local_dir={directory} must be a directory on each host's own disk, such as "
+            "/mnt/disk/dcod_jax; for more frequent checkpoints in run_dir lower train.save_every"
+        ]
+    if bool(directory) != (every > 0):
+        return [
+            f"train.local_dir={directory!r} and train.local_every={every} need each other: the "
+            "directory on each host's own disk, and the steps between checkpoints in it"
+        ]
+    if 0 < save_every <= every:
+        return [
+            f"train.local_every={every} must be less than train.save_every={save_every}, or the "
+            "checkpoints in run_dir would be the newer ones"
+        ]
+    return []
+
+
 def _sampling_errors(flat: dict[str, Any]) -> list[str]:
     """Of generate.* and evaluate.*: ranges, and sets that are not known."""
     wrong: list[str] = []
@@ -152,6 +172,8 @@ def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
     wrong += _hosts_errors(flat)
     wrong += _profile_errors(flat["profile.steps"], flat["train.steps"])
     wrong += _sampling_errors(flat)
+    local = (flat["train.local_dir"], flat["train.local_every"])
+    wrong += _local_errors(*local, flat["train.save_every"])
     if flat["data.max_length"] > flat["data.seq_len"]:
         wrong.append(
             f"data.max_length={flat['data.max_length']} must not exceed "

@@ -13,6 +13,7 @@ from dcod_jax.checkpoint import Checkpointer, Restored
 from dcod_jax.data import chat
 from dcod_jax.data.records import TraceDataset, check_fingerprints
 from dcod_jax.forward import TeacherModel
+from dcod_jax.local_checkpoints import LocalCheckpoints
 from dcod_jax.losses import distill
 from dcod_jax.losses.divergences import DIVERGENCES
 from dcod_jax.mesh import check_divides, make_mesh, tree_shardings
@@ -28,7 +29,7 @@ from dcod_jax.types import DcodError, Params, TrainState
 # beyond the order in which floating-point sums are taken.
 FREE = (
     "run_dir compare mesh. student.remat train.log_every train.eval train.save_every train.keep "
-    "train.best_metric train.progress train.microbatches optim.offload loss.head "
+    "train.local_ train.best_metric train.progress train.microbatches optim.offload loss.head "
     "data.prefetch data.verify_checksums data.traces data.eval data.split data.dataset teacher. "
     "prepare. score. generate. evaluate. drift. report. export. plan. student.path student.config "
     "student.tokenizer train.init_from hosts. profile."
@@ -140,7 +141,12 @@ def load_live_teacher(
 
 
 def start_state(
-    config: Any, student: Student, optimizer: Any, mesh: Any, checkpointer: Checkpointer
+    config: Any,
+    student: Student,
+    optimizer: Any,
+    mesh: Any,
+    checkpointer: Checkpointer,
+    local: LocalCheckpoints,
 ) -> tuple[TrainState, Restored | None]:
     """The state to start from, by the precedence written at the top of checkpoint.py."""
     shardings = tree_shardings(mesh, transformer.logical_axes(student.config))
@@ -154,8 +160,13 @@ def start_state(
         "model_config": student.config,
         "offload": config.optim.offload,
     }
+    like = init_state(shapes, optimizer, **options, abstract=True)
+    if found := local.restore(like, before=config.train.steps):
+        _check_same_run(config, found[1], checkpointer.directory)
+        where = f"the local checkpoints in {config.train.local_dir}"
+        print(f"resuming {config.run_dir} at step {found[1].step}, from {where}")
+        return found
     if checkpointer.steps():
-        like = init_state(shapes, optimizer, **options, abstract=True)
         state, restored = checkpointer.restore(like)
         _check_same_run(config, restored, checkpointer.directory)
         print(f"resuming {config.run_dir} at step {restored.step}")

@@ -24,6 +24,7 @@ from dcod_jax.config import run_verb
 from dcod_jax.data import chat, pipeline
 from dcod_jax.data.manifest import replace_file
 from dcod_jax.data.records import TraceDataset
+from dcod_jax.local_checkpoints import LocalCheckpoints
 from dcod_jax.losses import distill, reduce
 from dcod_jax.losses.distill import LossConfig
 from dcod_jax.mesh import make_mesh
@@ -70,6 +71,10 @@ def fit(config: Any, *, name: str = "") -> int:
         run_dir,
         keep=config.train.keep,
         best_metric=config.train.best_metric if eval_set else "",
+        beside_local=bool(config.train.local_dir),
+    )
+    local = LocalCheckpoints(
+        checkpointer, directory=config.train.local_dir, every=config.train.local_every
     )
 
     mesh = make_mesh(**config.mesh)
@@ -97,7 +102,7 @@ def fit(config: Any, *, name: str = "") -> int:
     if eval_set:
         step_of = make_eval_step(student.config, loss_config, **options)
         evaluator = Evaluator(config, eval_set, reading, step_of, teacher_params, mesh)
-    state, restored = start_state(config, student, optimizer, mesh, checkpointer)
+    state, restored = start_state(config, student, optimizer, mesh, checkpointer, local)
 
     batches = pipeline.train_batches(
         train_set, seed=config.seed, **on_policy.reading(config, reading)
@@ -110,6 +115,7 @@ def fit(config: Any, *, name: str = "") -> int:
     if step >= config.train.steps:
         print(f"{run_dir}: all {step} steps are done")
         checkpointer.close()
+        local.close()
         return step
     if not restored and hosts.first():
         replace_file(run_dir / "config.json", configs.to_json(config).encode())
@@ -126,9 +132,9 @@ def fit(config: Any, *, name: str = "") -> int:
         mesh=mesh,
         entered=entered,
     )
-    evaluated = step if restored and restored.metrics else -1
-    saved = step if restored else -1
-    held_out: dict[str, float] = {}
+    held_out = restored.metrics if restored else {}
+    evaluated = step if held_out else -1
+    saved = step if step in checkpointer.steps() else -1
     pending: Pending | None = None
     with hosts.interruption() as interrupted, log:
         # The order is part of exactness: evaluate -> save -> advance the iterator -> step.
@@ -138,7 +144,8 @@ def fit(config: Any, *, name: str = "") -> int:
             stop = interrupted(step) or last
             evaluate = evaluator is not None and _due(step, config.train.eval_every, last=last)
             save = stop or (step > 0 and _due(step, config.train.save_every, last=last))
-            if (evaluate or save) and pending:
+            save_locally = not save and local.due(step)
+            if (evaluate or save or save_locally) and pending:
                 log.settle(pending, train_set, checkpointer)
                 pending = None
             if evaluate and evaluated != step and evaluator is not None:
@@ -147,11 +154,11 @@ def fit(config: Any, *, name: str = "") -> int:
                     held_out = evaluator(state)
                 log.held_out(step, held_out)
                 evaluated = step
-            if save and saved != step:
+            if (save or save_locally) and saved != step:
                 hosts.doing(f"saving step {step}")
                 with log.pause("save"):
                     log.writer.sync()  # a resumed run needs the lines up to its checkpoint
-                    checkpointer.save(
+                    (checkpointer if save else local).save(
                         state,
                         step=step,
                         progress={
@@ -181,6 +188,7 @@ def fit(config: Any, *, name: str = "") -> int:
             pending = Pending(step, values, trace_index, cost)
         with log.pause("save"):
             checkpointer.close()
+            local.close()  # only now is the last shared checkpoint whole
     if not last:
         seconds = time.monotonic() - began
         print(

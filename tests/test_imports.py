@@ -16,7 +16,7 @@ LEVELS = {
     "losses.adaptive losses.head losses.reduce data.manifest data.codec data.score_progress "
     "data.blocks data.records data.packing data.chat data.formats data.traces data.delivered "
     "data.overlap answers eval_stats benchmarks grading progress metrics profiling optim problems "
-    "checkpoint arithmetic drift_curves",
+    "checkpoint local_checkpoints arithmetic drift_curves",
     3: "losses.distill models.gguf models.hf data.pipeline stops sampling decoding generate",
     4: "config_checks config forward train_step scoring evals problem_sets eval_details "
     "filters drift_scores",

@@ -17,6 +17,7 @@ from dcod_jax.data.formats import Fields
 from dcod_jax.data.records import TraceDataset
 from dcod_jax.data.traces import describe, find_sources, read_traces
 from dcod_jax.evals import Generation, read_generations, to_line
+from dcod_jax.local_checkpoints import LocalCheckpoints
 from dcod_jax.losses.adaptive import initial
 from dcod_jax.models import hf
 from dcod_jax.paths import RemotePath
@@ -196,6 +197,22 @@ def test_checkpoints_are_saved_and_restored_in_cloud_storage(gcs):
     ):
         again.restore_params(wrong)
     again.close()
+
+
+def test_local_checkpoints_beside_those_in_cloud_storage(gcs, tmp_path):
+    for expected in (None, 2):
+        shared = Checkpointer(gcs / "beside", beside_local=True)
+        local = LocalCheckpoints(shared, directory=str(tmp_path), every=1)
+        found = local.restore(jax.tree.map(jnp.asarray, state_of(0)), before=9)
+        assert (found[1].step if found else None) == expected
+        if expected is None:
+            shared.save(state_of(1), step=1, progress={}, config={})
+            local.save(state_of(2), step=2, progress={}, config={})
+            local.own.wait()
+        shared.close()
+    assert Checkpointer(gcs / "beside").steps() == [1]
+    local.close()
+    assert [path.name for path in (gcs / "beside" / "checkpoints").iterdir()] == ["1"]
 
 
 def test_a_half_written_checkpoint_in_cloud_storage_is_not_restored(gcs):

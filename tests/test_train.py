@@ -292,12 +292,17 @@ def test_no_student_is_refused(place, tmp_path):
         train.fit(load(place, tmp_path / "run", "--config.student.path="))
 
 
+def places(run_dir):
+    checkpointer = Checkpointer(run_dir)
+    return checkpointer, train.LocalCheckpoints(checkpointer, directory="", every=0)
+
+
 def test_parameters_from_another_run_and_from_a_config(place, reference, tmp_path):
     first = load(place, tmp_path / "a", f"--config.train.init_from={reference}")
     mesh = train.make_mesh()
     student = train.load_student(first)
     optimizer, _ = train.make_optimizer(configs.optim_config(first), 8)
-    state, _ = train.start_state(first, student, optimizer, mesh, Checkpointer(tmp_path / "a"))
+    state, _ = train.start_state(first, student, optimizer, mesh, *places(tmp_path / "a"))
     jax.tree.map(np.testing.assert_array_equal, state.params, final_params(reference, place))
     assert int(state.step) == 0
     assert all(not np.any(x) for x in jax.tree.leaves(state.opt_state) if jnp.ndim(x))
@@ -307,6 +312,6 @@ def test_parameters_from_another_run_and_from_a_config(place, reference, tmp_pat
         "--config.student.path=",
         f"--config.student.config={place / 'student' / 'config.json'}",
     )
-    state, _ = train.start_state(scratch, student, optimizer, mesh, Checkpointer(tmp_path / "b"))
+    state, _ = train.start_state(scratch, student, optimizer, mesh, *places(tmp_path / "b"))
     embedding = np.asarray(state.params["embed_tokens"]["embedding"])
     np.testing.assert_allclose(embedding.std(), 0.1, rtol=0.1)
