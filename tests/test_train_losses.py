@@ -83,7 +83,11 @@ def params(place, name):
 
 @pytest.mark.parametrize(
     ("divergence", "tolerance"),
-    [("nll", 2e-5), ("forward_kl", 3e-3), ("todi", 6e-3)],
+    [
+        ("nll", 2e-5),
+        pytest.param("forward_kl", 3e-3, marks=pytest.mark.long),
+        ("todi", 6e-3),
+    ],
 )
 def test_a_live_teacher_gives_the_cached_loss(place, divergence, tolerance):
     """To the cache's precision: float32 for the trace token, bfloat16 for the distribution."""
@@ -108,7 +112,10 @@ def test_a_live_teacher_gives_the_cached_loss(place, divergence, tolerance):
 @pytest.mark.parametrize(
     "changes",
     [
-        ("loss.weights.temperature=auto", "loss.weights.target_loss=0.999"),
+        pytest.param(
+            ("loss.weights.temperature=auto", "loss.weights.target_loss=0.999"),
+            marks=pytest.mark.long,
+        ),
         (
             "loss.divergence=taid",
             "loss.weights.temperature=auto",

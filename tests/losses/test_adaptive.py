@@ -250,7 +250,7 @@ def test_giving_up_more_raises_the_temperature():
     assert temperatures["target_ess"][-1] < 10 * temperatures["target_ess"][0]
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "power"])
+@pytest.mark.parametrize("name", ["sigmoid", pytest.param("power", marks=pytest.mark.long)])
 def test_the_kept_loss_is_solved_at_the_ends_of_float32(name):
     generator = np.random.default_rng(6)
     shape = (B, T)

@@ -219,7 +219,12 @@ def head_positions(batch, capacity):
 
 @pytest.mark.parametrize("teacher", TEACHERS)
 @pytest.mark.parametrize(
-    ("scope", "normalize"), [("token", "mean"), ("prefix", "sequence"), ("sequence", "none")]
+    ("scope", "normalize"),
+    [
+        ("token", "mean"),
+        ("prefix", "sequence"),
+        pytest.param("sequence", "none", marks=pytest.mark.long),
+    ],
 )
 def test_the_compact_head_equals_the_whole_one(teacher, scope, normalize):
     cfg = config("todi", teacher, {"scope": scope, "normalize": normalize, "warmup_steps": 9})
