@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import pathlib
+import os
 import sys
 import uuid
 from collections.abc import Sequence
@@ -27,6 +27,7 @@ import jax
 from dcod_jax import hosts
 from dcod_jax.checkpoint import Checkpointer, Restored, finished
 from dcod_jax.data.manifest import replace_file
+from dcod_jax.paths import as_path
 from dcod_jax.storage import remove_tree
 from dcod_jax.types import DcodError, TrainState
 from dcod_jax.watch import HOST
@@ -44,7 +45,7 @@ class LocalCheckpoints:
         self.enabled = bool(directory)
         run_dir = shared.directory.parent
         name = f"{run_dir.name}-{hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]}"
-        self.home = pathlib.Path(directory).resolve() / name / f"process-{jax.process_index()}"
+        self.home = as_path(directory).resolve() / name / f"process-{jax.process_index()}"
         self.own: Checkpointer | None = None  # none either after the disk refused one
         self.newest = 0
 
@@ -164,7 +165,7 @@ class LocalCheckpoints:
         if self.enabled:
             remove_tree(self.home)
             with contextlib.suppress(OSError):  # another process of this host is not ready
-                self.home.parent.rmdir()
+                os.rmdir(str(self.home.parent))
         self._forget()
 
     def _forget(self) -> None:
