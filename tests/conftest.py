@@ -1,6 +1,7 @@
 """Eight fake CPU devices, checked shapes, and the benchmark files where they exist."""
 
 import os
+import subprocess
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
@@ -80,3 +81,15 @@ def memory(request):
     root = as_path(f"memory://{_place(request)}")
     storage.remove_tree(root)
     return root
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB, empty, at tmp_path/disk."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small file system can be mounted by root only")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)

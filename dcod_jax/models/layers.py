@@ -148,10 +148,9 @@ def cached_attention(
     """Attention of S new queries over the first chunks of a cache, whose slot j holds position j.
 
     read(i) -> keys [B, G, H, C] and values [B, G, C, H] of chunk i; a query sees the slots up to
-    its position.
-    The softmax is accumulated chunk by chunk (Milakov and Gimelshein, arXiv 1805.02867), so the
-    work follows what is written and not the cache's size, and a chunk that a row does not see
-    leaves its result as it is, bit for bit. Scores, softmax and sums are float32.
+    its position. The softmax is accumulated chunk by chunk (Milakov and Gimelshein, arXiv
+    1805.02867), so the work follows what is written and not the cache's size, and a chunk that a
+    row does not see leaves its result as it is, bit for bit. Scores, softmax and sums are float32.
     """
     B, S, N, H = query.shape
     shapes = jax.eval_shape(read, jnp.int32(0))
