@@ -78,7 +78,7 @@ def get_config() -> Any:
     c.loss.taid_end = 1.0  # of taid: the interpolation to end with; 1 is the teacher
     c.loss.taid_alpha = 5e-4  # of taid: how fast the interpolation may run ahead of its schedule
     c.loss.taid_beta = 0.99  # of taid: memory of the loss's relative change
-    c.loss.head_chunk = 512  # tokens whose logits exist at one time in the vocabulary head
+    c.loss.head_chunk = 480  # tokens whose logits exist at one time in the vocabulary head
     c.loss.head_group = 1  # chunks for one product of the head's gradient: see docs/scaling.md
     c.loss.weights = ConfigDict()
     c.loss.weights.name = "sigmoid"  # uniform | sigmoid (DisCorD) | clip | power | dft
@@ -207,6 +207,7 @@ def get_config() -> Any:
     c.study.conditions = ()  # ("main", "hot generate.temperature=1.5", ...); "main" comes first
     c.study.only = ()  # names of the arms to run; empty: all
     c.study.seeds = 5  # test runs of each arm
+    c.study.tuning_seeds = 3  # runs of each arm and rate that the choice of the rate is a mean of
     c.study.learning_rates = (1e-3, 3e-3)  # the grid of every arm
     c.study.own_rates = False  # a condition's own grid, not the rates found in "main"
     c.study.width = 64  # hidden size of the student, a multiple of 16

@@ -34,7 +34,7 @@ POSITIVE = (
     "hosts.connect_timeout hosts.heartbeat hosts.timeout "
     "drift.samples drift.max_new_tokens drift.batch_size drift.resamples "
     "report.points report.histogram_traces plan.slices "
-    "study.seeds study.width study.layers study.start_learning_rate "
+    "study.seeds study.tuning_seeds study.width study.layers study.start_learning_rate "
     "study.start_problems study.traces study.problems"
 ).split()
 

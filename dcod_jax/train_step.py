@@ -294,6 +294,9 @@ def make_train_step(
         small = jax.tree.map(lambda x: constrain(x, mesh, "batch"), distill.compact(batch))
         gradients = reduce.mean_gradients(gradients, sums, normalize)
         moments = jax.device_put(state.opt_state, on_device) if offload else state.opt_state
+        # What is done to the moments alone (a TPU lays the embedding's out anew) would else be done
+        # first, and lie beside the activations of the whole step.
+        gradients, moments = jax.lax.optimization_barrier((gradients, moments))
         updates, opt_state = optimizer.update(gradients, moments, state.params)
         params = optax.apply_updates(state.params, updates)
         measured = _measure(loss_config, small, sums, stats, state.loss_state)

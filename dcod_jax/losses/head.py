@@ -73,6 +73,7 @@ def _plan(
     group = -(-chunks // groups)
     chunks = groups * group
     chunk = -(-length // chunks)
+    chunk = min(chunk + -chunk % 8, positions)  # a TPU's tiles have eight rows
     return _Plan(token_loss, mesh, shards * pieces, pieces, chunk, chunks, group, valid_vocab)
 
 

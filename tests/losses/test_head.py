@@ -70,7 +70,9 @@ def assert_close(got, wanted, *, rtol=2e-5, atol=2e-6):
     )
 
 
-@pytest.mark.parametrize(("chunk", "group"), [(1, 1), (40, 1), (10_000, 4), (40, 3), (8, 4)])
+@pytest.mark.parametrize(
+    ("chunk", "group"), [(1, 1), (40, 1), (10_000, 4), (40, 3), (8, 4), (144, 1), (144, 2)]
+)
 def test_values_and_gradients_equal_the_naive_head(chunk, group):
     inputs = example()
     assert_close(both(chunked, inputs, chunk=chunk, group=group), both(naive, inputs))
