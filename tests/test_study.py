@@ -37,6 +37,7 @@ TINY = {
     "study.arms": '("sft loss.weights.name=uniform", "sft+sigmoid loss.weights.name=sigmoid")',
     "study.conditions": '("main",)',
     "study.seeds": "2",
+    "study.tuning_seeds": "1",
     "study.learning_rates": "(1e-3,)",
     "study.width": "16",
     "study.layers": "1",
@@ -108,9 +109,10 @@ def test_noise_changes_one_digit_of_the_steps_and_styles_are_told_apart():
 
 
 def fake(run):
-    """What a run might have measured; the second rate is the better one for "a"."""
+    """What a run might have measured; the second rate is the better one for "a" on the average."""
     good = {1e-3: 0.5, 3e-3: 0.75}[run.rate] if run.arm == "a" else 0.5
-    return {"accuracy": {"validation": good}}
+    first = {1e-3: 0.1, 3e-3: -0.1}[run.rate] if run.seed == 0 else 0.0
+    return {"accuracy": {"validation": good + first * (run.arm == "a")}}
 
 
 def plan_recipe(tmp_path, **changes):
@@ -134,11 +136,12 @@ def finish(config, results):
 
 
 def test_the_order_and_the_rates(tmp_path):
-    config = plan_recipe(tmp_path)
+    config = plan_recipe(tmp_path, **{"study.tuning_seeds": "2"})
     done = finish(config, Results(tmp_path / "results.jsonl"))
-    assert [(r.kind, r.arm) for r in done[:4]] == [("tune", "a")] * 2 + [("tune", "b")] * 2
+    assert [(r.kind, r.arm) for r in done[:8]] == [("tune", "a")] * 4 + [("tune", "b")] * 4
+    assert [(r.seed, r.rate) for r in done[:4]] == [(s, x) for s in (0, 1000) for x in (1e-3, 3e-3)]
     # Seed by seed; the better rate for a, the lower one of two equal ones for b.
-    tests = [(r.condition, r.arm, r.seed, r.rate) for r in done[4:]]
+    tests = [(r.condition, r.arm, r.seed, r.rate) for r in done[8:]]
     assert tests == [
         ("main", "a", 1, 3e-3),
         ("main", "b", 1, 1e-3),
@@ -276,6 +279,8 @@ PAGE = """# x
 <!-- study: differences main, other -->old<!-- end -->
 <!-- study: drift -->
 <!-- end -->
+<!-- study: gains -->
+<!-- end -->
 <!-- study: cost -->
 <!-- end -->
 <!-- study: rates --><!-- end -->
@@ -291,7 +296,10 @@ def test_reduced_study(tmp_path):
     tests = {(x["arm"], x["seed"]): x for x in lines if x["kind"] == "test"}
     assert sorted(tests) == [(arm, seed) for arm in ("sft", "sft+sigmoid") for seed in (1, 2)]
     (reference,) = [x for x in lines if x["kind"] == "reference"]
-    assert set(reference["start"]) == set(reference["teacher"]) == set(domain.SETS)
+    assert set(reference["teacher"]) == set(domain.SETS)
+    for seed in (1, 2):  # one start for all arms, one for each seed
+        assert tests["sft", seed]["start"] == tests["sft+sigmoid", seed]["start"]
+    assert len(list((tmp_path / "starts").iterdir())) == 3  # the tuning run's, too
     assert len(lines) == count_runs(config) + 3  # and that one, and the settings of the two arms
     for seed in (1, 2):  # the same batches, whatever the loss
         assert tests["sft", seed]["tokens"] == tests["sft+sigmoid", seed]["tokens"] > 0
@@ -303,11 +311,11 @@ def test_reduced_study(tmp_path):
             assert accuracy == pytest.approx(line["accuracy"][name], abs=1e-4)
     study(config)
     assert read_results(tmp_path / "results.jsonl") == lines, "a finished study does nothing"
-    other = reference | {"start": reference["start"] | {"in": 0.0625}}
-    left = [other if line is reference else line for line in lines[:-1]]  # one run is missing
+    other = tests["sft", 2] | {"start": tests["sft", 2]["start"] | {"in": "ffff"}}
+    left = [other if line is tests["sft", 2] else line for line in lines[:-1]]  # one run missing
     text = "".join(json.dumps(line) + "\n" for line in left)
     (tmp_path / "results.jsonl").write_text(text)
-    with pytest.raises(DcodError, match=r"'main' began from a start .*'in': 0\.0625"):
+    with pytest.raises(DcodError, match=r"'sft' of condition 'main', seed 2, began from a start"):
         study(config)
     assert (tmp_path / "results.jsonl").read_text() == text
 
@@ -328,25 +336,49 @@ def test_the_page_holds_the_results():
     assert fill_page(page, Study(tuple(results))) == page, "run python tools/make_study_page.py"
 
 
-def test_an_arm_is_compared_with_main_only_from_the_same_start():
-    settings = {"study.only": [], "loss.weights.name": "x"}
+def line_of(condition, arm, seed, correct, start):
+    bits = {name: pack_bits(np.array(x, bool)) for name, x in (("in", correct), ("start", start))}
+    own = {"kind": "test", "condition": condition, "arm": arm, "seed": seed}
+    return own | {"correct": {"in": bits["in"]}, "start": {"in": bits["start"]}}
+
+
+def settings_line(condition, arm):
+    settings = {"study.only": [], "loss.weights.name": arm, "study.problems": 4}
+    return {"kind": "settings", "condition": condition, "arm": arm, "settings": settings}
+
+
+def test_an_arm_is_compared_with_main_only_from_the_same_starts():
+    own = [settings_line("main", "sft"), settings_line("variants", "sft+t3")]
+    main = line_of("main", "sft", 1, [0, 1, 1, 0], [0, 0, 0, 1])
+    alike = line_of("variants", "sft+t3", 1, [1, 1, 1, 0], [0, 0, 0, 1])
+    assert Study((*own, main, alike)).base("variants", "sft+t3") == ("main", "sft")
+    apart = line_of("variants", "sft+t3", 1, [1, 1, 1, 0], [0, 0, 1, 1])
+    assert Study((*own, main, apart)).base("variants", "sft+t3") is None
+
+
+def test_gains_are_paired_with_each_seeds_own_start():
     lines = [
-        {"kind": "settings", "condition": name, "arm": arm, "settings": settings}
-        for name, arm in (("main", "sft"), ("variants", "sft+t3"))
+        settings_line("main", "sft"),
+        line_of("main", "sft", 1, [1, 1, 1, 0], [1, 0, 0, 0]),
+        line_of("main", "sft", 2, [0, 0, 1, 0], [0, 1, 1, 0]),
     ]
-    starts = [
-        {"kind": "reference", "condition": name, "start": {"in": 0.5}}
-        for name in ("main", "variants")
-    ]
-    lines.append({"kind": "test", "condition": "main", "arm": "sft"})
-    alike = Study((*lines, *starts))
-    assert alike.base("variants", "sft+t3") == ("main", "sft")
-    apart = Study((*lines, starts[0], starts[1] | {"start": {"in": 0.25}}))
-    assert apart.base("variants", "sft+t3") is None
+    found = Study(tuple(lines))
+    assert found.gain("main", "sft", "in").mean == pytest.approx((2 - 1) / 8)
+    assert found.starts("main", "in").tolist() == [0.25, 0.5]
 
 
-def test_best_rate_waits_for_the_whole_grid(tmp_path):
+def test_best_rate_waits_for_the_whole_grid_and_takes_the_mean(tmp_path):
     results = Results(tmp_path / "results.jsonl")
-    results.record(Run("tune", "main", "a", 0, 1e-3), {"accuracy": {"validation": 0.1}})
-    assert best_rate(results, "main", "a", (1e-3, 3e-3)) is None
-    assert json.loads(results.path.read_text())["rate"] == 1e-3
+    config = plan_recipe(tmp_path, **{"study.tuning_seeds": "2"})
+
+    def tuned(seed, rate, accuracy):
+        assert best_rate(results, "main", "a", config) is None
+        run = Run("tune", "main", "a", seed, rate)
+        results.record(run, {"accuracy": {"validation": accuracy}})
+
+    tuned(0, 1e-3, 0.9)
+    tuned(0, 3e-3, 0.1)
+    tuned(1000, 1e-3, 0.1)
+    tuned(1000, 3e-3, 0.95)
+    assert best_rate(results, "main", "a", config) == 3e-3
+    assert json.loads(results.path.read_text().splitlines()[0])["rate"] == 1e-3

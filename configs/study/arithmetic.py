@@ -18,8 +18,7 @@ SIGMOID = "loss.weights.name=sigmoid"
 UNIFORM = "loss.weights.name=uniform"
 GKD = "loss.divergence=jsd loss.teacher=live on_policy.fraction=0.5"
 # A name "x+w" is method x with weights w: its tables compare it with "x".
-# "auto" holds an effective sample size: the default target is another, this is what was run.
-AUTO = "loss.weights.temperature=auto loss.weights.target_loss=0 loss.weights.target_ess=0.995"
+AUTO = "loss.weights.temperature=auto"  # holds the share of the loss that is kept, 0.9
 ARMS = (
     f"sft loss.divergence=nll {UNIFORM}",
     f"sft+sigmoid loss.divergence=nll {SIGMOID}",

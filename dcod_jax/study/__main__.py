@@ -8,7 +8,15 @@ from typing import Any
 from dcod_jax.config import run_verb
 from dcod_jax.progress import track
 from dcod_jax.study.lab import Lab
-from dcod_jax.study.plan import MAIN, Results, arms, conditions, pending
+from dcod_jax.study.plan import (
+    MAIN,
+    Results,
+    arms,
+    conditions,
+    pending,
+    test_seeds,
+    tuning_seeds,
+)
 from dcod_jax.types import DcodError
 
 
@@ -21,16 +29,16 @@ def study(config: Any) -> None:
     lab = Lab(config, directory, wanted_starts(config))
     total = count_runs(config)
     names = conditions(config)
-    last = config.seed + config.study.seeds
-    done = sum(x["condition"] in names and x["seed"] <= last for x in results.done.values())
+    seeds = {"tune": tuning_seeds(config), "test": test_seeds(config)}
+    done = sum(
+        x["condition"] in names and x["seed"] in seeds[x["kind"]] for x in results.done.values()
+    )
     with track("study", total, unit="runs", done=done, enabled=config.train.progress) as advance:
-        begun: set[str] = set()
         for run, own in pending(config, results):
             if run.condition not in results.references:
                 results.refer(run.condition, lab.reference(own))
-            elif run.condition not in begun:
-                results.begin_alike(run.condition, lab.start_accuracy(own))
-            begun.add(run.condition)
+            if run.kind == "test":
+                results.begin_alike(run, lab.start_correct(own, run.seed))
             measured = lab.run(own, kind=run.kind, rate=run.rate, seed=run.seed)
             results.record(run, measured)
             note = f"{run.kind} {run.condition} {run.arm} seed {run.seed} {measured['accuracy']}"
@@ -45,7 +53,7 @@ def count_runs(config: Any) -> int:
         main_arms = set(entries) if name == MAIN else main_arms
         own = condition.study.own_rates or name == MAIN
         tuned = [arm for arm in entries if own or arm not in main_arms]
-        total += len(tuned) * len(condition.study.learning_rates)
+        total += len(tuned) * len(condition.study.learning_rates) * condition.study.tuning_seeds
         total += len(entries) * condition.study.seeds
     return total
 

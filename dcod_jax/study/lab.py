@@ -79,6 +79,7 @@ class Lab:
         self._steps: dict[Any, Compiled] = {}
         self._teacher_samples: dict[tuple[int, int], Any] = {}
         self._datasets: dict[Path, TraceDataset] = {}
+        self._start_correct: dict[Path | str, dict[str, str]] = {}
 
     # ------------------------------------------------------------ what is shared
 
@@ -92,16 +93,19 @@ class Lab:
             self._datasets[path] = domain.open_traces(path, config, teacher, self.tokenizer)
         return self._datasets[path]
 
-    def start(self, config: Any) -> Params:
-        """The warm start of study.start_steps steps, from the file or trained now."""
+    def start(self, config: Any, seed: int) -> Params:
+        """The seed's warm start of study.start_steps steps, from the file or trained now.
+
+        All arms of a seed begin there. Another seed has other initial parameters and sees the
+        worked solutions in another order; without start_steps all seeds begin at student.path.
+        """
         if not config.study.start_steps:
             return self._given_start(config)
         shape = (config.study.width, config.study.layers)
-        path = self._start_file(config, config.study.start_steps)
+        path = self._start_file(config, config.study.start_steps, seed)
         if not path.exists():
-            self._train_starts(
-                config, sorted(self.wanted.get(shape, set()) | {config.study.start_steps})
-            )
+            wanted = self.wanted.get(shape, set()) | {config.study.start_steps}
+            self._train_starts(config, sorted(wanted), seed)
         model_config = self.model_config(config)
         leaves, tree = jax.tree.flatten(transformer.param_shapes(model_config))
         with np.load(path) as stored:
@@ -120,16 +124,16 @@ class Lab:
             )
         return params
 
-    def _start_file(self, config: Any, steps: int) -> Path:
+    def _start_file(self, config: Any, steps: int, seed: int) -> Path:
         study = config.study
         of = [study.width, study.layers, study.start_learning_rate, study.start_problems]
-        of += [list(study.start_styles), list(study.start_terms), config.seed]
+        of += [list(study.start_styles), list(study.start_terms), config.seed, seed]
         of += [config.data.seq_len, config.data.batch_size, config.data.head_tokens]
         of += [_held_constant(config)]
         name = hashlib.sha256(json.dumps(of).encode()).hexdigest()[:12]
         return self.directory / "starts" / f"{name}-{steps}.npz"
 
-    def _train_starts(self, config: Any, wanted: list[int]) -> None:
+    def _train_starts(self, config: Any, wanted: list[int], seed: int) -> None:
         """One training at a constant rate; the shorter starts are stops on its way."""
         model_config = self.model_config(config)
         plain = configs.with_changes(
@@ -144,7 +148,7 @@ class Lab:
                 f"train.steps={wanted[-1]}",
             ],
         )
-        params = transformer.init_params(model_config, jax.random.key(config.seed))
+        params = transformer.init_params(model_config, jax.random.key(seed))
         kept: dict[int, Params] = {}
 
         def keep(step: int, state: TrainState) -> None:
@@ -152,9 +156,9 @@ class Lab:
                 kept[step] = jax.device_get(state.params)
 
         rate = config.study.start_learning_rate
-        self.train(plain, params, rate=rate, seed=config.seed, start=True, after_step=keep)
+        self.train(plain, params, rate=rate, seed=seed, start=True, after_step=keep)
         for steps, snapshot in kept.items():
-            path = self._start_file(config, steps)
+            path = self._start_file(config, steps, seed)
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(".tmp")
             with open(temporary, "wb") as file:
@@ -270,19 +274,23 @@ class Lab:
     # ------------------------------------------------------------ measuring
 
     def reference(self, config: Any) -> dict[str, Any]:
-        """What a condition begins with: accuracies of start and teacher, and its traces."""
+        """What the runs of a condition have in common: the teacher's accuracy, and its traces."""
         manifest = self.traces(config).manifest
         return {
-            "start": self.start_accuracy(config),
             "teacher": {name: _share(self.grade_teacher(config, name)) for name in SETS},
             "counts": manifest["counts"],
             "styles": manifest["styles"],
         }
 
-    def start_accuracy(self, config: Any) -> dict[str, float]:
-        """{set: accuracy of the start}."""
-        start = self.start(config)
-        return {name: _share(self.grade(config, start, name)) for name in SETS}
+    def start_correct(self, config: Any, seed: int) -> dict[str, str]:
+        """{set: which problems the seed's start solves, as plan.pack_bits writes it}."""
+        steps = config.study.start_steps
+        where = self._start_file(config, steps, seed) if steps else config.student.path
+        if where not in self._start_correct:
+            start = self.start(config, seed)
+            graded = {name: pack_bits(self.grade(config, start, name)) for name in SETS}
+            self._start_correct[where] = graded
+        return self._start_correct[where]
 
     def grade(self, config: Any, params: Params, name: str) -> np.ndarray:
         """[problems] bool: greedy answers of a student to one set."""
@@ -299,7 +307,7 @@ class Lab:
 
     def run(self, config: Any, *, kind: str, rate: float, seed: int) -> dict[str, Any]:
         """Everything measured in one run, as it goes into results.jsonl."""
-        done = self.train(config, self.start(config), rate=rate, seed=seed)
+        done = self.train(config, self.start(config, seed), rate=rate, seed=seed)
         before = cpu_seconds()
         measured: dict[str, Any] = {
             "accuracy": {},
@@ -314,6 +322,8 @@ class Lab:
             measured["accuracy"][name] = _share(correct)
             if kind == "test":
                 measured.setdefault("correct", {})[name] = pack_bits(correct)
+        if kind == "test":
+            measured["start"] = self.start_correct(config, seed)
         if kind == "test" and config.study.drift_prompts:
             measured["drift"] = self.drift(config, done.params)
         measured["eval_cpu"] = round(cpu_seconds() - before, 2)

@@ -3,7 +3,7 @@
 results.jsonl holds three kinds of lines, each appended whole:
 
     {"kind": "settings", "condition", "arm", "settings": {key: value unlike configs/base.py}}
-    {"kind": "reference", "condition", accuracies of start and teacher, counts of the traces}
+    {"kind": "reference", "condition", accuracy of the teacher, counts of the traces}
     {"kind": "tune" | "test", "condition", "arm", "seed", "rate", ...what was measured}
 
 A line that a kill cut off is dropped, and its run is done again. A run whose settings differ from
@@ -13,6 +13,7 @@ those written for its condition and arm is refused: the file would hold two stud
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ _ELSEWHERE = (
     "study.conditions",
     "study.only",
     "study.seeds",
+    "study.tuning_seeds",
     "study.learning_rates",
     "study.own_rates",
     "teacher.name",
@@ -139,20 +141,26 @@ class Results:
         self.append(line)
         self.references[condition] = line
 
-    def begin_alike(self, condition: str, start: dict[str, float]) -> None:
-        """Refuse to go on from another start than that of the condition's earlier runs.
+    def begin_alike(self, run: Run, start: dict[str, str]) -> None:
+        """Refuse a test run from another start than the seed's other runs of the condition.
 
-        A start that was trained again by another version of the program, or on another machine,
-        can differ in its accuracies by more than what is compared.
+        start: as Lab.start_correct has it. A start that was trained again by another version of
+        the program, or on another machine, can differ by more than what is compared.
         """
-        before = self.references[condition]["start"]
-        if before != start:
-            raise DcodError(
-                f"{self.path}: the runs of condition {condition!r} began from a start of accuracy "
-                f"{before}; the start that is there now has {start}. Put the earlier one back "
-                f"({self.path.parent}/starts), or take the condition's lines out of the file so "
-                "that all its runs are done from this one"
+        for line in self.done.values():
+            same = (line["kind"], line["condition"], line["seed"]) == (
+                "test",
+                run.condition,
+                run.seed,
             )
+            if same and line["start"] != start:
+                raise DcodError(
+                    f"{self.path}: arm {line['arm']!r} of condition {run.condition!r}, seed "
+                    f"{run.seed}, began from a start that solves other problems than the one that "
+                    f"is there now. Put the earlier one back ({self.path.parent}/starts), or take "
+                    "the condition's lines of that seed out of the file so that all its runs are "
+                    "done from this one"
+                )
 
     def hold_to(self, condition: str, arm: str, settings: dict[str, Any]) -> None:
         """Write down what this condition and arm are, or refuse when that has changed."""
@@ -215,15 +223,34 @@ def unpack_bits(text: str, count: int) -> np.ndarray:
 # ---------------------------------------------------------------- learning rates and order
 
 
-def best_rate(results: Results, condition: str, arm: str, rates: Any) -> float | None:
-    """The rate with the highest validation accuracy, the lower one in a tie; None: not all done."""
-    found = {}
+def test_seeds(config: Any) -> range:
+    """Seeds of the test runs."""
+    return range(config.seed + 1, config.seed + 1 + config.study.seeds)
+
+
+def tuning_seeds(config: Any) -> list[int]:
+    """Seeds of the tuning runs; no test run has them, whatever study.seeds grows to."""
+    return [config.seed + 1000 * number for number in range(config.study.tuning_seeds)]
+
+
+def validation(results: Results, condition: str, arm: str) -> dict[float, dict[int, float]]:
+    """{rate: {seed: validation accuracy}} of the tuning runs."""
+    found: dict[float, dict[int, float]] = {}
     for line in results.done.values():
         if (line["kind"], line["condition"], line["arm"]) == ("tune", condition, arm):
-            found[line["rate"]] = line["accuracy"]["validation"]
-    if any(rate not in found for rate in rates):
+            found.setdefault(line["rate"], {})[line["seed"]] = line["accuracy"]["validation"]
+    return found
+
+
+def best_rate(results: Results, condition: str, arm: str, own: Any) -> float | None:
+    """The rate with the highest mean validation accuracy over the tuning seeds, the lower one in a
+    tie; None: not all runs of the grid are done.
+    """
+    found, seeds = validation(results, condition, arm), tuning_seeds(own)
+    rates = own.study.learning_rates
+    if any(seed not in found.get(rate, {}) for rate in rates for seed in seeds):
         return None
-    return max(sorted(rates), key=lambda rate: found[rate])
+    return max(sorted(rates), key=lambda rate: round(sum(found[rate][s] for s in seeds), 9))
 
 
 def pending(config: Any, results: Results) -> Iterator[tuple[Run, Any]]:
@@ -245,13 +272,14 @@ def pending(config: Any, results: Results) -> Iterator[tuple[Run, Any]]:
         for arm, own in entries.items():
             results.hold_to(name, arm, settings_of(own))
         for arm, own in entries.items():
-            for rate in own.study.learning_rates:
-                run = Run("tune", name, arm, config.seed, rate)
-                if source[arm] == name and run.key not in results.done:
+            grid = itertools.product(tuning_seeds(own), own.study.learning_rates)
+            for seed, rate in grid if source[arm] == name else ():
+                run = Run("tune", name, arm, seed, rate)
+                if run.key not in results.done:
                     yield run, own
-        for seed in range(config.seed + 1, config.seed + 1 + config.study.seeds):
+        for seed in test_seeds(config):
             for arm, own in entries.items():
-                rate = best_rate(results, source[arm], arm, own.study.learning_rates)
+                rate = best_rate(results, source[arm], arm, own)
                 if rate is None:
                     raise DcodError(
                         f"no learning rate for arm {arm!r} of condition {name!r}: "

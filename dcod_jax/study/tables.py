@@ -130,16 +130,15 @@ class Study:
     def _world(self, condition: str, arm: str) -> dict[str, Any]:
         settings = self.settings(condition, arm)
         world = {key: value for key, value in settings.items() if not key.startswith("loss.")}
-        starts = [x["start"] for x in self.lines if self._is_reference(x, condition)]
+        starts = {seed: line["start"] for seed, line in self.runs(condition, arm).items()}
         return world | {"start": starts}
 
-    def _is_reference(self, line: Line, condition: str) -> bool:
-        return line["kind"] == "reference" and line["condition"] == condition
-
-    def correct(self, condition: str, arm: str, name: str, seeds: Iterable[int]) -> np.ndarray:
-        """[seeds, problems] of 0 and 1."""
+    def correct(
+        self, condition: str, arm: str, name: str, seeds: Iterable[int], *, of: str = "correct"
+    ) -> np.ndarray:
+        """[seeds, problems] of 0 and 1; of="start": what the start of each run solves."""
         count, runs = self.problems(condition, arm), self.runs(condition, arm)
-        return np.array([unpack_bits(runs[s]["correct"][name], count) for s in seeds], np.float64)
+        return np.array([unpack_bits(runs[s][of][name], count) for s in seeds], np.float64)
 
     def accuracy(self, condition: str, arm: str, name: str) -> Estimate:
         return crossed_mean(self.correct(condition, arm, name, self.runs(condition, arm)))
@@ -150,6 +149,21 @@ class Study:
         seeds = [seed for seed in first if seed in second]
         pair = [self.correct(*each, name, seeds) for each in (one, base)]
         return crossed_mean(pair[0] - pair[1])
+
+    def gain(self, condition: str, arm: str, name: str) -> Estimate:
+        """Accuracy minus that of the start that each run began from."""
+        seeds = list(self.runs(condition, arm))
+        pair = [self.correct(condition, arm, name, seeds, of=of) for of in ("correct", "start")]
+        return crossed_mean(pair[0] - pair[1])
+
+    def starts(self, condition: str, name: str) -> np.ndarray:
+        """Accuracy of the condition's starts, one for each seed."""
+        found: dict[int, float] = {}
+        for arm in self.arms(condition):
+            seeds = list(self.runs(condition, arm))
+            means = self.correct(condition, arm, name, seeds, of="start").mean(axis=1)
+            found |= dict(zip(seeds, means.tolist(), strict=True))
+        return np.array(list(found.values()))
 
     def of(self, condition: str, arm: str, pick: Pick) -> list[float]:
         """The picked number of each test run that has it."""
@@ -241,6 +255,17 @@ def difference_table(study: Study, names: Sequence[str]) -> str:
     return table(head, rows)
 
 
+def gain_table(study: Study, names: Sequence[str]) -> str:
+    """Paired differences to the start, percentage points."""
+    head = ["condition", "arm", *(f"{name}, minus start" for name in SETS)]
+    rows = [
+        [condition, f"`{arm}`", *(points(study.gain(condition, arm, name)) for name in SETS)]
+        for condition in names
+        for arm in study.arms(condition)
+    ]
+    return table(head, rows)
+
+
 def drift_table(study: Study, names: Sequence[str]) -> str:
     """ExAccErr and what it is made of."""
     keys = ("excess", "accumulated", "reference")
@@ -284,29 +309,33 @@ def cost_table(study: Study, names: Sequence[str]) -> str:
 
 
 def rates_table(study: Study) -> str:
-    """The learning-rate grids: validation accuracy, percent."""
+    """The learning-rate grids: mean validation accuracy of the tuning runs, percent."""
     tunes = [line for line in study.lines if line["kind"] == "tune"]
     rates = sorted({line["rate"] for line in tunes})
-    found = {(x["condition"], x["arm"], x["rate"]): x["accuracy"]["validation"] for x in tunes}
+    found: dict[tuple[str, str], dict[float, list[float]]] = {}
+    for x in tunes:
+        own = found.setdefault((x["condition"], x["arm"]), {})
+        own.setdefault(x["rate"], []).append(x["accuracy"]["validation"])
     rows = []
-    for condition, arm in dict.fromkeys((x["condition"], x["arm"]) for x in tunes):
-        values = [found.get((condition, arm, rate)) for rate in rates]
-        best = max(v for v in values if v is not None)
-        place = values.index(best)
-        cells = ["" if v is None else f"{100 * v:.1f}" for v in values]
+    for (condition, arm), own in found.items():
+        means = [round(float(np.mean(own[rate])), 9) if rate in own else None for rate in rates]
+        place = means.index(max(value for value in means if value is not None))
+        cells = ["" if value is None else f"{100 * value:.1f}" for value in means]
         cells[place] = f"**{cells[place]}**"
         rows.append([condition, f"`{arm}`", *cells])
     return table(["condition", "arm", *(f"{rate:g}" for rate in rates)], rows)
 
 
 def references_table(study: Study) -> str:
-    """Accuracy of start and teacher, percent, and how the traces came about."""
+    """Accuracy of starts (mean, lowest to highest) and teacher, percent, and the traces."""
     head = ["condition", *(f"start, {x}" for x in SETS), *(f"teacher, {x}" for x in SETS)]
     rows = []
     for line in study.lines:
-        if line["kind"] != "reference":
+        if line["kind"] != "reference" or line["condition"] not in study.conditions():
             continue
-        cells = [f"{100 * line[who][name]:.1f}" for who in ("start", "teacher") for name in SETS]
+        starts = [100 * study.starts(line["condition"], name) for name in SETS]
+        cells = [f"{x.mean():.1f} ({x.min():.1f} to {x.max():.1f})" for x in starts]
+        cells += [f"{100 * line['teacher'][name]:.1f}" for name in SETS]
         dropped = ", ".join(f"{count:,} {name}" for name, count in line["counts"].items() if count)
         styles = ", ".join(f"{count:,} {name}" for name, count in line["styles"].items() if count)
         rows.append([line["condition"], *cells, dropped, styles])
@@ -333,6 +362,7 @@ BLOCKS: dict[str, Callable[[Study, Sequence[str]], str]] = {
     "references": lambda study, names: references_table(study),
     "accuracy": accuracy_table,
     "differences": difference_table,
+    "gains": gain_table,
     "drift": drift_table,
     "cost": cost_table,
 }
