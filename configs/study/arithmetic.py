@@ -45,9 +45,9 @@ VARIANTS = "sft,sft+sigmoid,sft+t3,sft+prefix,sft+sequence,sft+unnormalised,sft+
 GIVEN = f"study.start_steps=0 student.path={TEACHER.parent / 'student'}"
 # In the order of their weight: an interrupted study has the first ones whole.
 CONDITIONS = (
-    f"main study.only={PLAIN}",
+    f"main study.seeds=8 study.only={PLAIN}",
     f"start-in-the-teachers-styles {GIVEN} study.own_rates=true study.only={NLL}",
-    f"main-other-methods study.only={OTHERS}",
+    f"main-other-methods study.seeds=8 study.only={OTHERS}",
     f"lacking study.start_steps=200 study.own_rates=true study.only={NLL}",
     f"mastering study.start_steps=2000 study.own_rates=true study.only={NLL}",
     "three-times-the-steps train.steps=600 study.only=sft,sft+sigmoid",

@@ -28,11 +28,14 @@ def study(config: Any) -> None:
     results = Results(directory / "results.jsonl")
     lab = Lab(config, directory, wanted_starts(config))
     total = count_runs(config)
-    names = conditions(config)
-    seeds = {"tune": tuning_seeds(config), "test": test_seeds(config)}
-    done = sum(
-        x["condition"] in names and x["seed"] in seeds[x["kind"]] for x in results.done.values()
-    )
+    named = conditions(config)
+    wanted = {
+        (kind, name, seed)
+        for name, condition in named.items()
+        for kind, seeds in (("tune", tuning_seeds(condition)), ("test", test_seeds(condition)))
+        for seed in seeds
+    }
+    done = sum((x["kind"], x["condition"], x["seed"]) in wanted for x in results.done.values())
     with track("study", total, unit="runs", done=done, enabled=config.train.progress) as advance:
         for run, own in pending(config, results):
             if run.condition not in results.references:

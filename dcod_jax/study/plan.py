@@ -277,7 +277,7 @@ def pending(config: Any, results: Results) -> Iterator[tuple[Run, Any]]:
                 run = Run("tune", name, arm, seed, rate)
                 if run.key not in results.done:
                     yield run, own
-        for seed in test_seeds(config):
+        for seed in test_seeds(condition):
             for arm, own in entries.items():
                 rate = best_rate(results, source[arm], arm, own)
                 if rate is None:
