@@ -72,7 +72,8 @@ class Compiled:
 
     arguments: int
     temporaries: int
-    peak: int  # the most that is alive at one time, arguments included
+    peak: int  # arguments and temporaries together, gaps between the buffers included
+    alive: int  # of it at most alive at one time, as the compiler counts; 0: it does not say
     host: int  # of all these, bytes in the host's memory
     summary: hlo.Summary
     text: str = dataclasses.field(repr=False)
@@ -263,12 +264,13 @@ def compile_program(traced: Any, *, limit: float | None = None) -> Compiled:
         raise DoesNotFitError(bytes_needed(str(error))) from None
     memory = compiled.memory_analysis()
     text = compiled.as_text()
-    alive = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    alive += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
     result = Compiled(
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
-        peak=alive,
+        peak=peak,
+        alive=memory.peak_memory_in_bytes,
         host=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
         summary=hlo.summarize(text),
         text=text,

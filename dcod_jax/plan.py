@@ -93,7 +93,7 @@ def _try(config: Any, target: Target) -> dict[str, Any]:
 
 
 def _memory(done: Compiled) -> dict[str, Any]:
-    keys = ("arguments", "temporaries", "peak", "host")
+    keys = ("arguments", "temporaries", "peak", "alive", "host")
     return {key: getattr(done, key) for key in keys}
 
 
@@ -248,7 +248,7 @@ def _memory_table(title: str, report: dict[str, Any], target: Target) -> Table:
     table = Table(title=f"{title}: memory of a device")
     for column in ("kind", "size", "of the limit"):
         table.add_column(column)
-    for key in ("arguments", "temporaries", "peak", "host"):
+    for key in ("arguments", "temporaries", "peak", "alive", "host"):
         share = f"{report[key] / target.limit:.0%}" if target.limit and key != "host" else ""
         table.add_row(key, _size(report[key]), share)
     table.add_row("limit", _size(target.limit), "")

@@ -108,7 +108,8 @@ def modelled(monkeypatch):
         if peak > target.limit:
             raise compiled.DoesNotFitError(float(peak))
         return {"peak": peak, "seconds": None, "arguments": 0, "temporaries": 0, "host": 0} | {
-            "collectives": [], "model_flops": 1.0, "executed_flops": 1.0, "assumptions": [],
+            "alive": 0, "collectives": [], "assumptions": [],
+            "model_flops": 1.0, "executed_flops": 1.0,
         }  # fmt: skip
 
     monkeypatch.setattr(plan, "_try", measure)
@@ -242,13 +243,14 @@ def test_auto_takes_the_least_recomputation_that_fits(student, tmp_path, monkeyp
         chosen("auto", 0.1)
 
 
-DONE = compiled.Compiled(0, 0, 0, 0, hlo.Summary(0, (), 0, 0, ()), "")
+DONE = compiled.Compiled(0, 0, 0, 0, 0, hlo.Summary(0, (), 0, 0, ()), "")
 
 
 def test_a_program_over_the_limit_is_refused_with_what_it_needs():
     traced = jax.jit(lambda x: (x @ x).sum()).trace(jnp.ones((64, 64)))
     done = compiled.compile_program(traced, limit=1e6)
     assert done.arguments == 64 * 64 * 4
+    assert 0 < done.alive <= done.peak
     with pytest.raises(compiled.DoesNotFitError) as refused:
         compiled.compile_program(traced, limit=float(done.peak - 1))
     assert refused.value.needed == done.peak

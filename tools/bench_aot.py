@@ -135,6 +135,7 @@ def worker(name: str, directory: Path) -> dict[str, Any]:
         "arguments": done.arguments,
         "temporaries": done.temporaries,
         "peak": done.peak,
+        "alive": done.alive,
         "host": done.host,
         "estimated_ms": done.summary.cycles / target.chip.clock * 1e3,
         "compile_cpu_seconds": time.process_time() - start,
