@@ -116,22 +116,22 @@ class Study:
         """(condition, arm) that an arm is compared with; None: there is none.
 
         The unweighted form of a weighted method, SFT for a plain one, in the same condition, or in
-        "main" where the two conditions are one but for the arms that they run, the start included.
+        "main" where the two conditions are one but for the arms that they run, the starts included.
         """
         name = arm.partition("+")[0] if "+" in arm else "sft"
         if name == arm:
             return None
         if name in self.arms(condition):
             return condition, name
-        if name in self.arms(MAIN) and self._world(condition, arm) == self._world(MAIN, name):
-            return MAIN, name
-        return None
+        if name not in self.arms(MAIN) or self._world(condition, arm) != self._world(MAIN, name):
+            return None
+        own, main = self.runs(condition, arm), self.runs(MAIN, name)
+        alike = [own[seed]["start"] == main[seed]["start"] for seed in own if seed in main]
+        return (MAIN, name) if alike and all(alike) else None
 
     def _world(self, condition: str, arm: str) -> dict[str, Any]:
         settings = self.settings(condition, arm)
-        world = {key: value for key, value in settings.items() if not key.startswith("loss.")}
-        starts = {seed: line["start"] for seed, line in self.runs(condition, arm).items()}
-        return world | {"start": starts}
+        return {key: value for key, value in settings.items() if not key.startswith("loss.")}
 
     def correct(
         self, condition: str, arm: str, name: str, seeds: Iterable[int], *, of: str = "correct"
