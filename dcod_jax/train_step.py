@@ -293,10 +293,12 @@ def make_train_step(
         gradients, sums, stats = _accumulate(forward, state, batch, teacher_params, **pieces)
         small = jax.tree.map(lambda x: constrain(x, mesh, "batch"), distill.compact(batch))
         gradients = reduce.mean_gradients(gradients, sums, normalize)
-        moments = jax.device_put(state.opt_state, on_device) if offload else state.opt_state
-        # What is done to the moments alone (a TPU lays the embedding's out anew) would else be done
-        # first, and lie beside the activations of the whole step.
-        gradients, moments = jax.lax.optimization_barrier((gradients, moments))
+        if offload:
+            moments = jax.device_put(state.opt_state, on_device)
+        else:
+            # What is done to the moments alone (a TPU lays the embedding's out anew) would else be
+            # done first, and lie beside the activations of the whole step.
+            gradients, moments = jax.lax.optimization_barrier((gradients, state.opt_state))
         updates, opt_state = optimizer.update(gradients, moments, state.params)
         params = optax.apply_updates(state.params, updates)
         measured = _measure(loss_config, small, sums, stats, state.loss_state)
