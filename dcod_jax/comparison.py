@@ -16,6 +16,7 @@ from dcod_jax import hosts
 from dcod_jax.data import chat
 from dcod_jax.data.blocks import BlockFiles
 from dcod_jax.data.manifest import replace_file, to_json
+from dcod_jax.decoding import Prepared
 from dcod_jax.eval_details import detail_tables, details
 from dcod_jax.evals import (
     EvalResult,
@@ -27,7 +28,7 @@ from dcod_jax.evals import (
     summarize,
     to_line,
 )
-from dcod_jax.generate import check_room
+from dcod_jax.generate import check_room, prepare
 from dcod_jax.grading import Grader
 from dcod_jax.models import hf
 from dcod_jax.paths import Path, as_path, rename
@@ -42,7 +43,6 @@ from dcod_jax.problem_sets import (
 )
 from dcod_jax.progress import track
 from dcod_jax.scoring import load_any_tokenizer
-from dcod_jax.types import Params
 
 BATCHES_IN_BLOCK = 4  # decoded between two appends to the file of generations
 
@@ -70,8 +70,16 @@ class _Model:
         return hosts.share(self.config)
 
     @functools.cached_property
-    def loaded(self) -> tuple[hf.ModelConfig, Params]:
-        return hf.load_model(self.path, dtype=jnp.float32, mesh=self.share[0])
+    def loaded(self) -> tuple[hf.ModelConfig, Prepared]:
+        mesh, *_ = self.share
+        model_config, params = hf.load_model(self.path, dtype=jnp.float32, mesh=mesh)
+        return model_config, prepare(
+            model_config,
+            params,
+            valid_vocab=len(self.tokenizer),
+            compute_dtype=self.config.student.compute_dtype,
+            mesh=mesh,
+        )
 
 
 def compare(config: Any, models: dict[str, str], *, detailed: bool = False) -> None:

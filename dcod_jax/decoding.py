@@ -104,14 +104,23 @@ class Request:
     max_new_tokens: Any  # int32
 
 
-def place_params(params: Params, *, mesh: Mesh | None) -> Params:
-    """The parameters bound to the one device that they are used on, if it is one."""
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A model's parameters as a program decodes with them."""
+
+    program: Program
+    params: Params
+
+
+def prepare(params: Params, program: Program, *, mesh: Mesh | None) -> Prepared:
+    """The parameters in the form of the program, bound to the mesh's device if it has but one."""
     used = jax.tree.leaves(params)[0].devices() if mesh is None else set(mesh.devices.flat)
-    return jax.device_put(params, *used) if len(used) == 1 else params
+    placed = jax.device_put(params, *used) if len(used) == 1 else params
+    return Prepared(program, _prepare_params(placed, program=program))
 
 
 @functools.partial(jax.jit, static_argnames=("program",))
-def prepare_params(params: Params, *, program: Program) -> Params:
+def _prepare_params(params: Params, *, program: Program) -> Params:
     """The matrices in compute dtype and layout, once and not at every step; norms keep theirs."""
     cast = jax.tree.map(
         lambda names, x: x if names[-1] == "norm" else x.astype(program.compute_dtype),

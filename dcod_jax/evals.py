@@ -12,6 +12,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from dcod_jax.data import chat
+from dcod_jax.decoding import Prepared
 from dcod_jax.eval_stats import bootstrap_interval, change_interval, loops, wilson
 from dcod_jax.generate import Sample, sample
 from dcod_jax.grading import Grader
@@ -133,7 +134,7 @@ def evaluate(
 
 def answer(
     model_config: ModelConfig,
-    params: Params,
+    params: Params | Prepared,
     tokenizer: Any,
     asked: Sequence[tuple[Problem, int]],
     prompts: Sequence[Sequence[int]],

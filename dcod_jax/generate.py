@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dcod_jax import decoding
-from dcod_jax.decoding import Program, Request
+from dcod_jax.decoding import Prepared, Request
 from dcod_jax.mesh import batch_shards, put, sharding
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.sampling import make_settings
@@ -49,9 +49,38 @@ def bucket_length(length: int, step: int = 32) -> int:
     return -(-length // step) * step
 
 
+def prepare(
+    config: ModelConfig,
+    params: Params | Prepared,
+    *,
+    valid_vocab: int,
+    compute_dtype: Any,
+    mesh: Mesh | None = None,
+) -> Prepared:
+    """The parameters in the form that `sample` decodes with, for several calls of it.
+
+    A copy in compute_dtype; whoever only samples can let go of params. What is prepared already is
+    returned as it is; raises DcodError if that was done for another config, vocabulary, dtype or
+    mesh.
+    """
+    program = decoding.make_program(
+        config, valid_vocab=valid_vocab, compute_dtype=compute_dtype, mesh=mesh
+    )
+    if not isinstance(params, Prepared):
+        return decoding.prepare(params, program, mesh=mesh)
+    for field in dataclasses.fields(program):
+        asked, got = getattr(program, field.name), getattr(params.program, field.name)
+        if asked != got:
+            raise DcodError(
+                f"these parameters were prepared with {field.name}={got}, and are to be used with "
+                f"{field.name}={asked}; give `prepare` and `sample` the same"
+            )
+    return params
+
+
 def sample(
     config: ModelConfig,
-    params: Params,
+    params: Params | Prepared,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -71,6 +100,9 @@ def sample(
     on_batch: Callable[[int, int], None] | None = None,
 ) -> list[Sample]:
     """Continue every prompt; temperature 0 is greedy. Output in the order of the prompts.
+
+    params may be what `prepare` made of them with the same config, vocabulary, dtype and mesh;
+    else every call prepares them for itself.
 
     A completion ends with a stop id, with the token that completes one of stop_strings in
     decode(token_ids), or after max_new_tokens. As in vLLM, its text leaves the stop string out
@@ -92,10 +124,11 @@ def sample(
     if not prompts:
         return []
     ends = sorted(set(eos_ids))
-    program = decoding.make_program(
-        config, valid_vocab=valid_vocab, compute_dtype=compute_dtype, mesh=mesh
+    prepared = prepare(
+        config, params, valid_vocab=valid_vocab, compute_dtype=compute_dtype, mesh=mesh
     )
-    everywhere = None if program.mesh is None else sharding(program.mesh, ())
+    split = prepared.program.mesh
+    everywhere = None if split is None else sharding(split, ())
     request = Request(
         key=jax.random.key(seed),
         settings=settings,
@@ -105,8 +138,7 @@ def sample(
     )
     request = jax.tree.map(lambda x: put(x, everywhere), request)
     batch = _Batch(
-        program,
-        decoding.place_params(params, mesh=mesh),
+        prepared,
         request,
         rows=min(batch_size, 1 << (len(prompts) - 1).bit_length()),
         longest=max(map(len, prompts)),
@@ -158,25 +190,23 @@ class _Batch:
 
     def __init__(
         self,
-        program: Program,
-        params: Params,
+        prepared: Prepared,
         request: Request,
         *,
         rows: int,
         longest: int,
         max_new_tokens: int,
     ):
-        pieces = batch_shards(program.mesh)
+        self.params, self.program, self.request = prepared.params, prepared.program, request
+        pieces = batch_shards(self.program.mesh)
         rows += -rows % pieces
         self.group = max(rows // ROWS_PER_PREFILL, 1)
         self.group += -self.group % pieces
-        self.program, self.request = program, request
-        self.params = decoding.prepare_params(params, program=program)
         self.chunk = decoding.prefill_chunk(longest)
         self.slots = bucket_length(longest + max_new_tokens, SLOTS_STEP)
         self.rows = decoding.empty_rows(
             jax.tree.leaves(self.params)[0],
-            program=program,
+            program=self.program,
             rows=rows,
             slots=self.slots,
             places=bucket_length(max_new_tokens),

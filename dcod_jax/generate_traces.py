@@ -25,7 +25,7 @@ from dcod_jax.data.blocks import BlockFiles
 from dcod_jax.data.formats import PROMPT_FIELDS
 from dcod_jax.data.manifest import file_sha256
 from dcod_jax.evals import sample_options, sampling_of, stop_ids, text_of
-from dcod_jax.generate import Sample, check_room, sample
+from dcod_jax.generate import Sample, check_room, prepare, sample
 from dcod_jax.grading import REJECTED_AS, Grader
 from dcod_jax.models import hf
 from dcod_jax.paths import Path, as_path
@@ -183,16 +183,19 @@ def _request(config: Any, teacher: Teacher) -> dict[str, Any]:
 def _sampler(config: Any, teacher: Teacher, mesh: Any) -> Callable[..., list[Sample]]:
     """The loaded teacher as a function of (prompts, indices, on_batch)."""
     model_config, params = teacher.load(mesh)
+    shared = {
+        "valid_vocab": len(teacher.tokenizer),
+        "compute_dtype": config.teacher.dtype,
+        "mesh": mesh,
+    }
     return functools.partial(
         sample,
         model_config,
-        params,
+        prepare(model_config, params, **shared),
         max_new_tokens=config.generate.max_new_tokens,
         batch_size=config.generate.batch_size,
         eos_ids=stop_ids(model_config, teacher.tokenizer),
-        valid_vocab=len(teacher.tokenizer),
-        compute_dtype=config.teacher.dtype,
-        mesh=mesh,
+        **shared,
         **sample_options(sampling_of(config.generate, seed=config.seed), teacher.tokenizer),
     )
 

@@ -23,7 +23,7 @@ from lm_eval.api.registry import register_model
 
 from dcod_jax.data import chat
 from dcod_jax.evals import Sampling, sample_options, stop_ids, text_of
-from dcod_jax.generate import sample
+from dcod_jax.generate import prepare, sample
 from dcod_jax.mesh import make_mesh
 from dcod_jax.models.hf import load_model
 from dcod_jax.paths import as_path
@@ -181,6 +181,12 @@ class DcodLM(TemplateLM):
         Requests with the same settings are decoded together; a context that leaves no room is cut
         at its left end.
         """
+        shared = {
+            "valid_vocab": len(self.tokenizer),
+            "compute_dtype": self.dtype,
+            "mesh": self.mesh,
+        }
+        prepared = prepare(self.config, self.params, **shared)
         groups: dict[str, list[int]] = {}
         for place, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(place)
@@ -194,15 +200,13 @@ class DcodLM(TemplateLM):
                 )
             drawn = sample(
                 self.config,
-                self.params,
+                prepared,
                 [self.tok_encode(requests[place].args[0])[-room:] for place in places],
                 indices=places,
                 max_new_tokens=limit,
                 batch_size=self.batch_size,
                 eos_ids=stop_ids(self.config, self.tokenizer),
-                valid_vocab=len(self.tokenizer),
-                compute_dtype=self.dtype,
-                mesh=self.mesh,
+                **shared,
                 **sample_options(sampling, self.tokenizer),
             )
             for place, answer in zip(places, drawn, strict=True):

@@ -13,7 +13,7 @@ import transformers
 
 from dcod_jax import decoding
 from dcod_jax.evals import stop_ids
-from dcod_jax.generate import Sample, bucket_length, sample
+from dcod_jax.generate import Sample, bucket_length, prepare, sample
 from dcod_jax.mesh import make_mesh, tree_shardings
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import from_hf
@@ -205,6 +205,26 @@ def test_the_kernels_of_other_platforms_give_what_those_of_a_cpu_give(model, mon
 
     monkeypatch.setattr(decoding, "make_program", plain)
     assert [s.token_ids for s in draw(model, prompts)] == [s.token_ids for s in turned]
+
+
+def test_prepared_parameters_give_what_the_others_give(model):
+    config, params = model
+    shared = {"valid_vocab": V, "compute_dtype": "float32"}
+    prepared = prepare(config, params, **shared)
+    assert prepare(config, prepared, **shared) is prepared
+    prompts = make_prompts()
+    assert draw((config, prepared), prompts) == draw(model, prompts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"valid_vocab": V - 1}, "valid_vocab"), ({"compute_dtype": "bfloat16"}, "compute_dtype")],
+)
+def test_parameters_prepared_for_another_use_are_refused(model, changes, named):
+    config, params = model
+    prepared = prepare(config, params, valid_vocab=V, compute_dtype="float32")
+    with pytest.raises(DcodError, match=f"prepared with {named}=.*give `prepare` and `sample`"):
+        draw((config, prepared), make_prompts(), **changes)
 
 
 def test_copies_of_a_prompt_differ_and_the_seed_decides(model):

@@ -75,10 +75,12 @@ def worker_ours(args: argparse.Namespace, prompts: list[list[int]], stop: int) -
     sys.path.insert(0, str(ROOT))
     import jax.numpy as jnp
 
-    from dcod_jax.generate import sample
+    from dcod_jax.generate import prepare, sample
     from dcod_jax.models.hf import load_model
 
     config, params = load_model(args.model, dtype=jnp.float32)
+    shared = {"valid_vocab": config.vocab_size, "compute_dtype": args.dtype}
+    params = prepare(config, params, **shared)
 
     def generate() -> list[list[int]]:
         samples = sample(
@@ -90,8 +92,7 @@ def worker_ours(args: argparse.Namespace, prompts: list[list[int]], stop: int) -
             seed=0,
             batch_size=args.batch_size,
             eos_ids=(stop,),
-            valid_vocab=config.vocab_size,
-            compute_dtype=args.dtype,
+            **shared,
         )
         return [s.token_ids for s in samples]
 
