@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import ml_dtypes
@@ -10,6 +11,7 @@ import numpy as np
 from dcod_jax.data.records import DatasetWriter
 from dcod_jax.types import Trace
 
+TEACHER = {"name": "big", "revision": "r1", "weights": "abc"}
 MANIFEST = {"tokenizer": {"fingerprint": "tok"}, "template": {"fingerprint": "tem"}}
 
 
@@ -52,3 +54,37 @@ def write(directory: Path, traces: list[Trace], *, shard_records: int = 8) -> Pa
         for trace in traces:
             writer.write(trace)
     return directory
+
+
+def fake_scores(traces: list[Trace], *, top_k: int = 2) -> list[Trace]:
+    """Scores that depend on the trace alone."""
+    made = []
+    for trace in traces:
+        assert trace.logprobs is None
+        count = int(trace.completion_mask.sum())
+        base = -np.arange(1, count + 1, dtype=np.float32) / 8
+        made.append(
+            dataclasses.replace(
+                trace,
+                logprobs=base,
+                topk_ids=np.tile(np.arange(top_k, dtype=np.int32), (count, 1)),
+                topk_logprobs=np.full((count, top_k), -1.5, ml_dtypes.bfloat16),
+                tail_logprobs=np.full(count, np.log(0.25), np.float32),
+            )
+        )
+    return made
+
+
+def equal(a: Trace, b: Trace) -> bool:
+    for field in dataclasses.fields(Trace):
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        if isinstance(x, np.ndarray):
+            if y is None or x.dtype != y.dtype or x.shape != y.shape or x.tobytes() != y.tobytes():
+                return False
+        elif x != y:
+            return False
+    return True
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -13,7 +11,16 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from fake_traces import MANIFEST, make_trace, make_traces, write
+from fake_traces import (
+    MANIFEST,
+    TEACHER,
+    contents,
+    equal,
+    fake_scores,
+    make_trace,
+    make_traces,
+    write,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,18 +30,6 @@ from dcod_jax.data.records import DatasetWriter, TraceDataset, check_fingerprint
 from dcod_jax.types import DcodError, Trace
 
 TESTS = Path(__file__).resolve().parents[1]
-TEACHER = {"name": "big", "revision": "r1", "weights": "abc"}
-
-
-def equal(a: Trace, b: Trace) -> bool:
-    for field in dataclasses.fields(Trace):
-        x, y = getattr(a, field.name), getattr(b, field.name)
-        if isinstance(x, np.ndarray):
-            if y is None or x.dtype != y.dtype or x.shape != y.shape or x.tobytes() != y.tobytes():
-                return False
-        elif x != y:
-            return False
-    return True
 
 
 def bits(kind, shape):
@@ -177,10 +172,6 @@ def test_equal_traces_give_equal_bytes(tmp_path):
     assert contents(a) == contents(b)
 
 
-def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
-
-
 @pytest.mark.parametrize("place", [0.1, 0.5, 0.9])
 def test_a_flipped_byte_is_named_with_both_hashes(tmp_path, place):
     directory = write(tmp_path / "d", make_traces(21))
@@ -304,192 +295,6 @@ def test_another_tokenizer_template_or_teacher_is_refused(tmp_path):
     for name, found in (("tokenizer", "tok"), ("template", "tem"), ("teacher", "abc")):
         with pytest.raises(DcodError, match=f"another {name}: expected .*other, found {found}"):
             check_fingerprints(dataset, **{name: "other"})
-
-
-# ---------------------------------------------------------------- scoring
-
-
-def fake_scores(traces: list[Trace], *, top_k: int = 2) -> list[Trace]:
-    """Scores that depend on the trace alone."""
-    made = []
-    for trace in traces:
-        assert trace.logprobs is None
-        count = int(trace.completion_mask.sum())
-        base = -np.arange(1, count + 1, dtype=np.float32) / 8
-        made.append(
-            dataclasses.replace(
-                trace,
-                logprobs=base,
-                topk_ids=np.tile(np.arange(top_k, dtype=np.int32), (count, 1)),
-                topk_logprobs=np.full((count, top_k), -1.5, ml_dtypes.bfloat16),
-                tail_logprobs=np.full(count, np.log(0.25), np.float32),
-            )
-        )
-    return made
-
-
-def test_scoring_adds_log_probs_and_nothing_else(tmp_path):
-    given, seen = make_traces(21, scored=False), []
-    directory = write(tmp_path / "d", given)
-    manifest = extend(
-        directory,
-        teacher=TEACHER,
-        settings={"top_k": 2},
-        score_shard=fake_scores,
-        on_shard=lambda done, total: seen.append((done, total)),
-    )
-    dataset = TraceDataset(directory)
-    expected = fake_scores(given)
-    assert all(equal(a, b) for a, b in zip(dataset.read(range(21)), expected, strict=True))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
-    assert dataset.manifest == manifest
-    assert (manifest["teacher"], manifest["score"], manifest["top_k"]) == (TEACHER, {"top_k": 2}, 2)
-    assert manifest["captured_mass"] == pytest.approx(0.75)
-    every = np.concatenate([t.logprobs for t in expected])
-    assert manifest["mean_logprob"] == pytest.approx(every.mean())
-    listed = {shard["file"] for shard in manifest["shards"]}
-    assert set(contents(directory)) == {*listed, "lengths.npy", "manifest.json"}
-    # The same call again has nothing to do; another teacher must be told to replace.
-    assert (
-        extend(directory, teacher=TEACHER, settings={"top_k": 2}, score_shard=no_call) == manifest
-    )
-    other = TEACHER | {"name": "bigger", "weights": "def"}
-    with pytest.raises(DcodError, match=r"from big.*score.overwrite=True"):
-        extend(directory, teacher=other, settings={"top_k": 2}, score_shard=no_call)
-    replaced = extend(
-        directory, teacher=other, settings={"top_k": 2}, score_shard=fake_scores, overwrite=True
-    )
-    assert TraceDataset(directory).manifest == replaced
-    assert replaced["teacher"] == other
-
-
-def no_call(traces):
-    raise AssertionError("nothing was left to score")
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda traces: traces[1:],
-        lambda traces: traces[::-1],
-        lambda traces: [*traces[:-1], dataclasses.replace(traces[-1], logprobs=None)],
-        lambda traces: [
-            dataclasses.replace(traces[0], token_ids=traces[0].token_ids + 1),
-            *traces[1:],
-        ],
-    ],
-    ids=["lost", "reordered", "unscored", "changed"],
-)
-def test_a_scoring_that_returns_other_traces_is_refused(tmp_path, change):
-    directory = write(tmp_path / "d", make_traces(5, scored=False))
-    before = contents(directory)
-    with pytest.raises(DcodError, match="must return its 5 traces unchanged"):
-        extend(
-            directory, teacher=TEACHER, settings={}, score_shard=lambda t: change(fake_scores(t))
-        )
-    assert contents(directory) == before
-
-
-class StoppedError(Exception):
-    pass
-
-
-def stop_after(shards: int):
-    def on_shard(done, total):
-        if done == shards:
-            raise StoppedError
-
-    return on_shard
-
-
-def test_a_stopped_scoring_goes_on_and_a_damaged_shard_is_done_again(tmp_path):
-    directory = write(tmp_path / "d", make_traces(30, scored=False), shard_records=4)
-    whole = shutil.copytree(directory, tmp_path / "whole")
-    extend(whole, teacher=TEACHER, settings={}, score_shard=fake_scores)
-    with pytest.raises(StoppedError):
-        extend(
-            directory,
-            teacher=TEACHER,
-            settings={},
-            score_shard=fake_scores,
-            on_shard=stop_after(5),
-        )
-    assert not TraceDataset(directory).scored  # still the old dataset
-    with pytest.raises(DcodError, match=r"unfinished scoring has teacher .*big"):
-        extend(directory, teacher=TEACHER | {"weights": "x"}, settings={}, score_shard=no_call)
-    damaged = next(directory.glob("scored-*-00003.array_record"))
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
-    calls = []
-
-    def counted(traces):
-        calls.append(len(traces))
-        return fake_scores(traces)
-
-    extend(directory, teacher=TEACHER, settings={}, score_shard=counted)
-    assert calls == [4, 4, 4, 2]
-    assert contents(directory) == contents(whole)
-
-
-def test_hosts_that_do_not_write_compute_along(tmp_path):
-    directory = write(tmp_path / "d", make_traces(9, scored=False), shard_records=4)
-    before, calls = contents(directory), []
-
-    def counted(traces):
-        calls.append(len(traces))
-        return fake_scores(traces)
-
-    extend(directory, teacher=TEACHER, settings={}, score_shard=counted, write=False)
-    assert calls == [4, 4, 1]
-    assert contents(directory) == before
-
-
-SCORING = """
-import os, signal, sys
-sys.path[:0] = [{tests!r}, {data!r}]
-import test_records
-from test_records import TEACHER, extend
-from dcod_jax.data import records
-
-def die_in(owner, name, call):
-    real, calls = getattr(owner, name), []
-    def replacement(*arguments, **options):
-        calls.append(name)
-        if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*arguments, **options)
-    setattr(owner, name, replacement)
-
-{die}
-extend({directory!r}, teacher=TEACHER, settings={{}}, score_shard=test_records.fake_scores)
-"""
-
-
-def test_scoring_killed_at_every_border_ends_with_the_same_bytes(tmp_path):
-    directory = write(tmp_path / "d", make_traces(20, scored=False), shard_records=4)
-    whole = shutil.copytree(directory, tmp_path / "whole")
-    extend(whole, teacher=TEACHER, settings={}, score_shard=fake_scores)
-    deaths = [
-        "die_in(test_records, 'fake_scores', 2)",  # in the middle of a shard
-        "die_in(records.progress, 'save', 1)",  # the shard has its name, but is not noted down
-        "die_in(records.manifests, 'commit_file', 3)",  # written, not renamed
-        "die_in(records.manifests, 'write_manifest', 1)",  # all shards done
-        "die_in(records.manifests, 'remove_all_but', 1)",  # old shards beside the new manifest
-        "",
-    ]
-    states = []
-    for die in deaths:
-        code = SCORING.format(
-            tests=str(TESTS), data=str(TESTS / "data"), directory=str(directory), die=die
-        )
-        environment = os.environ | {"PYTHONPATH": str(TESTS.parent)}
-        done = subprocess.run([sys.executable, "-c", code], env=environment)
-        assert done.returncode == (-signal.SIGKILL if die else 0)
-        noted = directory / "score-progress.json"
-        shards = len(json.loads(noted.read_text())["done"]) if noted.exists() else 0
-        states.append((TraceDataset(directory).scored, shards))
-    # Each run begins where the one before was killed; the directory is always a whole dataset.
-    assert states == [(False, 1), (False, 1), (False, 2), (False, 5), (True, 5), (True, 0)]
-    assert contents(directory) == contents(whole)
 
 
 def test_a_file_that_cannot_be_replaced_keeps_its_old_content(tmp_path, monkeypatch):
