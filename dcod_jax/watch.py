@@ -236,7 +236,7 @@ class Watch:
             "code": self.code,
         }
         key = f"{FOLDER}{self.process}"
-        self.companion.tell(self.process, self.state, self.coordinator, first=self.peers[0])
+        self._tell_companion()
         self.client.key_value_set(key, json.dumps(own), allow_overwrite=True)
         found = dict(self.client.key_value_dir_get(FOLDER))
         self.contact = now = time.monotonic()
@@ -249,6 +249,10 @@ class Watch:
             heard = now if said["beat"] != old.beat else old.heard
             moved = now if said["count"] != old.count else old.moved
             self.peers[process] = Peer(**said, heard=heard, moved=moved)
+        self._tell_companion()  # process 0's last word, before the next beat that may not come
+
+    def _tell_companion(self) -> None:
+        self.companion.tell(self.process, self.state, self.coordinator, first=self.peers[0])
 
     def _judge_on(self) -> None:
         while not self.closing.wait(self.interval):
