@@ -10,11 +10,11 @@ from typing import Any
 from rich.table import Table
 
 from dcod_jax.eval_stats import (
-    bootstrap_interval,
     ks,
     length_bins,
     majority_at_k,
     pass_at_k,
+    share_interval,
     wilson,
 )
 from dcod_jax.evals import Generation, by_problem
@@ -50,7 +50,7 @@ def _over(
     groups: Sequence[Sequence[Generation]], score: Callable[[Sequence[Generation]], float]
 ) -> list[float]:
     values = [score(group) for group in groups]
-    return [sum(values) / len(values), *bootstrap_interval(values)]
+    return [sum(values) / len(values), *share_interval(values)]
 
 
 def _by_length(generations: Sequence[Generation]) -> list[dict[str, Any]]:
@@ -73,7 +73,7 @@ def _by_difficulty(generations: Sequence[Generation]) -> list[dict[str, Any]]:
         correct, answers = sum(g.correct for g in found[name]), len(found[name])
         scores = [sum(g.correct for g in group) / len(group) for group in groups.values()]
         single = answers == len(groups)
-        low, high = wilson(correct, answers) if single else bootstrap_interval(scores)
+        low, high = wilson(correct, answers) if single else share_interval(scores)
         rows.append(
             {
                 "difficulty": name,

@@ -87,7 +87,7 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """95 % percentile interval of the mean of `values` (one for each problem), resampled.
 
-    Where all values are equal it has no width: too few problems, or all right, say nothing here.
+    Where all values are equal it has no width; share_interval mends that at 0 and 1.
     """
     data = np.asarray(values, np.float64)
     if data.ndim != 1 or not len(data):
@@ -114,6 +114,17 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
     low = 0.0 if correct == 0 else center - spread
     high = 1.0 if correct == total else center + spread
     return low, high
+
+
+def share_interval(scores: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of a mean of shares in [0, 1], one for each problem.
+
+    Resampled; Wilson's where all are 0 or all are 1, of which every resample is the same again:
+    three problems without a right answer, [0, 0, 0], are no proof of 0 but (0.0, 0.562).
+    """
+    if len(scores) and set(scores) in ({0.0}, {1.0}):
+        return wilson(int(sum(scores)), len(scores))
+    return bootstrap_interval(scores)
 
 
 def change_interval(

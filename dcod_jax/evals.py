@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from dcod_jax.data import chat
 from dcod_jax.decoding import Prepared
-from dcod_jax.eval_stats import bootstrap_interval, change_interval, loops, wilson
+from dcod_jax.eval_stats import change_interval, loops, share_interval, wilson
 from dcod_jax.generate import Sample, sample
 from dcod_jax.grading import Grader
 from dcod_jax.models.config import ModelConfig
@@ -218,7 +218,7 @@ def text_of(tokenizer: Any, drawn: Sample) -> str:
 def summarize(generations: Sequence[Generation], *, seconds: float) -> EvalResult:
     """Counts, rates and the interval of graded generations, equally many for each problem.
 
-    With one answer a problem the interval is Wilson's; with more, problems are resampled.
+    With one answer a problem the interval is Wilson's; with more, `share_interval`.
     """
     total, correct = len(generations), sum(g.correct for g in generations)
     scores = problem_scores(generations)
@@ -226,7 +226,7 @@ def summarize(generations: Sequence[Generation], *, seconds: float) -> EvalResul
     if samples == 1:
         low, high = wilson(correct, total)
     else:
-        low, high = bootstrap_interval(list(scores.values()))
+        low, high = share_interval(list(scores.values()))
     return EvalResult(
         problems=len(scores),
         correct=correct,

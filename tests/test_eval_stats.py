@@ -85,6 +85,19 @@ def test_bootstrap_has_the_width_of_the_mean():
         stats.bootstrap_interval([])
 
 
+def test_a_share_that_is_the_same_everywhere_is_not_certain():
+    assert (
+        stats.share_interval([0.0] * 10)
+        == stats.wilson(0, 10)
+        == pytest.approx((0.0, 0.2775), abs=1e-4)
+    )
+    assert stats.share_interval([1.0] * 3) == stats.wilson(3, 3)
+    for values in ([0.0, 0.5, 1.0], [0.5, 0.5], [0.0, 1.0]):
+        assert stats.share_interval(values) == stats.bootstrap_interval(values)
+    with pytest.raises(DcodError, match="at least one problem"):
+        stats.share_interval([])
+
+
 def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
     generator = np.random.default_rng(7)
     inside = 0
