@@ -122,7 +122,7 @@ def share_interval(scores: Sequence[float]) -> tuple[float, float]:
     Resampled; Wilson's where all are 0 or all are 1, of which every resample is the same again:
     three problems without a right answer, [0, 0, 0], are no proof of 0 but (0.0, 0.562).
     """
-    if len(scores) and set(scores) in ({0.0}, {1.0}):
+    if set(scores) in ({0.0}, {1.0}):
         return wilson(int(sum(scores)), len(scores))
     return bootstrap_interval(scores)
 
