@@ -21,13 +21,13 @@ $(VENV)/.test: $(VENV)/.run
 	@touch $@
 
 quickstart: $(VENV)/.run ## distil the embedded student on two CPU cores (minutes, no downloads)
-	$(BIN)/python -m dcod_jax.train --config configs/quickstart.py
+	$(BIN)/python -m dcod_jax.train --config quickstart
 
 models/SmolLM2-135M-Instruct-24L: | $(VENV)/.run
 	$(BIN)/python tools/get_smollm2.py --layers 24
 
 quickstart-smollm2: models/SmolLM2-135M-Instruct-24L ## the same path on the real SmolLM2-135M-Instruct
-	$(BIN)/python -m dcod_jax.train --config configs/quickstart_smollm2.py
+	$(BIN)/python -m dcod_jax.train --config quickstart_smollm2
 
 test: $(VENV)/.test lint ## environment and the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -11,8 +11,8 @@ from it and compared on the validation problems, from which the defaults of
 loss.weights.target_loss and smoothing were chosen. Results: docs/benchmarks.md.
 """
 
-from configs.quickstart import ASSETS
-from configs.quickstart import get_config as quickstart
+from dcod_jax.configs.quickstart import ASSETS
+from dcod_jax.configs.quickstart import get_config as quickstart
 
 
 def get_config():

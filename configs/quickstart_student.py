@@ -7,7 +7,7 @@ Short on purpose, its steps chosen by the validation problems: it solves about h
 weights correct the drift of a student that has the skill; they do not teach it the skill.
 """
 
-from configs.quickstart_teacher import get_config as teacher
+from quickstart_teacher import get_config as teacher
 
 
 def get_config():

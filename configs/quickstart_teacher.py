@@ -6,7 +6,7 @@
 The first command writes the worked solutions and the model's shape to build/quickstart.
 """
 
-from configs.base import get_config as base
+from dcod_jax.configs.base import get_config as base
 
 
 def get_config():

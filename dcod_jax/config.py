@@ -9,28 +9,17 @@ import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
 
-from dcod_jax import hosts
-from dcod_jax.config_checks import config_errors, nearest
-from dcod_jax.losses.adaptive import TaidConfig
-from dcod_jax.losses.distill import LossConfig
-from dcod_jax.losses.weights import AUTO, WeightConfig
-from dcod_jax.optim import OptimConfig
-from dcod_jax.paths import Location, Path, as_path
-from dcod_jax.storage import local_copy
-from dcod_jax.types import DcodError
+from dcod_jax.errors import DcodError, nearest
+from dcod_jax.files import Location, Path, as_path, local_copy
 
-# The checkout: recipes say `from configs.base import`.
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-BASE = ROOT / "configs" / "base.py"
+BASE = pathlib.Path(__file__).resolve().parent / "configs" / "base.py"
+AUTO = "auto"
 AUTOMATIC = ("loss.weights.temperature", "loss.weights.offset")  # a number or "auto"
-EXIT_INTERRUPTED = hosts.EXIT_INTERRUPTED
-ALONE = ("drift", "report", "plan")  # verbs of one process
-OWN = ("hosts.process_id", "train.progress")  # a process of several has its own
 
 
 # ---------------------------------------------------------------- reading
@@ -86,24 +75,37 @@ def _parse(argv: Sequence[str]) -> tuple[str, list[tuple[str, str]], bool]:
 
 def load_recipe(path: Location) -> Any:
     """Run a recipe file's get_config(); mistakes in it are reported with its line."""
-    path = as_path(path)
-    if not path.is_file():
-        raise DcodError(f"--config {path}: no such file; a recipe is a Python file")
+    path = _find_recipe(as_path(path))
     path = local_copy(path)
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
     spec = importlib.util.spec_from_file_location(f"dcod_recipe_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise DcodError(f"--config {path}: not a Python file (.py) with get_config()")
     module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))  # a recipe may import its neighbours, as a script may
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
     except (AttributeError, KeyError, TypeError, ValueError, ImportError, SyntaxError) as error:
         raise DcodError(_recipe_error(path, error)) from error
+    finally:
+        sys.path.remove(str(path.parent))
     if not isinstance(config, ConfigDict):
         raise DcodError(f"{path}: get_config() returned {type(config).__name__}, not a ConfigDict")
     return config
+
+
+def _find_recipe(path: Path) -> Path:
+    """The file, or the recipe of the package with this name."""
+    shipped = BASE.with_name(f"{path.name}.py")
+    if str(path) == path.stem and shipped.is_file():
+        return shipped
+    if path.is_file():
+        return path
+    names = sorted(file.stem for file in BASE.parent.glob("[a-z]*.py"))
+    raise DcodError(
+        f"--config {path}: no such file; a recipe is a Python file, or one of {', '.join(names)}"
+        f"{nearest(path.stem, names)}"
+    )
 
 
 def _recipe_error(path: Path, error: Exception) -> str:
@@ -224,23 +226,7 @@ def to_config(values: dict[str, Any]) -> Any:
     return FrozenConfigDict(values)
 
 
-def loss_config(config: Any) -> LossConfig:
-    """loss.* as the frozen record that the loss functions take."""
-    values = config.loss.to_dict()
-    taid = {key: values.pop(f"taid_{key}") for key in ("start", "end", "alpha", "beta")}
-    records = {
-        "weights": WeightConfig(**values["weights"]),
-        "taid": TaidConfig(**taid, steps=config.train.steps),
-    }
-    return LossConfig(**values | records)
-
-
-def optim_config(config: Any) -> OptimConfig:
-    """optim.* as the frozen record that make_optimizer takes."""
-    return OptimConfig(**config.optim.to_dict())
-
-
-# ---------------------------------------------------------------- checks, help, the verbs' entry
+# ---------------------------------------------------------------- checks and help
 
 
 def check(config: Any) -> None:
@@ -248,6 +234,9 @@ def check(config: Any) -> None:
 
     Raises DcodError with one line for each mistake, all of them at once.
     """
+    from dcod_jax.config_checks import config_errors  # loads jax, which --help does not
+    from dcod_jax.train.settings import loss_config
+
     wrong = config_errors(keys(config), loss_config(config))
     if wrong:
         raise DcodError("\n".join(wrong))
@@ -273,28 +262,3 @@ def help_text(verb: str, config: Any) -> str:
     for key, value in keys(config).items():
         lines.append(f"  --config.{key}={value!r}\n        {notes.get(key, '')}")
     return "\n".join(lines)
-
-
-def run_verb(verb: str, function: Callable[[Any], object]) -> None:
-    """Entry of `python -m dcod_jax.<verb>`: a DcodError is printed as it is, with exit code 1.
-
-    Joins the other processes where config.hosts or the machine names any; they must have been
-    started with the same config and see the same run_dir.
-    """
-    try:
-        config = load(sys.argv[1:], verb=verb)
-        if verb in ALONE:
-            hosts.refuse_peers(config.hosts, verb)
-        with hosts.session(config.hosts, notices=verb == "train"):
-            values = keys(config)
-            hosts.agree("config", {key: values[key] for key in values if key not in OWN})
-            hosts.check_shared(config.run_dir)
-            if not hosts.first():
-                config = replace(config, {"train.progress": False})
-            function(config)
-    except DcodError as error:
-        print(f"dcod_jax.{verb}: error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print(f"dcod_jax.{verb}: interrupted; the same command goes on", file=sys.stderr)
-        raise SystemExit(130) from None

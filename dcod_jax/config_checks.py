@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from typing import Any
 
-from dcod_jax.benchmarks import parse_set
+from dcod_jax.errors import nearest
+from dcod_jax.evaluate.benchmarks import parse_set
 from dcod_jax.losses import distill
 from dcod_jax.losses.distill import LossConfig
 from dcod_jax.losses.divergences import DIVERGENCES
@@ -205,13 +205,3 @@ def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
             "train.best_metric=''"
         )
     return wrong
-
-
-def nearest(key: str, known: Any) -> str:
-    """'; did you mean "x"?' for the closest known dotted key or leaf name, or nothing."""
-    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
-    if not close:
-        by_leaf = {name.rpartition(".")[2]: name for name in known}
-        leaf = difflib.get_close_matches(key.rpartition(".")[2], list(by_leaf), n=1, cutoff=0.7)
-        close = [by_leaf[leaf[0]]] if leaf else []
-    return f"; did you mean {close[0]!r}?" if close else ""

@@ -16,10 +16,6 @@ from jaxtyping import Array, Bool, Float, Int
 Params = dict[str, Any]  # nested dict of arrays; the paths are the model's attribute paths
 
 
-class DcodError(Exception):
-    """A mistake in what the user gave; the message is the whole report, no traceback needed."""
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:

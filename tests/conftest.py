@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = [
     f"dcod_jax.{path.stem}"
     for path in (ROOT / "dcod_jax").iterdir()
-    if path.stem not in ("__init__", "__pycache__", "types", "assets")
+    if path.stem not in ("__init__", "__main__", "__pycache__", "types", "assets", "configs")
 ]
 install_import_hook(MODULES, "beartype.beartype")
 
@@ -43,9 +43,9 @@ def shared_data() -> Path:
 @pytest.fixture
 def copy_cache(tmp_path, monkeypatch):
     """Copies of remote files, away from the user's own."""
-    from dcod_jax import storage
+    from dcod_jax import files
 
-    monkeypatch.setenv(storage.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(files.CACHE, str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
@@ -54,7 +54,7 @@ def gcs():
     """The one bucket of a fake Cloud Storage server."""
     from fake_store import BUCKET, fake_gcs
 
-    from dcod_jax.paths import as_path
+    from dcod_jax.files import as_path
 
     with fake_gcs():
         yield as_path(f"gs://{BUCKET}")
@@ -75,11 +75,10 @@ def _place(request) -> str:
 @pytest.fixture
 def memory(request):
     """An empty directory in fsspec's memory."""
-    from dcod_jax import storage
-    from dcod_jax.paths import as_path
+    from dcod_jax.files import as_path, remove_tree
 
     root = as_path(f"memory://{_place(request)}")
-    storage.remove_tree(root)
+    remove_tree(root)
     return root
 
 

@@ -19,7 +19,13 @@ import jax
 from orbax.checkpoint._src.path import atomicity
 
 from dcod_jax import config as configs
-from dcod_jax import evaluate, export, generate_traces, hosts, score, train
+from dcod_jax.cli import run_config_verb
+from dcod_jax.evaluate import command as evaluate
+from dcod_jax.export import command as export
+from dcod_jax.generate_traces import command as generate_traces
+from dcod_jax.parallel import hosts
+from dcod_jax.score import command as score
+from dcod_jax.train import command as train
 
 SIGNALS = {"stop": signal.SIGTERM, "kill": signal.SIGKILL}
 
@@ -101,4 +107,4 @@ def work(config) -> None:
 
 if __name__ == "__main__":
     tasks = sys.argv.pop(1)
-    configs.run_verb("train", work)
+    run_config_verb("train", work)

@@ -3,7 +3,7 @@
 import pytest
 
 from dcod_jax import config
-from dcod_jax.types import DcodError
+from dcod_jax.errors import DcodError
 
 BASE = ["--config", str(config.BASE)]
 
@@ -13,7 +13,7 @@ def load(*words):
 
 
 def recipe(tmp_path, body):
-    head = ["from configs.base import get_config as base", "", "def get_config():"]
+    head = ["from dcod_jax.configs.base import get_config as base", "", "def get_config():"]
     inside = ["c = base()", *body, "return c"]
     path = tmp_path / "mine.py"
     path.write_text("\n".join([*head, *(f"    {line}" for line in inside), ""]))

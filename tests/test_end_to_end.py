@@ -14,8 +14,8 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dcod_jax.evaluate.problems import read_problems
 from dcod_jax.models import hf, transformer
-from dcod_jax.problems import read_problems
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "dcod_jax" / "assets" / "quickstart"

@@ -9,12 +9,12 @@ import types
 
 import pytest
 
-from dcod_jax import paths
-from dcod_jax.paths import RemotePath, as_path, find, rename
-from dcod_jax.types import DcodError
+from dcod_jax import files
+from dcod_jax.errors import DcodError
+from dcod_jax.files import RemotePath, as_path, find, rename
 
-PACKAGE = pathlib.Path(paths.__file__).parent
-OWNERS = ("paths.py", "storage.py")  # where paths are told apart
+PACKAGE = pathlib.Path(files.__file__).parent
+OWNERS = ("files.py",)  # where paths are told apart
 OPENERS = ("Path", "pathlib.Path", "open", "io.open", "gzip.open")
 # Calls elsewhere that are about this machine alone, and why.
 LOCAL = {
@@ -110,7 +110,7 @@ def look(root):
         "glob": sorted(str(p).removeprefix(below) for p in root.glob("*/*.txt")),
         "rglob": sorted(str(p).removeprefix(below) for p in root.rglob("*") if p.is_file()),
         "found": [str(p).removeprefix(below) for p in find(f"{root}/**/*.txt")],
-        "size": paths.file_size(root / "sub" / "b.bin"),
+        "size": files.file_size(root / "sub" / "b.bin"),
     }
 
 
@@ -121,7 +121,7 @@ def test_a_store_answers_as_the_disk_does(tmp_path, store):
 
 
 def test_a_study_in_a_store_is_refused():
-    from dcod_jax.study.__main__ import study
+    from dcod_jax.study.command import study
 
     with pytest.raises(DcodError, match="run_dir=gs://b/s: a study appends"):
         study(types.SimpleNamespace(run_dir="gs://b/s"))

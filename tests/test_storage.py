@@ -5,12 +5,18 @@ import pytest
 from fake_store import contents
 from fake_traces import make_traces, write
 
-from dcod_jax import storage
-from dcod_jax.data import manifest as manifests
+from dcod_jax import files
 from dcod_jax.data.records import TraceDataset, extend
-from dcod_jax.paths import RemotePath, as_path
-from dcod_jax.storage import Mirror, local_copy, publish, unfinished
-from dcod_jax.types import DcodError
+from dcod_jax.errors import DcodError
+from dcod_jax.files import (
+    Mirror,
+    RemotePath,
+    as_path,
+    local_copy,
+    publish,
+    replace_file,
+    unfinished,
+)
 
 pytestmark = pytest.mark.usefixtures("copy_cache")
 
@@ -108,8 +114,8 @@ def test_what_cannot_be_copied_names_path_cache_and_reason(store, monkeypatch, t
         local_copy(store / "absent.bin")
     (store / "there.bin").write_bytes(b"x")
     (tmp_path / "file").write_bytes(b"")
-    monkeypatch.setenv(storage.CACHE, str(tmp_path / "file"))
-    with pytest.raises(DcodError, match=storage.CACHE):
+    monkeypatch.setenv(files.CACHE, str(tmp_path / "file"))
+    with pytest.raises(DcodError, match=files.CACHE):
         local_copy(store / "there.bin")
 
 
@@ -166,7 +172,7 @@ def test_an_upload_that_ends_short_is_an_error(memory, tmp_path, monkeypatch):
 
 def test_what_the_store_refuses_is_a_message_with_the_path(gcs):
     with pytest.raises(DcodError, match=r"cannot write gs://no-such-bucket/m.json"):
-        manifests.replace_file(as_path("gs://no-such-bucket/m.json"), b"{}")
+        replace_file(as_path("gs://no-such-bucket/m.json"), b"{}")
 
 
 def test_a_mirror_sends_what_changed_and_removes_what_is_gone(store):

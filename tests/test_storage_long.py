@@ -10,11 +10,11 @@ import pytest
 import tiny
 from fake_store import BUCKET, fake_gcs
 
-from dcod_jax.paths import as_path
+from dcod_jax.files import as_path
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = """
-from configs.base import get_config as base
+from dcod_jax.configs.base import get_config as base
 
 def get_config():
     c = base()

@@ -11,20 +11,21 @@ import pytest
 import tiny
 from fake_store import contents, upload
 
-from dcod_jax import metrics, storage
-from dcod_jax.checkpoint import Checkpointer
+from dcod_jax import files
 from dcod_jax.data.formats import Fields
 from dcod_jax.data.records import TraceDataset
 from dcod_jax.data.traces import describe, find_sources, read_traces
-from dcod_jax.evals import Generation, read_generations, to_line
-from dcod_jax.local_checkpoints import LocalCheckpoints
+from dcod_jax.errors import DcodError
+from dcod_jax.evaluate.evals import Generation, read_generations, to_line
+from dcod_jax.evaluate.problems import read_problems
+from dcod_jax.files import RemotePath, local_directory
 from dcod_jax.losses.adaptive import initial
 from dcod_jax.models import hf
-from dcod_jax.paths import RemotePath
-from dcod_jax.prepare import prepare
-from dcod_jax.problems import read_problems
-from dcod_jax.storage import local_directory
-from dcod_jax.types import DcodError, TrainState
+from dcod_jax.prepare.command import prepare
+from dcod_jax.train import metrics
+from dcod_jax.train.checkpoint import Checkpointer
+from dcod_jax.train.local_checkpoints import LocalCheckpoints
+from dcod_jax.types import TrainState
 
 pytestmark = pytest.mark.usefixtures("copy_cache")
 
@@ -157,7 +158,7 @@ def test_prepare_writes_the_same_dataset_into_a_store(tmp_path, model, memory, c
     prepare(config_of(memory, remote_model))
     assert "already prepared" in capsys.readouterr().out
     # What an interrupted publication leaves is no dataset, and is replaced.
-    (there / storage.UPLOADING).write_bytes(b"")
+    (there / files.UPLOADING).write_bytes(b"")
     (there / "train" / "manifest.json").unlink()
     assert stable(prepare(config_of(memory, remote_model))) == stable(here)
 

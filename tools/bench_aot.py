@@ -101,8 +101,8 @@ TARGETS: dict[str, tuple[float | None, float | None, str, float | None]] = {
 
 def recipe(name: str, directory: Path) -> Any:
     """The row's config: configs/base.py with the benchmark's sizes and the row's changes."""
-    from dcod_jax import compiled
     from dcod_jax import config as configs
+    from dcod_jax.plan import programs as compiled
 
     student, changes = ROWS[name]
     file = directory / f"{name}.config.json"
@@ -122,7 +122,8 @@ def recipe(name: str, directory: Path) -> Any:
 
 def worker(name: str, directory: Path) -> dict[str, Any]:
     """Compile one row; its numbers."""
-    from dcod_jax import compiled, estimate
+    from dcod_jax.plan import estimate
+    from dcod_jax.plan import programs as compiled
 
     config = recipe(name, directory)
     target = compiled.target(config)

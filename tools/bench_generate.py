@@ -75,8 +75,8 @@ def worker_ours(args: argparse.Namespace, prompts: list[list[int]], stop: int) -
     sys.path.insert(0, str(ROOT))
     import jax.numpy as jnp
 
-    from dcod_jax.generate import prepare, sample
     from dcod_jax.models.hf import load_model
+    from dcod_jax.sample.sampler import prepare, sample
 
     config, params = load_model(args.model, dtype=jnp.float32)
     shared = {"valid_vocab": config.vocab_size, "compute_dtype": args.dtype}

@@ -114,11 +114,11 @@ def our_step(args: argparse.Namespace, model_config: Any, loss_config: Any) -> t
     import jax
     import jax.numpy as jnp
 
-    from dcod_jax.forward import TeacherModel
-    from dcod_jax.mesh import make_mesh
     from dcod_jax.models.transformer import init_params
-    from dcod_jax.optim import OptimConfig, make_optimizer
-    from dcod_jax.train_step import init_state, make_train_step
+    from dcod_jax.parallel.mesh import make_mesh
+    from dcod_jax.train.forward import TeacherModel
+    from dcod_jax.train.optim import OptimConfig, make_optimizer
+    from dcod_jax.train.step import init_state, make_train_step
 
     mesh = make_mesh(devices=jax.devices()[:1])
     optim = OptimConfig(
@@ -291,7 +291,7 @@ def bench_checkpoint(args: argparse.Namespace) -> None:
     """Seconds for which saving 135M parameters and their Adam moments blocks the loop."""
     import jax
 
-    from dcod_jax.checkpoint import Checkpointer
+    from dcod_jax.train.checkpoint import Checkpointer
 
     model_config, loss_config = our_config("sigmoid", head_chunk=512, num_hidden_layers=30)
     _, state = our_step(args, model_config, loss_config)

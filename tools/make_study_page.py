@@ -12,9 +12,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from dcod_jax.study.plan import read_results
+from dcod_jax.errors import DcodError
+from dcod_jax.study.conditions import read_results
 from dcod_jax.study.tables import Study, fill_page
-from dcod_jax.types import DcodError
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE, RESULTS = DOCS / "study.md", DOCS / "study" / "results.jsonl"

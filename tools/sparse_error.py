@@ -29,15 +29,15 @@ from dcod_jax.data import chat
 from dcod_jax.data.codec import bytes_per_token
 from dcod_jax.data.formats import Fields
 from dcod_jax.data.traces import find_sources, read_traces
-from dcod_jax.generate import bucket_length
+from dcod_jax.errors import DcodError
 from dcod_jax.losses import distributions
 from dcod_jax.losses.adaptive import TaidConfig
 from dcod_jax.losses.distill import LossConfig
 from dcod_jax.losses.divergences import DIVERGENCES
 from dcod_jax.models.hf import load_model
 from dcod_jax.models.transformer import head_weight, hidden_states
-from dcod_jax.scoring import top_k_logprobs
-from dcod_jax.types import DcodError
+from dcod_jax.sample.sampler import bucket_length
+from dcod_jax.score.scoring import top_k_logprobs
 
 TOP_K = (8, 16, 32, 64, 128, 256)
 DTYPES = ("float32", "bfloat16")

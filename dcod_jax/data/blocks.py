@@ -16,10 +16,16 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from dcod_jax import hosts
-from dcod_jax.data.manifest import commit_file, file_sha256, replace_file, to_json
-from dcod_jax.paths import Path
-from dcod_jax.storage import remove_tree, scratch
+from dcod_jax.files import (
+    Path,
+    commit_file,
+    file_sha256,
+    remove_tree,
+    replace_file,
+    scratch,
+    to_json,
+)
+from dcod_jax.parallel import hosts
 
 
 class BlockFiles:

@@ -27,9 +27,9 @@ from jaxtyping import Bool, Int
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from dcod_jax.paths import Location, as_path
-from dcod_jax.storage import local_directory
-from dcod_jax.types import DcodError, Trace
+from dcod_jax.errors import DcodError
+from dcod_jax.files import Location, as_path, local_directory
+from dcod_jax.types import Trace
 
 Message = dict[str, Any]  # {"role": ..., "content": ...}
 Span = tuple[int, int]  # characters [start, end) of a text

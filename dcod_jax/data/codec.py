@@ -27,7 +27,8 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from dcod_jax.types import DcodError, Trace
+from dcod_jax.errors import DcodError
+from dcod_jax.types import Trace
 
 RECORD_VERSION = 1
 _HEADER = struct.Struct("<BBHIIII")

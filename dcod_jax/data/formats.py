@@ -16,7 +16,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dcod_jax.types import DcodError
+from dcod_jax.errors import DcodError
 
 PROMPT_FIELDS = ("prompt", "question", "problem", "instruction")
 COMPLETION_FIELDS = ("completion", "response", "output", "solution")

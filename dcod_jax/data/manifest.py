@@ -16,16 +16,22 @@ It holds no time stamps and no absolute order of work, so equal inputs give equa
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-from dcod_jax.paths import Location, Path, RemotePath, as_path, file_size
-from dcod_jax.storage import local_copy, scratch
-from dcod_jax.types import DcodError
+from dcod_jax.errors import DcodError
+from dcod_jax.files import (
+    Location,
+    Path,
+    RemotePath,
+    as_path,
+    file_sha256,
+    file_size,
+    local_copy,
+    replace_file,
+    to_json,
+)
 
 FORMAT = "dcod_jax.traces"
 VERSION = 1
@@ -42,56 +48,6 @@ _OWN_FILES = (
     PROGRESS,
     PROGRESS.replace(".json", "-*.json"),  # of further processes
 )
-
-
-def file_sha256(path: Location) -> str:
-    with as_path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fsync_path(path: str | os.PathLike[str]) -> None:
-    """Force a file's content, or a directory's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def commit_file(temporary: pathlib.Path, final: Path) -> None:
-    """Give a finished file its name; after a crash there is the old content or the new, whole.
-
-    temporary: `scratch(final)`, on this machine's disk where final is in a store.
-    """
-    if isinstance(final, RemotePath):
-        final.upload(temporary)
-        return
-    fsync_path(temporary)
-    os.replace(temporary, final)
-    fsync_path(final.parent)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write `content` to `path` atomically; on a DcodError the old content is still there."""
-    try:
-        with scratch(path) as temporary:
-            temporary.write_bytes(content)
-            commit_file(temporary, path)
-    except OSError as error:
-        raise DcodError(f"cannot write {path}: {error}; free space and run it again") from error
-
-
-def to_json(value: Any) -> bytes:
-    """Canonical JSON bytes; raises DcodError for what JSON cannot hold."""
-    try:
-        text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise DcodError(f"the manifest can only hold JSON values: {error}") from error
-    return text.encode() + b"\n"
-
-
-def file_entry(path: Path) -> dict[str, Any]:
-    return {"file": path.name, "bytes": file_size(path), "sha256": file_sha256(path)}
 
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from dcod_jax.data.codec import Columns
-from dcod_jax.types import DcodError
+from dcod_jax.errors import DcodError
 
 OPEN_BINS = 16  # rows that may still get a trace; more raise the fill by less than a percent
 

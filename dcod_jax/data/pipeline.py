@@ -21,11 +21,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dcod_jax import mesh as meshes
 from dcod_jax.data import packing
 from dcod_jax.data.codec import decode_columns
 from dcod_jax.data.records import TraceDataset
-from dcod_jax.types import Batch, DcodError
+from dcod_jax.errors import DcodError
+from dcod_jax.parallel import mesh as meshes
+from dcod_jax.types import Batch
 
 HostBatch = dict[str, np.ndarray]  # the Batch fields, [B / hosts, T] or [B / hosts, C, ...]
 

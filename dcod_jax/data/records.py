@@ -24,13 +24,23 @@ import numpy as np
 # The compiled reader and writer; they come without type stubs.
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
-from dcod_jax import hosts
 from dcod_jax.data import manifest as manifests
 from dcod_jax.data import score_progress as progress
 from dcod_jax.data.codec import decode, encode, score_kind
-from dcod_jax.paths import Location, Path, as_path
-from dcod_jax.storage import local_copy, scratch
-from dcod_jax.types import DcodError, Trace
+from dcod_jax.errors import DcodError
+from dcod_jax.files import (
+    Location,
+    Path,
+    as_path,
+    commit_file,
+    file_entry,
+    local_copy,
+    replace_file,
+    scratch,
+    to_json,
+)
+from dcod_jax.parallel import hosts
+from dcod_jax.types import Trace
 
 # One record per chunk, no compression: two to three times the random reads of zstd for a fifth
 # more bytes (token ids and float log-probs hardly compress).
@@ -47,8 +57,8 @@ def _write_shard(path: Path, traces: Sequence[Trace]) -> dict[str, Any]:
             for record in records:
                 writer.write(record)
             writer.close()
-            entry = manifests.file_entry(temporary) | {"file": path.name}
-            manifests.commit_file(temporary, path)
+            entry = file_entry(temporary) | {"file": path.name}
+            commit_file(temporary, path)
     except (RuntimeError, OSError) as error:
         raise DcodError(f"cannot write {path}: {error}; free space and run it again") from error
     return entry | {
@@ -133,7 +143,7 @@ class DatasetWriter:
         path = self._directory / manifests.LENGTHS
         lengths = io.BytesIO()
         np.save(lengths, np.asarray(self._lengths, "<i4"))
-        manifests.replace_file(path, lengths.getvalue())
+        replace_file(path, lengths.getvalue())
         totals = {
             name: sum(shard[name] for shard in self._shards)
             for name in ("records", "tokens", "completion_tokens")
@@ -142,7 +152,7 @@ class DatasetWriter:
             "format": manifests.FORMAT,
             "version": manifests.VERSION,
             "shards": self._shards,
-            "lengths": manifests.file_entry(path),
+            "lengths": file_entry(path),
             "totals": totals,
             "scored": self._kind[0],
             "top_k": self._kind[1],
@@ -292,7 +302,7 @@ def extend(
     """
     dataset = TraceDataset(directory)
     directory, manifest = dataset.directory, dataset.manifest
-    teacher, settings = json.loads(manifests.to_json([teacher, settings]))
+    teacher, settings = json.loads(to_json([teacher, settings]))
     if manifest.get("teacher") == teacher and manifest.get("score") == settings:
         if write:
             manifests.remove_all_but(directory, manifests.listed(manifest))

@@ -11,8 +11,9 @@ import numpy as np
 
 from dcod_jax.data import manifest as manifests
 from dcod_jax.data.codec import score_kind
-from dcod_jax.paths import Path
-from dcod_jax.types import DcodError, Trace
+from dcod_jax.errors import DcodError
+from dcod_jax.files import Path, file_sha256, replace_file, to_json
+from dcod_jax.types import Trace
 
 
 def describe(
@@ -25,7 +26,7 @@ def describe(
 
 def shard_name(work: dict[str, Any], number: int) -> str:
     """File of a scored shard; the hash in it keeps a second teacher's shards from the first's."""
-    key = hashlib.sha256(manifests.to_json(work)).hexdigest()[:8]
+    key = hashlib.sha256(to_json(work)).hexdigest()[:8]
     return f"scored-{key}-{number:05d}.array_record"
 
 
@@ -41,8 +42,8 @@ def shard_number(entry: dict[str, Any]) -> int:
 
 def save(directory: Path, work: dict[str, Any], done: list[dict[str, Any]], process: int) -> None:
     """Note what this process finished; each of several has a file of its own."""
-    content = manifests.to_json({"work": work, "done": done})
-    manifests.replace_file(_file(directory, process), content)
+    content = to_json({"work": work, "done": done})
+    replace_file(_file(directory, process), content)
 
 
 def noted(directory: Path, work: dict[str, Any], process: int) -> list[dict[str, Any]]:
@@ -73,7 +74,7 @@ def finished(
             )
         for entry in found["done"]:
             file = directory / entry["shard"]["file"]
-            if file.is_file() and manifests.file_sha256(file) == entry["shard"]["sha256"]:
+            if file.is_file() and file_sha256(file) == entry["shard"]["sha256"]:
                 done[shard_number(entry)] = entry
     return done
 

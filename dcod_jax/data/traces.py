@@ -17,9 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from dcod_jax.data.formats import BadRecordError, Fields, RawTrace, is_request, read_record
-from dcod_jax.paths import Path, as_path, find
-from dcod_jax.storage import local_copy, local_directory
-from dcod_jax.types import DcodError
+from dcod_jax.errors import DcodError
+from dcod_jax.files import Path, as_path, find, local_copy, local_directory
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 _SUFFIXES = (*JSONL_SUFFIXES, ".parquet")

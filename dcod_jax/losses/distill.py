@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from dcod_jax.errors import DcodError
 from dcod_jax.losses import adaptive, distributions, reduce, weights
 from dcod_jax.losses.adaptive import LossState, TaidConfig
 from dcod_jax.losses.divergences import DIVERGENCES, target_logprobs
@@ -25,7 +26,7 @@ from dcod_jax.losses.events import Layout
 from dcod_jax.losses.head import TokenLoss, gather_head, head_loss, piece_logits
 from dcod_jax.losses.reduce import Sums, TokenStats
 from dcod_jax.losses.weights import WeightConfig
-from dcod_jax.types import Batch, DcodError
+from dcod_jax.types import Batch
 
 TEACHERS = ("cached", "live")
 

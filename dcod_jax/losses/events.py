@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from dcod_jax import mesh as meshes
+from dcod_jax.parallel import mesh as meshes
 
 MASKED_LOGIT = -1e30  # of entries that do not count: probability 0, and finite so that 0 * it is 0
 PLANES = 8  # as many bits of a word; more would save little memory and cost compile time

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dcod_jax.types import DcodError
+from dcod_jax.errors import DcodError
 
 SCOPES = ("token", "prefix", "sequence")
 NORMALIZATIONS = ("mean", "none", "sequence")

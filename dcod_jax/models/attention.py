@@ -28,9 +28,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from dcod_jax import mesh as meshes
+from dcod_jax.errors import DcodError
 from dcod_jax.models.layers import attend
-from dcod_jax.types import DcodError
+from dcod_jax.parallel import mesh as meshes
 
 KINDS = ("auto", "splash", "library", "blocked")
 MAX_QUERY_BLOCKS = 8

@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from dcod_jax.mesh import is_names
 from dcod_jax.models import layers
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.transformer import embed, gather_layer, graphs, logical_axes
+from dcod_jax.parallel.mesh import is_names
 from dcod_jax.types import Params
 
 CACHE_CHUNK = 256  # cache slots that attention reads at a time: a chunk of several is copied out

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from dcod_jax.types import DcodError
+from dcod_jax.errors import DcodError
 
 Raw = dict[str, Any]
 

@@ -12,12 +12,12 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from dcod_jax.errors import DcodError
+from dcod_jax.files import Location, Path, as_path, filling, local_copy
 from dcod_jax.models import config as configs
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.weights import Part, Slot, Table, Weight, assemble, slots
-from dcod_jax.paths import Location, Path, as_path
-from dcod_jax.storage import filling, local_copy
-from dcod_jax.types import DcodError, Params
+from dcod_jax.types import Params
 
 _LLAMA: Table = {
     "embed_tokens.embedding": Weight("token_embd.weight"),

@@ -18,8 +18,8 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dcod_jax import hosts
-from dcod_jax import mesh as meshes
+from dcod_jax.errors import DcodError
+from dcod_jax.files import Location, Path, RemotePath, as_path, local_copy, rename, scratch
 from dcod_jax.models import config as configs
 from dcod_jax.models import gguf
 from dcod_jax.models.config import ModelConfig
@@ -36,9 +36,9 @@ from dcod_jax.models.weights import (
     slots,
     tensor_of,
 )
-from dcod_jax.paths import Location, Path, RemotePath, as_path, rename
-from dcod_jax.storage import local_copy, scratch
-from dcod_jax.types import DcodError, Params
+from dcod_jax.parallel import hosts
+from dcod_jax.parallel import mesh as meshes
+from dcod_jax.types import Params
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

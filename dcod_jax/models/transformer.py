@@ -19,10 +19,11 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from dcod_jax import mesh as meshes
+from dcod_jax.errors import DcodError
 from dcod_jax.models import attention, layers
 from dcod_jax.models.config import ModelConfig
-from dcod_jax.types import DcodError, Params
+from dcod_jax.parallel import mesh as meshes
+from dcod_jax.types import Params
 
 BLOCK_INPUT = "block_input"
 # What the backward pass finds saved of each layer, beside the layer's input (which "offload" keeps

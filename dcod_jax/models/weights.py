@@ -14,9 +14,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
+from dcod_jax.errors import DcodError
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.transformer import param_shapes
-from dcod_jax.types import DcodError, Params
+from dcod_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)

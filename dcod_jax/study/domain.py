@@ -15,14 +15,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dcod_jax.answers import extract_answer
-from dcod_jax.arithmetic import STYLES, Problem, worked_traces
 from dcod_jax.data import chat
 from dcod_jax.data.manifest import MANIFEST
 from dcod_jax.data.records import DatasetWriter, TraceDataset
-from dcod_jax.generate import Sample, sample
-from dcod_jax.scoring import ScoreSettings, score_traces
-from dcod_jax.types import DcodError, Params, Trace
+from dcod_jax.errors import DcodError
+from dcod_jax.evaluate.answers import extract_answer
+from dcod_jax.sample.sampler import Sample, sample
+from dcod_jax.score.scoring import ScoreSettings, score_traces
+from dcod_jax.study.arithmetic import STYLES, Problem, worked_traces
+from dcod_jax.types import Params, Trace
 
 LARGEST = 20  # of the sum of the added numbers: a tiny model learns the facts below it in minutes
 SETS = ("in", "operands", "longer")  # test sets, beside "validation"

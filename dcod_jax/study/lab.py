@@ -18,26 +18,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from dcod_jax import config as configs
-from dcod_jax.arithmetic import build_tokenizer
 from dcod_jax.data import pipeline
-from dcod_jax.data.manifest import commit_file
 from dcod_jax.data.records import TraceDataset
-from dcod_jax.drift_scores import Model as DriftModel
-from dcod_jax.drift_scores import draw_samples, measure
-from dcod_jax.forward import TeacherModel
+from dcod_jax.drift.scores import Model as DriftModel
+from dcod_jax.drift.scores import draw_samples, measure
+from dcod_jax.errors import DcodError
+from dcod_jax.files import commit_file
 from dcod_jax.losses import distill
 from dcod_jax.losses.distill import LossConfig
-from dcod_jax.mesh import make_mesh
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig
-from dcod_jax.on_policy import OnPolicy
-from dcod_jax.start import Student
+from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.study import domain
+from dcod_jax.study.arithmetic import build_tokenizer
+from dcod_jax.study.conditions import pack_bits
 from dcod_jax.study.domain import SETS, Model
-from dcod_jax.study.plan import pack_bits
 from dcod_jax.study.steps import adjustable_optimizer, cpu_seconds, student_config, with_rate
-from dcod_jax.train_step import init_state, make_train_step
-from dcod_jax.types import DcodError, Params, TrainState
+from dcod_jax.train.forward import TeacherModel
+from dcod_jax.train.on_policy import OnPolicy
+from dcod_jax.train.settings import loss_config, optim_config
+from dcod_jax.train.start import Student
+from dcod_jax.train.step import init_state, make_train_step
+from dcod_jax.types import Params, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,8 +172,8 @@ class Lab:
 
     def _compiled(self, config: Any) -> Compiled:
         """The train step of this loss and shape; the rate is in its state."""
-        loss: LossConfig = configs.loss_config(config)
-        cfg = dataclasses.replace(configs.optim_config(config), learning_rate=1.0)
+        loss: LossConfig = loss_config(config)
+        cfg = dataclasses.replace(optim_config(config), learning_rate=1.0)
         sizes = (config.data.batch_size, config.data.seq_len, config.train.steps)
         key = (loss, cfg, self.model_config(config), sizes)
         if key not in self._steps:
@@ -232,7 +234,7 @@ class Lab:
         after_step: Any = None,
     ) -> Trained:
         compiled = self._compiled(config)
-        loss: LossConfig = configs.loss_config(config)
+        loss: LossConfig = loss_config(config)
         model_config = self.model_config(config)
         copy = jax.tree.map(jnp.array, params)  # the step donates its state
         state = init_state(copy, compiled.optimizer, mesh=self.mesh, model_config=model_config)
@@ -367,7 +369,7 @@ class Lab:
 
 def _held_constant(config: Any) -> dict[str, Any]:
     """The optimizer's settings but for rate and schedule, which the warm start has of its own."""
-    values = dataclasses.asdict(configs.optim_config(config))
+    values = dataclasses.asdict(optim_config(config))
     return {k: v for k, v in values.items() if k not in ("learning_rate", "schedule")}
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
+from dcod_jax.errors import DcodError
 from dcod_jax.models.config import ModelConfig
-from dcod_jax.optim import OptimConfig, Schedule, make_optimizer
-from dcod_jax.types import DcodError, TrainState
+from dcod_jax.train.optim import OptimConfig, Schedule, make_optimizer
+from dcod_jax.types import TrainState
 
 
 def cpu_seconds() -> float:

@@ -17,9 +17,9 @@ from jaxtyping import Float
 from scipy import stats
 
 from dcod_jax import config as configs
+from dcod_jax.errors import DcodError
+from dcod_jax.study.conditions import MAIN, unpack_bits
 from dcod_jax.study.domain import SETS
-from dcod_jax.study.plan import MAIN, unpack_bits
-from dcod_jax.types import DcodError
 
 Line = dict[str, Any]
 Pick = Callable[[Line], float | None]

@@ -16,7 +16,8 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from dcod_jax.data import chat
-from dcod_jax.types import DcodError, Trace
+from dcod_jax.errors import DcodError
+from dcod_jax.types import Trace
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from dcod_jax.data.codec import Columns, decode_columns, encode
 from dcod_jax.data.packing import check_lengths, fill_rows, first_fit, shift
-from dcod_jax.types import DcodError, Trace
+from dcod_jax.errors import DcodError
+from dcod_jax.types import Trace
 
 
 def columns_of(traces: list[Trace]) -> Columns:

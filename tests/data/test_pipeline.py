@@ -12,8 +12,8 @@ from fake_traces import make_traces, write
 
 from dcod_jax.data import pipeline
 from dcod_jax.data.records import TraceDataset
-from dcod_jax.mesh import make_mesh
-from dcod_jax.types import DcodError
+from dcod_jax.errors import DcodError
+from dcod_jax.parallel.mesh import make_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
 TRACES = make_traces(53)

@@ -27,7 +27,9 @@ from hypothesis import strategies as st
 from dcod_jax.data import manifest as manifests
 from dcod_jax.data.codec import bytes_per_token, decode, decode_columns, encode
 from dcod_jax.data.records import DatasetWriter, TraceDataset, check_fingerprints, extend
-from dcod_jax.types import DcodError, Trace
+from dcod_jax.errors import DcodError
+from dcod_jax.files import replace_file
+from dcod_jax.types import Trace
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -299,14 +301,14 @@ def test_another_tokenizer_template_or_teacher_is_refused(tmp_path):
 
 def test_a_file_that_cannot_be_replaced_keeps_its_old_content(tmp_path, monkeypatch):
     path = tmp_path / "progress.json"
-    manifests.replace_file(path, b"old")
+    replace_file(path, b"old")
 
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(manifests.os, "fsync", full)
     with pytest.raises(DcodError, match=r"progress\.json.*No space left"):
-        manifests.replace_file(path, b"new")
+        replace_file(path, b"new")
     assert contents(tmp_path) == {"progress.json": b"old"}
 
 

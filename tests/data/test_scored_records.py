@@ -14,7 +14,7 @@ import pytest
 from fake_traces import TEACHER, contents, equal, fake_scores, make_traces, write
 
 from dcod_jax.data.records import TraceDataset, extend
-from dcod_jax.types import DcodError
+from dcod_jax.errors import DcodError
 
 TESTS = Path(__file__).resolve().parents[1]
 

@@ -9,7 +9,7 @@ import pytest
 
 from dcod_jax.data.formats import Fields, RawTrace
 from dcod_jax.data.traces import describe, find_sources, read_traces
-from dcod_jax.types import DcodError
+from dcod_jax.errors import DcodError
 
 USER = {"role": "user", "content": "2 + 2?"}
 ASSISTANT = {"role": "assistant", "content": "It is 4."}

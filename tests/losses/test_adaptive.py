@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcod_jax.checkpoint import Checkpointer
 from dcod_jax.losses import adaptive, weights
 from dcod_jax.losses.adaptive import (
     MAX_TEMPERATURE,
@@ -21,6 +20,7 @@ from dcod_jax.losses.adaptive import (
     TaidConfig,
 )
 from dcod_jax.losses.weights import AUTO, WeightConfig
+from dcod_jax.train.checkpoint import Checkpointer
 from dcod_jax.types import TrainState
 
 B, T = 4, 96

@@ -11,7 +11,7 @@ from reference_losses import CASES, label
 
 from dcod_jax.losses import distributions
 from dcod_jax.losses.divergences import DIVERGENCES
-from dcod_jax.scoring import TAIL_FLOOR, top_k_logprobs
+from dcod_jax.score.scoring import TAIL_FLOOR, top_k_logprobs
 
 QUICK = {"xla_backend_optimization_level": 0}  # many small programs that run once
 TOKENS, V = 9, 37

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dcod_jax.losses.events import LANES, PLANES, Layout, _planes, event_logits
-from dcod_jax.mesh import make_mesh, sharding
+from dcod_jax.parallel.mesh import make_mesh, sharding
 
 EVERY = PLANES * LANES  # each plane has LANES entries, and every bit is used
 SHAPE = (8, 1, 3)  # shards, rows, positions

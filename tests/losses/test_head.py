@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dcod_jax.errors import DcodError
 from dcod_jax.losses.distributions import MASKED_LOGIT
 from dcod_jax.losses.divergences import target_logprobs
 from dcod_jax.losses.head import head_loss, token_logprobs
-from dcod_jax.mesh import make_mesh, sharding
-from dcod_jax.types import DcodError
+from dcod_jax.parallel.mesh import make_mesh, sharding
 
 B, T, D, V = 8, 23, 16, 103  # neither T nor V divides by a chunk of 5 positions
 

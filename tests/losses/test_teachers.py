@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import reference_losses as reference
 
+from dcod_jax.errors import DcodError
 from dcod_jax.losses import adaptive
 from dcod_jax.losses.adaptive import LossState
 from dcod_jax.losses.distill import (
@@ -21,8 +22,8 @@ from dcod_jax.losses.distill import (
     observe_logprobs,
 )
 from dcod_jax.losses.weights import AUTO, WeightConfig
-from dcod_jax.mesh import make_mesh, sharding
-from dcod_jax.types import Batch, DcodError
+from dcod_jax.parallel.mesh import make_mesh, sharding
+from dcod_jax.types import Batch
 
 B, T, D, E, V, ROWS, K = 4, 13, 8, 6, 29, 32, 5  # V tokens; the heads have ROWS rows
 QUICK = {"xla_backend_optimization_level": 0}  # many small programs that run once

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcod_jax import mesh as meshes
+from dcod_jax.errors import DcodError
 from dcod_jax.models import attention, transformer
-from dcod_jax.types import DcodError
-from tests.test_train_step import MODEL
+from dcod_jax.parallel import mesh as meshes
+from tests.train.test_train_step import MODEL
 
 B, N, G, H = 2, 4, 2, 16
 

@@ -11,9 +11,9 @@ import pytest
 from gguf_writer import TOKENS, write_gguf
 from transformers import AutoTokenizer
 
+from dcod_jax.errors import DcodError
 from dcod_jax.models import gguf, hf, transformer
 from dcod_jax.models.weights import flatten
-from dcod_jax.types import DcodError
 
 FAMILIES = ["llama", "smollm2", "qwen2-padded-vocab"]
 

@@ -14,11 +14,11 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dcod_jax import mesh as meshes
+from dcod_jax.errors import DcodError
 from dcod_jax.models import config as configs
 from dcod_jax.models import hf
 from dcod_jax.models.weights import flatten
-from dcod_jax.types import DcodError
+from dcod_jax.parallel import mesh as meshes
 
 LARGE = 10**9
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from transformers import AutoConfig
 
+from dcod_jax.errors import DcodError
 from dcod_jax.models import config as configs
 from dcod_jax.models import transformer
-from dcod_jax.types import DcodError
 
 LLAMA = {
     "model_type": "llama",

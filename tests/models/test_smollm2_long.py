@@ -17,8 +17,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dcod_jax.generate import sample
 from dcod_jax.models import cached, hf, transformer
+from dcod_jax.sample.sampler import sample
 
 pytestmark = pytest.mark.long
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcod_jax import mesh as meshes
+from dcod_jax.errors import DcodError
 from dcod_jax.models import cached, layers, transformer
 from dcod_jax.models import config as configs
-from dcod_jax.types import DcodError
+from dcod_jax.parallel import mesh as meshes
 
 
 def _config(**changes):

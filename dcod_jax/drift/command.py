@@ -1,0 +1,384 @@
+"""How far a student's errors compound on its own text: ExAccErr against the teacher, by length.
+
+Samples continuations of drift.prompts (or evaluate.problems) from the teacher and from each student
+(student.path as "start", and the run's exports), takes KL(teacher‖student) along both, and prints
+ExAccErr with 95 % intervals (docs/drift.md). Writes run_dir/drift.json and, for every sequence,
+run_dir/drift/<student>.npz; an interrupted run goes on behind the last finished block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from dcod_jax import config as configs
+from dcod_jax.data import chat
+from dcod_jax.drift.curves import LMOPS_INDEX, Curve
+from dcod_jax.drift.scores import Measured, Model, Scored, excess_difference, measure, to_samples
+from dcod_jax.errors import DcodError
+from dcod_jax.evaluate.evals import stop_ids
+from dcod_jax.evaluate.problems import read_problems
+from dcod_jax.export.command import MARKER, export_path
+from dcod_jax.files import Path, as_path, commit_file, local_copy, replace_file, scratch, to_json
+from dcod_jax.logs import track
+from dcod_jax.models import hf
+from dcod_jax.parallel.mesh import make_mesh
+from dcod_jax.prepare.command import load_tokenizer
+from dcod_jax.sample.sampler import Sample, check_room
+from dcod_jax.score.scoring import Teacher, load_any_tokenizer, open_teacher
+
+RESULT = "drift.json"
+LEAST = 10  # sequences alive in both sets up to which a length is reported
+LENGTHS = (16, 64, 256, 1024)  # rows of the table, and the longest length reported
+BLOCK_BATCHES = 4  # sampling batches between two saved blocks
+
+
+def drift(config: Any) -> dict[str, Any]:
+    """Measure every student that is there; returns what drift.json holds."""
+    if jax.process_count() > 1:
+        raise DcodError("drift runs on one process; start it on one host")
+    teacher = open_teacher(config.teacher, chat_template=config.student.chat_template)
+    tokenizer = load_tokenizer(config)
+    students = _students(config)
+    prompts = _prompts(config, tokenizer, [teacher.path, *students.values()])
+    _check_tokenizer("teacher", teacher.path, teacher.tokenizer, tokenizer)
+    for name, path in students.items():
+        if name != "start":  # which is asked with the tokenizer that it is trained with
+            own = load_any_tokenizer(path, chat_template=config.student.chat_template)
+            _check_tokenizer(name, path, own, tokenizer)
+    folder = as_path(config.run_dir) / "drift"
+    folder.mkdir(parents=True, exist_ok=True)
+    run = _Run(config, teacher, tokenizer, prompts, folder)
+    measured = {name: run.student(name, path) for name, path in students.items()}
+    result = summary(config, measured, prompts=len(prompts), teacher=teacher.name)
+    replace_file(as_path(config.run_dir) / RESULT, to_json(result))
+    console = Console()
+    console = console if console.is_terminal else Console(width=110)
+    console.print(table(result))
+    if config.drift.compat:
+        console.print(lmops_table(result))
+    print(f"curves: {as_path(config.run_dir) / RESULT}; every sequence: {folder}")
+    return result
+
+
+# ---------------------------------------------------------------- what is there
+
+
+def _prompts(config: Any, tokenizer: Any, models: Sequence[Path]) -> list[list[int]]:
+    """Token ids of the prompts, each of which has to leave room in every model."""
+    path = config.drift.prompts or config.evaluate.problems
+    if not path:
+        raise DcodError("drift.prompts and evaluate.problems are empty; expected a prompts JSONL")
+    problems = read_problems(
+        path,
+        system_prompt=config.prepare.system_prompt,
+        prompt_field=config.prepare.prompt_field,
+        limit=config.drift.limit,
+        need_answer=False,
+    )
+    prompts = [chat.encode_prompt(tokenizer, problem.messages) for problem in problems]
+    names = [f"{problem.source}: the prompt" for problem in problems]
+    for model in models:
+        check_room(
+            hf.read_config(model),
+            prompts,
+            names,
+            max_new_tokens=config.drift.max_new_tokens,
+            key="drift.max_new_tokens",
+        )
+    return prompts
+
+
+def _students(config: Any) -> dict[str, Path]:
+    """The start and the run's exports, those that there are."""
+    found = {"start": as_path(config.student.path)} if config.student.path else {}
+    for name, variant in configs.variants(config):
+        path = export_path(variant)
+        if (path / MARKER).is_file():
+            found[name or "student"] = path
+    if not found:
+        raise DcodError(
+            f"no student to measure: no export in {export_path(config)}; set student.path to an "
+            "HF directory, or run `python -m dcod_jax.export` first"
+        )
+    return found
+
+
+def _check_tokenizer(name: str, path: Path, own: Any, tokenizer: Any) -> None:
+    """Every model must mean the same by a token id; a template of its own does not matter."""
+    if chat.tokenizer_fingerprint(own) != chat.tokenizer_fingerprint(tokenizer):
+        raise DcodError(
+            f"{name} ({path}) has another tokenizer than the student; KL between distributions "
+            "over different tokens means nothing"
+        )
+
+
+# ---------------------------------------------------------------- measuring, block by block
+
+
+class _Run:
+    """The loaded teacher, its sequences, and the blocks on the disk."""
+
+    def __init__(
+        self,
+        config: Any,
+        teacher: Teacher,
+        tokenizer: Any,
+        prompts: Sequence[Sequence[int]],
+        folder: Path,
+    ):
+        self.config, self.source, self.folder = config, teacher, folder
+        self.tokenizer, self.prompts = tokenizer, prompts
+        self.mesh = make_mesh(**config.mesh)
+        self.teacher: Model | None = None
+        self.drawn: dict[int, list[Sample]] = {}  # the teacher's sequences by block
+
+    def student(self, name: str, path: Path) -> Measured:
+        """Both prefix sets of one student, read where they were measured before."""
+        request = self._request(path)
+        final = self.folder / f"{name}.npz"
+        if done := _read(final, request):
+            print(f"{final}: measured before; nothing to do")
+            self._keep(0, len(self.prompts), done.teacher)
+            return done
+        parts = [self._part(name, block) for block, _ in self._blocks()]
+        found = [_read(part, request) for part in parts]
+        before = sum(part is not None for part in found)
+        if before:
+            print(f"{name}: going on behind {before} of {len(parts)} blocks")
+        total = len(self.prompts) * self.config.drift.samples * 4
+        label = f"drift {name}"
+        with track(
+            label, total, unit="passes", done=total * before // len(parts), enabled=self._shows()
+        ) as advance:
+            student: Model | None = None
+            for place, (block, members) in enumerate(self._blocks()):
+                if (kept := found[place]) is None:
+                    student = student or self._load(path)
+                    found[place] = kept = self._measure(student, block, members, advance)
+                    _write(parts[place], kept, request)
+                self._keep(block, len(members), kept.teacher)
+        whole = _join([part for part in found if part is not None])
+        _write(final, whole, request)
+        for part in parts:
+            part.unlink(missing_ok=True)
+        return whole
+
+    def _shows(self) -> bool:
+        return self.config.train.progress
+
+    def _blocks(self) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:
+        """(first prompt, prompts) of each block."""
+        settings = self.config.drift
+        size = max(1, BLOCK_BATCHES * settings.batch_size // settings.samples)
+        for start in range(0, len(self.prompts), size):
+            yield start, self.prompts[start : start + size]
+
+    def _part(self, name: str, block: int) -> Path:
+        return self.folder / f"{name}.part-{block:06d}.npz"
+
+    def _measure(
+        self, student: Model, block: int, prompts: Sequence[Sequence[int]], advance: Any
+    ) -> Measured:
+        if self.teacher is None:
+            model_config, params = self.source.load(self.mesh)
+            self.teacher = Model(model_config, params, self.source.dtype)
+        settings = self.config.drift
+        stops = {*stop_ids(self.teacher.config, self.source.tokenizer)}
+        stops |= {*stop_ids(student.config, self.tokenizer)}
+        known = self.drawn.get(block)
+        if known is not None:
+            advance(len(known))
+        return measure(
+            self.teacher,
+            student,
+            prompts,
+            max_new_tokens=settings.max_new_tokens,
+            seed=self.config.seed,
+            eos_ids=sorted(stops),
+            valid_vocab=len(self.tokenizer),
+            samples=settings.samples,
+            batch_size=settings.batch_size,
+            batch_tokens=self.config.score.batch_tokens,
+            head_chunk=self.config.loss.head_chunk,
+            mesh=self.mesh,
+            teacher_samples=known,
+            first_prompt=block,
+            on_batch=advance,
+        )
+
+    def _keep(self, start: int, prompts: int, scored: Scored) -> None:
+        """Remember the teacher's sequences for the next student."""
+        sequences, samples = to_samples(scored), self.config.drift.samples
+        for block, members in self._blocks():
+            if start <= block < start + prompts:
+                first = (block - start) * samples
+                self.drawn[block] = sequences[first : first + len(members) * samples]
+
+    def _load(self, path: Path) -> Model:
+        model_config, params = hf.load_model(path, dtype=jnp.float32, mesh=self.mesh)
+        return Model(model_config, params, self.config.student.compute_dtype)
+
+    def _request(self, path: Path) -> dict[str, Any]:
+        """All that the numbers depend on."""
+        settings = self.config.drift
+        ids = json.dumps([list(prompt) for prompt in self.prompts]).encode()
+        return {
+            "teacher": self.source.provenance(),
+            "student": hf.weights_fingerprint(path),
+            "compute_dtype": self.config.student.compute_dtype,
+            "prompts": hashlib.sha256(ids).hexdigest(),
+            "seed": self.config.seed,
+            "samples": settings.samples,
+            "max_new_tokens": settings.max_new_tokens,
+            "stops": stop_ids(hf.read_config(path), self.tokenizer),
+        }
+
+
+def _write(path: Path, measured: Measured, request: dict[str, Any]) -> None:
+    """{student,teacher}.<field of Scored>, and the request as JSON."""
+    arrays = {
+        f"{side}.{field.name}": getattr(getattr(measured, side), field.name)
+        for side in ("student", "teacher")
+        for field in dataclasses.fields(Scored)
+    }
+    with scratch(path) as temporary:
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, request=np.array(to_json(request).decode()), **arrays)
+        commit_file(temporary, path)
+
+
+def _read(path: Path, request: dict[str, Any]) -> Measured | None:
+    """What _write wrote; None where there is nothing, or another request's answer (said so)."""
+    if not path.is_file():
+        return None
+    with np.load(local_copy(path)) as file:
+        if str(file["request"]) != to_json(request).decode():
+            print(f"{path} is of other models or settings: measured anew")
+            return None
+        sides = {
+            side: Scored(**{f.name: file[f"{side}.{f.name}"] for f in dataclasses.fields(Scored)})
+            for side in ("student", "teacher")
+        }
+    return Measured(**sides)
+
+
+def _join(parts: Sequence[Measured]) -> Measured:
+    sides = {
+        side: Scored(
+            **{
+                field.name: np.concatenate([getattr(getattr(p, side), field.name) for p in parts])
+                for field in dataclasses.fields(Scored)
+            }
+        )
+        for side in ("student", "teacher")
+    }
+    return Measured(**sides)
+
+
+# ---------------------------------------------------------------- numbers and table
+
+
+def summary(
+    config: Any, measured: dict[str, Measured], *, prompts: int, teacher: str
+) -> dict[str, Any]:
+    """Curves of every student; null is what is not available."""
+    resampling = {"resamples": config.drift.resamples, "seed": config.seed}
+    models: dict[str, Any] = {}
+    baseline = next((name for name in measured if name != "start"), "start")
+    for name, one in measured.items():
+        curves = one.curves(**resampling)
+        row: dict[str, Any] = {
+            "reach": curves.reach(LEAST),
+            "student_alive": curves.student_alive.tolist(),
+            "teacher_alive": curves.teacher_alive.tolist(),
+        }
+        for field in ("student_kl", "teacher_kl", "accumulated", "reference", "excess"):
+            row[field] = _json(getattr(curves, field))
+        ratios = one.log_ratios(**resampling)
+        row["log_ratio"] = {side: _json(curve) for side, curve in ratios.items()}
+        if name != baseline:
+            row["difference"] = _json(excess_difference(measured[baseline], one, **resampling))
+        if config.drift.compat:
+            row["lmops"] = {
+                key: _numbers(values) for key, values in dataclasses.asdict(one.lmops()).items()
+            }
+        models[name] = row
+    return {
+        "teacher": teacher,
+        "baseline": baseline,
+        "prompts": prompts,
+        "samples": config.drift.samples,
+        "max_new_tokens": config.drift.max_new_tokens,
+        "resamples": config.drift.resamples,
+        "least": LEAST,
+        "models": models,
+    }
+
+
+def _json(curve: Curve) -> dict[str, list[float | None]]:
+    return {name: _numbers(values) for name, values in dataclasses.asdict(curve).items()}
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    return [float(x) if math.isfinite(x) else None for x in values]
+
+
+def table(result: dict[str, Any]) -> Table:
+    """R, E and ExAccErr of every student at a few lengths, up to the longest that all reach."""
+    reach = min(row["reach"] for row in result["models"].values())
+    count = result["prompts"] * result["samples"]
+    baseline = result["baseline"]
+    out = Table(title=f"Excess accumulated error (ExAccErr) on {count} sequences of each model")
+    out.add_column("student")
+    headings = ["tokens", "own alive", "R (nats)", "E (nats)", "ExAccErr", "95 % interval"]
+    if len(result["models"]) > 1:
+        headings.append(f"minus {baseline} (95 %)")
+    for heading in headings:
+        out.add_column(heading, justify="right")
+    for name, row in result["models"].items():
+        for length in sorted({n for n in LENGTHS if n < reach} | {max(reach, 1)}):
+            cells = [name, f"{length}", f"{row['student_alive'][length - 1]}"]
+            cells += [_cell(row[key]["value"][length - 1]) for key in ("accumulated", "reference")]
+            value, low, high = (row["excess"][k][length - 1] for k in ("value", "low", "high"))
+            cells += [_cell(value, "%"), _span(low, high)]
+            if "difference" in row:
+                value, low, high = (row["difference"][k][length - 1] for k in row["difference"])
+                cells.append(f"{_cell(value, '%', sign='+')} ({_span(low, high, sign='+')})")
+            out.add_row(*cells)
+    return out
+
+
+def lmops_table(result: dict[str, Any]) -> Table:
+    """What the published script prints: entry 15 of its arrays."""
+    out = Table(title=f"As the LMOps script computes it, entry {LMOPS_INDEX}")
+    out.add_column("student")
+    names = ("ex_acc_err", "mean_r", "mean_eps", "std_err", "std_r", "std_eps")
+    for heading in ("ExAccErr", "R", "eps", "std_err", "std_R", "std_eps"):
+        out.add_column(heading, justify="right")
+    for name, row in result["models"].items():
+        at = min(LMOPS_INDEX, len(row["lmops"]["mean_r"]) - 1)
+        out.add_row(name, *(_cell(row["lmops"][key][at]) for key in names))
+    return out
+
+
+def _cell(value: float | None, unit: str = "", *, sign: str = "") -> str:
+    return (
+        "–" if value is None else f"{value:{sign}.3f}" if not unit else f"{value:{sign}.1f} {unit}"
+    )
+
+
+def _span(low: float | None, high: float | None, *, sign: str = "") -> str:
+    if low is None or high is None:
+        return "–"
+    return f"{low:{sign}.1f} to {high:{sign}.1f} %"

@@ -1,0 +1,216 @@
+"""Sample traces from the teacher for a file of prompts: JSONL that prepare reads.
+
+Reads generate.prompts; writes run_dir/traces.jsonl, with the teacher's log-probs of its own tokens.
+What is of no use goes to traces.rejected.jsonl with its reason: empty, truncated, and, where the
+prompt has a reference answer and prepare.filter_correct is set, wrong_answer, no_answer,
+grading_timeout, grading_error. Blocks of sequences are files of their own until all are there, so
+the same command after an interruption goes on with those that are left. Of several processes each
+samples every n-th block with the teacher on its own devices, where it fits there; the bytes of the
+result are those of one process.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from dcod_jax.data import chat
+from dcod_jax.data.blocks import BlockFiles
+from dcod_jax.data.formats import PROMPT_FIELDS
+from dcod_jax.errors import DcodError
+from dcod_jax.evaluate.evals import sample_options, sampling_of, stop_ids, text_of
+from dcod_jax.evaluate.grading import REJECTED_AS, Grader
+from dcod_jax.evaluate.problems import Problem, read_problems
+from dcod_jax.files import Path, as_path, file_sha256
+from dcod_jax.logs import track
+from dcod_jax.models import hf
+from dcod_jax.parallel import hosts
+from dcod_jax.sample.sampler import Sample, check_room, prepare, sample
+from dcod_jax.score.scoring import Teacher, open_teacher
+
+BATCHES_IN_BLOCK = 4  # decoded between two appends
+REJECTED = "traces.rejected.jsonl"  # beside traces.jsonl
+
+
+def traces_path(config: Any) -> Path:
+    """Where the sampled traces of a run are."""
+    return as_path(config.run_dir) / "traces.jsonl"
+
+
+def generate_traces(config: Any) -> Path:
+    """generate.samples traces for each prompt at generate.temperature; returns the JSONL's path.
+
+    The manifest beside the file (traces.jsonl.manifest.json) says what was read and counts what
+    was written and rejected. A finished file of the same prompts, teacher and settings is left as
+    it is.
+    """
+    if not config.generate.prompts:
+        raise DcodError("generate.prompts is empty; expected a JSONL file of {prompt, answer}")
+    problems = read_problems(
+        config.generate.prompts,
+        system_prompt=config.prepare.system_prompt,
+        prompt_field=config.prepare.prompt_field,
+        answer_field=config.prepare.answer_field,
+        need_answer=False,
+    )
+    teacher = open_teacher(config.teacher, chat_template=config.student.chat_template)
+    path = traces_path(config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files = BlockFiles([path, path.with_name(REJECTED)], _request(config, teacher))
+    manifest, other = files.finished()
+    if other:
+        raise DcodError(f"{path} was written {other}; move it away or change run_dir")
+    if manifest:
+        print(f"{path}: these traces were sampled before; nothing to do")
+        return path
+    _sample_rest(config, teacher, problems, files)
+    manifest = files.finish()
+    rejected = "".join(f", {count} {name}" for name, count in manifest["rejected"].items())
+    print(
+        f"{path}: {manifest['traces']} traces of {len(problems)} prompts, {manifest['tokens']} "
+        f"tokens; rejected: {rejected[2:] or 'none'}"
+    )
+    return path
+
+
+def _sample_rest(
+    config: Any, teacher: Teacher, problems: Sequence[Problem], files: BlockFiles
+) -> None:
+    """Sample and grade the blocks that are left; of several processes each takes every n-th."""
+    mesh, process, processes = hosts.share(config)
+    copies = config.generate.samples
+    block_size = BATCHES_IN_BLOCK * config.generate.batch_size
+    done, left = files.pending(len(problems) * copies, block_size)
+    if done and hosts.first():
+        print(f"going on behind {done} traces sampled before")
+    own = left[process::processes]
+    if not own:
+        return
+    prompts = [_encode_prompt(teacher.tokenizer, problem) for problem in problems]
+    check_room(
+        hf.read_config(teacher.path),
+        prompts,
+        [f"{problem.source}: the prompt" for problem in problems],
+        max_new_tokens=config.generate.max_new_tokens,
+        key="generate.max_new_tokens",
+    )
+    draw = _sampler(config, teacher, mesh)
+    total, enabled = sum(map(len, own)), config.train.progress
+    with (
+        Grader(timeout=config.prepare.grade_timeout, workers=config.prepare.workers) as grader,
+        track("sampling", total, unit="traces", enabled=enabled) as bar,
+    ):
+        for block in own:
+            samples = draw(
+                [prompts[index // copies] for index in block],
+                indices=block,
+                on_batch=lambda sequences, tokens: bar(sequences),
+            )
+            texts: list[list[str]] = [[], []]
+            reasons: collections.Counter[str] = collections.Counter()
+            for record, reason in _judged(config, teacher, problems, block, samples, grader):
+                texts[bool(reason)].append(json.dumps(record, ensure_ascii=False) + "\n")
+                reasons.update([reason] if reason else [])
+            counts = {
+                "sampled": len(block),
+                "traces": len(texts[0]),
+                "tokens": sum(len(s.token_ids) for s in samples),
+                "rejected": dict(reasons),
+            }
+            if processes > 1 or hosts.first():
+                files.commit(block, ["".join(part) for part in texts], counts)
+
+
+def _encode_prompt(tokenizer: Any, problem: Problem) -> list[int]:
+    try:
+        return chat.encode_prompt(tokenizer, problem.messages)
+    except DcodError as error:
+        raise DcodError(f"{problem.source}: {error}") from error
+
+
+def _judged(
+    config: Any,
+    teacher: Teacher,
+    problems: Sequence[Problem],
+    indices: Sequence[int],
+    samples: Sequence[Sample],
+    grader: Grader,
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """(record, "") of an accepted trace, (record, reason) of a rejected one, in order."""
+
+    def items() -> Iterator[tuple[Any, str, str | None]]:
+        for index, drawn in zip(indices, samples, strict=True):
+            problem = problems[index // config.generate.samples]
+            text = text_of(teacher.tokenizer, drawn)
+            record = _record(config, problem, index % config.generate.samples, text, drawn)
+            reason = "" if text.strip() else "empty"
+            reason = reason or ("" if drawn.finished else "truncated")
+            graded = config.prepare.filter_correct and problem.answer and not reason
+            yield (record, reason), text, problem.answer if graded else None
+
+    for (record, reason), verdict in grader.stream(items()):
+        if verdict is not None and not verdict.correct:
+            reason = REJECTED_AS[verdict.reason]
+        if reason:
+            found = verdict.extracted if verdict is not None else None
+            record |= {"rejected": reason, "extracted": found}
+        yield record, reason
+
+
+def _request(config: Any, teacher: Teacher) -> dict[str, Any]:
+    """What the result follows from; the batch size and the place of the prompts are not in it."""
+    return {
+        "prompts_sha256": file_sha256(config.generate.prompts),
+        "system_prompt": config.prepare.system_prompt,
+        "prompt_field": config.prepare.prompt_field,
+        "completion_field": config.prepare.completion_field,
+        "answer_field": config.prepare.answer_field,
+        "teacher": teacher.provenance(),
+        "tokenizer": chat.tokenizer_fingerprint(teacher.tokenizer),
+        "template": chat.template_fingerprint(teacher.tokenizer),
+        "sampling": dataclasses.asdict(sampling_of(config.generate, seed=config.seed)),
+        "max_new_tokens": config.generate.max_new_tokens,
+        "filter_correct": config.prepare.filter_correct,
+    }
+
+
+def _sampler(config: Any, teacher: Teacher, mesh: Any) -> Callable[..., list[Sample]]:
+    """The loaded teacher as a function of (prompts, indices, on_batch)."""
+    model_config, params = teacher.load(mesh)
+    shared = {
+        "valid_vocab": len(teacher.tokenizer),
+        "compute_dtype": config.teacher.dtype,
+        "mesh": mesh,
+    }
+    return functools.partial(
+        sample,
+        model_config,
+        prepare(model_config, params, **shared),
+        max_new_tokens=config.generate.max_new_tokens,
+        batch_size=config.generate.batch_size,
+        eos_ids=stop_ids(model_config, teacher.tokenizer),
+        **shared,
+        **sample_options(sampling_of(config.generate, seed=config.seed), teacher.tokenizer),
+    )
+
+
+def _record(config: Any, problem: Problem, copy: int, text: str, drawn: Sample) -> dict[str, Any]:
+    """One trace in the fields that prepare looks for; the problem's other fields are kept."""
+    prompt_field = config.prepare.prompt_field or "prompt"
+    completion_field = config.prepare.completion_field or "completion"
+    replaced = ("id", "messages", prompt_field, completion_field, *PROMPT_FIELDS)
+    record = {name: value for name, value in problem.fields.items() if name not in replaced}
+    plain = len(problem.messages) == 1
+    return record | {
+        "id": problem.id if config.generate.samples == 1 else f"{problem.id}-{copy}",
+        prompt_field: problem.messages[0]["content"] if plain else problem.messages,
+        completion_field: text if plain else [{"role": "assistant", "content": text}],
+        "token_ids": drawn.token_ids,
+        "logprobs": drawn.logprobs,
+        "temperature": config.generate.temperature,
+        "finish_reason": "stop" if drawn.finished else "length",
+    }

@@ -1,0 +1,366 @@
+"""Show what a trace dataset holds: its manifest, and traces token by token with log-probs.
+
+    python -m dcod_jax.inspect DIR                      manifest and the first trace
+    python -m dcod_jax.inspect DIR --student MODEL      also the student's log-probs and the ratio
+    python -m dcod_jax.inspect DIR --export traces.jsonl   (or .parquet) every trace, decoded
+
+DIR is a dataset, or the directory above train/ and eval/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dcod_jax.data import chat
+from dcod_jax.data.codec import bytes_per_token
+from dcod_jax.data.manifest import MANIFEST, read_manifest
+from dcod_jax.data.records import TraceDataset, check_fingerprints
+from dcod_jax.errors import DcodError
+from dcod_jax.files import Path, as_path, commit_file, scratch
+from dcod_jax.types import Trace
+
+SPLITS = ("train", "eval")
+EXPORT_BATCH = 512  # traces read, scored and written together
+NOT_SCORED = "not scored"
+Scorer = Callable[[list[Trace]], list[np.ndarray]]  # log-probs of each trace's completion tokens
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m dcod_jax.inspect", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("directory", help="trace dataset, or the directory above train/ and eval/")
+    parser.add_argument("--examples", type=int, default=1, help="traces to show (default 1)")
+    parser.add_argument("--start", type=int, default=0, help="number of the first one (default 0)")
+    parser.add_argument(
+        "--tokens", type=int, default=64, help="tokens to show of a trace; 0: all (default 64)"
+    )
+    parser.add_argument("--tokenizer", default="", help="default: the one the manifest names")
+    parser.add_argument("--student", default="", help="HF directory or .gguf: show its log-probs")
+    parser.add_argument("--checkpoint", default="", help="run directory: its newest checkpoint's")
+    parser.add_argument(
+        "--export", default="", help="write all traces to a .jsonl or .parquet file"
+    )
+    parser.add_argument("--json", action="store_true", help="print the manifests as JSON, only")
+    args = parser.parse_args(argv)
+    if args.student and args.checkpoint:
+        parser.error("give --student or --checkpoint, not both")
+    if args.export and as_path(args.export).suffix not in (".jsonl", ".parquet"):
+        parser.error(f"--export {args.export}: expected a name that ends in .jsonl or .parquet")
+    if min(args.examples, args.start, args.tokens) < 0:
+        parser.error("--examples, --start and --tokens must not be negative")
+    return args
+
+
+def inspect(args: argparse.Namespace, console: Console) -> None:
+    root = as_path(args.directory)
+    paths = [root / name for name in SPLITS if (root / name / MANIFEST).is_file()]
+    paths = paths if paths and not (root / MANIFEST).exists() else [root]
+    if args.json:
+        found = {path.name: read_manifest(path) for path in paths}
+        print(json.dumps(found if len(found) > 1 else found[paths[0].name], indent=2))
+        return
+    datasets = [TraceDataset(path) for path in paths]
+    tokenizer = _tokenizer(args, datasets, console)
+    student = _student(args, datasets)
+    for dataset in datasets:
+        print_manifest(dataset, console)
+        for number in range(args.start, min(args.start + args.examples, len(dataset))):
+            [trace] = dataset.read([number])
+            scores = student([trace])[0] if student else None
+            print_trace(trace, console, tokenizer=tokenizer, student=scores, limit=args.tokens)
+        if args.start >= len(dataset) and args.examples:
+            console.print(f"no trace {args.start}: {dataset.directory} has {len(dataset)} traces")
+    if args.export:
+        count = export(datasets, as_path(args.export), tokenizer=tokenizer, student=student)
+        console.print(f"{args.export}: {count} traces")
+
+
+# ---------------------------------------------------------------- tokenizer and student
+
+
+def _tokenizer(
+    args: argparse.Namespace, datasets: Sequence[TraceDataset], console: Console
+) -> Any | None:
+    """The dataset's tokenizer, or None (said so) where the manifest's path leads nowhere."""
+    from dcod_jax.score.scoring import load_any_tokenizer
+
+    source = args.tokenizer or (datasets[0].manifest.get("tokenizer") or {}).get("source", "")
+    if not args.tokenizer and (not source or not as_path(source).exists()):
+        console.print(
+            f"The tokenizer {source or '(the manifest names none)'} is not here: tokens are shown "
+            "as ids; give --tokenizer",
+            markup=False,
+        )
+        return None
+    tokenizer = load_any_tokenizer(as_path(source))
+    for dataset in datasets:
+        check_fingerprints(dataset, tokenizer=chat.tokenizer_fingerprint(tokenizer))
+    return tokenizer
+
+
+def _student(args: argparse.Namespace, datasets: Sequence[TraceDataset]) -> Scorer | None:
+    """Scores traces with the model of --student or --checkpoint, in float32."""
+    if not args.student and not args.checkpoint:
+        return None
+    # Models and their compiler are loaded only when they are needed.
+    import jax.numpy as jnp
+
+    from dcod_jax.models import hf
+    from dcod_jax.score.scoring import ScoreSettings, load_any_tokenizer, score_traces
+
+    if args.checkpoint:
+        config, params, home = _read_checkpoint(args.checkpoint)
+    else:
+        home = as_path(args.student)
+        config, params = hf.load_model(home, dtype=jnp.float32)
+    tokenizer = load_any_tokenizer(as_path(args.tokenizer) if args.tokenizer else home)
+    for dataset in datasets:
+        check_fingerprints(dataset, tokenizer=chat.tokenizer_fingerprint(tokenizer))
+    settings = ScoreSettings(
+        top_k=0,
+        batch_tokens=8192,
+        head_chunk=512,
+        compute_dtype="float32",
+        valid_vocab=len(tokenizer),
+    )
+
+    def score(traces: list[Trace]) -> list[np.ndarray]:
+        scored = score_traces(config, params, traces, settings=settings)
+        return [np.asarray(trace.logprobs) for trace in scored]
+
+    return score
+
+
+def _read_checkpoint(run_dir: str) -> tuple[Any, Any, Path]:
+    """(model config, parameters, tokenizer directory) of a run's newest checkpoint."""
+    from dcod_jax.models import hf, transformer
+    from dcod_jax.train.checkpoint import Checkpointer, read_run
+
+    if not (as_path(run_dir) / "checkpoints").is_dir():
+        raise DcodError(f"--checkpoint {run_dir}: expected a run directory with checkpoints/ in it")
+    checkpointer = Checkpointer(run_dir)
+    steps = checkpointer.steps()
+    if not steps:
+        raise DcodError(f"--checkpoint {run_dir}: it holds no finished checkpoint")
+    student = read_run(run_dir, steps[-1]).config["student"]
+    source = as_path(student["path"] or student["config"])
+    config = hf.read_config(source)
+    params, _ = checkpointer.restore_params(transformer.param_shapes(config), step=steps[-1])
+    checkpointer.close()
+    return config, params, as_path(student["tokenizer"] or source)
+
+
+# ---------------------------------------------------------------- printing
+
+
+def print_manifest(dataset: TraceDataset, console: Console) -> None:
+    manifest, totals = dataset.manifest, dataset.manifest["totals"]
+    table = Table(title=Text(str(dataset.directory)), show_header=False, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+
+    def row(name: str, value: Any) -> None:
+        table.add_row(Text(name), Text(str(value)))
+
+    lengths = dataset.lengths[:, 0]
+    row("traces", f"{totals['records']:,}")
+    row("tokens", f"{totals['tokens']:,}, of them completion {totals['completion_tokens']:,}")
+    row("trace length", f"mean {lengths.mean():.1f}, {lengths.min()} to {lengths.max()}")
+    size = sum(shard["bytes"] for shard in manifest["shards"])
+    row("shards", f"{len(manifest['shards'])} in {size / 1e6:,.1f} MB, checksums verified")
+    for name in ("tokenizer", "template"):
+        fields = manifest.get(name) or {"fingerprint": "not recorded"}
+        row(name, ", ".join(f"{key} {value}" for key, value in sorted(fields.items())))
+    counts = manifest.get("counts") or {}
+    for name, value in counts.items():
+        if name != "dropped":
+            row(name, f"{value:,}")
+    for reason, count in sorted(counts.get("dropped", {}).items()):
+        row(f"dropped: {reason}", f"{count:,}")
+    for source in manifest.get("sources") or []:
+        row("source", ", ".join(f"{key} {value}" for key, value in sorted(source.items())))
+    for name, value in _score_rows(manifest):
+        row(name, value)
+    console.print(table)
+
+
+def _score_rows(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    if not manifest["scored"]:
+        yield "teacher log-probs", NOT_SCORED
+        return
+    teacher = manifest.get("teacher") or {"name": "delivered with the traces"}
+    for name, value in sorted(teacher.items()):
+        yield f"teacher {name}", str(value)
+    if "mean_logprob" in manifest:
+        yield "mean log-prob", f"{manifest['mean_logprob']:.4f}"
+    top_k = manifest["top_k"]
+    kept = f"top-{top_k} and tail" if top_k else "trace token only"
+    yield "stored", f"{kept}, {bytes_per_token(top_k)} bytes a completion token"
+    if "captured_mass" in manifest:
+        yield "captured mass", f"{manifest['captured_mass']:.4%}"
+
+
+def print_trace(
+    trace: Trace,
+    console: Console,
+    *,
+    tokenizer: Any | None,
+    student: np.ndarray | None,
+    limit: int,
+) -> None:
+    """The text with its supervised part between « and », then a line for each token."""
+    meta = ", ".join(f"{key}={value}" for key, value in trace.meta.items())
+    console.print(Text(f"\ntrace {trace.id}  {meta}", style="bold"))
+    if tokenizer is not None:
+        console.print(Text(chat.render_sample(tokenizer, trace)))
+    table = Table()
+    for name in ("place", "token", "supervised", "teacher log p", "student log q", "log q - log p"):
+        table.add_column(name, justify="left" if name == "token" else "right", no_wrap=True)
+    entry = np.cumsum(trace.completion_mask) - 1
+    shown = len(trace.token_ids) if not limit else min(limit, len(trace.token_ids))
+    for place in range(shown):
+        token_id = int(trace.token_ids[place])
+        text = str(token_id)
+        if tokenizer is not None:
+            decoded = tokenizer.backend_tokenizer.decode([token_id], skip_special_tokens=False)
+            text = repr(decoded)
+        cells = ["", "", ""]
+        if supervised := bool(trace.completion_mask[place]):
+            cells = _scores(trace.logprobs, student, int(entry[place]))
+        table.add_row(str(place), Text(text), "yes" if supervised else "", *cells)
+    console.print(table)
+    if shown < len(trace.token_ids):
+        console.print(f"{len(trace.token_ids) - shown} more tokens; --tokens 0 shows all")
+
+
+def _scores(teacher: np.ndarray | None, student: np.ndarray | None, entry: int) -> list[str]:
+    p = NOT_SCORED if teacher is None else f"{teacher[entry]:.4f}"
+    q = "" if student is None else f"{student[entry]:.4f}"
+    if teacher is None or student is None:
+        return [p, q, ""]
+    return [p, q, f"{student[entry] - teacher[entry]:+.4f}"]
+
+
+# ---------------------------------------------------------------- export
+
+
+def export(
+    datasets: Sequence[TraceDataset],
+    path: Path,
+    *,
+    tokenizer: Any | None = None,
+    student: Scorer | None = None,
+) -> int:
+    """Write every trace as a line or row, atomically; returns how many.
+
+    Fields: split, id, text (null without a tokenizer), token_ids, completion_mask, and for each
+    completion token logprobs, topk_ids, topk_logprobs, tail_logprobs, student_logprobs (null where
+    there are none); meta as it was stored (JSON text in Parquet, whose columns have one type).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write = _write_parquet if path.suffix == ".parquet" else _write_jsonl
+    try:
+        with scratch(path) as temporary:
+            count = write(temporary, _batches(datasets, tokenizer, student))
+            commit_file(temporary, path)
+    except OSError as error:
+        raise DcodError(f"cannot write {path}: {error}") from error
+    return count
+
+
+def _batches(
+    datasets: Sequence[TraceDataset], tokenizer: Any | None, student: Scorer | None
+) -> Iterator[list[dict[str, Any]]]:
+    for dataset in datasets:
+        for start in range(0, len(dataset), EXPORT_BATCH):
+            traces = dataset.read(range(start, min(start + EXPORT_BATCH, len(dataset))))
+            scores = student(traces) if student else [None] * len(traces)
+            yield [
+                _record(trace, dataset.directory.name, tokenizer, score)
+                for trace, score in zip(traces, scores, strict=True)
+            ]
+
+
+def _record(
+    trace: Trace, split: str, tokenizer: Any | None, student: np.ndarray | None
+) -> dict[str, Any]:
+    ids = trace.token_ids.tolist()
+    text = None
+    if tokenizer is not None:
+        text = tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
+    topk = trace.topk_logprobs
+    arrays = {
+        "logprobs": trace.logprobs,
+        "topk_ids": trace.topk_ids,
+        "topk_logprobs": None if topk is None else topk.astype(np.float32),
+        "tail_logprobs": trace.tail_logprobs,
+        "student_logprobs": student,
+    }
+    return {
+        "split": split,
+        "id": trace.id,
+        "text": text,
+        "token_ids": ids,
+        "completion_mask": trace.completion_mask.tolist(),
+        **{name: None if array is None else array.tolist() for name, array in arrays.items()},
+        "meta": trace.meta,
+    }
+
+
+def _write_jsonl(path: Path, batches: Iterator[list[dict[str, Any]]]) -> int:
+    count = 0
+    with path.open("w", encoding="utf-8") as file:
+        for batch in batches:
+            for record in batch:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            count += len(batch)
+    return count
+
+
+def _write_parquet(path: Path, batches: Iterator[list[dict[str, Any]]]) -> int:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    floats, ints = pa.list_(pa.float32()), pa.list_(pa.int32())
+    fields: dict[str, Any] = {
+        "split": pa.string(),
+        "id": pa.string(),
+        "text": pa.string(),
+        "token_ids": ints,
+        "completion_mask": pa.list_(pa.bool_()),
+        "logprobs": floats,
+        "topk_ids": pa.list_(ints),
+        "topk_logprobs": pa.list_(floats),
+        "tail_logprobs": floats,
+        "student_logprobs": floats,
+        "meta": pa.string(),
+    }
+    count = 0
+    with contextlib.closing(parquet.ParquetWriter(path, pa.schema(list(fields.items())))) as file:
+        for batch in batches:
+            rows = [
+                record | {"meta": json.dumps(record["meta"], ensure_ascii=False)}
+                for record in batch
+            ]
+            file.write_table(pa.Table.from_pylist(rows, schema=file.schema))
+            count += len(batch)
+    return count
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        inspect(parse_args(argv), Console())
+    except DcodError as error:
+        print(f"dcod_jax.inspect: error: {error}", file=sys.stderr)
+        return 1
+    return 0

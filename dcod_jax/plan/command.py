@@ -1,0 +1,303 @@
+"""Compile a recipe's programs for a TPU slice that is not at hand, and say what they would need.
+
+    pip install "jax[tpu]"
+    python -m dcod_jax.plan --config my_recipe.py --topology v5e:4x4
+
+(--num-slices 2 for two of them) compiles the real train step, and with teacher.path the scoring
+step, and prints memory of a device against its limit, operations, bytes by collective, an
+estimated step time with its assumptions, and the largest batch that fits. A recipe that does not
+fit is compiled again with the cheapest remedies. Only config.json files are read, no weights.
+Writes run_dir/plan.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from dcod_jax.cli import run_config_verb
+from dcod_jax.errors import DcodError
+from dcod_jax.files import as_path, replace_file
+from dcod_jax.models.config import num_params
+from dcod_jax.parallel.mesh import batch_shards, make_mesh
+from dcod_jax.plan import estimate
+from dcod_jax.plan import programs as programs
+from dcod_jax.plan.chips import GIB
+from dcod_jax.plan.programs import Compiled, DoesNotFitError, Target
+
+FLAGS = {"--topology": "plan.topology", "--num-slices": "plan.slices"}
+MAX_DOUBLINGS = 12
+
+
+def plan(config: Any) -> dict[str, Any]:
+    """The verb: compile, search, print, write plan.json; returns what it wrote.
+
+    Raises DcodError where neither the recipe nor any remedy fits.
+    """
+    if not config.plan.topology:
+        raise DcodError("plan.topology is empty: --topology v5e:4x4 (or v5p:2x2x4, ..., cpu:8)")
+    jax.config.update("jax_platforms", "cpu")  # also on a TPU host: its chips are left alone
+    jax.config.update("jax_enable_compilation_cache", False)  # it cannot hold such programs
+    target = programs.target(config)
+    config = programs.altered(config, {"mesh.slices": target.slices})
+    console = Console(width=100)
+    attempts: list[dict[str, Any]] = []
+    fitting, report = _first_fit(config, target, attempts, console)
+    result: dict[str, Any] = {
+        "topology": target.topology,
+        "slices": target.slices,
+        "devices": len(target.devices),
+        "parameters": num_params(programs.student_of(config)),
+        "memory_limit": target.limit,
+        "attempts": attempts,
+        "train": report,
+        "score": None,
+        "largest_batch": None,
+        "jax": jax.__version__,
+    }
+    if fitting is not None and report is not None:
+        console.print(f"student: {result['parameters']:,} parameters", highlight=False)
+        console.print(_memory_table("train step", report, target))
+        console.print(_collectives_table(report))
+        _print_speed(_operations(report), fitting.data.seq_len, report, console)
+        result["score"] = _score(fitting, target, console)
+        if config.plan.largest_batch:
+            result["largest_batch"] = _largest(fitting, target, report, console)
+    path = as_path(config.run_dir) / "plan.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, (json.dumps(result, indent=1) + "\n").encode())
+    console.print(f"written: {path}", highlight=False)
+    if fitting is None:
+        raise DcodError(
+            f"nothing fits {target.topology} ({len(target.devices)} devices of "
+            f"{_size(target.limit)}): take a larger slice, or a shorter data.seq_len"
+        )
+    return result
+
+
+# ---------------------------------------------------------------- one compile
+
+
+def _try(config: Any, target: Target) -> dict[str, Any]:
+    """Numbers of the train step of a config; raises DoesNotFitError."""
+    traced = programs.train_program(config, target.devices)
+    done = programs.compile_program(traced, limit=target.limit)
+    return _memory(done) | estimate.train_numbers(config, target, traced, done)
+
+
+def _memory(done: Compiled) -> dict[str, Any]:
+    keys = ("arguments", "temporaries", "peak", "alive", "host")
+    return {key: getattr(done, key) for key in keys}
+
+
+def _size(size: float | int | None) -> str:
+    if size is None:
+        return "unknown"
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"
+
+
+# ---------------------------------------------------------------- what fits
+
+
+def remedies(config: Any, devices: Sequence[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(what, changed keys) from the cheapest on, each on top of those before it."""
+    changes: dict[str, Any] = {}
+    begin = programs.REMATS.index(config.student.remat)
+    for remat in programs.REMATS[begin + 1 : -1]:
+        changes["student.remat"] = remat
+        yield f"student.remat={remat}", dict(changes)
+    mesh = make_mesh(**config.mesh, devices=devices)  # its axes have sizes where a key has -1
+    pieces = config.train.microbatches
+    while config.data.batch_size % (pieces * 2 * batch_shards(mesh)) == 0:
+        pieces *= 2
+        changes["train.microbatches"] = pieces
+        yield f"train.microbatches={pieces}", dict(changes)
+    data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
+    widths = [model.hidden_size for model in programs.models_of(config)]
+    while data % 2 == 0 and not any(n % (2 * fsdp * mesh.shape["context"]) for n in widths):
+        data, fsdp = data // 2, fsdp * 2
+        changes |= {"mesh.fsdp": fsdp, "mesh.data": data}
+        given = "" if config.mesh.data == -1 else f", mesh.data={data}"
+        yield f"mesh.fsdp={fsdp}{given}", dict(changes)
+    for key, value in (("student.remat", "offload"), ("optim.offload", True)):
+        if programs.altered(config, {key: value}) != config:
+            changes[key] = value
+            yield f"{key}={str(value).lower()}", dict(changes)
+
+
+def _first_fit(
+    config: Any, target: Target, attempts: list[dict[str, Any]], console: Console
+) -> tuple[Any | None, dict[str, Any] | None]:
+    """The recipe, or the recipe with the first remedy that fits, and its numbers."""
+    table = Table(
+        title=f"what fits {target.topology}: {_size(target.limit)} a device",
+        caption="each line with the changes of the lines above it",
+    )
+    for column in ("setting", "needs", "step"):
+        table.add_column(column)
+    found: tuple[Any | None, dict[str, Any] | None] = (None, None)
+    start: dict[str, Any] = {}
+    if config.student.remat == "auto":
+        start["student.remat"] = programs.REMATS[0]
+        config = programs.altered(config, start)
+    choices = [("as the recipe says", start), *remedies(config, target.devices)]
+    for what, changes in choices:
+        changed = programs.altered(config, changes)
+        console.print(f"compiling the train step: {what}", highlight=False)
+        try:
+            report = _try(changed, target)
+        except DoesNotFitError as error:
+            attempts.append({"setting": what, "changes": changes, "needs": error.needed})
+            table.add_row(what, f"{_size(error.needed)}: too much", "")
+            continue
+        seconds = report["seconds"]
+        needs = report["peak"]
+        attempts.append({"setting": what, "changes": changes, "needs": needs, "seconds": seconds})
+        table.add_row(what, _size(needs), f"{seconds:.3f} s" if seconds else "no estimate")
+        found = changed, report
+        break
+    console.print(table)
+    if found[0] is not None and attempts[-1]["changes"]:
+        words = (f"--config.{key}={value}" for key, value in attempts[-1]["changes"].items())
+        console.print("what follows is with", *words, soft_wrap=True, highlight=False)
+    return found
+
+
+def _largest(
+    config: Any, target: Target, report: dict[str, Any], console: Console
+) -> dict[str, Any] | None:
+    """The most rows of a global batch that compile within the limit.
+
+    Memory grows by a constant with each row of a device: the next guess is drawn through the last
+    two sizes, and what is returned has been compiled, and one step more has been refused.
+    """
+    if target.limit is None:
+        console.print("largest batch: no memory limit is known (set plan.hbm_gib)")
+        return None
+    mesh = make_mesh(**config.mesh, devices=target.devices)
+    unit = batch_shards(mesh) * config.train.microbatches
+    fits, peaks = config.data.batch_size // unit, {config.data.batch_size // unit: report["peak"]}
+    refused, compiles = None, 0
+    guess = fits * 2
+    while refused is None or refused - fits > 1:
+        changed = programs.altered(config, {"data.batch_size": guess * unit})
+        compiles += 1
+        try:
+            peaks[guess] = _try(changed, target)["peak"]
+            fits, needs = guess, _size(peaks[guess])
+        except DoesNotFitError as error:
+            refused, needs = guess, f"{_size(error.needed)}, too much"
+        console.print(f"largest batch: {guess * unit} rows need {needs}", highlight=False)
+        guess = _guess(peaks, fits, refused, target.limit)
+        if compiles > MAX_DOUBLINGS:
+            break
+    console.print(
+        f"largest batch: {fits * unit} rows ({fits} a micro-batch of a device, "
+        f"{_size(peaks[fits])}); {refused and refused * unit} did not fit; {compiles} compiles",
+        highlight=False,
+    )
+    return {"rows": fits * unit, "peak": peaks[fits], "refused": refused and refused * unit}
+
+
+def _guess(peaks: dict[int, int], fits: int, refused: int | None, limit: float) -> int:
+    """Where the line through the two largest sizes that fit meets the limit, between the bounds."""
+    known = sorted(peaks)[-2:]
+    guess = fits * 2 if refused is None else (fits + refused) // 2
+    if len(known) == 2 and peaks[known[1]] > peaks[known[0]]:
+        slope = (peaks[known[1]] - peaks[known[0]]) / (known[1] - known[0])
+        guess = known[1] + int((limit - peaks[known[1]]) / slope)
+    highest = refused - 1 if refused is not None else fits * 8
+    return min(max(guess, fits + 1), max(highest, fits + 1))
+
+
+# ---------------------------------------------------------------- the scoring step
+
+
+def _score(config: Any, target: Target, console: Console) -> dict[str, Any] | None:
+    made = programs.score_program(config, target.devices)
+    if made is None:
+        console.print("scoring step: no teacher.path, not compiled", highlight=False)
+        return None
+    traced, (rows, length) = made
+    try:
+        done = programs.compile_program(traced, limit=target.limit)
+    except DoesNotFitError as error:
+        console.print(
+            f"scoring step of {rows} x {length} tokens: {_size(error.needed)}, too much; lower "
+            "score.batch_tokens or raise mesh.fsdp",
+            highlight=False,
+        )
+        return {"rows": rows, "length": length, "needs": error.needed, "fits": False}
+    report = _memory(done) | estimate.score_numbers(config, target, done, rows, length)
+    console.print(_memory_table(f"scoring step, {rows} x {length} tokens", report, target))
+    _print_speed("", length, report, console)
+    return report | {"rows": rows, "length": length, "fits": True}
+
+
+# ---------------------------------------------------------------- printing
+
+
+def _memory_table(title: str, report: dict[str, Any], target: Target) -> Table:
+    table = Table(title=f"{title}: memory of a device")
+    for column in ("kind", "size", "of the limit"):
+        table.add_column(column)
+    for key in ("arguments", "temporaries", "peak", "alive", "host"):
+        share = f"{report[key] / target.limit:.0%}" if target.limit and key != "host" else ""
+        table.add_row(key, _size(report[key]), share)
+    table.add_row("limit", _size(target.limit), "")
+    return table
+
+
+def _collectives_table(report: dict[str, Any]) -> Table:
+    table = Table(title="collectives of a device and step")
+    for column in ("kind", "network", "number", "received", "beside compute"):
+        table.add_column(column)
+    for row in report["collectives"]:
+        table.add_row(
+            row["kind"],
+            row["network"],
+            f"{row['count']:.0f}",
+            _size(row["bytes"]),
+            f"{row['overlapped']:.0%}",
+        )
+    return table
+
+
+def _operations(report: dict[str, Any]) -> str:
+    return (
+        f"operations of a step: {report['model_flops']:.3e} of the model, "
+        f"{report['executed_flops']:.3e} in matrix products outside kernels (recomputation and "
+        "teacher included)"
+    )
+
+
+def _print_speed(first: str, length: int, report: dict[str, Any], console: Console) -> None:
+    lines = [first] if first else []
+    if report["seconds"]:
+        share = f"MFU {report['mfu']:.1%}, " if "mfu" in report else ""
+        lines.append(
+            f"step: {report['seconds']:.3f} s estimated, {share}"
+            f"{report['tokens_per_day'] / 1e9:.2f} G tokens a day "
+            f"(rows of {length}, padding included)"
+        )
+    for line in lines + [f"  assumed: {line}" for line in report["assumptions"]]:
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def main(argv: Sequence[str]) -> None:
+    """The verb's own flags beside the config's."""
+    run_config_verb("plan", plan, flags(argv))
+
+
+def flags(argv: Sequence[str]) -> list[str]:
+    """--topology X and --num-slices N as the config keys they stand for."""
+    words: list[str] = []
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        words.append(f"--config.{FLAGS[flag]}{equals}{value}" if flag in FLAGS else word)
+    return words

@@ -1,0 +1,112 @@
+"""Step time of a compiled program on a chip that is not at hand, and what it assumes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dcod_jax.models import hf
+from dcod_jax.models.config import ModelConfig, flops_per_token
+from dcod_jax.plan import hlo
+from dcod_jax.plan import programs as programs
+from dcod_jax.plan.programs import Compiled, Target
+
+DAY = 86400.0
+# Share of the peak that the attention kernel is taken to reach; libtpu estimates no kernels.
+KERNEL_EFFICIENCY = 0.5
+# Matrix products of the kernel's passes in units of its forward pass (2): the backward passes take
+# 3 (dq) and 4 (dk, dv).
+FORWARD, BACKWARD = 1.0, 3.5
+
+
+def attention_flops(model: ModelConfig, tokens: int, length: int) -> float:
+    """Operations of one causal forward pass of attention over all layers: 4·N·H·(T+1)/2 a token."""
+    per_layer = 4 * model.num_heads * model.head_dim * (length + 1) / 2
+    return tokens * model.num_layers * per_layer
+
+
+def _collectives(target: Target, done: Compiled) -> list[dict[str, Any]]:
+    each = len(target.devices) // target.slices
+    slice_of = [i // each for i in range(len(target.devices))]
+    table = hlo.bytes_by_kind(done.summary, slice_of=slice_of)
+    return [{"kind": k, "network": n, **row} for (k, n), row in sorted(table.items())]
+
+
+def _seconds(
+    target: Target, done: Compiled, kernel_flops: float, moved: list[dict[str, Any]]
+) -> tuple[float | None, list[str]]:
+    """(estimated seconds of a step or None, what was assumed)."""
+    chip = target.chip
+    if chip is None or not done.summary.cycles:
+        return None, ["no estimate: only libtpu writes the cycles that it expects"]
+    compute = done.summary.cycles / chip.clock
+    lines = [
+        f"{compute:.3f} s: libtpu's estimated cycles at {chip.clock / 1e9:.2f} GHz, loop by loop"
+    ]
+    if done.summary.kernels:
+        kernel = kernel_flops / len(target.devices) / (KERNEL_EFFICIENCY * chip.peak_flops)
+        lines.append(
+            f"{kernel:.3f} s: attention kernels, which libtpu does not estimate, at "
+            f"{KERNEL_EFFICIENCY:.0%} of the peak, every position of every row in one segment"
+        )
+        compute += kernel
+    beside = alone = 0.0
+    for row in moved:
+        speed = chip.ici_bandwidth if row["network"] == "ici" else chip.dcn_bandwidth
+        if speed is None:
+            lines.append(f"time of the data-centre network left out: {chip.name}'s is not known")
+            continue
+        beside += row["bytes"] * row["overlapped"] / speed
+        alone += row["bytes"] * (1 - row["overlapped"]) / speed
+    lines.append(
+        f"{alone:.3f} s: collectives that nothing runs beside; {beside:.3f} s more run beside "
+        "compute, and count only where they take longer than it (full speed of all links)"
+    )
+    lines.append("not counted: input, host, checkpoints, evaluation, stragglers")
+    return max(compute, beside) + alone, lines
+
+
+def train_numbers(config: Any, target: Target, traced: Any, done: Compiled) -> dict[str, Any]:
+    """Operations, collectives, estimated seconds, MFU and tokens a day of a train step."""
+    model = programs.student_of(config)
+    length = config.data.seq_len
+    tokens = config.data.batch_size * length
+    model_flops = tokens * flops_per_token(model, length)
+    again = FORWARD if config.student.remat != "none" else 0.0
+    kernel_flops = attention_flops(model, tokens, length) * (FORWARD + again + BACKWARD)
+    if config.loss.teacher == "live":
+        teacher = hf.read_config(config.teacher.path)
+        model_flops += tokens * flops_per_token(teacher, length) / 3
+        kernel_flops += attention_flops(teacher, tokens, length) * FORWARD
+    moved = _collectives(target, done)
+    seconds, assumptions = _seconds(target, done, kernel_flops, moved)
+    peak = target.chip.peak_flops * len(target.devices) if target.chip else None
+    return {
+        "model_flops": model_flops,
+        "executed_flops": programs.matmul_flops(traced.jaxpr),
+        "collectives": moved,
+        "windowed_products": done.summary.windowed,
+        "kernels": done.summary.kernels,
+        "estimated_cycles": done.summary.cycles,
+        "seconds": seconds,
+        "mfu": model_flops / seconds / peak if seconds and peak else None,
+        "tokens_per_day": tokens / seconds * DAY if seconds else None,
+        "assumptions": assumptions,
+    }
+
+
+def score_numbers(
+    config: Any, target: Target, done: Compiled, rows: int, length: int
+) -> dict[str, Any]:
+    """Collectives, estimated seconds and tokens a day of a scoring step."""
+    teacher = hf.read_config(config.teacher.path)
+    tokens = rows * length
+    moved = _collectives(target, done)
+    seconds, assumptions = _seconds(
+        target, done, attention_flops(teacher, tokens, length) * FORWARD, moved
+    )
+    return {
+        "collectives": moved,
+        "seconds": seconds,
+        "tokens_per_day": tokens / seconds * DAY if seconds else None,
+        "assumptions": assumptions,
+    }

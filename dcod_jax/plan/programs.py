@@ -1,0 +1,366 @@
+"""The programs of a config, compiled without data, weights or the devices they are for.
+
+A topology is "v5e:4x4" (libtpu compiles for a slice that is not there) or "cpu:8" (the host's own
+devices). Shapes stand for arrays, so only an HF config.json is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.extend.core import Jaxpr
+
+from dcod_jax import config as configs
+from dcod_jax.errors import DcodError
+from dcod_jax.losses import distill
+from dcod_jax.models import hf, transformer
+from dcod_jax.models.config import ModelConfig
+from dcod_jax.parallel.mesh import make_mesh, sharding, tree_shardings
+from dcod_jax.plan import chips, hlo
+from dcod_jax.plan.chips import Chip
+from dcod_jax.score import scoring
+from dcod_jax.train.forward import TeacherModel
+from dcod_jax.train.optim import make_optimizer
+from dcod_jax.train.settings import loss_config, optim_config
+from dcod_jax.train.step import init_state, make_train_step
+from dcod_jax.types import Batch, Params
+
+LIBTPU = 'pip install "jax[tpu]"'
+REMATS = ("none", "dots", "full", "offload")  # of student.remat, the least recomputation first
+# What keeps libtpu from looking for a TPU of this host.
+OFFLINE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_NEEDED = (
+    re.compile(r"Used ([\d.]+)([KMGT]) of"),
+    re.compile(r"total memory required.*?\(([\d.]+)([KMGT])\)"),
+)
+
+
+class DoesNotFitError(Exception):
+    """The compiler refused a program that needs more memory than a device has."""
+
+    def __init__(self, needed: float | None):
+        super().__init__(f"needs {needed} bytes")
+        self.needed = needed  # bytes; None where the compiler does not say
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Devices to compile for, and what is known of them."""
+
+    topology: str
+    devices: tuple[Any, ...]
+    chip: Chip | None  # None for the host's own devices
+    limit: float | None  # bytes of memory a device; None: unknown
+    slices: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """One compiled program: bytes of a device, and what its HLO says."""
+
+    arguments: int
+    temporaries: int
+    peak: int  # arguments and temporaries together, gaps between the buffers included
+    alive: int  # of it at most alive at one time, as the compiler counts; 0: it does not say
+    host: int  # of all these, bytes in the host's memory
+    summary: hlo.Summary
+    text: str = dataclasses.field(repr=False)
+
+
+def target(config: Any) -> Target:
+    """Devices of plan.topology; raises DcodError where they cannot be described."""
+    name, slices = config.plan.topology, config.plan.slices
+    kind, _, shape = name.partition(":")
+    limit = config.plan.hbm_gib * chips.GIB or None
+    if kind == "cpu":
+        devices = jax.devices("cpu")
+        if not shape.isdigit() or not 1 <= int(shape) <= len(devices):
+            raise DcodError(
+                f"plan.topology={name!r}: the host has {len(devices)} CPU devices; start it with "
+                f"XLA_FLAGS=--xla_force_host_platform_device_count={shape or 'N'}"
+            )
+        return Target(name, tuple(devices[: int(shape)]), None, limit, slices)
+    chip = chips.by_name(kind)
+    if chip is None or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+        known = ", ".join(f"{c.name}:AxB" for c in chips.CHIPS.values())
+        raise DcodError(f"plan.topology={name!r} is not known: {known} (or AxBxC), or cpu:N")
+    sides = [int(side) for side in shape.split("x")]
+    if len(sides) > chip.dimensions or not 0 < math.prod(sides) <= chip.largest:
+        raise DcodError(
+            f"plan.topology={name!r}: {chip.name} slices have {chip.dimensions} dimensions and at "
+            f"most {chip.largest} chips, this is {shape} = {math.prod(sides)}; several slices are "
+            "--num-slices"
+        )
+    devices = _describe(name, chip, slices)
+    return Target(name, devices, chip, limit or chip.hbm_usable, slices)
+
+
+def _describe(name: str, chip: Chip, slices: int) -> tuple[Any, ...]:
+    for variable, value in OFFLINE.items():
+        os.environ.setdefault(variable, value)
+    options: dict[str, Any] = dict(chip.options)
+    if slices > 1:
+        options["num_slices"] = slices
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    except Exception as error:  # libtpu raises what it likes
+        text = str(error)
+        if importlib.util.find_spec("libtpu") is None:
+            raise DcodError(
+                f"plan.topology={name}: TPU programs are compiled by libtpu, which is not "
+                f"installed: {LIBTPU} ({text.splitlines()[0]})"
+            ) from None
+        raise DcodError(f"plan.topology={name} ({slices} slices): {text}") from None
+    return tuple(found.devices)
+
+
+def altered(config: Any, changes: dict[str, Any]) -> Any:
+    """The config with other values of some dotted keys, unchecked."""
+    values = config.to_dict()
+    for key, value in changes.items():
+        *sections, leaf = key.split(".")
+        section = values
+        for name in sections:
+            section = section[name]
+        section[leaf] = value
+    return configs.to_config(values)
+
+
+# ---------------------------------------------------------------- what is compiled
+
+
+def student_of(config: Any) -> ModelConfig:
+    """Architecture of student.config or student.path; nothing else is read."""
+    source = config.student.config or config.student.path
+    if not source:
+        raise DcodError("no student: set student.config (config.json) or student.path")
+    return hf.read_config(source)
+
+
+def models_of(config: Any) -> list[ModelConfig]:
+    """Architectures of all parameters of a train step: the student's, and a live teacher's."""
+    live = config.loss.teacher == "live"
+    return [student_of(config), *([hf.read_config(config.teacher.path)] if live else [])]
+
+
+def _shapes(model: ModelConfig, dtype: Any, mesh: Any) -> Params:
+    layout = tree_shardings(mesh, transformer.logical_axes(model))
+    return jax.tree.map(
+        lambda s, at: jax.ShapeDtypeStruct(s.shape, dtype, sharding=at),
+        transformer.param_shapes(model),
+        layout,
+    )
+
+
+def batch_shapes(config: Any, mesh: Any) -> Batch:
+    """A global batch as the pipeline makes it; without data.head_tokens all is supervised."""
+    layout = sharding(mesh, ("batch",))
+    rows, length = config.data.batch_size, config.data.seq_len
+    head = min(config.data.head_tokens or length, length)
+
+    def shape(dtype: Any, *dims: int) -> Any:
+        return jax.ShapeDtypeStruct((rows, *dims), dtype, sharding=layout)
+
+    loss = loss_config(config)
+    cache: dict[str, Any] = {}
+    if distill.needs_distribution(loss) and loss.teacher == "cached":
+        k = config.score.top_k
+        cache = {
+            "topk_ids": shape(jnp.int32, head, k),
+            "topk_logprobs": shape(jnp.bfloat16, head, k),
+            "tail_logprobs": shape(jnp.float32, head),
+        }
+    ids = shape(jnp.int32, length)
+    return Batch(
+        tokens=ids,
+        targets=ids,
+        loss_mask=shape(jnp.bool_, length),
+        segment_ids=ids,
+        positions=ids,
+        teacher_logprobs=shape(jnp.float32, length),
+        head_positions=shape(jnp.int32, head) if head < length else None,
+        **cache,
+    )
+
+
+def train_program(config: Any, devices: Sequence[Any], *, valid_vocab: int | None = None) -> Any:
+    """The train step of the train verb, traced on shapes: .jaxpr, .lower()."""
+    mesh = make_mesh(**config.mesh, devices=devices)
+    model = student_of(config)
+    optimizer, schedule = make_optimizer(optim_config(config), config.train.steps)
+    loss = loss_config(config)
+    teacher, teacher_shapes = None, ()
+    if loss.teacher == "live":
+        architecture = hf.read_config(config.teacher.path)
+        teacher = TeacherModel(architecture, jnp.dtype(config.teacher.dtype))
+        teacher_shapes = (_shapes(architecture, teacher.compute_dtype, mesh),)
+    step: Any = make_train_step(
+        model,
+        loss,
+        optimizer,
+        schedule,
+        batch_size=config.data.batch_size,
+        microbatches=config.train.microbatches,
+        mesh=mesh,
+        compute_dtype=jnp.dtype(config.student.compute_dtype),
+        remat=config.student.remat,
+        valid_vocab=valid_vocab or model.vocab_size,
+        teacher=teacher,
+        offload=config.optim.offload,
+        overlap_sums=config.train.overlap_sums,
+    )
+    params = _shapes(model, jnp.float32, mesh)
+    options: dict[str, Any] = {"model_config": model, "offload": config.optim.offload}
+    state = init_state(params, optimizer, mesh=mesh, abstract=True, **options)
+    return step.trace(state, batch_shapes(config, mesh), *teacher_shapes)
+
+
+def score_program(config: Any, devices: Sequence[Any]) -> tuple[Any, tuple[int, int]] | None:
+    """(the scoring step of the longest traces, its [rows, length]); None without a teacher."""
+    if not config.teacher.path:
+        return None
+    mesh = make_mesh(**config.mesh, devices=devices)
+    model = hf.read_config(config.teacher.path)
+    plan = scoring.plan_batches(
+        [config.data.max_length - 1] * config.score.batch_tokens,
+        batch_tokens=config.score.batch_tokens,
+        shards=scoring.batch_shards(mesh),
+    )[0]
+    settings = scoring.ScoreSettings(
+        top_k=config.score.top_k,
+        batch_tokens=config.score.batch_tokens,
+        head_chunk=config.loss.head_chunk,
+        compute_dtype=config.teacher.dtype,
+        valid_vocab=model.vocab_size,
+    )
+    layout = sharding(mesh, ("batch", None))
+    ids = jax.ShapeDtypeStruct((plan.rows, plan.length), jnp.int32, sharding=layout)
+    params = _shapes(model, jnp.dtype(config.teacher.dtype), mesh)
+    traced = scoring.score_step.trace(model, params, ids, ids, ids, settings=settings, mesh=mesh)
+    return traced, (plan.rows, plan.length)
+
+
+# ---------------------------------------------------------------- compiling
+
+
+def compile_program(traced: Any, *, limit: float | None = None) -> Compiled:
+    """Compile a traced program; raises DoesNotFitError where it needs more memory than there is."""
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFitError(bytes_needed(str(error))) from None
+    memory = compiled.memory_analysis()
+    text = compiled.as_text()
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    result = Compiled(
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        peak=peak,
+        alive=memory.peak_memory_in_bytes,
+        host=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
+        summary=hlo.summarize(text),
+        text=text,
+    )
+    if limit is not None and result.peak > limit:
+        raise DoesNotFitError(float(result.peak))
+    return result
+
+
+def choose_remat(config: Any, devices: Iterable[Any]) -> str:
+    """student.remat, where "auto" is the one that recomputes least among those that fit.
+
+    Each is compiled on these devices until one fits; where no memory limit is known (a CPU, and
+    plan.hbm_gib=0) that is "none". Raises DcodError where none fits.
+    """
+    if config.student.remat != "auto":
+        return config.student.remat
+    devices = list(devices)
+    limit = memory_limit(config, devices[0])
+    if limit is None:
+        return REMATS[0]
+    for remat in REMATS:
+        traced = train_program(altered(config, {"student.remat": remat}), devices)
+        try:
+            peak = compile_program(traced, limit=limit).peak
+        except DoesNotFitError:
+            continue
+        print(f"student.remat=auto: {remat}, {peak / chips.GIB:.2f} GiB of {limit / chips.GIB:.2f}")
+        return remat
+    raise DcodError(
+        f"student.remat=auto: none of {', '.join(REMATS)} fits {limit / chips.GIB:.2f} GiB a "
+        "device; raise train.microbatches or mesh.fsdp (python -m dcod_jax.plan tries them)"
+    )
+
+
+def memory_limit(config: Any, device: Any) -> float | None:
+    """Bytes of memory of a device: plan.hbm_gib, what it reports, its chip's; None: unknown."""
+    if config.plan.hbm_gib:
+        return config.plan.hbm_gib * chips.GIB
+    chip = chips.CHIPS.get(device.device_kind)
+    reported = None if device.platform == "cpu" else device.memory_stats()
+    if reported and "bytes_limit" in reported:
+        return float(reported["bytes_limit"])
+    return chip.hbm_usable if chip else None
+
+
+def bytes_needed(message: str) -> float | None:
+    """Bytes that a RESOURCE_EXHAUSTED message speaks of: "Used 21.2G of 15.75G hbm"."""
+    for pattern in _NEEDED:
+        found = pattern.search(message)
+        if found:
+            return float(found[1]) * UNITS[found[2]]
+    return None
+
+
+# ---------------------------------------------------------------- operations
+
+
+def matmul_flops(jaxpr: Any) -> float:
+    """Floating point operations of the matrix products of a jaxpr, loops multiplied.
+
+    Global, recomputation included; those inside Pallas kernels are not seen.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            depth = 1
+            for dimension in contracted:
+                depth *= shape[dimension]
+            total += 2.0 * equation.outvars[0].aval.size * depth
+        elif equation.primitive.name != "pallas_call":
+            times = equation.params.get("length", 1)  # of a scan
+            if equation.primitive.name == "shard_map":
+                times = equation.params["mesh"].size
+            total += times * sum(matmul_flops(inner) for inner in _inner(equation.params))
+    return total
+
+
+def _inner(params: dict[str, Any]) -> list[Any]:
+    """The jaxprs among an equation's parameters."""
+    found = []
+    for value in params.values():
+        for one in value if isinstance(value, (tuple, list)) else (value,):
+            one = getattr(one, "jaxpr", one)
+            if isinstance(one, Jaxpr):
+                found.append(one)
+    return found

@@ -1,0 +1,139 @@
+"""Log-probs that came with a trace, accepted only where they speak about exactly our tokens.
+
+Delivered are the completion's tokens as sampled, the end-of-turn token included (vLLM sends it):
+one id (or one token text) and one log-prob each. They must equal the supervised tokens of the
+trace one by one, and every value must be a finite number not above 0.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from dcod_jax.data.formats import RawTrace
+from dcod_jax.errors import DcodError
+
+_OTHERWISE = (
+    "set prepare.logprobs=ignore and let the score verb compute them, or deliver the sampled ids"
+)
+
+
+def _byte_of_character() -> dict[str, int]:
+    """The 256 printable stand-ins of byte-level BPE (GPT-2) and the bytes they stand for."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + index): byte for index, byte in enumerate(others)
+    }
+
+
+_BYTES = _byte_of_character()
+
+
+def is_byte_level(tokenizer: Any) -> bool:
+    """Whether each token of the vocabulary is a string of bytes (Qwen, Llama 3, SmolLM2)."""
+    decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
+    parts = decoder.get("decoders", [decoder])
+    return any(part.get("type") == "ByteLevel" for part in parts)
+
+
+def token_bytes(tokenizer: Any, token_id: int) -> bytes:
+    """What a token of a byte-level tokenizer writes; an added token is its own text."""
+    added = tokenizer.added_tokens_decoder.get(token_id)
+    if added is not None:
+        return added.content.encode()
+    return bytes(_BYTES[char] for char in tokenizer.convert_ids_to_tokens(token_id))
+
+
+def _check_texts(tokenizer: Any, ours: list[int], texts: list[bytes]) -> None:
+    names = [text.decode("utf-8", "replace") for text in texts]
+    if all(name.startswith("token_id:") for name in names):  # vLLM return_tokens_as_token_ids
+        _check_ids(tokenizer, ours, [int(name.removeprefix("token_id:")) for name in names])
+        return
+    if not is_byte_level(tokenizer):
+        raise DcodError(
+            "the record gives token texts, which cannot be compared for a tokenizer that is not "
+            f"byte-level; deliver token_ids (vLLM: return_tokens_as_token_ids), or {_OTHERWISE}"
+        )
+    for position, (token, text) in enumerate(zip(ours, texts, strict=True)):
+        expected = token_bytes(tokenizer, token)
+        if expected != text:
+            raise DcodError(
+                f"token {position} of the completion is {expected!r} in our tokenisation, the "
+                f"record says {text!r}: another tokenizer, or sampled otherwise; {_OTHERWISE}"
+            )
+
+
+def _check_ids(tokenizer: Any, ours: list[int], theirs: list[Any]) -> None:
+    for position, (token, given) in enumerate(zip(ours, theirs, strict=True)):
+        if isinstance(given, bool) or not isinstance(given, int):
+            raise DcodError(f"token_ids[{position}] is {given!r}; expected an integer")
+        if token != given:
+            text = tokenizer.convert_ids_to_tokens(token)
+            other = tokenizer.convert_ids_to_tokens(given) if 0 <= given < len(tokenizer) else None
+            raise DcodError(
+                f"token_ids[{position}] is {given} ({other!r}), our tokenisation of the completion "
+                f"has {token} ({text!r}): another tokenizer or template, or sampled in another "
+                f"split; {_OTHERWISE}"
+            )
+
+
+def _check_count(tokenizer: Any, ours: list[int], count: int, *, what: str) -> None:
+    if count == len(ours):
+        return
+    message = f"{count} {what} for the {len(ours)} tokens of the completion"
+    if count == len(ours) - 1:
+        end = tokenizer.convert_ids_to_tokens(ours[-1])
+        message += (
+            f"; the last of ours is the end-of-turn token {end!r}: it needs a log-prob too, and "
+            "a trace that was cut off must say finish_reason=length"
+        )
+    raise DcodError(f"{message}; {_OTHERWISE}")
+
+
+def delivered_logprobs(
+    tokenizer: Any, trace: RawTrace, completion_ids: Int[np.ndarray, " C"]
+) -> Float[np.ndarray, " C"]:
+    """The trace's own log-probs as float32, one for each supervised token.
+
+    Raises DcodError (without file and line) that names the first offending position.
+    """
+    if trace.logprobs is None:
+        raise DcodError("no logprobs, and prepare.logprobs=require asks for them")
+    if sum(m["role"] == "assistant" for m in trace.messages[trace.first_completion :]) > 1:
+        raise DcodError(
+            "log-probs cover one completion, but several assistant messages are supervised; give "
+            "the earlier ones as the prompt and the last one as the completion"
+        )
+    ours = completion_ids.tolist()
+    _check_count(tokenizer, ours, len(trace.logprobs), what="logprobs")
+    if trace.token_ids is not None:
+        _check_count(tokenizer, ours, len(trace.token_ids), what="token_ids")
+        _check_ids(tokenizer, ours, trace.token_ids)
+    elif trace.token_bytes:
+        _check_count(tokenizer, ours, len(trace.token_bytes), what="token texts")
+        _check_texts(tokenizer, ours, trace.token_bytes)
+    else:
+        raise DcodError(
+            "logprobs without token_ids cannot be matched with the tokens; add token_ids, or "
+            "set prepare.logprobs=ignore"
+        )
+    for position, value in enumerate(trace.logprobs):
+        _check_value(position, value)
+    return np.asarray(trace.logprobs, np.float32)
+
+
+def _check_value(position: int, value: Any) -> None:
+    """Strict: a sampler's log-softmax in float32 never exceeds 0, so neither may this."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DcodError(f"logprobs[{position}] is {value!r}; expected a number")
+    if math.isnan(value):
+        raise DcodError(f"logprobs[{position}] is NaN")
+    if math.isinf(value):
+        raise DcodError(f"logprobs[{position}] is {value}; a sampled token has a finite log-prob")
+    if value > 0:
+        raise DcodError(f"logprobs[{position}] is {value}, above 0: not a log-probability")

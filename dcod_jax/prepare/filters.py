@@ -1,0 +1,162 @@
+"""What is kept of raw traces, and under which reason the rest is dropped.
+
+A trace is dropped for the first of these that holds, counted and written to the quarantine:
+bad_record (with prepare.on_bad_record=quarantine; otherwise it stops the run), truncated,
+wrong_answer, no_answer, grading_timeout, grading_error (where a reference answer exists),
+held_out_prompt, duplicate, overlap, too_long.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from dcod_jax.data import chat
+from dcod_jax.data.formats import Fields, RawTrace
+from dcod_jax.data.traces import BadRecord, Source, read_traces
+from dcod_jax.errors import DcodError
+from dcod_jax.evaluate.grading import REJECTED_AS, Grader
+from dcod_jax.prepare import overlap
+from dcod_jax.prepare.delivered import delivered_logprobs
+from dcod_jax.types import Trace
+
+
+@dataclasses.dataclass
+class Counts:
+    """Of one split: every trace read is kept or dropped for one reason."""
+
+    kept: int = 0
+    dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+    def manifest(self) -> dict[str, Any]:
+        read = self.kept + sum(self.dropped.values())
+        return {"read": read, "kept": self.kept, "dropped": dict(sorted(self.dropped.items()))}
+
+
+class Filter:
+    """The filters with what they remember: keys seen, prompts held out, ids given."""
+
+    def __init__(self, config: Any, tokenizer: Any, quarantine: io.TextIOBase):
+        self.config, self.tokenizer, self.quarantine = config, tokenizer, quarantine
+        prepare = config.prepare
+        self.fields = Fields(
+            prompt=prepare.prompt_field,
+            completion=prepare.completion_field,
+            answer=prepare.answer_field,
+            system_prompt=prepare.system_prompt,
+        )
+        self.index = overlap.build_index(
+            prepare.overlap_files, size=prepare.overlap_ngram, prompt_field=prepare.prompt_field
+        )
+        self.seen: set[bytes] = set()
+        self.held_out: set[bytes] = set()  # prompts of data.eval_traces
+        self.ids: collections.Counter[str] = collections.Counter()
+        self.counts = Counts()
+        self.models: set[str] = set()
+        self.temperatures: set[float] = set()
+        self.unused_logprobs = 0
+
+    def drop(self, reason: str, detail: str, *, source: str, record: Any, name: str = "") -> None:
+        self.counts.dropped[reason] += 1
+        line = {"source": source, "id": name, "reason": reason, "detail": detail, "record": record}
+        self.quarantine.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+
+    def _drop(self, trace: RawTrace, reason: str, detail: str) -> None:
+        self.drop(reason, detail, source=trace.source, record=trace.record, name=trace.id)
+
+    def _bad(self, bad: BadRecord) -> None:
+        self.drop("bad_record", bad.reason, source=bad.source, record=bad.text)
+
+    def run(
+        self, sources: Sequence[Source], grader: Grader, advance: Callable[[int], None]
+    ) -> Iterator[tuple[RawTrace, Trace]]:
+        """(RawTrace, Trace) of what is kept."""
+        on_bad = self._bad if self.config.prepare.on_bad_record == "quarantine" else None
+        raw = read_traces(sources, self.fields, on_bad=on_bad, on_record=advance)
+        grading = self.config.prepare.filter_correct
+        whole = (trace for trace in raw if self._whole(trace))
+        graded = grader.stream(
+            (trace, trace.completion_text(), trace.answer if grading else None) for trace in whole
+        )
+        for trace, grade in graded:
+            if grade is not None and not grade.correct:
+                detail = (
+                    f"answer {grade.extracted!r} by rule {grade.rule}, expected {trace.answer!r}"
+                )
+                self._drop(trace, REJECTED_AS[grade.reason], detail)
+            elif self._unique(trace) and (encoded := self._encode(trace)) is not None:
+                self.counts.kept += 1
+                yield trace, encoded
+
+    def _whole(self, trace: RawTrace) -> bool:
+        if trace.finish_reason == "length":
+            self._drop(trace, "truncated", "finish_reason is length: it would teach a false end")
+            return False
+        return True
+
+    def _unique(self, trace: RawTrace) -> bool:
+        """Whether no held-out prompt, no earlier trace and no evaluation set has this text."""
+        if overlap.prompt_key(trace) in self.held_out:
+            self._drop(trace, "held_out_prompt", "the prompt is in data.eval_traces")
+            return False
+        key = overlap.trace_key(trace)
+        if self.config.prepare.deduplicate and key in self.seen:
+            self._drop(trace, "duplicate", "an earlier trace has this prompt and completion")
+            return False
+        found = self.index.find(trace)
+        if found:
+            self._drop(trace, "overlap", found)
+            return False
+        self.seen.add(key)
+        return True
+
+    def _encode(self, trace: RawTrace) -> Trace | None:
+        """The tokenised trace; None when it was dropped."""
+        limit = self.config.data.max_length
+        try:
+            ids, mask = chat.encode(
+                self.tokenizer, trace.messages, first_completion=trace.first_completion
+            )
+            if len(ids) > limit:
+                self._drop(trace, "too_long", f"{len(ids)} tokens, data.max_length={limit}")
+                return None
+            logprobs = None
+            if self.config.prepare.logprobs == "require":
+                logprobs = delivered_logprobs(self.tokenizer, trace, ids[mask])
+        except DcodError as error:
+            if self.config.prepare.on_bad_record == "error":
+                raise DcodError(f"{trace.source}: {error}") from error
+            self._drop(trace, "bad_record", str(error))
+            return None
+        self.unused_logprobs += trace.logprobs is not None and logprobs is None
+        self.models |= {trace.model} - {""}
+        if trace.temperature is not None:
+            self.temperatures.add(trace.temperature)
+        self.ids[trace.id] += 1
+        again = self.ids[trace.id]
+        name = trace.id if again == 1 else f"{trace.id}#{again}"
+        meta = {"source": trace.source} | ({"answer": trace.answer} if trace.answer else {})
+        return Trace(name, ids, mask, logprobs=logprobs, meta=meta)
+
+    def provenance(self) -> dict[str, Any]:
+        """Manifest fields: who sampled the traces, as they say, and what became of log-probs."""
+        settings, policy = self.config.teacher, self.config.prepare.logprobs
+        fields: dict[str, Any] = {
+            "sampled_by": {
+                "models": sorted(self.models),
+                "temperatures": sorted(self.temperatures),
+            },
+            "delivered_logprobs": {"policy": policy, "traces_ignored": self.unused_logprobs},
+        }
+        if policy == "require":
+            named = settings.name or ", ".join(sorted(self.models)) or "the source of the traces"
+            fields["teacher"] = {
+                "name": named,
+                "revision": settings.revision,
+                "weights": "unknown: log-probs were delivered with the traces",
+            }
+        return fields

@@ -1,0 +1,114 @@
+"""Exact duplicates, and traces that share text with an evaluation set.
+
+Text is compared as lower-case alphanumeric words (Unicode NFKC), so that spacing, punctuation
+and typesetting do not hide a copy. A trace overlaps when any n words in a row of one of its
+messages, prompt or completion, stand in an evaluation prompt: a completion that restates a
+benchmark question leaks it as well. An evaluation prompt shorter than n words is compared as a
+whole with whole prompts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from dcod_jax.data.formats import PROMPT_FIELDS, RawTrace
+from dcod_jax.errors import DcodError
+from dcod_jax.files import as_path
+
+_WORD = re.compile(r"[^\W_]+")
+
+
+def words(text: str) -> list[str]:
+    """ "It's $5.0$!" -> ["it", "s", "5", "0"]."""
+    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+
+
+def prompt_key(trace: RawTrace) -> bytes:
+    """Equal for prompts that differ in white space and Unicode form only."""
+    return _key(trace.prompt_text())
+
+
+def trace_key(trace: RawTrace) -> bytes:
+    """Equal for traces whose prompt and completions differ in white space and form only."""
+    completions = [m["content"] for m in trace.messages if m["role"] == "assistant"]
+    return _key(trace.prompt_text(), *completions)
+
+
+def _key(*texts: str) -> bytes:
+    plain = [" ".join(unicodedata.normalize("NFKC", text).split()) for text in texts]
+    joined = "\0".join(plain).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(joined, digest_size=16).digest()
+
+
+@dataclasses.dataclass(frozen=True)
+class OverlapIndex:
+    """N-grams and short prompts of the evaluation sets, each with where it stands."""
+
+    size: int
+    ngrams: dict[str, str]
+    prompts: dict[str, str]
+
+    def find(self, trace: RawTrace) -> str | None:
+        """'"shared words" in file:line' of the first overlap, else None."""
+        for message in trace.messages:
+            if message["role"] == "system":
+                continue
+            text = words(message["content"])
+            if message["role"] != "assistant" and (where := self.prompts.get(" ".join(text))):
+                return f"the whole prompt is in {where}"
+            for gram in _grams(text, self.size):
+                if gram in self.ngrams:
+                    return f'"{gram}" is in {self.ngrams[gram]}'
+        return None
+
+
+def _grams(text: Sequence[str], size: int) -> Iterable[str]:
+    return (" ".join(text[i : i + size]) for i in range(len(text) - size + 1))
+
+
+def build_index(files: Sequence[str], *, size: int, prompt_field: str = "") -> OverlapIndex:
+    """Index the prompts of JSONL evaluation sets.
+
+    The prompt is `prompt_field` or one of the usual names, or the user messages of `messages`.
+    """
+    index = OverlapIndex(size, {}, {})
+    for name in files:
+        path = as_path(name)
+        if not path.is_file():
+            raise DcodError(f"prepare.overlap_files: no such file: {name}")
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            if not line.strip():
+                continue
+            where = f"{name}:{number}"
+            for prompt in _eval_prompts(line, where, prompt_field=prompt_field):
+                text = words(prompt)
+                if 0 < len(text) < size:
+                    index.prompts.setdefault(" ".join(text), where)
+                for gram in _grams(text, size):
+                    index.ngrams.setdefault(gram, where)
+    return index
+
+
+def _eval_prompts(line: bytes, where: str, *, prompt_field: str) -> list[str]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DcodError(f"{where}: an evaluation set must be JSONL in UTF-8: {error}") from error
+    names = [name for name in (prompt_field, *PROMPT_FIELDS, "messages") if name]
+    found = next((n for n in names if isinstance(record, dict) and n in record), None)
+    if found is None:
+        have = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        raise DcodError(f"{where}: no prompt; expected one of {', '.join(names)}, found {have}")
+    value: Any = record[found]
+    if isinstance(value, list):
+        value = [m.get("content") for m in value if isinstance(m, dict) and m.get("role") == "user"]
+    texts: list[Any] = value if isinstance(value, list) else [value]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise DcodError(f"{where}: {found} must be a string or messages with text")
+    return texts

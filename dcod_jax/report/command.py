@@ -1,0 +1,166 @@
+"""One self-contained HTML page about one run or several side by side.
+
+    python -m dcod_jax.report --config configs/<recipe>.py        the recipe's runs
+    python -m dcod_jax.report --runs DIR [DIR ...] [--output FILE]  any runs' directories
+
+Loss, weights, effective sample size, accuracy with intervals, drift curves, time, and traces
+coloured by token weight. Reads what the runs' directories hold; writes report.path (default:
+report.html in the run directory, the first of --runs). The page needs no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import html
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from dcod_jax import __version__
+from dcod_jax import config as configs
+from dcod_jax.cli import run_config_verb
+from dcod_jax.config import BASE, load_recipe
+from dcod_jax.errors import DcodError
+from dcod_jax.files import Path, as_path, replace_file
+from dcod_jax.report.data import Run, drifts, evaluations, find_runs, goodput, run_record
+from dcod_jax.report.traces import histogram, see, shown
+
+ASSETS = pathlib.Path(__file__).resolve().parents[1] / "assets" / "report"
+SCRIPTS = ("charts.js", "page.js", "evidence.js", "traces.js", "main.js")
+
+
+def report(config: Any) -> Path | None:
+    """Write the page of the config's runs and those of report.runs; returns its path.
+
+    Only the first process writes (None elsewhere); on several processes the traces are left out.
+    """
+    if jax.process_index():
+        return None
+    own = [as_path(variant.run_dir) for _, variant in configs.variants(config)]
+    runs = find_runs([*own, *(as_path(other) for other in config.report.runs)])
+    path = as_path(config.report.path or as_path(config.run_dir) / "report.html")
+    return write(runs, path, settings=config.report)
+
+
+def write(runs: Sequence[Run], path: Path, *, settings: Any) -> Path:
+    """Write the page of these runs; settings is the report section of a config."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, page(collect(runs, settings=settings)).encode())
+    print(f"report: {path}")
+    return path
+
+
+# ---------------------------------------------------------------- data
+
+
+def collect(runs: Sequence[Run], *, settings: Any) -> dict[str, Any]:
+    """Everything the page shows, as JSON values; null is what is not available."""
+    records, notes = [], []
+    traces: dict[tuple[str, str], dict[str, Any]] = {}
+    for place, run in enumerate(runs):
+        record = run_record(run, points=settings.points)
+        record |= {"histogram": None, "seen": "", "goodput": goodput(run, notes)}
+        records.append(record)
+        try:
+            _add_traces(run, place, record, traces, settings=settings)
+        except DcodError as error:
+            notes.append(f"{run.name}: traces are not shown: {error}")
+        else:
+            if record["seen"] and record["histogram"] is None:
+                notes.append(f"{run.name}: no weights: {record['missing']}")
+    return {
+        "title": " and ".join(dict.fromkeys(run.root.name for run in runs)),
+        "about": f"dcod_jax {__version__}: " + ", ".join(str(run.path) for run in runs),
+        "runs": records,
+        "evaluations": evaluations(runs, notes),
+        "drifts": drifts(runs, notes, points=settings.points),
+        "traces": list(traces.values()),
+        "notes": notes,
+    }
+
+
+def _add_traces(
+    run: Run,
+    place: int,
+    record: dict[str, Any],
+    traces: dict[tuple[str, str], dict[str, Any]],
+    *,
+    settings: Any,
+) -> None:
+    """Weights of a run's traces into its record and into the traces that runs share."""
+    if not settings.traces:
+        return
+    if jax.process_count() > 1:
+        raise DcodError("on several processes; run `python -m dcod_jax.report` on one host")
+    seen = see(run, count=max(settings.traces, settings.histogram_traces))
+    record |= {"histogram": histogram(seen), "seen": seen.source, "missing": seen.missing}
+    home = configs.dataset_dir(run.config)
+    for one in shown(seen, count=settings.traces):
+        student = {"run": place, "student": one.pop("student"), "weights": one.pop("weights")}
+        known = traces.setdefault((home, one["id"]), one | {"runs": []})
+        known["runs"].append(student)
+
+
+# ---------------------------------------------------------------- page
+
+
+def page(data: dict[str, Any]) -> str:
+    """The HTML text. Texts of traces are data in it, never markup, and its policy forbids the rest.
+
+    Only the page's own style and scripts are allowed, by their hashes; nothing may be loaded.
+    """
+    style = (ASSETS / "style.css").read_text(encoding="utf-8")
+    script = "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    parts = {
+        "policy": f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; "
+        "base-uri 'none'; form-action 'none'",
+        "title": html.escape(f"dcod_jax report: {data['title']}"),
+        "style": style,
+        "data": embedded(data),
+        "script": script,
+    }
+    template = (ASSETS / "page.html").read_text(encoding="utf-8")
+    # One pass: a text that looks like a placeholder stays what it is.
+    return re.sub(r"%([a-z]+)%", lambda match: parts[match[1]], template)
+
+
+def embedded(data: Any) -> str:
+    """JSON that cannot end the script element that holds it: < > & are written as escapes."""
+    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+# ---------------------------------------------------------------- command line
+
+
+def main(argv: Sequence[str]) -> None:
+    """With --runs any directories, else the runs of --config."""
+    if not any(word.split("=")[0] == "--runs" for word in argv):
+        run_config_verb("report", report)
+        return
+    settings = load_recipe(BASE).report
+    parser = argparse.ArgumentParser("python -m dcod_jax.report", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--runs", nargs="+", type=as_path, required=True, help="run directories")
+    parser.add_argument("--output", type=as_path, help="default: the first one's report.html")
+    parser.add_argument("--traces", type=int, default=settings.traces, help="traces to show")
+    args = parser.parse_args(argv)
+    settings.traces = args.traces
+    try:
+        write(find_runs(args.runs), args.output or args.runs[0] / "report.html", settings=settings)
+    except DcodError as error:
+        print(f"dcod_jax.report: error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None

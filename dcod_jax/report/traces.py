@@ -1,0 +1,236 @@
+"""Traces as a run's student sees them now: log q, log p and weight of every completion token."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dcod_jax import config as configs
+from dcod_jax.data import chat
+from dcod_jax.data.manifest import MANIFEST
+from dcod_jax.data.records import TraceDataset, check_fingerprints
+from dcod_jax.errors import DcodError
+from dcod_jax.export.command import MARKER, export_path
+from dcod_jax.files import Path, as_path
+from dcod_jax.losses import weights
+from dcod_jax.losses.weights import AUTO, Tempering, WeightConfig
+from dcod_jax.models import hf, transformer
+from dcod_jax.models.config import ModelConfig
+from dcod_jax.parallel.mesh import make_mesh, tree_shardings
+from dcod_jax.report.data import Run
+from dcod_jax.score.scoring import ScoreSettings, load_any_tokenizer, score_traces
+from dcod_jax.train.checkpoint import Checkpointer
+from dcod_jax.train.metrics import read_metrics
+from dcod_jax.train.settings import loss_config
+from dcod_jax.types import Params, Trace
+
+BINS = 40
+_weigh = jax.jit(weights.weigh, static_argnums=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """Traces of one run's dataset with what its student says of them."""
+
+    source: str  # the parameters, in words
+    split: str
+    traces: list[Trace]
+    tokenizer: Any
+    student: list[np.ndarray]  # log q of each trace's completion tokens
+    weights: list[np.ndarray] | None  # of the same tokens, before the batch normalisation
+    missing: str  # why there are no weights; ""
+
+
+def see(run: Run, *, count: int) -> Seen:
+    """The first `count` held-out traces (or training ones where none are held out), weighed.
+
+    Parameters are those of the run's export, else of its newest checkpoint. Raises DcodError with
+    what is not there.
+    """
+    _check_config(run)
+    dataset = _dataset(run)
+    tokenizer = _tokenizer(run)
+    check_fingerprints(dataset, tokenizer=chat.tokenizer_fingerprint(tokenizer))
+    traces = dataset.read(range(min(count, len(dataset))))
+    source, model_config, params, mesh = _student(run)
+    settings = ScoreSettings(
+        top_k=0,
+        batch_tokens=run.config.score.batch_tokens,
+        head_chunk=run.config.loss.head_chunk,
+        compute_dtype=run.config.student.compute_dtype,
+        valid_vocab=len(tokenizer),
+    )
+    scored = score_traces(model_config, params, traces, settings=settings, mesh=mesh)
+    student = [np.asarray(trace.logprobs, np.float32) for trace in scored]
+    cfg = loss_config(run.config).weights
+    found, missing = None, ""
+    if weights.needs_teacher(cfg) and any(trace.logprobs is None for trace in traces):
+        missing = (
+            f"{dataset.directory} has no teacher log-probs, which {cfg.name} weights need; run "
+            "`python -m dcod_jax.score`"
+        )
+    else:
+        found = token_weights(cfg, student, traces, tempering=_tempering(run, cfg))
+    return Seen(source, dataset.directory.name, traces, tokenizer, student, found, missing)
+
+
+def token_weights(
+    cfg: WeightConfig,
+    student: Sequence[np.ndarray],
+    traces: Sequence[Trace],
+    *,
+    tempering: Tempering | None = None,
+    step: int = 1 << 30,
+) -> list[np.ndarray]:
+    """The train step's weight of every completion token, after any warmup.
+
+    As there: scope and sequence normalisation within the trace; the batch normalisation is left
+    out, since it belongs to a batch.
+    """
+    longest = max(len(one) for one in student)
+    shape = (len(student), longest)
+    log_q, log_p = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    mask = np.zeros(shape, bool)
+    for row, (one, trace) in enumerate(zip(student, traces, strict=True)):
+        log_q[row, : len(one)] = one
+        if trace.logprobs is not None:
+            log_p[row, : len(one)] = trace.logprobs
+        mask[row, : len(one)] = True
+    segments = mask.astype(np.int32)
+    log_q, log_p, mask, segments = (jnp.asarray(x) for x in (log_q, log_p, mask, segments))
+    found = np.asarray(_weigh(cfg, log_q, log_p, mask, segments, step, tempering))
+    return [found[row, : len(one)] for row, one in enumerate(student)]
+
+
+def _tempering(run: Run, cfg: WeightConfig) -> Tempering | None:
+    """Temperature and offset of the last logged step, where they are automatic."""
+    if not cfg.automatic:
+        return None
+    lines = read_metrics(run.path / "metrics.jsonl")
+    found = [line for line in lines if "weights/temperature" in line]
+    if not found:
+        raise DcodError(
+            f"{run.path}/metrics.jsonl has no weights/temperature, and loss.weights.temperature or "
+            f"offset is {AUTO!r}; train at least one step"
+        )
+    return Tempering(found[-1]["weights/temperature"], found[-1]["weights/offset"])
+
+
+# ---------------------------------------------------------------- what is there
+
+
+def _check_config(run: Run) -> None:
+    """Refuse a config.json without the settings that weights and log-probs follow from."""
+    known, own = configs.keys(configs.load_recipe(configs.BASE)), configs.keys(run.config)
+    sections = ("student.", "data.", "score.", "loss.", "train.", "export.")
+    odd = [key for key in {**known, **own} if (key in known) != (key in own)]
+    odd = [key for key in odd if key.startswith(sections)]
+    if odd:
+        raise DcodError(
+            f"{run.path}/config.json is of another version of dcod_jax, which differs in "
+            f"{', '.join(odd[:3])}"
+        )
+
+
+def _dataset(run: Run) -> TraceDataset:
+    root = as_path(configs.dataset_dir(run.config))
+    # Beside the run and its variants as well: it may have been moved since.
+    for home in (root, run.path / "dataset", run.path.parent / "dataset"):
+        for path in (home / "eval", home / "train", home):
+            if (path / MANIFEST).is_file():
+                return TraceDataset(path, verify=False)
+    raise DcodError(f"no trace dataset in {root}")
+
+
+def _export(run: Run) -> Path:
+    """The run's export, also where the run was moved since."""
+    wanted, beside = export_path(run.config), run.path / "export"
+    return beside if (beside / MARKER).is_file() and not (wanted / MARKER).is_file() else wanted
+
+
+def _tokenizer(run: Run) -> Any:
+    export = _export(run)
+    if (export / MARKER).is_file():
+        return load_any_tokenizer(export)
+    settings = run.config.student
+    home = as_path(settings.tokenizer or settings.path or settings.config)
+    home = home.parent if home.name == "config.json" else home
+    return load_any_tokenizer(home, chat_template=settings.chat_template)
+
+
+def _student(run: Run) -> tuple[str, ModelConfig, Params, Any]:
+    """(what it is, architecture, parameters, mesh); split over the devices that are here."""
+    mesh = make_mesh(1, -1)
+    export = _export(run)
+    if (export / MARKER).is_file():
+        return f"export {export}", *hf.load_model(export, dtype=jnp.float32, mesh=mesh), mesh
+    checkpoints = run.path / "checkpoints"
+    steps = []
+    if checkpoints.is_dir():
+        checkpointer = Checkpointer(run.path)
+        steps = checkpointer.steps()
+    if not steps:
+        raise DcodError(f"{run.path} has neither an export nor a finished checkpoint")
+    settings = run.config.student
+    model_config = hf.read_config(as_path(settings.path or settings.config))
+    shapes = jax.tree.map(
+        lambda shape, layout: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=layout),
+        transformer.param_shapes(model_config),
+        tree_shardings(mesh, transformer.logical_axes(model_config)),
+    )
+    params, _ = checkpointer.restore_params(shapes, step=steps[-1])
+    checkpointer.close()
+    return f"checkpoint of step {steps[-1]}", model_config, params, mesh
+
+
+# ---------------------------------------------------------------- for the page
+
+
+def histogram(seen: Seen) -> dict[str, Any] | None:
+    """Counts of the weights in equal bins from 0 to the largest, with mean and quantiles."""
+    if seen.weights is None:
+        return None
+    values = np.concatenate(seen.weights).astype(np.float64)
+    top, square = float(values.max()) or 1.0, float((values**2).sum())
+    counts, edges = np.histogram(values, bins=BINS, range=(0.0, top))
+    quantiles = np.quantile(values, [0.05, 0.5, 0.95])
+    return {
+        "edges": edges.tolist(),
+        "counts": counts.tolist(),
+        "tokens": len(values),
+        "traces": len(seen.traces),
+        "mean": float(values.mean()),
+        "quantiles": dict(zip(("q05", "q50", "q95"), quantiles.tolist(), strict=True)),
+        "ess": float(values.sum() ** 2 / (len(values) * square)) if square else None,
+    }
+
+
+def shown(seen: Seen, *, count: int) -> list[dict[str, Any]]:
+    """The first traces for the page: texts of the tokens, and numbers of the completion's."""
+    records = []
+    for i, trace in enumerate(seen.traces[:count]):
+        texts = [
+            seen.tokenizer.backend_tokenizer.decode([token], skip_special_tokens=False)
+            for token in trace.token_ids.tolist()
+        ]
+        records.append(
+            {
+                "id": trace.id,
+                "split": seen.split,
+                "texts": texts,
+                "completion": np.flatnonzero(trace.completion_mask).tolist(),
+                "teacher": _rounded(trace.logprobs),
+                "student": _rounded(seen.student[i]),
+                "weights": _rounded(None if seen.weights is None else seen.weights[i]),
+            }
+        )
+    return records
+
+
+def _rounded(values: np.ndarray | None) -> list[float] | None:
+    return None if values is None else [float(f"{x:.5g}") for x in values]

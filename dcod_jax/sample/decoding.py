@@ -1,0 +1,305 @@
+"""The compiled half of the sampler: prefill of some rows and a block of decode steps for all.
+
+Shapes are static: R rows, M cache slots, N places for drawn tokens. Every row carries its own
+position, count and sequence name, so rows are independent and any of them may be given a new prompt
+while the others are in the middle of theirs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from dcod_jax.models.cached import Cache, forward_with_cache, init_cache, split_layers, turn_kernels
+from dcod_jax.models.config import ModelConfig
+from dcod_jax.models.layers import turned_matmul
+from dcod_jax.models.transformer import head_weight, logical_axes
+from dcod_jax.parallel.mesh import constrain, is_names, parts, platform
+from dcod_jax.sample.sampling import Settings, choose
+from dcod_jax.types import Params
+
+PREFILL_CHUNKS = (16, 64, 256)  # multiples of the first up to the second, then powers of two
+MAX_SPLIT_LAYERS = 64  # deeper models are scanned in decoding too, to bound the program's size
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What the two compiled functions are compiled for, beside the shapes and the mode."""
+
+    config: ModelConfig
+    valid_vocab: int
+    compute_dtype: Any
+    mesh: Mesh | None
+    split: bool  # layers are unrolled, each with its own weights and cache, instead of scanned
+    turned: bool  # kernels are [out, in] (layers.turned_matmul)
+
+
+def make_program(
+    config: ModelConfig, *, valid_vocab: int, compute_dtype: Any, mesh: Mesh | None
+) -> Program:
+    """The program that suits the model's depth, the mesh and its platform.
+
+    A mesh of one device is left out: it splits nothing, and callers with and without one share
+    what is compiled.
+    """
+    where = jax.default_backend() if mesh is None else platform(mesh)
+    return Program(
+        config,
+        valid_vocab,
+        np.dtype(compute_dtype),
+        None if mesh is None or mesh.size == 1 else mesh,
+        # Weights split over FSDP are gathered layer by layer, inside the scan that frees them.
+        split=config.num_layers <= MAX_SPLIT_LAYERS and parts(mesh, "embed") == 1,
+        turned=where == "cpu",
+    )
+
+
+def prefill_chunk(longest: int) -> int:
+    """Tokens of a row in one prefill step: 42 -> 48, 100 -> 64, 600 -> 128, 5000 -> 256.
+
+    Larger ones read the weights less often, smaller ones pad less.
+    """
+    step, small, most = PREFILL_CHUNKS
+    if longest > small:
+        return min(max(1 << ((longest - 1) // 8).bit_length(), small), most)
+    return -(-longest // step) * step
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The state of all rows between two calls; as a pytree it also holds shapes and shardings."""
+
+    cache: Cache
+    names: Any  # uint32 [R]: index of the row's sequence, which with the seed makes its randomness
+    lengths: Any  # int32 [R]: tokens of the prompt
+    tokens: Any  # int32 [R]: the last token drawn, not yet in the cache
+    counts: Any  # int32 [R]: tokens drawn
+    alive: Any  # bool [R]
+    drawn: Any  # int32 [R, N]
+    logprobs: Any  # float32 [R, N]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is the same for all sequences of one call and not compiled in."""
+
+    key: Any
+    settings: Settings
+    stop_ids: Any  # int32 [S]
+    max_new_tokens: Any  # int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A model's parameters as a program decodes with them."""
+
+    program: Program
+    params: Params
+
+
+def prepare(params: Params, program: Program, *, mesh: Mesh | None) -> Prepared:
+    """The parameters in the form of the program, bound to the mesh's device if it has but one."""
+    used = jax.tree.leaves(params)[0].devices() if mesh is None else set(mesh.devices.flat)
+    placed = jax.device_put(params, *used) if len(used) == 1 else params
+    return Prepared(program, _prepare_params(placed, program=program))
+
+
+@functools.partial(jax.jit, static_argnames=("program",))
+def _prepare_params(params: Params, *, program: Program) -> Params:
+    """The matrices in compute dtype and layout, once and not at every step; norms keep theirs."""
+    cast = jax.tree.map(
+        lambda names, x: x if names[-1] == "norm" else x.astype(program.compute_dtype),
+        logical_axes(program.config),
+        params,
+        is_leaf=is_names,
+    )
+    cast = turn_kernels(cast) if program.turned else cast
+    return split_layers(cast) if program.split else cast
+
+
+@functools.partial(
+    jax.jit, static_argnames=("program", "rows", "slots", "places"), keep_unused=True
+)
+def empty_rows(beside: Array, *, program: Program, rows: int, slots: int, places: int) -> Rows:
+    """Rows without a sequence, where the weight `beside` is.
+
+    What is made out of nothing is bound to no device, and the rows that prefill and decode return
+    are bound to the weights': prefill would be compiled for each of the two.
+    """
+    integers = jnp.zeros(rows, jnp.int32)
+    return _pin(
+        Rows(
+            cache=init_cache(
+                program.config, rows, slots, program.compute_dtype, split=program.split
+            ),
+            names=integers.astype(jnp.uint32),
+            lengths=integers,
+            tokens=integers,
+            counts=integers,
+            alive=integers.astype(bool),
+            drawn=jnp.zeros((rows, places), jnp.int32),
+            logprobs=jnp.zeros((rows, places), jnp.float32),
+        ),
+        program.mesh,
+    )
+
+
+def _pin(rows: Rows, mesh: Mesh | None) -> Rows:
+    """Cache split over the batch and the kv heads; everything small is whole on every device."""
+
+    def heads(x: Array) -> Array:
+        return constrain(x, mesh, None, "batch", "kv_heads", None, None)
+
+    whole = jax.tree.map(lambda x: constrain(x, mesh, *(None,) * x.ndim), rows)
+    return dataclasses.replace(whole, cache=jax.tree.map(heads, rows.cache))
+
+
+def _draw(
+    program: Program,
+    head: Float[Array, "V D"],
+    hidden: Float[Array, "B D"],
+    names: Array,
+    steps: Int[Array, " B"],
+    request: Request,
+) -> tuple[Array, Array, Array]:
+    """Tokens, log-probs, and whether a token ends its sequence; the key is (seed, name, step)'s."""
+    if program.turned:
+        logits = turned_matmul(hidden, head)
+    else:
+        logits = jnp.einsum("bd,vd->bv", hidden, head, preferred_element_type=jnp.float32)
+    keys = jax.vmap(
+        lambda name, step: jax.random.fold_in(jax.random.fold_in(request.key, name), step)
+    )(names, steps)
+    tokens, logprobs = choose(logits, keys, request.settings, valid_vocab=program.valid_vocab)
+    ended = (tokens[:, None] == request.stop_ids).any(axis=1)
+    return tokens, logprobs, ended | (steps + 1 >= request.max_new_tokens)
+
+
+@functools.partial(jax.jit, static_argnames=("program", "chunk"), donate_argnames=("rows",))
+def prefill(
+    params: Params,
+    rows: Rows,
+    prompts: Int[Array, "P T"],
+    lengths: Int[Array, " P"],
+    places: Int[Array, " P"],
+    names: Array,
+    request: Request,
+    *,
+    chunk: int,
+    program: Program,
+) -> Rows:
+    """Put P prompts into the rows `places` and draw their first tokens.
+
+    T is a multiple of `chunk`, the tokens of a row that are taken at a time; chunks behind the
+    longest of these prompts are not computed. A place out of range (no prompt) is not written.
+    """
+    last = jnp.maximum(lengths - 1, 0)
+    parts = last.max() // chunk + 1
+    width = program.config.hidden_size
+
+    def add(index: Array, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:
+        found, cache = carry
+        start = index * chunk
+        tokens = jax.lax.dynamic_slice_in_dim(prompts, start, chunk, axis=1)
+        positions = jnp.broadcast_to(start + jnp.arange(chunk), tokens.shape)
+        hidden, cache = forward_with_cache(
+            program.config,
+            params,
+            tokens,
+            positions=positions,
+            cache=cache,
+            rows=places,
+            compute_dtype=program.compute_dtype,
+            mesh=program.mesh,
+            turned=program.turned,
+        )
+        here = jnp.clip(last - start, 0, chunk - 1)
+        picked = jnp.take_along_axis(hidden, here[:, None, None], axis=1)[:, 0]
+        return jnp.where((last // chunk == index)[:, None], picked, found), cache
+
+    found = jnp.zeros((prompts.shape[0], width), program.compute_dtype)
+    hidden, cache = jax.lax.fori_loop(0, parts, add, (found, rows.cache))
+    steps = jnp.zeros_like(lengths)
+    head = head_weight(program.config, params)
+    tokens, logprobs, ended = _draw(program, head, hidden, names, steps, request)
+
+    def put(x: Array, values: Any) -> Array:
+        return x.at[places].set(values, mode="drop")
+
+    return _pin(
+        Rows(
+            cache=cache,
+            names=put(rows.names, names),
+            lengths=put(rows.lengths, lengths),
+            tokens=put(rows.tokens, tokens),
+            counts=put(rows.counts, 1),
+            alive=put(rows.alive, ~ended),
+            drawn=rows.drawn.at[places, 0].set(tokens, mode="drop"),
+            logprobs=rows.logprobs.at[places, 0].set(logprobs, mode="drop"),
+        ),
+        program.mesh,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("program",), donate_argnames=("rows",))
+def decode(
+    params: Params,
+    rows: Rows,
+    stopped: Array,
+    request: Request,
+    *,
+    most_steps: Int[Array, ""],
+    most_alive: Int[Array, ""],
+    program: Program,
+) -> Rows:
+    """Decode until at most `most_alive` rows are alive, or most_steps steps.
+
+    `stopped` [R] rows have reached a stop string and are dead from now on.
+    """
+    head = head_weight(program.config, params)
+    everyone = jnp.arange(rows.tokens.shape[0])
+
+    def unfinished(state: tuple[Array, Rows]) -> Array:
+        step, rows = state
+        return (step < most_steps) & (rows.alive.sum() > most_alive)
+
+    def advance(state: tuple[Array, Rows]) -> tuple[Array, Rows]:
+        step, rows = state
+        # A dead row writes nothing and its position does not count.
+        positions = jnp.where(rows.alive, rows.lengths + rows.counts - 1, -1)
+        hidden, cache = forward_with_cache(
+            program.config,
+            params,
+            rows.tokens[:, None],
+            positions=positions[:, None],
+            cache=rows.cache,
+            compute_dtype=program.compute_dtype,
+            mesh=program.mesh,
+            turned=program.turned,
+        )
+        tokens, logprobs, ended = _draw(
+            program, head, hidden[:, 0], rows.names, rows.counts, request
+        )
+        at = (everyone, jnp.where(rows.alive, rows.counts, rows.drawn.shape[1]))
+        return step + 1, Rows(
+            cache=cache,
+            names=rows.names,
+            lengths=rows.lengths,
+            tokens=jnp.where(rows.alive, tokens, rows.tokens),
+            counts=rows.counts + rows.alive,
+            alive=rows.alive & ~ended,
+            drawn=rows.drawn.at[at].set(tokens, mode="drop"),
+            logprobs=rows.logprobs.at[at].set(logprobs, mode="drop"),
+        )
+
+    rows = dataclasses.replace(rows, alive=rows.alive & ~stopped)
+    return _pin(jax.lax.while_loop(unfinished, advance, (jnp.int32(0), rows))[1], program.mesh)

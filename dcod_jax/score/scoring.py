@@ -1,0 +1,299 @@
+"""The teacher's log-probabilities of trace tokens: batched by length, sharded over the mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from dcod_jax.data import chat
+from dcod_jax.errors import DcodError
+from dcod_jax.files import Path, as_path
+from dcod_jax.losses.divergences import target_logprobs
+from dcod_jax.losses.events import Layout, event_logits
+from dcod_jax.losses.head import head_loss, token_logprobs
+from dcod_jax.models.config import ModelConfig
+from dcod_jax.models.gguf import export_tokenizer
+from dcod_jax.models.hf import load_model, weights_fingerprint
+from dcod_jax.models.transformer import head_weight, hidden_states
+from dcod_jax.parallel.mesh import batch_shards, constrain, put, sharding
+from dcod_jax.sample.sampler import bucket_length
+from dcod_jax.types import Params, Trace
+
+TAIL_FLOOR = -100.0  # log of a tail that float32 holds to be empty: small, and never -inf
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A model that scores or samples, and what a manifest says about it; weights not yet read."""
+
+    path: Path
+    name: str
+    revision: str
+    weights: str  # hash of the weight files' content
+    dtype: str  # of weights and compute
+    tokenizer: Any
+
+    def provenance(self) -> dict[str, str]:
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "weights": self.weights,
+            "dtype": self.dtype,
+        }
+
+    def load(self, mesh: Mesh | None = None) -> tuple[ModelConfig, Params]:
+        return load_model(self.path, dtype=jnp.dtype(self.dtype), mesh=mesh)
+
+
+def open_teacher(settings: Any, *, chat_template: str = "") -> Teacher:
+    """The teacher of config.teacher (path, name, revision, dtype): an HF directory or .gguf."""
+    if not settings.path:
+        raise DcodError("teacher.path is empty; expected an HF directory or a .gguf file")
+    path = as_path(settings.path)
+    return Teacher(
+        path=path,
+        name=settings.name or path.stem,
+        revision=settings.revision,
+        weights=weights_fingerprint(path),
+        dtype=settings.dtype,
+        tokenizer=load_any_tokenizer(path, chat_template=chat_template),
+    )
+
+
+def load_any_tokenizer(path: Path, *, chat_template: str = "") -> Any:
+    """Tokenizer of an HF directory, or the one inside a .gguf file."""
+    if path.suffix != ".gguf":
+        return chat.load_tokenizer(path, chat_template=chat_template)
+    with tempfile.TemporaryDirectory() as directory:
+        export_tokenizer(path, directory)
+        return chat.load_tokenizer(directory, chat_template=chat_template)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreSettings:
+    """How traces are scored."""
+
+    top_k: int  # 0: the trace token only
+    batch_tokens: int  # tokens of a batch, padding included
+    head_chunk: int  # tokens whose logits exist at one time
+    compute_dtype: str
+    valid_vocab: int  # the tokenizer's real size; rows above it are padding
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedBatch:
+    """Traces scored together as one [rows, length] batch."""
+
+    members: tuple[int, ...]
+    rows: int
+    length: int
+
+
+def plan_batches(
+    lengths: Sequence[int], *, batch_tokens: int, shards: int = 1
+) -> list[PlannedBatch]:
+    """Group by length, longest first, into few shapes of about batch_tokens tokens.
+
+    The plan is a function of the arguments only: a shard scored again has the same batches.
+    [40, 7, 300] at 640 tokens -> [300] as [2, 320]; the other two join as far as rows are left.
+    Rows are a multiple of `shards`; one trace longer than batch_tokens still gets its batch.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches, start = [], 0
+    while start < len(order):
+        length = bucket_length(lengths[order[start]])
+        full = max(batch_tokens // (length * shards), 1)
+        needed = -(-(len(order) - start) // shards)
+        rows = min(full, 1 << (needed - 1).bit_length()) * shards
+        members = tuple(order[start : start + rows])
+        batches.append(PlannedBatch(members, rows, length))
+        start += len(members)
+    return batches
+
+
+def score_traces(
+    config: ModelConfig,
+    params: Params,
+    traces: Sequence[Trace],
+    *,
+    settings: ScoreSettings,
+    mesh: Mesh | None = None,
+    on_tokens: Callable[[int], None] | None = None,
+) -> list[Trace]:
+    """The traces with log p(token | prefix) of each completion token, and the top-k if asked for.
+
+    Batches depend on the given traces and the mesh only. `on_tokens(n)` is called with the tokens
+    of each batch read. Raises DcodError naming the trace whose result is NaN, infinite or positive.
+    """
+    if settings.top_k > settings.valid_vocab:
+        raise DcodError(
+            f"score.top_k={settings.top_k} exceeds the vocabulary of {settings.valid_vocab}"
+        )
+    for trace in traces:
+        _check_trace(config, trace, valid_vocab=settings.valid_vocab)
+    scored: list[Trace | None] = [None] * len(traces)
+    plan = plan_batches(
+        [len(t.token_ids) - 1 for t in traces],
+        batch_tokens=settings.batch_tokens,
+        shards=batch_shards(mesh),
+    )
+    for batch, out in _one_ahead(
+        plan, lambda b: _launch(config, params, traces, b, settings, mesh)
+    ):
+        arrays = jax.device_get(out)
+        for row, i in enumerate(batch.members):
+            scored[i] = _with_scores(traces[i], [a[row] for a in arrays])
+        if on_tokens is not None:
+            on_tokens(sum(len(traces[i].token_ids) for i in batch.members))
+    return [t for t in scored if t is not None]
+
+
+def _one_ahead(
+    plan: Sequence[PlannedBatch], launch: Callable[[PlannedBatch], Any]
+) -> Iterator[tuple[PlannedBatch, Any]]:
+    """Results in order, each given out after the next batch was started on the device."""
+    waiting: tuple[PlannedBatch, Any] | None = None
+    for batch in plan:
+        started = (batch, launch(batch))
+        if waiting is not None:
+            yield waiting
+        waiting = started
+    if waiting is not None:
+        yield waiting
+
+
+def _check_trace(config: ModelConfig, trace: Trace, *, valid_vocab: int) -> None:
+    count = len(trace.token_ids)
+    if count < 2 or trace.completion_mask[0] or not trace.completion_mask.any():
+        raise DcodError(
+            f"trace {trace.id!r}: expected a prompt of at least one token before a completion, got "
+            f"{count} tokens, {int(trace.completion_mask.sum())} of them completion"
+        )
+    if count - 1 > config.max_position_embeddings:
+        raise DcodError(
+            f"trace {trace.id!r} has {count} tokens, the teacher's max_position_embeddings is "
+            f"{config.max_position_embeddings}; lower data.max_length and prepare again"
+        )
+    if trace.token_ids.min() < 0 or trace.token_ids.max() >= valid_vocab:
+        raise DcodError(
+            f"trace {trace.id!r}: token ids reach {int(trace.token_ids.max())}, the teacher's "
+            f"tokenizer has {valid_vocab}; the dataset was written with another tokenizer"
+        )
+
+
+def _launch(
+    config: ModelConfig,
+    params: Params,
+    traces: Sequence[Trace],
+    batch: PlannedBatch,
+    settings: ScoreSettings,
+    mesh: Mesh | None,
+) -> tuple[jax.Array, ...]:
+    tokens = np.zeros((batch.rows, batch.length), np.int32)
+    targets = np.zeros_like(tokens)
+    segment_ids = np.zeros_like(tokens)
+    for row, i in enumerate(batch.members):
+        ids = traces[i].token_ids
+        tokens[row, : len(ids) - 1] = ids[:-1]
+        targets[row, : len(ids) - 1] = ids[1:]
+        segment_ids[row, : len(ids) - 1] = 1
+    placed = [
+        jnp.asarray(x) if mesh is None else put(x, sharding(mesh, ("batch", None)))
+        for x in (tokens, targets, segment_ids)
+    ]
+    return score_step(config, params, *placed, settings=settings, mesh=mesh)
+
+
+def _with_scores(trace: Trace, rows: list[np.ndarray]) -> Trace:
+    """Keep the completion's entries of [T, ...] results; position t speaks about token t + 1."""
+    where = np.flatnonzero(trace.completion_mask) - 1
+    kept = [row[where] for row in rows]
+    for values in (kept[0], *kept[2:]):
+        bad = ~np.isfinite(values) | (values > 0)
+        if bad.any():
+            at = np.unravel_index(int(np.argmax(bad)), values.shape)
+            raise DcodError(
+                f"trace {trace.id!r}: the teacher gave log-probability {values[at]} to completion "
+                f"token {at[0]}; expected a finite number <= 0; do its weights hold NaN or inf, or "
+                "does it need teacher.dtype=float32?"
+            )
+    if len(kept) == 1:
+        return dataclasses.replace(trace, logprobs=kept[0])
+    logprobs, ids, values, tail = kept
+    return dataclasses.replace(
+        trace,
+        logprobs=logprobs,
+        topk_ids=ids,
+        topk_logprobs=values.astype(ml_dtypes.bfloat16),
+        tail_logprobs=tail,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "settings", "mesh"))
+def score_step(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    targets: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    *,
+    settings: ScoreSettings,
+    mesh: Mesh | None,
+) -> tuple[Any, ...]:
+    """(log-probs [B, T],) or with top-k (log-probs, ids [B, T, K], log-probs [B, T, K], tail)."""
+    hidden = hidden_states(
+        config,
+        params,
+        tokens,
+        segment_ids=segment_ids,
+        compute_dtype=jnp.dtype(settings.compute_dtype),
+        mesh=mesh,
+    )
+    head, mask = head_weight(config, params), segment_ids > 0
+    options = {"chunk": settings.head_chunk, "mesh": mesh, "valid_vocab": settings.valid_vocab}
+    if settings.top_k:
+        observe = functools.partial(_observe_top_k, top_k=settings.top_k, mesh=mesh)
+        _, out = head_loss(hidden, head, targets, mask, (), observe, **options)
+    else:
+        out = (token_logprobs(hidden, head, targets, **options),)
+    return jax.tree.map(lambda x: constrain(_round_down(x), mesh, *(None,) * x.ndim), out)
+
+
+def _round_down(x: jax.Array) -> jax.Array:
+    """A log-probability that rounding left just above 0 becomes 0; a real mistake stays."""
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return x
+    return jnp.where(x > 1e-3, x, jnp.minimum(x, 0.0))
+
+
+def _observe_top_k(
+    logits: jax.Array, targets: jax.Array, aux: Any, shared: Any, *, top_k: int, mesh: Mesh | None
+) -> tuple[jax.Array, Any]:
+    """What head_loss collects from each chunk of logits; there is no loss."""
+    out = (target_logprobs(logits, targets), *top_k_logprobs(logits, top_k=top_k, mesh=mesh))
+    return jnp.zeros(targets.shape, jnp.float32), out
+
+
+def top_k_logprobs(
+    logits: Float[Array, "*N V"], *, top_k: int, mesh: Mesh | None = None
+) -> tuple[Int[Array, "*N K"], Float[Array, "*N K"], Float[Array, "*N"]]:
+    """Most probable tokens, their log-probs, and log(1 - Σ of their probabilities).
+
+    The tail is summed over the other tokens' logits rather than taken as 1 - Σ, which would lose it
+    where Σ is near 1. It is at least TAIL_FLOOR, also where K = V leaves nothing. mesh: the logits
+    are split over it as in the head.
+    """
+    ids = jax.lax.top_k(logits, top_k)[1]
+    events, _ = event_logits(logits, ids, ids[..., 0], Layout(mesh=mesh))
+    logprobs = jax.nn.log_softmax(events, axis=-1)
+    return ids, logprobs[..., :-1], jnp.maximum(logprobs[..., -1], TAIL_FLOOR)

@@ -1,0 +1,70 @@
+"""`python -m dcod_jax.study --config study`: run what is not done yet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dcod_jax.errors import DcodError
+from dcod_jax.logs import track
+from dcod_jax.study.conditions import (
+    MAIN,
+    Results,
+    arms,
+    conditions,
+    pending,
+    test_seeds,
+    tuning_seeds,
+)
+from dcod_jax.study.lab import Lab
+
+
+def study(config: Any) -> None:
+    """Every run that results.jsonl lacks, in the order of the recipe."""
+    if "://" in config.run_dir:
+        raise DcodError(f"run_dir={config.run_dir}: a study appends to its results on a local disk")
+    directory = Path(config.run_dir)
+    results = Results(directory / "results.jsonl")
+    lab = Lab(config, directory, wanted_starts(config))
+    total = count_runs(config)
+    named = conditions(config)
+    wanted = {
+        (kind, name, seed)
+        for name, condition in named.items()
+        for kind, seeds in (("tune", tuning_seeds(condition)), ("test", test_seeds(condition)))
+        for seed in seeds
+    }
+    done = sum((x["kind"], x["condition"], x["seed"]) in wanted for x in results.done.values())
+    with track("study", total, unit="runs", done=done, enabled=config.train.progress) as advance:
+        for run, own in pending(config, results):
+            if run.condition not in results.references:
+                results.refer(run.condition, lab.reference(own))
+            if run.kind == "test":
+                results.begin_alike(run, lab.start_correct(own, run.seed))
+            measured = lab.run(own, kind=run.kind, rate=run.rate, seed=run.seed)
+            results.record(run, measured)
+            note = f"{run.kind} {run.condition} {run.arm} seed {run.seed} {measured['accuracy']}"
+            advance(1, note)
+
+
+def count_runs(config: Any) -> int:
+    """Lines that a finished study has, settings left out."""
+    total, main_arms = 0, set()
+    for name, condition in conditions(config).items():
+        entries = arms(condition)
+        main_arms = set(entries) if name == MAIN else main_arms
+        own = condition.study.own_rates or name == MAIN
+        tuned = [arm for arm in entries if own or arm not in main_arms]
+        total += len(tuned) * len(condition.study.learning_rates) * condition.study.tuning_seeds
+        total += len(entries) * condition.study.seeds
+    return total
+
+
+def wanted_starts(config: Any) -> dict[tuple[int, int], set[int]]:
+    """{(width, layers): warm-start steps} over the conditions."""
+    wanted: dict[tuple[int, int], set[int]] = {}
+    for condition in conditions(config).values():
+        study = condition.study
+        if study.start_steps:
+            wanted.setdefault((study.width, study.layers), set()).add(study.start_steps)
+    return wanted

@@ -1,0 +1,290 @@
+"""What the study runs, in which order, and the file that remembers what is done.
+
+results.jsonl holds three kinds of lines, each appended whole:
+
+    {"kind": "settings", "condition", "arm", "settings": {key: value unlike configs/base.py}}
+    {"kind": "reference", "condition", accuracy of the teacher, counts of the traces}
+    {"kind": "tune" | "test", "condition", "arm", "seed", "rate", ...what was measured}
+
+A line that a kill cut off is dropped, and its run is done again. A run whose settings differ from
+those written for its condition and arm is refused: the file would hold two studies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dcod_jax import config as configs
+from dcod_jax.errors import DcodError
+
+MAIN = "main"  # the condition whose learning rates the others take over, where it has the arm
+# Keys that say where things are or what else is run, not what a run is.
+_ELSEWHERE = (
+    "run_dir",
+    "study.arms",
+    "study.conditions",
+    "study.only",
+    "study.seeds",
+    "study.tuning_seeds",
+    "study.learning_rates",
+    "study.own_rates",
+    "teacher.name",
+    "data.prefetch",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training of one arm under one condition."""
+
+    kind: str  # "tune": on the validation problems; "test"
+    condition: str
+    arm: str
+    seed: int
+    rate: float
+
+    @property
+    def key(self) -> tuple[str, str, str, int, float]:
+        return (self.kind, self.condition, self.arm, self.seed, self.rate)
+
+
+def _named(entries: Any, key: str) -> dict[str, list[str]]:
+    """("sft a=1 b=2", ...) -> {"sft": ["a=1", "b=2"]}."""
+    found: dict[str, list[str]] = {}
+    for text in entries:
+        name, *changes = text.split()
+        if name in found:
+            raise DcodError(f"study.{key}: {name!r} comes twice; names must differ")
+        found[name] = changes
+    if not found:
+        raise DcodError(f'study.{key} is empty; expected entries such as "name key=value"')
+    return found
+
+
+def conditions(config: Any) -> dict[str, Any]:
+    """{name: the config of the condition}, in order."""
+    entries = _named(config.study.conditions, "conditions")
+    return {name: configs.with_changes(config, changes) for name, changes in entries.items()}
+
+
+def arms(condition: Any) -> dict[str, Any]:
+    """{name: the config of the arm under this condition}; study.only leaves some out."""
+    entries = _named(condition.study.arms, "arms")
+    unknown = [name for name in condition.study.only if name not in entries]
+    if unknown:
+        raise DcodError(
+            f"study.only names {', '.join(unknown)}, which study.arms has not; "
+            f"it has {', '.join(entries)}"
+        )
+    return {
+        name: configs.with_changes(condition, changes)
+        for name, changes in entries.items()
+        if name in condition.study.only or not condition.study.only
+    }
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """What differs from configs/base.py and says what a run is."""
+    defaults = configs.keys(configs.load_recipe(configs.BASE))
+    flat = configs.keys(config)
+    changed = {k: v for k, v in flat.items() if k not in _ELSEWHERE and v != defaults.get(k)}
+    for key in ("teacher.path", "student.path"):  # where the checkout lies is no setting
+        if key in changed:
+            changed[key] = Path(changed[key]).name
+    return json.loads(json.dumps(changed, sort_keys=True))
+
+
+# ---------------------------------------------------------------- the results file
+
+
+class Results:
+    """The lines of a results file, and the only writer of it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.lines: list[dict[str, Any]] = read_results(path) if path.exists() else []
+        self.settings = {
+            (line["condition"], line["arm"]): line["settings"]
+            for line in self.lines
+            if line["kind"] == "settings"
+        }
+        self.references = {x["condition"]: x for x in self.lines if x["kind"] == "reference"}
+        self.done = {_key(x): x for x in self.lines if x["kind"] in ("tune", "test")}
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Write one line, forced to the disk; what a kill left of an earlier one is cut off."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(line, sort_keys=True, allow_nan=False) + "\n"
+        with open(self.path, "ab+") as file:
+            _drop_torn_line(file)
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self.lines.append(line)
+
+    def record(self, run: Run, measured: dict[str, Any]) -> None:
+        line = dataclasses.asdict(run) | measured
+        self.append(line)
+        self.done[run.key] = line
+
+    def refer(self, condition: str, measured: dict[str, Any]) -> None:
+        """Write down what a condition begins with."""
+        line = {"kind": "reference", "condition": condition} | measured
+        self.append(line)
+        self.references[condition] = line
+
+    def begin_alike(self, run: Run, start: dict[str, str]) -> None:
+        """Refuse a test run from another start than the seed's other runs of the condition.
+
+        start: as Lab.start_correct has it. A start that was trained again by another version of
+        the program, or on another machine, can differ by more than what is compared.
+        """
+        for line in self.done.values():
+            same = (line["kind"], line["condition"], line["seed"]) == (
+                "test",
+                run.condition,
+                run.seed,
+            )
+            if same and line["start"] != start:
+                raise DcodError(
+                    f"{self.path}: arm {line['arm']!r} of condition {run.condition!r}, seed "
+                    f"{run.seed}, began from a start that solves other problems than the one that "
+                    f"is there now. Put the earlier one back ({self.path.parent}/starts), or take "
+                    "the condition's lines of that seed out of the file so that all its runs are "
+                    "done from this one"
+                )
+
+    def hold_to(self, condition: str, arm: str, settings: dict[str, Any]) -> None:
+        """Write down what this condition and arm are, or refuse when that has changed."""
+        before = self.settings.get((condition, arm))
+        if before is None:
+            own = {"kind": "settings", "condition": condition, "arm": arm, "settings": settings}
+            self.append(own)
+            self.settings[condition, arm] = settings
+        elif before != settings:
+            changed = [
+                f"{key}: {before.get(key, 'default')!r} then, {settings.get(key, 'default')!r} now"
+                for key in sorted(before.keys() | settings.keys())
+                if before.get(key) != settings.get(key)
+            ]
+            raise DcodError(
+                f"{self.path} holds runs of condition {condition!r}, arm {arm!r} with other "
+                "settings:\n  " + "\n  ".join(changed) + "\nset them back, or choose another "
+                "run_dir or another name"
+            )
+
+
+def _key(line: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(line[name] for name in ("kind", "condition", "arm", "seed", "rate"))
+
+
+def _drop_torn_line(file: Any) -> None:
+    file.seek(0)
+    content = file.read()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        file.truncate(whole)
+    file.seek(0, os.SEEK_END)
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a results file; raises DcodError with file:line where one is no JSON."""
+    if not path.is_file():
+        raise DcodError(f"{path}: no such file; python -m dcod_jax.study writes it")
+    lines = []
+    *whole, _ = path.read_bytes().split(b"\n")
+    for number, raw in enumerate(whole, 1):
+        try:
+            lines.append(json.loads(raw))
+        except ValueError as error:
+            raise DcodError(f"{path}:{number}: not JSON ({error}); remove the line") from None
+    return lines
+
+
+def pack_bits(correct: np.ndarray) -> str:
+    """[n] bool as hexadecimal digits, the first one in the highest bit."""
+    return np.packbits(correct).tobytes().hex()
+
+
+def unpack_bits(text: str, count: int) -> np.ndarray:
+    """[count] bool of what pack_bits wrote."""
+    packed = np.frombuffer(bytes.fromhex(text), np.uint8)
+    return np.unpackbits(packed, count=count).astype(bool)
+
+
+# ---------------------------------------------------------------- learning rates and order
+
+
+def test_seeds(config: Any) -> range:
+    """Seeds of the test runs."""
+    return range(config.seed + 1, config.seed + 1 + config.study.seeds)
+
+
+def tuning_seeds(config: Any) -> list[int]:
+    """Seeds of the tuning runs; no test run has them, whatever study.seeds grows to."""
+    return [config.seed + 1000 * number for number in range(config.study.tuning_seeds)]
+
+
+def validation(results: Results, condition: str, arm: str) -> dict[float, dict[int, float]]:
+    """{rate: {seed: validation accuracy}} of the tuning runs."""
+    found: dict[float, dict[int, float]] = {}
+    for line in results.done.values():
+        if (line["kind"], line["condition"], line["arm"]) == ("tune", condition, arm):
+            found.setdefault(line["rate"], {})[line["seed"]] = line["accuracy"]["validation"]
+    return found
+
+
+def best_rate(results: Results, condition: str, arm: str, own: Any) -> float | None:
+    """The rate with the highest mean validation accuracy over the tuning seeds, the lower one in a
+    tie; None: not all runs of the grid are done.
+    """
+    found, seeds = validation(results, condition, arm), tuning_seeds(own)
+    rates = own.study.learning_rates
+    if any(seed not in found.get(rate, {}) for rate in rates for seed in seeds):
+        return None
+    return max(sorted(rates), key=lambda rate: round(sum(found[rate][s] for s in seeds), 9))
+
+
+def pending(config: Any, results: Results) -> Iterator[tuple[Run, Any]]:
+    """(run, its config) of what is left, in order; looks at the results again after each run.
+
+    Condition by condition: first the learning-rate grids, then seed by seed all arms, so that an
+    interrupted condition still has the same seeds in every arm. A condition with study.own_rates
+    has grids of its own; the others take the rates of the condition "main" for its arms.
+    """
+    main_arms: set[str] = set()
+    for name, condition in conditions(config).items():
+        entries = arms(condition)
+        if name == MAIN:
+            main_arms = set(entries)
+        source = {
+            arm: name if condition.study.own_rates or arm not in main_arms else MAIN
+            for arm in entries
+        }
+        for arm, own in entries.items():
+            results.hold_to(name, arm, settings_of(own))
+        for arm, own in entries.items():
+            grid = itertools.product(tuning_seeds(own), own.study.learning_rates)
+            for seed, rate in grid if source[arm] == name else ():
+                run = Run("tune", name, arm, seed, rate)
+                if run.key not in results.done:
+                    yield run, own
+        for seed in test_seeds(condition):
+            for arm, own in entries.items():
+                rate = best_rate(results, source[arm], arm, own)
+                if rate is None:
+                    raise DcodError(
+                        f"no learning rate for arm {arm!r} of condition {name!r}: "
+                        f"{source[arm]!r} has to be run first; put it first in study.conditions"
+                    )
+                run = Run("test", name, arm, seed, rate)
+                if run.key not in results.done:
+                    yield run, own

@@ -1,0 +1,212 @@
+"""Numbers of a run: weight statistics on the device, files on the host, peak device speed.
+
+A value that is not available is NaN on the device and absent in the files, never 0.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+from tensorboardX import SummaryWriter
+
+from dcod_jax.errors import DcodError
+from dcod_jax.files import Location, Mirror, Path, as_path
+
+# First position within the completion of each bucket: [0,16), [16,32), ..., [1024, ∞).
+POSITION_BUCKETS = (0, 16, 32, 64, 128, 256, 512, 1024)
+SYNC_SECONDS = 60.0  # between two copies of a growing file to a store
+QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
+
+# Dense bfloat16 FLOP/s of one JAX device. A TPU v2/v3 device is a core (half a chip) and a 7x
+# device a chiplet (half a chip).
+PEAK_FLOPS: dict[str, float] = {
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+}
+
+
+def device_peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of `jax.Device.device_kind`; None where it is not in the table."""
+    return PEAK_FLOPS.get(device_kind)
+
+
+def _quantile(ordered: Array, count: Array, quantile: float) -> Array:
+    """Linear interpolation among the first `count` values, as numpy does it; NaN without any."""
+    place = quantile * (count - 1.0)
+    low = jnp.floor(place)
+    below = ordered[jnp.maximum(low, 0).astype(jnp.int32)]
+    above = ordered[jnp.clip(low + 1, 0, jnp.maximum(count - 1, 0)).astype(jnp.int32)]
+    return jnp.where(count > 0, below + (place - low) * (above - below), jnp.nan)
+
+
+def weight_statistics(
+    raw_weights: Float[Array, "B T"],
+    weights: Float[Array, "B T"],
+    student_logprobs: Float[Array, "B T"],
+    loss_mask: Bool[Array, "B T"],
+    completion_positions: Float[Array, "B T"],
+) -> dict[str, Float[Array, ""]]:
+    """Statistics over the completion tokens of the global batch; call it inside jit.
+
+    weights are final but for the batch normalisation, raw_weights before warmup and any
+    normalisation (for the saturated shares); completion_positions count within a completion.
+    ess = (Σw)²/(n Σw²) is 1 when all weights are equal; confident_mass is the share of Σw on
+    tokens with q > 0.9, confident_tokens the share of such tokens. Quantiles are exact (a sort).
+    """
+    mask = loss_mask.astype(jnp.float32)
+    count = mask.sum()
+
+    def mean(values: Array) -> Array:
+        return jnp.where(loss_mask, values, 0.0).sum() / count
+
+    average = mean(weights)
+    ordered = jnp.sort(jnp.where(loss_mask, weights, jnp.inf).reshape(-1))
+    confident = student_logprobs > math.log(0.9)
+    statistics = {
+        "mean": average,
+        "std": jnp.sqrt(mean(jnp.square(weights - average))),
+        **{name: _quantile(ordered, count, q) for name, q in QUANTILES.items()},
+        "ess": jnp.square(average) / mean(jnp.square(weights)),
+        "saturated_low": mean(raw_weights < 0.01),
+        "saturated_high": mean(raw_weights > 0.99),
+        "confident_tokens": mean(confident),
+        "confident_mass": mean(jnp.where(confident, weights, 0.0)) / average,
+    }
+    edges = jnp.asarray((*POSITION_BUCKETS, math.inf), jnp.float32)
+    place = completion_positions[..., None]
+    inside = loss_mask[..., None] & (place >= edges[:-1]) & (place < edges[1:])
+    totals = jnp.where(inside, weights[..., None], 0.0).sum((0, 1)) / inside.sum((0, 1))
+    for index, first in enumerate(POSITION_BUCKETS):
+        statistics[f"position_{first:04d}"] = totals[index]
+    return {f"weights/{name}": value for name, value in statistics.items()}
+
+
+def available(values: Mapping[str, Any]) -> dict[str, float]:
+    """Host floats of the values that there are: None, NaN and ±inf are left out."""
+    floats = {key: float(value) for key, value in values.items() if value is not None}
+    return {key: value for key, value in floats.items() if math.isfinite(value)}
+
+
+class MetricsWriter:
+    """Appends to run_dir/metrics.jsonl and run_dir/tensorboard, one line for each write.
+
+    Opened for a run that goes on from step `start`: lines of later steps are dropped, a line of
+    `start` itself is replaced when its keys are written again. So a restarted run's file equals
+    an uninterrupted one but for the clock's fields. Only the first process writes.
+
+    A store cannot append: there both are kept on this machine's disk and sent whole when a minute
+    has passed since the last time, in sync() and in close().
+    """
+
+    def __init__(self, run_dir: Location, start: int = 0):
+        self.enabled = jax.process_index() == 0
+        if not self.enabled:
+            return
+        self.mirror = Mirror(as_path(run_dir), fetch=("metrics.jsonl",))
+        self._sent = time.monotonic()
+        run_dir = self.mirror.directory
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.start = start
+        path = run_dir / "metrics.jsonl"
+        kept = [] if not path.exists() else read_metrics(path)
+        earlier = [line for line in kept if line["step"] < start]
+        self._current = [line for line in kept if line["step"] == start]
+        temporary = path.with_name(path.name + ".tmp")
+        self.file = temporary.open("w", encoding="utf-8")
+        self._put(*earlier)
+        self._position = self.file.tell()
+        self._put(*self._current)
+        os.replace(temporary, path)  # a kill before this line leaves the old file whole
+        # purge_step hides what an interrupted run wrote after its last checkpoint.
+        # The suffix keeps a restart within the same second from replacing the file in a store.
+        self.board = SummaryWriter(
+            str(run_dir / "tensorboard"), purge_step=start + 1, filename_suffix=f".{start}"
+        )
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """One line {"step": step, key: value, ...} of the values that are available."""
+        if not self.enabled:
+            return
+        line = {"step": step, **available(values)}
+        if step == self.start:
+            others = [old for old in self._current if old.keys() != line.keys()]
+            self._current = [*others, line]
+            self.file.seek(self._position)
+            self.file.truncate()
+            self._put(*self._current)
+        else:
+            self._put(line)
+        for key, value in line.items():
+            if key != "step":
+                self.board.add_scalar(key, value, step)
+        if time.monotonic() - self._sent > SYNC_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        """Send what has grown to the store; nothing where run_dir is local."""
+        if self.enabled:
+            self.board.flush()
+            self.mirror.send()
+            self._sent = time.monotonic()
+
+    def _put(self, *lines: dict[str, Any]) -> None:
+        for line in lines:
+            self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        if self.enabled:
+            self.file.close()
+            self.board.close()
+            self.mirror.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics file; one that a killed process wrote in part is left out."""
+    whole = path.read_bytes()
+    lines = []
+    for number, line in enumerate(whole[: whole.rfind(b"\n") + 1].splitlines(), 1):
+        try:
+            lines.append(json.loads(line))
+            lines[-1]["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DcodError(
+                f"{path}:{number}: expected a JSON object with step, as training writes it "
+                f"({error!r}); take the line out"
+            ) from None
+    return lines

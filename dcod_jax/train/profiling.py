@@ -1,0 +1,227 @@
+"""Where a run's time goes: phases of a step, goodput over all its starts, and XProf traces.
+
+All clocks are the host's; nothing here waits for the device but the end of a trace.
+docs/profiling.md says how to read the numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from dcod_jax.files import Mirror, Path, replace_file, to_json
+
+GOODPUT = "goodput.json"
+PHASES = ("data_wait", "dispatch", "device")
+
+
+class Phases:
+    """Seconds that the host spent in the phases of the steps since the last `take`."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the body as one of PHASES."""
+        start = time.monotonic()
+        yield
+        self._seconds[name] += time.monotonic() - start
+
+    def take(self, steps: int) -> dict[str, float]:
+        """{"time/<phase>_seconds": of a step, on average}, and begin anew."""
+        means = {f"time/{name}_seconds": value / steps for name, value in self._seconds.items()}
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        return means
+
+
+# ---------------------------------------------------------------- goodput
+
+
+class Goodput:
+    """What of a run's time went into steps that count, over every start of it (goodput.json).
+
+    An attempt is one start of the program, from `entered` on: start-up (loading, compiling, until
+    the first step is done), steps, evaluation, saves. When a later attempt begins at step r, what
+    an earlier one did after the save it was kept to is lost. A killed attempt's end is known from
+    the last line of metrics.jsonl. Only the first process writes.
+    """
+
+    def __init__(self, run_dir: Path, start: int, *, entered: float, enabled: bool):
+        self._file = run_dir / GOODPUT
+        self._entered, self._enabled = entered, enabled
+        self.attempts: list[dict[str, Any]] = []
+        if enabled:
+            self.attempts = _earlier(run_dir, start)
+        self._now: dict[str, Any] = {
+            "from_step": start,
+            "step": start,
+            "elapsed": 0.0,
+            "startup": 0.0,
+            "eval": 0.0,
+            "save": 0.0,
+            "steps_at_save": {},
+            "lost": 0.0,
+            "ended": "",
+        }
+        self.attempts.append(self._now)
+        self._started = False
+        self._tick(start)
+        self._write()
+
+    def started(self) -> None:
+        """The first step of this attempt is done: what was before it is start-up."""
+        if not self._started:
+            self._started = True
+            self._now["startup"] = self._elapsed() - self._now["eval"] - self._now["save"]
+            self._write()
+
+    def paused(self, kind: str, seconds: float) -> None:
+        """kind: eval | save."""
+        self._now[kind] += seconds
+
+    def saved(self, step: int) -> None:
+        """A checkpoint of this step was begun; steps before it will not be lost."""
+        self._tick(step)
+        self._now["steps_at_save"][str(step)] = _step_seconds(self._now)
+        self._write()
+
+    def line(self, step: int) -> dict[str, float]:
+        """The fields of a metrics line."""
+        self._tick(step)
+        total = totals(self.attempts)
+        return {"time/elapsed_seconds": self._now["elapsed"], "time/goodput": total["goodput"]}
+
+    def finish(self, *, failed: bool) -> None:
+        self._tick(self._now["step"])
+        self._now["ended"] = "failed" if failed else "ended"
+        self._write()
+
+    def text(self) -> str:
+        """One line for the end of a run."""
+        total = totals(self.attempts)
+        parts = ", ".join(
+            f"{name} {total[key]:.1f} s"
+            for name, key in (
+                ("start-up", "startup_seconds"),
+                ("held-out loss", "eval_seconds"),
+                ("saves", "save_seconds"),
+                ("steps done again after a restart", "lost_seconds"),
+            )
+        )
+        return (
+            f"goodput {total['goodput']:.1%}: {total['productive_seconds']:.1f} of "
+            f"{total['wall_seconds']:.1f} s in steps that count ({parts}; "
+            f"{len(self.attempts)} start{'s' if len(self.attempts) > 1 else ''})"
+        )
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._entered
+
+    def _tick(self, step: int) -> None:
+        self._now["step"], self._now["elapsed"] = step, self._elapsed()
+        if not self._started:
+            self._now["startup"] = self._elapsed() - self._now["eval"] - self._now["save"]
+
+    def _write(self) -> None:
+        if self._enabled:
+            content = {"attempts": self.attempts, "total": totals(self.attempts)}
+            replace_file(self._file, to_json(content))
+
+
+def _step_seconds(attempt: dict[str, Any]) -> float:
+    spent = attempt["startup"] + attempt["eval"] + attempt["save"]
+    return max(attempt["elapsed"] - spent, 0.0)
+
+
+def totals(attempts: list[dict[str, Any]]) -> dict[str, float]:
+    """Sums over attempts; goodput is the share of wall time in steps that were not done again."""
+    names = ("startup", "eval", "save", "lost")
+    total: dict[str, float] = {f"{n}_seconds": sum(a[n] for a in attempts) for n in names}
+    total["wall_seconds"] = sum(attempt["elapsed"] for attempt in attempts)
+    steps = sum(_step_seconds(attempt) for attempt in attempts)
+    total["productive_seconds"] = steps - total["lost_seconds"]
+    wall = total["wall_seconds"]
+    total["goodput"] = total["productive_seconds"] / wall if wall else 0.0
+    return total
+
+
+def _earlier(run_dir: Path, start: int) -> list[dict[str, Any]]:
+    """The attempts before one that begins at step `start`, with what is now lost of each."""
+    if not (run_dir / GOODPUT).is_file():
+        return []
+    attempts = json.loads((run_dir / GOODPUT).read_bytes())["attempts"]
+    if attempts and not attempts[-1]["ended"]:
+        step, elapsed = _last_line(run_dir)
+        if elapsed > attempts[-1]["elapsed"]:
+            attempts[-1] |= {"step": step, "elapsed": elapsed}
+        attempts[-1]["ended"] = "killed"
+    for attempt in attempts:
+        if attempt["ended"] == "ended" and attempt["step"] <= start:
+            continue
+        saves = {int(step): seconds for step, seconds in attempt["steps_at_save"].items()}
+        kept = max((seconds for step, seconds in saves.items() if step <= start), default=0.0)
+        attempt["lost"] = max(_step_seconds(attempt) - kept, 0.0)
+    return attempts
+
+
+def _last_line(run_dir: Path) -> tuple[int, float]:
+    """(step, seconds since its start) of the last attempt's last metrics line; (0, 0.0) without."""
+    path = run_dir / "metrics.jsonl"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    for line in reversed(text[: text.rfind("\n") + 1].splitlines()):
+        values = json.loads(line)
+        if "time/elapsed_seconds" in values:
+            return values["step"], values["time/elapsed_seconds"]
+    return 0, 0.0
+
+
+# ---------------------------------------------------------------- traces
+
+
+class Tracer:
+    """An XProf trace of profile.steps ("10:13": steps 10, 11, 12 and 13) in run_dir/profile."""
+
+    def __init__(self, steps: str, run_dir: Path, *, start: int):
+        first, _, last = steps.partition(":")
+        self.first, self.last = (int(first), int(last)) if steps else (1, 0)
+        self.directory = run_dir / "profile"
+        self._mirror: Mirror | None = None
+        if steps and self.last <= start:
+            print(f"profile.steps={steps} were done before this start at step {start}: no trace")
+
+    def wants(self, step: int) -> bool:
+        return self.first <= step <= self.last
+
+    @contextlib.contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """The body starts this step; the trace is opened for the first that is wanted."""
+        if not self.wants(step):
+            yield
+            return
+        if self._mirror is None:
+            self._mirror = Mirror(self.directory)
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # every Python call would make the steps slow
+            self._mirror.directory.mkdir(parents=True, exist_ok=True)
+            jax.profiler.start_trace(str(self._mirror.directory), profiler_options=options)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            yield
+
+    def after(self, step: int, values: Any) -> None:
+        """End the trace once the last wanted step is done on the device."""
+        if self._mirror is not None and step >= self.last:
+            jax.block_until_ready(values)
+            self.close()
+
+    def close(self) -> None:
+        if self._mirror is not None:
+            jax.profiler.stop_trace()
+            self._mirror.close()
+            self._mirror, self.last = None, 0
+            print(f"profile: {self.directory} (open with: tensorboard --logdir {self.directory})")

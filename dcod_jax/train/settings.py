@@ -1,0 +1,26 @@
+"""loss.* and optim.* of a config as the frozen records that the functions take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dcod_jax.losses.adaptive import TaidConfig
+from dcod_jax.losses.distill import LossConfig
+from dcod_jax.losses.weights import WeightConfig
+from dcod_jax.train.optim import OptimConfig
+
+
+def loss_config(config: Any) -> LossConfig:
+    """loss.* as the frozen record that the loss functions take."""
+    values = config.loss.to_dict()
+    taid = {key: values.pop(f"taid_{key}") for key in ("start", "end", "alpha", "beta")}
+    records = {
+        "weights": WeightConfig(**values["weights"]),
+        "taid": TaidConfig(**taid, steps=config.train.steps),
+    }
+    return LossConfig(**values | records)
+
+
+def optim_config(config: Any) -> OptimConfig:
+    """optim.* as the frozen record that make_optimizer takes."""
+    return OptimConfig(**config.optim.to_dict())

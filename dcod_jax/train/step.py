@@ -1,0 +1,384 @@
+"""The train step: one jitted, sharded function from (state, batch) to (state, metrics)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from dcod_jax.errors import DcodError
+from dcod_jax.losses import adaptive, distill, reduce, weights
+from dcod_jax.losses.adaptive import LossState
+from dcod_jax.losses.distill import LossConfig
+from dcod_jax.losses.reduce import Sums, TokenStats
+from dcod_jax.models import transformer
+from dcod_jax.models.config import ModelConfig
+from dcod_jax.parallel.mesh import (
+    batch_shards,
+    constrain,
+    describe,
+    in_host_memory,
+    sharding,
+    tree_shardings,
+)
+from dcod_jax.train import metrics
+from dcod_jax.train.forward import Forward, TeacherModel
+from dcod_jax.train.optim import Schedule
+from dcod_jax.types import Batch, Params, TrainState
+
+
+def check_batch(batch_size: int, microbatches: int, mesh: Mesh) -> None:
+    """Refuse a batch that does not fall into equal micro-batches on every batch shard."""
+    shards = batch_shards(mesh)
+    if batch_size % (microbatches * shards):
+        raise DcodError(
+            f"data.batch_size={batch_size} must be a multiple of {microbatches * shards} = "
+            f"train.microbatches={microbatches} * {shards} batch shards (mesh "
+            f"{describe(mesh, 'batch')}); change one of them"
+        )
+
+
+def state_shardings(
+    model_config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    offload: bool = False,
+) -> TrainState:
+    """Shardings in the structure of the state; the optimizer's moments follow the parameters.
+
+    offload: the moments live in host memory between steps.
+    """
+    params = tree_shardings(mesh, transformer.logical_axes(model_config))
+    shapes = jax.eval_shape(optimizer.init, transformer.param_shapes(model_config))
+    replicated = sharding(mesh, ())
+    moments = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, layout: in_host_memory(layout) if offload else layout,
+        shapes,
+        params,
+        transform_non_params=lambda _: replicated,
+    )
+    loss_state = jax.tree.map(lambda _: replicated, jax.eval_shape(adaptive.initial))
+    return TrainState(replicated, params, moments, loss_state)  # pyright: ignore
+
+
+def init_state(
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    *,
+    mesh: Mesh,
+    model_config: ModelConfig,
+    abstract: bool = False,
+    offload: bool = False,
+) -> TrainState:
+    """State of step 0 around params, which the first train step will donate.
+
+    abstract: params may be ShapeDtypeStructs, and the state holds ShapeDtypeStructs with shardings.
+    offload: the optimizer's moments live in host memory between steps.
+    """
+    layout = state_shardings(model_config, optimizer, mesh, offload=offload)
+    if abstract:
+        shapes = TrainState(
+            step=jax.ShapeDtypeStruct((), jnp.int32),  # pyright: ignore
+            params=params,
+            opt_state=jax.eval_shape(optimizer.init, params),
+            loss_state=jax.eval_shape(adaptive.initial),
+        )
+        return jax.tree.map(
+            lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, layout
+        )
+    params = jax.device_put(params, layout.params)
+    opt_state = jax.jit(optimizer.init, out_shardings=layout.opt_state)(params)
+    step = jax.device_put(jnp.zeros((), jnp.int32), layout.step)
+    loss_state = jax.device_put(adaptive.initial(), layout.loss_state)
+    return TrainState(step=step, params=params, opt_state=opt_state, loss_state=loss_state)
+
+
+def _microbatches(
+    per_piece: Callable[[Any, Batch], tuple[Any, Any]],
+    carry: Any,
+    batch: Batch,
+    *,
+    microbatches: int,
+    mesh: Mesh,
+) -> tuple[Any, Any]:
+    """Scan over micro-batches; what a piece yields per row is joined to the whole batch again.
+
+    Micro-batch i takes rows i, i+A, i+2A, ...: with that order each of them is split over the
+    devices as the batch is, and no row moves.
+    """
+
+    def split(x: Array) -> Array:
+        x = x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:])
+        return constrain(jnp.swapaxes(x, 0, 1), mesh, None, "batch")
+
+    def join(x: Array) -> Array:
+        x = jnp.swapaxes(x, 0, 1)
+        return constrain(x.reshape(-1, *x.shape[2:]), mesh, "batch")
+
+    if microbatches == 1:
+        return per_piece(carry, batch)
+    carry, rows = jax.lax.scan(per_piece, carry, jax.tree.map(split, batch))
+    return carry, jax.tree.map(join, rows)
+
+
+def _accumulate(
+    forward: Forward,
+    state: TrainState,
+    batch: Batch,
+    teacher_params: Params | None,
+    *,
+    microbatches: int,
+) -> tuple[Params, Sums, TokenStats]:
+    """Gradient of the loss sum, sums and per-token statistics of the whole batch."""
+    gradient_of = jax.grad(forward, has_aux=True)
+
+    def gradients_of(piece: Batch) -> tuple[Params, Sums, TokenStats]:
+        extra = (state.step, state.loss_state, teacher_params)
+        gradients, (sums, stats) = gradient_of(state.params, piece, *extra)
+        return gradients, sums, stats
+
+    if microbatches == 1:
+        return gradients_of(batch)
+
+    def piece(total: tuple[Params, Sums], piece: Batch) -> tuple[tuple[Params, Sums], TokenStats]:
+        gradients, sums, stats = gradients_of(piece)
+        return (jax.tree.map(jnp.add, total[0], gradients), reduce.add(total[1], sums)), stats
+
+    start = (jax.tree.map(jnp.zeros_like, state.params), reduce.zero())
+    (gradients, sums), stats = _microbatches(
+        piece, start, batch, microbatches=microbatches, mesh=forward.mesh
+    )
+    return gradients, sums, stats
+
+
+def _temper_now(
+    forward: Forward,
+    state: TrainState,
+    batch: Batch,
+    teacher_params: Params | None,
+    *,
+    microbatches: int,
+) -> TrainState:
+    """The state with the automatic temperature of this very batch: one more forward pass."""
+
+    def piece(carry: None, piece: Batch) -> tuple[None, tuple[Array, Array]]:
+        return None, forward.observe(state.params, piece, teacher_params)
+
+    _, (student, teacher) = _microbatches(
+        piece, None, batch, microbatches=microbatches, mesh=forward.mesh
+    )
+    small = distill.compact(batch)
+    loss_state = adaptive.retemper(
+        forward.loss.weights,
+        state.loss_state,
+        student,
+        teacher,
+        small.loss_mask,
+        small.segment_ids,
+    )
+    return dataclasses.replace(state, loss_state=loss_state)
+
+
+def _next_loss_state(
+    cfg: LossConfig, state: TrainState, small: Batch, sums: Sums, stats: TokenStats
+) -> LossState:
+    """What the step just done teaches the loss of the next one."""
+    after = state.loss_state
+    if not adaptive.same_step(cfg.weights):
+        after = adaptive.retemper(
+            cfg.weights,
+            after,
+            stats.student_logprobs,
+            stats.teacher_logprobs,
+            small.loss_mask,
+            small.segment_ids,
+        )
+    if cfg.divergence == "taid":
+        mean = sums.divergence / jnp.maximum(sums.count, 1)
+        moved = adaptive.interpolate(cfg.taid, after, mean, state.step)
+        # A batch without completion tokens has no loss to compare with.
+        after = jax.tree.map(lambda new, old: jnp.where(sums.count > 0, new, old), moved, after)
+    return after
+
+
+def _measure(
+    cfg: LossConfig, small: Batch, sums: Sums, stats: TokenStats, loss_state: LossState
+) -> dict[str, Array]:
+    """Metrics of one step that come from the loss: scalars, NaN where not available."""
+    mask = small.loss_mask
+    tempering = loss_state.tempering
+    raw = weights.raw_weights(
+        cfg.weights,
+        stats.student_logprobs,
+        stats.teacher_logprobs,
+        mask,
+        small.segment_ids,
+        tempering,
+    )
+    order = weights.segment_cumsum(mask.astype(jnp.float32), small.segment_ids) - 1.0
+    measured = {
+        "loss": reduce.finish(sums, cfg.weights.normalize),
+        "nll": reduce.mean_nll(sums),
+        "tokens/completion": sums.count,
+        **metrics.weight_statistics(raw, stats.weights, stats.student_logprobs, mask, order),
+    }
+    if distill.needs_distribution(cfg):
+        measured["divergence"] = sums.divergence / sums.count
+    if small.tail_logprobs is not None and distill.needs_distribution(cfg):
+        inside = 1.0 - jnp.exp(small.tail_logprobs)
+        measured["teacher/captured_mass"] = jnp.where(mask, inside, 0.0).sum() / sums.count
+    if weights.needs_teacher(cfg.weights):
+        r = weights.log_ratio(cfg.weights, stats.student_logprobs, stats.teacher_logprobs)
+        measured["weights/log_ratio"] = jnp.where(mask, r, 0.0).sum() / sums.count
+    if cfg.weights.automatic:
+        used = weights.fixed(cfg.weights, tempering)
+        measured["weights/temperature"] = jnp.asarray(used.temperature)
+        measured["weights/offset"] = jnp.asarray(used.offset)
+    if cfg.divergence == "taid":
+        measured["taid/interpolation"] = adaptive.interpolation(cfg.taid, loss_state)
+    return measured
+
+
+def make_train_step(
+    model_config: ModelConfig,
+    loss_config: LossConfig,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    *,
+    batch_size: int,
+    microbatches: int,
+    mesh: Mesh,
+    compute_dtype: DTypeLike,
+    remat: str,
+    valid_vocab: int | None,
+    teacher: TeacherModel | None = None,
+    offload: bool = False,
+    overlap_sums: bool = False,
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """Jitted (state, batch) -> (next state, metrics as device scalars); the state is donated.
+
+    With `teacher`: (state, batch, teacher_params), whose parameters are sharded like the student's
+    and belong to neither the state nor the gradient. Gradients are sums over completion tokens,
+    added over micro-batches in float32 and divided once by the global divisor. Raises DcodError
+    where batch_size cannot be split so.
+    """
+    check_batch(batch_size, microbatches, mesh)
+    transformer.check_mesh(model_config, mesh)
+    normalize = loss_config.weights.normalize
+    forward = Forward(
+        model_config,
+        loss_config,
+        mesh,
+        compute_dtype,
+        remat,
+        valid_vocab,
+        _live(loss_config, teacher),
+        overlap_sums,
+    )
+    pieces = {"microbatches": microbatches}
+    layout = state_shardings(model_config, optimizer, mesh, offload=offload)
+    on_device = state_shardings(model_config, optimizer, mesh).opt_state
+
+    def train_step(
+        state: TrainState, batch: Batch, teacher_params: Params | None = None
+    ) -> tuple[TrainState, dict[str, Array]]:
+        if adaptive.same_step(loss_config.weights):
+            state = _temper_now(forward, state, batch, teacher_params, **pieces)
+        gradients, sums, stats = _accumulate(forward, state, batch, teacher_params, **pieces)
+        small = jax.tree.map(lambda x: constrain(x, mesh, "batch"), distill.compact(batch))
+        gradients = reduce.mean_gradients(gradients, sums, normalize)
+        if offload:
+            moments = jax.device_put(state.opt_state, on_device)
+        else:
+            # What is done to the moments alone (a TPU lays the embedding's out anew) would else be
+            # done first, and lie beside the activations of the whole step.
+            gradients, moments = jax.lax.optimization_barrier((gradients, state.opt_state))
+        updates, opt_state = optimizer.update(gradients, moments, state.params)
+        params = optax.apply_updates(state.params, updates)
+        measured = _measure(loss_config, small, sums, stats, state.loss_state)
+        measured["tokens/total"] = (batch.segment_ids > 0).sum()
+        loss_state = _next_loss_state(loss_config, state, small, sums, stats)
+        measured["grad_norm"] = optax.tree.norm(gradients)
+        measured["learning_rate"] = schedule(state.step)
+        finite = jnp.isfinite(sums.loss) & jnp.isfinite(measured["grad_norm"])
+        measured["nonfinite"] = ~finite
+        scalars = {key: value.astype(jnp.float32) for key, value in measured.items()}
+        return TrainState(state.step + 1, params, opt_state, loss_state), scalars  # pyright: ignore
+
+    return jax.jit(
+        train_step,
+        in_shardings=(layout, sharding(mesh, ("batch",)), *_teacher_layout(forward)),
+        out_shardings=(layout, sharding(mesh, ())),
+        donate_argnums=0,
+    )
+
+
+def _live(loss_config: LossConfig, teacher: TeacherModel | None) -> TeacherModel | None:
+    """The teacher that the loss asks for, or none; a contradiction is refused."""
+    if (loss_config.teacher == "live") != (teacher is not None):
+        raise DcodError(
+            f"loss.teacher={loss_config.teacher} but the step was "
+            f"{'not ' if teacher is None else ''}given a live teacher"
+        )
+    return teacher
+
+
+def _teacher_layout(forward: Forward) -> tuple[Any, ...]:
+    if forward.teacher is None:
+        return ()
+    transformer.check_mesh(forward.teacher.config, forward.mesh)
+    return (tree_shardings(forward.mesh, transformer.logical_axes(forward.teacher.config)),)
+
+
+def make_eval_step(
+    model_config: ModelConfig,
+    loss_config: LossConfig,
+    *,
+    mesh: Mesh,
+    compute_dtype: DTypeLike,
+    remat: str = "none",
+    valid_vocab: int | None,
+    teacher: TeacherModel | None = None,
+) -> Callable[..., Sums]:
+    """Jitted (state, batch[, teacher_params]) -> held-out sums; add them, then finish."""
+    forward = Forward(
+        model_config,
+        loss_config,
+        mesh,
+        compute_dtype,
+        remat,
+        valid_vocab,
+        _live(loss_config, teacher),
+    )
+
+    def eval_step(
+        params: Params,
+        batch: Batch,
+        step: Array,
+        loss_state: LossState,
+        teacher_params: Params | None = None,
+    ) -> Sums:
+        return forward(params, batch, step, loss_state, teacher_params)[1][0]
+
+    params_layout: Any = tree_shardings(mesh, transformer.logical_axes(model_config))
+    replicated = sharding(mesh, ())
+    rows = sharding(mesh, ("batch",))
+    jitted = jax.jit(
+        eval_step,
+        in_shardings=(params_layout, rows, replicated, replicated, *_teacher_layout(forward)),
+        out_shardings=replicated,
+    )
+
+    def run(state: TrainState, batch: Batch, *teacher_params: Params) -> Sums:
+        return jitted(state.params, batch, state.step, state.loss_state, *teacher_params)
+
+    return run

@@ -1,0 +1,312 @@
+"""Drift: KLs against torch, the LMOps script's own arithmetic on real sequences, the verb."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import torch
+from test_drift_curves import mean_alive
+from transformers import AutoModelForCausalLM
+
+from dcod_jax import config as configs
+from dcod_jax.drift import command as verb
+from dcod_jax.drift import scores as drift_scores
+from dcod_jax.drift.curves import position_means
+from dcod_jax.drift.scores import Model, draw_samples, excess_difference, measure
+from dcod_jax.errors import DcodError
+from dcod_jax.export.command import MARKER
+from dcod_jax.models import hf, transformer
+from dcod_jax.parallel.mesh import make_mesh, tree_shardings
+from dcod_jax.score.scoring import PlannedBatch
+
+V, STOP, NEW = 49, 1, 10
+PROMPTS = ([5, 9, 12, 7], [8, 6], [20, 21, 22, 23, 24, 25, 26], [11, 30, 4], [40, 41])
+OPTIONS = {"max_new_tokens": NEW, "seed": 3, "eos_ids": (STOP,), "valid_vocab": V}
+OPTIONS |= {"samples": 3, "batch_size": 8}
+
+
+def one_device():
+    return make_mesh(1, devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """(teacher, student, their directories): two sizes, padded differently, stopping early."""
+    place = tmp_path_factory.mktemp("drift")
+    settings = {"vocab_size": 56, "hidden_size": 48, "num_attention_heads": 6}
+    tiny.write_model(place / "teacher", seed=1, initializer_range=0.35, **settings)
+    tiny.write_model(place / "student", seed=2, initializer_range=0.35)
+    models = [
+        Model(*hf.load_model(place / name, dtype=jnp.float32, mesh=one_device()), "float32")
+        for name in ("teacher", "student")
+    ]
+    return *models, place
+
+
+@pytest.fixture(scope="module")
+def measured(pair):
+    return measure(*pair[:2], PROMPTS, **OPTIONS, batch_tokens=256)
+
+
+# ---------------------------------------------------------------- against torch
+
+
+@pytest.fixture(scope="module")
+def torch_models(pair):
+    torch.set_num_threads(1)
+    return {
+        name: AutoModelForCausalLM.from_pretrained(pair[2] / name, dtype=torch.float64).eval()
+        for name in ("teacher", "student")
+    }
+
+
+def torch_logprobs(models, ids, **inputs):
+    """{model: log-probs [..., V]} over the tokenizer's entries."""
+    with torch.no_grad():
+        return {
+            name: torch.log_softmax(model(torch.tensor(ids), **inputs).logits[..., :V], dim=-1)
+            for name, model in models.items()
+        }
+
+
+def test_kl_and_logprobs_equal_torch_token_by_token(measured, torch_models):
+    """The first token's prediction is the last prompt position's; nothing is averaged."""
+    for scored in (measured.student, measured.teacher):
+        assert scored.prompt.tolist() == [i for i in range(5) for _ in range(3)]
+        for row, prompt in enumerate(scored.prompt):
+            n, ids = scored.length[row], list(PROMPTS[prompt])
+            tokens = scored.tokens[row, :n].tolist()
+            assert scored.finished[row] == (tokens[-1] == STOP)
+            found = torch_logprobs(torch_models, [ids + tokens])
+            p, q = (found[name][0, len(ids) - 1 :] for name in ("teacher", "student"))
+            kl = (p.exp() * (p - q)).sum(-1).numpy()
+            np.testing.assert_allclose(scored.kl[row, : n + 1], kl, atol=3e-5)
+            for values, mine in ((q, scored.student_logprobs), (p, scored.teacher_logprobs)):
+                wanted = values[np.arange(n), tokens].numpy()
+                np.testing.assert_allclose(mine[row, :n], wanted, atol=3e-5)
+            assert not scored.kl[row, n + 1 :].any()
+            assert not scored.tokens[row, n:].any()
+    lengths = np.concatenate([measured.student.length, measured.teacher.length])
+    ended = np.concatenate([measured.student.finished, measured.teacher.finished])
+    assert 0 < ended.mean() < 1  # both kinds of end are tested
+    assert lengths.min() < NEW
+
+
+def script(models, sequences):
+    """microsoft/LMOps minillm/evaluate_exposure_bias.py, its arithmetic written down again.
+
+    sequences: {"base" | "teacher": [(prompt ids, token ids)] * S per prompt}. Prompts are padded on
+    the left, completions on the right, with the padding token, which is the stop token.
+    """
+    width = max(map(len, PROMPTS))
+    means, deviations = {}, {}
+    for kind, rows in sequences.items():
+        masks, errors = [], []
+        for prompt, tokens in rows:
+            words = [t for t in tokens if t != STOP]
+            left = [STOP] * (width - len(prompt)) + list(prompt)
+            full = left + words + [STOP] * (NEW - len(words))
+            seen = torch.tensor([full]) != STOP
+            logprobs = torch_logprobs(models, [full], attention_mask=seen.long())
+            teacher, student = (logprobs[n][0, width:] for n in ("teacher", "student"))
+            mask = seen[0, width:].double()
+            errors.append((teacher.exp() * (teacher - student)).sum(-1) * mask)
+            masks.append(mask)
+        shape = (len(PROMPTS), -1, NEW)
+        error, mask = (torch.stack(x).reshape(shape) for x in (errors, masks))
+        batch = torch.cumsum(error.sum(dim=1) / (mask.sum(dim=1) + 1e-3), dim=-1)
+        means[kind], deviations[kind] = batch.mean(dim=0), batch.std(dim=0)
+    mean_R, mean_eps = means["base"], means["teacher"]
+    std_R, std_eps = deviations["base"], deviations["teacher"]
+    ex_acc_err = (mean_R - mean_eps) / mean_eps * 100
+    std_err = ((std_R / mean_R).abs() + (std_eps / std_eps).abs()) * ex_acc_err
+    return ex_acc_err, mean_R, mean_eps, std_err, std_R, std_eps
+
+
+def test_the_published_scripts_numbers_are_reproduced(measured, torch_models):
+    sequences = {
+        kind: [(PROMPTS[p], s.tokens[i, : s.length[i]].tolist()) for i, p in enumerate(s.prompt)]
+        for kind, s in (("base", measured.student), ("teacher", measured.teacher))
+    }
+    wanted = script(torch_models, sequences)
+    found = measured.lmops()
+    names = ("ex_acc_err", "mean_R", "mean_eps", "std_err", "std_R", "std_eps")
+    for name, value in zip(names, wanted, strict=True):
+        np.testing.assert_allclose(
+            getattr(found, name.lower()), value.numpy(), rtol=1e-3, err_msg=name
+        )
+    # It is another number than the definition's: not even the sign need be the same.
+    ours = measured.curves(resamples=1).excess.value
+    assert np.abs(ours - found.ex_acc_err).max() > 1
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def test_log_ratio_by_position(measured):
+    found = measured.log_ratios(resamples=20)
+    scored = measured.teacher
+    ratio = scored.student_logprobs.astype(np.float64) - scored.teacher_logprobs
+    for t in range(4):
+        wanted = mean_alive(ratio, scored.mask(), t)
+        assert found["teacher"].value[t] == pytest.approx(wanted, rel=1e-6)
+    # Student's own tokens are likelier under it than under the teacher, the teacher's less.
+    assert np.nanmean(found["student"].value) > 0 > np.nanmean(found["teacher"].value)
+    one = position_means(ratio, scored.mask(), resamples=20)
+    np.testing.assert_allclose(one.value, found["teacher"].value, rtol=1e-6)
+
+
+def test_both_sets_are_the_samplers_own(pair, measured):
+    teacher, student, _ = pair
+    for model, scored in ((teacher, measured.teacher), (student, measured.student)):
+        drawn = draw_samples(model, PROMPTS, **OPTIONS, mesh=one_device())
+        rows = [scored.tokens[i, :n].tolist() for i, n in enumerate(scored.length)]
+        assert [s.token_ids for s in drawn] == rows
+
+
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.long)])
+def test_parts_and_devices_change_nothing(pair, measured, devices):
+    """A part of the prompts, on one device or eight, gives the rows of the whole on one."""
+    mesh = make_mesh(devices, devices=jax.devices()[:devices])
+    models = [
+        Model(
+            m.config,
+            jax.device_put(m.params, tree_shardings(mesh, transformer.logical_axes(m.config))),
+            m.compute_dtype,
+        )
+        for m in pair[:2]
+    ]
+    counted = []
+    options = {**OPTIONS, "batch_tokens": 256, "mesh": mesh, "on_batch": counted.append}
+    part = measure(*models, PROMPTS[3:], **options, first_prompt=3)
+    assert sum(counted) == 4 * 6
+    for name in ("student", "teacher"):
+        whole, found = getattr(measured, name), getattr(part, name)
+        np.testing.assert_array_equal(found.prompt, whole.prompt[9:])
+        np.testing.assert_array_equal(found.tokens, whole.tokens[9:])
+        np.testing.assert_allclose(found.kl, whole.kl[9:], atol=2e-5)
+
+
+def test_no_logits_of_a_whole_batch_exist(pair, measured):
+    """The traced program has logits of head_chunk tokens and no larger ones."""
+    teacher, student, _ = pair
+    prompts = [PROMPTS[i] for i in measured.student.prompt[:8]]
+    planned = PlannedBatch(tuple(range(8)), rows=8, length=32)
+    batch = drift_scores._batch(prompts, drift_scores.to_samples(measured.student), planned)
+    options = {"valid_vocab": V, "mesh": one_device()}
+
+    def widths(head_chunk):
+        forward = drift_scores._forward(teacher, student, head_chunk=head_chunk, **options)
+        text = drift_scores._score.lower(forward, student.params, teacher.params, batch).as_text()
+        return {int(n) for n in re.findall(r"x8x(\d+)x52xf32", text)}
+
+    assert widths(16) == {2}  # 8 rows of 2 tokens, of both models
+    assert widths(256) == {32}
+
+
+def test_a_students_difference_to_itself_is_nothing(measured):
+    found = excess_difference(measured, measured, resamples=20)
+    assert np.nanmax(np.abs(found.value)) == 0
+
+
+# ---------------------------------------------------------------- the verb
+
+
+@pytest.fixture
+def config(pair, tmp_path):
+    config = configs.load_recipe(configs.BASE)
+    config.run_dir = str(tmp_path / "run")
+    config.teacher.path = str(pair[2] / "teacher")
+    config.teacher.dtype = "float32"
+    config.student.path = str(pair[2] / "student")
+    config.student.compute_dtype = "float32"
+    problems = [{"prompt": f"{a}+{a}?"} for a in range(9)]
+    config.evaluate.problems = str(tiny.write_jsonl(tmp_path / "p.jsonl", problems))
+    config.drift.limit = 4
+    config.drift.samples = 8
+    config.drift.max_new_tokens = NEW
+    config.drift.batch_size = 8
+    config.score.batch_tokens = 256
+    config.drift.resamples = 50
+    config.drift.compat = True
+    config.mesh.data = 8
+    config.train.progress = False
+    return config
+
+
+def test_the_verb_resumes_and_ends_with_the_same_numbers(
+    config, pair, tmp_path, monkeypatch, capsys
+):
+    """Blocks are kept, a second student uses the teacher's sequences again, the table is told."""
+    monkeypatch.setattr(verb, "make_mesh", lambda *_, **__: one_device())
+    monkeypatch.setattr(verb, "LEAST", 2)
+    monkeypatch.setattr(verb, "BLOCK_BATCHES", 1)  # one prompt a block
+    export = tiny.write_model(tmp_path / "run" / "export", seed=5, initializer_range=0.35)
+    (export / MARKER).write_text("{}")
+    whole = verb.drift(config)
+    folder = tmp_path / "run" / "drift"
+    assert sorted(p.name for p in folder.iterdir()) == ["start.npz", "student.npz"]
+    start, student = (np.load(folder / f"{name}.npz") for name in ("start", "student"))
+    np.testing.assert_array_equal(start["teacher.tokens"], student["teacher.tokens"])
+    assert start["teacher.prompt"].tolist() == [i for i in range(4) for _ in range(8)]
+    assert (student["student.tokens"] != start["student.tokens"]).any()
+    shown = capsys.readouterr().out
+    for row in ("start", "student", "ExAccErr", "LMOps", "minus student"):
+        assert row in shown
+    # Interrupted in the third block, then started again.
+    for file in folder.iterdir():
+        file.unlink()
+    measured, calls, sampled = verb.measure, [], []
+
+    def interrupted(*args, **options):
+        calls.append(options["first_prompt"])
+        sampled.append(options["teacher_samples"] is None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measured(*args, **options)
+
+    monkeypatch.setattr(verb, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        verb.drift(config)
+    assert len(list(folder.iterdir())) == 2
+    assert verb.drift(config) == whole
+    assert calls == [0, 1, 2, 2, 3, 0, 1, 2, 3]
+    assert sampled == [True] * 5 + [False] * 4  # the second student's blocks know the teacher's
+    assert "start: going on behind 2 of 4 blocks" in capsys.readouterr().out
+    assert verb.drift(config) == whole
+    assert calls[9:] == []  # everything was there
+    assert json.loads((tmp_path / "run" / "drift.json").read_text()) == whole
+    config.seed = 1
+    assert verb.drift(config)["models"] != whole["models"]
+    assert "measured anew" in capsys.readouterr().out
+
+
+def test_what_drift_json_holds(measured):
+    config = configs.load_recipe(configs.BASE)
+    config.drift.resamples = 30
+    found = verb.summary(config, {"sft": measured}, prompts=5, teacher="t")["models"]["sft"]
+    curves = measured.curves(resamples=30)
+    assert found["excess"]["value"] == pytest.approx(curves.excess.value.tolist())
+    assert found["reach"] == curves.reach(10)
+    assert "lmops" not in found
+    assert "difference" not in found
+
+
+def test_what_cannot_be_measured_is_said(config, tmp_path):
+    config.student.tokenizer = str(
+        tiny.write_tokenizer(tmp_path / "other", alphabet="0123456789+?")
+    )
+    with pytest.raises(DcodError, match="another tokenizer"):
+        verb.drift(config)
+    config.student.tokenizer = ""
+    config.drift.prompts = str(tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": "1" * 256}]))
+    with pytest.raises(DcodError, match=r"p\.jsonl:1: the prompt has .* drift\.max_new_tokens"):
+        verb.drift(config)
+    config.drift.prompts = ""
+    config.evaluate.problems = ""
+    with pytest.raises(DcodError, match=r"drift\.prompts and evaluate\.problems are empty"):
+        verb.drift(config)

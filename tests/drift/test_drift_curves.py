@@ -1,0 +1,135 @@
+"""Curves against float64 loops, intervals against resampling written out."""
+
+import numpy as np
+import pytest
+
+from dcod_jax.drift import curves as drift_curves
+from dcod_jax.drift.curves import drift_curves as curves_of
+from dcod_jax.drift.curves import lmops_errors
+from dcod_jax.errors import DcodError
+
+
+def example(seed, *, count=12, length=7):
+    generator = np.random.default_rng(seed)
+    kl = generator.gamma(1.0, 0.3, (count, length))
+    lengths = generator.integers(1, length, count)
+    return kl, np.arange(length) < lengths[:, None], np.repeat(np.arange(count // 3), 3)
+
+
+def mean_alive(kl, mask, t):
+    """A loop: sequences that have ended are not in the average."""
+    alive = [float(kl[i, t]) for i in range(len(kl)) if mask[i, t]]
+    return sum(alive) / len(alive) if alive else float("nan")
+
+
+def loop_errors(own, other, length):
+    """[(R, E, ExAccErr)] for l = 1..length from the definition, in float64 loops."""
+    rows, R, E = [], 0.0, 0.0
+    for t in range(length):
+        R, E = R + mean_alive(*own[:2], t), E + mean_alive(*other[:2], t)
+        rows.append((R, E, 100 * (R - E) / E))
+    return np.array(rows)
+
+
+def test_curves_equal_a_loop_over_sequences():
+    own, other = example(0), example(1)
+    own[0][~own[1]] = np.nan  # what stands behind the end of a sequence is not looked at
+    curves = curves_of(*own[:2], *other[:2], resamples=5)
+    wanted = loop_errors(own, other, 7)
+    for name, column in (("accumulated", 0), ("reference", 1), ("excess", 2)):
+        found = getattr(curves, name).value
+        np.testing.assert_allclose(found, wanted[:, column], rtol=1e-12)
+    assert np.isnan(wanted[6]).all()  # no sequence is that long: absent, not 0
+    assert curves.student_alive.tolist() == own[1].sum(axis=0).tolist()
+    assert curves.reach(1) == 5
+    assert curves.reach(13) == 0
+    assert curves.excess.at(2)[0] == pytest.approx(wanted[1, 2])
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_intervals_equal_resampling_written_out(grouped):
+    """The same draws, each resample built by copying sequences and averaged in loops."""
+    own, other = example(2), example(3)
+    groups = {"student_groups": own[2], "teacher_groups": other[2]} if grouped else {}
+    found = curves_of(*own[:2], *other[:2], resamples=300, seed=4, **groups)
+    prompts = 4 if grouped else 12
+    draws = [
+        np.concatenate(list(drift_curves._draws(prompts, 300, seed)))
+        for seed in ((4, 4) if grouped else (4, 5))
+    ]
+    assert draws[0].sum(axis=1).tolist() == [prompts] * 300
+    excess = []
+    for counts in zip(*draws, strict=True):
+        pieces = []
+        for (kl, mask, prompt), times in zip((own, other), counts, strict=True):
+            of = prompt if grouped else np.arange(12)
+            rows = [
+                i
+                for g in range(prompts)
+                for _ in range(int(times[g]))
+                for i in np.where(of == g)[0]
+            ]
+            pieces.append((kl[rows], mask[rows]))
+        excess.append(loop_errors(*pieces, 4)[:, 2])
+    wanted = np.nanquantile(excess, [0.025, 0.975], axis=0)
+    np.testing.assert_allclose(found.excess.low[:3], wanted[0][:3], rtol=1e-9)
+    np.testing.assert_allclose(found.excess.high[:3], wanted[1][:3], rtol=1e-9)
+    undefined = np.isnan(excess).mean(axis=0)
+    assert (np.isnan(found.excess.low[:4]) == (undefined > 0.01)).all()
+    assert np.isnan(found.excess.low[6])
+
+
+def test_the_interval_covers_a_known_expectation():
+    """200 experiments whose true R = E: about 95 % of the intervals hold 0."""
+    generator = np.random.default_rng(0)
+    mask = np.ones((40, 2), bool)
+    inside = 0
+    for number in range(200):
+        own, other = generator.gamma(1.0, 1.0, (2, 40, 2))
+        curve = curves_of(own, mask, other, mask, resamples=200, seed=number).excess
+        inside += curve.low[1] <= 0 <= curve.high[1]
+    assert 178 <= inside <= 198  # 190 ± 3 standard deviations, and the bootstrap's own bias
+
+
+def test_equal_models_have_no_excess_and_zero_error_is_absent():
+    kl, mask, groups = example(5)
+    curves = curves_of(
+        kl, mask, kl, mask, student_groups=groups, teacher_groups=groups, resamples=50
+    )
+    for part in (curves.excess.value, curves.excess.low, curves.excess.high):
+        assert np.nanmax(np.abs(part)) < 1e-12
+    nothing = curves_of(kl * 0, mask, kl * 0, mask, resamples=5).excess
+    assert np.isnan(nothing.value).all()
+
+
+def test_paired_difference_of_two_students():
+    first, second, teacher = example(6), example(7), (example(8), example(9))
+    found = drift_curves.excess_difference(first, second, teacher, resamples=100)
+    wanted = [
+        loop_errors(own, other, 4)[:, 2]
+        for own, other in zip((first, second), teacher, strict=True)
+    ]
+    np.testing.assert_allclose(found.value[:4], wanted[1] - wanted[0], rtol=1e-9)
+    assert (found.low[:4] <= found.value[:4]).all()
+    same = drift_curves.excess_difference(first, first, (teacher[0], teacher[0]), resamples=100)
+    assert np.nanmax(np.abs([same.low, same.high])) == 0  # what both share cancels
+    other = (*first[:2], first[2] + 1)
+    with pytest.raises(DcodError, match="same prompts"):
+        drift_curves.excess_difference(first, other, teacher)
+
+
+def test_sets_that_do_not_belong_together_are_refused():
+    own, other = example(0), example(1)
+    with pytest.raises(DcodError, match="of both sets"):
+        curves_of(*own[:2], *other[:2], student_groups=own[2])
+    with pytest.raises(DcodError, match="the same prompts"):
+        curves_of(*own[:2], *other[:2], student_groups=own[2], teacher_groups=other[2] + 1)
+    with pytest.raises(DcodError, match="resamples"):
+        curves_of(*own[:2], *other[:2], resamples=0)
+
+
+def test_one_prompt_has_no_deviation_in_the_scripts_numbers():
+    kl, mask, _ = example(0)
+    found = lmops_errors(kl[None], mask[None], kl[None], mask[None])
+    assert np.isnan(found.std_r).all()
+    assert not found.ex_acc_err.any()

@@ -1,0 +1,216 @@
+"""Benchmarks read from local files in their own fields, and problems put into prompts."""
+
+import dataclasses
+import json
+
+import pytest
+import tiny
+
+from dcod_jax import config as configs
+from dcod_jax.data import chat
+from dcod_jax.errors import DcodError
+from dcod_jax.evaluate.benchmarks import BENCHMARKS, BOXED, parse_set
+from dcod_jax.evaluate.grading import grade
+from dcod_jax.evaluate.problem_sets import (
+    EXEMPLARS,
+    ProblemSet,
+    PromptForm,
+    check_exemplars,
+    problem_sets,
+    prompt_form,
+    read_exemplars,
+    read_set,
+)
+from dcod_jax.evaluate.problems import Problem
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return chat.load_tokenizer(tiny.write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+ROWS = {
+    "gsm8k": {"question": "q", "answer": "2+2=<<2+2=4>>4\n#### 1,004"},
+    "math": {"problem": "q", "solution": "so $\\boxed{\\frac{1}{2}}$.", "level": "Level 5"},
+    "math500": {"problem": "q", "answer": "7", "level": 3, "unique_id": "t/1"},
+    "amc23": {"id": 4, "question": "q", "answer": 27.0},
+    "aime24": {"id": 60, "problem": "q", "answer": "073"},
+    "aime25": {"id": "0", "problem": "q", "answer": "70"},
+    "olympiadbench": {"id": 1606, "question": "q", "final_answer": ["2", "$-1$"]},
+    "omnimath": {"problem": "q", "answer": "[2, 3]", "difficulty": 6.5},
+}
+EXPECTED = {
+    "gsm8k": ("0", "1,004", ""),
+    "math": ("0", "\\frac{1}{2}", "Level 5"),
+    "math500": ("t/1", "7", "3"),
+    "amc23": ("4", "27", ""),
+    "aime24": ("60", "073", ""),
+    "aime25": ("0", "70", ""),
+    "olympiadbench": ("1606", "2, $-1$", ""),
+    "omnimath": ("0", "[2, 3]", "6-7"),
+}
+
+
+@pytest.mark.parametrize("name", list(BENCHMARKS))
+def test_each_benchmark_is_read_in_its_own_fields(name, tmp_path):
+    file = tiny.write_jsonl(tmp_path / "set.jsonl", [ROWS[name]])
+    (problem,) = read_set(name, str(file))
+    assert (problem.id, problem.answer, problem.difficulty) == EXPECTED[name]
+    assert problem.messages == [{"role": "user", "content": "q"}]
+    assert problem.source == f"{file}:1"
+
+
+def test_a_list_written_as_text_and_plain_fields_are_read_too(tmp_path):
+    rows = [{"id": 7, "question": "q", "final_answer": "['2', '3']"}, {"prompt": "q", "answer": 5}]
+    file = tiny.write_jsonl(tmp_path / "set.jsonl", rows)
+    assert [p.answer for p in read_set("olympiadbench", str(file))] == ["2, 3", "5"]
+    assert [p.answer for p in read_set("math", str(tiny.write_jsonl(file, rows[1:])))] == ["5"]
+
+
+def test_a_directory_of_the_hubs_layout_is_read_by_split(tmp_path):
+    tiny.write_jsonl(tmp_path / "test.jsonl", [ROWS["math500"]])
+    (problem,) = read_set("math500", str(tmp_path))
+    assert (problem.id, problem.answer, problem.difficulty) == ("t/1", "7", "3")
+    assert problem.source == f"{tmp_path}[test]:1"
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("gsm8k", {"question": "q", "answer": "4"}, "has no ####"),
+        ("math", {"problem": "q", "solution": "it is 4"}, r"has no \\boxed"),
+        ("aime24", {"problem": "q"}, "no answer; expected one in 'answer'"),
+        ("aime24", {"problem": " ", "answer": 1}, "no problem; expected text in one of problem"),
+        ("aime24", {"problem": "q", "answer": {}}, "no answer"),
+    ],
+)
+def test_a_row_that_is_not_the_benchmarks_is_named(name, row, message, tmp_path):
+    file = tiny.write_jsonl(tmp_path / "set.jsonl", [row])
+    with pytest.raises(DcodError, match=f"set.jsonl:1: .*{message}"):
+        read_set(name, str(file))
+
+
+def test_a_set_that_cannot_be_opened_says_what_to_write(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DcodError, match=r"aime24 cannot be read from .*aime24=FILE\.jsonl"):
+        read_set("aime24", str(tmp_path / "empty"))
+    file = tiny.write_jsonl(tmp_path / "twice.jsonl", [ROWS["amc23"], ROWS["amc23"]])
+    with pytest.raises(DcodError, match=r"twice\.jsonl:2: id '4' was used before"):
+        read_set("amc23", str(file))
+
+
+def test_an_id_that_is_null_is_none(tmp_path):
+    rows = [ROWS["aime25"] | {"id": None}] * 2
+    file = tiny.write_jsonl(tmp_path / "null.jsonl", rows)
+    assert [problem.id for problem in read_set("aime25", str(file))] == ["0", "1"]
+
+
+def test_entries_of_the_list_of_sets():
+    assert parse_set("gsm8k") == ("gsm8k", "")
+    assert parse_set("mine=a/b.jsonl") == ("mine", "a/b.jsonl")
+    for text in ("unknown", "a/b.jsonl", "=x"):
+        with pytest.raises(ValueError, match=r"evaluate\.sets"):
+            parse_set(text)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("evaluate.sets", "gms8k", "is no benchmark"),
+        ("evaluate.sets", "gsm8k,gsm8k=x.jsonl", "named more than once"),
+        ("evaluate.samples", "4", "same greedy answer"),
+        ("evaluate.top_p", "0", r"must be in \(0, 1\]"),
+        ("generate.min_p", "1", r"must be in \[0, 1\)"),
+        ("evaluate.form", "few", "must be one of chat, plain"),
+        ("evaluate.shots", "-1", "must not be negative"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(key, value, message):
+    config = configs.load_recipe(configs.BASE)
+    configs.assign(config, key, value)
+    with pytest.raises(DcodError, match=message):
+        configs.check(config)
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def problem(question="1+2?", **changes):
+    turns = [{"role": "user", "content": question}]
+    return dataclasses.replace(Problem("0", turns, "3", {}, "file:1"), **changes)
+
+
+PAIRS = (("1+1?", "#### 2"), ("2+2?", "#### 4"))
+
+
+def test_chat_form_shows_exemplars_as_earlier_turns(tokenizer):
+    form = PromptForm("chat", PAIRS, "think")
+    text = tokenizer.decode(form.prompt(tokenizer, problem()))
+    expected = (
+        "<user>1+1?\nthink<end><assistant>#### 2<end><user>2+2?\nthink<end><assistant>#### 4<end>"
+        "<user>1+2?\nthink<end><assistant>"
+    )
+    assert text == expected
+    led = problem(messages=[{"role": "system", "content": "hm"}, *problem().messages])
+    text = tokenizer.decode(PromptForm("chat", PAIRS[:1]).prompt(tokenizer, led))
+    assert text.startswith("<system>hm<end><user>1+1?<end>")
+    bare = PromptForm().prompt(tokenizer, problem())
+    assert bare == chat.encode_prompt(tokenizer, problem().messages)
+
+
+def test_plain_form_is_text_without_the_template(tmp_path):
+    alphabet = tiny.ALPHABET + "QA:"
+    tokenizer = chat.load_tokenizer(tiny.write_tokenizer(tmp_path, alphabet=alphabet))
+    ids = PromptForm("plain", PAIRS[:1], "think").prompt(tokenizer, problem())
+    expected = "Question: 1+1?\nthink\nAnswer: #### 2\n\nQuestion: 1+2?\nthink\nAnswer:"
+    assert tokenizer.decode(ids) == expected
+    talk = [*problem().messages, {"role": "assistant", "content": "3"}, *problem().messages]
+    with pytest.raises(DcodError, match=r"file:1: .*asks one question"):
+        PromptForm("plain").prompt(tokenizer, problem(messages=talk))
+
+
+def test_the_built_in_exemplars_are_right_and_no_problem_of_the_set():
+    pairs = read_exemplars("", 8)
+    assert len(pairs) == 8
+    records = [json.loads(line) for line in EXEMPLARS.read_text().splitlines()]
+    assert len(records) == 8
+    answers = ["17", "7", "50", "1/2", "20", "\\sqrt{12}", "55", "4"]
+    grades = grade([(a, b) for (_, a), b in zip(pairs, answers, strict=True)], workers=1)
+    assert all(g.correct for g in grades)
+    with pytest.raises(DcodError, match=r"shots=9.* has 8 exemplars"):
+        read_exemplars("", 9)
+    asked = ProblemSet("x", (problem(pairs[2][0]),), "")
+    check_exemplars(pairs[:2], asked)
+    with pytest.raises(DcodError, match="is the problem at file:1"):
+        check_exemplars(pairs, asked)
+
+
+def test_the_sets_of_a_config(tmp_path):
+    config = configs.load_recipe(configs.BASE)
+    config.evaluate.problems = str(tiny.write_jsonl(tmp_path / "p.jsonl", tiny.sums(4)))
+    file = tiny.write_jsonl(tmp_path / "m.jsonl", [ROWS["math500"]])
+    own = tiny.write_jsonl(tmp_path / "o.jsonl", [{"prompt": "q", "answer": 1, "level": 2}])
+    config.evaluate.sets = (f"math500={file}", f"own={own}")
+    config.evaluate.limit = 3
+    config.evaluate.shots = 1
+    first, second, third = problem_sets(config)
+    assert (first.name, len(first.problems), first.instruction) == ("", 3, "")
+    assert (second.name, second.instruction) == ("math500", BOXED)
+    assert (third.name, third.instruction, third.problems[0].difficulty) == ("own", "", "2")
+    assert prompt_form(config, second).instruction == BOXED
+    config.evaluate.instruction = ""
+    assert prompt_form(config, second) == PromptForm("chat", read_exemplars("", 1), "")
+    config.prepare.system_prompt = "Hm."
+    assert problem_sets(config)[1].problems[0].messages[0] == {"role": "system", "content": "Hm."}
+
+
+@pytest.mark.shared
+def test_the_real_files_are_read_whole(shared_data):
+    gsm8k = read_set("gsm8k", str(shared_data / "gsm8k" / "test.jsonl"))
+    math500 = read_set("math500", str(shared_data / "math500" / "test.jsonl"))
+    assert (len(gsm8k), len(math500)) == (1319, 500)
+    assert [p.answer for p in gsm8k[:3]] == ["18", "3", "70000"]
+    levels = [p.difficulty for p in math500]
+    assert [levels.count(str(n)) for n in range(1, 6)] == [43, 90, 105, 128, 134]
+    questions = {p.messages[0]["content"] for p in gsm8k + math500}
+    assert not {q for q, _ in read_exemplars("", 8)} & questions

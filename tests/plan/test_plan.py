@@ -1,0 +1,375 @@
+"""The plan verb on the host's own devices, and, where libtpu is installed, on a TPU slice."""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+
+from dcod_jax import config as configs
+from dcod_jax.errors import DcodError
+from dcod_jax.models.config import flops_per_token, from_hf
+from dcod_jax.plan import chips, estimate, hlo
+from dcod_jax.plan import command as plan
+from dcod_jax.plan import programs as compiled
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    path = tmp_path_factory.mktemp("student") / "config.json"
+    path.write_text(json.dumps(tiny.raw_config()))
+    return path
+
+
+def recipe(student, tmp_path, **changes):
+    values = {
+        "run_dir": str(tmp_path / "run"),
+        "student.config": str(student),
+        "student.compute_dtype": "float32",
+        "data.seq_len": 64,
+        "data.max_length": 64,
+        "data.batch_size": 16,
+        "loss.head_chunk": 16,
+        "mesh.fsdp": 8,
+        "plan.topology": "cpu:8",
+        "plan.largest_batch": False,
+    }
+    return compiled.altered(configs.load_recipe(configs.BASE), values | changes)
+
+
+@pytest.fixture(scope="module")
+def whole(student, tmp_path_factory):
+    """What plan writes for a recipe that fits two slices of four devices."""
+    tmp_path = tmp_path_factory.mktemp("plan")
+    changes = {"plan.hbm_gib": 0.01, "mesh.fsdp": 4, "plan.slices": 2}
+    changes |= {"teacher.path": str(student), "score.batch_tokens": 512}
+    config = recipe(student, tmp_path, **changes)
+    return config, plan.plan(config)
+
+
+def test_a_plan_reads_a_config_only_and_writes_what_it_returns(whole):
+    config, result = whole
+    written = json.loads((Path(config.run_dir) / "plan.json").read_text())
+    assert written == json.loads(json.dumps(result))
+    train = result["train"]
+    assert 0 < train["temporaries"] <= train["peak"] <= 0.01 * GIB
+    assert [attempt["setting"] for attempt in result["attempts"]] == ["as the recipe says"]
+    # Parameters and two moments in float32, a quarter of each on a device.
+    assert train["arguments"] > 3 * 4 * result["parameters"] / 4
+    assert train["seconds"] is None
+    assert result["score"]["fits"]
+    assert result["score"]["rows"] * result["score"]["length"] <= 512
+
+
+def test_operations_are_the_formula_s_and_the_program_s(whole):
+    _, result = whole
+    train = result["train"]
+    assert train["model_flops"] == 16 * 64 * flops_per_token(from_hf(tiny.raw_config()), 64)
+    # Recomputation adds a forward pass of the layers; the head has none.
+    assert 1.0 < train["executed_flops"] / train["model_flops"] < 2.0
+
+
+def test_between_two_slices_only_gradients_and_statistics_travel(whole):
+    _, result = whole
+    rows = {(row["kind"], row["network"]): row for row in result["train"]["collectives"]}
+    across = {kind for kind, network in rows if network == "dcn"}
+    assert across == {"all-reduce", "all-gather"}
+    # Gradients are scattered over the four devices of a slice; what each then holds, float32, is
+    # all-reduced, 2 (n - 1)/n of it, with small sums. The weights' quantiles gather one float32 a
+    # token. Parameters are gathered inside a slice only.
+    gradients = 4 * result["parameters"] / 4
+    assert gradients < rows["all-reduce", "dcn"]["bytes"] < 2 * gradients
+    assert rows["all-gather", "dcn"]["bytes"] == 16 * 64 * 4 * 7 / 8
+    assert rows["all-gather", "ici"]["bytes"] > gradients
+
+
+def test_sums_beside_compute_are_permutes_instead_of_reduce_scatters(student, tmp_path):
+    rows = {}
+    for overlap in (False, True):
+        result = plan.plan(recipe(student, tmp_path, **{"train.overlap_sums": overlap}))
+        rows[overlap] = {row["kind"]: row for row in result["train"]["collectives"]}
+    layers = 7 * tiny.raw_config()["num_hidden_layers"]  # matrices
+    counts = [rows[overlap]["reduce-scatter"]["count"] for overlap in (False, True)]
+    assert counts[0] - counts[1] == layers
+    permutes = [rows[o].get("collective-permute", {"count": 0})["count"] for o in (False, True)]
+    assert permutes[1] - permutes[0] == 7 * layers  # a ring of eight
+
+
+# ---------------------------------------------------------------- searches, on a model of memory
+
+RECOMPUTED = {"none": 1.0, "dots": 0.7, "full": 0.4, "offload": 0.2}
+
+
+@pytest.fixture
+def modelled(monkeypatch):
+    """Memory as a formula instead of a compilation: {"compiles": number of them so far}."""
+    count = {"compiles": 0}
+
+    def measure(config, target):
+        count["compiles"] += 1
+        rows = config.data.batch_size // len(target.devices) / config.train.microbatches
+        moments = 0.0 if config.optim.offload else 2.0
+        parameters = (1.0 + moments) * 8 / max(config.mesh.fsdp, 1)
+        peak = int((parameters + rows * RECOMPUTED[config.student.remat]) * 1e6)
+        if peak > target.limit:
+            raise compiled.DoesNotFitError(float(peak))
+        return {"peak": peak, "seconds": None, "arguments": 0, "temporaries": 0, "host": 0} | {
+            "alive": 0, "collectives": [], "assumptions": [],
+            "model_flops": 1.0, "executed_flops": 1.0,
+        }  # fmt: skip
+
+    monkeypatch.setattr(plan, "_try", measure)
+    return count
+
+
+@pytest.mark.parametrize("limit", [4.0, 6.5, 40.0, 173.0])
+def test_the_largest_batch_fits_and_one_step_more_does_not(
+    student, tmp_path, modelled, limit, capsys
+):
+    changes = {"plan.largest_batch": True, "plan.hbm_gib": limit * 1e6 / GIB}
+    found = plan.plan(recipe(student, tmp_path, **changes))["largest_batch"]
+    assert found["rows"] == 8 * int((limit - 3.0) / 0.4 + 1e-9)
+    assert found["refused"] == found["rows"] + 8
+    assert modelled["compiles"] <= 8
+    # Each compilation of a large model takes minutes: what came of it is said at once.
+    told = capsys.readouterr().out
+    assert "compiling the train step: as the recipe says" in told
+    assert told.count(" rows need ") == modelled["compiles"] - 1
+
+
+def test_out_of_memory_is_a_table_and_names_the_first_remedy_that_fits(
+    student, tmp_path, modelled, capsys
+):
+    changes = {"mesh.fsdp": 2, "student.remat": "none", "data.batch_size": 64}
+    config = recipe(student, tmp_path, **changes, **{"plan.hbm_gib": 7.0e6 / GIB})
+    result = plan.plan(config)
+    settings = [(a["setting"], round(a["needs"] / 1e6, 1)) for a in result["attempts"]]
+    assert settings == [
+        ("as the recipe says", 20.0),
+        ("student.remat=dots", 17.6),
+        ("student.remat=full", 15.2),
+        ("train.microbatches=2", 13.6),
+        ("train.microbatches=4", 12.8),
+        ("train.microbatches=8", 12.4),
+        ("mesh.fsdp=4", 6.4),
+    ]
+    printed = capsys.readouterr().out
+    assert "too much" in printed
+    assert "mesh.fsdp=4" in printed
+    changes = "--config.student.remat=full --config.train.microbatches=8 --config.mesh.fsdp=4"
+    assert f"student: {result['parameters']:,} parameters" in printed
+    assert f"what follows is with {changes} --config.mesh.data=2" in printed
+
+
+def test_where_nothing_fits_the_table_is_written_and_the_error_says_what_to_do(
+    student, tmp_path, modelled
+):
+    config = recipe(student, tmp_path, **{"plan.hbm_gib": 0.5e6 / GIB})
+    with pytest.raises(DcodError, match=r"nothing fits cpu:8.*a larger slice"):
+        plan.plan(config)
+    written = json.loads((Path(config.run_dir) / "plan.json").read_text())
+    assert written["train"] is None
+    assert written["attempts"][-1]["setting"] == "optim.offload=true"
+
+
+def test_remedies_come_cheapest_first_and_build_on_each_other(student, tmp_path):
+    config = recipe(student, tmp_path, **{"mesh.fsdp": 2, "student.remat": "none"})
+    names = [what for what, _ in plan.remedies(config, jax.devices())]
+    assert names == [
+        "student.remat=dots",
+        "student.remat=full",
+        "train.microbatches=2",
+        "mesh.fsdp=4",
+        "mesh.fsdp=8",
+        "student.remat=offload",
+        "optim.offload=true",
+    ]
+    last = list(plan.remedies(config, jax.devices()))[-1][1]
+    assert last == {
+        "student.remat": "offload",
+        "train.microbatches": 2,
+        "mesh.fsdp": 8,
+        "mesh.data": 1,
+        "optim.offload": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        # The axis that fills is counted, and stays what it is.
+        ({"data": 4, "fsdp": 1, "tensor": -1}, [(2, 2), (4, 1)]),
+        ({"data": 2, "fsdp": 2, "context": -1}, [(4, 1)]),
+        ({"data": 1, "fsdp": -1}, []),
+        # Parameters are not split over slices.
+        ({"fsdp": 1, "slices": 2}, [(2, 2), (4, 1)]),
+    ],
+)
+def test_more_fsdp_is_asked_for_only_where_the_mesh_can_have_it(student, tmp_path, sizes, expected):
+    keys = {f"mesh.{axis}": size for axis, size in ({"fsdp": 1} | sizes).items()}
+    config = recipe(student, tmp_path, **keys)
+    found = list(plan.remedies(config, jax.devices()))
+    larger = [changes for what, changes in found if what.startswith("mesh.fsdp")]
+    assert [(c["mesh.fsdp"], c["mesh.data"]) for c in larger] == expected
+    for changes in larger:
+        compiled.train_program(compiled.altered(config, changes), jax.devices())
+
+
+@pytest.mark.parametrize(("hidden", "expected"), [(24, [2, 4, 8]), (12, [2, 4])])
+def test_more_fsdp_than_the_model_can_be_cut_into_is_not_asked_for(tmp_path, hidden, expected):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tiny.raw_config(hidden_size=hidden, num_attention_heads=2)))
+    found = plan.remedies(recipe(path, tmp_path, **{"mesh.fsdp": 1}), jax.devices())
+    assert [changes["mesh.fsdp"] for what, changes in found if "mesh.fsdp" in what] == expected
+
+
+def test_a_remedy_that_is_taken_already_is_not_tried_again(student, tmp_path):
+    keys = {"student.remat": "offload", "optim.offload": True, "data.batch_size": 8}
+    assert list(plan.remedies(recipe(student, tmp_path, **keys), jax.devices())) == []
+
+
+def test_auto_takes_the_least_recomputation_that_fits(student, tmp_path, monkeypatch, capsys):
+    def pretend(traced, *, limit):
+        if RECOMPUTED[traced] > limit / GIB:
+            raise compiled.DoesNotFitError(RECOMPUTED[traced] * GIB)
+        return dataclasses.replace(DONE, peak=int(RECOMPUTED[traced] * GIB))
+
+    monkeypatch.setattr(compiled, "train_program", lambda config, devices: config.student.remat)
+    monkeypatch.setattr(compiled, "compile_program", pretend)
+
+    def chosen(remat, limit=0.0):
+        changes = {"student.remat": remat, "plan.hbm_gib": limit}
+        return compiled.choose_remat(recipe(student, tmp_path, **changes), jax.devices()[:8])
+
+    assert [chosen("auto", limit) for limit in (2.0, 0.9, 0.5, 0.3)] == list(compiled.REMATS)
+    assert "student.remat=auto: dots, 0.70 GiB of 0.90" in capsys.readouterr().out
+    assert chosen("auto") == "none"  # no limit is known of a CPU
+    assert chosen("full", 0.01) == "full"
+    with pytest.raises(DcodError, match=r"none of none, dots, full, offload fits 0\.10 GiB"):
+        chosen("auto", 0.1)
+
+
+DONE = compiled.Compiled(0, 0, 0, 0, 0, hlo.Summary(0, (), 0, 0, ()), "")
+
+
+def test_a_program_over_the_limit_is_refused_with_what_it_needs():
+    traced = jax.jit(lambda x: (x @ x).sum()).trace(jnp.ones((64, 64)))
+    done = compiled.compile_program(traced, limit=1e6)
+    assert done.arguments == 64 * 64 * 4
+    assert 0 < done.alive <= done.peak
+    with pytest.raises(compiled.DoesNotFitError) as refused:
+        compiled.compile_program(traced, limit=float(done.peak - 1))
+    assert refused.value.needed == done.peak
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("cpu:99", "--xla_force_host_platform_device_count=99"),
+        ("v9:4x4", "is not known: v4:AxB"),
+        ("v5e:16", "is not known"),
+        ("v5e:64x64", "at most 256 chips, this is 64x64 = 4096; several slices are --num-slices"),
+        ("v6e:4x4x4", "v6e slices have 2 dimensions"),
+        ("v5p:2x2x0", "this is 2x2x0 = 0"),
+        ("", "plan.topology is empty"),
+    ],
+)
+def test_a_topology_that_cannot_be_is_refused(student, tmp_path, topology, message):
+    with pytest.raises(DcodError, match=message):
+        plan.plan(recipe(student, tmp_path, **{"plan.topology": topology}))
+
+
+@pytest.mark.parametrize(
+    ("message", "size"),
+    [
+        ("RESOURCE_EXHAUSTED: XLA:TPU ran out of memory. Used 21.25G of 15.75G hbm.", 21.25 * GIB),
+        ("the total memory required for HLO temporaries (8.00T) exceeds", 8 * 2**40),
+        ("RESOURCE_EXHAUSTED: something else", None),
+    ],
+)
+def test_bytes_that_the_compiler_speaks_of(message, size):
+    assert compiled.bytes_needed(message) == size
+
+
+def test_matrix_products_are_counted_through_loops_and_shards():
+    def step(x, w):
+        body = lambda c, _: (jnp.tanh(c @ w), None)  # noqa: E731
+        return jax.lax.scan(jax.checkpoint(body), x, length=7)[0].sum()
+
+    shapes = jnp.ones((4, 8)), jnp.ones((8, 8))
+    forward = 7 * 2 * 4 * 8 * 8
+    assert compiled.matmul_flops(jax.make_jaxpr(step)(*shapes).jaxpr) == forward
+    # The backward pass recomputes each product and takes two more.
+    gradient = jax.make_jaxpr(jax.grad(step, argnums=(0, 1)))(*shapes).jaxpr
+    assert compiled.matmul_flops(gradient) == 4 * forward
+
+
+def test_the_scoring_step_has_a_time_and_its_assumptions_too(capsys):
+    report = {"seconds": 0.25, "tokens_per_day": 3.1e9, "assumptions": ["half of the peak"]}
+    plan._print_speed("", 64, report, plan.Console(width=100))
+    assert capsys.readouterr().out.splitlines() == [
+        "step: 0.250 s estimated, 3.10 G tokens a day (rows of 64, padding included)",
+        "  assumed: half of the peak",
+    ]
+
+
+def test_the_flags_are_config_keys():
+    words = ["--config", "r.py", "--topology", "v5e:4x4", "--num-slices=2", "--config.seed=3"]
+    assert plan.flags(words) == [
+        "--config", "r.py", "--config.plan.topology", "v5e:4x4", "--config.plan.slices=2",
+        "--config.seed=3",
+    ]  # fmt: skip
+
+
+def test_clocks_follow_from_peak_and_matrix_units():
+    clocks = {c.name: round(c.clock / 1e9, 2) for c in chips.CHIPS.values()}
+    assert clocks == {"v4": 1.05, "v5e": 1.5, "v5p": 1.75, "v6e": 1.75, "tpu7x": 2.2}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_without_libtpu_the_error_says_how_to_get_it(student, tmp_path):
+    with pytest.raises(DcodError, match=r'pip install "jax\[tpu\]"'):
+        plan.plan(recipe(student, tmp_path, **{"plan.topology": "v5e:2x2"}))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_a_tpu_slice_that_is_not_there(student, tmp_path):
+    """In a process of its own: libtpu and this one's fake devices do not go together."""
+    file = tmp_path / "recipe.py"
+    raw = tiny.raw_config(hidden_size=512, num_attention_heads=4, intermediate_size=1024)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(raw))
+    file.write_text(
+        "from dcod_jax.configs.base import get_config as base\n"
+        "def get_config():\n"
+        "    c = base()\n"
+        f"    c.run_dir = {str(tmp_path / 'run')!r}\n"
+        f"    c.student.config = {str(path)!r}\n"
+        "    c.data.seq_len = c.data.max_length = 256\n"
+        "    c.data.batch_size = 4\n"
+        "    c.mesh.fsdp = 4\n"
+        "    c.plan.largest_batch = False\n"
+        "    return c\n"
+    )
+    command = [sys.executable, "-m", "dcod_jax.plan", "--config", str(file)]
+    run = subprocess.run(
+        [*command, "--topology", "v5e:2x2"], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    result = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert result["devices"] == 4
+    assert result["memory_limit"] == 15.75 * GIB
+    train = result["train"]
+    assert train["seconds"] > 0
+    assert 0 < train["mfu"] < 1
+    assert train["kernels"] > 0
+    assert train["windowed_products"] == 0
+    assert estimate.DAY * 4 * 256 / train["seconds"] == pytest.approx(train["tokens_per_day"])

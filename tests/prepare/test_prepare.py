@@ -1,0 +1,402 @@
+"""The prepare verb: every filter with its count, splits, reuse, refusal and clean restarts."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dcod_jax.configs.base import get_config
+from dcod_jax.data import chat
+from dcod_jax.data.manifest import read_manifest
+from dcod_jax.data.records import TraceDataset
+from dcod_jax.errors import DcodError
+from dcod_jax.prepare import command as verb
+from dcod_jax.prepare.command import is_prepared, prepare
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory) -> Path:
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"), merges=[("h", "e")])
+
+
+def save_tokenizer(path: Path, *, merges) -> Path:
+    """Bytes, a few merges, ChatML."""
+    vocab = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocab |= {left + right: len(vocab) + i for i, (left, right) in enumerate(merges)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(
+        [AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>")]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def record(number: int, **changes) -> dict:
+    return {
+        "id": f"r{number}",
+        "prompt": f"What is {number} + 1?",
+        "completion": f"It is {number + 1}.\n#### {number + 1}",
+        "answer": str(number + 1),
+    } | changes
+
+
+def write(path: Path, records) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return path
+
+
+@pytest.fixture
+def config(tmp_path, tokenizer_dir):
+    c = get_config()
+    c.run_dir = str(tmp_path / "run")
+    c.student.tokenizer = str(tokenizer_dir)
+    c.data.traces = str(write(tmp_path / "traces.jsonl", [record(i) for i in range(5)]))
+    c.prepare.workers = 1
+    c.train.progress = False
+    return c
+
+
+def dropped(root: Path) -> list[tuple[str, str]]:
+    lines = (root / "quarantine.jsonl").read_text().splitlines()
+    return [(r["source"].rpartition(":")[2], r["reason"]) for r in map(json.loads, lines)]
+
+
+def test_each_filter_has_its_reason(config, tmp_path, capsys) -> None:
+    overlap = write(tmp_path / "eval.jsonl", [{"question": "What is 7 + 1?"}])
+    config.prepare.overlap_files = (str(overlap),)
+    config.data.max_length = 200
+    config.prepare.on_bad_record = "quarantine"
+    records = [
+        record(0),
+        record(1, answer="3"),
+        record(2, completion="I do not know"),
+        record(3, finish_reason="length"),
+        record(0),
+        record(7),
+        record(8, completion="so " * 200 + "\n#### 9"),
+        record(9, completion=""),
+        record(10, completion="It is 11.<|im_end|>"),
+        record(10, prompt="Half \ud83d?"),
+        record(11, answer=None),
+        record(12),
+    ]
+    write(Path(config.data.traces), records)
+    root = prepare(config)
+    assert root == tmp_path / "run" / "dataset"
+    expected = [
+        ("2", "wrong_answer"),
+        ("3", "no_answer"),
+        ("4", "truncated"),
+        ("5", "duplicate"),
+        ("6", "overlap"),
+        ("7", "too_long"),
+        ("8", "bad_record"),
+        ("9", "bad_record"),
+        ("10", "bad_record"),
+    ]
+    assert sorted(dropped(root), key=lambda item: int(item[0])) == expected
+    manifest = read_manifest(root / "train")
+    counts = manifest["counts"]
+    assert (counts["read"], counts["kept"], sum(counts["dropped"].values())) == (12, 3, 9)
+    assert manifest["sources"][0]["records"] == 12
+    assert manifest["config"]["data"]["max_length"] == 200
+    quarantined = json.loads((root / "quarantine.jsonl").read_text().splitlines()[-1])
+    assert "record" in quarantined
+    assert not (root / "eval").exists()
+    shown = capsys.readouterr().out
+    assert "«It is 1.\n#### 1<|im_end|>»" in shown
+    assert "dropped: too_long" in shown
+
+
+def test_a_path_wider_than_the_table_is_shown_in_one_piece(config, tmp_path, capsys) -> None:
+    config.run_dir = str(tmp_path / ("deep " * 20).strip() / "[run]")
+    root = prepare(config)
+    assert f"\n{root}:\n" in capsys.readouterr().out
+
+
+def test_the_traces_at_rest(config, tokenizer_dir) -> None:
+    dataset = TraceDataset(prepare(config) / "train")
+    tokenizer = chat.load_tokenizer(tokenizer_dir)
+    (trace,) = dataset.read([3])
+    assert trace.id == "r3"
+    assert trace.meta == {"source": f"{config.data.traces}:4", "answer": "4"}
+    text = tokenizer.decode(trace.token_ids[trace.completion_mask])
+    assert text == "It is 4.\n#### 4<|im_end|>"
+    assert dataset.manifest["tokenizer"]["fingerprint"] == chat.tokenizer_fingerprint(tokenizer)
+    assert dataset.manifest["template"]["fingerprint"] == chat.template_fingerprint(tokenizer)
+    assert not dataset.scored
+
+
+def test_without_the_filters_everything_stays(config) -> None:
+    write(Path(config.data.traces), [record(1, answer="3"), record(2), record(2)])
+    config.prepare.filter_correct = False
+    config.prepare.deduplicate = False
+    dataset = TraceDataset(prepare(config) / "train")
+    assert [t.id for t in dataset.read(range(3))] == ["r1", "r2", "r2#2"]
+
+
+def test_a_malformed_record_stops_the_run_by_default(config) -> None:
+    with open(config.data.traces, "a") as file:
+        file.write('{"prompt": "cut')
+    with pytest.raises(DcodError, match=r"traces.jsonl:6: truncated JSON"):
+        prepare(config)
+    assert not is_prepared(config)
+    write(Path(config.data.traces), [record(1), record(2, completion="x<|im_end|>", answer=None)])
+    with pytest.raises(DcodError, match=r"traces.jsonl:2: the assistant message holds the special"):
+        prepare(config)
+
+
+def test_nothing_left_is_refused_with_the_counts(config) -> None:
+    write(Path(config.data.traces), [record(i, answer="99") for i in range(3)])
+    with pytest.raises(DcodError, match=r"no trace .*3 read, 0 held out; dropped: wrong_answer 3"):
+        prepare(config)
+    config.data.max_length = 8
+    config.prepare.filter_correct = False
+    with pytest.raises(DcodError, match="too_long 3"):
+        prepare(config)
+
+
+# ---------------------------------------------------------------- splits
+
+
+def prompts(path: Path, tokenizer) -> set[str]:
+    dataset = TraceDataset(path)
+    traces = dataset.read(range(dataset.manifest["totals"]["records"]))
+    return {tokenizer.decode(t.token_ids[~t.completion_mask]) for t in traces}
+
+
+def test_eval_fraction_holds_out_prompts(config, tokenizer_dir) -> None:
+    records = [record(i, id=f"{i}-{k}") for i in range(40) for k in range(2)]
+    for k, entry in enumerate(records):
+        entry["completion"] = f"Sample {k}.\n" + entry["completion"]
+    write(Path(config.data.traces), records)
+    config.data.eval_fraction = 0.25
+    root = prepare(config)
+    tokenizer = chat.load_tokenizer(tokenizer_dir)
+    train, held_out = (prompts(root / name, tokenizer) for name in ("train", "eval"))
+    assert not train & held_out
+    assert len(train | held_out) == 40
+    assert 3 <= len(held_out) <= 20
+    counts = [read_manifest(root / name)["counts"] for name in ("train", "eval")]
+    assert counts[0]["kept"] + counts[1]["kept"] == 80 == counts[0]["read"]
+    assert counts[0]["held_out"] == counts[1]["kept"] == 2 * len(held_out)
+
+
+def test_eval_traces_and_their_prompts(config, tmp_path) -> None:
+    held_out = [record(3, completion="Four: 4\n#### 4"), record(20)]
+    config.data.eval_traces = str(write(tmp_path / "held.jsonl", held_out))
+    root = prepare(config)
+    assert dropped(root) == [("4", "held_out_prompt")]
+    assert read_manifest(root / "eval")["counts"]["kept"] == 2
+    assert read_manifest(root / "train")["counts"]["kept"] == 4
+
+
+def test_held_out_settings_that_cannot_be(config) -> None:
+    config.data.eval_fraction = 1e-9
+    with pytest.raises(DcodError, match="held out none of the 5 traces"):
+        prepare(config)
+    config.data.eval_traces = config.data.traces
+    with pytest.raises(DcodError, match="are both set"):
+        prepare(config)
+
+
+# ---------------------------------------------------------------- again
+
+
+def test_the_same_inputs_are_not_prepared_twice(config, capsys, tmp_path) -> None:
+    assert not is_prepared(config)
+    root = prepare(config)
+    before = {p: p.stat().st_mtime_ns for p in root.rglob("*")}
+    capsys.readouterr()
+    assert is_prepared(config)
+    assert prepare(config) == root
+    assert "already prepared" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in root.rglob("*")} == before
+    moved = tmp_path / "moved.jsonl"
+    Path(config.data.traces).rename(moved)
+    assert is_prepared(config)  # the raw traces need not be there any more
+    config.data.traces = str(moved)
+    assert is_prepared(config)
+    config.data.traces = ""
+    assert is_prepared(config)
+
+
+def test_other_inputs_are_refused_by_name(config, tmp_path) -> None:
+    prepare(config)
+    config.data.max_length = 100
+    config.prepare.deduplicate = False
+    expected = r"different: data.max_length \(it was 2048, now 100\), prepare.deduplicate"
+    with pytest.raises(DcodError, match=expected):
+        prepare(config)
+    config.data.max_length = 2048
+    config.prepare.deduplicate = True
+    write(Path(config.data.traces), [record(1)])
+    with pytest.raises(DcodError, match=r"different: data\.traces\. Remove it"):
+        is_prepared(config)
+    write(Path(config.data.traces), [record(i) for i in range(5)])
+    other = save_tokenizer(tmp_path / "other", merges=[("h", "o")])
+    config.student.tokenizer = str(other)
+    with pytest.raises(DcodError, match=r"different: tokenizer\."):
+        prepare(config)
+
+
+def test_a_directory_of_something_else_is_left_alone(config, tmp_path) -> None:
+    config.data.dataset = str(tmp_path / "mine")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(DcodError, match="is not a dataset that prepare wrote"):
+        prepare(config)
+    (tmp_path / "mine" / "notes.txt").unlink()
+    assert prepare(config) == tmp_path / "mine"
+
+
+def test_an_interrupted_run_leaves_nothing_to_read(config, monkeypatch) -> None:
+    clean = config.copy_and_resolve_references()
+    clean.run_dir = config.run_dir + "-clean"
+    whole = prepare(clean)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    config.prepare.shard_records = clean.prepare.shard_records
+    monkeypatch.setattr(verb, "_finish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config)
+    assert not is_prepared(config)
+    monkeypatch.undo()
+    root = prepare(config)
+    shards = [sorted((r / "train").glob("*.array_record")) for r in (whole, root)]
+    assert [p.read_bytes() for p in shards[0]] == [p.read_bytes() for p in shards[1]]
+    assert not root.with_name("dataset.partial").exists()
+
+
+# ---------------------------------------------------------------- delivered log-probs
+
+
+def scored_record(tokenizer, number: int = 1, **changes) -> dict:
+    entry = record(number)
+    messages = [
+        {"role": "user", "content": entry["prompt"]},
+        {"role": "assistant", "content": entry["completion"]},
+    ]
+    ids, mask = chat.encode(tokenizer, messages)
+    completion = ids[mask].tolist()
+    values = [-0.01 * i for i in range(len(completion))]
+    return entry | {"token_ids": completion, "logprobs": values} | changes
+
+
+def test_delivered_logprobs_are_kept_when_required(config, tokenizer_dir) -> None:
+    tokenizer = chat.load_tokenizer(tokenizer_dir)
+    records = [scored_record(tokenizer, i, model="big", temperature=1.0) for i in range(3)]
+    write(Path(config.data.traces), records)
+    config.prepare.logprobs = "require"
+    config.teacher.name = "Big-7B"
+    dataset = TraceDataset(prepare(config) / "train")
+    assert dataset.scored
+    np.testing.assert_array_equal(
+        dataset.read([1])[0].logprobs, np.asarray(records[1]["logprobs"], np.float32)
+    )
+    assert dataset.manifest["teacher"]["name"] == "Big-7B"
+    assert dataset.manifest["sampled_by"] == {"models": ["big"], "temperatures": [1.0]}
+
+
+def test_ignored_logprobs_are_told(config, tokenizer_dir) -> None:
+    tokenizer = chat.load_tokenizer(tokenizer_dir)
+    write(Path(config.data.traces), [scored_record(tokenizer, i) for i in range(3)])
+    dataset = TraceDataset(prepare(config) / "train")
+    assert not dataset.scored
+    assert dataset.manifest["delivered_logprobs"] == {"policy": "ignore", "traces_ignored": 3}
+
+
+def test_token_texts_of_an_api_are_compared_by_bytes(config, tokenizer_dir) -> None:
+    tokenizer = chat.load_tokenizer(tokenizer_dir)
+    entry = scored_record(tokenizer, completion="It is é 2.\n#### 2")
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "hé 2"}]
+    ids, mask = chat.encode(tokenizer, messages)
+    tokens = tokenizer.convert_ids_to_tokens(ids[mask].tolist())
+    assert tokens == ["h", "Ã", "©", "Ġ", "2", "<|im_end|>"]
+    texts: list[list[int] | None] = [[104], [0xC3], [0xA9], [32], [50], None]
+    content = [
+        {"token": "<|im_end|>" if text is None else "?", "bytes": text, "logprob": -0.5}
+        for text in texts
+    ]
+    choice = {"message": {"role": "assistant", "content": "hé 2"}, "logprobs": {"content": content}}
+    entry = {"prompt": "q", "choices": [choice]}
+    config.prepare.logprobs = "require"
+    write(Path(config.data.traces), [entry])
+    assert TraceDataset(prepare(config) / "train").scored
+    content[1]["bytes"] = [0xC4]
+    write(Path(config.data.traces), [entry])
+    config.data.dataset = config.run_dir + "/other"
+    with pytest.raises(DcodError, match=r"traces.jsonl:1: token 1 of the completion is b'\\xc3'"):
+        prepare(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.update(logprobs=r["logprobs"][:-2]), r"14 logprobs for the 16 tokens"),
+        (lambda r: r.update(logprobs=r["logprobs"][:-1]), r"end-of-turn token '<\|im_end\|>'"),
+        (lambda r: r.update(token_ids=[*r["token_ids"], 5]), r"17 token_ids for the 16 tokens"),
+        (lambda r: r["token_ids"].__setitem__(4, 7), r"token_ids\[4\] is 7 \('\(?.'\), our token"),
+        (lambda r: r["token_ids"].__setitem__(4, "7"), r"token_ids\[4\] is '7'; expected an int"),
+        (lambda r: r["logprobs"].__setitem__(2, math.nan), r"logprobs\[2\] is NaN"),
+        (lambda r: r["logprobs"].__setitem__(2, 0.001), r"logprobs\[2\] is 0.001, above 0"),
+        (lambda r: r["logprobs"].__setitem__(2, -math.inf), r"logprobs\[2\] is -inf"),
+        (lambda r: r["logprobs"].__setitem__(2, None), r"logprobs\[2\] is None; expected a number"),
+        (lambda r: r.pop("token_ids"), r"logprobs without token_ids"),
+        (lambda r: r.pop("logprobs"), r"no logprobs"),
+    ],
+)
+def test_logprobs_that_do_not_fit_are_refused(config, tokenizer_dir, change, message: str) -> None:
+    tokenizer = chat.load_tokenizer(tokenizer_dir)
+    broken = scored_record(tokenizer, 2)
+    change(broken)
+    write(Path(config.data.traces), [scored_record(tokenizer, 1), broken])
+    config.prepare.logprobs = "require"
+    config.prepare.filter_correct = False
+    with pytest.raises(DcodError, match=r"traces\.jsonl:2: .*" + message):
+        prepare(config)
+
+
+def test_logprobs_of_another_tokenizer_are_refused(config, tokenizer_dir, tmp_path) -> None:
+    other = chat.load_tokenizer(save_tokenizer(tmp_path / "other", merges=[("I", "t")]))
+    write(Path(config.data.traces), [scored_record(other)])
+    config.prepare.logprobs = "require"
+    with pytest.raises(DcodError, match=r"traces.jsonl:1: \d+ logprobs for the \d+ tokens"):
+        prepare(config)
+
+
+def test_a_config_without_a_tokenizer_is_refused(config) -> None:
+    config.student.tokenizer = ""
+    with pytest.raises(DcodError, match=r"no tokenizer: set student\.path"):
+        prepare(config)
+
+
+@pytest.mark.shared
+def test_real_qwen_traces(config, shared_data) -> None:
+    """800 traces of MATH problems: 737 right by our grader, the rest quarantined."""
+    config.data.traces = str(shared_data / "qwen25_math_traces" / "math_cot_100.jsonl")
+    config.data.max_length = 100_000
+    config.prepare.workers = 2
+    config.prepare.overlap_files = (str(shared_data / "math500" / "test.jsonl"),)
+    config.prepare.overlap_ngram = 1000  # whole prompts only
+    root = prepare(config)
+    counts = read_manifest(root / "train")["counts"]
+    assert counts["read"] == 800
+    assert counts["dropped"]["wrong_answer"] == 63
+    assert counts["dropped"]["overlap"] > 0
+    assert counts["kept"] + sum(counts["dropped"].values()) == 800

@@ -1,0 +1,387 @@
+"""The study: its domain, its plan and results file, its intervals, and a reduced form of it."""
+
+import dataclasses
+import itertools
+import json
+import random
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dcod_jax import config as configs
+from dcod_jax.errors import DcodError
+from dcod_jax.study import domain
+from dcod_jax.study.arithmetic import STYLES, worked_solution
+from dcod_jax.study.command import count_runs, study, wanted_starts
+from dcod_jax.study.conditions import (
+    Results,
+    Run,
+    arms,
+    best_rate,
+    conditions,
+    pack_bits,
+    pending,
+    read_results,
+    settings_of,
+    unpack_bits,
+)
+from dcod_jax.study.steps import adjustable_optimizer, with_rate
+from dcod_jax.study.tables import Study, crossed_mean, fill_page
+from dcod_jax.train.optim import make_optimizer
+from dcod_jax.train.settings import optim_config
+from dcod_jax.types import TrainState
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "dcod_jax" / "configs" / "study.py"
+TINY = {
+    "study.arms": '("sft loss.weights.name=uniform", "sft+sigmoid loss.weights.name=sigmoid")',
+    "study.conditions": '("main",)',
+    "study.seeds": "2",
+    "study.tuning_seeds": "1",
+    "study.learning_rates": "(1e-3,)",
+    "study.width": "16",
+    "study.layers": "1",
+    "study.start_steps": "4",
+    "study.start_problems": "24",
+    "study.traces": "24",
+    "study.problems": "16",
+    "study.drift_prompts": "16",
+    "study.drift_length": "2",
+    "generate.batch_size": "16",
+    "generate.max_new_tokens": "48",
+    "data.batch_size": "2",
+    "optim.schedule": "constant",  # as the start's: one program for it and for sft
+    "train.steps": "4",
+    "train.progress": "false",
+}
+
+
+def recipe(**changes):
+    config = configs.load_recipe(RECIPE)
+    for key, text in (TINY | changes).items():
+        configs.assign(config, key, text)
+    configs.check(config)
+    return config
+
+
+# ---------------------------------------------------------------- the domain
+
+
+def test_the_sets_are_apart_and_each_is_what_its_name_says():
+    config = recipe(**{"study.problems": "200"})
+    sets = domain.held_out(config)
+    ids = [p.id for problems in sets.values() for p in problems]
+    assert len(ids) == len(set(ids)) == 4 * 200
+    stream = domain.training_problems(config, "traces", config.study.terms)
+    trained = list(itertools.islice(stream, 2000))
+    assert not set(ids) & {p.id for p in trained}
+    assert {p.numbers[0] for p in trained} == set(range(1, 7))
+    assert {p.numbers[0] for p in sets["operands"]} == {7, 8, 9}
+    assert {len(p.numbers) for p in sets["operands"]} == {len(p.numbers) for p in trained} == {3, 4}
+    assert {len(p.numbers) for p in sets["longer"]} == {5, 6}
+    for problem in itertools.chain(*sets.values()):
+        assert eval(problem.expression) == problem.answer
+        assert min(problem.running_values()) >= 0
+        assert (
+            problem.numbers[0]
+            + sum(
+                n for n, op in zip(problem.numbers[1:], problem.operators, strict=True) if op == "+"
+            )
+            <= domain.LARGEST
+        )
+
+
+def test_noise_changes_one_digit_of_the_steps_and_styles_are_told_apart():
+    draw = random.Random(0)
+    for problem in domain.held_out(recipe())["in"]:
+        for style in STYLES:
+            text = worked_solution(problem, style)
+            assert domain.style_of(text) == style
+            noisy = domain.disturb(text, draw)
+            changed = [(a, b) for a, b in zip(text, noisy, strict=True) if a != b]
+            assert len(changed) == 1
+            assert all(c.isdigit() for c in changed[0])
+            assert domain.is_correct(problem, noisy)
+            assert not domain.is_correct(problem, text + "1")
+
+
+# ---------------------------------------------------------------- plan and results file
+
+
+def fake(run):
+    """What a run might have measured; the second rate is the better one for "a" on the average."""
+    good = {1e-3: 0.5, 3e-3: 0.75}[run.rate] if run.arm == "a" else 0.5
+    first = {1e-3: 0.1, 3e-3: -0.1}[run.rate] if run.seed == 0 else 0.0
+    return {"accuracy": {"validation": good + first * (run.arm == "a")}}
+
+
+def plan_recipe(tmp_path, **changes):
+    return recipe(
+        **{
+            "run_dir": str(tmp_path),
+            "study.arms": '("a loss.weights.name=uniform", "b loss.weights.name=dft")',
+            "study.conditions": '("main", "noisy study.noise=0.5 study.only=a study.seeds=1")',
+            "study.learning_rates": "(1e-3, 3e-3)",
+        }
+        | changes
+    )
+
+
+def finish(config, results):
+    done = []
+    for run, _ in pending(config, results):
+        results.record(run, fake(run))
+        done.append(run)
+    return done
+
+
+def test_the_order_and_the_rates(tmp_path):
+    config = plan_recipe(tmp_path, **{"study.tuning_seeds": "2"})
+    done = finish(config, Results(tmp_path / "results.jsonl"))
+    assert [(r.kind, r.arm) for r in done[:8]] == [("tune", "a")] * 4 + [("tune", "b")] * 4
+    assert [(r.seed, r.rate) for r in done[:4]] == [(s, x) for s in (0, 1000) for x in (1e-3, 3e-3)]
+    # Seed by seed; the better rate for a, the lower one of two equal ones for b.
+    tests = [(r.condition, r.arm, r.seed, r.rate) for r in done[8:]]
+    assert tests == [
+        ("main", "a", 1, 3e-3),
+        ("main", "b", 1, 1e-3),
+        ("main", "a", 2, 3e-3),
+        ("main", "b", 2, 1e-3),
+        ("noisy", "a", 1, 3e-3),
+    ]
+    assert count_runs(config) == len(done)
+    own = plan_recipe(
+        tmp_path / "own", **{"study.conditions": '("main", "noisy study.own_rates=true")'}
+    )
+    runs = finish(own, Results(tmp_path / "own" / "results.jsonl"))
+    assert sum(run.kind == "tune" and run.condition == "noisy" for run in runs) == 4
+    assert count_runs(own) == len(runs)
+
+
+def test_a_killed_study_goes_on_and_drops_the_torn_line(tmp_path):
+    config, path = plan_recipe(tmp_path), tmp_path / "results.jsonl"
+    for run, _ in itertools.islice(pending(config, Results(path)), 1):
+        Results(path).record(run, fake(run))
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"kind": "tune", "arm": "b", "con')
+    results = Results(path)
+    assert len(results.done) == 1
+    rest = finish(config, results)
+    assert len(rest) + 1 == count_runs(config)
+    assert path.read_bytes().startswith(whole)
+    keys = [
+        tuple(x.get(k) for k in ("kind", "condition", "arm", "seed", "rate"))
+        for x in read_results(path)
+    ]
+    assert len(set(keys)) == len(keys)
+    assert not list(pending(config, Results(path)))
+
+
+def test_other_settings_are_refused(tmp_path):
+    finish(plan_recipe(tmp_path), Results(tmp_path / "results.jsonl"))
+    more = plan_recipe(tmp_path, **{"study.seeds": "3"})  # what may grow
+    assert len(finish(more, Results(tmp_path / "results.jsonl"))) == 2
+    other = plan_recipe(tmp_path, **{"train.steps": "5"})
+    with pytest.raises(DcodError, match=r"train\.steps: 4 then, 5 now"):
+        finish(other, Results(tmp_path / "results.jsonl"))
+    with pytest.raises(DcodError, match=r"study\.only names nothing-such"):
+        arms(recipe(**{"study.only": "nothing-such"}))
+    late = plan_recipe(tmp_path / "late", **{"study.conditions": '("x", "main")'})
+    assert finish(late, Results(tmp_path / "late" / "results.jsonl"))  # x has a grid of its own
+
+
+def test_the_shipped_recipe_reads():
+    config = configs.load_recipe(RECIPE)
+    for name, condition in conditions(config).items():
+        assert arms(condition), name
+    assert set(wanted_starts(config)[64, 2]) == {200, 1000, 2000}
+
+
+def test_the_shipped_results_are_of_the_shipped_recipe():
+    """A default that changes must be pinned in the recipe, or the tables tell of other runs."""
+    config = configs.load_recipe(RECIPE)
+    now = {
+        (name, arm): settings_of(own)
+        for name, condition in conditions(config).items()
+        for arm, own in arms(condition).items()
+    }
+    written = Results(ROOT / "docs" / "study" / "results.jsonl").settings
+    assert len(written.keys() & now.keys()) > 10
+    for key in written.keys() & now.keys():
+        assert written[key] == now[key], key
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def test_crossed_mean_is_the_analysis_of_variance_and_covers():
+    """Against sums written out, and on data whose truth is known."""
+    generator = np.random.default_rng(0)
+    values = generator.normal(size=(3, 4))
+    S, P = values.shape
+    grand = values.mean()
+    ms_s = P * sum((values[s].mean() - grand) ** 2 for s in range(S)) / (S - 1)
+    ms_p = S * sum((values[:, p].mean() - grand) ** 2 for p in range(P)) / (P - 1)
+    ms_e = sum(
+        (values[s, p] - values[s].mean() - values[:, p].mean() + grand) ** 2
+        for s in range(S)
+        for p in range(P)
+    ) / ((S - 1) * (P - 1))
+    a, b = max(ms_s, ms_e), max(ms_p, ms_e)
+    free = (a + b - ms_e) ** 2 / (a**2 / 2 + b**2 / 3 + ms_e**2 / 6)
+    from scipy.stats import t
+
+    half = t.ppf(0.975, free) * ((a + b - ms_e) / 12) ** 0.5
+    found = crossed_mean(values)
+    assert (found.mean, found.low, found.high) == pytest.approx((grand, grand - half, grand + half))
+
+    inside = 0
+    for _ in range(400):
+        seeds, problems = generator.normal(size=(5, 1)), 2 * generator.normal(size=(1, 40))
+        estimate = crossed_mean(seeds + problems + generator.normal(size=(5, 40)))
+        inside += estimate.low <= 0 <= estimate.high
+    assert 0.92 <= inside / 400 <= 0.995
+    assert crossed_mean(np.ones((3, 4))).low == 1
+    assert np.isnan(crossed_mean(np.ones((1, 4))).low)
+
+
+def test_bits_go_round():
+    correct = np.random.default_rng(0).random(21) < 0.5
+    assert np.array_equal(unpack_bits(pack_bits(correct), 21), correct)
+
+
+def test_the_rate_in_the_state_is_the_rate():
+    """Updates of the adjustable optimizer equal those of the package's at the same rate."""
+    cfg = optim_config(recipe())
+    params = {"kernel": jnp.linspace(-1, 1, 6).reshape(2, 3), "scale": jnp.ones(3)}
+    gradients = jax.tree.map(lambda x: 0.3 * x + 0.1, params)
+    plain, _ = make_optimizer(dataclasses.replace(cfg, learning_rate=2e-3, weight_decay=0.1), 20)
+    ours, schedule = adjustable_optimizer(
+        dataclasses.replace(cfg, learning_rate=1.0, weight_decay=0.1), 20
+    )
+    state, own = plain.init(params), ours.init(params)
+    own = with_rate(TrainState(jnp.int32(0), params, own, None), 2e-3).opt_state
+    for step in range(4):
+        assert float(schedule(step)) == pytest.approx(step / cfg.warmup_steps)
+        wanted, state = plain.update(gradients, state, params)
+        found, own = ours.update(gradients, own, params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, wanted)
+    assert float(optax.tree.norm(found)) > 0
+
+
+# ---------------------------------------------------------------- the whole, reduced
+
+
+PAGE = """# x
+<!-- study: accuracy -->
+<!-- end -->
+<!-- study: differences main, other -->old<!-- end -->
+<!-- study: drift -->
+<!-- end -->
+<!-- study: gains -->
+<!-- end -->
+<!-- study: cost -->
+<!-- end -->
+<!-- study: rates --><!-- end -->
+<!-- study: progress --><!-- end -->
+<!-- study: references --><!-- end -->
+"""
+
+
+def test_reduced_study(tmp_path):
+    config = recipe(run_dir=str(tmp_path))
+    study(config)
+    lines = read_results(tmp_path / "results.jsonl")
+    tests = {(x["arm"], x["seed"]): x for x in lines if x["kind"] == "test"}
+    assert sorted(tests) == [(arm, seed) for arm in ("sft", "sft+sigmoid") for seed in (1, 2)]
+    (reference,) = [x for x in lines if x["kind"] == "reference"]
+    assert set(reference["teacher"]) == set(domain.SETS)
+    for seed in (1, 2):  # one start for all arms, one for each seed
+        assert tests["sft", seed]["start"] == tests["sft+sigmoid", seed]["start"]
+    assert len(list((tmp_path / "starts").iterdir())) == 3  # the tuning run's, too
+    assert len(lines) == count_runs(config) + 3  # and that one, and the settings of the two arms
+    for seed in (1, 2):  # the same batches, whatever the loss
+        assert tests["sft", seed]["tokens"] == tests["sft+sigmoid", seed]["tokens"] > 0
+    assert tests["sft", 1]["curves"]["ess"] == 1 > tests["sft+sigmoid", 1]["curves"]["ess"]
+    for line in tests.values():
+        assert line["drift"]["reference"] > 0
+        for name, packed in line["correct"].items():
+            accuracy = unpack_bits(packed, 16).mean()
+            assert accuracy == pytest.approx(line["accuracy"][name], abs=1e-4)
+    study(config)
+    assert read_results(tmp_path / "results.jsonl") == lines, "a finished study does nothing"
+    other = tests["sft", 2] | {"start": tests["sft", 2]["start"] | {"in": "ffff"}}
+    left = [other if line is tests["sft", 2] else line for line in lines[:-1]]  # one run missing
+    text = "".join(json.dumps(line) + "\n" for line in left)
+    (tmp_path / "results.jsonl").write_text(text)
+    with pytest.raises(DcodError, match=r"'sft' of condition 'main', seed 2, began from a start"):
+        study(config)
+    assert (tmp_path / "results.jsonl").read_text() == text
+
+    lines.sort(key=lambda line: line["kind"])  # in a long study the kinds are mixed
+    page = fill_page(PAGE, Study(tuple(lines)))
+    assert fill_page(page, Study(tuple(lines))) == page
+    assert "| main | `sft+sigmoid` | `sft` |" in page
+    assert "Not run: other." in page
+    assert "old" not in page
+    with pytest.raises(DcodError, match="no table 'nothing'"):
+        fill_page("<!-- study: nothing -->\n<!-- end -->", Study(tuple(lines)))
+
+
+def test_the_page_holds_the_results():
+    """Every table of docs/study.md is what the committed results say."""
+    page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    results = read_results(ROOT / "docs" / "study" / "results.jsonl")
+    assert fill_page(page, Study(tuple(results))) == page, "run python tools/make_study_page.py"
+
+
+def line_of(condition, arm, seed, correct, start):
+    bits = {name: pack_bits(np.array(x, bool)) for name, x in (("in", correct), ("start", start))}
+    own = {"kind": "test", "condition": condition, "arm": arm, "seed": seed}
+    return own | {"correct": {"in": bits["in"]}, "start": {"in": bits["start"]}}
+
+
+def settings_line(condition, arm):
+    settings = {"study.only": [], "loss.weights.name": arm, "study.problems": 4}
+    return {"kind": "settings", "condition": condition, "arm": arm, "settings": settings}
+
+
+def test_an_arm_is_compared_with_main_only_from_the_same_starts():
+    own = [settings_line("main", "sft"), settings_line("variants", "sft+t3")]
+    main = line_of("main", "sft", 1, [0, 1, 1, 0], [0, 0, 0, 1])
+    alike = line_of("variants", "sft+t3", 1, [1, 1, 1, 0], [0, 0, 0, 1])
+    assert Study((*own, main, alike)).base("variants", "sft+t3") == ("main", "sft")
+    apart = line_of("variants", "sft+t3", 1, [1, 1, 1, 0], [0, 0, 1, 1])
+    assert Study((*own, main, apart)).base("variants", "sft+t3") is None
+
+
+def test_gains_are_paired_with_each_seeds_own_start():
+    lines = [
+        settings_line("main", "sft"),
+        line_of("main", "sft", 1, [1, 1, 1, 0], [1, 0, 0, 0]),
+        line_of("main", "sft", 2, [0, 0, 1, 0], [0, 1, 1, 0]),
+    ]
+    found = Study(tuple(lines))
+    assert found.gain("main", "sft", "in").mean == pytest.approx((2 - 1) / 8)
+    assert found.starts("main", "in").tolist() == [0.25, 0.5]
+
+
+def test_best_rate_waits_for_the_whole_grid_and_takes_the_mean(tmp_path):
+    results = Results(tmp_path / "results.jsonl")
+    config = plan_recipe(tmp_path, **{"study.tuning_seeds": "2"})
+
+    def tuned(seed, rate, accuracy):
+        assert best_rate(results, "main", "a", config) is None
+        run = Run("tune", "main", "a", seed, rate)
+        results.record(run, {"accuracy": {"validation": accuracy}})
+
+    tuned(0, 1e-3, 0.9)
+    tuned(0, 3e-3, 0.1)
+    tuned(1000, 1e-3, 0.1)
+    tuned(1000, 3e-3, 0.95)
+    assert best_rate(results, "main", "a", config) == 3e-3
+    assert json.loads(results.path.read_text().splitlines()[0])["rate"] == 1e-3

@@ -1,0 +1,318 @@
+"""The loop: exact resumption after kill -9, signals, NaN, held-out loss, and settings kept."""
+
+import gzip
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from dcod_jax import config as configs
+from dcod_jax.errors import EXIT_INTERRUPTED, DcodError
+from dcod_jax.models import hf, transformer
+from dcod_jax.train import command as train
+from dcod_jax.train.checkpoint import Checkpointer
+from dcod_jax.train.settings import optim_config
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = """
+from dcod_jax.configs.base import get_config as base
+
+def get_config():
+    c = base()
+    c.student.path = {student!r}
+    c.student.compute_dtype = "float32"
+    c.teacher.path = {teacher!r}
+    c.teacher.dtype = "float32"
+    c.data.traces = {traces!r}
+    c.data.dataset = {dataset!r}
+    c.data.eval_fraction = 0.2
+    c.data.max_length = 64
+    c.data.seq_len = 64
+    c.data.batch_size = 16
+    c.prepare.workers = 1
+    c.prepare.shard_records = 32
+    c.optim.learning_rate = 3e-3
+    c.train.steps = 8
+    c.train.log_every = 1
+    c.train.eval_every = 4
+    c.train.save_every = 4
+    c.train.microbatches = 2
+    c.train.progress = False
+    c.export.dtype = "float32"
+    return c
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A recipe whose dataset is prepared and scored."""
+    place = tmp_path_factory.mktemp("train")
+    tiny.write_model(place / "student", seed=1)
+    tiny.write_model(place / "teacher", seed=2, hidden_size=48, num_attention_heads=6)
+    tiny.write_jsonl(place / "traces.jsonl", tiny.sums(120))
+    recipe = RECIPE.format(
+        student=str(place / "student"),
+        teacher=str(place / "teacher"),
+        traces=str(place / "traces.jsonl"),
+        dataset=str(place / "dataset"),
+    )
+    (place / "recipe.py").write_text(recipe)
+    train.stages.ensure_inputs(load(place, place / "unused"))
+    return place
+
+
+def words(place, run_dir, *more):
+    return ["--config", str(place / "recipe.py"), f"--config.run_dir={run_dir}", *more]
+
+
+def load(place, run_dir, *more):
+    return configs.load(words(place, run_dir, *more), verb="train")
+
+
+def start(place, run_dir, *more):
+    command = [sys.executable, "-m", "dcod_jax.train", *words(place, run_dir, *more)]
+    # Programs compiled by the first run serve the others. jaxlib 0.10.0 logs a page for each of
+    # them, which would fill the pipe and stop the run before it is read.
+    cache = {
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "JAX_COMPILATION_CACHE_DIR": str(place / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | cache,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def metrics(run_dir):
+    """Lines of metrics.jsonl without what a clock gives."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("time")} for line in lines]
+
+
+def final_params(run_dir, place):
+    config, _ = hf.load_config(place / "student")
+    shapes = transformer.param_shapes(config)
+    params, _ = Checkpointer(run_dir).restore_params(shapes)
+    return params
+
+
+def assert_same_run(place, run_dir, reference):
+    assert metrics(run_dir) == metrics(reference)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        final_params(run_dir, place),
+        final_params(reference, place),
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(place):
+    """An uninterrupted run, in a process of its own like the interrupted ones."""
+    run = start(place, place / "reference", "--config.profile.steps=3:4")
+    output = run.communicate(timeout=300)[0]
+    assert run.returncode == 0, output
+    return place / "reference"
+
+
+def test_it_learns_and_writes_what_it_says(place, reference):
+    lines = metrics(reference)
+    steps = [line for line in lines if "loss" in line]
+    held_out = [line for line in lines if "eval/nll" in line]
+    assert [line["step"] for line in steps] == list(range(1, 9))
+    assert [line["step"] for line in held_out] == [0, 4, 8]
+    assert held_out[-1]["eval/nll"] < held_out[0]["eval/nll"]
+    assert all(math.isfinite(v) for line in lines for v in line.values())
+    assert steps[-1]["tokens_seen"] == sum(line["tokens/completion"] for line in steps)
+    stored = json.loads((reference / "config.json").read_text())
+    assert stored["train"]["steps"] == 8
+    assert (reference / "export" / "model.safetensors").exists()
+    assert list((reference / "tensorboard").iterdir())
+
+
+def test_the_time_of_a_step_is_told_by_its_phases(reference):
+    lines = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
+    shares = []
+    for line in (line for line in lines if "loss" in line):
+        phases = [line[f"time/{name}_seconds"] for name in ("data_wait", "dispatch", "device")]
+        assert min(phases) >= 0
+        shares.append(sum(phases) / line["time/step_seconds"])
+    assert max(shares) < 1.01  # nothing is counted twice
+    assert np.median(shares) > 0.5  # the rest: writing the line itself, the bar
+
+
+def test_the_steps_asked_for_are_traced(reference):
+    [trace] = (reference / "profile").rglob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    steps = [e["args"]["step_num"] for e in events if e.get("name") == "train" and "args" in e]
+    assert sorted(map(int, steps)) == [3, 4]
+
+
+def test_goodput_says_where_the_time_went(reference):
+    found = json.loads((reference / "goodput.json").read_text())
+    [attempt], total = found["attempts"], found["total"]
+    assert (attempt["from_step"], attempt["step"], attempt["ended"]) == (0, 8, "ended")
+    assert list(attempt["steps_at_save"]) == ["4", "8"]
+    parts = ("startup", "eval", "save", "lost", "productive")
+    seconds = [total[f"{name}_seconds"] for name in parts]
+    assert sum(seconds) == pytest.approx(total["wall_seconds"])
+    assert total["lost_seconds"] == 0
+    assert min(total["eval_seconds"], total["save_seconds"], total["productive_seconds"]) > 0
+    assert total["goodput"] == total["productive_seconds"] / total["wall_seconds"]
+
+
+def kill_after(run, path, step, how):
+    """Send a signal once the metrics of that step are on disk."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and run.poll() is None:
+        if path.exists() and any(
+            json.loads(line).get("step", 0) >= step and "loss" in line
+            for line in path.read_text().splitlines()
+            if line.endswith("}")
+        ):
+            run.send_signal(how)
+            return
+        time.sleep(0.01)
+    pytest.fail(f"never reached step {step}: {run.communicate()[0]}")
+
+
+def test_sigterm_then_kill_9_then_the_same_command_is_bit_identical(place, reference):
+    run_dir = place / "stopped"
+    first = start(place, run_dir, "--config.train.steps=8")
+    kill_after(first, run_dir / "metrics.jsonl", 2, signal.SIGTERM)
+    output = first.communicate(timeout=300)[0]
+    if first.returncode == 0:
+        pytest.skip("the run was over before the signal came")
+    assert first.returncode == EXIT_INTERRUPTED, output
+    assert "the same command goes on" in output
+    [saved] = Checkpointer(run_dir).steps()
+    second = start(place, run_dir)
+    kill_after(second, run_dir / "metrics.jsonl", max(5, saved + 1), signal.SIGKILL)
+    output = second.communicate()[0]
+    assert second.returncode == -signal.SIGKILL
+    assert f"resuming {run_dir} at step {saved}" in output
+    kept = Checkpointer(run_dir).steps()
+    assert set(kept) <= {saved, 4}
+    third = start(place, run_dir)
+    output = third.communicate(timeout=300)[0]
+    assert third.returncode == 0, output
+    assert f"resuming {run_dir} at step {kept[-1]}" in output
+    assert_same_run(place, run_dir, reference)
+    found = json.loads((run_dir / "goodput.json").read_text())
+    stopped, killed, after = found["attempts"]
+    assert [a["ended"] for a in (stopped, killed, after)] == ["ended", "killed", "ended"]
+    assert killed["step"] >= 5
+    assert stopped["lost"] == 0
+    assert 0 < killed["lost"] == found["total"]["lost_seconds"]
+    if after["from_step"] == 4:  # the steps up to the save were not lost
+        steps = killed["elapsed"] - killed["startup"] - killed["eval"] - killed["save"]
+        assert killed["lost"] == pytest.approx(steps - killed["steps_at_save"].get("4", 0.0))
+
+
+def test_another_seed_is_another_run(place, reference):
+    with pytest.raises(DcodError, match=r"other settings:\n  seed: 0 then, 1 now"):
+        train.fit(load(place, reference, "--config.seed=1"))
+
+
+def test_a_finished_run_is_left_alone(place, reference):
+    before = sorted((p, p.stat().st_mtime_ns) for p in (reference / "checkpoints").iterdir())
+    assert train.fit(load(place, reference)) == 8
+    assert (
+        sorted((p, p.stat().st_mtime_ns) for p in (reference / "checkpoints").iterdir()) == before
+    )
+
+
+def test_another_mesh_continues_within_rounding(place, reference, capsys):
+    """From a checkpoint of replicas, with parameters and heads split and no micro-batches."""
+    run_dir = place / "eight"
+    shutil.copytree(reference, run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "8")
+    changes = ("mesh.fsdp=2", "mesh.tensor=2", "train.microbatches=1")
+    assert train.fit(load(place, run_dir, *(f"--config.{change}" for change in changes))) == 8
+    assert f"resuming {run_dir} at step 4" in capsys.readouterr().out
+    ours, theirs = metrics(run_dir), metrics(reference)
+    assert ours != theirs  # the last steps were done anew
+    for mine, other in zip(ours, theirs, strict=True):
+        for key in ("loss", "nll", "eval/nll", "eval/loss"):
+            if key in mine:
+                np.testing.assert_allclose(mine[key], other[key], rtol=2e-5, err_msg=key)
+
+
+def test_not_finite_stops_with_step_traces_and_last_good_checkpoint(place):
+    run_dir = place / "diverged"
+    config = load(
+        place,
+        run_dir,
+        "--config.optim.learning_rate=1e30",
+        "--config.optim.warmup_steps=0",
+        "--config.train.save_every=0",
+        "--config.optim.clip_norm=0",
+    )
+    with pytest.raises(DcodError) as caught:
+        train.fit(config)
+    message = str(caught.value)
+    assert message.startswith("step 2:") or message.startswith("step 3:")
+    assert "Last good checkpoint: none" in message
+    assert "sum-" in message
+
+
+def test_the_wrong_tokenizer_is_refused(place, tmp_path):
+    tiny.write_tokenizer(tmp_path / "other", alphabet=tiny.ALPHABET[::-1])
+    config = load(place, tmp_path / "run", f"--config.student.tokenizer={tmp_path / 'other'}")
+    with pytest.raises(DcodError, match="tokenizer"):
+        train.fit(config)
+
+
+def test_another_teachers_scores_are_refused(place, tmp_path):
+    other = load(place, tmp_path / "run", f"--config.teacher.path={place / 'student'}")
+    with pytest.raises(DcodError, match="written with another teacher"):
+        train.fit(other)
+    with pytest.raises(DcodError, match=r"score\.overwrite"):
+        train.stages.ensure_inputs(other)
+    name = load(place, tmp_path / "run", "--config.teacher.name=any name")
+    assert train.stages._missing(name) == ["prepare"]
+
+
+def test_no_student_is_refused(place, tmp_path):
+    with pytest.raises(DcodError, match=r"set student\.path"):
+        train.fit(load(place, tmp_path / "run", "--config.student.path="))
+
+
+def places(run_dir):
+    checkpointer = Checkpointer(run_dir)
+    return checkpointer, train.LocalCheckpoints(checkpointer, directory="", every=0)
+
+
+def test_parameters_from_another_run_and_from_a_config(place, reference, tmp_path):
+    first = load(place, tmp_path / "a", f"--config.train.init_from={reference}")
+    mesh = train.make_mesh()
+    student = train.load_student(first)
+    optimizer, _ = train.make_optimizer(optim_config(first), 8)
+    state, _ = train.start_state(first, student, optimizer, mesh, *places(tmp_path / "a"))
+    jax.tree.map(np.testing.assert_array_equal, state.params, final_params(reference, place))
+    assert int(state.step) == 0
+    assert all(not np.any(x) for x in jax.tree.leaves(state.opt_state) if jnp.ndim(x))
+    scratch = load(
+        place,
+        tmp_path / "b",
+        "--config.student.path=",
+        f"--config.student.config={place / 'student' / 'config.json'}",
+    )
+    state, _ = train.start_state(scratch, student, optimizer, mesh, *places(tmp_path / "b"))
+    embedding = np.asarray(state.params["embed_tokens"]["embedding"])
+    np.testing.assert_allclose(embedding.std(), 0.1, rtol=0.1)

@@ -1,0 +1,238 @@
+"""Runs with every kind of teacher: cached equals live, what is adaptive resumes exactly, GKD."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from test_train import RECIPE
+
+from dcod_jax import config as configs
+from dcod_jax.errors import DcodError
+from dcod_jax.models import hf, transformer
+from dcod_jax.train import command as train
+from dcod_jax.train.checkpoint import Checkpointer
+from dcod_jax.train.start import preflight
+
+VOCABULARY = len(tiny.SPECIAL) + len(tiny.ALPHABET)  # K = V: the cache holds everything, in bf16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs(tmp_path_factory):
+    """Runs of one configuration share their compiled programs."""
+    wanted = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in wanted}
+    for name, value in wanted.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A recipe whose dataset holds the teacher's whole distribution as top-k."""
+    place = tmp_path_factory.mktemp("losses")
+    tiny.write_model(place / "student", seed=1)
+    tiny.write_model(
+        place / "teacher", seed=2, hidden_size=48, num_attention_heads=6, vocab_size=56
+    )
+    tiny.write_jsonl(place / "traces.jsonl", tiny.sums(60))
+    recipe = RECIPE.format(
+        student=str(place / "student"),
+        teacher=str(place / "teacher"),
+        traces=str(place / "traces.jsonl"),
+        dataset=str(place / "dataset"),
+    )
+    more = f"""    c.score.top_k = {VOCABULARY}
+    c.train.steps = 3
+    c.train.microbatches = 1
+    c.train.eval_every = 3
+    c.train.save_every = 3
+    c.optim.warmup_steps = 0
+    c.optim.schedule = "constant"
+    c.on_policy.max_new_tokens = 8
+    return c
+"""
+    (place / "recipe.py").write_text(recipe.replace("    return c\n", more))
+    train.stages.ensure_inputs(load(place, "unused"))
+    return place
+
+
+def load(place, name, *changes):
+    words = ["--config", str(place / "recipe.py"), f"--config.run_dir={place / name}"]
+    return configs.load([*words, *(f"--config.{c}" for c in changes)], verb="train")
+
+
+def fit(place, name, *changes):
+    """Metric lines of a run, without what a clock gives."""
+    train.fit(load(place, name, *changes))
+    lines = (place / name / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(x).items() if not k.startswith("time")} for x in lines]
+
+
+def params(place, name):
+    config, _ = hf.load_config(place / "student")
+    return Checkpointer(place / name).restore_params(transformer.param_shapes(config))[0]
+
+
+@pytest.mark.parametrize(
+    ("divergence", "tolerance"),
+    [
+        ("nll", 2e-5),
+        pytest.param("forward_kl", 3e-3, marks=pytest.mark.long),
+        ("todi", 6e-3),
+    ],
+)
+def test_a_live_teacher_gives_the_cached_loss(place, divergence, tolerance):
+    """To the cache's precision: float32 for the trace token, bfloat16 for the distribution."""
+    key = f"loss.divergence={divergence}"
+    cached = fit(place, f"cached-{divergence}", key)
+    live = fit(place, f"live-{divergence}", key, "loss.teacher=live")
+    for ours, theirs in zip(cached, live, strict=True):
+        for name in ("loss", "nll", "divergence", "weights/log_ratio", "eval/loss"):
+            assert (name in ours) == (name in theirs)
+            if name in ours:
+                close = {"rtol": tolerance, "atol": tolerance / 10, "err_msg": name}
+                np.testing.assert_allclose(ours[name], theirs[name], **close)
+    steps = [line for line in cached if "loss" in line]
+    if divergence == "nll":
+        assert "divergence" not in steps[0]
+    else:
+        assert steps[0]["divergence"] != pytest.approx(steps[0]["nll"], rel=1e-2)
+        assert steps[0]["teacher/captured_mass"] == pytest.approx(1.0, abs=1e-5)
+        assert "teacher/captured_mass" not in next(line for line in live if "loss" in line)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(
+            ("loss.weights.temperature=auto", "loss.weights.target_loss=0.999"),
+            marks=pytest.mark.long,
+        ),
+        (
+            "loss.divergence=taid",
+            "loss.weights.temperature=auto",
+            "loss.weights.smoothing=0",
+            "loss.weights.target_loss=0",
+            "loss.weights.target_ess=0.9",
+        ),
+    ],
+)
+def test_what_the_loss_has_learned_survives_a_restart(place, changes):
+    name = changes[0].replace("=", "-")
+    whole = fit(place, f"whole-{name}", *changes, "train.steps=4", "train.save_every=0")
+    parts = (*changes, "train.eval_every=2", "train.save_every=2", "train.steps=4")
+    fit(place, f"parts-{name}", *parts)
+    shutil.rmtree(place / f"parts-{name}" / "checkpoints" / "4")  # as if killed after step 2
+    again = fit(place, f"parts-{name}", *parts)
+    steps = [[x for x in lines if "loss" in x] for lines in (whole, again)]
+    assert steps[0] == steps[1]
+    assert len(steps[0]) == 4
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        params(place, f"whole-{name}"),
+        params(place, f"parts-{name}"),
+    )
+    temperatures = [line["weights/temperature"] for line in steps[0]]
+    assert len(set(temperatures)) > 2
+    if changes[0] == "loss.divergence=taid":
+        interpolation = [line["taid/interpolation"] for line in steps[0]]
+        assert interpolation == sorted(interpolation)
+        assert interpolation[0] == pytest.approx(0.4)
+        assert interpolation[-1] > 0.4
+        for line in steps[0]:  # solved in the step: the target is met in every one of them
+            assert line["weights/ess"] == pytest.approx(0.9, rel=0.01)
+
+
+def test_gkd_samples_from_the_student_counts_its_cost_and_resumes_exactly(place):
+    changes = ("loss.divergence=jsd", "loss.teacher=live", "loss.weights.name=uniform")
+    changes += ("on_policy.fraction=0.5", "seed=3")
+    whole = fit(place, "gkd", *changes, "train.steps=6", "train.save_every=0")
+    parts = ("train.eval_every=3", "train.save_every=3")
+    fit(place, "gkd-parts", *changes, *parts, "train.steps=3")
+    again = fit(place, "gkd-parts", *changes, *parts, "train.steps=6")
+    steps = [[x for x in lines if "loss" in x] for lines in (whole, again)]
+    assert steps[0] == steps[1]
+    on = [line["on_policy/batch"] for line in steps[0]]
+    assert 0 < sum(on) < 6
+    generated = [line["on_policy/tokens_generated"] for line in steps[0]]
+    assert generated == sorted(generated)
+    for before, after, was_on in zip([0, *generated], generated, on, strict=False):
+        assert (after > before) == bool(was_on)
+    offline = fit(place, "gkd-off", *changes[:3], "seed=3")
+    first_off = on.index(0.0)
+    if first_off == 0:  # a batch that is not sampled is the offline one
+        assert offline[1]["loss"] == steps[0][0]["loss"]
+
+
+def test_a_distribution_that_no_cache_holds_is_refused_before_anything_is_read(place):
+    with pytest.raises(DcodError) as caught:
+        load(place, "refused", "loss.divergence=todi", "score.top_k=0")
+    assert "loss.divergence=todi needs the teacher's distribution" in str(caught.value)
+    assert "python -m dcod_jax.score" in str(caught.value)
+    for changes, message in (
+        (("loss.teacher=live", "teacher.path="), r"loss\.teacher=live needs teacher\.path"),
+        (("on_policy.fraction=0.5",), r"needs loss\.teacher=live"),
+        (("on_policy.fraction=1.5",), r"must be in \[0, 1\]"),
+        (("loss.temperature=2", "loss.divergence=jsd"), r"tempered tail.*loss\.teacher=live"),
+        (("loss.weights.temperature=warm",), "expected a number or 'auto'"),
+        (("loss.weights.name=dft", "loss.weights.temperature=auto"), "means nothing for"),
+    ):
+        with pytest.raises(DcodError, match=message):
+            load(place, "refused", *changes)
+
+
+def test_taids_schedule_does_not_allow_another_length(place):
+    changes = ("loss.divergence=taid", "loss.weights.name=uniform")
+    fit(place, "taid", *changes, "train.steps=1")
+    with pytest.raises(DcodError, match=r"train\.steps: 1 then, 2 now"):
+        fit(place, "taid", *changes, "train.steps=2")
+
+
+def test_another_live_teacher_is_not_the_same_run(place):
+    train.fit(load(place, "own", "loss.teacher=live"))
+    other = load(place, "own", "loss.teacher=live", f"teacher.path={place / 'student'}")
+    with pytest.raises(DcodError, match=r"teacher\.path"):
+        train.fit(other)
+
+
+def test_a_live_teacher_with_another_tokenizer_is_refused(place, tmp_path):
+    tiny.write_model(tmp_path / "other")
+    tiny.write_tokenizer(tmp_path / "other", alphabet=tiny.ALPHABET[::-1])
+    config = load(place, "refused", "loss.teacher=live", f"teacher.path={tmp_path / 'other'}")
+    with pytest.raises(DcodError, match="has another tokenizer than the student"):
+        train.fit(config)
+
+
+def test_weight_on_what_the_student_knows_already_is_warned_of_once(place, capsys):
+    log = train.Log.__new__(train.Log)
+    log.warned = False
+    fine = {"weights/confident_mass": 0.9, "weights/confident_tokens": 0.85, "weights/ess": 0.9}
+    log._warn(1, fine)
+    assert capsys.readouterr().out == ""
+    # A student that lacks nothing at temperature 1, as measured; then one that forgets (ess 0.9).
+    log._warn(1, fine | {"weights/confident_mass": 0.949, "weights/confident_tokens": 0.934})
+    assert capsys.readouterr().out == ""
+    forgetting = {"weights/confident_mass": 0.984, "weights/confident_tokens": 0.923}
+    log._warn(2, fine | forgetting)
+    assert "warning: step 2: 98% of the weight" in capsys.readouterr().out
+    log.warned = False
+    settled = fine | {"weights/confident_tokens": 0.4}
+    log._warn(2, settled)
+    log._warn(3, settled)
+    printed = capsys.readouterr().out
+    assert printed.count("warning: step 2: 90% of the weight") == 1
+    assert "step 3" not in printed
+
+
+@pytest.mark.parametrize(("divergence", "noted"), [("todi", True), ("forward_kl", False)])
+def test_a_cache_that_misleads_a_far_student_is_noted(place, capsys, divergence, noted):
+    preflight(load(place, "noted", f"loss.divergence={divergence}", "score.top_k=4"))
+    assert ("note: loss.divergence=todi acts on what" in capsys.readouterr().out) is noted
