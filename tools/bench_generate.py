@@ -76,11 +76,11 @@ def worker_ours(args: argparse.Namespace, prompts: list[list[int]], stop: int) -
     import jax.numpy as jnp
 
     from dcod_jax.models.hf import load_model
-    from dcod_jax.sample.sampler import prepare, sample
+    from dcod_jax.sample.sampler import decoding_params, sample
 
     config, params = load_model(args.model, dtype=jnp.float32)
     shared = {"valid_vocab": config.vocab_size, "compute_dtype": args.dtype}
-    params = prepare(config, params, **shared)
+    params = decoding_params(config, params, **shared)
 
     def generate() -> list[list[int]]:
         samples = sample(

@@ -39,8 +39,8 @@ from dcod_jax.logs import track
 from dcod_jax.models import hf
 from dcod_jax.parallel import hosts
 from dcod_jax.prepare.command import load_tokenizer
-from dcod_jax.sample.decoding import Prepared
-from dcod_jax.sample.sampler import check_room, prepare
+from dcod_jax.sample.decoding import DecodingParams
+from dcod_jax.sample.sampler import check_room, decoding_params
 from dcod_jax.score.scoring import load_any_tokenizer
 
 BATCHES_IN_BLOCK = 4  # decoded between two appends to the file of generations
@@ -69,10 +69,10 @@ class _Model:
         return hosts.share(self.config)
 
     @functools.cached_property
-    def loaded(self) -> tuple[hf.ModelConfig, Prepared]:
+    def loaded(self) -> tuple[hf.ModelConfig, DecodingParams]:
         mesh, *_ = self.share
         model_config, params = hf.load_model(self.path, dtype=jnp.float32, mesh=mesh)
-        return model_config, prepare(
+        return model_config, decoding_params(
             model_config,
             params,
             valid_vocab=len(self.tokenizer),

@@ -18,7 +18,7 @@ from dcod_jax.evaluate.problems import Problem, read_records
 from dcod_jax.evaluate.statistics import change_interval, loops, share_interval, wilson
 from dcod_jax.files import Location, as_path
 from dcod_jax.models.config import ModelConfig
-from dcod_jax.sample.decoding import Prepared
+from dcod_jax.sample.decoding import DecodingParams
 from dcod_jax.sample.sampler import Sample, sample
 from dcod_jax.types import Params
 
@@ -135,7 +135,7 @@ def evaluate(
 
 def answer(
     model_config: ModelConfig,
-    params: Params | Prepared,
+    params: Params | DecodingParams,
     tokenizer: Any,
     asked: Sequence[tuple[Problem, int]],
     prompts: Sequence[Sequence[int]],

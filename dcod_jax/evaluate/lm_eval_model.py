@@ -27,7 +27,7 @@ from dcod_jax.evaluate.evals import Sampling, sample_options, stop_ids, text_of
 from dcod_jax.files import as_path
 from dcod_jax.models.hf import load_model
 from dcod_jax.parallel.mesh import make_mesh
-from dcod_jax.sample.sampler import prepare, sample
+from dcod_jax.sample.sampler import decoding_params, sample
 from dcod_jax.score.scoring import ScoreSettings, load_any_tokenizer, score_traces
 from dcod_jax.types import Trace
 
@@ -187,7 +187,7 @@ class DcodLM(TemplateLM):
             "compute_dtype": self.dtype,
             "mesh": self.mesh,
         }
-        prepared = prepare(self.config, self.params, **shared)
+        prepared = decoding_params(self.config, self.params, **shared)
         groups: dict[str, list[int]] = {}
         for place, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(place)

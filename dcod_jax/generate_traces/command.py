@@ -29,7 +29,7 @@ from dcod_jax.files import Path, as_path, file_sha256
 from dcod_jax.logs import track
 from dcod_jax.models import hf
 from dcod_jax.parallel import hosts
-from dcod_jax.sample.sampler import Sample, check_room, prepare, sample
+from dcod_jax.sample.sampler import Sample, check_room, decoding_params, sample
 from dcod_jax.score.scoring import Teacher, open_teacher
 
 BATCHES_IN_BLOCK = 4  # decoded between two appends
@@ -189,7 +189,7 @@ def _sampler(config: Any, teacher: Teacher, mesh: Any) -> Callable[..., list[Sam
     return functools.partial(
         sample,
         model_config,
-        prepare(model_config, params, **shared),
+        decoding_params(model_config, params, **shared),
         max_new_tokens=config.generate.max_new_tokens,
         batch_size=config.generate.batch_size,
         eos_ids=stop_ids(model_config, teacher.tokenizer),

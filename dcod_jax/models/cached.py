@@ -1,7 +1,7 @@
 """The transformer over a cache of keys and values: what the sampler runs, prefill and decode.
 
 Beside it the forms that decoding keeps parameters and cache in: layers stacked, for a scan, or
-split, one tree a layer; kernels turned to [out, in], for a CPU.
+split, one tree a layer; kernels transposed to [out, in], for a CPU.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ def init_cache(
     return Cache(keys=keys, values=values)
 
 
-def turn_kernels(params: Params) -> Params:
-    """The same parameters with the layers' kernels as [out, in], for layers.turned_matmul."""
+def transpose_kernels(params: Params) -> Params:
+    """The same parameters with the layers' kernels as [out, in], for layers.transposed_matmul."""
 
-    def turn(path: tuple[Any, ...], x: Array) -> Array:
+    def transpose(path: tuple[Any, ...], x: Array) -> Array:
         return jnp.swapaxes(x, -1, -2) if path[-1].key == "kernel" else x
 
-    return {**params, "layers": jax.tree_util.tree_map_with_path(turn, params["layers"])}
+    return {**params, "layers": jax.tree_util.tree_map_with_path(transpose, params["layers"])}
 
 
 def split_layers(params: Params) -> Params:
@@ -89,7 +89,7 @@ def forward_with_cache(
     rows: Int[Array, " B"] | None = None,
     compute_dtype: DTypeLike = jnp.float32,
     mesh: Mesh | None = None,
-    turned: bool = False,
+    transposed: bool = False,
 ) -> tuple[Float[Array, "B S D"], Cache]:
     """Hidden states of S new tokens per row (prefill or decode) and the cache that holds them.
 
@@ -99,11 +99,11 @@ def forward_with_cache(
     position outside 0..M-1 is not written (its own output is finite and meaningless).
     `rows` names the cache rows of the tokens' rows (default: all, in order); a row out of range
     is not written. params and cache may have their layers stacked (scanned) or split (unrolled);
-    turned: the kernels are [out, in], for layers.turned_matmul.
+    transposed: the kernels are [out, in], for layers.transposed_matmul.
     """
-    decoder_graph, block_graph = graphs(config, turned=turned)
+    decoder_graph, block_graph = graphs(config, transposed=transposed)
     layer_axes = logical_axes(config)["layers"]
-    if turned:  # (layers, in, out) -> (layers, out, in); scales and biases have one axis beside
+    if transposed:  # (layers, in, out) -> (layers, out, in); scales and biases have one axis beside
         layer_axes = jax.tree.map(
             lambda names: (names[0], *names[:0:-1]),
             layer_axes,

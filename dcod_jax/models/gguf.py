@@ -16,7 +16,7 @@ from dcod_jax.errors import DcodError
 from dcod_jax.files import Location, Path, as_path, filling, local_copy
 from dcod_jax.models import config as configs
 from dcod_jax.models.config import ModelConfig
-from dcod_jax.models.weights import Part, Slot, Table, Weight, assemble, slots
+from dcod_jax.models.tensors import Part, Slot, Table, Weight, assemble, slots
 from dcod_jax.types import Params
 
 _LLAMA: Table = {

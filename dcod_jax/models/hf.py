@@ -23,8 +23,7 @@ from dcod_jax.files import Location, Path, RemotePath, as_path, local_copy, rena
 from dcod_jax.models import config as configs
 from dcod_jax.models import gguf
 from dcod_jax.models.config import ModelConfig
-from dcod_jax.models.transformer import check_mesh, logical_axes
-from dcod_jax.models.weights import (
+from dcod_jax.models.tensors import (
     Part,
     Slot,
     Table,
@@ -36,6 +35,7 @@ from dcod_jax.models.weights import (
     slots,
     tensor_of,
 )
+from dcod_jax.models.transformer import check_mesh, logical_axes
 from dcod_jax.parallel import hosts
 from dcod_jax.parallel import mesh as meshes
 from dcod_jax.types import Params

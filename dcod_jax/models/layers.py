@@ -24,7 +24,7 @@ MASKED = -0.7 * float(np.finfo(np.float32).max)
 MANY_ROWS = 512  # beyond, a CPU multiplies x @ w as fast as w @ x
 
 
-def turned_matmul(x: Float[Array, "*B I"], weight: Float[Array, "O I"]) -> Float[Array, "*B O"]:
+def transposed_matmul(x: Float[Array, "*B I"], weight: Float[Array, "O I"]) -> Float[Array, "*B O"]:
     """x @ weight.T in float32; a few rows of x are computed as (weight @ x.T).T.
 
     The matmuls of XLA's CPU backend pack their right-hand side anew at every call. That should be x
@@ -38,18 +38,18 @@ def turned_matmul(x: Float[Array, "*B I"], weight: Float[Array, "O I"]) -> Float
 
 
 class Linear(nnx.Module):
-    """y = x @ kernel (+ bias), in the dtype of x; a turned one has its kernel as [out, in]."""
+    """y = x @ kernel (+ bias), in the dtype of x; a transposed one has its kernel as [out, in]."""
 
     def __init__(self, width: tuple[int, int], *, bias: bool, std: float, rngs: nnx.Rngs):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), width))
         if bias:
             self.bias = nnx.Param(jnp.zeros(width[1]))
         self.has_bias = bias
-        self.turned = False
+        self.transposed = False
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         kernel = self.kernel[...].astype(x.dtype)
-        y = turned_matmul(x, kernel).astype(x.dtype) if self.turned else x @ kernel
+        y = transposed_matmul(x, kernel).astype(x.dtype) if self.transposed else x @ kernel
         return y + self.bias[...].astype(x.dtype) if self.has_bias else y
 
 

@@ -61,13 +61,13 @@ def _pure(module: nnx.Module) -> Params:
 
 
 @functools.cache
-def graphs(config: ModelConfig, *, turned: bool = False) -> tuple[Any, Any]:
+def graphs(config: ModelConfig, *, transposed: bool = False) -> tuple[Any, Any]:
     """Graph definitions of (Decoder, Block): the modules without their arrays."""
     decoder = nnx.eval_shape(lambda: layers.Decoder(config, rngs=nnx.Rngs(0)))
     block = nnx.eval_shape(lambda: layers.Block(config, rngs=nnx.Rngs(0)))
     for _, module in nnx.iter_graph(block):
         if isinstance(module, layers.Linear):
-            module.turned = turned
+            module.transposed = transposed
     return nnx.split(decoder)[0], nnx.split(block)[0]
 
 

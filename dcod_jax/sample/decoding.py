@@ -17,9 +17,15 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from dcod_jax.models.cached import Cache, forward_with_cache, init_cache, split_layers, turn_kernels
+from dcod_jax.models.cached import (
+    Cache,
+    forward_with_cache,
+    init_cache,
+    split_layers,
+    transpose_kernels,
+)
 from dcod_jax.models.config import ModelConfig
-from dcod_jax.models.layers import turned_matmul
+from dcod_jax.models.layers import transposed_matmul
 from dcod_jax.models.transformer import head_weight, logical_axes
 from dcod_jax.parallel.mesh import constrain, is_names, parts, platform
 from dcod_jax.sample.sampling import Settings, choose
@@ -38,7 +44,7 @@ class Program:
     compute_dtype: Any
     mesh: Mesh | None
     split: bool  # layers are unrolled, each with its own weights and cache, instead of scanned
-    turned: bool  # kernels are [out, in] (layers.turned_matmul)
+    transposed: bool  # kernels are [out, in] (layers.transposed_matmul)
 
 
 def make_program(
@@ -57,7 +63,7 @@ def make_program(
         None if mesh is None or mesh.size == 1 else mesh,
         # Weights split over FSDP are gathered layer by layer, inside the scan that frees them.
         split=config.num_layers <= MAX_SPLIT_LAYERS and parts(mesh, "embed") == 1,
-        turned=where == "cpu",
+        transposed=where == "cpu",
     )
 
 
@@ -99,22 +105,22 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
+class DecodingParams:
     """A model's parameters as a program decodes with them."""
 
     program: Program
     params: Params
 
 
-def prepare(params: Params, program: Program, *, mesh: Mesh | None) -> Prepared:
+def make_params(params: Params, program: Program, *, mesh: Mesh | None) -> DecodingParams:
     """The parameters in the form of the program, bound to the mesh's device if it has but one."""
     used = jax.tree.leaves(params)[0].devices() if mesh is None else set(mesh.devices.flat)
     placed = jax.device_put(params, *used) if len(used) == 1 else params
-    return Prepared(program, _prepare_params(placed, program=program))
+    return DecodingParams(program, _cast_params(placed, program=program))
 
 
 @functools.partial(jax.jit, static_argnames=("program",))
-def _prepare_params(params: Params, *, program: Program) -> Params:
+def _cast_params(params: Params, *, program: Program) -> Params:
     """The matrices in compute dtype and layout, once and not at every step; norms keep theirs."""
     cast = jax.tree.map(
         lambda names, x: x if names[-1] == "norm" else x.astype(program.compute_dtype),
@@ -122,7 +128,7 @@ def _prepare_params(params: Params, *, program: Program) -> Params:
         params,
         is_leaf=is_names,
     )
-    cast = turn_kernels(cast) if program.turned else cast
+    cast = transpose_kernels(cast) if program.transposed else cast
     return split_layers(cast) if program.split else cast
 
 
@@ -172,8 +178,8 @@ def _draw(
     request: Request,
 ) -> tuple[Array, Array, Array]:
     """Tokens, log-probs, and whether a token ends its sequence; the key is (seed, name, step)'s."""
-    if program.turned:
-        logits = turned_matmul(hidden, head)
+    if program.transposed:
+        logits = transposed_matmul(hidden, head)
     else:
         logits = jnp.einsum("bd,vd->bv", hidden, head, preferred_element_type=jnp.float32)
     keys = jax.vmap(
@@ -220,7 +226,7 @@ def prefill(
             rows=places,
             compute_dtype=program.compute_dtype,
             mesh=program.mesh,
-            turned=program.turned,
+            transposed=program.transposed,
         )
         here = jnp.clip(last - start, 0, chunk - 1)
         picked = jnp.take_along_axis(hidden, here[:, None, None], axis=1)[:, 0]
@@ -284,7 +290,7 @@ def decode(
             cache=rows.cache,
             compute_dtype=program.compute_dtype,
             mesh=program.mesh,
-            turned=program.turned,
+            transposed=program.transposed,
         )
         tokens, logprobs, ended = _draw(
             program, head, hidden[:, 0], rows.names, rows.counts, request

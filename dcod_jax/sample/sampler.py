@@ -19,9 +19,9 @@ from dcod_jax.errors import DcodError
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import batch_shards, put, sharding
 from dcod_jax.sample import decoding
-from dcod_jax.sample.decoding import Prepared, Request
+from dcod_jax.sample.decoding import DecodingParams, Request
 from dcod_jax.sample.sampling import make_settings
-from dcod_jax.sample.stops import StopStrings
+from dcod_jax.sample.stop_strings import StopStrings
 from dcod_jax.types import Params
 
 ROWS_PER_PREFILL = 8  # an eighth of the rows is filled at a time, as soon as it is free
@@ -50,38 +50,38 @@ def bucket_length(length: int, step: int = 32) -> int:
     return -(-length // step) * step
 
 
-def prepare(
+def decoding_params(
     config: ModelConfig,
-    params: Params | Prepared,
+    params: Params | DecodingParams,
     *,
     valid_vocab: int,
     compute_dtype: Any,
     mesh: Mesh | None = None,
-) -> Prepared:
+) -> DecodingParams:
     """The parameters in the form that `sample` decodes with, for several calls of it.
 
-    A copy in compute_dtype; whoever only samples can let go of params. What is prepared already is
-    returned as it is; raises DcodError if that was done for another config, vocabulary, dtype or
-    mesh.
+    A copy in compute_dtype; whoever only samples can let go of params. DecodingParams are returned
+    as they are;
+    raises DcodError if they were made for another config, vocabulary, dtype or mesh.
     """
     program = decoding.make_program(
         config, valid_vocab=valid_vocab, compute_dtype=compute_dtype, mesh=mesh
     )
-    if not isinstance(params, Prepared):
-        return decoding.prepare(params, program, mesh=mesh)
+    if not isinstance(params, DecodingParams):
+        return decoding.make_params(params, program, mesh=mesh)
     for field in dataclasses.fields(program):
         asked, got = getattr(program, field.name), getattr(params.program, field.name)
         if asked != got:
             raise DcodError(
-                f"these parameters were prepared with {field.name}={got}, and are to be used with "
-                f"{field.name}={asked}; give `prepare` and `sample` the same"
+                f"these parameters were made with {field.name}={got}, and are to be used with "
+                f"{field.name}={asked}; give `decoding_params` and `sample` the same"
             )
     return params
 
 
 def sample(
     config: ModelConfig,
-    params: Params | Prepared,
+    params: Params | DecodingParams,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -102,8 +102,8 @@ def sample(
 ) -> list[Sample]:
     """Continue every prompt; temperature 0 is greedy. Output in the order of the prompts.
 
-    params may be what `prepare` made of them with the same config, vocabulary, dtype and mesh;
-    else every call prepares them for itself.
+    params may be what `decoding_params` made of them with the same config, vocabulary, dtype and
+    mesh; else every call makes its own.
 
     A completion ends with a stop id, with the token that completes one of stop_strings in
     decode(token_ids), or after max_new_tokens. As in vLLM, its text leaves the stop string out
@@ -125,10 +125,10 @@ def sample(
     if not prompts:
         return []
     ends = sorted(set(eos_ids))
-    prepared = prepare(
+    made = decoding_params(
         config, params, valid_vocab=valid_vocab, compute_dtype=compute_dtype, mesh=mesh
     )
-    split = prepared.program.mesh
+    split = made.program.mesh
     everywhere = None if split is None else sharding(split, ())
     request = Request(
         key=jax.random.key(seed),
@@ -139,7 +139,7 @@ def sample(
     )
     request = jax.tree.map(lambda x: put(x, everywhere), request)
     batch = _Batch(
-        prepared,
+        made,
         request,
         rows=min(batch_size, 1 << (len(prompts) - 1).bit_length()),
         longest=max(map(len, prompts)),
@@ -191,14 +191,14 @@ class _Batch:
 
     def __init__(
         self,
-        prepared: Prepared,
+        made: DecodingParams,
         request: Request,
         *,
         rows: int,
         longest: int,
         max_new_tokens: int,
     ):
-        self.params, self.program, self.request = prepared.params, prepared.program, request
+        self.params, self.program, self.request = made.params, made.program, request
         pieces = batch_shards(self.program.mesh)
         rows += -rows % pieces
         self.group = max(rows // ROWS_PER_PREFILL, 1)

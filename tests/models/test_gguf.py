@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from dcod_jax.errors import DcodError
 from dcod_jax.models import gguf, hf, transformer
-from dcod_jax.models.weights import flatten
+from dcod_jax.models.tensors import flatten
 
 FAMILIES = ["llama", "smollm2", "qwen2-padded-vocab"]
 

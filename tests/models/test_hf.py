@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from dcod_jax.errors import DcodError
 from dcod_jax.models import config as configs
 from dcod_jax.models import hf
-from dcod_jax.models.weights import flatten
+from dcod_jax.models.tensors import flatten
 from dcod_jax.parallel import mesh as meshes
 
 LARGE = 10**9

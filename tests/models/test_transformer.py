@@ -257,20 +257,20 @@ def test_mesh_that_does_not_divide_is_refused(changes, key):
 
 
 @pytest.mark.parametrize("chunk", [256, 32])  # the cache is read at once, in three chunks
-@pytest.mark.parametrize(("split", "turned"), [(False, False), (True, False), (True, True)])
-def test_cache_reads_only_what_was_written_and_is_not_ahead(monkeypatch, split, turned, chunk):
+@pytest.mark.parametrize(("split", "transposed"), [(False, False), (True, False), (True, True)])
+def test_cache_reads_only_what_was_written_and_is_not_ahead(monkeypatch, split, transposed, chunk):
     monkeypatch.setattr(cached, "CACHE_CHUNK", chunk)
     config = _config()
     params, tokens = _params(config), _tokens(2, 75)
     positions = jnp.broadcast_to(jnp.arange(75), (2, 75))
     expected = transformer.hidden_states(config, params, tokens)
-    params = cached.turn_kernels(params) if turned else params
+    params = cached.transpose_kernels(params) if transposed else params
     params = cached.split_layers(params) if split else params
 
     @jax.jit
     def step(tokens, positions, cache):
         return cached.forward_with_cache(
-            config, params, tokens, positions=positions, cache=cache, turned=turned
+            config, params, tokens, positions=positions, cache=cache, transposed=transposed
         )
 
     # a cache full of large garbage: unwritten slots must not be seen
@@ -302,11 +302,11 @@ def test_a_cache_is_a_whole_number_of_chunks():
 
 @pytest.mark.parametrize("rows", [1, 16, layers.MANY_ROWS + 1])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_turned_matmul_is_the_plain_one_with_float32_sums(rows, dtype):
+def test_a_transposed_matmul_is_the_plain_one_with_float32_sums(rows, dtype):
     keys = jax.random.split(jax.random.key(0))
     x = jax.random.normal(keys[0], (rows, 1, 40)).astype(dtype)
     weight = jax.random.normal(keys[1], (24, 40)).astype(dtype)
-    y = jax.jit(layers.turned_matmul)(x, weight)
+    y = jax.jit(layers.transposed_matmul)(x, weight)
     assert y.dtype == jnp.float32
     expected = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
     np.testing.assert_allclose(y, expected, atol=1e-4)

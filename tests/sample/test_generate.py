@@ -17,7 +17,7 @@ from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import from_hf
 from dcod_jax.parallel.mesh import make_mesh, tree_shardings
 from dcod_jax.sample import decoding
-from dcod_jax.sample.sampler import Sample, bucket_length, prepare, sample
+from dcod_jax.sample.sampler import Sample, bucket_length, decoding_params, sample
 from dcod_jax.sample.sampling import choose, make_settings
 
 V = 49  # real vocabulary of the tiny models, which have 3 rows more
@@ -195,36 +195,36 @@ def test_a_scanned_model_gives_what_an_unrolled_one_gives(model, monkeypatch):
 
 def test_the_kernels_of_other_platforms_give_what_those_of_a_cpu_give(model, monkeypatch):
     prompts = make_prompts()
-    turned = draw(model, prompts)
+    transposed = draw(model, prompts)
     chosen = decoding.make_program
 
     def plain(*args, **options):
         program = chosen(*args, **options)
-        assert program.turned  # this is a CPU
-        return dataclasses.replace(program, turned=False)
+        assert program.transposed  # this is a CPU
+        return dataclasses.replace(program, transposed=False)
 
     monkeypatch.setattr(decoding, "make_program", plain)
-    assert [s.token_ids for s in draw(model, prompts)] == [s.token_ids for s in turned]
+    assert [s.token_ids for s in draw(model, prompts)] == [s.token_ids for s in transposed]
 
 
-def test_prepared_parameters_give_what_the_others_give(model):
+def test_decoding_params_give_what_the_others_give(model):
     config, params = model
     shared = {"valid_vocab": V, "compute_dtype": "float32"}
-    prepared = prepare(config, params, **shared)
-    assert prepare(config, prepared, **shared) is prepared
+    made = decoding_params(config, params, **shared)
+    assert decoding_params(config, made, **shared) is made
     prompts = make_prompts()
-    assert draw((config, prepared), prompts) == draw(model, prompts)
+    assert draw((config, made), prompts) == draw(model, prompts)
 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [({"valid_vocab": V - 1}, "valid_vocab"), ({"compute_dtype": "bfloat16"}, "compute_dtype")],
 )
-def test_parameters_prepared_for_another_use_are_refused(model, changes, named):
+def test_decoding_params_of_another_use_are_refused(model, changes, named):
     config, params = model
-    prepared = prepare(config, params, valid_vocab=V, compute_dtype="float32")
-    with pytest.raises(DcodError, match=f"prepared with {named}=.*give `prepare` and `sample`"):
-        draw((config, prepared), make_prompts(), **changes)
+    made = decoding_params(config, params, valid_vocab=V, compute_dtype="float32")
+    with pytest.raises(DcodError, match=f"made with {named}=.*give `decoding_params` and `sample`"):
+        draw((config, made), make_prompts(), **changes)
 
 
 def test_copies_of_a_prompt_differ_and_the_seed_decides(model):
