@@ -19,7 +19,7 @@ LEVELS = """
     evaluate.answers evaluate.statistics evaluate.benchmarks evaluate.grading evaluate.problems
     train.optim train.metrics train.profiling train.settings config_checks config cli
     train.checkpoint train.local_checkpoints train.forward train.step
-    score.scoring evaluate.evals evaluate.problem_sets evaluate.details
+    score.scoring evaluate.generations evaluate.problem_sets evaluate.details
     prepare.delivered prepare.overlap prepare.filters
     generate_traces.command prepare.command score.command inspect.command
     drift.curves drift.scores

@@ -16,7 +16,7 @@ from dcod_jax.data.formats import Fields
 from dcod_jax.data.records import TraceDataset
 from dcod_jax.data.traces import describe, find_sources, read_traces
 from dcod_jax.errors import DcodError
-from dcod_jax.evaluate.evals import Generation, read_generations, to_line
+from dcod_jax.evaluate.generations import Generation, read_generations, to_line
 from dcod_jax.evaluate.problems import read_problems
 from dcod_jax.files import RemotePath, local_directory
 from dcod_jax.losses.adaptive import initial

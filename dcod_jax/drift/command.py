@@ -24,9 +24,16 @@ from rich.table import Table
 from dcod_jax import config as configs
 from dcod_jax.data import chat
 from dcod_jax.drift.curves import LMOPS_INDEX, Curve
-from dcod_jax.drift.scores import Measured, Model, Scored, excess_difference, measure, to_samples
+from dcod_jax.drift.scores import (
+    DriftModel,
+    Measured,
+    Scored,
+    excess_difference,
+    measure,
+    to_samples,
+)
 from dcod_jax.errors import DcodError
-from dcod_jax.evaluate.evals import stop_ids
+from dcod_jax.evaluate.generations import stop_ids
 from dcod_jax.evaluate.problems import read_problems
 from dcod_jax.export.command import MARKER, export_path
 from dcod_jax.files import Path, as_path, commit_file, local_copy, replace_file, scratch, to_json
@@ -140,7 +147,7 @@ class _Run:
         self.config, self.source, self.folder = config, teacher, folder
         self.tokenizer, self.prompts = tokenizer, prompts
         self.mesh = make_mesh(**config.mesh)
-        self.teacher: Model | None = None
+        self.teacher: DriftModel | None = None
         self.drawn: dict[int, list[Sample]] = {}  # the teacher's sequences by block
 
     def student(self, name: str, path: Path) -> Measured:
@@ -161,7 +168,7 @@ class _Run:
         with track(
             label, total, unit="passes", done=total * before // len(parts), enabled=self._shows()
         ) as advance:
-            student: Model | None = None
+            student: DriftModel | None = None
             for place, (block, members) in enumerate(self._blocks()):
                 if (kept := found[place]) is None:
                     student = student or self._load(path)
@@ -188,11 +195,11 @@ class _Run:
         return self.folder / f"{name}.part-{block:06d}.npz"
 
     def _measure(
-        self, student: Model, block: int, prompts: Sequence[Sequence[int]], advance: Any
+        self, student: DriftModel, block: int, prompts: Sequence[Sequence[int]], advance: Any
     ) -> Measured:
         if self.teacher is None:
             model_config, params = self.source.load(self.mesh)
-            self.teacher = Model(model_config, params, self.source.dtype)
+            self.teacher = DriftModel(model_config, params, self.source.dtype)
         settings = self.config.drift
         stops = {*stop_ids(self.teacher.config, self.source.tokenizer)}
         stops |= {*stop_ids(student.config, self.tokenizer)}
@@ -225,9 +232,9 @@ class _Run:
                 first = (block - start) * samples
                 self.drawn[block] = sequences[first : first + len(members) * samples]
 
-    def _load(self, path: Path) -> Model:
+    def _load(self, path: Path) -> DriftModel:
         model_config, params = hf.load_model(path, dtype=jnp.float32, mesh=self.mesh)
-        return Model(model_config, params, self.config.student.compute_dtype)
+        return DriftModel(model_config, params, self.config.student.compute_dtype)
 
     def _request(self, path: Path) -> dict[str, Any]:
         """All that the numbers depend on."""

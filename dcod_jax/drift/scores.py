@@ -38,7 +38,7 @@ _UNIFORM = WeightConfig(
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class DriftModel:
     """A model in memory."""
 
     config: ModelConfig
@@ -155,8 +155,8 @@ def _lmops_view(scored: Scored) -> tuple[np.ndarray, np.ndarray]:
 
 
 def measure(
-    teacher: Model,
-    student: Model,
+    teacher: DriftModel,
+    student: DriftModel,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -219,7 +219,7 @@ def measure(
 
 
 def draw_samples(
-    model: Model,
+    model: DriftModel,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -252,8 +252,8 @@ def draw_samples(
 
 
 def score_sequences(
-    teacher: Model,
-    student: Model,
+    teacher: DriftModel,
+    student: DriftModel,
     prompts: Sequence[Sequence[int]],
     drawn: Sequence[Sample],
     *,
@@ -305,7 +305,7 @@ def score_sequences(
 
 
 def _forward(
-    teacher: Model, student: Model, *, valid_vocab: int, head_chunk: int, mesh: Mesh
+    teacher: DriftModel, student: DriftModel, *, valid_vocab: int, head_chunk: int, mesh: Mesh
 ) -> Forward:
     return Forward(
         model=student.config,

@@ -15,7 +15,7 @@ from rich.table import Table
 from dcod_jax.data import chat
 from dcod_jax.data.blocks import BlockFiles
 from dcod_jax.evaluate.details import detail_tables, details
-from dcod_jax.evaluate.evals import (
+from dcod_jax.evaluate.generations import (
     EvalResult,
     Sampling,
     answer,

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from dcod_jax.evaluate.evals import Generation, by_problem
+from dcod_jax.evaluate.generations import Generation, by_problem
 from dcod_jax.evaluate.statistics import (
     ks,
     length_bins,

@@ -45,7 +45,6 @@ MEMORY_LIMIT = 2 << 30  # bytes of address space of one worker
 QUEUE_DEPTH = 8  # requests sent ahead to one worker: together below a pipe's 64 KiB, never blocking
 START_SECONDS = 60.0  # a worker imports sympy first
 GRACE_SECONDS = 1.0  # between the worker's own alarm and the kill
-_WORKER = "from dcod_jax.grading import _worker_main; _worker_main()"
 ORPHAN_SECONDS = 30.0  # after its time limit a worker ends even if nobody kills it
 
 
@@ -149,7 +148,7 @@ class _Worker:
                 sys.executable,
                 "-P",
                 "-c",
-                "from dcod_jax.grading import _worker_main; _worker_main()",
+                "from dcod_jax.evaluate.grading import _worker_main; _worker_main()",
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

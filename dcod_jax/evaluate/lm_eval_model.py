@@ -1,8 +1,9 @@
 """lm-evaluation-harness on this library's models: any of its tasks, without torch.
 
     pip install 'dcod_jax[lm-eval]'
-    python -m dcod_jax.lm_eval_model run --model dcod_jax --tasks ifeval --apply_chat_template \\
-        --model_args pretrained=runs/qwen-1.5b/export,dtype=bfloat16 --batch_size 64
+    python -m dcod_jax.evaluate.lm_eval_model run --model dcod_jax --tasks ifeval \\
+        --apply_chat_template --batch_size 64 \\
+        --model_args pretrained=runs/qwen-1.5b/export,dtype=bfloat16
 
 The words after the module are those of `lm_eval`. In Python: import this module, then
 lm_eval.simple_evaluate(model="dcod_jax", model_args=...). Truncation, windows and the split of
@@ -23,7 +24,7 @@ from lm_eval.api.registry import register_model
 
 from dcod_jax.data import chat
 from dcod_jax.errors import DcodError
-from dcod_jax.evaluate.evals import Sampling, sample_options, stop_ids, text_of
+from dcod_jax.evaluate.generations import Sampling, sample_options, stop_ids, text_of
 from dcod_jax.files import as_path
 from dcod_jax.models.hf import load_model
 from dcod_jax.parallel.mesh import make_mesh

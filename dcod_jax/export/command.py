@@ -23,7 +23,7 @@ from dcod_jax.config import dataset_dir
 from dcod_jax.data import chat
 from dcod_jax.data.manifest import MANIFEST, read_manifest
 from dcod_jax.errors import DcodError
-from dcod_jax.evaluate.evals import stop_ids
+from dcod_jax.evaluate.generations import stop_ids
 from dcod_jax.files import Location, Path, as_path, publish, remove_tree, unfinished
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig, to_hf

@@ -22,7 +22,7 @@ from dcod_jax.data import chat
 from dcod_jax.data.blocks import BlockFiles
 from dcod_jax.data.formats import PROMPT_FIELDS
 from dcod_jax.errors import DcodError
-from dcod_jax.evaluate.evals import sample_options, sampling_of, stop_ids, text_of
+from dcod_jax.evaluate.generations import sample_options, sampling_of, stop_ids, text_of
 from dcod_jax.evaluate.grading import REJECTED_AS, Grader
 from dcod_jax.evaluate.problems import Problem, read_problems
 from dcod_jax.files import Path, as_path, file_sha256

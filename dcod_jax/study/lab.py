@@ -20,8 +20,7 @@ import numpy as np
 from dcod_jax import config as configs
 from dcod_jax.data import pipeline
 from dcod_jax.data.records import TraceDataset
-from dcod_jax.drift.scores import Model as DriftModel
-from dcod_jax.drift.scores import draw_samples, measure
+from dcod_jax.drift.scores import DriftModel, draw_samples, measure
 from dcod_jax.errors import DcodError
 from dcod_jax.files import commit_file
 from dcod_jax.losses import distill

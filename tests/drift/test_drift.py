@@ -16,7 +16,7 @@ from dcod_jax import config as configs
 from dcod_jax.drift import command as verb
 from dcod_jax.drift import scores as drift_scores
 from dcod_jax.drift.curves import position_means
-from dcod_jax.drift.scores import Model, draw_samples, excess_difference, measure
+from dcod_jax.drift.scores import DriftModel, draw_samples, excess_difference, measure
 from dcod_jax.errors import DcodError
 from dcod_jax.export.command import MARKER
 from dcod_jax.models import hf, transformer
@@ -41,7 +41,7 @@ def pair(tmp_path_factory):
     tiny.write_model(place / "teacher", seed=1, initializer_range=0.35, **settings)
     tiny.write_model(place / "student", seed=2, initializer_range=0.35)
     models = [
-        Model(*hf.load_model(place / name, dtype=jnp.float32, mesh=one_device()), "float32")
+        DriftModel(*hf.load_model(place / name, dtype=jnp.float32, mesh=one_device()), "float32")
         for name in ("teacher", "student")
     ]
     return *models, place
@@ -173,7 +173,7 @@ def test_parts_and_devices_change_nothing(pair, measured, devices):
     """A part of the prompts, on one device or eight, gives the rows of the whole on one."""
     mesh = make_mesh(devices, devices=jax.devices()[:devices])
     models = [
-        Model(
+        DriftModel(
             m.config,
             jax.device_put(m.params, tree_shardings(mesh, transformer.logical_axes(m.config))),
             m.compute_dtype,

@@ -9,9 +9,9 @@ import tiny
 from dcod_jax import config as configs
 from dcod_jax.data import chat
 from dcod_jax.errors import DcodError
-from dcod_jax.evaluate import comparison, evals
+from dcod_jax.evaluate import comparison, generations
 from dcod_jax.evaluate.command import evaluate
-from dcod_jax.evaluate.evals import Generation, read_generations
+from dcod_jax.evaluate.generations import Generation, read_generations
 from dcod_jax.export.command import MARKER
 from dcod_jax.sample.sampler import Sample
 
@@ -111,7 +111,7 @@ def scripted(config, tmp_path, monkeypatch):
             out.append(Sample(ids, [-0.1] * len(ids), text != SAID[3]))
         return out
 
-    monkeypatch.setattr(evals, "sample", sample)
+    monkeypatch.setattr(generations, "sample", sample)
     return config, calls
 
 

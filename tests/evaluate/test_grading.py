@@ -145,7 +145,7 @@ def verify(reference, predicted, timeout_seconds):
 stub = types.ModuleType("math_verify")
 stub.verify, stub.parse = verify, lambda text, parsing_timeout: text
 sys.modules["math_verify"] = stub
-from dcod_jax.grading import _worker_main
+from dcod_jax.evaluate.grading import _worker_main
 _worker_main()
 """
 
@@ -171,7 +171,7 @@ def test_an_answer_that_eats_memory_is_wrong_and_the_rest_goes_on(
 def test_workers_end_with_a_parent_that_was_killed() -> None:
     program = (
         "import time\n"
-        "from dcod_jax.grading import Grader\n"
+        "from dcod_jax.evaluate.grading import Grader\n"
         "grader = Grader(timeout=5, workers=1)\n"
         "list(grader.stream([(0, '\\\\boxed{1/2}', '0.5')]))\n"
         "print(grader.workers[0].process.pid, flush=True)\n"

@@ -21,7 +21,7 @@ from dcod_jax.config import load_recipe
 from dcod_jax.data import chat
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.answers import extract_answer
-from dcod_jax.evaluate.evals import evaluate
+from dcod_jax.evaluate.generations import evaluate
 from dcod_jax.evaluate.problems import read_problems
 from dcod_jax.models import hf
 from dcod_jax.study import arithmetic

@@ -9,8 +9,8 @@ import tiny
 
 from dcod_jax.data import chat
 from dcod_jax.errors import DcodError
-from dcod_jax.evaluate import evals
-from dcod_jax.evaluate.evals import Generation, paired_difference
+from dcod_jax.evaluate import generations
+from dcod_jax.evaluate.generations import Generation, paired_difference
 from dcod_jax.evaluate.problems import read_problems
 from dcod_jax.evaluate.statistics import wilson
 from dcod_jax.models import transformer
@@ -124,9 +124,9 @@ def test_a_scripted_model_gets_the_grade_it_earned(tmp_path, tokenizer, monkeypa
             out.append(Sample(ids + [1] * finished, [-0.1] * (len(ids) + finished), finished))
         return out
 
-    monkeypatch.setattr(evals, "sample", scripted)
+    monkeypatch.setattr(generations, "sample", scripted)
     config = from_hf(tiny.raw_config())
-    result = evals.evaluate(
+    result = generations.evaluate(
         config,
         {},
         tokenizer,
@@ -149,8 +149,8 @@ def test_a_scripted_model_gets_the_grade_it_earned(tmp_path, tokenizer, monkeypa
     assert (result.low, result.high) == wilson(2, 4)
     assert "generations" not in result.summary()
     kept = tmp_path / "generations.jsonl"
-    kept.write_text("".join(map(evals.to_line, result.generations)))
-    assert tuple(evals.read_generations(kept)) == result.generations
+    kept.write_text("".join(map(generations.to_line, result.generations)))
+    assert tuple(generations.read_generations(kept)) == result.generations
 
 
 def test_a_real_model_is_decoded_greedily_from_its_chat_prompt(tmp_path, tokenizer):
@@ -165,7 +165,7 @@ def test_a_real_model_is_decoded_greedily_from_its_chat_prompt(tmp_path, tokeniz
         "grade_timeout": 10.0,
         "workers": 1,
     }
-    result = evals.evaluate(config, params, tokenizer, problems, **options)
+    result = generations.evaluate(config, params, tokenizer, problems, **options)
     ids = chat.encode_prompt(tokenizer, problems[0].messages)
     step = jax.jit(lambda tokens: transformer.logits(config, params, tokens))
     tokens = np.zeros((1, len(ids) + 8), np.int32)
@@ -174,12 +174,13 @@ def test_a_real_model_is_decoded_greedily_from_its_chat_prompt(tmp_path, tokeniz
         tokens[0, place] = np.asarray(step(tokens))[0, place - 1, : len(tokenizer)].argmax()
     expected = tokens[0, len(ids) :].tolist()
     expected = expected[: expected.index(1)] if 1 in expected else expected
-    assert result.generations[0].completion == evals.decode_text(tokenizer, expected)
+    assert result.generations[0].completion == generations.decode_text(tokenizer, expected)
 
 
 def test_stop_ids_are_the_models_and_the_tokenizers(tokenizer):
-    assert evals.stop_ids(from_hf(tiny.raw_config(eos_token_id=[7, 3])), tokenizer) == (1, 3, 7)
-    assert evals.stop_ids(from_hf(tiny.raw_config(eos_token_id=None)), tokenizer) == (1,)
+    for given, expected in (([7, 3], (1, 3, 7)), (None, (1,))):
+        model_config = from_hf(tiny.raw_config(eos_token_id=given))
+        assert generations.stop_ids(model_config, tokenizer) == expected
 
 
 # ---------------------------------------------------------------- intervals
@@ -220,5 +221,5 @@ def test_paired_difference_refuses_other_problems():
 
 
 def test_results_are_plain_json():
-    result = evals.summarize(graded("1101"), seconds=2.0)
+    result = generations.summarize(graded("1101"), seconds=2.0)
     assert json.loads(json.dumps(result.summary()))["accuracy"] == 0.75
