@@ -18,6 +18,7 @@ from dcod_jax.errors import DcodError, nearest
 from dcod_jax.files import Location, Path, as_path, local_copy
 
 BASE = pathlib.Path(__file__).resolve().parent / "configs" / "base.py"
+STUDY = BASE.with_name("study.py")  # the recipe that adds the section `study`
 AUTO = "auto"
 AUTOMATIC = ("loss.weights.temperature", "loss.weights.offset")  # a number or "auto"
 
@@ -33,7 +34,7 @@ def load(argv: Sequence[str], *, verb: str) -> Any:
     `--help` prints every key with its comment and the value it has in the given recipe, and exits.
     """
     recipe, overrides, wants_help = _parse(argv)
-    config = load_recipe(recipe) if recipe else load_recipe(BASE)
+    config = load_recipe(recipe or (STUDY if verb == "study" else BASE))
     for key, text in overrides:
         assign(config, key, text)
     if wants_help:
@@ -114,7 +115,7 @@ def _recipe_error(path: Path, error: Exception) -> str:
     text = str(error)
     unknown = re.search(r'Key "(\w+)" does not exist', text)
     if unknown:
-        text = f"unknown key {unknown[1]!r}{nearest(unknown[1], keys(load_recipe(BASE)))}"
+        text = f"unknown key {unknown[1]!r}{nearest(unknown[1], comments())}"
     return f"{path}:{line}: {text}"
 
 
@@ -243,12 +244,12 @@ def check(config: Any) -> None:
 
 
 def comments() -> dict[str, str]:
-    """{dotted key: comment} as written in configs/base.py."""
-    found = {}
-    for line in BASE.read_text().splitlines():
+    """{dotted key: comment} as written in configs/base.py and, for `study`, configs/study.py."""
+    found: dict[str, str] = {}
+    for line in (BASE.read_text() + STUDY.read_text()).splitlines():
         match = re.match(r"\s+c\.([\w.]+) = (?!ConfigDict\(\)).*?  # (.*)$", line)
         if match:
-            found[match[1]] = match[2]
+            found.setdefault(match[1], match[2])
     return found
 
 

@@ -33,9 +33,7 @@ POSITIVE = (
     "export.max_shard_gb on_policy.max_new_tokens "
     "hosts.connect_timeout hosts.heartbeat hosts.timeout "
     "drift.samples drift.max_new_tokens drift.batch_size drift.resamples "
-    "report.points report.histogram_traces plan.slices "
-    "study.seeds study.tuning_seeds study.width study.layers study.start_learning_rate "
-    "study.start_problems study.traces study.problems"
+    "report.points report.histogram_traces plan.slices"
 ).split()
 
 NOT_NEGATIVE = (
@@ -43,9 +41,15 @@ NOT_NEGATIVE = (
     "optim.weight_decay optim.clip_norm optim.final_fraction train.eval_every train.eval_batches "
     "train.save_every train.local_every generate.temperature generate.top_k evaluate.limit "
     "evaluate.temperature evaluate.top_k evaluate.shots data.eval_fraction data.head_tokens "
-    "on_policy.temperature drift.limit report.traces plan.hbm_gib "
-    "study.start_steps study.noise study.drift_prompts"
+    "on_policy.temperature drift.limit report.traces plan.hbm_gib"
 ).split()
+
+# Of the section that only the study's recipe has.
+STUDY_POSITIVE = (
+    "study.seeds study.tuning_seeds study.width study.layers study.start_learning_rate "
+    "study.start_problems study.traces study.problems"
+).split()
+STUDY_NOT_NEGATIVE = "study.start_steps study.noise study.drift_prompts".split()
 
 
 def _teacher_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
@@ -162,8 +166,11 @@ def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
         if flat[key] not in allowed:
             hint = nearest(str(flat[key]), allowed)
             wrong.append(f"{key}={flat[key]!r} must be one of {', '.join(allowed)}{hint}")
-    wrong += [f"{k}={flat[k]} must be greater than 0" for k in POSITIVE if not flat[k] > 0]
-    wrong += [f"{k}={flat[k]} must not be negative" for k in NOT_NEGATIVE if not flat[k] >= 0]
+    study = "study.seeds" in flat
+    positive = POSITIVE + STUDY_POSITIVE * study
+    not_negative = NOT_NEGATIVE + STUDY_NOT_NEGATIVE * study
+    wrong += [f"{k}={flat[k]} must be greater than 0" for k in positive if not flat[k] > 0]
+    wrong += [f"{k}={flat[k]} must not be negative" for k in not_negative if not flat[k] >= 0]
     for key in ("optim.b1", "optim.b2", "data.eval_fraction"):
         if not 0 <= flat[key] < 1:
             wrong.append(f"{key}={flat[key]} must be in [0, 1)")

@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dcod_jax.study.arithmetic import TERMS, Problem, build_tokenizer, make_problems, worked_traces
+from dcod_jax.study.arithmetic import TERMS, Chain, build_tokenizer, make_problems, worked_traces
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "dcod_jax" / "assets" / "quickstart"
@@ -77,9 +77,9 @@ def chain_sum_expressions() -> list[str]:
     return [item["metadata"]["expression"] for item in items]
 
 
-def pieces() -> dict[str, list[Problem]]:
+def pieces() -> dict[str, list[Chain]]:
     """Problems of every piece; no problem is in two of them."""
-    by_split: dict[str, list[Problem]] = {"train": [], "validation": [], "eval": []}
+    by_split: dict[str, list[Chain]] = {"train": [], "validation": [], "eval": []}
     for problem in make_problems(chain_sum_expressions(), seed=SEED):
         by_split[problem.split].append(problem)
     train = by_split["train"]
@@ -96,9 +96,9 @@ def pieces() -> dict[str, list[Problem]]:
     }
 
 
-def in_equal_shares(problems: list[Problem], count: int) -> list[Problem]:
+def in_equal_shares(problems: list[Chain], count: int) -> list[Chain]:
     """The first `count` problems in rounds that take one of every operator sequence left."""
-    queues: dict[str, list[Problem]] = {}
+    queues: dict[str, list[Chain]] = {}
     for problem in problems:
         queues.setdefault(problem.operators, []).append(problem)
     rounds = itertools.zip_longest(*queues.values())
@@ -113,7 +113,7 @@ def jsonl(records: Iterable[dict[str, str]]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-def shipped_problems(made: dict[str, list[Problem]]) -> dict[str, str]:
+def shipped_problems(made: dict[str, list[Chain]]) -> dict[str, str]:
     """{file name in the assets: content}."""
     names = ("prompts", "validation", "eval")
     return {f"{name}.jsonl": jsonl(p.record() for p in made[name]) for name in names}

@@ -54,7 +54,7 @@ ALPHABET = "\n" + "".join(chr(code) for code in range(32, 127))
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class Chain:
     """One question with its answer; operators and phrasing are the halves of its template."""
 
     id: str
@@ -99,7 +99,7 @@ def parse_expression(expression: str) -> tuple[tuple[int, ...], str]:
     return numbers, "".join(re.findall(r"[+-]", expression))
 
 
-def make_problems(expressions: Iterable[str], *, seed: int) -> Iterator[Problem]:
+def make_problems(expressions: Iterable[str], *, seed: int) -> Iterator[Chain]:
     """Distinct problems in the order of their expressions, each phrased as its split allows.
 
     Chains whose value falls below zero on the way are left out: a tiny model then needs a third
@@ -114,19 +114,19 @@ def make_problems(expressions: Iterable[str], *, seed: int) -> Iterator[Problem]
         seen.add(key)
         split = split_of(operators)
         phrasing = random.Random(f"{seed} {key}").choice(PHRASINGS[split])
-        problem = Problem(key, numbers, operators, phrasing, split)
+        problem = Chain(key, numbers, operators, phrasing, split)
         if min(problem.running_values()) >= 0:
             yield problem
 
 
-def solve_equations(problem: Problem) -> str:
+def solve_equations(problem: Chain) -> str:
     """8+5-4 -> "8+5=13\\n13-4=9"."""
     values = problem.running_values()
     steps = zip(values, problem.operators, problem.numbers[1:], values[1:], strict=False)
     return "\n".join(f"{before}{op}{number}={after}" for before, op, number, after in steps)
 
 
-def solve_words(problem: Problem) -> str:
+def solve_words(problem: Chain) -> str:
     """8+5-4 -> "8 up 5: 13, down 4: 9"."""
     words = {"+": "up", "-": "down"}
     steps = zip(problem.operators, problem.numbers[1:], problem.running_values()[1:], strict=True)
@@ -134,7 +134,7 @@ def solve_words(problem: Problem) -> str:
     return f"{problem.numbers[0]} " + ", ".join(moves)
 
 
-def solve_groups(problem: Problem) -> str:
+def solve_groups(problem: Chain) -> str:
     """8-4+5-1 -> "plus 8+5=13\\nminus 4+1=5\\n13-5=8": both groups summed, then the difference."""
     signed = list(zip("+" + problem.operators, problem.numbers, strict=True))
     totals: list[int] = []
@@ -157,13 +157,13 @@ def solve_groups(problem: Problem) -> str:
 STYLES = {"equations": solve_equations, "words": solve_words, "groups": solve_groups}
 
 
-def worked_solution(problem: Problem, style: str) -> str:
+def worked_solution(problem: Chain, style: str) -> str:
     """The steps in a style of STYLES, then the line "#### answer"."""
     return f"{STYLES[style](problem)}\n#### {problem.answer}"
 
 
 def worked_traces(
-    problems: Iterable[Problem], shares: dict[str, float], *, seed: int
+    problems: Iterable[Chain], shares: dict[str, float], *, seed: int
 ) -> Iterator[dict[str, str]]:
     """One trace record a problem, its style drawn with probability proportional to `shares`."""
     names = list(shares)

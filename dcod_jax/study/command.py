@@ -23,6 +23,11 @@ def study(config: Any) -> None:
     """Every run that results.jsonl lacks, in the order of the recipe."""
     if "://" in config.run_dir:
         raise DcodError(f"run_dir={config.run_dir}: a study appends to its results on a local disk")
+    if "study" not in config:
+        raise DcodError(
+            "the recipe has no section study; begin from --config study, or set "
+            "c.study = study_keys() of dcod_jax.configs.study"
+        )
     directory = Path(config.run_dir)
     results = Results(directory / "results.jsonl")
     lab = Lab(config, directory, wanted_starts(config))

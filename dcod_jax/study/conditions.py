@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from dcod_jax import config as configs
+from dcod_jax.configs.study import study_keys
 from dcod_jax.errors import DcodError
 
 MAIN = "main"  # the condition whose learning rates the others take over, where it has the arm
@@ -92,8 +93,9 @@ def arms(condition: Any) -> dict[str, Any]:
 
 
 def settings_of(config: Any) -> dict[str, Any]:
-    """What differs from configs/base.py and says what a run is."""
+    """What differs from the defaults and says what a run is."""
     defaults = configs.keys(configs.load_recipe(configs.BASE))
+    defaults |= configs.keys(study_keys(), "study.")
     flat = configs.keys(config)
     changed = {k: v for k, v in flat.items() if k not in _ELSEWHERE and v != defaults.get(k)}
     for key in ("teacher.path", "student.path"):  # where the checkout lies is no setting

@@ -22,7 +22,7 @@ from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.answers import extract_answer
 from dcod_jax.sample.sampler import Sample, sample
 from dcod_jax.score.scoring import ScoreSettings, score_traces
-from dcod_jax.study.arithmetic import STYLES, Problem, worked_traces
+from dcod_jax.study.arithmetic import STYLES, Chain, worked_traces
 from dcod_jax.types import Params, Trace
 
 LARGEST = 20  # of the sum of the added numbers: a tiny model learns the facts below it in minutes
@@ -30,15 +30,15 @@ SETS = ("in", "operands", "longer")  # test sets, beside "validation"
 PHRASING = "{}="
 
 
-def make_problem(numbers: Sequence[int], operators: str, split: str) -> Problem:
+def make_problem(numbers: Sequence[int], operators: str, split: str) -> Chain:
     """numbers (8, 5, 4), operators "+-" -> the problem "8+5-4=" with the expression as its id."""
-    problem = Problem("", tuple(numbers), operators, PHRASING, split)
+    problem = Chain("", tuple(numbers), operators, PHRASING, split)
     return dataclasses.replace(problem, id=problem.expression)
 
 
 def problem_stream(
     name: str, *, terms: tuple[int, int], first: tuple[int, int], seed: int
-) -> Iterator[Problem]:
+) -> Iterator[Chain]:
     """Endless random problems of a length and first operand in these ranges (both ends included).
 
     The other operands are 1 to 9; no value on the way is negative, and the added numbers sum up to
@@ -55,8 +55,8 @@ def problem_stream(
             yield problem
 
 
-def _distinct(stream: Iterator[Problem], count: int, taken: set[str]) -> list[Problem]:
-    found: list[Problem] = []
+def _distinct(stream: Iterator[Chain], count: int, taken: set[str]) -> list[Chain]:
+    found: list[Chain] = []
     for problem in stream:
         if len(found) == count:
             break
@@ -66,7 +66,7 @@ def _distinct(stream: Iterator[Problem], count: int, taken: set[str]) -> list[Pr
     return found
 
 
-def held_out(config: Any) -> dict[str, list[Problem]]:
+def held_out(config: Any) -> dict[str, list[Chain]]:
     """{"validation" and each of SETS: distinct problems}, none of which is in two of them."""
     study, taken = config.study, set()
     ranges = {
@@ -82,7 +82,7 @@ def held_out(config: Any) -> dict[str, list[Problem]]:
     return found
 
 
-def training_problems(config: Any, name: str, terms: Sequence[int]) -> Iterator[Problem]:
+def training_problems(config: Any, name: str, terms: Sequence[int]) -> Iterator[Chain]:
     """Endless problems outside every held-out set."""
     forbidden = {p.id for problems in held_out(config).values() for p in problems}
     first = tuple(config.study.first_operands)
@@ -93,11 +93,11 @@ def training_problems(config: Any, name: str, terms: Sequence[int]) -> Iterator[
 # ---------------------------------------------------------------- texts
 
 
-def prompt_ids(tokenizer: Any, problem: Problem) -> list[int]:
+def prompt_ids(tokenizer: Any, problem: Chain) -> list[int]:
     return chat.encode_prompt(tokenizer, [{"role": "user", "content": problem.record()["prompt"]}])
 
 
-def is_correct(problem: Problem, text: str) -> bool:
+def is_correct(problem: Chain, text: str) -> bool:
     """Whether the text ends in the answer; the domain's answers need no algebra."""
     found = extract_answer(text)
     return found is not None and found.answer == str(problem.answer)
@@ -223,7 +223,7 @@ def teacher_traces(config: Any, teacher: Model) -> tuple[list[Trace], dict[str, 
     return kept, {"counts": counts, "styles": styles}
 
 
-def _why_not(config: Any, problem: Problem, answer: Sample, text: str) -> str:
+def _why_not(config: Any, problem: Chain, answer: Sample, text: str) -> str:
     if not answer.finished or not text.strip():
         return "unfinished"
     if config.prepare.filter_correct and not is_correct(problem, text):

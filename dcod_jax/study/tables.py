@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
-from dcod_jax import config as configs
+from dcod_jax.configs.study import study_keys
 from dcod_jax.errors import DcodError
 from dcod_jax.study.conditions import MAIN, unpack_bits
 from dcod_jax.study.domain import SETS
@@ -109,8 +109,8 @@ class Study:
         raise DcodError(f"the results hold no settings of {condition!r} {arm!r}")
 
     def problems(self, condition: str, arm: str) -> int:
-        default = configs.keys(configs.load_recipe(configs.BASE))["study.problems"]
-        return int(self.settings(condition, arm).get("study.problems", default))
+        settings = self.settings(condition, arm)
+        return int(settings.get("study.problems", study_keys().problems))
 
     def base(self, condition: str, arm: str) -> tuple[str, str] | None:
         """(condition, arm) that an arm is compared with; None: there is none.

@@ -52,7 +52,7 @@ def tool() -> Any:
 
 
 @functools.cache
-def pieces() -> dict[str, list[arithmetic.Problem]]:
+def pieces() -> dict[str, list[arithmetic.Chain]]:
     return tool().pieces()
 
 
@@ -114,7 +114,7 @@ def check_solution(solution: str, expression: str, style: str) -> None:
 @settings(max_examples=150, deadline=None)
 @given(chain=chains)
 def test_every_step_of_a_worked_solution_is_right(style: str, chain: tuple[list[int], str]) -> None:
-    problem = arithmetic.Problem("x", tuple(chain[0]), chain[1], "Find {}.", "train")
+    problem = arithmetic.Chain("x", tuple(chain[0]), chain[1], "Find {}.", "train")
     solution = arithmetic.worked_solution(problem, style)
     check_solution(solution, problem.expression, style)
     found = extract_answer(solution)

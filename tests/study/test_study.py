@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from dcod_jax import config as configs
+from dcod_jax.configs.study import study_keys
 from dcod_jax.errors import DcodError
 from dcod_jax.study import domain
 from dcod_jax.study.arithmetic import STYLES, worked_solution
@@ -192,6 +193,28 @@ def test_other_settings_are_refused(tmp_path):
         arms(recipe(**{"study.only": "nothing-such"}))
     late = plan_recipe(tmp_path / "late", **{"study.conditions": '("x", "main")'})
     assert finish(late, Results(tmp_path / "late" / "results.jsonl"))  # x has a grid of its own
+
+
+def test_the_study_keys_are_the_recipes_own(capsys, tmp_path):
+    """Checked and explained as all keys are, and absent from every other recipe."""
+    assert "study" not in configs.load_recipe(configs.BASE)
+    with pytest.raises(SystemExit):
+        configs.load(["--help"], verb="study")
+    text, notes = capsys.readouterr().out, configs.comments()
+    for key in configs.keys(study_keys(), "study."):
+        assert f"--config.{key}=" in text
+        assert notes[key] in text
+    words = ["--config", str(RECIPE)]
+    with pytest.raises(DcodError, match=r"unknown key --config\.study\.seed\b.*study\.seeds"):
+        configs.load([*words, "--config.study.seed=1"], verb="study")
+    with pytest.raises(DcodError, match=r"study\.width=0 must be greater than 0"):
+        configs.load([*words, "--config.study.width=0"], verb="study")
+    with pytest.raises(DcodError, match=r"study\.noise=-1\.0 must not be negative"):
+        configs.load([*words, "--config.study.noise=-1"], verb="study")
+    base = configs.load_recipe(configs.BASE)
+    base.run_dir = str(tmp_path)
+    with pytest.raises(DcodError, match="no section study; begin from --config study"):
+        study(base)
 
 
 def test_the_shipped_recipe_reads():
