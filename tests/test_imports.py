@@ -14,9 +14,10 @@ LEVELS = """
     models.config models.layers models.attention models.transformer models.cached models.tensors
     losses.events losses.distributions losses.divergences losses.weights losses.adaptive
     losses.head losses.reduce losses.distill
-    data.manifest data.codec data.score_progress data.blocks data.records data.packing data.chat
+    data.manifest data.codec data.score_progress data.blocks data.records data.packing
     data.formats data.traces data.pipeline
-    models.gguf models.hf sample.stop_strings sample.sampling sample.decoding sample.sampler
+    models.gguf models.hf data.tokenizer data.chat
+    sample.stop_strings sample.sampling sample.decoding sample.sampler
     evaluate.answers evaluate.statistics evaluate.benchmarks evaluate.grading evaluate.problems
     train.optim train.metrics train.profiling train.settings config_checks config cli
     train.checkpoint train.local_checkpoints train.forward train.step

@@ -28,6 +28,7 @@ import numpy as np
 from dcod_jax.data import chat
 from dcod_jax.data.codec import bytes_per_token
 from dcod_jax.data.formats import Fields
+from dcod_jax.data.tokenizer import load_tokenizer
 from dcod_jax.data.traces import find_sources, read_traces
 from dcod_jax.errors import DcodError
 from dcod_jax.losses import distributions
@@ -202,7 +203,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the tables to this file")
     options = parser.parse_args()
     try:
-        tokenizer = chat.load_tokenizer(options.teacher)
+        tokenizer = load_tokenizer(options.teacher)
         traces = encoded(options, tokenizer)
         if not traces:
             raise DcodError(f"{options.traces} holds no trace of up to {options.max_length} tokens")

@@ -15,8 +15,6 @@ without a template gives prompt + completion + eos, prompt and completion being 
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -24,11 +22,10 @@ from typing import Any
 import jinja2
 import numpy as np
 from jaxtyping import Bool, Int
-from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from dcod_jax.data.tokenizer import Tokenizer, chat_template
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Location, as_path, local_directory
 from dcod_jax.types import Trace
 
 Message = dict[str, Any]  # {"role": ..., "content": ...}
@@ -41,98 +38,11 @@ _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _EMPTY_THINKING = "<think></think>"  # some templates write it before a turn without reasoning
 
 
-# ---------------------------------------------------------------- loading
-
-
-def _is_tokenizer_file(name: str) -> bool:
-    """What from_pretrained may read; not the weights."""
-    return name.endswith((".json", ".txt", ".model", ".jinja")) and ".safetensors" not in name
-
-
-def load_tokenizer(path: Location, *, chat_template: str = "") -> Any:
-    """The tokenizer of an HF directory (or hub id), exactly as its tokenizer.json has it.
-
-    `chat_template` names a Jinja file that takes the place of the tokenizer's own template.
-    """
-    directory = as_path(path)
-    if directory.is_dir() and not (directory / "tokenizer.json").is_file():
-        found = ", ".join(sorted(p.name for p in directory.iterdir())[:12]) or "nothing"
-        raise DcodError(
-            f"{directory} has no tokenizer.json (it holds {found}); set student.tokenizer, or "
-            "convert with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-        )
-    try:
-        # The generic class: family classes rebuild the pre-tokenizer instead of reading it.
-        home = local_directory(directory, wanted=_is_tokenizer_file)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(home))
-    except (OSError, ValueError) as error:
-        raise DcodError(
-            f"no tokenizer at {path!s}: expected a directory with tokenizer.json, or a hub id "
-            f"that can be reached ({str(error).splitlines()[0]})"
-        ) from error
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    if chat_template:
-        try:
-            tokenizer.chat_template = as_path(chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DcodError(f"student.chat_template={chat_template}: {error}") from error
-    return tokenizer
-
-
-def chat_template(tokenizer: Any) -> str | None:
-    """The Jinja text in use, or None: the plain form prompt + completion + eos."""
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        if "default" not in template:
-            raise DcodError(
-                f"the tokenizer has the chat templates {', '.join(sorted(template))} and no "
-                "'default'; write the one you mean to a file and set student.chat_template"
-            )
-        template = template["default"]
-    return template or None
-
-
-# ---------------------------------------------------------------- fingerprints
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Content hash of all that decides which ids a text gets: equal tokenizers, equal hash.
-
-    Vocabulary, merges, normalizer, pre-tokenizer, added tokens, bos and eos. Not the directory,
-    the padding and truncation settings, the pad token, or the rows of a model's embedding.
-    """
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    model = dict(backend["model"])
-    if model.get("merges"):
-        model["merges"] = [m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"]]
-    return _digest(
-        {
-            "model": model,
-            "normalizer": backend["normalizer"],
-            "pre_tokenizer": backend["pre_tokenizer"],
-            "added_tokens": sorted(backend["added_tokens"], key=lambda token: token["id"]),
-            "bos": tokenizer.bos_token,
-            "eos": tokenizer.eos_token,
-        }
-    )
-
-
-def template_fingerprint(tokenizer: Any) -> str:
-    """Content hash of the template and of the special tokens it can name."""
-    return _digest([chat_template(tokenizer), tokenizer.bos_token, tokenizer.eos_token])
-
-
 # ---------------------------------------------------------------- text and its supervised spans
 
 
 @functools.lru_cache(maxsize=4)
-def _special(tokenizer: Any) -> re.Pattern[str]:
+def _special(tokenizer: Tokenizer) -> re.Pattern[str]:
     """Any special token, as text."""
     added = tokenizer.added_tokens_decoder.values()
     names = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
@@ -141,7 +51,7 @@ def _special(tokenizer: Any) -> re.Pattern[str]:
 
 
 def _render(
-    tokenizer: Any, messages: Sequence[Message], *, template: str, prompt: bool, marks: bool
+    tokenizer: Tokenizer, messages: Sequence[Message], *, template: str, prompt: bool, marks: bool
 ) -> tuple[str, list[Span]]:
     """Rendered text, and with `marks` the spans of the template's generation markers."""
     try:
@@ -200,7 +110,7 @@ def _check_turn(content: str, turn: str) -> None:
         )
 
 
-def _marked_spans(tokenizer: Any, messages: Sequence[Message], template: str) -> _Text:
+def _marked_spans(tokenizer: Tokenizer, messages: Sequence[Message], template: str) -> _Text:
     text, spans = _render(tokenizer, messages, template=template, prompt=False, marks=True)
     turns = [message for message in messages if message["role"] == "assistant"]
     if len(spans) != len(turns):
@@ -222,7 +132,7 @@ def _marked_spans(tokenizer: Any, messages: Sequence[Message], template: str) ->
     return text, trimmed
 
 
-def _prefix_spans(tokenizer: Any, messages: Sequence[Message], template: str) -> _Text:
+def _prefix_spans(tokenizer: Tokenizer, messages: Sequence[Message], template: str) -> _Text:
     def render(count: int, *, prompt: bool) -> str:
         shown = messages[:count]
         return _render(tokenizer, shown, template=template, prompt=prompt, marks=False)[0]
@@ -248,7 +158,7 @@ def _prefix_spans(tokenizer: Any, messages: Sequence[Message], template: str) ->
     return text, spans
 
 
-def _plain_spans(tokenizer: Any, messages: Sequence[Message]) -> _Text:
+def _plain_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> _Text:
     if [message["role"] for message in messages] != ["user", "assistant"]:
         roles = ", ".join(message["role"] for message in messages)
         raise DcodError(
@@ -262,7 +172,7 @@ def _plain_spans(tokenizer: Any, messages: Sequence[Message]) -> _Text:
     return text, [(len(start), len(text))]
 
 
-def _bos(tokenizer: Any) -> str:
+def _bos(tokenizer: Tokenizer) -> str:
     """The bos token's text where the tokenizer itself puts one before a text, else ''."""
     first = tokenizer.backend_tokenizer.encode("a", add_special_tokens=True).ids[:1]
     return tokenizer.bos_token if first == [tokenizer.bos_token_id] else ""
@@ -271,11 +181,11 @@ def _bos(tokenizer: Any) -> str:
 # ---------------------------------------------------------------- encoding
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def _cut(tokenizer: Any, text: str, border: int, whole: list[int]) -> int | None:
+def _cut(tokenizer: Tokenizer, text: str, border: int, whole: list[int]) -> int | None:
     """How many tokens of `whole` come before the character `border`; None inside a token."""
     rest = _ids(tokenizer, text[border:]) if len(text) - border < border else whole
     if len(rest) < len(whole) and whole[len(whole) - len(rest) :] == rest:
@@ -286,7 +196,9 @@ def _cut(tokenizer: Any, text: str, border: int, whole: list[int]) -> int | None
     return len(prefix) if whole[: len(prefix)] == prefix else None
 
 
-def _encode_at(tokenizer: Any, text: str, borders: Sequence[int]) -> tuple[list[int], list[int]]:
+def _encode_at(
+    tokenizer: Tokenizer, text: str, borders: Sequence[int]
+) -> tuple[list[int], list[int]]:
     """Ids of `text` with token borders at the given characters; and the token index of each.
 
     The whole text is encoded, and each prefix must be a prefix in tokens too. Where a token
@@ -318,7 +230,7 @@ def _encode_at(tokenizer: Any, text: str, borders: Sequence[int]) -> tuple[list[
     return ids, cuts[:-1]
 
 
-def _check_content(tokenizer: Any, messages: Sequence[Message]) -> None:
+def _check_content(tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
     special = _special(tokenizer)
     for message in messages:
         found = special.search(message["content"])
@@ -330,7 +242,7 @@ def _check_content(tokenizer: Any, messages: Sequence[Message]) -> None:
 
 
 def encode(
-    tokenizer: Any, messages: Sequence[Message], *, first_completion: int = 0
+    tokenizer: Tokenizer, messages: Sequence[Message], *, first_completion: int = 0
 ) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
     """Token ids of a conversation and the mask of its supervised tokens.
 
@@ -358,7 +270,7 @@ def encode(
     return np.asarray(ids, np.int32), mask
 
 
-def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """Ids of a prompt up to where the completion starts: what `encode` masks out before it."""
     _check_content(tokenizer, messages)
     template = chat_template(tokenizer)
@@ -374,13 +286,13 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     return _ids(tokenizer, text)
 
 
-def encode_text(tokenizer: Any, text: str) -> list[int]:
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of plain text, behind the bos token where the tokenizer puts one: no chat template."""
     _check_content(tokenizer, [{"role": "user", "content": text}])
     return _ids(tokenizer, _bos(tokenizer) + text)
 
 
-def render_sample(tokenizer: Any, trace: Trace) -> str:
+def render_sample(tokenizer: Tokenizer, trace: Trace) -> str:
     """The decoded trace with its supervised tokens between « and »."""
     parts, start = [], 0
     flips = np.flatnonzero(np.diff(trace.completion_mask)) + 1

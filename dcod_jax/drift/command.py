@@ -23,6 +23,12 @@ from rich.table import Table
 
 from dcod_jax import config as configs
 from dcod_jax.data import chat
+from dcod_jax.data.tokenizer import (
+    load_tokenizer,
+    stop_ids,
+    student_tokenizer,
+    tokenizer_fingerprint,
+)
 from dcod_jax.drift.curves import LMOPS_INDEX, Curve
 from dcod_jax.drift.scores import (
     DriftModel,
@@ -33,16 +39,14 @@ from dcod_jax.drift.scores import (
     to_samples,
 )
 from dcod_jax.errors import DcodError
-from dcod_jax.evaluate.generations import stop_ids
 from dcod_jax.evaluate.problems import read_problems
 from dcod_jax.export.command import MARKER, export_path
 from dcod_jax.files import Path, as_path, commit_file, local_copy, replace_file, scratch, to_json
 from dcod_jax.logs import track
 from dcod_jax.models import hf
 from dcod_jax.parallel.mesh import make_mesh
-from dcod_jax.prepare.command import load_tokenizer
 from dcod_jax.sample.sampler import Sample, check_room
-from dcod_jax.score.scoring import Teacher, load_any_tokenizer, open_teacher
+from dcod_jax.score.scoring import Teacher, open_teacher
 
 RESULT = "drift.json"
 LEAST = 10  # sequences alive in both sets up to which a length is reported
@@ -55,13 +59,13 @@ def drift(config: Any) -> dict[str, Any]:
     if jax.process_count() > 1:
         raise DcodError("drift runs on one process; start it on one host")
     teacher = open_teacher(config.teacher, chat_template=config.student.chat_template)
-    tokenizer = load_tokenizer(config)
+    tokenizer = student_tokenizer(config.student)
     students = _students(config)
     prompts = _prompts(config, tokenizer, [teacher.path, *students.values()])
     _check_tokenizer("teacher", teacher.path, teacher.tokenizer, tokenizer)
     for name, path in students.items():
         if name != "start":  # which is asked with the tokenizer that it is trained with
-            own = load_any_tokenizer(path, chat_template=config.student.chat_template)
+            own = load_tokenizer(path, chat_template=config.student.chat_template)
             _check_tokenizer(name, path, own, tokenizer)
     folder = as_path(config.run_dir) / "drift"
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,7 +127,7 @@ def _students(config: Any) -> dict[str, Path]:
 
 def _check_tokenizer(name: str, path: Path, own: Any, tokenizer: Any) -> None:
     """Every model must mean the same by a token id; a template of its own does not matter."""
-    if chat.tokenizer_fingerprint(own) != chat.tokenizer_fingerprint(tokenizer):
+    if tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer):
         raise DcodError(
             f"{name} ({path}) has another tokenizer than the student; KL between distributions "
             "over different tokens means nothing"

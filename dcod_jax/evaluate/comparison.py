@@ -12,8 +12,13 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from dcod_jax.data import chat
 from dcod_jax.data.blocks import BlockFiles
+from dcod_jax.data.tokenizer import (
+    load_tokenizer,
+    student_tokenizer,
+    template_fingerprint,
+    tokenizer_fingerprint,
+)
 from dcod_jax.evaluate.details import detail_tables, details
 from dcod_jax.evaluate.generations import (
     EvalResult,
@@ -38,10 +43,8 @@ from dcod_jax.files import Path, as_path, rename, replace_file, to_json
 from dcod_jax.logs import track
 from dcod_jax.models import hf
 from dcod_jax.parallel import hosts
-from dcod_jax.prepare.command import load_tokenizer
 from dcod_jax.sample.decoding import DecodingParams
 from dcod_jax.sample.sampler import check_room, decoding_params
-from dcod_jax.score.scoring import load_any_tokenizer
 
 BATCHES_IN_BLOCK = 4  # decoded between two appends to the file of generations
 
@@ -56,8 +59,8 @@ class _Model:
     def tokenizer(self) -> Any:
         """The start is asked with the tokenizer it is trained with, others with their own."""
         if self.name == "start":
-            return load_tokenizer(self.config)
-        return load_any_tokenizer(self.path, chat_template=self.config.student.chat_template)
+            return student_tokenizer(self.config.student)
+        return load_tokenizer(self.path, chat_template=self.config.student.chat_template)
 
     @functools.cached_property
     def weights(self) -> str:
@@ -140,8 +143,8 @@ def _request(config: Any, model: _Model, problem_set: ProblemSet) -> dict[str, A
     return {
         "problems": hashlib.sha256(content(problem_set).encode()).hexdigest(),
         "weights": model.weights,
-        "tokenizer": chat.tokenizer_fingerprint(model.tokenizer),
-        "template": chat.template_fingerprint(model.tokenizer),
+        "tokenizer": tokenizer_fingerprint(model.tokenizer),
+        "template": template_fingerprint(model.tokenizer),
         "prompt": dataclasses.asdict(form),
         "sampling": dataclasses.asdict(_sampling(config)),
         "max_new_tokens": config.evaluate.max_new_tokens,

@@ -12,6 +12,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from dcod_jax.data import chat
+from dcod_jax.data.tokenizer import stop_ids
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.grading import Grader
 from dcod_jax.evaluate.problems import Problem, read_records
@@ -76,19 +77,6 @@ class EvalResult:
 
 
 # ---------------------------------------------------------------- evaluation
-
-
-def stop_ids(config: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
-    """Ids that end a completion: those of the model's config and the tokenizer's own."""
-    found = set(config.eos_token_ids)
-    if tokenizer.eos_token_id is not None:
-        found.add(int(tokenizer.eos_token_id))
-    if not found:
-        raise DcodError(
-            "neither the model's config.json (eos_token_id) nor its tokenizer (eos_token) names a "
-            "stop token; add one, or every completion would run to the length limit"
-        )
-    return tuple(sorted(found))
 
 
 def decode_text(tokenizer: Any, token_ids: Sequence[int]) -> str:

@@ -23,13 +23,14 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
 from dcod_jax.data import chat
+from dcod_jax.data.tokenizer import chat_template, load_tokenizer, stop_ids, tokenizer_fingerprint
 from dcod_jax.errors import DcodError
-from dcod_jax.evaluate.generations import Sampling, sample_options, stop_ids, text_of
+from dcod_jax.evaluate.generations import Sampling, sample_options, text_of
 from dcod_jax.files import as_path
 from dcod_jax.models.hf import load_model
 from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.sample.sampler import decoding_params, sample
-from dcod_jax.score.scoring import ScoreSettings, load_any_tokenizer, score_traces
+from dcod_jax.score.scoring import ScoreSettings, score_traces
 from dcod_jax.types import Trace
 
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -68,7 +69,7 @@ class DcodLM(TemplateLM):
         self.path = as_path(pretrained)
         self.dtype, self.seed, self.max_gen_toks = dtype, seed, max_gen_toks
         self.mesh = make_mesh(data, fsdp, tensor=tensor)
-        self.tokenizer = load_any_tokenizer(self.path, chat_template=chat_template)
+        self.tokenizer = load_tokenizer(self.path, chat_template=chat_template)
         self.config, self.params = load_model(self.path, dtype=jnp.dtype(dtype), mesh=self.mesh)
         limit = self.config.max_position_embeddings
         if not 0 <= max_length <= limit:
@@ -97,7 +98,7 @@ class DcodLM(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         """Part of the key under which the harness caches requests: never another tokenizer's."""
-        return f"dcod_jax__{chat.tokenizer_fingerprint(self.tokenizer)[:16]}"
+        return f"dcod_jax__{tokenizer_fingerprint(self.tokenizer)[:16]}"
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
@@ -111,7 +112,7 @@ class DcodLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        if chat.chat_template(self.tokenizer) is None:
+        if chat_template(self.tokenizer) is None:
             raise DcodError(f"{self.path} has no chat template; give model_args chat_template=FILE")
         return self.tokenizer.apply_chat_template(
             chat_history,

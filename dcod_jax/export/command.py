@@ -20,17 +20,20 @@ from jax.sharding import Mesh
 
 from dcod_jax import __version__
 from dcod_jax.config import dataset_dir
-from dcod_jax.data import chat
 from dcod_jax.data.manifest import MANIFEST, read_manifest
+from dcod_jax.data.tokenizer import (
+    load_tokenizer,
+    stop_ids,
+    template_fingerprint,
+    tokenizer_fingerprint,
+)
 from dcod_jax.errors import DcodError
-from dcod_jax.evaluate.generations import stop_ids
 from dcod_jax.files import Location, Path, as_path, publish, remove_tree, unfinished
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig, to_hf
 from dcod_jax.models.gguf import export_tokenizer
 from dcod_jax.parallel import hosts
 from dcod_jax.parallel.mesh import batch_shards, make_mesh, tree_shardings
-from dcod_jax.score.scoring import load_any_tokenizer
 from dcod_jax.train.checkpoint import Checkpointer, Restored
 from dcod_jax.types import Params
 
@@ -148,7 +151,7 @@ def export_model(
     """
     path = as_path(path).resolve()
     raw = to_hf(model_config, dtype=dtype)
-    tokenizer = load_any_tokenizer(as_path(tokenizer_source), chat_template=chat_template)
+    tokenizer = load_tokenizer(as_path(tokenizer_source), chat_template=chat_template)
     if len(tokenizer) > model_config.vocab_size:
         raise DcodError(
             f"{tokenizer_source}: the tokenizer has {len(tokenizer)} entries, the model "
@@ -288,8 +291,8 @@ def verify(
 
 
 def _check_tokenizer(directory: Path, tokenizer: Any) -> None:
-    written = chat.load_tokenizer(directory)
-    for what in (chat.tokenizer_fingerprint, chat.template_fingerprint):
+    written = load_tokenizer(directory)
+    for what in (tokenizer_fingerprint, template_fingerprint):
         if what(written) != what(tokenizer):
             raise DcodError(
                 f"{directory}: the {what.__name__} of the written files differs from the "

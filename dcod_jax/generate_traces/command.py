@@ -21,8 +21,9 @@ from typing import Any
 from dcod_jax.data import chat
 from dcod_jax.data.blocks import BlockFiles
 from dcod_jax.data.formats import PROMPT_FIELDS
+from dcod_jax.data.tokenizer import stop_ids, template_fingerprint, tokenizer_fingerprint
 from dcod_jax.errors import DcodError
-from dcod_jax.evaluate.generations import sample_options, sampling_of, stop_ids, text_of
+from dcod_jax.evaluate.generations import sample_options, sampling_of, text_of
 from dcod_jax.evaluate.grading import REJECTED_AS, Grader
 from dcod_jax.evaluate.problems import Problem, read_problems
 from dcod_jax.files import Path, as_path, file_sha256
@@ -170,8 +171,8 @@ def _request(config: Any, teacher: Teacher) -> dict[str, Any]:
         "completion_field": config.prepare.completion_field,
         "answer_field": config.prepare.answer_field,
         "teacher": teacher.provenance(),
-        "tokenizer": chat.tokenizer_fingerprint(teacher.tokenizer),
-        "template": chat.template_fingerprint(teacher.tokenizer),
+        "tokenizer": tokenizer_fingerprint(teacher.tokenizer),
+        "template": template_fingerprint(teacher.tokenizer),
         "sampling": dataclasses.asdict(sampling_of(config.generate, seed=config.seed)),
         "max_new_tokens": config.generate.max_new_tokens,
         "filter_correct": config.prepare.filter_correct,

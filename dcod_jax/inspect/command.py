@@ -25,6 +25,7 @@ from dcod_jax.data import chat
 from dcod_jax.data.codec import bytes_per_token
 from dcod_jax.data.manifest import MANIFEST, read_manifest
 from dcod_jax.data.records import TraceDataset, check_fingerprints
+from dcod_jax.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Path, as_path, commit_file, scratch
 from dcod_jax.types import Trace
@@ -92,7 +93,6 @@ def _tokenizer(
     args: argparse.Namespace, datasets: Sequence[TraceDataset], console: Console
 ) -> Any | None:
     """The dataset's tokenizer, or None (said so) where the manifest's path leads nowhere."""
-    from dcod_jax.score.scoring import load_any_tokenizer
 
     source = args.tokenizer or (datasets[0].manifest.get("tokenizer") or {}).get("source", "")
     if not args.tokenizer and (not source or not as_path(source).exists()):
@@ -102,9 +102,9 @@ def _tokenizer(
             markup=False,
         )
         return None
-    tokenizer = load_any_tokenizer(as_path(source))
+    tokenizer = load_tokenizer(as_path(source))
     for dataset in datasets:
-        check_fingerprints(dataset, tokenizer=chat.tokenizer_fingerprint(tokenizer))
+        check_fingerprints(dataset, tokenizer=tokenizer_fingerprint(tokenizer))
     return tokenizer
 
 
@@ -116,16 +116,16 @@ def _student(args: argparse.Namespace, datasets: Sequence[TraceDataset]) -> Scor
     import jax.numpy as jnp
 
     from dcod_jax.models import hf
-    from dcod_jax.score.scoring import ScoreSettings, load_any_tokenizer, score_traces
+    from dcod_jax.score.scoring import ScoreSettings, score_traces
 
     if args.checkpoint:
         config, params, home = _read_checkpoint(args.checkpoint)
     else:
         home = as_path(args.student)
         config, params = hf.load_model(home, dtype=jnp.float32)
-    tokenizer = load_any_tokenizer(as_path(args.tokenizer) if args.tokenizer else home)
+    tokenizer = load_tokenizer(as_path(args.tokenizer) if args.tokenizer else home)
     for dataset in datasets:
-        check_fingerprints(dataset, tokenizer=chat.tokenizer_fingerprint(tokenizer))
+        check_fingerprints(dataset, tokenizer=tokenizer_fingerprint(tokenizer))
     settings = ScoreSettings(
         top_k=0,
         batch_tokens=8192,

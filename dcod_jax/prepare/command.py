@@ -21,6 +21,11 @@ from dcod_jax.data import chat
 from dcod_jax.data.formats import RawTrace
 from dcod_jax.data.manifest import MANIFEST, read_manifest
 from dcod_jax.data.records import DatasetWriter
+from dcod_jax.data.tokenizer import (
+    student_tokenizer,
+    template_fingerprint,
+    tokenizer_fingerprint,
+)
 from dcod_jax.data.traces import Source, describe, find_sources
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.grading import Grader
@@ -29,7 +34,6 @@ from dcod_jax.logs import track
 from dcod_jax.parallel import hosts
 from dcod_jax.prepare import overlap
 from dcod_jax.prepare.filters import Counts, Filter
-from dcod_jax.score.scoring import load_any_tokenizer
 
 QUARANTINE = "quarantine.jsonl"
 LAST = f"train/{MANIFEST}"  # makes the directory a prepared dataset
@@ -50,19 +54,6 @@ def traces_source(config: Any) -> str:
     if config.data.traces or not config.generate.prompts:
         return config.data.traces
     return str(as_path(config.run_dir) / "traces.jsonl")
-
-
-def load_tokenizer(config: Any) -> Any:
-    """The student's tokenizer: student.tokenizer, else the one beside its weights or config."""
-    home = config.student.tokenizer or config.student.path or config.student.config
-    if not home:
-        raise DcodError(
-            "no tokenizer: set student.path, student.config or student.tokenizer; traces are "
-            "tokenised for the student"
-        )
-    path = as_path(home)
-    path = path.parent if path.name == "config.json" else path
-    return load_any_tokenizer(path, chat_template=config.student.chat_template)
 
 
 def _value(config: Any, key: str) -> Any:
@@ -108,8 +99,8 @@ def _identity(config: Any, tokenizer: Any) -> dict[str, Any]:
         overlaps.append(file_sha256(name))
     return settings | {
         "prepare.overlap_files": overlaps,
-        "tokenizer": chat.tokenizer_fingerprint(tokenizer),
-        "chat template": chat.template_fingerprint(tokenizer),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "chat template": template_fingerprint(tokenizer),
     }
 
 
@@ -123,7 +114,7 @@ def _sources(config: Any) -> tuple[list[Source], list[Source]]:
 
 
 def _inputs(config: Any) -> _Inputs:
-    tokenizer = load_tokenizer(config)
+    tokenizer = student_tokenizer(config.student)
     identity = _identity(config, tokenizer)
     train, held_out = _sources(config)
     train_files, held_out_files = describe(train), describe(held_out)
@@ -176,7 +167,7 @@ def is_prepared(config: Any) -> bool:
         return False
     if not traces_source(config):
         return True
-    wanted = _identity(config, load_tokenizer(config))
+    wanted = _identity(config, student_tokenizer(config.student))
     try:
         train, held_out = _sources(config)
         wanted |= _contents(describe(train), describe(held_out))
@@ -274,11 +265,11 @@ def _writer(
     home = config.student.tokenizer or config.student.path or config.student.config
     manifest = {
         "tokenizer": {
-            "fingerprint": chat.tokenizer_fingerprint(tokenizer),
+            "fingerprint": tokenizer_fingerprint(tokenizer),
             "source": home,
             "size": len(tokenizer),
         },
-        "template": {"fingerprint": chat.template_fingerprint(tokenizer)},
+        "template": {"fingerprint": template_fingerprint(tokenizer)},
         "sources": files,
         "prepared_from": inputs.identity,
         "config": json.loads(json.dumps(config.to_dict())),

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dcod_jax import config as configs
-from dcod_jax.data import chat
 from dcod_jax.data.manifest import MANIFEST
 from dcod_jax.data.records import TraceDataset, check_fingerprints
+from dcod_jax.data.tokenizer import load_tokenizer, student_tokenizer, tokenizer_fingerprint
 from dcod_jax.errors import DcodError
 from dcod_jax.export.command import MARKER, export_path
 from dcod_jax.files import Path, as_path
@@ -23,7 +23,7 @@ from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import make_mesh, tree_shardings
 from dcod_jax.report.data import Run
-from dcod_jax.score.scoring import ScoreSettings, load_any_tokenizer, score_traces
+from dcod_jax.score.scoring import ScoreSettings, score_traces
 from dcod_jax.train.checkpoint import Checkpointer
 from dcod_jax.train.metrics import read_metrics
 from dcod_jax.train.settings import loss_config
@@ -55,7 +55,7 @@ def see(run: Run, *, count: int) -> Seen:
     _check_config(run)
     dataset = _dataset(run)
     tokenizer = _tokenizer(run)
-    check_fingerprints(dataset, tokenizer=chat.tokenizer_fingerprint(tokenizer))
+    check_fingerprints(dataset, tokenizer=tokenizer_fingerprint(tokenizer))
     traces = dataset.read(range(min(count, len(dataset))))
     source, model_config, params, mesh = _student(run)
     settings = ScoreSettings(
@@ -156,11 +156,8 @@ def _export(run: Run) -> Path:
 def _tokenizer(run: Run) -> Any:
     export = _export(run)
     if (export / MARKER).is_file():
-        return load_any_tokenizer(export)
-    settings = run.config.student
-    home = as_path(settings.tokenizer or settings.path or settings.config)
-    home = home.parent if home.name == "config.json" else home
-    return load_any_tokenizer(home, chat_template=settings.chat_template)
+        return load_tokenizer(export)
+    return student_tokenizer(run.config.student)
 
 
 def _student(run: Run) -> tuple[str, ModelConfig, Params, Any]:

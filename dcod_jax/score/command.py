@@ -11,10 +11,11 @@ import functools
 from typing import Any
 
 from dcod_jax.config import dataset_dir
-from dcod_jax.data import chat, score_progress
+from dcod_jax.data import score_progress
 from dcod_jax.data.codec import bytes_per_token
 from dcod_jax.data.manifest import read_manifest
 from dcod_jax.data.records import TraceDataset, check_fingerprints, extend
+from dcod_jax.data.tokenizer import tokenizer_fingerprint
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Path, as_path
 from dcod_jax.logs import track
@@ -103,7 +104,7 @@ def _check_tokenizer(split: Path, teacher: Teacher) -> None:
     """Only the padded vocabulary may differ; token ids must mean the same."""
     dataset = TraceDataset(split, verify=False)  # extend verifies
     try:
-        check_fingerprints(dataset, tokenizer=chat.tokenizer_fingerprint(teacher.tokenizer))
+        check_fingerprints(dataset, tokenizer=tokenizer_fingerprint(teacher.tokenizer))
     except DcodError as error:
         raise DcodError(
             f"{error}\nThe teacher {teacher.name} can only score token ids of its own tokenizer: "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,14 +14,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from dcod_jax.data import chat
+from dcod_jax.data.tokenizer import load_tokenizer
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Path, as_path
 from dcod_jax.losses.divergences import target_logprobs
 from dcod_jax.losses.events import Layout, event_logits
 from dcod_jax.losses.head import head_loss, token_logprobs
 from dcod_jax.models.config import ModelConfig
-from dcod_jax.models.gguf import export_tokenizer
 from dcod_jax.models.hf import load_model, weights_fingerprint
 from dcod_jax.models.transformer import head_weight, hidden_states
 from dcod_jax.parallel.mesh import batch_shards, constrain, put, sharding
@@ -66,17 +64,8 @@ def open_teacher(settings: Any, *, chat_template: str = "") -> Teacher:
         revision=settings.revision,
         weights=weights_fingerprint(path),
         dtype=settings.dtype,
-        tokenizer=load_any_tokenizer(path, chat_template=chat_template),
+        tokenizer=load_tokenizer(path, chat_template=chat_template),
     )
-
-
-def load_any_tokenizer(path: Path, *, chat_template: str = "") -> Any:
-    """Tokenizer of an HF directory, or the one inside a .gguf file."""
-    if path.suffix != ".gguf":
-        return chat.load_tokenizer(path, chat_template=chat_template)
-    with tempfile.TemporaryDirectory() as directory:
-        export_tokenizer(path, directory)
-        return chat.load_tokenizer(directory, chat_template=chat_template)
 
 
 @dataclasses.dataclass(frozen=True)

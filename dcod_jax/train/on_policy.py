@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from dcod_jax.data import packing
 from dcod_jax.data.codec import Columns
 from dcod_jax.data.pipeline import HostBatch, host_slice
-from dcod_jax.evaluate.generations import stop_ids
+from dcod_jax.data.tokenizer import stop_ids
 from dcod_jax.sample.sampler import sample
 from dcod_jax.train.start import Student
 from dcod_jax.types import TrainState

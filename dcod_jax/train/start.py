@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from dcod_jax import config as configs
-from dcod_jax.data import chat
 from dcod_jax.data.records import TraceDataset, check_fingerprints
+from dcod_jax.data.tokenizer import student_tokenizer, template_fingerprint, tokenizer_fingerprint
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Path, as_path
 from dcod_jax.losses import distill
@@ -18,7 +18,6 @@ from dcod_jax.losses.divergences import DIVERGENCES
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import check_divides, make_mesh, tree_shardings
-from dcod_jax.prepare.command import load_tokenizer
 from dcod_jax.score.scoring import open_teacher
 from dcod_jax.train.checkpoint import Checkpointer, Restored
 from dcod_jax.train.forward import TeacherModel
@@ -75,7 +74,7 @@ def load_student(config: Any) -> Student:
         )
     path = as_path(source)
     model_config = hf.read_config(path)
-    tokenizer = load_tokenizer(config)
+    tokenizer = student_tokenizer(config.student)
     if len(tokenizer) > model_config.vocab_size:
         raise DcodError(
             f"the tokenizer has {len(tokenizer)} entries, {source} only "
@@ -103,8 +102,8 @@ def open_datasets(config: Any, student: Student) -> tuple[TraceDataset, TraceDat
         dataset = TraceDataset(path, verify=config.data.verify_checksums)
         check_fingerprints(
             dataset,
-            tokenizer=chat.tokenizer_fingerprint(student.tokenizer),
-            template=chat.template_fingerprint(student.tokenizer),
+            tokenizer=tokenizer_fingerprint(student.tokenizer),
+            template=template_fingerprint(student.tokenizer),
             teacher=expected_teacher(config),
         )
         longest = int(dataset.lengths[:, 0].max())
@@ -127,7 +126,7 @@ def load_live_teacher(
     if config.loss.teacher != "live":
         return None, ()
     teacher = open_teacher(config.teacher, chat_template=config.student.chat_template)
-    own, other = (chat.tokenizer_fingerprint(t) for t in (student.tokenizer, teacher.tokenizer))
+    own, other = (tokenizer_fingerprint(t) for t in (student.tokenizer, teacher.tokenizer))
     if own != other:
         raise DcodError(
             f"loss.teacher=live: {config.teacher.path} has another tokenizer than the student "

@@ -16,6 +16,12 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from dcod_jax.data import chat
+from dcod_jax.data.tokenizer import (
+    chat_template,
+    load_tokenizer,
+    template_fingerprint,
+    tokenizer_fingerprint,
+)
 from dcod_jax.errors import DcodError
 from dcod_jax.types import Trace
 
@@ -257,10 +263,10 @@ def test_fingerprint_is_of_the_content(tmp_path) -> None:
     second.pad_token = "<s>"
     second.padding_side = "left"
     second.save_pretrained(tmp_path / "b")
-    a, b = (chat.load_tokenizer(tmp_path / name) for name in "ab")
-    assert chat.tokenizer_fingerprint(a) == chat.tokenizer_fingerprint(b)
-    assert chat.tokenizer_fingerprint(a) == chat.tokenizer_fingerprint(build())
-    assert chat.template_fingerprint(a) == chat.template_fingerprint(b)
+    a, b = (load_tokenizer(tmp_path / name) for name in "ab")
+    assert tokenizer_fingerprint(a) == tokenizer_fingerprint(b)
+    assert tokenizer_fingerprint(a) == tokenizer_fingerprint(build())
+    assert template_fingerprint(a) == template_fingerprint(b)
     others = [
         build(merges=[*MERGES[:-1], ("Ġ", "b")]),
         build(special=(*SPECIAL, "<extra>")),
@@ -270,9 +276,9 @@ def test_fingerprint_is_of_the_content(tmp_path) -> None:
         ),
     ]
     others[-1].eos_token = "<|eot_id|>"
-    prints = {chat.tokenizer_fingerprint(t) for t in [a, *others]}
+    prints = {tokenizer_fingerprint(t) for t in [a, *others]}
     assert len(prints) == 5
-    assert chat.template_fingerprint(build(LLAMA3)) != chat.template_fingerprint(a)
+    assert template_fingerprint(build(LLAMA3)) != template_fingerprint(a)
 
 
 def test_load_keeps_the_pre_tokenizer_of_the_file(tmp_path) -> None:
@@ -285,29 +291,29 @@ def test_load_keeps_the_pre_tokenizer_of_the_file(tmp_path) -> None:
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     config["tokenizer_class"] = "GPT2Tokenizer"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    loaded = chat.load_tokenizer(tmp_path)
-    assert chat.tokenizer_fingerprint(loaded) == chat.tokenizer_fingerprint(tokenizer)
-    assert chat.chat_template(loaded) == CHATML
+    loaded = load_tokenizer(tmp_path)
+    assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(tokenizer)
+    assert chat_template(loaded) == CHATML
 
 
 def test_load_refuses_what_is_not_a_tokenizer(tmp_path) -> None:
     with pytest.raises(DcodError, match=r"no tokenizer\.json \(it holds nothing\)"):
-        chat.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
     with pytest.raises(DcodError, match="hub id"):
-        chat.load_tokenizer(tmp_path / "absent")
+        load_tokenizer(tmp_path / "absent")
     build().save_pretrained(tmp_path)
     with pytest.raises(DcodError, match=r"student\.chat_template"):
-        chat.load_tokenizer(tmp_path, chat_template=str(tmp_path / "none.jinja"))
+        load_tokenizer(tmp_path, chat_template=str(tmp_path / "none.jinja"))
     (tmp_path / "own.jinja").write_text(LLAMA3)
-    loaded = chat.load_tokenizer(tmp_path, chat_template=str(tmp_path / "own.jinja"))
-    assert chat.chat_template(loaded) == LLAMA3
+    loaded = load_tokenizer(tmp_path, chat_template=str(tmp_path / "own.jinja"))
+    assert chat_template(loaded) == LLAMA3
 
 
 def test_truncation_in_the_file_is_not_obeyed(tmp_path) -> None:
     tokenizer = build()
     tokenizer.backend_tokenizer.enable_truncation(8)
     tokenizer.save_pretrained(tmp_path)
-    ids, _ = chat.encode(chat.load_tokenizer(tmp_path), conversation("h" * 50, "e" * 50))
+    ids, _ = chat.encode(load_tokenizer(tmp_path), conversation("h" * 50, "e" * 50))
     assert len(ids) > 100
 
 

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from dcod_jax import config as configs
-from dcod_jax.data import chat
+from dcod_jax.data.tokenizer import load_tokenizer
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate import comparison, generations
 from dcod_jax.evaluate.command import evaluate
@@ -99,7 +99,7 @@ def scripted(config, tmp_path, monkeypatch):
     config.evaluate.stop = ("z",)
     config.evaluate.batch_size = 1  # blocks of four
     config.student.path = str(tiny.write_model(tmp_path / "start", seed=1))
-    tokenizer = chat.load_tokenizer(config.student.path)
+    tokenizer = load_tokenizer(config.student.path)
     calls = []
 
     def sample(model_config, params, prompts, **options):

@@ -8,6 +8,7 @@ import pytest
 import tiny
 
 from dcod_jax.data import chat
+from dcod_jax.data.tokenizer import load_tokenizer, stop_ids
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate import generations
 from dcod_jax.evaluate.generations import Generation, paired_difference
@@ -20,7 +21,7 @@ from dcod_jax.sample.sampler import Sample
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return chat.load_tokenizer(tiny.write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+    return load_tokenizer(tiny.write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
 def write(path, records):
@@ -180,7 +181,7 @@ def test_a_real_model_is_decoded_greedily_from_its_chat_prompt(tmp_path, tokeniz
 def test_stop_ids_are_the_models_and_the_tokenizers(tokenizer):
     for given, expected in (([7, 3], (1, 3, 7)), (None, (1,))):
         model_config = from_hf(tiny.raw_config(eos_token_id=given))
-        assert generations.stop_ids(model_config, tokenizer) == expected
+        assert stop_ids(model_config, tokenizer) == expected
 
 
 # ---------------------------------------------------------------- intervals

@@ -14,7 +14,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="needs the extra lm-eval", exc_t
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from dcod_jax.data import chat  # noqa: E402
+from dcod_jax.data.tokenizer import load_tokenizer  # noqa: E402
 from dcod_jax.errors import DcodError  # noqa: E402
 from dcod_jax.evaluate.lm_eval_model import DcodLM  # noqa: E402
 
@@ -35,7 +35,7 @@ def lm(home):
 def reference(home):
     """log p [T, V] after each of the given ids, by transformers, over the tokenizer's ids."""
     model = AutoModelForCausalLM.from_pretrained(home, dtype=torch.float64)
-    size = len(chat.load_tokenizer(home))
+    size = len(load_tokenizer(home))
 
     def table(ids):
         with torch.no_grad():

@@ -8,6 +8,7 @@ import tiny
 
 from dcod_jax import config as configs
 from dcod_jax.data import chat
+from dcod_jax.data.tokenizer import load_tokenizer
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.benchmarks import BENCHMARKS, BOXED, parse_set
 from dcod_jax.evaluate.grading import grade
@@ -26,7 +27,7 @@ from dcod_jax.evaluate.problems import Problem
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return chat.load_tokenizer(tiny.write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+    return load_tokenizer(tiny.write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
 ROWS = {
@@ -160,7 +161,7 @@ def test_chat_form_shows_exemplars_as_earlier_turns(tokenizer):
 
 def test_plain_form_is_text_without_the_template(tmp_path):
     alphabet = tiny.ALPHABET + "QA:"
-    tokenizer = chat.load_tokenizer(tiny.write_tokenizer(tmp_path, alphabet=alphabet))
+    tokenizer = load_tokenizer(tiny.write_tokenizer(tmp_path, alphabet=alphabet))
     ids = PromptForm("plain", PAIRS[:1], "think").prompt(tokenizer, problem())
     expected = "Question: 1+1?\nthink\nAnswer: #### 2\n\nQuestion: 1+2?\nthink\nAnswer:"
     assert tokenizer.decode(ids) == expected

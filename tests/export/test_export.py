@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from dcod_jax.config import BASE, load_recipe
-from dcod_jax.data import chat
+from dcod_jax.data.tokenizer import load_tokenizer
 from dcod_jax.errors import DcodError
 from dcod_jax.export import command as exports
 from dcod_jax.export.command import export, export_model
@@ -118,7 +118,7 @@ def test_tokenizer_template_and_generation_config_come_along(tmp_path, source):
     theirs = transformers.AutoTokenizer.from_pretrained(path)
     text = theirs.apply_chat_template([{"role": "user", "content": "1+1"}], tokenize=False)
     assert text == "1+1<end>"
-    start = chat.load_tokenizer(source)
+    start = load_tokenizer(source)
     assert theirs("12+7?")["input_ids"] == start("12+7?")["input_ids"]
     generation = transformers.GenerationConfig.from_pretrained(path)
     assert (generation.eos_token_id, generation.pad_token_id) == (1, 0)

@@ -15,6 +15,7 @@ import tiny
 from dcod_jax import config as configs
 from dcod_jax.data import chat
 from dcod_jax.data.formats import Fields, read_record
+from dcod_jax.data.tokenizer import load_tokenizer
 from dcod_jax.data.traces import find_sources, read_traces
 from dcod_jax.errors import DcodError
 from dcod_jax.generate_traces import command as verb
@@ -65,7 +66,7 @@ def whole(place):
 
 
 def test_every_trace_is_what_prepare_reads(place, whole):
-    tokenizer = chat.load_tokenizer(place / "teacher")
+    tokenizer = load_tokenizer(place / "teacher")
     records, rejected = read_lines(whole), read_lines(whole.with_name(verb.REJECTED))
     traces = list(read_traces(find_sources(str(whole)), Fields()))
     assert len(records) == len(traces) > 4
@@ -92,7 +93,7 @@ def test_every_trace_is_what_prepare_reads(place, whole):
 def scripted(place, tmp_path, answers, **changes):
     """A run whose teacher says what `answers` has: {prompt id: [(text, finished), ...]}."""
     config = make_config(place, tmp_path, prepare__filter_correct="true", **changes)
-    tokenizer = chat.load_tokenizer(place / "teacher")
+    tokenizer = load_tokenizer(place / "teacher")
     said = [pair for samples in answers.values() for pair in samples]
     config.generate.samples = len(said) // len(answers)
     questions = [{"id": name, "prompt": name, "answer": "3"} for name in answers]
@@ -156,7 +157,7 @@ TURN = {"role": "assistant", "content": "0"}
 
 def test_logprobs_and_tokens_are_the_teachers_own(place, whole):
     """Sampled at another temperature, the log-probs are still those of temperature 1."""
-    tokenizer = chat.load_tokenizer(place / "teacher")
+    tokenizer = load_tokenizer(place / "teacher")
     config, params = hf.load_model(place / "teacher", dtype=jnp.float32)
     record = json.loads(whole.read_text().splitlines()[0])
     prompt = chat.encode_prompt(tokenizer, [{"role": "user", "content": record["prompt"]}])

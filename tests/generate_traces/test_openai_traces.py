@@ -15,9 +15,9 @@ import pytest
 import tiny
 
 from dcod_jax import config as configs
-from dcod_jax.data import chat
 from dcod_jax.data.formats import Fields
 from dcod_jax.data.records import TraceDataset
+from dcod_jax.data.tokenizer import load_tokenizer
 from dcod_jax.data.traces import find_sources, read_traces
 from dcod_jax.prepare.command import prepare
 
@@ -114,7 +114,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture
 def server(home):
-    with Server(chat.load_tokenizer(home)) as running:
+    with Server(load_tokenizer(home)) as running:
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         yield running
@@ -306,7 +306,7 @@ def test_prepare_takes_the_answers_with_their_logprobs(server, home, tmp_path):
 
 def test_prepare_takes_a_batch_that_vllm_ran_from_its_request_file(home, tmp_path):
     """`vllm run-batch` with n = 2 and log-probs whose tokens are given as ids."""
-    tokenizer = chat.load_tokenizer(home)
+    tokenizer = load_tokenizer(home)
     requests, outputs, expected = [], [], {}
     for place, record in enumerate(tiny.sums(3)):
         body = {

@@ -15,6 +15,7 @@ from pyarrow import parquet
 
 from dcod_jax.data import chat
 from dcod_jax.data.records import DatasetWriter
+from dcod_jax.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from dcod_jax.inspect import command as inspect
 from dcod_jax.losses.adaptive import initial
 from dcod_jax.models import hf, transformer
@@ -41,10 +42,10 @@ def encode_sum(tokenizer, record, *, scored):
 
 
 def write_split(directory, student, *, count, seed=0, scored=True):
-    tokenizer = chat.load_tokenizer(student)
+    tokenizer = load_tokenizer(student)
     manifest = {
         "tokenizer": {
-            "fingerprint": chat.tokenizer_fingerprint(tokenizer),
+            "fingerprint": tokenizer_fingerprint(tokenizer),
             "source": str(student),
         },
         "template": {"fingerprint": "abc"},
@@ -75,7 +76,7 @@ def expected(root, student):
     for row, trace in zip(tokens, traces, strict=True):
         row[: len(trace.token_ids)] = trace.token_ids
     logits = np.asarray(transformer.logits(config, params, jnp.asarray(tokens)), np.float64)
-    logits = logits[:, :, : len(chat.load_tokenizer(student))]
+    logits = logits[:, :, : len(load_tokenizer(student))]
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     found = {}
     for row, trace in zip(logprobs, traces, strict=True):
@@ -110,7 +111,7 @@ def test_the_manifest_and_a_trace_with_both_models(root, student, expected, caps
     assert code == 0
     assert re.search(r"traces\s+│ 6 ", out)
     assert re.search(r"dropped: wrong_answer\s+│ 3 ", out)
-    assert chat.tokenizer_fingerprint(chat.load_tokenizer(student)) in out
+    assert tokenizer_fingerprint(load_tokenizer(student)) in out
     assert f"trace {trace.id}" in out
     assert f"«{trace.id[4:].replace('-', '+')}=" in out  # the supervised part begins here
     rows = table_rows(out[out.index(f"trace {trace.id}") :])

@@ -13,6 +13,7 @@ from dcod_jax.configs.base import get_config
 from dcod_jax.data import chat
 from dcod_jax.data.manifest import read_manifest
 from dcod_jax.data.records import TraceDataset
+from dcod_jax.data.tokenizer import load_tokenizer, template_fingerprint, tokenizer_fingerprint
 from dcod_jax.errors import DcodError
 from dcod_jax.prepare import command as verb
 from dcod_jax.prepare.command import is_prepared, prepare
@@ -129,14 +130,14 @@ def test_a_path_wider_than_the_table_is_shown_in_one_piece(config, tmp_path, cap
 
 def test_the_traces_at_rest(config, tokenizer_dir) -> None:
     dataset = TraceDataset(prepare(config) / "train")
-    tokenizer = chat.load_tokenizer(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
     (trace,) = dataset.read([3])
     assert trace.id == "r3"
     assert trace.meta == {"source": f"{config.data.traces}:4", "answer": "4"}
     text = tokenizer.decode(trace.token_ids[trace.completion_mask])
     assert text == "It is 4.\n#### 4<|im_end|>"
-    assert dataset.manifest["tokenizer"]["fingerprint"] == chat.tokenizer_fingerprint(tokenizer)
-    assert dataset.manifest["template"]["fingerprint"] == chat.template_fingerprint(tokenizer)
+    assert dataset.manifest["tokenizer"]["fingerprint"] == tokenizer_fingerprint(tokenizer)
+    assert dataset.manifest["template"]["fingerprint"] == template_fingerprint(tokenizer)
     assert not dataset.scored
 
 
@@ -185,7 +186,7 @@ def test_eval_fraction_holds_out_prompts(config, tokenizer_dir) -> None:
     write(Path(config.data.traces), records)
     config.data.eval_fraction = 0.25
     root = prepare(config)
-    tokenizer = chat.load_tokenizer(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
     train, held_out = (prompts(root / name, tokenizer) for name in ("train", "eval"))
     assert not train & held_out
     assert len(train | held_out) == 40
@@ -299,7 +300,7 @@ def scored_record(tokenizer, number: int = 1, **changes) -> dict:
 
 
 def test_delivered_logprobs_are_kept_when_required(config, tokenizer_dir) -> None:
-    tokenizer = chat.load_tokenizer(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
     records = [scored_record(tokenizer, i, model="big", temperature=1.0) for i in range(3)]
     write(Path(config.data.traces), records)
     config.prepare.logprobs = "require"
@@ -314,7 +315,7 @@ def test_delivered_logprobs_are_kept_when_required(config, tokenizer_dir) -> Non
 
 
 def test_ignored_logprobs_are_told(config, tokenizer_dir) -> None:
-    tokenizer = chat.load_tokenizer(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
     write(Path(config.data.traces), [scored_record(tokenizer, i) for i in range(3)])
     dataset = TraceDataset(prepare(config) / "train")
     assert not dataset.scored
@@ -322,7 +323,7 @@ def test_ignored_logprobs_are_told(config, tokenizer_dir) -> None:
 
 
 def test_token_texts_of_an_api_are_compared_by_bytes(config, tokenizer_dir) -> None:
-    tokenizer = chat.load_tokenizer(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
     entry = scored_record(tokenizer, completion="It is é 2.\n#### 2")
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "hé 2"}]
     ids, mask = chat.encode(tokenizer, messages)
@@ -362,7 +363,7 @@ def test_token_texts_of_an_api_are_compared_by_bytes(config, tokenizer_dir) -> N
     ],
 )
 def test_logprobs_that_do_not_fit_are_refused(config, tokenizer_dir, change, message: str) -> None:
-    tokenizer = chat.load_tokenizer(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
     broken = scored_record(tokenizer, 2)
     change(broken)
     write(Path(config.data.traces), [scored_record(tokenizer, 1), broken])
@@ -373,7 +374,7 @@ def test_logprobs_that_do_not_fit_are_refused(config, tokenizer_dir, change, mes
 
 
 def test_logprobs_of_another_tokenizer_are_refused(config, tokenizer_dir, tmp_path) -> None:
-    other = chat.load_tokenizer(save_tokenizer(tmp_path / "other", merges=[("I", "t")]))
+    other = load_tokenizer(save_tokenizer(tmp_path / "other", merges=[("I", "t")]))
     write(Path(config.data.traces), [scored_record(other)])
     config.prepare.logprobs = "require"
     with pytest.raises(DcodError, match=r"traces.jsonl:1: \d+ logprobs for the \d+ tokens"):

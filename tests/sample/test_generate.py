@@ -11,8 +11,8 @@ import tiny
 import torch
 import transformers
 
+from dcod_jax.data.tokenizer import stop_ids
 from dcod_jax.errors import DcodError
-from dcod_jax.evaluate.generations import stop_ids
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import from_hf
 from dcod_jax.parallel.mesh import make_mesh, tree_shardings

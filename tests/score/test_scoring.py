@@ -18,8 +18,8 @@ import torch
 import transformers
 
 from dcod_jax import config as configs
-from dcod_jax.data import chat
 from dcod_jax.data.records import DatasetWriter, TraceDataset
+from dcod_jax.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from dcod_jax.errors import DcodError
 from dcod_jax.models import hf, transformer
 from dcod_jax.parallel.mesh import make_mesh, tree_shardings
@@ -187,7 +187,7 @@ def test_more_top_k_than_vocabulary_is_refused(model):
 
 
 def write_dataset(root: Path, tokenizer_path: Path) -> Path:
-    fingerprint = chat.tokenizer_fingerprint(chat.load_tokenizer(tokenizer_path))
+    fingerprint = tokenizer_fingerprint(load_tokenizer(tokenizer_path))
     for split, count in (("train", 20), ("eval", 4)):
         manifest = {"tokenizer": {"fingerprint": fingerprint}}
         with DatasetWriter(root / split, shard_records=4, manifest=manifest) as writer:

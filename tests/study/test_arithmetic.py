@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from dcod_jax.config import load_recipe
 from dcod_jax.data import chat
+from dcod_jax.data.tokenizer import load_tokenizer, template_fingerprint, tokenizer_fingerprint
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.answers import extract_answer
 from dcod_jax.evaluate.generations import evaluate
@@ -218,10 +219,10 @@ def test_tokenizer_gives_one_token_a_character_and_the_text_back(text: str) -> N
 
 @pytest.mark.parametrize("model", ["teacher", "student"])
 def test_shipped_tokenizer_is_the_built_one_and_its_chat_prompt_a_prefix(model: str) -> None:
-    tokenizer = chat.load_tokenizer(ASSETS / model)
+    tokenizer = load_tokenizer(ASSETS / model)
     built = arithmetic.build_tokenizer()
-    assert chat.tokenizer_fingerprint(tokenizer) == chat.tokenizer_fingerprint(built)
-    assert chat.template_fingerprint(tokenizer) == chat.template_fingerprint(built)
+    assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(built)
+    assert template_fingerprint(tokenizer) == template_fingerprint(built)
     question = [{"role": "user", "content": "Find 8+5-4."}]
     answer = "8+5=13\n13-4=9\n#### 9"
     ids, mask = chat.encode(tokenizer, [*question, {"role": "assistant", "content": answer}])
@@ -306,7 +307,7 @@ def test_shipped_models_can_what_the_recipe_says(split: str) -> None:
         graded = evaluate(
             config,
             params,
-            chat.load_tokenizer(ASSETS / model),
+            load_tokenizer(ASSETS / model),
             problems,
             max_new_tokens=recipe.evaluate.max_new_tokens,
             batch_size=len(problems),
