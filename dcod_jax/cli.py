@@ -12,7 +12,7 @@ from dcod_jax import config as configs
 from dcod_jax.errors import DcodError
 
 ALONE = ("drift", "report", "plan")  # verbs of one process
-OWN = ("hosts.process_id", "train.progress")  # a process of several has its own
+OWN = ("hosts.process_id", "train.progress", "log_level")  # a process of several has its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,9 @@ def run(verb: str, argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     entry = VERBS[verb]
     if entry.main:
+        from dcod_jax import logs
+
+        logs.configure()
         module = importlib.import_module(f"dcod_jax.{verb}.command")
         code = getattr(module, entry.main)(argv)
         raise SystemExit(code or 0)
@@ -66,11 +69,14 @@ def run_config_verb(
     """
     try:
         config = configs.load(sys.argv[1:] if argv is None else argv, verb=verb)
+        from dcod_jax import logs
         from dcod_jax.parallel import hosts
 
+        logs.configure(config.log_level)
         if verb in ALONE:
             hosts.refuse_peers(config.hosts, verb)
         with hosts.session(config.hosts, notices=verb == "train"):
+            logs.configure(config.log_level, hosts.process_index())
             values = configs.keys(config)
             hosts.agree("config", {key: values[key] for key in values if key not in OWN})
             hosts.check_shared(config.run_dir)

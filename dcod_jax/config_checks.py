@@ -12,6 +12,7 @@ from dcod_jax.losses.distill import LossConfig
 from dcod_jax.losses.divergences import DIVERGENCES
 
 CHOICES = {
+    "log_level": ("debug", "info", "warning", "error"),
     "student.compute_dtype": ("bfloat16", "float32"),
     "student.remat": ("none", "dots", "full", "offload", "auto"),
     "teacher.dtype": ("bfloat16", "float32"),

@@ -1,8 +1,13 @@
-"""A progress bar with rate and remaining time; plain lines where the output is not a terminal."""
+"""Messages to stderr, and progress bars; plain lines where stderr is not a terminal.
+
+Modules log through `logging.getLogger(__name__)`; a verb calls `configure` once.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import sys
 import time
 from collections.abc import Iterator
 from typing import Protocol
@@ -10,9 +15,43 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dcod_jax.parallel import hosts
+log = logging.getLogger(__name__)
 
-LINE_SECONDS = 15.0  # between two lines of a log file
+LINE_SECONDS = 15.0  # between two progress lines where there is no bar
+
+
+def configure(level: str = "info", process_index: int | None = None) -> None:
+    """Send the package's messages from `level` on, and libraries' warnings once each, to stderr.
+
+    process_index: this process's number in a run of several, which goes before each message; from
+    process 1 on, messages below a warning are left to process 0.
+    """
+    root, package = logging.getLogger(), logging.getLogger("dcod_jax")
+    for handler in [one for one in root.handlers if isinstance(one, _Stderr)]:
+        root.removeHandler(handler)
+    root.addHandler(_Stderr(process_index))
+    package.setLevel(level.upper())
+    if process_index:
+        package.setLevel(max(package.level, logging.WARNING))
+
+
+class _Stderr(logging.Handler):
+    """Writes to what sys.stderr is now: a progress bar replaces it while it is shown."""
+
+    def __init__(self, process_index: int | None):
+        super().__init__()
+        self.prefix = "" if process_index is None else f"[{process_index}] "
+        self.seen: set[tuple[str, object]] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        source = ""
+        if record.name.partition(".")[0] != "dcod_jax":
+            if record.levelno < logging.WARNING or (record.name, record.msg) in self.seen:
+                return
+            self.seen.add((record.name, record.msg))
+            source = f"{record.name}: "
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        print(f"{self.prefix}{level}{source}{self.format(record)}", file=sys.stderr, flush=True)
 
 
 class Advance(Protocol):
@@ -26,28 +65,31 @@ def track(
     label: str, total: int, *, unit: str = "tokens", done: int = 0, enabled: bool = True
 ) -> Iterator[Advance]:
     """Yield advance(n, text); `done` of the total was finished before and has no rate."""
+    from dcod_jax.parallel import hosts  # loads jax, which a verb's --help does not
+
     console = Console(stderr=True)
-    if not enabled:
-        yield lambda amount, text="": hosts.moved()
-    elif console.is_terminal:
-        with _bar(console, unit) as bar:
-            start = time.monotonic()
-            task = bar.add_task(label, total=total, completed=done, rate="", text="")
+    bar = _bar(console, unit)
+    task = bar.add_task(label, total=total, completed=done, rate="", text="")
+    start = shown = time.monotonic()
+    current = done
 
-            def advance(amount: int, text: str = "") -> None:
-                hosts.moved()
-                bar.advance(task, amount)
-                current = bar.tasks[0].completed - done
-                rate = current / max(time.monotonic() - start, 1e-9)
-                bar.update(task, rate=f"{_rate(rate)} {unit}/s", text=text)
+    def advance(amount: int, text: str = "") -> None:
+        nonlocal current, shown
+        hosts.moved()
+        current += amount
+        now = time.monotonic()
+        speed = (current - done) / max(now - start, 1e-9)
+        rate = f"{speed:,.0f}" if speed >= 10 else f"{speed:.2f}"
+        if console.is_terminal:
+            bar.update(task, completed=current, rate=f"{rate} {unit}/s", text=text)
+        elif enabled and (now - shown >= LINE_SECONDS or current >= total):
+            shown = now
+            eta = max(total - current, 0) / max(speed, 1e-9)
+            count = f"{current:,}/{total:,} {unit}"
+            log.info(f"{label} {count} {rate} {unit}/s ETA {eta:.0f} s {text}".rstrip())
 
-            yield advance
-    else:
-        yield _Lines(console, label, total, unit=unit, done=done)
-
-
-def _rate(value: float) -> str:
-    return f"{value:,.0f}" if value >= 10 else f"{value:.2f}"
+    with bar if enabled and console.is_terminal else contextlib.nullcontext():
+        yield advance
 
 
 def _bar(console: Console, unit: str) -> Progress:
@@ -62,27 +104,3 @@ def _bar(console: Console, unit: str) -> Progress:
         TimeRemainingColumn(),
         console=console,
     )
-
-
-class _Lines:
-    """The bar's text, one line at most every LINE_SECONDS and one at the end."""
-
-    def __init__(self, console: Console, label: str, total: int, *, unit: str, done: int):
-        self.console, self.label, self.total, self.unit = console, label, total, unit
-        self.first = self.current = done
-        self.start = self.shown = time.monotonic()
-
-    def __call__(self, amount: int, text: str = "") -> None:
-        hosts.moved()
-        self.current += amount
-        now = time.monotonic()
-        if now - self.shown < LINE_SECONDS and self.current < self.total:
-            return
-        self.shown = now
-        rate = (self.current - self.first) / max(now - self.start, 1e-9)
-        eta = max(self.total - self.current, 0) / max(rate, 1e-9)
-        self.console.print(
-            f"{self.label} {self.current:,}/{self.total:,} {self.unit} "
-            f"{_rate(rate)} {self.unit}/s ETA {eta:.0f} s {text}".rstrip(),
-            highlight=False,
-        )

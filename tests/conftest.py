@@ -1,5 +1,6 @@
 """Eight fake CPU devices, checked shapes, and the benchmark files where they exist."""
 
+import logging
 import os
 import subprocess
 
@@ -25,6 +26,7 @@ MODULES = [
     if path.stem not in ("__init__", "__main__", "__pycache__", "types", "assets", "configs")
 ]
 install_import_hook(MODULES, "beartype.beartype")
+logging.getLogger("dcod_jax").setLevel(logging.INFO)  # for caplog, as the verbs set it
 
 
 @pytest.fixture(scope="session")

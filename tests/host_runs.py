@@ -55,3 +55,8 @@ def succeed(run, code=0):
     ends = finish(run)
     assert [end[0] for end in ends] == [code] * len(ends), ends
     return ends
+
+
+def said(end):
+    """Everything that one process of finish() printed."""
+    return end[1] + end[2]

@@ -20,6 +20,7 @@ OPENERS = ("Path", "pathlib.Path", "open", "io.open", "gzip.open")
 LOCAL = {
     "pathlib.Path(__file__)": "the checkout",
     "Path(__file__)": "the package",
+    "Path(dcod_jax.__file__)": "the package, of its recipes",
     "gzip.open(packed, 'rb')": "a stream that as_path(...).open gave",
     "glob.glob('/dev/accel[0-9]*')": "devices",
     "open(os.devnull, 'w')": "nowhere",
@@ -131,7 +132,7 @@ def test_a_missing_driver_names_what_to_install():
     with pytest.raises(DcodError, match=r"nothere:// paths need its driver"):
         as_path("nothere://bucket/a").exists()
     code = (
-        "import sys; sys.modules['gcsfs'] = None; from dcod_jax.paths import as_path; "
+        "import sys; sys.modules['gcsfs'] = None; from dcod_jax.files import as_path; "
         "as_path('gs://bucket/a').exists()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

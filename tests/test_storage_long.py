@@ -49,7 +49,7 @@ def train(root, environment, *more):
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def outcome(root):

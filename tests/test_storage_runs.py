@@ -137,7 +137,7 @@ def config_of(root, model, **changes):
     return config
 
 
-def test_prepare_writes_the_same_dataset_into_a_store(tmp_path, model, memory, capsys):
+def test_prepare_writes_the_same_dataset_into_a_store(tmp_path, model, memory, capsys, caplog):
     tiny.write_jsonl(tmp_path / "traces.jsonl", tiny.sums(20))
     upload(tmp_path, memory)
     remote_model = upload(model, memory / "model")
@@ -156,7 +156,7 @@ def test_prepare_writes_the_same_dataset_into_a_store(tmp_path, model, memory, c
     assert stable(there) == stable(here)
     capsys.readouterr()
     prepare(config_of(memory, remote_model))
-    assert "already prepared" in capsys.readouterr().out
+    assert "already prepared" in capsys.readouterr().out + caplog.text
     # What an interrupted publication leaves is no dataset, and is replaced.
     (there / files.UPLOADING).write_bytes(b"")
     (there / "train" / "manifest.json").unlink()

@@ -15,6 +15,7 @@ def get_config() -> Any:
 
     c.run_dir = "runs/default"  # checkpoints, metrics, logs and the resolved config go here
     c.seed = 0  # shuffling, initialisation and sampling follow from it
+    c.log_level = "info"  # debug | info | warning | error: messages on stderr from this level on
 
     c.student = ConfigDict()
     c.student.path = ""  # HF directory or .gguf file: architecture and initial weights

@@ -17,6 +17,7 @@ import contextlib
 import glob
 import importlib.util
 import json
+import logging
 import os
 import signal
 import uuid
@@ -33,8 +34,8 @@ from dcod_jax.files import Location, as_path
 from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.parallel.watch import Companion, Watch, unheard
 
-COLLECTIVES = ("gloo", "mpi")
-CLUSTERS = ("auto", "none", "slurm", "ompi", "mpi4py", "k8s", "tpu")
+log = logging.getLogger(__name__)
+
 NOTICE = "RECEIVED_PREEMPTION_NOTICE"  # the preemption service's own key
 
 # The membership of this process, which jax.distributed holds once for a process as well.
@@ -190,6 +191,11 @@ def first() -> bool:
     return not _joined or _joined[0].process == 0
 
 
+def process_index() -> int | None:
+    """This process's number in a run of several; None where it is the only one."""
+    return _joined[0].process if _joined else None
+
+
 def check_joined() -> None:
     """Refuse to compute in a process that JAX knows to be one of several and that did not join."""
     if jax.process_count() > 1 and not _joined:
@@ -298,7 +304,7 @@ def interruption() -> Iterator[Callable[[int], bool]]:
         if received:
             raise KeyboardInterrupt
         received.append(number)
-        print(f"{signal.Signals(number).name}: saving after this step", flush=True)
+        log.info("%s: saving after this step", signal.Signals(number).name)
 
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = [signal.signal(number, note) for number in numbers]
@@ -324,7 +330,7 @@ def _notice_reached(step: int) -> bool:
     reached = multihost_utils.reached_preemption_sync_point(step)
     if reached:
         _joined[0].agreed = True
-        print(f"step {step}: a process was told to stop; all save and end here", flush=True)
+        log.info("step %d: a process was told to stop; all save and end here", step)
     return reached
 
 
@@ -333,5 +339,5 @@ def stop_if_noticed() -> None:
     for watch in _joined:
         if exchange("look for a notice", watch.read(NOTICE) if first() else "")[0]:
             watch.agreed = True
-            print("a process was told to stop; the same command goes on", flush=True)
+            log.info("a process was told to stop; the same command goes on")
             raise SystemExit(EXIT_INTERRUPTED)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from host_runs import ROOT, finish, launch, succeed
+from host_runs import ROOT, finish, launch, said, succeed
 
 from dcod_jax import config as configs
 from dcod_jax.errors import EXIT_INTERRUPTED
@@ -171,7 +171,7 @@ def test_two_processes_train_as_one(place, one, two):
 
 
 def test_the_first_process_speaks_for_all(two):
-    (_, first, _), (_, second, _) = two[1]
+    first, second = map(said, two[1])
     assert "parameters from" in first
     assert "parameters from" not in second
     assert len(list((two[0] / "a" / "tensorboard").iterdir())) == 1
@@ -202,17 +202,17 @@ def again(place, two):
 def test_a_run_that_lost_a_process_goes_on_to_the_same_bits(place, two, again):
     steps, ends = again
     assert steps == [3]
-    assert f"resuming {two[0] / 'b'} at step 3" in ends[0][1]
+    assert f"resuming {two[0] / 'b'} at step 3" in said(ends[0])
     same_run(place, two[0] / "b", two[0] / "a")
 
 
 def test_a_sigterm_on_one_stops_all_at_one_step_saved_once(two, again):
     _, ends = again
-    told = re.search(r"step (\d+): a process was told to stop", ends[0][1])
+    told = re.search(r"step (\d+): a process was told to stop", said(ends[0]))
     assert told is not None
     step = int(told[1])
     assert 2 <= step < 6
-    assert re.search(rf"interrupted, saved at step {step} in \d.* s; the same", ends[0][1])
+    assert re.search(rf"interrupted, saved at step {step} in \d.* s; the same", said(ends[0]))
     assert Checkpointer(two[0] / "c").steps() == ([step] if step <= 3 else [3, step])
     assert [line["step"] for line in metrics(two[0] / "c")] == list(range(1, step + 1))
 
@@ -223,7 +223,7 @@ def test_a_sigterm_on_one_stops_all_at_one_step_saved_once(two, again):
 @pytest.mark.long
 def test_a_stopped_run_goes_on_to_the_same_bits(place, two, again):
     [first, _] = succeed(tasks(place, "fit c"))
-    assert "resuming" in first[1]
+    assert "resuming" in said(first)
     same_run(place, two[0] / "c", two[0] / "a")
 
 
@@ -262,16 +262,16 @@ def local(place, two):
 def test_a_killed_run_goes_on_from_the_local_step_to_the_same_bits(place, two, local):
     left, second, _, homes = local
     assert left == {"process-0", "process-1"}
-    assert f"resuming {two[0] / 'kept'} at step 5, from the local checkpoints in" in second[0][1]
+    assert f"resuming {two[0] / 'kept'} at step 5, from the local checkpoints in" in said(second[0])
     same_run(place, two[0] / "kept", two[0] / "sound")
     assert not homes["kept"].exists()
 
 
 @pytest.mark.long
 def test_a_process_without_its_disk_sends_all_to_the_shared_step(place, two, local):
-    said = local[2][0][1]
-    assert re.search(r"local checkpoints: process 1 \(.*\) has none of step 5; not used", said)
-    assert f"resuming {two[0] / 'replaced'} at step 3\n" in said
+    told = said(local[2][0])
+    assert re.search(r"local checkpoints: process 1 \(.*\) has none of step 5; not used", told)
+    assert f"resuming {two[0] / 'replaced'} at step 3\n" in told
     same_run(place, two[0] / "replaced", two[0] / "sound")
 
 
@@ -286,7 +286,7 @@ def test_a_disk_that_refuses_on_one_process_leaves_the_shared_saves_alone(place,
 @pytest.mark.long
 def test_a_sigterm_between_local_saves_saves_in_the_shared_directory(two, local):
     *_, third, homes = local
-    step = int(re.search(r"interrupted, saved at step (\d+) in", third[0][1])[1])
+    step = int(re.search(r"interrupted, saved at step (\d+) in", said(third[0]))[1])
     assert Checkpointer(two[0] / "halted").steps()[-1] == step
     assert not homes["halted"].exists()
 
@@ -341,7 +341,7 @@ def test_work_begun_by_three_processes_is_finished_by_two(place, one, two, tmp_p
 @pytest.mark.long
 def test_a_notice_between_two_loops_stops_before_the_next(place, two):
     ends = succeed(tasks(place, "late; fit never"), code=EXIT_INTERRUPTED)
-    assert "a process was told to stop" in ends[0][1]
+    assert "a process was told to stop" in said(ends[0])
     assert not (two[0] / "never").exists()
 
 
@@ -382,7 +382,7 @@ def test_the_commands_themselves_from_traces_to_a_graded_export(place, tmp_path)
     assert [end[0] for end in finish(verb("train"))] == [1, 1]  # not scored yet
     succeed(verb("score"))
     ends = succeed(verb("train"))
-    assert "student" in ends[0][1]
+    assert "student" in said(ends[0])
     assert (tmp_path / "export" / "model.safetensors").exists()
     results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
     assert {name: row["problems"] for name, row in results["models"].items()} == {
