@@ -198,11 +198,6 @@ def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
             f"data.batch_size={flat['data.batch_size']} must be a multiple of "
             f"train.microbatches={flat['train.microbatches']}"
         )
-    if flat["train.overlap_sums"] and flat["mesh.tensor"] != 1:
-        wrong.append(
-            f"train.overlap_sums=True needs mesh.tensor=1, not {flat['mesh.tensor']}: with a tensor"
-            " axis the compiler adds up the gradients; set one or the other"
-        )
     if flat["student.path"] and flat["student.config"]:
         wrong.append("student.path and student.config are both set: weights from one or none")
     save, evaluate = flat["train.save_every"], flat["train.eval_every"]

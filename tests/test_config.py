@@ -58,10 +58,6 @@ def test_values_are_read_as_the_type_of_their_key(text, expected):
         (["--config.optim.b1=1.0"], "optim.b1=1.0 must be in [0, 1)"),
         (["--config.data.seq_len=64"], "data.max_length=2048 must not exceed data.seq_len=64"),
         (["--config.train.microbatches=3"], "must be a multiple of train.microbatches=3"),
-        (
-            ["--config.train.overlap_sums=True", "--config.mesh.tensor=2"],
-            "overlap_sums=True needs mesh.tensor=1, not 2",
-        ),
         (["--config.train.save_every=150"], "must be a multiple of train.eval_every=100"),
         (["--config.train.local_dir=/disk"], "train.local_every=0 need each other"),
         (["--config.train.local_every=5"], "train.local_dir='' and train.local_every=5 need each"),

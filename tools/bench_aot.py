@@ -55,7 +55,6 @@ TOP_K = {"loss.divergence": "forward_kl", "score.top_k": 64}
 LIVE = {"loss.divergence": "forward_kl", "loss.teacher": "live"}
 PLAIN = {"loss.weights.name": "uniform"}
 GROUP = {"loss.head_group": 4}
-OVERLAP = {"train.overlap_sums": True}
 LONG = {"data.seq_len": 32768, "data.max_length": 32768}
 
 # Row -> (student, changed keys); the first ones matter most.
@@ -71,11 +70,6 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"data.batch_size": 256, "mesh.fsdp": 64, "plan.topology": "v5e:16x16"},
     ),
     "two-slices": (QWEN_1B, {"data.batch_size": 128, "plan.slices": 2}),
-    "nll-overlap": (QWEN_1B, OVERLAP),
-    "7b-overlap": (
-        QWEN_7B,
-        OVERLAP | {"data.batch_size": 256, "mesh.fsdp": 64, "plan.topology": "v5e:16x16"},
-    ),
     "nll-chunk-512": (QWEN_1B, {"loss.head_chunk": 512}),
     "nll-group-4": (QWEN_1B, GROUP),
     "live-group-4": (QWEN_1B, LIVE | GROUP),

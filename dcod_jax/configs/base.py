@@ -115,7 +115,6 @@ def get_config() -> Any:
     c.train = ConfigDict()
     c.train.steps = 1000  # optimizer steps
     c.train.microbatches = 1  # pieces a batch is split into for gradient accumulation
-    c.train.overlap_sums = False  # add up the layers' gradients beside compute: docs/scaling.md
     c.train.log_every = 10  # steps between metric lines
     c.train.eval_every = 100  # steps between held-out losses; 0: never
     c.train.eval_batches = 0  # held-out batches; 0: all

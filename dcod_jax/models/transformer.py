@@ -144,7 +144,6 @@ def _with_weights(
     *,
     compute_dtype: DTypeLike,
     mesh: Mesh | None,
-    overlap_sums: bool,
 ) -> Any:
     """function(layer, *arrays), the matrices of the modules `used` as `gather_layer` has them.
 
@@ -162,7 +161,7 @@ def _with_weights(
         weight = weight.astype(compute_dtype)
         if "embed" not in names:
             return weight
-        return meshes.gather_weight(weight, mesh, "embed", names.index("embed") - 1, overlap_sums)
+        return meshes.gather_weight(weight, mesh, "embed", names.index("embed") - 1)
 
     def on_shard(layer: Params, *arrays: Array) -> Any:
         whole = jax.tree_util.tree_map_with_path(gather, axes, layer, is_leaf=meshes.is_names)
@@ -202,15 +201,12 @@ def hidden_states(
     positions: Int[Array, "B T"] | None = None,
     compute_dtype: DTypeLike = jnp.float32,
     remat: str = "none",
-    overlap_sums: bool = False,
     mesh: Mesh | None = None,
 ) -> Float[Array, "B T D"]:
     """Final normed hidden states, in compute_dtype; attention is causal within a segment.
 
     Positions default to 0..T-1 and segments to one; rows of segment 0 (padding) hold finite
-    values that nothing else sees. overlap_sums: gradients of split matrices are added up by
-    permutes, which a TPU runs beside compute, instead of reduce-scatters. Raises DcodError for a
-    mesh that cannot split the model.
+    values that nothing else sees. Raises DcodError for a mesh that cannot split the model.
     """
     if remat not in ("none", *REMAT_POLICIES):
         raise DcodError(f"remat={remat!r} must be none, {' or '.join(REMAT_POLICIES)}")
@@ -228,9 +224,7 @@ def hidden_states(
     layer_axes = logical_axes(config)["layers"]
     rope = layers.rope_tables(config, positions)
     attend = functools.partial(attention.attention, mesh=mesh)
-    run = functools.partial(
-        _with_weights, compute_dtype=compute_dtype, mesh=mesh, overlap_sums=overlap_sums
-    )
+    run = functools.partial(_with_weights, compute_dtype=compute_dtype, mesh=mesh)
 
     def block(x: Array, layer: Params) -> tuple[Array, None]:
         x = checkpoint_name(x, BLOCK_INPUT)

@@ -246,44 +246,11 @@ def torus_stages(places: np.ndarray) -> list[list[list[int]]]:
     return [[list(range(len(places)))]]
 
 
-def _pass_round(x: jax.Array, axis: str, groups: list[list[int]]) -> jax.Array:
-    """Inside a shard_map: psum_scatter of dimension 0 within groups, by permutes in a ring.
-
-    A device adds its own part to the sum that is passed on to it; libtpu runs permutes, other than
-    reduce-scatters, beside compute. The ring goes out along every second place of a line and back
-    along the others, so that no message travels over more than two links.
-    """
-    size = len(groups[0])
-    ring = np.array([*range(0, size, 2), *reversed(range(1, size, 2))])
-    seats = np.zeros(sum(map(len, groups)), np.int32)
-    for group in groups:
-        seats[np.array(group)[ring]] = np.arange(size)
-    onward = [
-        (group[a], group[b])
-        for group in groups
-        for a, b in zip(ring, np.roll(ring, -1), strict=True)
-    ]
-    seat = jnp.asarray(seats)[jax.lax.axis_index(axis)]
-    pieces = x.reshape(size, -1, *x.shape[1:])
-
-    def piece(back: int) -> jax.Array:
-        """Of the device that many seats before."""
-        owner = jnp.asarray(ring)[(seat - back) % size]
-        return jax.lax.dynamic_index_in_dim(pieces, owner, keepdims=False)
-
-    total = piece(1)
-    for back in range(2, size + 1):
-        total = jax.lax.ppermute(total, axis, onward) + piece(back)
-    return total
-
-
-def _scatter(
-    x: jax.Array, mesh: Mesh, axes: Sequence[str], *, dimension: int, overlap: bool = False
-) -> jax.Array:
+def _scatter(x: jax.Array, mesh: Mesh, axes: Sequence[str], *, dimension: int) -> jax.Array:
     """Inside a shard_map: the sum over mesh axes, of which a device keeps its own piece.
 
     libtpu makes an all-reduce of the whole where a reduce-scatter runs along two dimensions of a
-    torus at once, or splits what does not lie first in memory. overlap: by permutes instead.
+    torus at once, or splits what does not lie first in memory.
     """
     x = jnp.moveaxis(x, dimension, 0)
     for axis in axes:
@@ -294,10 +261,7 @@ def _scatter(
         if platform(mesh) == "tpu":
             stages = torus_stages(np.array([device.coords for device in line]))
         for groups in stages:
-            if overlap:
-                x = _pass_round(x, axis, groups)
-            else:
-                x = jax.lax.psum_scatter(x, axis, axis_index_groups=groups, tiled=True)
+            x = jax.lax.psum_scatter(x, axis, axis_index_groups=groups, tiled=True)
     # Else whoever uses the result may have the whole laid out anew before it is added up.
     x = with_layout_constraint(x, Layout(tuple(range(x.ndim))))
     return jnp.moveaxis(x, 0, dimension)
@@ -323,27 +287,22 @@ def _scatter_parts(x: jax.Array, mesh: Mesh, axes: Sequence[str], *, dimension: 
     return jnp.moveaxis(done, 0, dimension)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def gather_weight(
-    x: jax.Array, mesh: Mesh, logical: str, dimension: int, overlap: bool
-) -> jax.Array:
-    """As `gather`; its gradient is scattered along one dimension of the torus after the other.
-
-    overlap: by permutes that can run beside compute.
-    """
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gather_weight(x: jax.Array, mesh: Mesh, logical: str, dimension: int) -> jax.Array:
+    """As `gather`; its gradient is scattered along one dimension of the torus after the other."""
     return gather(x, logical, dimension=dimension)
 
 
 def _gather_weight_forward(
-    x: jax.Array, mesh: Mesh, logical: str, dimension: int, overlap: bool
+    x: jax.Array, mesh: Mesh, logical: str, dimension: int
 ) -> tuple[jax.Array, None]:
     return gather(x, logical, dimension=dimension), None
 
 
 def _gather_weight_backward(
-    mesh: Mesh, logical: str, dimension: int, overlap: bool, _: None, gradient: jax.Array
+    mesh: Mesh, logical: str, dimension: int, _: None, gradient: jax.Array
 ) -> tuple[jax.Array]:
-    return (_scatter(gradient, mesh, RULES[logical], dimension=dimension, overlap=overlap),)
+    return (_scatter(gradient, mesh, RULES[logical], dimension=dimension),)
 
 
 gather_weight.defvjp(_gather_weight_forward, _gather_weight_backward)

@@ -222,7 +222,6 @@ def train_program(config: Any, devices: Sequence[Any], *, valid_vocab: int | Non
         valid_vocab=valid_vocab or model.vocab_size,
         teacher=teacher,
         offload=config.optim.offload,
-        overlap_sums=config.train.overlap_sums,
     )
     params = _shapes(model, jnp.float32, mesh)
     options: dict[str, Any] = {"model_config": model, "offload": config.optim.offload}

@@ -95,7 +95,6 @@ def fit(config: Any, *, name: str = "") -> int:
         batch_size=config.data.batch_size,
         microbatches=config.train.microbatches,
         offload=config.optim.offload,
-        overlap_sums=config.train.overlap_sums,
         **options,
     )
     reading = _reading(config, loss_config, mesh)

@@ -38,7 +38,6 @@ class Forward:
     remat: str
     valid_vocab: int | None
     teacher: TeacherModel | None = None
-    overlap_sums: bool = False
 
     def hidden(self, params: Params, batch: Batch) -> Array:
         """The student's hidden states at the head's positions."""
@@ -50,7 +49,6 @@ class Forward:
             positions=batch.positions,
             compute_dtype=self.compute_dtype,
             remat=self.remat,
-            overlap_sums=self.overlap_sums,
             mesh=self.mesh,
         )
         return self._compact(batch, hidden)

@@ -30,7 +30,7 @@ from dcod_jax.types import Params, TrainState
 # beyond the order in which floating-point sums are taken.
 FREE = (
     "run_dir compare log_level mesh. student.remat train.log_every train.eval train.save_every "
-    "train.keep train.local_ train.best_metric train.progress train.microbatches train.overlap_sums "
+    "train.keep train.local_ train.best_metric train.progress train.microbatches "
     "optim.offload loss.head data.prefetch data.verify_checksums data.traces data.eval data.split "
     "data.dataset teacher. prepare. score. generate. evaluate. drift. report. export. plan. "
     "student.path student.config student.tokenizer train.init_from hosts. profile."

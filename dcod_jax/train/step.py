@@ -262,7 +262,6 @@ def make_train_step(
     valid_vocab: int | None,
     teacher: TeacherModel | None = None,
     offload: bool = False,
-    overlap_sums: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Jitted (state, batch) -> (next state, metrics as device scalars); the state is donated.
 
@@ -282,7 +281,6 @@ def make_train_step(
         remat,
         valid_vocab,
         _live(loss_config, teacher),
-        overlap_sums,
     )
     pieces = {"microbatches": microbatches}
     layout = state_shardings(model_config, optimizer, mesh, offload=offload)

@@ -108,28 +108,6 @@ def test_a_scatter_along_a_torus_goes_one_dimension_after_the_other(places, size
     assert pieces == [[i] for i in range(len(places))]
 
 
-@pytest.mark.parametrize(
-    "groups",
-    [[[0, 1, 2, 3, 4, 5, 6, 7]], [[0, 4, 2, 6], [1, 5, 3, 7]], [[3, 5], [0, 7], [6, 1], [2, 4]]],
-)
-def test_sums_passed_round_are_those_of_a_reduce_scatter(groups):
-    mesh = meshes.make_mesh(1, 8)
-    parts = np.random.default_rng(0).normal(size=(8, 16, 3)).astype(np.float32)
-
-    def own(x):
-        return meshes._pass_round(x[0], "fsdp", groups)[None]
-
-    names = (("embed", None, None),)
-    got = np.asarray(jax.jit(meshes.per_shard(own, mesh, names, names[0]))(parts))
-    for group in groups:
-        total = parts[group].sum(0)
-        rows = len(total) // len(group)
-        for place, device in enumerate(group):
-            np.testing.assert_allclose(
-                got[device], total[place * rows : (place + 1) * rows], atol=1e-5
-            )
-
-
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 2, "context": 2, "tensor": 2}])
 def test_partial_sums_are_added_over_the_shards_and_split(sizes):
     """Also where a device's rows (here 16 and 32) are scattered in several parts."""

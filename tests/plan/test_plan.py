@@ -91,18 +91,6 @@ def test_between_two_slices_only_gradients_and_statistics_travel(whole):
     assert rows["all-gather", "ici"]["bytes"] > gradients
 
 
-def test_sums_beside_compute_are_permutes_instead_of_reduce_scatters(student, tmp_path):
-    rows = {}
-    for overlap in (False, True):
-        result = plan.plan(recipe(student, tmp_path, **{"train.overlap_sums": overlap}))
-        rows[overlap] = {row["kind"]: row for row in result["train"]["collectives"]}
-    layers = 7 * tiny.raw_config()["num_hidden_layers"]  # matrices
-    counts = [rows[overlap]["reduce-scatter"]["count"] for overlap in (False, True)]
-    assert counts[0] - counts[1] == layers
-    permutes = [rows[o].get("collective-permute", {"count": 0})["count"] for o in (False, True)]
-    assert permutes[1] - permutes[0] == 7 * layers  # a ring of eight
-
-
 # ---------------------------------------------------------------- searches, on a model of memory
 
 RECOMPUTED = {"none": 1.0, "dots": 0.7, "full": 0.4, "offload": 0.2}

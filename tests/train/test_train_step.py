@@ -162,13 +162,6 @@ def test_microbatches_and_devices_change_nothing(sizes, microbatches):
     assert_same(one_step(packed(), sizes=sizes, microbatches=microbatches), wanted)
 
 
-def test_sums_beside_compute_change_nothing():
-    """Over four devices in each of two slices, the layers recomputed."""
-    wanted = one_step(packed())
-    options = {"sizes": (1, 4, 1, 1, 2), "remat": "full"}
-    assert_same(one_step(packed(), overlap_sums=True, **options), wanted)
-
-
 @pytest.mark.parametrize("more", [{"offload": True}, {"remat": "offload"}], ids=str)
 def test_what_waits_in_host_memory_changes_no_bit(more):
     options = {"sizes": (2, 2, 2), "optim": "adamw"}
