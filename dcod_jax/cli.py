@@ -1,75 +1,133 @@
-"""The command line: `dcod <verb>`, `python -m dcod_jax.<verb>`; --help loads no array library."""
+"""The command line: `dcod <verb>` and `python -m dcod_jax.<verb>`.
+
+Only the verb that runs is imported: `--help` loads no array library.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from dcod_jax import __version__, logs
 from dcod_jax import config as configs
-from dcod_jax.errors import DcodError
+from dcod_jax.errors import DcodError, nearest
 
 ALONE = ("drift", "report", "plan")  # verbs of one process
-OWN = ("hosts.process_id", "train.progress", "log_level")  # a process of several has its own
+OWN = ("hosts.process_id", "train.progress", "log_level")  # keys that each process has for itself
 
 
 @dataclasses.dataclass(frozen=True)
 class Verb:
-    """One verb: where its function is, and what it does in a line."""
+    """One verb of the command line."""
 
-    function: str  # in dcod_jax.<verb>.command; of the config
     about: str
-    main: str = ""  # function of the arguments, where the verb has a command line of its own
+    function: str = ""  # of the config, in dcod_jax.<verb>.command
+    arguments: str = ""  # function of the result of dcod_jax.<verb>.arguments.parse
+    flags: tuple[tuple[str, str], ...] = ()  # flag -> the config key that it sets
 
 
 # In the order of the work.
 VERBS: dict[str, Verb] = {
-    "generate_traces": Verb("generate_traces", "sample traces from the teacher"),
-    "prepare": Verb("prepare_once", "raw traces -> trace dataset"),
-    "score": Verb("score", "add the teacher's log-probs to a trace dataset"),
-    "inspect": Verb("", "look at a trace dataset token by token", main="main"),
-    "train": Verb("train", "distil the student; runs the steps that are missing first"),
-    "export": Verb("export", "checkpoint -> HF directory"),
-    "evaluate": Verb("evaluate", "accuracy with intervals on held-out problems"),
-    "drift": Verb("drift", "how errors compound on the student's own text"),
-    "report": Verb("report", "one HTML page of everything measured", main="main"),
-    "plan": Verb("plan", "memory and time on a TPU slice that is not at hand", main="main"),
-    "study": Verb("study", "compare methods over seeds and conditions"),
+    "doctor": Verb("check this machine: versions, devices, memory, what each extra lacks"),
+    "generate_traces": Verb("sample traces from a teacher model and grade them", "generate_traces"),
+    "prepare": Verb("turn raw traces into a trace dataset", "prepare_once"),
+    "score": Verb("add the teacher's log-probs to the trace dataset", "score"),
+    "inspect": Verb("show a trace dataset token by token", arguments="inspect"),
+    "plan": Verb(
+        "compile for a TPU slice that is not at hand: memory, time, largest batch",
+        "plan",
+        flags=(("--topology", "plan.topology"), ("--num-slices", "plan.slices")),
+    ),
+    "train": Verb("distil the student; runs missing steps first, resumes", "train"),
+    "export": Verb("write a checkpoint as a Hugging Face directory", "export"),
+    "evaluate": Verb("grade models on held-out problems, with intervals", "evaluate"),
+    "drift": Verb("measure how errors compound on the student's own text", "drift"),
+    "report": Verb("write one HTML page about one run or several", "report", "report_runs"),
+    "study": Verb("compare methods over seeds and conditions", "study"),
 }
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry of `dcod`."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+    elif words[0] in ("-V", "--version"):
+        print(f"dcod_jax {__version__}")
+    elif (verb := words[0].replace("-", "_")) in VERBS:
+        run(verb, words[1:])
+    else:
+        hint = nearest(verb, VERBS)
+        print(f"dcod: error: unknown verb {words[0]!r}{hint}; dcod --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def overview() -> str:
+    """The text of `dcod --help`."""
+    verbs = "\n".join(f"  {name:<16} {verb.about}" for name, verb in VERBS.items())
+    return (
+        "usage: dcod <verb> --config RECIPE [--config.key=value ...]\n\n"
+        "Distil a small student from a teacher's traces. In the order of the work:\n\n"
+        f"{verbs}\n\n"
+        "RECIPE is a Python file or the name of a shipped recipe "
+        f"({', '.join(configs.shipped_recipes())}).\n"
+        "dcod <verb> --help lists every key; dcod --version; python -m dcod_jax.<verb> is the same."
+    )
+
+
 def run(verb: str, argv: Sequence[str] | None = None) -> None:
-    """Entry of `python -m dcod_jax.<verb>`."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    entry = VERBS[verb]
-    if entry.main:
-        from dcod_jax import logs
+    """Entry of `dcod <verb>` and `python -m dcod_jax.<verb>`."""
+    entry, words = VERBS[verb], sys.argv[1:] if argv is None else list(argv)
+    if verb == "doctor":
+        from dcod_jax.doctor import doctor
 
-        logs.configure()
-        module = importlib.import_module(f"dcod_jax.{verb}.command")
-        code = getattr(module, entry.main)(argv)
-        raise SystemExit(code or 0)
+        raise SystemExit(doctor(words))
+    if entry.arguments:
+        arguments = importlib.import_module(f"dcod_jax.{verb}.arguments").parse(words)
+        if arguments is not None:
+            logs.configure()
+            with _reported(verb):
+                _command(verb, entry.arguments)(arguments)
+            return
+    flags = dict(entry.flags)
+    for place, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if flag in flags:
+            words[place] = f"--config.{flags[flag]}{equals}{value}"
+    run_config_verb(verb, lambda config: _command(verb, entry.function)(config), words)
 
-    def function(config: Any) -> object:
-        module = importlib.import_module(f"dcod_jax.{verb}.command")
-        return getattr(module, entry.function)(config)
 
-    run_config_verb(verb, function, argv)
+def _command(verb: str, function: str) -> Callable[[Any], object]:
+    return getattr(importlib.import_module(f"dcod_jax.{verb}.command"), function)
+
+
+@contextlib.contextmanager
+def _reported(verb: str) -> Iterator[None]:
+    """A DcodError is printed as it is, with exit code 1; Ctrl-C ends with 130."""
+    try:
+        yield
+    except DcodError as error:
+        print(f"dcod_jax.{verb}: error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print(f"dcod_jax.{verb}: interrupted; the same command goes on", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def run_config_verb(
     verb: str, function: Callable[[Any], object], argv: Sequence[str] | None = None
 ) -> None:
-    """Load the config and call function: a DcodError is printed as it is, with exit code 1.
+    """Load the config and call the function with it.
 
     Joins the other processes where config.hosts or the machine names any; they must have been
     started with the same config and see the same run_dir.
     """
-    try:
+    with _reported(verb):
         config = configs.load(sys.argv[1:] if argv is None else argv, verb=verb)
-        from dcod_jax import logs
         from dcod_jax.parallel import hosts
 
         logs.configure(config.log_level)
@@ -83,9 +141,3 @@ def run_config_verb(
             if not hosts.first():
                 config = configs.replace(config, {"train.progress": False})
             function(config)
-    except DcodError as error:
-        print(f"dcod_jax.{verb}: error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print(f"dcod_jax.{verb}: interrupted; the same command goes on", file=sys.stderr)
-        raise SystemExit(130) from None

@@ -42,8 +42,8 @@ def load(argv: Sequence[str], *, verb: str) -> Any:
         raise SystemExit(0)
     if not recipe:
         raise DcodError(
-            f"no recipe given: python -m dcod_jax.{verb} --config configs/<recipe>.py "
-            "[--config.key=value ...]; --help lists the keys"
+            f"no recipe given: dcod {verb} --config RECIPE [--config.key=value ...]; RECIPE is a "
+            f"Python file or one of {', '.join(shipped_recipes())}; --help lists the keys"
         )
     check(config)
     return FrozenConfigDict(config)
@@ -102,11 +102,16 @@ def _find_recipe(path: Path) -> Path:
         return shipped
     if path.is_file():
         return path
-    names = sorted(file.stem for file in BASE.parent.glob("[a-z]*.py"))
+    names = shipped_recipes()
     raise DcodError(
         f"--config {path}: no such file; a recipe is a Python file, or one of {', '.join(names)}"
         f"{nearest(path.stem, names)}"
     )
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes in dcod_jax/configs, which --config finds by name."""
+    return sorted(file.stem for file in BASE.parent.glob("[a-z]*.py") if file != BASE)
 
 
 def _recipe_error(path: Path, error: Exception) -> str:
@@ -255,10 +260,10 @@ def comments() -> dict[str, str]:
 
 def help_text(verb: str, config: Any) -> str:
     """Usage, the verb's own description and every key with its value and comment."""
-    spec = importlib.util.find_spec(f"dcod_jax.{verb}")
+    spec = importlib.util.find_spec(f"dcod_jax.{verb}.command")
     source = as_path(spec.origin).read_text() if spec and spec.origin else ""
     about = ast.get_docstring(ast.parse(source)) or ""
-    usage = f"python -m dcod_jax.{verb} --config configs/<recipe>.py [--config.key=value ...]"
+    usage = f"dcod {verb} --config RECIPE [--config.key=value ...]"
     lines, notes = [about, "", f"usage: {usage}", ""], comments()
     for key, value in keys(config).items():
         lines.append(f"  --config.{key}={value!r}\n        {notes.get(key, '')}")

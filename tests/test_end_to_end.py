@@ -1,8 +1,12 @@
-"""The quickstart's own command, cut short: prompts in, two students and a table out."""
+"""The wheel, installed away from the checkout, runs the quickstart from an empty folder.
+
+The quickstart is cut short: prompts in, two students and a table out.
+"""
 
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,16 +26,30 @@ ASSETS = ROOT / "dcod_jax" / "assets" / "quickstart"
 
 
 @pytest.fixture(scope="module")
-def quickstart(tmp_path_factory):
+def installed(tmp_path_factory):
+    """A directory with the package as its wheel holds it, and bin/dcod."""
+    place = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    # From a copy: setuptools writes beside the sources.
+    kept = shutil.ignore_patterns(".git", ".venv*", "runs", "models", "build", "__pycache__")
+    shutil.copytree(ROOT, place / "source", ignore=kept, symlinks=True)
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", str(place / "source")]
+    subprocess.run([*build, "--wheel-dir", str(place)], check=True)
+    [wheel] = place.glob("dcod_jax-*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", place / "site", wheel], check=True)
+    return place / "site"
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory, installed):
     """(run directory, command, output) of a run on a few prompts."""
     place = tmp_path_factory.mktemp("quickstart")
     lines = (ASSETS / "prompts.jsonl").read_text().splitlines(keepends=True)
     (place / "prompts.jsonl").write_text("".join(lines[:48]))
     command = [
-        sys.executable,
-        "-m",
-        "dcod_jax.train",
-        f"--config={ROOT / 'configs' / 'quickstart.py'}",
+        str(installed / "bin" / "dcod"),
+        "train",
+        "--config=quickstart",
         f"--config.run_dir={place / 'run'}",
         f"--config.generate.prompts={place / 'prompts.jsonl'}",
         "--config.generate.batch_size=32",
@@ -40,11 +58,13 @@ def quickstart(tmp_path_factory):
         "--config.evaluate.limit=24",
         "--config.evaluate.batch_size=24",
     ]
-    return place / "run", command, call(command, place)
+    (place / "empty").mkdir()
+    return place / "run", command, call(command, place / "empty", site=installed)
 
 
-def call(command, place):
+def call(command, place, *, site=ROOT):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment["PYTHONPATH"] = str(site)
     done = subprocess.run(
         command, cwd=place, env=environment, capture_output=True, text=True, timeout=500
     )
@@ -121,16 +141,24 @@ def test_the_export_is_a_model_that_transformers_loads(quickstart):
     assert moved.max() > 0
 
 
-def test_the_same_command_again_finds_everything_done(quickstart):
+def test_the_installed_package_is_the_one_that_ran(installed):
+    code = "import dcod_jax; print(dcod_jax.__file__)"
+    output = call([sys.executable, "-c", code], installed.parent, site=installed)
+    assert Path(output.strip()) == installed / "dcod_jax" / "__init__.py"
+    assert (installed / "dcod_jax" / "configs" / "base.py").is_file()
+
+
+def test_the_same_command_again_finds_everything_done(quickstart, installed):
     run, command, _ = quickstart
+    assert not any((run.parent / "empty").iterdir())
     before = {p: p.stat().st_mtime_ns for p in (run / "dataset").rglob("*") if p.is_file()}
-    output = call(command, run.parent)
+    output = call(command, run.parent, site=installed)
     assert "all 4 steps are done" in output
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
 def test_the_real_models_recipe_on_a_tiny_one(tmp_path):
-    """configs/quickstart_smollm2.py with a tiny teacher and the copy of it that the tool prunes."""
+    """quickstart_smollm2 with a tiny teacher and the copy of it that the tool prunes."""
     tool = runpy.run_path(str(ROOT / "tools" / "get_smollm2.py"))
     teacher = tiny.write_model(tmp_path / "teacher", num_hidden_layers=5, initializer_range=0.3)
     config, params = hf.load_model(teacher, dtype=jnp.float32)
@@ -143,7 +171,7 @@ def test_the_real_models_recipe_on_a_tiny_one(tmp_path):
         sys.executable,
         "-m",
         "dcod_jax.train",
-        f"--config={ROOT / 'configs' / 'quickstart_smollm2.py'}",
+        "--config=quickstart_smollm2",
         f"--config.run_dir={tmp_path / 'run'}",
         f"--config.student.path={student}",
         f"--config.teacher.path={teacher}",

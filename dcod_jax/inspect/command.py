@@ -1,18 +1,10 @@
-"""Show what a trace dataset holds: its manifest, and traces token by token with log-probs.
-
-    python -m dcod_jax.inspect DIR                      manifest and the first trace
-    python -m dcod_jax.inspect DIR --student MODEL      also the student's log-probs and the ratio
-    python -m dcod_jax.inspect DIR --export traces.jsonl   (or .parquet) every trace, decoded
-
-DIR is a dataset, or the directory above train/ and eval/.
-"""
+"""What `inspect` prints and exports; its arguments are in arguments.py."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -36,33 +28,9 @@ NOT_SCORED = "not scored"
 Scorer = Callable[[list[Trace]], list[np.ndarray]]  # log-probs of each trace's completion tokens
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m dcod_jax.inspect", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("directory", help="trace dataset, or the directory above train/ and eval/")
-    parser.add_argument("--examples", type=int, default=1, help="traces to show (default 1)")
-    parser.add_argument("--start", type=int, default=0, help="number of the first one (default 0)")
-    parser.add_argument(
-        "--tokens", type=int, default=64, help="tokens to show of a trace; 0: all (default 64)"
-    )
-    parser.add_argument("--tokenizer", default="", help="default: the one the manifest names")
-    parser.add_argument("--student", default="", help="HF directory or .gguf: show its log-probs")
-    parser.add_argument("--checkpoint", default="", help="run directory: its newest checkpoint's")
-    parser.add_argument(
-        "--export", default="", help="write all traces to a .jsonl or .parquet file"
-    )
-    parser.add_argument("--json", action="store_true", help="print the manifests as JSON, only")
-    args = parser.parse_args(argv)
-    if args.student and args.checkpoint:
-        parser.error("give --student or --checkpoint, not both")
-    if args.export and as_path(args.export).suffix not in (".jsonl", ".parquet"):
-        parser.error(f"--export {args.export}: expected a name that ends in .jsonl or .parquet")
-    if min(args.examples, args.start, args.tokens) < 0:
-        parser.error("--examples, --start and --tokens must not be negative")
-    return args
-
-
-def inspect(args: argparse.Namespace, console: Console) -> None:
+def inspect(args: argparse.Namespace) -> None:
+    """The verb: manifest, marked traces, export."""
+    console = Console()
     root = as_path(args.directory)
     paths = [root / name for name in SPLITS if (root / name / MANIFEST).is_file()]
     paths = paths if paths and not (root / MANIFEST).exists() else [root]
@@ -355,12 +323,3 @@ def _write_parquet(path: Path, batches: Iterator[list[dict[str, Any]]]) -> int:
             file.write_table(pa.Table.from_pylist(rows, schema=file.schema))
             count += len(batch)
     return count
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        inspect(parse_args(argv), Console())
-    except DcodError as error:
-        print(f"dcod_jax.inspect: error: {error}", file=sys.stderr)
-        return 1
-    return 0

@@ -20,7 +20,6 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from dcod_jax.cli import run_config_verb
 from dcod_jax.errors import DcodError
 from dcod_jax.files import as_path, replace_file
 from dcod_jax.models.config import num_params
@@ -30,7 +29,6 @@ from dcod_jax.plan import programs as programs
 from dcod_jax.plan.chips import GIB
 from dcod_jax.plan.programs import Compiled, DoesNotFitError, Target
 
-FLAGS = {"--topology": "plan.topology", "--num-slices": "plan.slices"}
 MAX_DOUBLINGS = 12
 
 
@@ -287,17 +285,3 @@ def _print_speed(first: str, length: int, report: dict[str, Any], console: Conso
         )
     for line in lines + [f"  assumed: {line}" for line in report["assumptions"]]:
         console.print(line, soft_wrap=True, highlight=False)
-
-
-def main(argv: Sequence[str]) -> None:
-    """The verb's own flags beside the config's."""
-    run_config_verb("plan", plan, flags(argv))
-
-
-def flags(argv: Sequence[str]) -> list[str]:
-    """--topology X and --num-slices N as the config keys they stand for."""
-    words: list[str] = []
-    for word in argv:
-        flag, equals, value = word.partition("=")
-        words.append(f"--config.{FLAGS[flag]}{equals}{value}" if flag in FLAGS else word)
-    return words

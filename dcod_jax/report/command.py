@@ -1,7 +1,7 @@
 """One self-contained HTML page about one run or several side by side.
 
-    python -m dcod_jax.report --config configs/<recipe>.py        the recipe's runs
-    python -m dcod_jax.report --runs DIR [DIR ...] [--output FILE]  any runs' directories
+    dcod report --config RECIPE                       the recipe's runs
+    dcod report --runs DIR [DIR ...] [--output FILE]  any runs' directories
 
 Loss, weights, effective sample size, accuracy with intervals, drift curves, time, and traces
 coloured by token weight. Reads what the runs' directories hold; writes report.path (default:
@@ -17,7 +17,6 @@ import html
 import json
 import pathlib
 import re
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +24,6 @@ import jax
 
 from dcod_jax import __version__
 from dcod_jax import config as configs
-from dcod_jax.cli import run_config_verb
 from dcod_jax.config import BASE, load_recipe
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Path, as_path, replace_file
@@ -143,24 +141,8 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-# ---------------------------------------------------------------- command line
-
-
-def main(argv: Sequence[str]) -> None:
-    """With --runs any directories, else the runs of --config."""
-    if not any(word.split("=")[0] == "--runs" for word in argv):
-        run_config_verb("report", report)
-        return
+def report_runs(args: argparse.Namespace) -> None:
+    """The verb with --runs: a page of these directories, whatever their configs."""
     settings = load_recipe(BASE).report
-    parser = argparse.ArgumentParser("python -m dcod_jax.report", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--runs", nargs="+", type=as_path, required=True, help="run directories")
-    parser.add_argument("--output", type=as_path, help="default: the first one's report.html")
-    parser.add_argument("--traces", type=int, default=settings.traces, help="traces to show")
-    args = parser.parse_args(argv)
-    settings.traces = args.traces
-    try:
-        write(find_runs(args.runs), args.output or args.runs[0] / "report.html", settings=settings)
-    except DcodError as error:
-        print(f"dcod_jax.report: error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+    settings.traces = args.traces if args.traces is not None else settings.traces
+    write(find_runs(args.runs), args.output or args.runs[0] / "report.html", settings=settings)

@@ -13,10 +13,10 @@ import tiny
 from fake_traces import make_traces
 from pyarrow import parquet
 
+from dcod_jax import cli
 from dcod_jax.data import chat
 from dcod_jax.data.records import DatasetWriter
 from dcod_jax.data.tokenizer import load_tokenizer, tokenizer_fingerprint
-from dcod_jax.inspect import command as inspect
 from dcod_jax.losses.adaptive import initial
 from dcod_jax.models import hf, transformer
 from dcod_jax.train.checkpoint import Checkpointer
@@ -86,7 +86,11 @@ def expected(root, student):
 
 
 def run(capsys, *argv):
-    code = inspect.main([str(argument) for argument in argv])
+    code = 0
+    try:
+        cli.run("inspect", [str(argument) for argument in argv])
+    except SystemExit as ended:
+        code = ended.code
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -244,7 +248,7 @@ def test_mistakes_are_reported_without_a_traceback(root, student, tmp_path, caps
     assert "expected a run directory" in err
     for wrong in ("--export x.csv", "--examples -1", "--student a --checkpoint b"):
         with pytest.raises(SystemExit) as exit_info:
-            inspect.main([str(directory), *wrong.split()])
+            cli.run("inspect", [str(directory), *wrong.split()])
         assert exit_info.value.code == 2
 
 

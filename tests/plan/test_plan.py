@@ -309,14 +309,6 @@ def test_the_scoring_step_has_a_time_and_its_assumptions_too(capsys):
     ]
 
 
-def test_the_flags_are_config_keys():
-    words = ["--config", "r.py", "--topology", "v5e:4x4", "--num-slices=2", "--config.seed=3"]
-    assert plan.flags(words) == [
-        "--config", "r.py", "--config.plan.topology", "v5e:4x4", "--config.plan.slices=2",
-        "--config.seed=3",
-    ]  # fmt: skip
-
-
 def test_clocks_follow_from_peak_and_matrix_units():
     clocks = {c.name: round(c.clock / 1e9, 2) for c in chips.CHIPS.values()}
     assert clocks == {"v4": 1.05, "v5e": 1.5, "v5p": 1.75, "v6e": 1.75, "tpu7x": 2.2}

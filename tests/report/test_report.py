@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny
 
+from dcod_jax import cli
 from dcod_jax import config as configs
 from dcod_jax.data.manifest import MANIFEST
 from dcod_jax.data.records import TraceDataset
@@ -359,12 +360,12 @@ def test_a_traces_text_is_never_markup(page):
 
 def test_directories_on_the_command_line(place, tmp_path, capsys):
     output = tmp_path / "page.html"
-    report.main(["--runs", place.run_dir, "--output", str(output), "--traces", "0"])
+    cli.run("report", ["--runs", place.run_dir, "--output", str(output), "--traces", "0"])
     found = data_of(output.read_text())
     assert [run["name"] for run in found["runs"]] == ["discord", "sft"]
     assert found["runs"][0]["histogram"] is None
     with pytest.raises(SystemExit):
-        report.main([f"--runs={tmp_path}"])
+        cli.run("report", [f"--runs={tmp_path}"])
     assert "no run; expected config.json" in capsys.readouterr().err
 
 
