@@ -8,7 +8,7 @@
 The first two commands make the student, which solves about 7 % of the validation problems. Then
 plain SFT, the sigmoid at temperature 1 and the sigmoid with the automatic temperature are trained
 from it and compared on the validation problems, from which the defaults of
-loss.weights.target_loss and smoothing were chosen. Results: docs/benchmarks.md.
+loss.weights.target_loss and smoothing were chosen. Results: docs/auto_temperature.md.
 """
 
 from dcod_jax.configs.quickstart import ASSETS

@@ -25,7 +25,7 @@ from dcod_jax.train.profiling import Goodput, Phases, Tracer
 from dcod_jax.train.start import Student
 
 # The loop warns when the tokens that the student gives q <= 0.9 have less than this share of the
-# average weight. Evidence: docs/benchmarks.md, "A student that lacks the skill".
+# average weight. Evidence: docs/auto_temperature.md.
 UNKNOWN_WEIGHT = 0.6
 
 

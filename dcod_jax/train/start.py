@@ -60,7 +60,7 @@ def preflight(config: Any) -> None:
         print(
             f"note: loss.divergence={loss.divergence} acts on what the student believes, and a "
             "top-k cache does not hold the teacher's view of that; far from the teacher its "
-            "gradient is off by half or more (docs/losses.md, What a cache loses). "
+            "gradient is off by half or more (docs/cached_teacher.md). "
             "loss.teacher=live is exact"
         )
 
