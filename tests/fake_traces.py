@@ -8,7 +8,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from dcod_jax.data.records import DatasetWriter
+from dcod_jax.data.dataset import DatasetWriter
 from dcod_jax.types import Trace
 
 TEACHER = {"name": "big", "revision": "r1", "weights": "abc"}

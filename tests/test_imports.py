@@ -14,7 +14,7 @@ LEVELS = """
     models.config models.layers models.attention models.transformer models.cached models.tensors
     losses.events losses.distributions losses.divergences losses.weights losses.adaptive
     losses.head losses.reduce losses.distill
-    data.manifest data.codec data.score_progress data.blocks data.records data.packing
+    data.codec data.dataset data.blocks data.scores data.packing
     data.formats data.traces data.pipeline
     models.gguf models.hf data.tokenizer data.chat
     sample.stop_strings sample.sampling sample.decoding sample.sampler

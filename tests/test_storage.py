@@ -6,7 +6,8 @@ from fake_store import contents
 from fake_traces import make_traces, write
 
 from dcod_jax import files
-from dcod_jax.data.records import TraceDataset, extend
+from dcod_jax.data.dataset import TraceDataset
+from dcod_jax.data.scores import add_scores
 from dcod_jax.errors import DcodError
 from dcod_jax.files import (
     Mirror,
@@ -36,7 +37,7 @@ def scored(directory, *, seen=None, fail=False):
             for t, n in ((t, int(t.completion_mask.sum())) for t in traces)
         ]
 
-    return extend(directory, teacher=TEACHER, settings={"top_k": 0}, score_shard=score)
+    return add_scores(directory, teacher=TEACHER, settings={"top_k": 0}, score_shard=score)
 
 
 def test_a_dataset_in_a_store_has_the_bytes_of_one_on_disk(tmp_path, store):
@@ -68,7 +69,7 @@ def test_scoring_in_a_store_goes_on_behind_the_last_shard(memory):
         ]
 
     with pytest.raises(KeyboardInterrupt):
-        extend(memory, teacher=TEACHER, settings={"top_k": 0}, score_shard=interrupted)
+        add_scores(memory, teacher=TEACHER, settings={"top_k": 0}, score_shard=interrupted)
     assert not TraceDataset(memory).scored
     scored(memory, seen=second)
     assert (first, second) == ([8, 8], [4])

@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from dcod_jax.data import packing, pipeline
 from dcod_jax.data.codec import Columns
-from dcod_jax.data.records import DatasetWriter, TraceDataset
+from dcod_jax.data.dataset import DatasetWriter, TraceDataset
 from dcod_jax.types import Trace
 
 VOCABULARY = 16_000

@@ -1,12 +1,12 @@
-"""JSONL files made block by block, by one process or several, and finished with a manifest.
+"""Results made block by block, by one process or several: a killed run goes on where it was.
 
-    traces.jsonl.partial-<request>/      while they grow: each block a file of its own (for each of
-                                         the files), and its counts, which make it whole
-    traces.jsonl, traces.jsonl.manifest.json    when every block is there
+A block is a range of indices. While a result grows, there is a directory beside it:
 
-A block is a range of indices. What was asked for (the request) is in the manifest, and its hash in
-the name of the directory: files of another request are never mistaken for these. Several files may
-grow together; the first gives its name to the rest.
+    traces.jsonl.partial-<request>/000000000-000000004.json    counts of a block, written last
+    traces.jsonl.partial-<request>/000000000-000000004.0.jsonl its part of each file (BlockFiles)
+
+The request is everything that the result follows from. Its hash is in the name of the directory,
+so blocks of another request are never mistaken for these.
 """
 
 from __future__ import annotations
@@ -28,15 +28,34 @@ from dcod_jax.files import (
 from dcod_jax.parallel import hosts
 
 
-class BlockFiles:
-    """The files of one request."""
+class Blocks:
+    """The finished blocks of one request for the result at `path`."""
+
+    def __init__(self, path: Path, request: dict[str, Any]):
+        self.request = json.loads(to_json(request))
+        self.key = hashlib.sha256(to_json(self.request)).hexdigest()[:8]
+        self.directory = path.with_name(f"{path.name}.partial-{self.key}")
+
+    def done(self) -> dict[range, dict[str, Any]]:
+        """{indices: counts} of the finished blocks, in their order."""
+        return {
+            range(*map(int, file.stem.split("-"))): json.loads(file.read_bytes())
+            for file in sorted(self.directory.glob("*-*.json"))
+        }
+
+    def commit(self, block: range, counts: dict[str, Any]) -> None:
+        """Note that a block is finished; what it consists of must be on the disk before."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        replace_file(self.directory / f"{_name(block)}.json", to_json(counts))
+
+
+class BlockFiles(Blocks):
+    """JSONL files that grow together; the first one gives its name to the manifest."""
 
     def __init__(self, paths: Sequence[Path], request: dict[str, Any]):
-        self.paths, self.request = list(paths), json.loads(to_json(request))
-        first = self.paths[0]
-        self.manifest = first.with_name(first.name + ".manifest.json")
-        key = hashlib.sha256(to_json(self.request)).hexdigest()[:8]
-        self.blocks = first.with_name(f"{first.name}.partial-{key}")
+        super().__init__(paths[0], request)
+        self.paths = list(paths)
+        self.manifest = paths[0].with_name(paths[0].name + ".manifest.json")
 
     def finished(self) -> tuple[dict[str, Any] | None, str]:
         """(manifest, "") of a finished result of this request; (None, what is there instead).
@@ -47,32 +66,25 @@ class BlockFiles:
             return None, ""
         if not self.manifest.exists():
             return None, "by something else (it has no manifest)"
-        found = json.loads(self.manifest.read_text(encoding="utf-8"))
+        found = json.loads(self.manifest.read_bytes())
         changed = [k for k, v in self.request.items() if found["request"].get(k) != v]
         if changed:
             return None, f"with other {', '.join(changed)}"
-        if found["files"] != {path.name: _hash(path) for path in self.paths}:
+        hashes = {p.name: file_sha256(p) if p.exists() else "" for p in self.paths}
+        if found["files"] != hashes:
             return None, "and changed since"
         if hosts.first():
-            remove_tree(self.blocks)
+            remove_tree(self.directory)
         return found, ""
 
-    def _done(self) -> dict[range, dict[str, Any]]:
-        """{indices: counts} of the blocks that are whole, in order."""
-        done = {}
-        for file in sorted(self.blocks.glob("*.json")):
-            first, last = map(int, file.stem.split("-"))
-            done[range(first, last)] = json.loads(file.read_text())
-        return done
-
     def pending(self, total: int, size: int) -> tuple[int, list[range]]:
-        """(indices that are done, blocks that are left): on every process as the first sees them.
+        """(indices that are done, blocks that are left), the same on every process.
 
         A run with another size goes on between the blocks that are there.
         """
         left, start, done = [], 0, {}
         if hosts.first():
-            done = self._done()
+            done = self.done()
             for block in [*done, range(total, total)]:
                 gap = range(start, block.start)
                 left += [[i, min(i + size, gap.stop)] for i in gap[::size]]
@@ -81,15 +93,15 @@ class BlockFiles:
         count, blocks = json.loads(hosts.exchange("share out the blocks", told)[0])
         return count, [range(*block) for block in blocks]
 
-    def commit(self, block: range, texts: Sequence[str], counts: dict[str, Any]) -> None:
-        """Write a block's part of each file; its counts, which make it whole, come last."""
-        self.blocks.mkdir(parents=True, exist_ok=True)
+    def write(self, block: range, texts: Sequence[str], counts: dict[str, Any]) -> None:
+        """Write and commit a block's part of each file."""
+        self.directory.mkdir(parents=True, exist_ok=True)
         for place, text in enumerate(texts):
             replace_file(self._part(block, place), text.encode("utf-8"))
-        replace_file(self.blocks / f"{_name(block)}.json", to_json(counts))
+        self.commit(block, counts)
 
     def _part(self, block: range, place: int) -> Path:
-        return self.blocks / f"{_name(block)}.{place}.jsonl"
+        return self.directory / f"{_name(block)}.{place}.jsonl"
 
     def finish(self) -> dict[str, Any]:
         """Join the blocks of all processes in their order; returns the manifest.
@@ -100,10 +112,10 @@ class BlockFiles:
         if hosts.first():
             self._join()
         hosts.barrier("the manifest of the blocks")
-        return json.loads(self.manifest.read_text(encoding="utf-8"))
+        return json.loads(self.manifest.read_bytes())
 
     def _join(self) -> None:
-        done, hashes = self._done(), {}
+        done, hashes = self.done(), {}
         for place, path in reversed(list(enumerate(self.paths))):
             with scratch(path) as temporary:
                 with temporary.open("wb") as whole:
@@ -114,7 +126,7 @@ class BlockFiles:
                     manifest = _sum(list(done.values())) | {"request": self.request}
                     replace_file(self.manifest, to_json(manifest | {"files": hashes}))
                 commit_file(temporary, path)
-        remove_tree(self.blocks)
+        remove_tree(self.directory)
 
 
 def _name(block: range) -> str:
@@ -131,7 +143,3 @@ def _sum(counts: Sequence[dict[str, Any]]) -> dict[str, Any]:
             else:
                 total[name] = total.get(name, 0) + value
     return total
-
-
-def _hash(path: Path) -> str:
-    return file_sha256(path) if path.exists() else ""

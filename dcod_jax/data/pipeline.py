@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from dcod_jax.data import packing
 from dcod_jax.data.codec import decode_columns
-from dcod_jax.data.records import TraceDataset
+from dcod_jax.data.dataset import TraceDataset
 from dcod_jax.errors import DcodError
 from dcod_jax.parallel import mesh as meshes
 from dcod_jax.types import Batch

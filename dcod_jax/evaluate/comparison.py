@@ -216,7 +216,7 @@ def _answer_rest(
             )
             if processes > 1 or hosts.first():
                 counts = {"answered": len(block), "seconds": time.monotonic() - began}
-                files.commit(block, ["".join(map(to_line, generations))], counts)
+                files.write(block, ["".join(map(to_line, generations))], counts)
 
 
 # ---------------------------------------------------------------- numbers and table

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from dcod_jax import __version__
 from dcod_jax.config import dataset_dir
-from dcod_jax.data.manifest import MANIFEST, read_manifest
+from dcod_jax.data.dataset import MANIFEST, read_manifest
 from dcod_jax.data.tokenizer import (
     load_tokenizer,
     stop_ids,

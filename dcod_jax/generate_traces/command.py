@@ -123,7 +123,7 @@ def _sample_rest(
                 "rejected": dict(reasons),
             }
             if processes > 1 or hosts.first():
-                files.commit(block, ["".join(part) for part in texts], counts)
+                files.write(block, ["".join(part) for part in texts], counts)
 
 
 def _encode_prompt(tokenizer: Any, problem: Problem) -> list[int]:

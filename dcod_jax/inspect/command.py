@@ -15,8 +15,7 @@ from rich.text import Text
 
 from dcod_jax.data import chat
 from dcod_jax.data.codec import bytes_per_token
-from dcod_jax.data.manifest import MANIFEST, read_manifest
-from dcod_jax.data.records import TraceDataset, check_fingerprints
+from dcod_jax.data.dataset import MANIFEST, TraceDataset, check_fingerprints, read_manifest
 from dcod_jax.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Path, as_path, commit_file, scratch

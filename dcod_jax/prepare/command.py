@@ -18,9 +18,8 @@ from rich.table import Table
 
 from dcod_jax.config import dataset_dir
 from dcod_jax.data import chat
+from dcod_jax.data.dataset import MANIFEST, DatasetWriter, read_manifest
 from dcod_jax.data.formats import RawTrace
-from dcod_jax.data.manifest import MANIFEST, read_manifest
-from dcod_jax.data.records import DatasetWriter
 from dcod_jax.data.tokenizer import (
     student_tokenizer,
     template_fingerprint,

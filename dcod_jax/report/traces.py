@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dcod_jax import config as configs
-from dcod_jax.data.manifest import MANIFEST
-from dcod_jax.data.records import TraceDataset, check_fingerprints
+from dcod_jax.data.dataset import MANIFEST, TraceDataset, check_fingerprints
 from dcod_jax.data.tokenizer import load_tokenizer, student_tokenizer, tokenizer_fingerprint
 from dcod_jax.errors import DcodError
 from dcod_jax.export.command import MARKER, export_path

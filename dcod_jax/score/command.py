@@ -11,10 +11,9 @@ import functools
 from typing import Any
 
 from dcod_jax.config import dataset_dir
-from dcod_jax.data import score_progress
 from dcod_jax.data.codec import bytes_per_token
-from dcod_jax.data.manifest import read_manifest
-from dcod_jax.data.records import TraceDataset, check_fingerprints, extend
+from dcod_jax.data.dataset import TraceDataset, check_fingerprints, read_manifest
+from dcod_jax.data.scores import add_scores, score_blocks, scored_shards
 from dcod_jax.data.tokenizer import tokenizer_fingerprint
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Path, as_path
@@ -65,7 +64,7 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
         label = f"scoring {split.name}"
         with track(label, work[0], done=work[1], enabled=config.train.progress) as advance:
             options = {"settings": settings, "mesh": mesh, "on_tokens": advance}
-            done[split.name] = extend(
+            done[split.name] = add_scores(
                 split,
                 teacher=teacher.provenance(),
                 settings=stored,
@@ -91,8 +90,8 @@ def _work(
     """Tokens of this process's shards, and those that an interrupted run has behind it."""
     manifest = read_manifest(split)
     shards = manifest["shards"]
-    work = score_progress.describe(manifest, teacher.provenance(), settings)
-    finished = score_progress.finished(split, work, overwrite=config.score.overwrite)
+    blocks = score_blocks(split, manifest, teacher.provenance(), settings)
+    finished = scored_shards(split, blocks, overwrite=config.score.overwrite)
     if finished:
         print(f"{split}: going on behind {len(finished)} of {len(shards)} shards")
     own = range(process, len(shards), processes)

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dcod_jax.data import chat
-from dcod_jax.data.manifest import MANIFEST
-from dcod_jax.data.records import DatasetWriter, TraceDataset
+from dcod_jax.data.dataset import MANIFEST, DatasetWriter, TraceDataset
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.answers import extract_answer
 from dcod_jax.sample.sampler import Sample, sample

@@ -19,7 +19,7 @@ import numpy as np
 
 from dcod_jax import config as configs
 from dcod_jax.data import pipeline
-from dcod_jax.data.records import TraceDataset
+from dcod_jax.data.dataset import TraceDataset
 from dcod_jax.drift.scores import DriftModel, draw_samples, measure
 from dcod_jax.errors import DcodError
 from dcod_jax.files import commit_file

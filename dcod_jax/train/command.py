@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from dcod_jax import config as configs
 from dcod_jax.data import chat, pipeline
-from dcod_jax.data.records import TraceDataset
+from dcod_jax.data.dataset import TraceDataset
 from dcod_jax.errors import EXIT_INTERRUPTED, DcodError
 from dcod_jax.files import as_path, replace_file
 from dcod_jax.losses import distill, reduce

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dcod_jax.data.records import TraceDataset
+from dcod_jax.data.dataset import TraceDataset
 from dcod_jax.errors import DcodError
 from dcod_jax.files import as_path
 from dcod_jax.logs import track

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from dcod_jax import config as configs
-from dcod_jax.data.manifest import MANIFEST, read_manifest
+from dcod_jax.data.dataset import MANIFEST, read_manifest
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.comparison import compare
 from dcod_jax.export.command import export

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dcod_jax import config as configs
-from dcod_jax.data.records import TraceDataset, check_fingerprints
+from dcod_jax.data.dataset import TraceDataset, check_fingerprints
 from dcod_jax.data.tokenizer import student_tokenizer, template_fingerprint, tokenizer_fingerprint
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Path, as_path

@@ -17,7 +17,7 @@ def paths(tmp_path):
 def write(files, *blocks):
     for block in blocks:
         texts = [f"a {block.start}\n", f"b {block.start}\n"]
-        files.commit(block, texts, {"done": len(block), "by": {"x": 1}})
+        files.write(block, texts, {"done": len(block), "by": {"x": 1}})
 
 
 def test_whole_blocks_stay_and_are_joined_in_their_order(paths):
@@ -25,7 +25,7 @@ def test_whole_blocks_stay_and_are_joined_in_their_order(paths):
     assert files.finished() == (None, "")
     assert files.pending(10, 4) == (0, [range(0, 4), range(4, 8), range(8, 10)])
     write(files, range(8, 10), range(0, 4))
-    (files.blocks / "000000004-000000008.0.jsonl").write_text("half a bl")  # without its counts
+    (files.directory / "000000004-000000008.0.jsonl").write_text("half a bl")  # without its counts
     again = BlockFiles(paths, REQUEST)
     assert again.pending(10, 4) == (6, [range(4, 8)])
     assert again.pending(10, 3) == (6, [range(4, 7), range(7, 8)])  # another batch size

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from dcod_jax.data import pipeline
 from dcod_jax.data.codec import decode_columns, encode
+from dcod_jax.data.dataset import TraceDataset
 from dcod_jax.data.packing import fill_rows, first_fit, head_capacity
-from dcod_jax.data.records import TraceDataset
 from dcod_jax.errors import DcodError
 
 TRACES = make_traces(41, top_k=3)

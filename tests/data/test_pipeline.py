@@ -11,7 +11,7 @@ import pytest
 from fake_traces import make_traces, write
 
 from dcod_jax.data import pipeline
-from dcod_jax.data.records import TraceDataset
+from dcod_jax.data.dataset import TraceDataset
 from dcod_jax.errors import DcodError
 from dcod_jax.parallel.mesh import make_mesh
 
@@ -216,7 +216,7 @@ def test_damage_met_in_the_prefetch_thread_reaches_the_loop(tmp_path):
 EXITS = """
 import sys
 from dcod_jax.data import pipeline
-from dcod_jax.data.records import TraceDataset
+from dcod_jax.data.dataset import TraceDataset
 
 dataset = TraceDataset({directory!r})
 batches = pipeline.train_batches(dataset, seq_len=64, batch_size=64, seed=0, prefetch=10**6)

@@ -172,9 +172,9 @@ def test_logprobs_and_tokens_are_the_teachers_own(place, whole):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path[:0] = [{tests!r}, {tests!r} + "/generate_traces"]
 import test_generate_traces as test
-from dcod_jax import generate_traces as verb
+from dcod_jax.generate_traces import command as verb
 from dcod_jax.data import blocks
 real, named = blocks.replace_file, []
 def dies_in_the_second_block(path, content):

@@ -15,8 +15,8 @@ import pytest
 import tiny
 
 from dcod_jax import config as configs
+from dcod_jax.data.dataset import TraceDataset
 from dcod_jax.data.formats import Fields
-from dcod_jax.data.records import TraceDataset
 from dcod_jax.data.tokenizer import load_tokenizer
 from dcod_jax.data.traces import find_sources, read_traces
 from dcod_jax.prepare.command import prepare

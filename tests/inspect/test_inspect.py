@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from dcod_jax import cli
 from dcod_jax.data import chat
-from dcod_jax.data.records import DatasetWriter
+from dcod_jax.data.dataset import DatasetWriter
 from dcod_jax.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from dcod_jax.losses.adaptive import initial
 from dcod_jax.models import hf, transformer

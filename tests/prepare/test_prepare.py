@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dcod_jax.configs.base import get_config
 from dcod_jax.data import chat
-from dcod_jax.data.manifest import read_manifest
-from dcod_jax.data.records import TraceDataset
+from dcod_jax.data.dataset import TraceDataset, read_manifest
 from dcod_jax.data.tokenizer import load_tokenizer, template_fingerprint, tokenizer_fingerprint
 from dcod_jax.errors import DcodError
 from dcod_jax.prepare import command as verb

@@ -17,8 +17,7 @@ import tiny
 
 from dcod_jax import cli
 from dcod_jax import config as configs
-from dcod_jax.data.manifest import MANIFEST
-from dcod_jax.data.records import TraceDataset
+from dcod_jax.data.dataset import MANIFEST, TraceDataset
 from dcod_jax.errors import DcodError
 from dcod_jax.export.command import MARKER
 from dcod_jax.losses import weights

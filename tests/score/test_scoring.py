@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from dcod_jax import config as configs
-from dcod_jax.data.records import DatasetWriter, TraceDataset
+from dcod_jax.data.dataset import DatasetWriter, TraceDataset
 from dcod_jax.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from dcod_jax.errors import DcodError
 from dcod_jax.models import hf, transformer

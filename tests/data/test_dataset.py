@@ -24,9 +24,9 @@ from fake_traces import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcod_jax.data import manifest as manifests
 from dcod_jax.data.codec import bytes_per_token, decode, decode_columns, encode
-from dcod_jax.data.records import DatasetWriter, TraceDataset, check_fingerprints, extend
+from dcod_jax.data.dataset import DatasetWriter, TraceDataset, check_fingerprints
+from dcod_jax.data.scores import add_scores
 from dcod_jax.errors import DcodError
 from dcod_jax.files import replace_file
 from dcod_jax.types import Trace
@@ -291,7 +291,7 @@ def test_an_edited_manifest_is_refused(tmp_path, change, words):
 
 def test_another_tokenizer_template_or_teacher_is_refused(tmp_path):
     directory = write(tmp_path / "d", make_traces(9, scored=False))
-    extend(directory, teacher=TEACHER, settings={}, score_shard=fake_scores)
+    add_scores(directory, teacher=TEACHER, settings={}, score_shard=fake_scores)
     dataset = TraceDataset(directory)
     check_fingerprints(dataset, tokenizer="tok", template="tem", teacher="abc")
     for name, found in (("tokenizer", "tok"), ("template", "tem"), ("teacher", "abc")):
@@ -306,7 +306,7 @@ def test_a_file_that_cannot_be_replaced_keeps_its_old_content(tmp_path, monkeypa
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(manifests.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DcodError, match=r"progress\.json.*No space left"):
         replace_file(path, b"new")
     assert contents(tmp_path) == {"progress.json": b"old"}

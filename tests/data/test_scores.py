@@ -1,7 +1,6 @@
 """Scores added to a dataset on disk: nothing else changes, and a stop or a kill loses nothing."""
 
 import dataclasses
-import json
 import os
 import shutil
 import signal
@@ -13,7 +12,8 @@ import numpy as np
 import pytest
 from fake_traces import TEACHER, contents, equal, fake_scores, make_traces, write
 
-from dcod_jax.data.records import TraceDataset, extend
+from dcod_jax.data.dataset import TraceDataset
+from dcod_jax.data.scores import add_scores
 from dcod_jax.errors import DcodError
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -22,7 +22,7 @@ TESTS = Path(__file__).resolve().parents[1]
 def test_scoring_adds_log_probs_and_nothing_else(tmp_path):
     given, seen = make_traces(21, scored=False), []
     directory = write(tmp_path / "d", given)
-    manifest = extend(
+    manifest = add_scores(
         directory,
         teacher=TEACHER,
         settings={"top_k": 2},
@@ -42,12 +42,13 @@ def test_scoring_adds_log_probs_and_nothing_else(tmp_path):
     assert set(contents(directory)) == {*listed, "lengths.npy", "manifest.json"}
     # The same call again has nothing to do; another teacher must be told to replace.
     assert (
-        extend(directory, teacher=TEACHER, settings={"top_k": 2}, score_shard=no_call) == manifest
+        add_scores(directory, teacher=TEACHER, settings={"top_k": 2}, score_shard=no_call)
+        == manifest
     )
     other = TEACHER | {"name": "bigger", "weights": "def"}
     with pytest.raises(DcodError, match=r"from big.*score.overwrite=True"):
-        extend(directory, teacher=other, settings={"top_k": 2}, score_shard=no_call)
-    replaced = extend(
+        add_scores(directory, teacher=other, settings={"top_k": 2}, score_shard=no_call)
+    replaced = add_scores(
         directory, teacher=other, settings={"top_k": 2}, score_shard=fake_scores, overwrite=True
     )
     assert TraceDataset(directory).manifest == replaced
@@ -75,7 +76,7 @@ def test_a_scoring_that_returns_other_traces_is_refused(tmp_path, change):
     directory = write(tmp_path / "d", make_traces(5, scored=False))
     before = contents(directory)
     with pytest.raises(DcodError, match="must return its 5 traces unchanged"):
-        extend(
+        add_scores(
             directory, teacher=TEACHER, settings={}, score_shard=lambda t: change(fake_scores(t))
         )
     assert contents(directory) == before
@@ -96,9 +97,9 @@ def stop_after(shards: int):
 def test_a_stopped_scoring_goes_on_and_a_damaged_shard_is_done_again(tmp_path):
     directory = write(tmp_path / "d", make_traces(30, scored=False), shard_records=4)
     whole = shutil.copytree(directory, tmp_path / "whole")
-    extend(whole, teacher=TEACHER, settings={}, score_shard=fake_scores)
+    add_scores(whole, teacher=TEACHER, settings={}, score_shard=fake_scores)
     with pytest.raises(StoppedError):
-        extend(
+        add_scores(
             directory,
             teacher=TEACHER,
             settings={},
@@ -107,7 +108,7 @@ def test_a_stopped_scoring_goes_on_and_a_damaged_shard_is_done_again(tmp_path):
         )
     assert not TraceDataset(directory).scored  # still the old dataset
     with pytest.raises(DcodError, match=r"unfinished scoring has teacher .*big"):
-        extend(directory, teacher=TEACHER | {"weights": "x"}, settings={}, score_shard=no_call)
+        add_scores(directory, teacher=TEACHER | {"weights": "x"}, settings={}, score_shard=no_call)
     damaged = next(directory.glob("scored-*-00003.array_record"))
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     calls = []
@@ -116,7 +117,7 @@ def test_a_stopped_scoring_goes_on_and_a_damaged_shard_is_done_again(tmp_path):
         calls.append(len(traces))
         return fake_scores(traces)
 
-    extend(directory, teacher=TEACHER, settings={}, score_shard=counted)
+    add_scores(directory, teacher=TEACHER, settings={}, score_shard=counted)
     assert calls == [4, 4, 4, 2]
     assert contents(directory) == contents(whole)
 
@@ -129,7 +130,7 @@ def test_hosts_that_do_not_write_compute_along(tmp_path):
         calls.append(len(traces))
         return fake_scores(traces)
 
-    extend(directory, teacher=TEACHER, settings={}, score_shard=counted, write=False)
+    add_scores(directory, teacher=TEACHER, settings={}, score_shard=counted, write=False)
     assert calls == [4, 4, 1]
     assert contents(directory) == before
 
@@ -139,8 +140,9 @@ import os, signal, sys
 sys.path.insert(0, {tests!r})
 import fake_traces
 from fake_traces import TEACHER
-from dcod_jax.data.records import extend
-from dcod_jax.data import records
+from dcod_jax.data.scores import add_scores
+from dcod_jax import files
+from dcod_jax.data import scores
 
 def die_in(owner, name, call):
     real, calls = getattr(owner, name), []
@@ -152,20 +154,20 @@ def die_in(owner, name, call):
     setattr(owner, name, replacement)
 
 {die}
-extend({directory!r}, teacher=TEACHER, settings={{}}, score_shard=fake_traces.fake_scores)
+add_scores({directory!r}, teacher=TEACHER, settings={{}}, score_shard=fake_traces.fake_scores)
 """
 
 
 def test_scoring_killed_at_every_border_ends_with_the_same_bytes(tmp_path):
     directory = write(tmp_path / "d", make_traces(20, scored=False), shard_records=4)
     whole = shutil.copytree(directory, tmp_path / "whole")
-    extend(whole, teacher=TEACHER, settings={}, score_shard=fake_scores)
+    add_scores(whole, teacher=TEACHER, settings={}, score_shard=fake_scores)
     deaths = [
         "die_in(fake_traces, 'fake_scores', 2)",  # in the middle of a shard
-        "die_in(records.progress, 'save', 1)",  # the shard has its name, but is not noted down
-        "die_in(records.manifests, 'commit_file', 3)",  # written, not renamed
-        "die_in(records.manifests, 'write_manifest', 1)",  # all shards done
-        "die_in(records.manifests, 'remove_all_but', 1)",  # old shards beside the new manifest
+        "die_in(scores.Blocks, 'commit', 1)",  # the shard has its name, but is not noted down
+        "die_in(files, 'commit_file', 2)",  # written, not renamed
+        "die_in(scores, 'write_manifest', 1)",  # all shards done
+        "die_in(scores, '_clean', 1)",  # old shards beside the new manifest
         "",
     ]
     states = []
@@ -174,9 +176,8 @@ def test_scoring_killed_at_every_border_ends_with_the_same_bytes(tmp_path):
         environment = os.environ | {"PYTHONPATH": str(TESTS.parent)}
         done = subprocess.run([sys.executable, "-c", code], env=environment)
         assert done.returncode == (-signal.SIGKILL if die else 0)
-        noted = directory / "score-progress.json"
-        shards = len(json.loads(noted.read_text())["done"]) if noted.exists() else 0
-        states.append((TraceDataset(directory).scored, shards))
+        noted = len(list(directory.glob("scores.partial-*/*-*.json")))
+        states.append((TraceDataset(directory).scored, noted))
     # Each run begins where the one before was killed; the directory is always a whole dataset.
     assert states == [(False, 1), (False, 1), (False, 2), (False, 5), (True, 5), (True, 0)]
     assert contents(directory) == contents(whole)

@@ -1,0 +1,182 @@
+"""A teacher's scores added to a trace dataset, shard by shard; a killed run goes on.
+
+A scored shard stands beside the old ones under a name of its own, and a note of it in
+scores.partial-<request>/. When all are there, the manifest names them, and the old shards and the
+notes are removed. Until then the directory is the old dataset.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dcod_jax.data.blocks import Blocks
+from dcod_jax.data.codec import score_kind
+from dcod_jax.data.dataset import (
+    TraceDataset,
+    read_manifest,
+    remove_unlisted,
+    write_manifest,
+    write_shard,
+)
+from dcod_jax.errors import DcodError
+from dcod_jax.files import Location, Path, file_sha256, remove_tree, to_json
+from dcod_jax.parallel import hosts
+from dcod_jax.types import Trace
+
+_NOTES = "scores"
+
+
+def score_blocks(
+    directory: Path, manifest: dict[str, Any], teacher: dict[str, Any], settings: dict[str, Any]
+) -> Blocks:
+    """The notes of one scoring: who scores, how, and which shards. Only an equal one goes on."""
+    source = [shard["sha256"] for shard in manifest["shards"]]
+    request = {"teacher": teacher, "settings": settings, "source": source}
+    return Blocks(directory / _NOTES, request)
+
+
+def scored_shards(directory: Path, blocks: Blocks, *, overwrite: bool) -> dict[int, dict[str, Any]]:
+    """{number: note} of the undamaged shards that interrupted runs of the same scoring finished.
+
+    Raises DcodError when another scoring is unfinished and `overwrite` is not given.
+    """
+    for file in sorted(directory.glob(f"{_NOTES}.partial-*/*-*.json")):
+        found, own = json.loads(file.read_bytes())["request"], blocks.request
+        if found != own and not overwrite:
+            raise DcodError(
+                f"{file.parent}: an unfinished scoring has teacher {found['teacher']} and "
+                f"settings {found['settings']}; this run has teacher {own['teacher']} "
+                f"and settings {own['settings']}; go on with the former, or set "
+                "score.overwrite=True"
+            )
+    return {
+        block.start: note
+        for block, note in blocks.done().items()
+        if (shard := directory / note["shard"]["file"]).is_file()
+        and file_sha256(shard) == note["shard"]["sha256"]
+    }
+
+
+def add_scores(
+    directory: Location,
+    *,
+    teacher: dict[str, Any],
+    settings: dict[str, Any],
+    score_shard: Callable[[list[Trace]], list[Trace]],
+    on_shard: Callable[[int, int], None] | None = None,
+    overwrite: bool = False,
+    process: int = 0,
+    processes: int = 1,
+    write: bool = True,
+) -> dict[str, Any]:
+    """Add a teacher's log-probs to a dataset, shard by shard; returns the new manifest.
+
+    `score_shard` gets a shard's traces without scores and returns them with; it must not depend on
+    earlier calls. `on_shard(done, total)` is told of progress. Killed at any time, the same call
+    goes on with the shards that are left and ends with the same bytes. A run with the manifest's
+    own teacher and settings does nothing.
+
+    Of several processes all call this. Either each scores every processes-th shard from `process`
+    on, and the first one writes the manifest when all are there; or all compute along and one
+    has `write`.
+
+    Raises DcodError when another teacher scored, or began to score, and `overwrite` is not given.
+    """
+    dataset = TraceDataset(directory)
+    path, manifest = dataset.directory, dataset.manifest
+    teacher, settings = json.loads(to_json([teacher, settings]))
+    if manifest.get("teacher") == teacher and manifest.get("score") == settings:
+        if write:
+            _clean(path, manifest)
+        return manifest
+    if dataset.scored and not overwrite:
+        name = (manifest.get("teacher") or {}).get("name", "the source of the traces")
+        raise DcodError(
+            f"{path} already holds log-probs from {name}, made with settings "
+            f"{manifest.get('score')}; set score.overwrite=True to replace them"
+        )
+    blocks, shards = score_blocks(path, manifest, teacher, settings), manifest["shards"]
+    done = scored_shards(path, blocks, overwrite=overwrite)
+    for number in range(process, len(shards), processes):
+        if number in done:
+            continue
+        traces = dataset.read(range(dataset.starts[number], dataset.starts[number + 1]))
+        bare = [Trace(t.id, t.token_ids, t.completion_mask, meta=t.meta) for t in traces]
+        scored = score_shard(bare)
+        _check_scored(bare, scored, shard=shards[number]["file"])
+        if write:
+            file = path / f"scored-{blocks.key}-{number:05d}.array_record"
+            note = {"shard": write_shard(file, scored), "request": blocks.request}
+            blocks.commit(range(number, number + 1), note | _sums(scored))
+        if on_shard is not None:
+            on_shard(number + 1, len(shards))
+    hosts.barrier(f"scoring {path.name}")
+    if write and process == 0:
+        _publish(path, manifest, blocks, scored_shards(path, blocks, overwrite=overwrite))
+    hosts.barrier(f"the manifest of {path.name}")
+    return read_manifest(path)
+
+
+def _check_scored(given: Sequence[Trace], scored: Sequence[Trace], *, shard: str) -> None:
+    """Scoring may add log-probs to traces and nothing else."""
+    same = len(given) == len(scored) and all(
+        before.id == after.id
+        and np.array_equal(before.token_ids, after.token_ids)
+        and np.array_equal(before.completion_mask, after.completion_mask)
+        and after.logprobs is not None
+        for before, after in zip(given, scored, strict=True)
+    )
+    kinds = {score_kind(trace) for trace in scored}
+    if not same or len(kinds) != 1:
+        raise DcodError(
+            f"scoring {shard} must return its {len(given)} traces unchanged and in order with "
+            f"logprobs and one top-k; got {len(scored)} traces of (scored, top-k) {sorted(kinds)}"
+        )
+
+
+def _sums(traces: Sequence[Trace]) -> dict[str, Any]:
+    """A shard's sums over completion tokens: log-probs, and the mass inside the top-k."""
+    logprob = mass = 0.0
+    for trace in traces:
+        logprob += float(np.sum(np.asarray(trace.logprobs), dtype=np.float64))
+        if trace.tail_logprobs is not None:
+            mass -= float(np.sum(np.expm1(trace.tail_logprobs.astype(np.float64))))
+    return {"logprob": logprob, "mass": mass, "top_k": score_kind(traces[0])[1]}
+
+
+def _publish(
+    directory: Path, manifest: dict[str, Any], blocks: Blocks, done: dict[int, dict[str, Any]]
+) -> None:
+    """Name the scored shards in the manifest, in their order, and remove the old ones."""
+    missing = sorted(set(range(len(manifest["shards"]))) - set(done))
+    if missing:
+        raise DcodError(
+            f"{directory}: the scored shards {missing} are missing or damaged although every "
+            "process finished; run the same command again, it makes these alone"
+        )
+    notes = [done[number] for number in sorted(done)]
+    tokens, top_k = manifest["totals"]["completion_tokens"], notes[0]["top_k"]
+    new = manifest | {
+        "shards": [note["shard"] for note in notes],
+        "scored": True,
+        "teacher": blocks.request["teacher"],
+        "score": blocks.request["settings"],
+        "top_k": top_k,
+        "mean_logprob": sum(note["logprob"] for note in notes) / tokens,
+    }
+    new.pop("captured_mass", None)
+    if top_k:
+        new["captured_mass"] = sum(note["mass"] for note in notes) / tokens
+    write_manifest(directory, new)
+    _clean(directory, new)  # only now: the manifest no longer names the old shards
+
+
+def _clean(directory: Path, manifest: dict[str, Any]) -> None:
+    """Remove what a finished scoring no longer needs."""
+    remove_unlisted(directory, manifest)
+    for notes in directory.glob(f"{_NOTES}.partial-*"):
+        remove_tree(notes)
