@@ -61,8 +61,7 @@ def decoding_params(
     """The parameters in the form that `sample` decodes with, for several calls of it.
 
     A copy in compute_dtype; whoever only samples can let go of params. DecodingParams are returned
-    as they are;
-    raises DcodError if they were made for another config, vocabulary, dtype or mesh.
+    as they are; raises DcodError if they were made for another config, vocabulary, dtype or mesh.
     """
     program = decoding.make_program(
         config, valid_vocab=valid_vocab, compute_dtype=compute_dtype, mesh=mesh
