@@ -79,20 +79,17 @@ def worker_ours(args: argparse.Namespace, prompts: list[list[int]], stop: int) -
     from dcod_jax.sample.sampler import decoding_params, sample
 
     config, params = load_model(args.model, dtype=jnp.float32)
-    shared = {"valid_vocab": config.vocab_size, "compute_dtype": args.dtype}
-    params = decoding_params(config, params, **shared)
+    model = decoding_params(config, params, valid_vocab=config.vocab_size, compute_dtype=args.dtype)
 
     def generate() -> list[list[int]]:
         samples = sample(
-            config,
-            params,
+            model,
             prompts,
             max_new_tokens=args.new_tokens,
             temperature=0.0,
             seed=0,
             batch_size=args.batch_size,
             eos_ids=(stop,),
-            **shared,
         )
         return [s.token_ids for s in samples]
 

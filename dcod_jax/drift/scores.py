@@ -21,7 +21,7 @@ from dcod_jax.losses.distill import LossConfig
 from dcod_jax.losses.weights import WeightConfig
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import batch_shards, constrain, make_mesh, sharding
-from dcod_jax.sample.sampler import Sample, bucket_length, sample
+from dcod_jax.sample.sampler import Sample, bucket_length, decoding_params, sample
 from dcod_jax.score.scoring import PlannedBatch, plan_batches
 from dcod_jax.train.forward import Forward, TeacherModel
 from dcod_jax.types import Batch, Params
@@ -235,18 +235,20 @@ def draw_samples(
     """`samples` continuations of each prompt at temperature 1, prompt by prompt."""
     first = first_prompt * samples
     return sample(
-        model.config,
-        model.params,
+        decoding_params(
+            model.config,
+            model.params,
+            valid_vocab=valid_vocab,
+            compute_dtype=model.compute_dtype,
+            mesh=mesh,
+        ),
         [prompt for prompt in prompts for _ in range(samples)],
         max_new_tokens=max_new_tokens,
         temperature=1.0,
         seed=seed,
         batch_size=batch_size,
         eos_ids=eos_ids,
-        valid_vocab=valid_vocab,
-        compute_dtype=model.compute_dtype,
         indices=range(first, first + len(prompts) * samples),
-        mesh=mesh,
         on_batch=None if on_batch is None else lambda sequences, _: on_batch(sequences),
     )
 

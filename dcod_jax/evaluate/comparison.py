@@ -72,10 +72,10 @@ class _Model:
         return hosts.share(self.config)
 
     @functools.cached_property
-    def loaded(self) -> tuple[hf.ModelConfig, DecodingParams]:
+    def loaded(self) -> DecodingParams:
         mesh, *_ = self.share
         model_config, params = hf.load_model(self.path, dtype=jnp.float32, mesh=mesh)
-        return model_config, decoding_params(
+        return decoding_params(
             model_config,
             params,
             valid_vocab=len(self.tokenizer),
@@ -189,7 +189,7 @@ def _answer_rest(
         max_new_tokens=config.evaluate.max_new_tokens,
         key="evaluate.max_new_tokens",
     )
-    mesh, process, processes = model.share
+    _, process, processes = model.share
     most = -(-len(asked) // processes)  # so that no process is left without any
     done, left = files.pending(len(asked), min(BATCHES_IN_BLOCK * config.evaluate.batch_size, most))
     label = f"evaluating {model.name}" + (f" on {problem_set.name}" if problem_set.name else "")
@@ -201,7 +201,7 @@ def _answer_rest(
         for block in own:
             began = time.monotonic()
             generations = answer(
-                *model.loaded,
+                model.loaded,
                 model.tokenizer,
                 [asked[i] for i in block],
                 [prompts[i // sampling.samples] for i in block],
@@ -209,9 +209,7 @@ def _answer_rest(
                 sampling=sampling,
                 max_new_tokens=config.evaluate.max_new_tokens,
                 batch_size=config.evaluate.batch_size,
-                compute_dtype=config.student.compute_dtype,
                 grader=grader,
-                mesh=mesh,
                 on_batch=lambda sequences, tokens: bar(sequences),
             )
             if processes > 1 or hosts.first():

@@ -20,7 +20,7 @@ from dcod_jax.evaluate.statistics import change_interval, loops, share_interval,
 from dcod_jax.files import Location, as_path
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.sample.decoding import DecodingParams
-from dcod_jax.sample.sampler import Sample, sample
+from dcod_jax.sample.sampler import Sample, decoding_params, sample
 from dcod_jax.types import Params
 
 
@@ -104,8 +104,13 @@ def evaluate(
     start = time.monotonic()
     with Grader(timeout=grade_timeout, workers=workers) as grader:
         generations = answer(
-            model_config,
-            params,
+            decoding_params(
+                model_config,
+                params,
+                valid_vocab=len(tokenizer),
+                compute_dtype=compute_dtype,
+                mesh=mesh,
+            ),
             tokenizer,
             [(problem, 0) for problem in problems],
             [chat.encode_prompt(tokenizer, problem.messages) for problem in problems],
@@ -113,17 +118,14 @@ def evaluate(
             sampling=Sampling(),
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
-            compute_dtype=compute_dtype,
             grader=grader,
-            mesh=mesh,
             on_batch=on_batch,
         )
     return summarize(generations, seconds=time.monotonic() - start)
 
 
 def answer(
-    model_config: ModelConfig,
-    params: Params | DecodingParams,
+    model: DecodingParams,
     tokenizer: Any,
     asked: Sequence[tuple[Problem, int]],
     prompts: Sequence[Sequence[int]],
@@ -132,9 +134,7 @@ def answer(
     sampling: Sampling,
     max_new_tokens: int,
     batch_size: int,
-    compute_dtype: Any,
     grader: Grader,
-    mesh: Mesh | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> list[Generation]:
     """One graded answer for each (problem, number of the sample), in order.
@@ -143,16 +143,12 @@ def answer(
     `sampling.seed` alone, so that a part asked again later comes out the same.
     """
     drawn = sample(
-        model_config,
-        params,
+        model,
         prompts,
         indices=indices,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
-        eos_ids=stop_ids(model_config, tokenizer),
-        valid_vocab=len(tokenizer),
-        compute_dtype=compute_dtype,
-        mesh=mesh,
+        eos_ids=stop_ids(model.config, tokenizer),
         on_batch=on_batch,
         **sample_options(sampling, tokenizer),
     )

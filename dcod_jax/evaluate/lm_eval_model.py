@@ -184,12 +184,13 @@ class DcodLM(TemplateLM):
         Requests with the same settings are decoded together; a context that leaves no room is cut
         at its left end.
         """
-        shared = {
-            "valid_vocab": len(self.tokenizer),
-            "compute_dtype": self.dtype,
-            "mesh": self.mesh,
-        }
-        prepared = decoding_params(self.config, self.params, **shared)
+        model = decoding_params(
+            self.config,
+            self.params,
+            valid_vocab=len(self.tokenizer),
+            compute_dtype=self.dtype,
+            mesh=self.mesh,
+        )
         groups: dict[str, list[int]] = {}
         for place, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(place)
@@ -202,14 +203,12 @@ class DcodLM(TemplateLM):
                     f"max_gen_toks={limit} leaves no room in max_length={self.max_length}"
                 )
             drawn = sample(
-                self.config,
-                prepared,
+                model,
                 [self.tok_encode(requests[place].args[0])[-room:] for place in places],
                 indices=places,
                 max_new_tokens=limit,
                 batch_size=self.batch_size,
                 eos_ids=stop_ids(self.config, self.tokenizer),
-                **shared,
                 **sample_options(sampling, self.tokenizer),
             )
             for place, answer in zip(places, drawn, strict=True):

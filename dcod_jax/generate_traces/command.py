@@ -182,19 +182,18 @@ def _request(config: Any, teacher: Teacher) -> dict[str, Any]:
 def _sampler(config: Any, teacher: Teacher, mesh: Any) -> Callable[..., list[Sample]]:
     """The loaded teacher as a function of (prompts, indices, on_batch)."""
     model_config, params = teacher.load(mesh)
-    shared = {
-        "valid_vocab": len(teacher.tokenizer),
-        "compute_dtype": config.teacher.dtype,
-        "mesh": mesh,
-    }
     return functools.partial(
         sample,
-        model_config,
-        decoding_params(model_config, params, **shared),
+        decoding_params(
+            model_config,
+            params,
+            valid_vocab=len(teacher.tokenizer),
+            compute_dtype=config.teacher.dtype,
+            mesh=mesh,
+        ),
         max_new_tokens=config.generate.max_new_tokens,
         batch_size=config.generate.batch_size,
         eos_ids=stop_ids(model_config, teacher.tokenizer),
-        **shared,
         **sample_options(sampling_of(config.generate, seed=config.seed), teacher.tokenizer),
     )
 

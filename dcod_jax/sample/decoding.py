@@ -106,21 +106,18 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class DecodingParams:
-    """A model's parameters as a program decodes with them."""
+    """A model's parameters in the form that a program decodes with."""
 
     program: Program
     params: Params
 
-
-def make_params(params: Params, program: Program, *, mesh: Mesh | None) -> DecodingParams:
-    """The parameters in the form of the program, bound to the mesh's device if it has but one."""
-    used = jax.tree.leaves(params)[0].devices() if mesh is None else set(mesh.devices.flat)
-    placed = jax.device_put(params, *used) if len(used) == 1 else params
-    return DecodingParams(program, _cast_params(placed, program=program))
+    @property
+    def config(self) -> ModelConfig:
+        return self.program.config
 
 
 @functools.partial(jax.jit, static_argnames=("program",))
-def _cast_params(params: Params, *, program: Program) -> Params:
+def cast_params(params: Params, *, program: Program) -> Params:
     """The matrices in compute dtype and layout, once and not at every step; norms keep theirs."""
     cast = jax.tree.map(
         lambda names, x: x if names[-1] == "norm" else x.astype(program.compute_dtype),

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from dcod_jax.errors import DcodError
 from dcod_jax.models.config import ModelConfig
@@ -52,35 +53,27 @@ def bucket_length(length: int, step: int = 32) -> int:
 
 def decoding_params(
     config: ModelConfig,
-    params: Params | DecodingParams,
+    params: Params,
     *,
     valid_vocab: int,
-    compute_dtype: Any,
+    compute_dtype: DTypeLike,
     mesh: Mesh | None = None,
 ) -> DecodingParams:
-    """The parameters in the form that `sample` decodes with, for several calls of it.
+    """The parameters in the form that `sample` decodes with: a copy in compute_dtype.
 
-    A copy in compute_dtype; whoever only samples can let go of params. DecodingParams are returned
-    as they are; raises DcodError if they were made for another config, vocabulary, dtype or mesh.
+    Whoever only samples can let go of params. valid_vocab: rows of the vocabulary above it are
+    padding, which is never drawn.
     """
     program = decoding.make_program(
         config, valid_vocab=valid_vocab, compute_dtype=compute_dtype, mesh=mesh
     )
-    if not isinstance(params, DecodingParams):
-        return decoding.make_params(params, program, mesh=mesh)
-    for field in dataclasses.fields(program):
-        asked, got = getattr(program, field.name), getattr(params.program, field.name)
-        if asked != got:
-            raise DcodError(
-                f"these parameters were made with {field.name}={got}, and are to be used with "
-                f"{field.name}={asked}; give `decoding_params` and `sample` the same"
-            )
-    return params
+    used = jax.tree.leaves(params)[0].devices() if mesh is None else set(mesh.devices.flat)
+    placed = jax.device_put(params, *used) if len(used) == 1 else params
+    return DecodingParams(program, decoding.cast_params(placed, program=program))
 
 
 def sample(
-    config: ModelConfig,
-    params: Params | DecodingParams,
+    model: DecodingParams,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -88,21 +81,15 @@ def sample(
     seed: int,
     batch_size: int,
     eos_ids: Sequence[int],
-    valid_vocab: int,
-    compute_dtype: Any,
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
     stop_strings: Sequence[str] = (),
     decode: Callable[[Sequence[int]], str] | None = None,
     indices: Sequence[int] | None = None,
-    mesh: Mesh | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> list[Sample]:
     """Continue every prompt; temperature 0 is greedy. Output in the order of the prompts.
-
-    params may be what `decoding_params` made of them with the same config, vocabulary, dtype and
-    mesh; else every call makes its own.
 
     A completion ends with a stop id, with the token that completes one of stop_strings in
     decode(token_ids), or after max_new_tokens. As in vLLM, its text leaves the stop string out
@@ -116,19 +103,18 @@ def sample(
     max_new_tokens in the model's positions.
     """
     settings = make_settings(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    _check(config, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise DcodError(f"{name}={value} must be at least 1")
+    numbered = [f"prompt {i}" for i in range(len(prompts))]
+    check_room(model.config, prompts, numbered, max_new_tokens=max_new_tokens)
     names = np.arange(len(prompts)) if indices is None else np.asarray(indices, np.int64)
     if len(names) != len(prompts):
         raise DcodError(f"{len(names)} indices for {len(prompts)} prompts")
-    stops = StopStrings(stop_strings, decode)
+    strings = StopStrings(stop_strings, decode)
     if not prompts:
         return []
     ends = sorted(set(eos_ids))
-    made = decoding_params(
-        config, params, valid_vocab=valid_vocab, compute_dtype=compute_dtype, mesh=mesh
-    )
-    split = made.program.mesh
-    everywhere = None if split is None else sharding(split, ())
     request = Request(
         key=jax.random.key(seed),
         settings=settings,
@@ -136,34 +122,21 @@ def sample(
         stop_ids=np.array(ends + [-1] * (8 - len(ends) % 8), np.int32),
         max_new_tokens=np.int32(max_new_tokens),
     )
-    request = jax.tree.map(lambda x: put(x, everywhere), request)
+    mesh = model.program.mesh
+    everywhere = None if mesh is None else sharding(mesh, ())
     batch = _Batch(
-        made,
-        request,
+        model,
+        jax.tree.map(lambda x: put(x, everywhere), request),
         rows=min(batch_size, 1 << (len(prompts) - 1).bit_length()),
         longest=max(map(len, prompts)),
         max_new_tokens=max_new_tokens,
     )
     samples: dict[int, Sample] = {}
-    for finished in batch.run(prompts, (names & 0xFFFFFFFF).astype(np.uint32), stops):
+    for finished in batch.run(prompts, (names & 0xFFFFFFFF).astype(np.uint32), strings):
         samples |= finished
         if on_batch is not None:
             on_batch(len(finished), sum(len(s.token_ids) for s in finished.values()))
     return [samples[i] for i in range(len(prompts))]
-
-
-def _check(
-    config: ModelConfig,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-) -> None:
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if value < 1:
-            raise DcodError(f"{name}={value} must be at least 1")
-    names = [f"prompt {i}" for i in range(len(prompts))]
-    check_room(config, prompts, names, max_new_tokens=max_new_tokens)
 
 
 def check_room(
@@ -190,14 +163,14 @@ class _Batch:
 
     def __init__(
         self,
-        made: DecodingParams,
+        model: DecodingParams,
         request: Request,
         *,
         rows: int,
         longest: int,
         max_new_tokens: int,
     ):
-        self.params, self.program, self.request = made.params, made.program, request
+        self.params, self.program, self.request = model.params, model.program, request
         pieces = batch_shards(self.program.mesh)
         rows += -rows % pieces
         self.group = max(rows // ROWS_PER_PREFILL, 1)

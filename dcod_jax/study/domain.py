@@ -19,7 +19,7 @@ from dcod_jax.data import chat
 from dcod_jax.data.dataset import MANIFEST, DatasetWriter, TraceDataset
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.answers import extract_answer
-from dcod_jax.sample.sampler import Sample, sample
+from dcod_jax.sample.sampler import Sample, decoding_params, sample
 from dcod_jax.score.scoring import ScoreSettings, score_traces
 from dcod_jax.study.arithmetic import STYLES, Chain, worked_traces
 from dcod_jax.types import Params, Trace
@@ -148,14 +148,16 @@ class Model:
     ) -> list[Sample]:
         """Continuations; options are temperature, seed and indices of `sample`."""
         return sample(
-            self.config,
-            self.params,
+            decoding_params(
+                self.config,
+                self.params,
+                valid_vocab=len(self.tokenizer),
+                compute_dtype="float32",
+            ),
             prompts,
             max_new_tokens=config.generate.max_new_tokens,
             batch_size=config.generate.batch_size,
             eos_ids=(self.tokenizer.eos_token_id,),
-            valid_vocab=len(self.tokenizer),
-            compute_dtype="float32",
             **options,
         )
 

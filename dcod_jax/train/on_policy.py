@@ -19,7 +19,7 @@ from dcod_jax.data import packing
 from dcod_jax.data.codec import Columns
 from dcod_jax.data.pipeline import HostBatch, host_slice
 from dcod_jax.data.tokenizer import stop_ids
-from dcod_jax.sample.sampler import sample
+from dcod_jax.sample.sampler import decoding_params, sample
 from dcod_jax.train.start import Student
 from dcod_jax.types import TrainState
 
@@ -51,17 +51,19 @@ class OnPolicy:
         prompts, sources = _prompts(batch, trace_index)
         settings = self.config.on_policy
         samples = sample(
-            self.student.config,
-            state.params,
+            decoding_params(
+                self.student.config,
+                state.params,
+                valid_vocab=self.student.valid_vocab,
+                compute_dtype=self.config.student.compute_dtype,
+                mesh=self.mesh,
+            ),
             prompts,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             seed=int(drawn[1] >> 33),
             batch_size=self.config.generate.batch_size,
             eos_ids=stop_ids(self.student.config, self.student.tokenizer),
-            valid_vocab=self.student.valid_vocab,
-            compute_dtype=self.config.student.compute_dtype,
-            mesh=self.mesh,
         )
         completions = [s.token_ids for s in samples]
         own, index, left_out = _pack(prompts, completions, sources, batch)

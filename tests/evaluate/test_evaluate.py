@@ -53,7 +53,7 @@ def test_the_start_is_asked_with_the_tokenizer_it_is_trained_with(config, tmp_pa
     config.student.tokenizer = str(tiny.write_tokenizer(tmp_path / "mine", template=other))
     used = []
 
-    def note(model_config, params, tokenizer, asked, prompts, **options):
+    def note(model, tokenizer, asked, prompts, **options):
         used.append(tokenizer.chat_template)
         return [Generation(p.id, "1", p.answer, "1", True, True, 1, k, "correct") for p, k in asked]
 
@@ -102,7 +102,7 @@ def scripted(config, tmp_path, monkeypatch):
     tokenizer = load_tokenizer(config.student.path)
     calls = []
 
-    def sample(model_config, params, prompts, **options):
+    def sample(model, prompts, **options):
         calls.append((list(options["indices"]), options, tokenizer.decode(prompts[0])))
         out = []
         for index in options["indices"]:

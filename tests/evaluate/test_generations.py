@@ -116,8 +116,8 @@ def test_a_scripted_model_gets_the_grade_it_earned(tmp_path, tokenizer, monkeypa
     file = write(tmp_path / "p.jsonl", [{"prompt": p, "answer": a} for p, a in answers.items()])
     asked = []
 
-    def scripted(config, params, prompts, **options):
-        asked.append(options)
+    def scripted(model, prompts, **options):
+        asked.append({**options, "valid_vocab": model.program.valid_vocab})
         out = []
         for prompt in prompts:
             text, finished = script[tokenizer.decode(prompt, skip_special_tokens=True)]
@@ -129,7 +129,7 @@ def test_a_scripted_model_gets_the_grade_it_earned(tmp_path, tokenizer, monkeypa
     config = from_hf(tiny.raw_config())
     result = generations.evaluate(
         config,
-        {},
+        transformer.init_params(config, jax.random.key(0)),
         tokenizer,
         read_problems(file),
         max_new_tokens=20,

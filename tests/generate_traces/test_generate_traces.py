@@ -135,7 +135,7 @@ def test_wrong_answers_are_kept_apart_with_their_reason(place, tmp_path, capsys)
 def test_the_sampling_settings_reach_the_sampler(place, tmp_path, monkeypatch):
     asked = []
 
-    def note(model_config, params, prompts, **options):
+    def note(model, prompts, **options):
         asked.append(options)
         return [Sample([5, 1], [-0.5, -0.1], True, "stop", "0") for _ in prompts]
 

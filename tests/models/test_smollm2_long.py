@@ -18,7 +18,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dcod_jax.models import cached, hf, transformer
-from dcod_jax.sample.sampler import sample
+from dcod_jax.sample.sampler import decoding_params, sample
 
 pytestmark = pytest.mark.long
 
@@ -113,16 +113,13 @@ def test_sampler_greedy_is_transformers_greedy(smollm2):
     prompts = [_prompt(tokenizer, text) for text in texts]
     assert len(prompts) == 20
     samples = sample(
-        config,
-        params,
+        decoding_params(config, params, valid_vocab=len(tokenizer), compute_dtype=jnp.float32),
         prompts,
         max_new_tokens=NEW_TOKENS,
         temperature=0.0,
         seed=0,
         batch_size=16,
         eos_ids=(),
-        valid_vocab=len(tokenizer),
-        compute_dtype=jnp.float32,
     )
     model.generation_config.eos_token_id = None  # go on for all the tokens, past the end marker
     width = max(map(len, prompts))

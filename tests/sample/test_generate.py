@@ -44,10 +44,10 @@ def draw(model, prompts, **changes) -> list[Sample]:
         "seed": 7,
         "batch_size": 4,
         "eos_ids": (1, 2),
-        "valid_vocab": V,
-        "compute_dtype": "float32",
     }
-    return sample(config, params, prompts, **(options | changes))
+    form = {"valid_vocab": V, "compute_dtype": "float32", "mesh": None}
+    form |= {name: changes.pop(name) for name in form if name in changes}
+    return sample(decoding_params(config, params, **form), prompts, **(options | changes))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -205,26 +205,6 @@ def test_the_kernels_of_other_platforms_give_what_those_of_a_cpu_give(model, mon
 
     monkeypatch.setattr(decoding, "make_program", plain)
     assert [s.token_ids for s in draw(model, prompts)] == [s.token_ids for s in transposed]
-
-
-def test_decoding_params_give_what_the_others_give(model):
-    config, params = model
-    shared = {"valid_vocab": V, "compute_dtype": "float32"}
-    made = decoding_params(config, params, **shared)
-    assert decoding_params(config, made, **shared) is made
-    prompts = make_prompts()
-    assert draw((config, made), prompts) == draw(model, prompts)
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [({"valid_vocab": V - 1}, "valid_vocab"), ({"compute_dtype": "bfloat16"}, "compute_dtype")],
-)
-def test_decoding_params_of_another_use_are_refused(model, changes, named):
-    config, params = model
-    made = decoding_params(config, params, valid_vocab=V, compute_dtype="float32")
-    with pytest.raises(DcodError, match=f"made with {named}=.*give `decoding_params` and `sample`"):
-        draw((config, made), make_prompts(), **changes)
 
 
 def test_copies_of_a_prompt_differ_and_the_seed_decides(model):
