@@ -14,8 +14,9 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
 
+from dcod_jax.copies import local_copy
 from dcod_jax.errors import DcodError, nearest
-from dcod_jax.files import Location, Path, as_path, local_copy
+from dcod_jax.files import Location, Path, as_path
 
 BASE = pathlib.Path(__file__).resolve().parent / "configs" / "base.py"
 STUDY = BASE.with_name("study.py")  # the recipe that adds the section `study`

@@ -45,9 +45,9 @@ def shared_data() -> Path:
 @pytest.fixture
 def copy_cache(tmp_path, monkeypatch):
     """Copies of remote files, away from the user's own."""
-    from dcod_jax import files
+    from dcod_jax import copies
 
-    monkeypatch.setenv(files.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(copies.CACHE, str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 

@@ -10,7 +10,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dcod_jax"
 # A file imports from files before it in this order only; a line is a level of docs/design.md.
 LEVELS = """
     configs.study
-    errors types files parallel.mesh parallel.epitaph parallel.watch parallel.hosts logs
+    errors types files copies
+    parallel.mesh parallel.collectives parallel.epitaph parallel.watch parallel.hosts logs
     models.config models.layers models.attention models.transformer models.cached models.tensors
     losses.events losses.distributions losses.divergences losses.weights losses.adaptive
     losses.head losses.reduce losses.distill

@@ -14,7 +14,7 @@ from dcod_jax.errors import DcodError
 from dcod_jax.files import RemotePath, as_path, find, rename
 
 PACKAGE = pathlib.Path(files.__file__).parent
-OWNERS = ("files.py",)  # where paths are told apart
+OWNERS = ("copies.py", "files.py")  # where paths are told apart
 OPENERS = ("Path", "pathlib.Path", "open", "io.open", "gzip.open")
 # Calls elsewhere that are about this machine alone, and why.
 LOCAL = {

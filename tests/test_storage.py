@@ -5,19 +5,12 @@ import pytest
 from fake_store import contents
 from fake_traces import make_traces, write
 
-from dcod_jax import files
+from dcod_jax import copies
+from dcod_jax.copies import Mirror, local_copy
 from dcod_jax.data.dataset import TraceDataset
 from dcod_jax.data.scores import add_scores
 from dcod_jax.errors import DcodError
-from dcod_jax.files import (
-    Mirror,
-    RemotePath,
-    as_path,
-    local_copy,
-    publish,
-    replace_file,
-    unfinished,
-)
+from dcod_jax.files import RemotePath, as_path, publish, replace_file, unfinished
 
 pytestmark = pytest.mark.usefixtures("copy_cache")
 
@@ -115,8 +108,8 @@ def test_what_cannot_be_copied_names_path_cache_and_reason(store, monkeypatch, t
         local_copy(store / "absent.bin")
     (store / "there.bin").write_bytes(b"x")
     (tmp_path / "file").write_bytes(b"")
-    monkeypatch.setenv(files.CACHE, str(tmp_path / "file"))
-    with pytest.raises(DcodError, match=files.CACHE):
+    monkeypatch.setenv(copies.CACHE, str(tmp_path / "file"))
+    with pytest.raises(DcodError, match=copies.CACHE):
         local_copy(store / "there.bin")
 
 

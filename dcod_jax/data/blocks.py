@@ -16,15 +16,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from dcod_jax.files import (
-    Path,
-    commit_file,
-    file_sha256,
-    remove_tree,
-    replace_file,
-    scratch,
-    to_json,
-)
+from dcod_jax.files import Path, atomic_write, file_sha256, remove_tree, replace_file, to_json
 from dcod_jax.parallel import hosts
 
 
@@ -117,7 +109,7 @@ class BlockFiles(Blocks):
     def _join(self) -> None:
         done, hashes = self.done(), {}
         for place, path in reversed(list(enumerate(self.paths))):
-            with scratch(path) as temporary:
+            with atomic_write(path) as temporary:
                 with temporary.open("wb") as whole:
                     for block in done:
                         whole.write(self._part(block, place).read_bytes())
@@ -125,7 +117,6 @@ class BlockFiles(Blocks):
                 if place == 0:
                     manifest = _sum(list(done.values())) | {"request": self.request}
                     replace_file(self.manifest, to_json(manifest | {"files": hashes}))
-                commit_file(temporary, path)
         remove_tree(self.directory)
 
 

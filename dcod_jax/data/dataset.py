@@ -33,19 +33,18 @@ import numpy as np
 # The compiled reader and writer; they come without type stubs.
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
+from dcod_jax.copies import local_copy
 from dcod_jax.data.codec import decode, encode, score_kind
 from dcod_jax.errors import DcodError
 from dcod_jax.files import (
     Location,
     Path,
     as_path,
-    commit_file,
+    atomic_write,
     file_entry,
     file_sha256,
     file_size,
-    local_copy,
     replace_file,
-    scratch,
     to_json,
 )
 from dcod_jax.types import Trace
@@ -178,13 +177,12 @@ def write_shard(path: Path, traces: Sequence[Trace]) -> dict[str, Any]:
     """Write a whole shard under a temporary name, check it, name it; returns its manifest entry."""
     records = [encode(trace) for trace in traces]
     try:
-        with scratch(path) as temporary:
+        with atomic_write(path) as temporary:
             writer = array_record_module.ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
             for record in records:
                 writer.write(record)
             writer.close()
             entry = file_entry(temporary) | {"file": path.name}
-            commit_file(temporary, path)
     except (RuntimeError, OSError) as error:
         raise DcodError(f"cannot write {path}: {error}; free space and run it again") from error
     return entry | {

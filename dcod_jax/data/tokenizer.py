@@ -9,8 +9,9 @@ from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerFast
 
+from dcod_jax.copies import local_directory
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Location, as_path, local_directory
+from dcod_jax.files import Location, as_path
 from dcod_jax.models.config import ModelConfig
 
 Tokenizer: TypeAlias = PreTrainedTokenizerFast

@@ -16,9 +16,10 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from dcod_jax.copies import local_copy, local_directory
 from dcod_jax.data.formats import BadRecordError, Fields, RawTrace, is_request, read_record
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Path, as_path, find, local_copy, local_directory
+from dcod_jax.files import Path, as_path, find
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 _SUFFIXES = (*JSONL_SUFFIXES, ".parquet")

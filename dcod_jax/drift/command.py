@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dcod_jax import config as configs
+from dcod_jax.copies import local_copy
 from dcod_jax.data import chat
 from dcod_jax.data.tokenizer import (
     load_tokenizer,
@@ -41,7 +42,7 @@ from dcod_jax.drift.scores import (
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.problems import read_problems
 from dcod_jax.export.command import MARKER, export_path
-from dcod_jax.files import Path, as_path, commit_file, local_copy, replace_file, scratch, to_json
+from dcod_jax.files import Path, as_path, atomic_write, replace_file, to_json
 from dcod_jax.logs import track
 from dcod_jax.models import hf
 from dcod_jax.parallel.mesh import make_mesh
@@ -263,10 +264,8 @@ def _write(path: Path, measured: Measured, request: dict[str, Any]) -> None:
         for side in ("student", "teacher")
         for field in dataclasses.fields(Scored)
     }
-    with scratch(path) as temporary:
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, request=np.array(to_json(request).decode()), **arrays)
-        commit_file(temporary, path)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, request=np.array(to_json(request).decode()), **arrays)
 
 
 def _read(path: Path, request: dict[str, Any]) -> Measured | None:

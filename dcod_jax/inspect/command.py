@@ -18,7 +18,7 @@ from dcod_jax.data.codec import bytes_per_token
 from dcod_jax.data.dataset import MANIFEST, TraceDataset, check_fingerprints, read_manifest
 from dcod_jax.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Path, as_path, commit_file, scratch
+from dcod_jax.files import Path, as_path, atomic_write
 from dcod_jax.types import Trace
 
 SPLITS = ("train", "eval")
@@ -237,9 +237,8 @@ def export(
     path.parent.mkdir(parents=True, exist_ok=True)
     write = _write_parquet if path.suffix == ".parquet" else _write_jsonl
     try:
-        with scratch(path) as temporary:
+        with atomic_write(path) as temporary:
             count = write(temporary, _batches(datasets, tokenizer, student))
-            commit_file(temporary, path)
     except OSError as error:
         raise DcodError(f"cannot write {path}: {error}") from error
     return count

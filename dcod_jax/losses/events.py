@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from dcod_jax.parallel import collectives
 from dcod_jax.parallel import mesh as meshes
 
 MASKED_LOGIT = -1e30  # of entries that do not count: probability 0, and finite so that 0 * it is 0
@@ -44,12 +45,12 @@ class Layout:
             return function(*arrays)
         names = {True: ("shards", None, None, "vocab"), False: ("shards", None, None, None)}
         specs = [names[as_wide][: array.ndim] for array, as_wide in inputs]
-        return meshes.per_shard(function, self.mesh, specs, names[wide])(*arrays)
+        return collectives.per_shard(function, self.mesh, specs, names[wide])(*arrays)
 
     def piece(self, vocab: int) -> tuple[Array | int, Array | int]:
         """(first entry of this device's piece of the vocabulary, entries of it that count)."""
         whole = vocab * meshes.parts(self.mesh, "vocab")
-        first = meshes.place(self.mesh, "vocab") * vocab
+        first = collectives.place(self.mesh, "vocab") * vocab
         return first, (whole if self.valid_vocab is None else self.valid_vocab) - first
 
 
@@ -85,7 +86,7 @@ def _forward_piece(layout: Layout, logits: Array, ids: Array, targets: Array) ->
     """[*N, K + 2]: the logits of the ids, of the rest and of the target."""
     vocab = logits.shape[-1]
     first, valid = layout.piece(vocab)
-    total = functools.partial(meshes.across, mesh=layout.mesh, logical="vocab")
+    total = functools.partial(collectives.across, mesh=layout.mesh, logical="vocab")
     asked = _local(jnp.concatenate([ids, targets[..., None]], -1), first, vocab)
     chosen = total(logits.at[_at(asked)].get(mode="fill", fill_value=0.0))
     planes = list(_planes(asked[..., :-1], vocab, valid))

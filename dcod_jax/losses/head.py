@@ -30,7 +30,8 @@ from jaxtyping import Array, Bool, Float, Int
 from dcod_jax.errors import DcodError
 from dcod_jax.losses.distributions import mask_padding
 from dcod_jax.losses.divergences import target_logprobs
-from dcod_jax.parallel.mesh import batch_shards, constrain, parts, sum_shards
+from dcod_jax.parallel.collectives import sum_shards
+from dcod_jax.parallel.mesh import batch_shards, constrain, parts
 
 # (logits [..., V] float32, targets [...], aux, shared) -> (loss [...], statistics of [...]).
 # It is differentiated in logits only.

@@ -30,6 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dcod_jax.errors import DcodError
 from dcod_jax.models.layers import attend
+from dcod_jax.parallel import collectives
 from dcod_jax.parallel import mesh as meshes
 
 KINDS = ("auto", "splash", "library", "blocked")
@@ -137,7 +138,7 @@ def _order(length: int, pieces: int) -> np.ndarray:
 
 def _whole(x: Array, pieces: int) -> Array:
     """Inside per_shard: the piece [B, T/c, ...] -> the row in its own order [B, T, ...]."""
-    return _natural(meshes.gather(x, "length", dimension=1), pieces) if pieces > 1 else x
+    return _natural(collectives.gather(x, "length", dimension=1), pieces) if pieces > 1 else x
 
 
 def _over_pieces(
@@ -165,7 +166,7 @@ def _over_pieces(
 
     inputs = (_HEADS, _KV_HEADS, _KV_HEADS, _IDS, ("length",))
     order = jnp.asarray(_order(length, pieces))
-    return meshes.per_shard(piece, mesh, inputs, _HEADS)(query, key, value, segment_ids, order)
+    return collectives.per_shard(piece, mesh, inputs, _HEADS)(query, key, value, segment_ids, order)
 
 
 # ---------------------------------------------------------------- CPU and GPU
@@ -328,5 +329,7 @@ def _splash(
     run = rows
     if mesh is not None and mesh.size > 1:
         tables = kernel.manual_sharding_spec(meshes.sharding(mesh, (None, "length")))
-        run = meshes.per_shard(rows, mesh, (_HEADS, _KV_HEADS, _KV_HEADS, _IDS, tables), _HEADS)
+        run = collectives.per_shard(
+            rows, mesh, (_HEADS, _KV_HEADS, _KV_HEADS, _IDS, tables), _HEADS
+        )
     return run(query, key, value, segment_ids, kernel)[:, :T]

@@ -12,8 +12,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from dcod_jax.copies import Mirror, local_copy
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Location, Path, as_path, filling, local_copy
+from dcod_jax.files import Location, Path, as_path
 from dcod_jax.models import config as configs
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.tensors import Part, Slot, Table, Weight, assemble, slots
@@ -268,7 +269,7 @@ def export_tokenizer(file: Location, directory: Location) -> PreTrainedTokenizer
         **{name: tokens[index] for name, index in ids.items() if index is not None},
     )
     fast.chat_template = _get(reader, "tokenizer.chat_template")
-    with filling(as_path(directory)) as local:
+    with Mirror(as_path(directory)) as local:
         fast.save_pretrained(local)
     return fast
 

@@ -18,8 +18,9 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from dcod_jax.copies import local_copy
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Location, Path, RemotePath, as_path, local_copy, rename, scratch
+from dcod_jax.files import Location, Path, RemotePath, as_path, atomic_write, rename
 from dcod_jax.models import config as configs
 from dcod_jax.models import gguf
 from dcod_jax.models.config import ModelConfig
@@ -332,9 +333,8 @@ def save_params(
 
 def _write_shard(file: Path, tensors: dict[str, np.ndarray]) -> None:
     if isinstance(file, RemotePath):
-        with scratch(file) as local:
+        with atomic_write(file) as local:
             save_file(tensors, local, metadata={"format": "pt"})
-            file.upload(local)
         return
     save_file(tensors, file, metadata={"format": "pt"})
     file.chmod(0o644)  # the library creates it readable by its owner only

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from dcod_jax.errors import DcodError
 from dcod_jax.models import attention, layers
 from dcod_jax.models.config import ModelConfig
+from dcod_jax.parallel import collectives
 from dcod_jax.parallel import mesh as meshes
 from dcod_jax.types import Params
 
@@ -161,14 +162,14 @@ def _with_weights(
         weight = weight.astype(compute_dtype)
         if "embed" not in names:
             return weight
-        return meshes.gather_weight(weight, mesh, "embed", names.index("embed") - 1)
+        return collectives.gather_weight(weight, mesh, "embed", names.index("embed") - 1)
 
     def on_shard(layer: Params, *arrays: Array) -> Any:
         whole = jax.tree_util.tree_map_with_path(gather, axes, layer, is_leaf=meshes.is_names)
         return function(whole, *arrays)
 
     specs = jax.tree.map(lambda names: meshes.spec(names[1:]), axes, is_leaf=meshes.is_names)
-    run = meshes.per_shard(on_shard, mesh, (specs, *(names for names, _ in arrays)), output)
+    run = collectives.per_shard(on_shard, mesh, (specs, *(names for names, _ in arrays)), output)
     return run(layer, *(x for _, x in arrays))
 
 

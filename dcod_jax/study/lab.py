@@ -22,7 +22,7 @@ from dcod_jax.data import pipeline
 from dcod_jax.data.dataset import TraceDataset
 from dcod_jax.drift.scores import DriftModel, draw_samples, measure
 from dcod_jax.errors import DcodError
-from dcod_jax.files import commit_file
+from dcod_jax.files import atomic_write
 from dcod_jax.losses import distill
 from dcod_jax.losses.distill import LossConfig
 from dcod_jax.models import hf, transformer
@@ -161,11 +161,9 @@ class Lab:
         for steps, snapshot in kept.items():
             path = self._start_file(config, steps, seed)
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            with open(temporary, "wb") as file:
+            with atomic_write(path) as temporary, open(temporary, "wb") as file:
                 arrays = {f"{i}": leaf for i, leaf in enumerate(jax.tree.leaves(snapshot))}
                 np.savez(file, **arrays)
-            commit_file(temporary, path)
 
     # ------------------------------------------------------------ training
 

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 from tensorboardX import SummaryWriter
 
+from dcod_jax.copies import Mirror
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Location, Mirror, Path, as_path
+from dcod_jax.files import Location, Path, as_path
 
 # First position within the completion of each bucket: [0,16), [16,32), ..., [1024, ∞).
 POSITION_BUCKETS = (0, 16, 32, 64, 128, 256, 512, 1024)

@@ -14,7 +14,8 @@ from typing import Any
 
 import jax
 
-from dcod_jax.files import Mirror, Path, replace_file, to_json
+from dcod_jax.copies import Mirror
+from dcod_jax.files import Path, replace_file, to_json
 
 GOODPUT = "goodput.json"
 PHASES = ("data_wait", "dispatch", "device")

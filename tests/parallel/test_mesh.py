@@ -8,6 +8,7 @@ import pytest
 
 from dcod_jax.errors import DcodError
 from dcod_jax.models import transformer
+from dcod_jax.parallel import collectives
 from dcod_jax.parallel import mesh as meshes
 from dcod_jax.train.checkpoint import Checkpointer
 from dcod_jax.train.optim import OptimConfig, make_optimizer
@@ -92,7 +93,7 @@ SNAKE = [(x if y % 2 == 0 else 3 - x, y, 0) for y in range(4) for x in range(4)]
     ],
 )
 def test_a_scatter_along_a_torus_goes_one_dimension_after_the_other(places, sizes):
-    stages = meshes.torus_stages(np.array(places))
+    stages = collectives.torus_stages(np.array(places))
     assert [len(groups[0]) for groups in stages] == sizes
     pieces = [list(range(len(places)))] * len(places)  # what each position still holds
     for groups in stages:
@@ -114,7 +115,7 @@ def test_partial_sums_are_added_over_the_shards_and_split(sizes):
     mesh = meshes.make_mesh(1, **sizes)
     shards = 8 // sizes.get("tensor", 1)
     partials = np.random.default_rng(0).normal(size=(shards, 128, 6)).astype(np.float32)
-    got = jax.jit(lambda x: meshes.sum_shards(x, mesh, "embed", "vocab"))(partials)
+    got = jax.jit(lambda x: collectives.sum_shards(x, mesh, "embed", "vocab"))(partials)
     np.testing.assert_allclose(got, partials.sum(0), atol=1e-5)
     assert got.sharding.is_equivalent_to(meshes.sharding(mesh, ("embed", "vocab")), 2)
 

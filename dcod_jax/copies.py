@@ -1,0 +1,137 @@
+"""Copies of a store's files on this machine: cached for reading, mirrored for writing."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterator
+
+from dcod_jax.errors import DcodError
+from dcod_jax.files import Path, RemotePath, file_sha256
+
+CACHE = "DCOD_CACHE_DIR"  # environment variable: where copies of remote files are kept
+
+
+def local_copy(path: Path, *, sha256: str = "") -> pathlib.Path:
+    """A local file with this content: the path itself, or its copy in the cache.
+
+    The copy is found by sha256 where that is known, else by the object's version, so that a
+    changed object is copied again. With sha256 the copy is hashed each time, and a damaged one is
+    fetched anew. Raises DcodError when it cannot be fetched or has another hash.
+    """
+    if isinstance(path, pathlib.Path):
+        return path
+    with _copying(path):
+        copy = _cached(sha256 or _digest(str(path), path.version())) / path.name
+        if not copy.is_file() or (sha256 and file_sha256(copy) != sha256):
+            _fetch(path, copy)
+            if sha256 and (found := file_sha256(copy)) != sha256:
+                copy.unlink()
+                raise DcodError(
+                    f"{path} is damaged: expected sha256 {sha256}, found {found}; restore it from "
+                    "a good copy, or prepare (and score) the dataset again"
+                )
+    return copy
+
+
+def local_directory(
+    path: Path, *, wanted: Callable[[str], bool] = lambda name: True
+) -> pathlib.Path:
+    """A local directory with the files of `path` whose names are wanted, or the path itself."""
+    if isinstance(path, pathlib.Path):
+        return path
+    with _copying(path):
+        files = [file for file in path.rglob("*") if wanted(file.name)]
+        copies = _cached(_digest(str(path), *(f"{file} {file.version()}" for file in files)))
+        for file in files:
+            copy = copies / file.relative_to(path)
+            if not copy.is_file():
+                _fetch(file, copy)
+    return copies
+
+
+@contextlib.contextmanager
+def _copying(path: RemotePath) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DcodError(
+            f"{path} cannot be copied to this machine: {error}; see that it can be read and that "
+            f"{_cached('').parent} (set {CACHE}) has room"
+        ) from error
+
+
+def _cached(digest: str) -> pathlib.Path:
+    """The directory of a digest in $DCOD_CACHE_DIR, else in ~/.cache/dcod_jax."""
+    home = os.environ.get(CACHE) or pathlib.Path.home() / ".cache" / "dcod_jax"
+    return pathlib.Path(home) / digest[:32]
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _fetch(path: RemotePath, copy: pathlib.Path) -> None:
+    """Download under a name of this process, because others may fetch the same file."""
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    temporary = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
+    try:
+        path.download(temporary)
+        os.replace(temporary, copy)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Mirror:
+    """A local directory whose files `send` copies to a place in a store.
+
+    For a local path it is the directory itself and nothing is sent. It begins with those files of
+    the store that `fetch` names; a file that was sent and is gone from the directory is removed
+    from the store. As a context manager it sends at the end, unless the body raised.
+    """
+
+    def __init__(self, path: Path, *, fetch: tuple[str, ...] = ()):
+        self.path, self._opened = path, contextlib.ExitStack()
+        self._sent: dict[str, tuple[int, int]] = {}
+        if isinstance(path, pathlib.Path):
+            self.directory = path
+            return
+        spool = tempfile.TemporaryDirectory(prefix="dcod_jax-")
+        self.directory = pathlib.Path(self._opened.enter_context(spool))
+        for name in fetch:
+            if (path / name).is_file():
+                (path / name).download(self.directory / name)
+        self._sent = self._present()
+
+    def _present(self) -> dict[str, tuple[int, int]]:
+        found = {path: path.stat() for path in self.directory.rglob("*") if path.is_file()}
+        names = {path: path.relative_to(self.directory).as_posix() for path in found}
+        return {names[path]: (now.st_size, now.st_mtime_ns) for path, now in found.items()}
+
+    def send(self) -> None:
+        """Upload every file that changed since the last time; an object is replaced whole."""
+        if isinstance(self.path, pathlib.Path):
+            return
+        present = self._present()
+        for name in sorted(present.keys() | self._sent.keys()):
+            if name not in present:
+                (self.path / name).unlink(missing_ok=True)
+            elif present[name] != self._sent.get(name):
+                (self.path / name).upload(self.directory / name)
+        self._sent = present
+
+    def close(self) -> None:
+        """Send the rest and remove the local directory of a remote one."""
+        self.send()
+        self._opened.close()
+
+    def __enter__(self) -> pathlib.Path:
+        return self.directory
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.send()
+        self._opened.close()
