@@ -254,11 +254,15 @@ def atomic_write(path: Path) -> Iterator[pathlib.Path]:
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
-        _fsync(temporary)
-        os.replace(temporary, path)
-        _fsync(path.parent)
+        _commit(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _commit(temporary: pathlib.Path, final: pathlib.Path) -> None:
+    _fsync(temporary)
+    os.replace(temporary, final)
+    _fsync(final.parent)
 
 
 def _fsync(path: pathlib.Path) -> None:

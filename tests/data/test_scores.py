@@ -165,7 +165,7 @@ def test_scoring_killed_at_every_border_ends_with_the_same_bytes(tmp_path):
     deaths = [
         "die_in(fake_traces, 'fake_scores', 2)",  # in the middle of a shard
         "die_in(scores.Blocks, 'commit', 1)",  # the shard has its name, but is not noted down
-        "die_in(files, 'commit_file', 2)",  # written, not renamed
+        "die_in(files, '_commit', 4)",  # written, not renamed
         "die_in(scores, 'write_manifest', 1)",  # all shards done
         "die_in(scores, '_clean', 1)",  # old shards beside the new manifest
         "",
