@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -53,7 +54,11 @@ VERBS: dict[str, Verb] = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry of `dcod`."""
-    words = sys.argv[1:] if argv is None else list(argv)
+    with _readable_end():
+        _main(sys.argv[1:] if argv is None else list(argv))
+
+
+def _main(words: list[str]) -> None:
     if not words or words[0] in ("-h", "--help", "help"):
         print(overview())
     elif words[0] in ("-V", "--version"):
@@ -103,6 +108,17 @@ def run(verb: str, argv: Sequence[str] | None = None) -> None:
 
 def _command(verb: str, function: str) -> Callable[[Any], object]:
     return getattr(importlib.import_module(f"dcod_jax.{verb}.command"), function)
+
+
+@contextlib.contextmanager
+def _readable_end() -> Iterator[None]:
+    """Where the reader of the output left (`| head`), the process ends without a traceback."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None  # as a shell says of SIGPIPE
 
 
 @contextlib.contextmanager

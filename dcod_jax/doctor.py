@@ -109,8 +109,11 @@ def _devices(problems: list[str]) -> Iterator[str]:
             yield f"{device.platform} {device.id}: {device.device_kind}{limit}"
             if total != 128 * 128 * 32:
                 problems.append(f"{device} computes wrong: expected {128 * 128 * 32}, got {total}")
-    except (RuntimeError, OSError) as error:
-        problems.append(f"JAX cannot use its devices: {error}")
+    except (RuntimeError, OSError, AssertionError) as error:  # jax asserts that a platform is there
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        problems.append(
+            f"JAX cannot use its devices (JAX_PLATFORMS={asked!r}): {error or type(error).__name__}"
+        )
         return
     for kind, files in ACCELERATORS.items():
         there = any(pathlib.Path(file).exists() for file in files)

@@ -64,3 +64,10 @@ def test_help_of_a_verb_loads_no_array_library(verb):
     assert done.returncode == 0, done.stderr
     assert "usage: dcod" in done.stdout
     assert done.stderr == "[]\n"
+
+
+def test_output_whose_reader_left_ends_without_a_traceback():
+    command = f"{sys.executable} -m dcod_jax train --help | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    assert done.stdout.startswith("Distil a student")
