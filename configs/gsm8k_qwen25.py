@@ -17,13 +17,14 @@ def get_config():
     c.student.path = "models/Qwen2.5-1.5B-Instruct"
     c.teacher.path = "models/Qwen2.5-7B-Instruct"
 
-    # The same system message for traces, training and evaluation; it is the one of Qwen2.5-Math.
+    # One system message for traces, training and evaluation: that of Qwen2.5-Math.
     c.prepare.system_prompt = (
         "Please reason step by step, and put your final answer within \\boxed{}."
     )
     c.generate.prompts = "data/prompts.jsonl"
     c.generate.samples = 4
     c.generate.max_new_tokens = 512
+    c.generate.batch_size = 256
     c.prepare.overlap_files = ("data/gsm8k_test.jsonl",)
 
     c.data.eval_fraction = 0.02
@@ -42,6 +43,7 @@ def get_config():
     c.evaluate.sets = ("gsm8k=data/gsm8k_test.jsonl",)
     c.evaluate.instruction = ""  # the system message says it
     c.evaluate.max_new_tokens = 512
+    c.evaluate.batch_size = 256
     c.report.at_end = True
     c.compare = ("sft loss.weights.name=uniform", "discord loss.weights.name=sigmoid")
     return c

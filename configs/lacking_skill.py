@@ -1,14 +1,14 @@
-"""The quickstart from a student that lacks the skill: what a fixed temperature does to it.
+"""The quickstart from a student that lacks the skill: SFT, a fixed and an automatic temperature.
 
     python tools/make_quickstart_assets.py data
     python -m dcod_jax.train --config configs/quickstart_student.py \\
         --config.run_dir=build/quickstart/early --config.train.steps=300
     python -m dcod_jax.train --config configs/lacking_skill.py
 
-The first two commands make the student, which solves about 7 % of the validation problems. Then
-plain SFT, the sigmoid at temperature 1 and the sigmoid with the automatic temperature are trained
-from it and compared on the validation problems, from which the defaults of
-loss.weights.target_loss and smoothing were chosen. Results: docs/auto_temperature.md.
+The first two commands make the student, which solves about 7 % of the validation problems. The
+third trains it with plain SFT, with the sigmoid at temperature 1 and with the automatic
+temperature, and compares them on the validation problems. They decided the defaults of
+loss.weights.target_loss and smoothing. Results: docs/auto_temperature.md.
 """
 
 from dcod_jax.configs.quickstart import ASSETS

@@ -3,8 +3,8 @@
     python tools/make_quickstart_assets.py data
     python -m dcod_jax.train --config configs/quickstart_student.py
 
-Short on purpose, its steps chosen by the validation problems: it solves about half of them. The
-weights correct the drift of a student that has the skill; they do not teach it the skill.
+It solves about half of the validation problems, which decided its steps. The weights correct the
+drift of a student that has the skill; they do not teach the skill.
 """
 
 from quickstart_teacher import get_config as teacher

@@ -6,9 +6,9 @@
 
 TRAIN and TEST are GSM8K's files (question, answer), or the first lines of them.
 
-The student is SmolLM2-135M-Instruct without six of its thirty layers, the teacher whose log-probs
-the weights use is the whole model: it did not write the traces, but theirs are the only log-probs
-that a small machine can have. For traces with several completions in a field `code`:
+The student is SmolLM2-135M-Instruct without six of its thirty layers. The weights use the log-probs
+of the whole model, which did not write the traces but fits a small machine. For traces with several
+completions in a field `code`:
 
     --config.run_dir=runs/study-qwen --config.data.traces=TRACES.jsonl
     --config.prepare.completion_field=code
