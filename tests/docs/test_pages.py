@@ -9,9 +9,9 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = (ROOT / "docs", ROOT / ".github")
 PAGES = [ROOT / "README.md", *sorted(page for folder in FOLDERS for page in folder.rglob("*.md"))]
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-PLACE = re.compile(r"(?<![\w/.-])(?:dcod_jax|tools|configs|tests|docs)/[\w./-]*\w")
-# Made by a command of the page, not part of the checkout.
-MADE = {"configs/my_recipe.py", "dcod_jax/my_verb"}
+PLACE = re.compile(r"(?<![\w/.:-])(?:dcod_jax|tools|configs|tests|docs)/[\w./-]*\w")
+# Written by the reader, not part of the checkout.
+MADE = {"configs/my_recipe.py"}
 
 
 def prose(page: Path) -> list[str]:
