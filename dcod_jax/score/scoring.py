@@ -60,7 +60,7 @@ def open_teacher(settings: Any, *, chat_template: str = "") -> Teacher:
     path = as_path(settings.path)
     return Teacher(
         path=path,
-        name=settings.name or path.stem,
+        name=settings.name or path.name.removesuffix(".gguf"),
         revision=settings.revision,
         weights=weights_fingerprint(path),
         dtype=settings.dtype,

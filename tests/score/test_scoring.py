@@ -279,12 +279,12 @@ def test_another_teacher_is_refused_unless_asked_for(tmp_path, teacher):
     root = write_dataset(tmp_path / "data", teacher)
     score(make_config(root, teacher))
     first = hashes(root)
-    other = tiny.write_model(tmp_path / "other", seed=6)
+    other = tiny.write_model(tmp_path / "Other2.5-1B", seed=6)
     with pytest.raises(DcodError, match=r"score\.overwrite"):
         score(make_config(root, other))
     assert hashes(root) == first
     manifest = score(make_config(root, other, score__overwrite="true"))["train"]
-    assert manifest["teacher"]["name"] == "other"
+    assert manifest["teacher"]["name"] == "Other2.5-1B"
     assert manifest["teacher"]["weights"] == hf.weights_fingerprint(other)
 
 
