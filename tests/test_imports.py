@@ -19,14 +19,15 @@ LEVELS = """
     data.formats data.traces data.pipeline
     models.gguf models.hf data.tokenizer data.chat
     sample.stop_strings sample.sampling sample.decoding sample.sampler
-    evaluate.answers evaluate.statistics evaluate.benchmarks evaluate.grading evaluate.problems
+    evaluate.benchmarks evaluate.answers evaluate.grading evaluate.problems evaluate.prompts
+    evaluate.generations evaluate.statistics evaluate.metrics
     train.optim train.metrics train.profiling train.settings config_checks config doctor cli
     train.checkpoint train.local_checkpoints train.forward train.step
-    score.scoring evaluate.generations evaluate.problem_sets evaluate.details
+    score.scoring
     prepare.delivered prepare.overlap prepare.filters
     generate_traces.command prepare.command score.command inspect.arguments inspect.command
     drift.curves drift.scores
-    train.start train.on_policy export.command evaluate.comparison evaluate.command
+    train.start train.on_policy export.command evaluate.command
     evaluate.lm_eval_model drift.command report.arguments report.data report.traces report.command
     plan.chips plan.hlo plan.programs plan.estimate plan.command
     train.log train.stages train.command

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import decimal
 import re
+from collections.abc import Callable
 
 MAX_ANSWER_CHARS = 500  # a longer answer is compared by its spelling only
 
@@ -66,7 +67,7 @@ def _last_boxed(text: str) -> str | None:
 
 def _last_match(pattern: re.Pattern[str], text: str) -> str | None:
     found = None
-    for match in pattern.finditer(text):
+    for match in pattern.finditer(text):  # not a list: a text may have very many
         found = match
     return None if found is None else found.group(found.lastindex or 0).strip()
 
@@ -77,38 +78,36 @@ def _sentence(text: str) -> str:
     return (text[: end.start()] if end else text).strip()
 
 
-def _without_unit(answer: str) -> str:
+def _without_unit(answer: str | None) -> str | None:
     """A plain number in words of its unit: "**18** eggs" -> "18"."""
-    match = _WITH_UNIT.fullmatch(answer)
+    match = _WITH_UNIT.fullmatch(answer) if answer else None
     if match is None or _NOT_UNITS & set(match.group(2).lower().split()):
         return answer
     return match.group(1)
 
 
-def extract_answer(text: str) -> Extraction | None:
-    r"""The final answer of a completion, by the first rule that finds one.
+# Where a completion is searched, in this order; the first rule that finds an answer gives it.
+EXTRACTION_RULES: dict[str, Callable[[str], str | None]] = {
+    "boxed": _last_boxed,  # the last non-empty \boxed{...}
+    "hash": lambda text: _without_unit(_last_match(_HASH, text)),  # the last line `#### X`
+    # The last line `A: X`, `Answer: X` or `Final answer: X`.
+    "answer_line": lambda text: _without_unit(_last_match(_ANSWER_LINE, text)),
+    # What follows the last "answer is", to the end of its sentence.
+    "answer_is": lambda text: _without_unit(_sentence(_last_match(_ANSWER_IS, text) or "")),
+    "last_number": lambda text: _last_match(_LAST_NUMBER, text),
+}
 
-    1. `boxed`: the last non-empty \boxed{...};  2. `hash`: the last line `#### X`;
-    3. `answer_line`: the last line `A: X`, `Answer: X`, `Final answer: X`;
-    4. `answer_is`: after the last "answer is", to the end of that sentence;
-    5. `last_number`: the last plain number of the text. None when there is none of these.
-    After 2 to 4 a number followed by nothing but its unit in words is taken without the unit.
+
+def extract_answer(text: str) -> Extraction | None:
+    r"""The final answer of a completion by the first of EXTRACTION_RULES that finds one.
 
     >>> extract_answer("so 4 eggs.\n#### 4")
     Extraction(answer='4', rule='hash')
     """
-    boxed = _last_boxed(text)
-    if boxed is not None:
-        return Extraction(boxed, "boxed")
-    for rule, pattern in (("hash", _HASH), ("answer_line", _ANSWER_LINE)):
-        found = _last_match(pattern, text)
-        if found:
-            return Extraction(_without_unit(found), rule)
-    found = _last_match(_ANSWER_IS, text)
-    if found and _sentence(found):
-        return Extraction(_without_unit(_sentence(found)), "answer_is")
-    found = _last_match(_LAST_NUMBER, text)
-    return Extraction(found, "last_number") if found else None
+    for rule, find in EXTRACTION_RULES.items():
+        if found := find(text):
+            return Extraction(found, rule)
+    return None
 
 
 def reference_answer(answer: str) -> str:
@@ -116,11 +115,11 @@ def reference_answer(answer: str) -> str:
 
     A reference without such a mark is the answer itself ("The answer is" is not looked for).
     """
-    boxed = _last_boxed(answer)
-    if boxed is not None:
-        return boxed
-    return _last_match(_HASH, answer) or _last_match(_ANSWER_LINE, answer) or answer.strip()
+    marked = _last_boxed(answer) or _last_match(_HASH, answer) or _last_match(_ANSWER_LINE, answer)
+    return marked or answer.strip()
 
+
+# ---------------------------------------------------------------- normalisation, comparison
 
 _PLAIN = re.compile(r"[-+]?(?:\d{1,60}(?:\.\d{0,60})?|\.\d{1,60})")
 _STYLE = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|textrm)\s*\{([^{}]*)\}")

@@ -1,7 +1,7 @@
-r"""The benchmarks that evaluate knows by name: where they are, and what their fields mean.
+r"""The benchmarks that evaluate.sets knows by name: where they are and what their fields mean.
 
-Data only; problem_sets.py reads them. Hub ids and fields are as the sets are published; a local
-JSONL copy has the same fields, or those of any problem file ({prompt, answer}).
+A new benchmark is one entry of BENCHMARKS; problems.py reads it. Hub ids and fields are those of
+the published sets. A local JSONL copy has the same fields or those of a problem file.
 """
 
 from __future__ import annotations
@@ -13,90 +13,53 @@ BOXED = "Please reason step by step, and put your final answer within \\boxed{}.
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    r"""One set. `mark` says how the answer is written inside `answer` when it is a worked solution:
-    "hash" (`#### N`), "boxed" (\boxed{N}); "list": a list of answers; "": the field is it."""
+    r"""Where one benchmark is, and its fields.
+
+    `mark` says how the field `answer` holds the final answer: "hash" after `####` and "boxed" in
+    \boxed{} of a worked solution, "list" as a list of answers, "" as it is.
+    """
 
     hub: str
     split: str
-    prompt: str
-    answer: str
+    prompt: str = "problem"
+    answer: str = "answer"
     subset: str = ""  # configuration of the hub dataset
     mark: str = ""
-    name: str = ""  # field of the problem's id; empty: its place
+    name: str = ""  # field with the problem's id; empty: its position
     difficulty: str = ""  # field to group accuracy by
-    instruction: str = BOXED  # added behind each problem in the chat form
+    instruction: str = BOXED  # follows each problem in the chat form
 
 
 BENCHMARKS = {
-    "gsm8k": Benchmark(
-        hub="openai/gsm8k",
-        subset="main",
-        split="test",
-        prompt="question",
-        answer="answer",
-        mark="hash",
-    ),
+    "gsm8k": Benchmark("openai/gsm8k", "test", prompt="question", subset="main", mark="hash"),
     "math": Benchmark(
-        hub="DigitalLearningGmbH/MATH-lighteval",
-        split="test",
-        prompt="problem",
+        "DigitalLearningGmbH/MATH-lighteval",
+        "test",
         answer="solution",
         mark="boxed",
         difficulty="level",
     ),
-    "math500": Benchmark(
-        hub="HuggingFaceH4/MATH-500",
-        split="test",
-        prompt="problem",
-        answer="answer",
-        name="unique_id",
-        difficulty="level",
-    ),
-    "amc23": Benchmark(
-        hub="math-ai/amc23",
-        split="test",
-        prompt="question",
-        answer="answer",
-        name="id",
-    ),
-    "aime24": Benchmark(
-        hub="HuggingFaceH4/aime_2024",
-        split="train",
-        prompt="problem",
-        answer="answer",
-        name="id",
-    ),
-    "aime25": Benchmark(
-        hub="math-ai/aime25",
-        split="test",
-        prompt="problem",
-        answer="answer",
-        name="id",
-    ),
+    "math500": Benchmark("HuggingFaceH4/MATH-500", "test", name="unique_id", difficulty="level"),
+    "amc23": Benchmark("math-ai/amc23", "test", prompt="question", name="id"),
+    "aime24": Benchmark("HuggingFaceH4/aime_2024", "train", name="id"),
+    "aime25": Benchmark("math-ai/aime25", "test", name="id"),
     "olympiadbench": Benchmark(
-        hub="Hothan/OlympiadBench",
+        "Hothan/OlympiadBench",
+        "train",
         subset="OE_TO_maths_en_COMP",  # open-ended, text only, mathematics, English
-        split="train",
         prompt="question",
         answer="final_answer",
         mark="list",
         name="id",
     ),
-    "omnimath": Benchmark(
-        hub="KbsdJames/Omni-MATH",
-        split="test",
-        prompt="problem",
-        answer="answer",
-        difficulty="difficulty",
-    ),
+    "omnimath": Benchmark("KbsdJames/Omni-MATH", "test", difficulty="difficulty"),
 }
 
 
 def parse_set(text: str) -> tuple[str, str]:
     """(name, place) of an entry of evaluate.sets: "gsm8k" -> ("gsm8k", ""), "x=f.jsonl" -> ...
 
-    The place of a benchmark is its hub id when none is given. Raises ValueError for a name that is
-    no benchmark and has no place.
+    Raises ValueError for an entry without a name and for an unknown name without a place.
     """
     name, _, place = text.partition("=")
     name, place = name.strip(), place.strip()

@@ -1,20 +1,63 @@
 """Grade models on benchmarks and held-out problems: teacher, start and exported students.
 
 Reads evaluate.problems and evaluate.sets and, of teacher.path, student.path and the run's exports
-(one for each variant of compare), those that exist; writes run_dir/evaluation/ (every generation
-with its grade, results.json; one folder for each set) and prints the tables. The same command
+(one for each variant of compare), those that exist. Writes run_dir/evaluation/: every generation
+with its grade and results.json, in one folder for each set. Prints the tables. The same command
 after an interruption goes on with the blocks of answers that are left.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import time
 from typing import Any
 
+import jax.numpy as jnp
+
 from dcod_jax import config as configs
+from dcod_jax.data.blocks import BlockFiles
+from dcod_jax.data.tokenizer import (
+    Tokenizer,
+    load_tokenizer,
+    student_tokenizer,
+    template_fingerprint,
+    tokenizer_fingerprint,
+)
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.benchmarks import BENCHMARKS
-from dcod_jax.evaluate.comparison import compare
+from dcod_jax.evaluate.generations import (
+    Generation,
+    Sampling,
+    answer,
+    read_generations,
+    sampling_of,
+    to_line,
+)
+from dcod_jax.evaluate.grading import Grader
+from dcod_jax.evaluate.metrics import (
+    accuracy_table,
+    detail_tables,
+    measure,
+    paired_difference,
+    show,
+)
+from dcod_jax.evaluate.problems import ProblemSet, problem_sets
+from dcod_jax.evaluate.prompts import PLAIN_STOP, PromptForm, prompt_form
 from dcod_jax.export.command import MARKER, export_path
+from dcod_jax.files import Path, as_path, rename, replace_file, to_json
+from dcod_jax.logs import track
+from dcod_jax.models import hf
+from dcod_jax.parallel import hosts
+from dcod_jax.sample.decoding import DecodingParams
+from dcod_jax.sample.sampler import check_room, decoding_params
+
+log = logging.getLogger(__name__)
+
+BATCHES_IN_BLOCK = 4  # decoded between two appends to the file of generations
 
 
 def evaluate(config: Any) -> None:
@@ -24,15 +67,204 @@ def evaluate(config: Any) -> None:
             "evaluate.problems is empty (expected a JSONL file of {prompt, answer}), and so is "
             f"evaluate.sets (expected names: {', '.join(BENCHMARKS)})"
         )
-    models = {"teacher": config.teacher.path, "start": config.student.path}
+    paths = {"teacher": config.teacher.path, "start": config.student.path}
     for name, variant in configs.variants(config):
         path = export_path(variant)
         if (path / MARKER).is_file():
-            models[name or "student"] = str(path)
-    models = {name: path for name, path in models.items() if path}
-    if not models:
+            paths[name or "student"] = str(path)
+    paths = {name: path for name, path in paths.items() if path}
+    if not paths:
         raise DcodError(
             f"nothing to evaluate: no export in {export_path(config)}; set student.path to an HF "
             "directory, or run `python -m dcod_jax.export` first"
         )
-    compare(config, models, detailed=True)
+    compare(config, paths, detailed=True)
+
+
+def compare(config: Any, paths: dict[str, str], *, detailed: bool = False) -> None:
+    """Grade {model name: path} on every set; write and print the results.
+
+    run_dir/evaluation has the generations of evaluate.problems and results.json, and a folder of
+    that kind for each set. What is already answered with the same settings is not asked again.
+    """
+    sets = problem_sets(config)
+    folder = as_path(config.run_dir) / "evaluation"
+    answers: dict[str, dict[str, tuple[list[Generation], float]]] = {s.name: {} for s in sets}
+    with Grader(timeout=config.prepare.grade_timeout, workers=config.prepare.workers) as grader:
+        for name, path in paths.items():
+            model = _EvaluatedModel(config, name, path)
+            for problem_set in sets:
+                home = folder / problem_set.name
+                home.mkdir(parents=True, exist_ok=True)
+                answers[problem_set.name][name] = grade_set(
+                    config, model, problem_set, home, grader
+                )
+    students = [name for name in paths if name not in ("teacher", "start")]
+    baseline = students[0] if len(students) > 1 else "start"
+    for problem_set in sets:
+        rows = compared_rows(answers[problem_set.name], baseline=baseline)
+        if hosts.first():
+            results = {"baseline": baseline, "models": rows}
+            replace_file(folder / problem_set.name / "results.json", to_json(results))
+        show(accuracy_table(_title(config, problem_set), rows, baseline=baseline))
+        if detailed:
+            show(*detail_tables(problem_set.name or "problems", rows))
+    log.info("every generation with its grade: %s", folder)
+
+
+def compared_rows(
+    answers: dict[str, tuple[list[Generation], float]], *, baseline: str
+) -> dict[str, dict[str, Any]]:
+    """The metrics of each model, from its generations and the seconds they took.
+
+    difference is the accuracy minus the baseline's on the same problems.
+    """
+    rows = {}
+    for name, (generations, seconds) in answers.items():
+        rows[name] = measure(generations, seconds=seconds)
+        if baseline in answers and name != baseline:
+            difference = paired_difference(answers[baseline][0], generations)
+            keys = ("difference", "difference_low", "difference_high")
+            rows[name] |= dict(zip(keys, difference, strict=True))
+    return rows
+
+
+def _title(config: Any, problem_set: ProblemSet) -> str:
+    settings, count = config.evaluate, len(problem_set.problems)
+    kind = "accuracy" if settings.samples == 1 else f"pass@1 of {settings.samples} answers"
+    how = "Greedy" if settings.temperature == 0 else f"Temperature {settings.temperature:g}"
+    if problem_set.name:
+        return f"{problem_set.name}: {how} {kind} on {count} problems"
+    return f"{how} {kind} on {count} held-out problems"
+
+
+# ---------------------------------------------------------------- one set, one model
+
+
+class _EvaluatedModel:
+    """One model of the comparison; its parameters are read when a set is not answered yet."""
+
+    def __init__(self, config: Any, name: str, path: str):
+        self.config, self.name, self.path = config, name, as_path(path)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The start is asked with the tokenizer it is trained with, others with their own."""
+        if self.name == "start":
+            return student_tokenizer(self.config.student)
+        return load_tokenizer(self.path, chat_template=self.config.student.chat_template)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return hf.weights_fingerprint(self.path)
+
+    @functools.cached_property
+    def share(self) -> tuple[Any, int, int]:
+        """(mesh, i, n): this process answers every n-th block from i on, on this mesh."""
+        return hosts.share(self.config)
+
+    @functools.cached_property
+    def loaded(self) -> DecodingParams:
+        mesh, *_ = self.share
+        model_config, params = hf.load_model(self.path, dtype=jnp.float32, mesh=mesh)
+        return decoding_params(
+            model_config,
+            params,
+            valid_vocab=len(self.tokenizer),
+            compute_dtype=self.config.student.compute_dtype,
+            mesh=mesh,
+        )
+
+
+def _sampling(config: Any) -> Sampling:
+    """The plain form stops at the next question."""
+    stop = (PLAIN_STOP,) if config.evaluate.form == "plain" else ()
+    return sampling_of(config.evaluate, seed=config.seed, stop=stop)
+
+
+def _request(
+    config: Any, model: _EvaluatedModel, problem_set: ProblemSet, form: PromptForm
+) -> dict[str, Any]:
+    """What the answers follow from; the batch size and the mesh are not in it."""
+    rows = [[p.id, p.messages, p.answer] for p in problem_set.problems]
+    asked = json.dumps(rows, ensure_ascii=False, sort_keys=True)
+    return {
+        "problems": hashlib.sha256(asked.encode()).hexdigest(),
+        "weights": model.fingerprint,
+        "tokenizer": tokenizer_fingerprint(model.tokenizer),
+        "template": template_fingerprint(model.tokenizer),
+        "prompt": dataclasses.asdict(form),
+        "sampling": dataclasses.asdict(_sampling(config)),
+        "max_new_tokens": config.evaluate.max_new_tokens,
+        "compute_dtype": config.student.compute_dtype,
+        "grade_timeout": config.prepare.grade_timeout,
+    }
+
+
+def grade_set(
+    config: Any, model: _EvaluatedModel, problem_set: ProblemSet, folder: Path, grader: Grader
+) -> tuple[list[Generation], float]:
+    """(graded answers of one model to one set, seconds), kept in folder/<model>.jsonl.
+
+    An interrupted evaluation goes on with the blocks that are left. Answers that were given under
+    other settings are kept as <model>.previous.jsonl and asked again.
+    """
+    form = prompt_form(config, problem_set)
+    path = folder / f"{model.name}.jsonl"
+    files = BlockFiles([path], _request(config, model, problem_set, form))
+    manifest, other = files.finished()
+    if manifest is None:
+        hosts.barrier(f"look for the answers of {model.name}")
+        if other and hosts.first():
+            previous = folder / f"{model.name}.previous.jsonl"
+            rename(path, previous)
+            log.info("%s was written %s: kept as %s, asked again", path, other, previous.name)
+        _answer_rest(config, model, problem_set, form, files, grader)
+        manifest = files.finish()
+    return read_generations(path), manifest["seconds"]
+
+
+def _answer_rest(
+    config: Any,
+    model: _EvaluatedModel,
+    problem_set: ProblemSet,
+    form: PromptForm,
+    files: BlockFiles,
+    grader: Grader,
+) -> None:
+    settings, sampling = config.evaluate, _sampling(config)
+    asked = [(p, k) for p in problem_set.problems for k in range(sampling.samples)]
+    prompts = [form.prompt(model.tokenizer, problem) for problem in problem_set.problems]
+    check_room(
+        hf.read_config(model.path),
+        prompts,
+        [f"{problem.source}: the prompt" for problem in problem_set.problems],
+        max_new_tokens=settings.max_new_tokens,
+        key="evaluate.max_new_tokens",
+    )
+    _, process, processes = model.share
+    most = -(-len(asked) // processes)  # so that no process is left without any
+    done, left = files.pending(len(asked), min(BATCHES_IN_BLOCK * settings.batch_size, most))
+    label = f"evaluating {model.name}" + (f" on {problem_set.name}" if problem_set.name else "")
+    if done:
+        log.info("%s: going on after %d answers", label, done)
+    own = left[process::processes]
+    total, enabled = sum(map(len, own)), config.train.progress
+    with track(label, total, unit="answers", enabled=enabled) as bar:
+        for block in own:
+            began = time.monotonic()
+            generations = answer(
+                model.loaded,
+                model.tokenizer,
+                [asked[i] for i in block],
+                [prompts[i // sampling.samples] for i in block],
+                indices=block,
+                sampling=sampling,
+                max_new_tokens=settings.max_new_tokens,
+                batch_size=settings.batch_size,
+                grader=grader,
+                on_batch=lambda sequences, tokens: bar(sequences),
+            )
+            if processes > 1 or hosts.first():
+                counts = {"answered": len(block), "seconds": time.monotonic() - began}
+                files.write(block, ["".join(map(to_line, generations))], counts)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -87,13 +87,13 @@ class DcodLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self.tokenizer.eos_token_id
+        return cast(int, self.tokenizer.eos_token_id)
 
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text without context: bos, or eos where there is none."""
         bos = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else bos
+        return self.eot_token_id if bos is None else cast(int, bos)
 
     @property
     def tokenizer_name(self) -> str:
@@ -105,7 +105,7 @@ class DcodLM(TemplateLM):
     ) -> list[int]:
         """Token ids; a bos is added where the tokenizer does so and the text has none yet."""
         if add_special_tokens is None:
-            bos = self.tokenizer.bos_token
+            bos = str(self.tokenizer.bos_token or "")
             add_special_tokens = not (bos and string.startswith(bos))
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
@@ -114,13 +114,14 @@ class DcodLM(TemplateLM):
     ) -> str:
         if chat_template(self.tokenizer) is None:
             raise DcodError(f"{self.path} has no chat template; give model_args chat_template=FILE")
-        return self.tokenizer.apply_chat_template(
+        text = self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
             date_string=chat.TEMPLATE_DATE,
         )
+        return cast(str, text)
 
     # ------------------------------------------------------------ log-likelihoods
 

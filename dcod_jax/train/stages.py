@@ -12,7 +12,7 @@ import jax
 from dcod_jax import config as configs
 from dcod_jax.data.dataset import MANIFEST, read_manifest
 from dcod_jax.errors import DcodError
-from dcod_jax.evaluate.comparison import compare
+from dcod_jax.evaluate.command import compare
 from dcod_jax.export.command import export
 from dcod_jax.files import Path, as_path
 from dcod_jax.generate_traces.command import generate_traces, traces_path

@@ -9,7 +9,7 @@ import tiny
 from dcod_jax import config as configs
 from dcod_jax.data.tokenizer import load_tokenizer
 from dcod_jax.errors import DcodError
-from dcod_jax.evaluate import comparison, generations
+from dcod_jax.evaluate import command, generations
 from dcod_jax.evaluate.command import evaluate
 from dcod_jax.evaluate.generations import Generation, read_generations
 from dcod_jax.export.command import MARKER
@@ -57,7 +57,7 @@ def test_the_start_is_asked_with_the_tokenizer_it_is_trained_with(config, tmp_pa
         used.append(tokenizer.chat_template)
         return [Generation(p.id, "1", p.answer, "1", True, True, 1, k, "correct") for p, k in asked]
 
-    monkeypatch.setattr(comparison, "answer", note)
+    monkeypatch.setattr(command, "answer", note)
     evaluate(config)
     assert used == [tiny.TEMPLATE, other]
 
@@ -148,11 +148,12 @@ def test_samples_of_a_set_are_counted_in_every_way(scripted, capsys):
 
 
 def test_an_interrupted_evaluation_goes_on_and_a_finished_one_is_not_repeated(
-    scripted, monkeypatch, capsys
+    scripted, monkeypatch, caplog
 ):
+    caplog.set_level("INFO")
     config, calls = scripted
     path = Path(config.run_dir) / "evaluation" / "math500" / "start.jsonl"
-    real = comparison.answer
+    real = command.answer
 
     def stops(*args, indices, **options):
         if indices.start:
@@ -160,13 +161,13 @@ def test_an_interrupted_evaluation_goes_on_and_a_finished_one_is_not_repeated(
         return real(*args, indices=indices, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(comparison, "answer", stops)
+        patch.setattr(command, "answer", stops)
         with pytest.raises(KeyboardInterrupt):
             evaluate(config)
     [blocks] = path.parent.glob("start.jsonl.partial-*")
     (blocks / "000000004-000000008.0.jsonl").write_text('{"id": "t/1", "comp')  # no counts
     evaluate(config)
-    assert "going on behind 4 answers" in capsys.readouterr().out
+    assert "going on after 4 answers" in caplog.text
     assert [indices for indices, *_ in calls] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert [(g.id, g.sample) for g in read_generations(path)][4] == ("t/1", 0)
     content = path.read_bytes()
@@ -177,7 +178,7 @@ def test_an_interrupted_evaluation_goes_on_and_a_finished_one_is_not_repeated(
     evaluate(config)
     assert len(calls) == 4
     assert path.with_name("start.previous.jsonl").read_bytes() == content
-    assert "with other sampling: kept as start.previous.jsonl" in capsys.readouterr().out
+    assert "with other sampling: kept as start.previous.jsonl" in caplog.text
 
 
 def test_few_shot_plain_prompts_stop_at_the_next_question(scripted, tmp_path):

@@ -1,6 +1,4 @@
-"""Greedy accuracy: problems read, a scripted model graded, intervals against known values."""
-
-import json
+"""Answers sampled and graded: a scripted model, a real one, repetitions found, lines kept."""
 
 import jax
 import numpy as np
@@ -9,14 +7,15 @@ import tiny
 
 from dcod_jax.data import chat
 from dcod_jax.data.tokenizer import load_tokenizer, stop_ids
-from dcod_jax.errors import DcodError
 from dcod_jax.evaluate import generations
-from dcod_jax.evaluate.generations import Generation, paired_difference
+from dcod_jax.evaluate.generations import Sampling
+from dcod_jax.evaluate.grading import Grader
+from dcod_jax.evaluate.metrics import measure
 from dcod_jax.evaluate.problems import read_problems
 from dcod_jax.evaluate.statistics import wilson
 from dcod_jax.models import transformer
 from dcod_jax.models.config import from_hf
-from dcod_jax.sample.sampler import Sample
+from dcod_jax.sample.sampler import Sample, decoding_params
 
 
 @pytest.fixture(scope="module")
@@ -24,85 +23,20 @@ def tokenizer(tmp_path_factory):
     return load_tokenizer(tiny.write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
-def write(path, records):
-    return tiny.write_jsonl(path, records)
-
-
-# ---------------------------------------------------------------- problems
-
-
-def test_problems_in_the_fields_people_have(tmp_path):
-    file = write(
-        tmp_path / "problems.jsonl",
-        [
-            {"id": "a", "prompt": "1+1?", "answer": "2", "template": "sum"},
-            {"question": "2+2?", "answer": 4},
-            {"problem": "3+3?", "answer": 6.5},
-            {"messages": [{"role": "system", "content": "Hm."}, {"role": "user", "content": "4?"}],
-             "answer": "4"},
-        ],
-    )  # fmt: skip
-    plain = read_problems(file)
-    assert [p.id for p in plain] == ["a", "1", "2", "3"]
-    assert [p.answer for p in plain] == ["2", "4", "6.5", "4"]
-    assert plain[0].fields["template"] == "sum"
-    assert plain[1].source == f"{file}:2"
-    led = read_problems(file, system_prompt="Think.", limit=4)
-    assert [p.messages[0]["content"] for p in led] == ["Think.", "Think.", "Think.", "Hm."]
-    assert len(read_problems(file, limit=2)) == 2
-
-
-def test_the_assistants_own_turn_is_not_part_of_the_question(tmp_path):
-    turns = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "1"}]
-    file = write(tmp_path / "p.jsonl", [{"messages": turns, "answer": "1"}])
-    assert read_problems(file)[0].messages == turns[:1]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b'{"prompt": "1', "not JSON"),
-        (b'{"prompt": "\xff"}', "not UTF-8"),
-        (b'["prompt"]', "expected a JSON object, got list"),
-        (b'{"text": "1", "answer": "1"}', "no prompt.*prepare.prompt_field"),
-        (b'{"prompt": "1"}', "no field 'answer'.*prepare.answer_field"),
-        (b'{"prompt": " ", "answer": "1"}', "non-empty text"),
-        (b'{"prompt": [{"role": "user"}], "answer": "1"}', "non-empty text"),
-        (b'{"id": "x", "prompt": "1", "answer": "1"}', "used before at .*:1"),
-        (b'{"prompt": "1", "answer": ""}', "no field 'answer' or an empty one"),
-        (b'{"prompt": "1", "answer": ["1", "2"]}', "text or a number, got .*several answers"),
-        (b'{"prompt": "1", "answer": true}', "text or a number, got True"),
-        (b'{"prompt": "1", "answer": NaN}', "text or a number, got nan"),
-        (b'{"prompt": "1", "answer": "1", "x": "\\ud83d"}', "half a surrogate pair"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path, line, message):
-    file = tmp_path / "bad.jsonl"
-    file.write_bytes(b'{"id": "x", "prompt": "2", "answer": "2"}\n\n' + line + b"\n")
-    with pytest.raises(DcodError, match=f"bad.jsonl:3: .*{message}"):
-        read_problems(file)
-
-
-def test_a_file_as_other_programs_write_it(tmp_path):
-    """A byte order mark, CRLF, and fields that are there but null."""
-    file = tmp_path / "p.jsonl"
-    record = b'{"id": null, "prompt": null, "question": "%d?", "answer": %d}\r\n'
-    file.write_bytes(b"\xef\xbb\xbf" + record % (1, 1) + b"\r\n" + record % (2, 2))
-    read = read_problems(file)
-    assert [(p.id, p.messages[0]["content"], p.answer) for p in read] == [
-        ("0", "1?", "1"),
-        ("1", "2?", "2"),
-    ]
-
-
-def test_no_file_and_no_problems(tmp_path):
-    with pytest.raises(DcodError, match="no such file"):
-        read_problems(tmp_path / "none.jsonl")
-    with pytest.raises(DcodError, match="no problems"):
-        read_problems(write(tmp_path / "empty.jsonl", []))
-
-
-# ---------------------------------------------------------------- a scripted model
+def ask(config, params, tokenizer, problems, **options):
+    """One greedy answer to each problem."""
+    model = decoding_params(config, params, valid_vocab=len(tokenizer), compute_dtype="float32")
+    with Grader(timeout=10.0, workers=1) as grader:
+        return generations.answer(
+            model,
+            tokenizer,
+            [(problem, 0) for problem in problems],
+            [chat.encode_prompt(tokenizer, problem.messages) for problem in problems],
+            indices=range(len(problems)),
+            sampling=Sampling(),
+            grader=grader,
+            **options,
+        )
 
 
 def test_a_scripted_model_gets_the_grade_it_earned(tmp_path, tokenizer, monkeypatch):
@@ -113,7 +47,9 @@ def test_a_scripted_model_gets_the_grade_it_earned(tmp_path, tokenizer, monkeypa
         "7+7?": ("let me think", False),
     }
     answers = {"1+2?": "3", "9+2?": "11", "5+5?": "10", "7+7?": "14"}
-    file = write(tmp_path / "p.jsonl", [{"prompt": p, "answer": a} for p, a in answers.items()])
+    file = tiny.write_jsonl(
+        tmp_path / "p.jsonl", [{"prompt": p, "answer": a} for p, a in answers.items()]
+    )
     asked = []
 
     def scripted(model, prompts, **options):
@@ -127,46 +63,30 @@ def test_a_scripted_model_gets_the_grade_it_earned(tmp_path, tokenizer, monkeypa
 
     monkeypatch.setattr(generations, "sample", scripted)
     config = from_hf(tiny.raw_config())
-    result = generations.evaluate(
-        config,
-        transformer.init_params(config, jax.random.key(0)),
-        tokenizer,
-        read_problems(file),
-        max_new_tokens=20,
-        batch_size=2,
-        compute_dtype="float32",
-        grade_timeout=10.0,
-        workers=1,
-    )
+    params = transformer.init_params(config, jax.random.key(0))
+    graded = ask(config, params, tokenizer, read_problems(file), max_new_tokens=20, batch_size=2)
+    row = measure(graded, seconds=2.0)
     assert asked[0]["temperature"] == 0.0
     assert asked[0]["eos_ids"] == (1,)
     assert asked[0]["valid_vocab"] == len(tokenizer)
-    assert (result.problems, result.correct, result.accuracy) == (4, 2, 0.5)
-    assert (result.no_answer, result.truncated) == (0.25, 0.25)
-    assert [g.correct for g in result.generations] == [True, True, False, False]
-    assert [g.extracted for g in result.generations] == ["3", "11", "12", None]
-    assert result.generations[1].completion == "9+2=11\n#### 11"
-    assert result.tokens == sum(g.tokens for g in result.generations)
-    assert (result.low, result.high) == wilson(2, 4)
-    assert "generations" not in result.summary()
+    assert (row["problems"], row["correct"], row["accuracy"], row["seconds"]) == (4, 2, 0.5, 2.0)
+    assert (row["no_answer"], row["truncated"]) == (0.25, 0.25)
+    assert [g.correct for g in graded] == [True, True, False, False]
+    assert [g.extracted for g in graded] == ["3", "11", "12", None]
+    assert graded[1].completion == "9+2=11\n#### 11"
+    assert row["tokens"] == sum(g.tokens for g in graded)
+    assert (row["low"], row["high"]) == wilson(2, 4)
     kept = tmp_path / "generations.jsonl"
-    kept.write_text("".join(map(generations.to_line, result.generations)))
-    assert tuple(generations.read_generations(kept)) == result.generations
+    kept.write_text("".join(map(generations.to_line, graded)))
+    assert generations.read_generations(kept) == graded
 
 
 def test_a_real_model_is_decoded_greedily_from_its_chat_prompt(tmp_path, tokenizer):
     config = from_hf(tiny.raw_config())
     params = transformer.init_params(config, jax.random.key(0))
-    file = write(tmp_path / "p.jsonl", [{"prompt": "1+2?", "answer": "3"}])
+    file = tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": "1+2?", "answer": "3"}])
     problems = read_problems(file)
-    options = {
-        "max_new_tokens": 8,
-        "batch_size": 1,
-        "compute_dtype": "float32",
-        "grade_timeout": 10.0,
-        "workers": 1,
-    }
-    result = generations.evaluate(config, params, tokenizer, problems, **options)
+    (found,) = ask(config, params, tokenizer, problems, max_new_tokens=8, batch_size=1)
     ids = chat.encode_prompt(tokenizer, problems[0].messages)
     step = jax.jit(lambda tokens: transformer.logits(config, params, tokens))
     tokens = np.zeros((1, len(ids) + 8), np.int32)
@@ -175,7 +95,7 @@ def test_a_real_model_is_decoded_greedily_from_its_chat_prompt(tmp_path, tokeniz
         tokens[0, place] = np.asarray(step(tokens))[0, place - 1, : len(tokenizer)].argmax()
     expected = tokens[0, len(ids) :].tolist()
     expected = expected[: expected.index(1)] if 1 in expected else expected
-    assert result.generations[0].completion == generations.decode_text(tokenizer, expected)
+    assert found.completion == generations.decode_text(tokenizer, expected)
 
 
 def test_stop_ids_are_the_models_and_the_tokenizers(tokenizer):
@@ -184,43 +104,27 @@ def test_stop_ids_are_the_models_and_the_tokenizers(tokenizer):
         assert stop_ids(model_config, tokenizer) == expected
 
 
-# ---------------------------------------------------------------- intervals
-
-
 @pytest.mark.parametrize(
-    ("correct", "total", "low", "high"),
+    ("text", "expected"),
     [
-        (0, 10, 0.0, 0.2775),
-        (10, 10, 0.7225, 1.0),
-        (5, 10, 0.2366, 0.7634),
-        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, table I
+        ("so 4 + 4 = 8 and the answer is 8. " * 5, True),
+        ("First we add. " + "wait, no. " * 10, True),
+        ("ha" * 30, True),
+        ("ha" * 29, False),  # 58 characters
+        ("0" * 60, True),
+        ("We add 1 and 2, which is 3. Then we double it and get 6.\n#### 6", False),
+        ("a long sentence that is said three times over and over. " * 3, False),
+        ("wait, no. " * 10 + "Now the answer: 5, because of what was said above.", False),
+        ("wait, no, I should start again. " * 6 + "wait, no, I sh", True),  # cut off in a loop
+        ("", False),
     ],
 )
-def test_wilson_interval_has_its_published_values(correct, total, low, high):
-    assert wilson(correct, total) == pytest.approx((low, high), abs=1e-4)
+def test_a_loop_at_the_end_is_found(text, expected):
+    assert generations.loops(text) is expected
 
 
-def graded(marks: str) -> list[Generation]:
-    return [Generation(str(i), "", "", None, mark == "1", True, 1) for i, mark in enumerate(marks)]
-
-
-def test_paired_difference_knows_what_both_runs_share():
-    first = graded("1" * 50 + "0" * 50)
-    second = graded("1" * 60 + "0" * 40)
-    mean, low, high = paired_difference(first, second)
-    assert mean == pytest.approx(0.1)
-    # Only ten problems changed: sd of the mean is sqrt(0.1 * 0.9 / 100) = 0.03.
-    assert (low, high) == pytest.approx((0.1 - 1.96 * 0.03, 0.1 + 1.96 * 0.03), abs=0.012)
-    assert paired_difference(first, list(reversed(second)))[0] == pytest.approx(0.1)
-    assert paired_difference(first, first) == (0.0, 0.0, 0.0)
-    assert paired_difference(second, first)[0] == pytest.approx(-0.1)
-
-
-def test_paired_difference_refuses_other_problems():
-    with pytest.raises(DcodError, match="differ in 1 problems"):
-        paired_difference(graded("101"), graded("10"))
-
-
-def test_results_are_plain_json():
-    result = generations.summarize(graded("1101"), seconds=2.0)
-    assert json.loads(json.dumps(result.summary()))["accuracy"] == 0.75
+def test_a_loop_of_a_long_unit_in_a_long_text():
+    unit = "".join(chr(97 + (k * k) % 23) for k in range(900)) + "."
+    assert generations.loops("q" * 50_000 + "." + unit * 4)
+    assert not generations.loops("q" * 50_000 + "." + unit * 3)
+    assert not generations.loops(unit * 100 + "so it is 4")

@@ -22,9 +22,11 @@ from dcod_jax.data import chat
 from dcod_jax.data.tokenizer import load_tokenizer, template_fingerprint, tokenizer_fingerprint
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.answers import extract_answer
-from dcod_jax.evaluate.generations import evaluate
+from dcod_jax.evaluate.generations import Sampling, answer
+from dcod_jax.evaluate.grading import Grader
 from dcod_jax.evaluate.problems import read_problems
 from dcod_jax.models import hf
+from dcod_jax.sample.sampler import decoding_params
 from dcod_jax.study import arithmetic
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -304,18 +306,23 @@ def test_shipped_models_can_what_the_recipe_says(split: str) -> None:
 
     def accuracy(model: str) -> float:
         config, params = hf.load_model(ASSETS / model, dtype=jnp.float32)
-        graded = evaluate(
-            config,
-            params,
-            load_tokenizer(ASSETS / model),
-            problems,
-            max_new_tokens=recipe.evaluate.max_new_tokens,
-            batch_size=len(problems),
-            compute_dtype="float32",
-            grade_timeout=5.0,
-            workers=1,
+        tokenizer = load_tokenizer(ASSETS / model)
+        decoded = decoding_params(
+            config, params, valid_vocab=len(tokenizer), compute_dtype="float32"
         )
-        return graded.accuracy
+        with Grader(timeout=5.0, workers=1) as grader:
+            graded = answer(
+                decoded,
+                tokenizer,
+                [(problem, 0) for problem in problems],
+                [chat.encode_prompt(tokenizer, problem.messages) for problem in problems],
+                indices=range(len(problems)),
+                sampling=Sampling(),
+                max_new_tokens=recipe.evaluate.max_new_tokens,
+                batch_size=len(problems),
+                grader=grader,
+            )
+        return sum(g.correct for g in graded) / len(graded)
 
     assert accuracy("teacher") >= 0.8
     assert 0.3 <= accuracy("student") <= 0.7

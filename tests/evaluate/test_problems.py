@@ -1,4 +1,4 @@
-"""Benchmarks read from local files in their own fields, and problems put into prompts."""
+"""Problem files and benchmarks read in their own fields, and problems put into prompts."""
 
 import dataclasses
 import json
@@ -12,22 +12,97 @@ from dcod_jax.data.tokenizer import load_tokenizer
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.benchmarks import BENCHMARKS, BOXED, parse_set
 from dcod_jax.evaluate.grading import grade
-from dcod_jax.evaluate.problem_sets import (
-    EXEMPLARS,
+from dcod_jax.evaluate.problems import (
+    Problem,
     ProblemSet,
-    PromptForm,
-    check_exemplars,
+    difficulty_group,
     problem_sets,
-    prompt_form,
-    read_exemplars,
+    read_problems,
     read_set,
 )
-from dcod_jax.evaluate.problems import Problem
+from dcod_jax.evaluate.prompts import EXEMPLARS, PromptForm, prompt_form, read_exemplars
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return load_tokenizer(tiny.write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+# ---------------------------------------------------------------- problem files
+
+
+def test_problems_in_the_fields_people_have(tmp_path):
+    file = tiny.write_jsonl(
+        tmp_path / "problems.jsonl",
+        [
+            {"id": "a", "prompt": "1+1?", "answer": "2", "template": "sum"},
+            {"question": "2+2?", "answer": 4},
+            {"problem": "3+3?", "answer": 6.5},
+            {"messages": [{"role": "system", "content": "Hm."}, {"role": "user", "content": "4?"}],
+             "answer": "4"},
+        ],
+    )  # fmt: skip
+    plain = read_problems(file)
+    assert [p.id for p in plain] == ["a", "1", "2", "3"]
+    assert [p.answer for p in plain] == ["2", "4", "6.5", "4"]
+    assert plain[0].fields["template"] == "sum"
+    assert plain[1].source == f"{file}:2"
+    led = read_problems(file, system_prompt="Think.", limit=4)
+    assert [p.messages[0]["content"] for p in led] == ["Think.", "Think.", "Think.", "Hm."]
+    assert len(read_problems(file, limit=2)) == 2
+
+
+def test_the_assistants_own_turn_is_not_part_of_the_question(tmp_path):
+    turns = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "1"}]
+    file = tiny.write_jsonl(tmp_path / "p.jsonl", [{"messages": turns, "answer": "1"}])
+    assert read_problems(file)[0].messages == turns[:1]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"prompt": "1', "not JSON"),
+        (b'{"prompt": "\xff"}', "not UTF-8"),
+        (b'["prompt"]', "expected a JSON object, got list"),
+        (b'{"text": "1", "answer": "1"}', "no prompt.*prepare.prompt_field"),
+        (b'{"prompt": "1"}', "no field 'answer'.*prepare.answer_field"),
+        (b'{"prompt": " ", "answer": "1"}', "non-empty text"),
+        (b'{"prompt": [{"role": "user"}], "answer": "1"}', "non-empty text"),
+        (b'{"id": "x", "prompt": "1", "answer": "1"}', "used before at .*:1"),
+        (b'{"prompt": "1", "answer": ""}', "no field 'answer' or an empty one"),
+        (b'{"prompt": "1", "answer": ["1", "2"]}', "text or a number, got .*several answers"),
+        (b'{"prompt": "1", "answer": true}', "text or a number, got True"),
+        (b'{"prompt": "1", "answer": NaN}', "text or a number, got nan"),
+        (b'{"prompt": "1", "answer": "1", "x": "\\ud83d"}', "half a surrogate pair"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    file = tmp_path / "bad.jsonl"
+    file.write_bytes(b'{"id": "x", "prompt": "2", "answer": "2"}\n\n' + line + b"\n")
+    with pytest.raises(DcodError, match=f"bad.jsonl:3: .*{message}"):
+        read_problems(file)
+
+
+def test_a_file_as_other_programs_write_it(tmp_path):
+    """A byte order mark, CRLF, and fields that are there but null."""
+    file = tmp_path / "p.jsonl"
+    record = b'{"id": null, "prompt": null, "question": "%d?", "answer": %d}\r\n'
+    file.write_bytes(b"\xef\xbb\xbf" + record % (1, 1) + b"\r\n" + record % (2, 2))
+    read = read_problems(file)
+    assert [(p.id, p.messages[0]["content"], p.answer) for p in read] == [
+        ("0", "1?", "1"),
+        ("1", "2?", "2"),
+    ]
+
+
+def test_no_file_and_no_problems(tmp_path):
+    with pytest.raises(DcodError, match="no such file"):
+        read_problems(tmp_path / "none.jsonl")
+    with pytest.raises(DcodError, match="no problems"):
+        read_problems(tiny.write_jsonl(tmp_path / "empty.jsonl", []))
+
+
+# ---------------------------------------------------------------- benchmarks
 
 
 ROWS = {
@@ -180,10 +255,16 @@ def test_the_built_in_exemplars_are_right_and_no_problem_of_the_set():
     assert all(g.correct for g in grades)
     with pytest.raises(DcodError, match=r"shots=9.* has 8 exemplars"):
         read_exemplars("", 9)
-    asked = ProblemSet("x", (problem(pairs[2][0]),), "")
-    check_exemplars(pairs[:2], asked)
+
+
+def test_an_exemplar_that_is_a_problem_is_refused():
+    config = configs.load_recipe(configs.BASE)
+    asked = ProblemSet("x", (problem(read_exemplars("", 3)[2][0]),), "")
+    config.evaluate.shots = 2
+    assert len(prompt_form(config, asked).exemplars) == 2
+    config.evaluate.shots = 3
     with pytest.raises(DcodError, match="is the problem at file:1"):
-        check_exemplars(pairs, asked)
+        prompt_form(config, asked)
 
 
 def test_the_sets_of_a_config(tmp_path):
@@ -203,6 +284,20 @@ def test_the_sets_of_a_config(tmp_path):
     assert prompt_form(config, second) == PromptForm("chat", read_exemplars("", 1), "")
     config.prepare.system_prompt = "Hm."
     assert problem_sets(config)[1].problems[0].messages[0] == {"role": "system", "content": "Hm."}
+
+
+def test_a_problem_with_a_system_message_of_its_own_keeps_it_alone(tmp_path):
+    config = configs.load_recipe(configs.BASE)
+    turns = [{"role": "system", "content": "Own."}, {"role": "user", "content": "q"}]
+    own = tiny.write_jsonl(tmp_path / "o.jsonl", [{"messages": turns, "answer": 1}])
+    config.evaluate.sets = (f"own={own}",)
+    config.prepare.system_prompt = "Hm."
+    assert problem_sets(config)[0].problems[0].messages == turns
+
+
+def test_a_difficulty_is_a_group():
+    groups = [difficulty_group(v) for v in ("Level 3", 3, 4.0, 6.5, None, "", True, ["x"])]
+    assert groups == ["Level 3", "3", "4", "6-7", "", "", "", ""]
 
 
 @pytest.mark.shared
