@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dcod_jax"
 LEVELS = """
     configs.study
     errors types files copies
-    parallel.mesh parallel.collectives parallel.epitaph parallel.watch parallel.hosts logs
+    parallel.mesh parallel.collectives parallel.exit_report parallel.monitor parallel.hosts logs
     models.config models.layers models.attention models.transformer models.cached models.tensors
     losses.events losses.distributions losses.divergences losses.weights losses.adaptive
     losses.head losses.reduce losses.distill

@@ -149,7 +149,7 @@ def get_config() -> Any:
     c.hosts.cluster = "auto"  # auto (a TPU slice says it) | none | slurm | ompi | mpi4py | k8s
     c.hosts.collectives = "gloo"  # between processes on CPU: gloo | mpi
     c.hosts.connect_timeout = 300.0  # seconds to wait for all processes at the start
-    c.hosts.heartbeat = 60.0  # seconds without a sign of life after which a process is lost
+    c.hosts.heartbeat = 60.0  # seconds without a heartbeat after which a process is lost
     c.hosts.timeout = 1800.0  # seconds in which no process gets on after which the run is stuck
 
     c.generate = ConfigDict()

@@ -1,14 +1,9 @@
-"""Many processes as one run: joining, agreement, and an end that names who is missing.
+"""Several processes as one run: joining, agreement, and stopping together.
 
-Every process of a run executes the same command. `session` joins them through `jax.distributed`
-and starts a watch: each process writes a sign of life and what it is doing into the coordinator's
-key-value store, reads the others', and ends itself with a message where one is lost, stuck or
-ended, because a collective waits for a lost process for ever. Alone (one process), every function
-here returns at once. docs/hosts.md describes it for the user.
-
-What must be the same on all processes is agreed on without a device: `exchange` (every process's
-text to every process), `barrier`, and for SIGTERM JAX's preemption service, which makes all
-processes see the notice at the same step.
+Every process executes the same command. `session` joins them through `jax.distributed` and starts
+a monitor, which ends a process whose peer is lost, stuck or ended. With one process every function
+here returns at once. `exchange` and `barrier` use the coordinator's key-value store, not a device;
+JAX's preemption service makes all processes see a SIGTERM at the same step. See docs/hosts.md.
 """
 
 from __future__ import annotations
@@ -22,6 +17,7 @@ import os
 import signal
 import uuid
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import jax
@@ -32,14 +28,14 @@ from jax.sharding import Mesh
 from dcod_jax.errors import EXIT_INTERRUPTED, DcodError
 from dcod_jax.files import Location, as_path
 from dcod_jax.parallel.mesh import make_mesh
-from dcod_jax.parallel.watch import Companion, Watch, unheard
+from dcod_jax.parallel.monitor import ExitReporter, Monitor, Peer
 
 log = logging.getLogger(__name__)
 
 NOTICE = "RECEIVED_PREEMPTION_NOTICE"  # the preemption service's own key
 
 # The membership of this process, which jax.distributed holds once for a process as well.
-_joined: list[Watch] = []
+_joined: list[Monitor] = []
 
 
 # ---------------------------------------------------------------- joining and leaving
@@ -56,37 +52,37 @@ def session(settings: Any, *, notices: bool) -> Iterator[None]:
     if not _has_peers(settings):
         yield
         return
-    companion = Companion()
-    _initialize(settings, companion, notices=notices)
+    reporter = ExitReporter()
+    _initialize(settings, reporter, notices=notices)
     if jax.process_count() == 1:
-        companion.farewell()
+        reporter.close()
         yield
         return
-    watch = Watch(
+    monitor = Monitor(
         distributed.global_state.client,
         process=jax.process_index(),
         processes=jax.process_count(),
         coordinator=distributed.global_state.coordinator_address or settings.coordinator,
-        companion=companion,
+        reporter=reporter,
         heartbeat=settings.heartbeat,
         timeout=settings.timeout,
     )
-    _joined.append(watch)
+    _joined.append(monitor)
     try:
         barrier("joining")
-        watch.greet()
+        monitor.beat()  # every process knows all hosts before one can be lost
         with _quiet(), _terminable(notices=notices):
             yield
-        _leave(watch)
+        _leave(monitor)
     except SystemExit as error:
-        if error.code != EXIT_INTERRUPTED or not watch.agreed:
-            watch.fail(error, code=error.code if isinstance(error.code, int) else 1)
-        _leave(watch)
+        if error.code != EXIT_INTERRUPTED or not monitor.agreed:
+            monitor.fail(error, code=error.code if isinstance(error.code, int) else 1)
+        _leave(monitor)
         raise
     except BaseException as error:
-        watch.fail(error, code=1)
+        monitor.fail(error, code=1)
     finally:
-        _joined.remove(watch)
+        _joined.remove(monitor)
 
 
 def refuse_peers(settings: Any, verb: str) -> None:
@@ -113,7 +109,7 @@ def _on_tpu() -> bool:
     return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
-def _initialize(settings: Any, companion: Companion, *, notices: bool) -> None:
+def _initialize(settings: Any, reporter: ExitReporter, *, notices: bool) -> None:
     jax.config.update("jax_cpu_collectives_implementation", settings.collectives)
     jax.config.update("jax_enable_preemption_service", notices)
     explicit = bool(settings.coordinator)
@@ -131,17 +127,17 @@ def _initialize(settings: Any, companion: Companion, *, notices: bool) -> None:
     patience = f"hosts.connect_timeout={settings.connect_timeout:g} s"
     state = f"waiting {patience} for {settings.processes or 'all'} processes to join"
     own = max(settings.process_id, 0)
-    companion.tell(own, state, settings.coordinator, first=unheard(0.0), joining=True)
+    reporter.update(own, state, settings.coordinator, first=Peer(), joining=True)
     try:
         jax.distributed.initialize(
             **places,
             initialization_timeout=int(settings.connect_timeout),
-            # Later than the watch, whose message names the process and what it was doing.
+            # Later than the monitor's, whose message names the process and what it was doing.
             heartbeat_timeout_seconds=int(2 * settings.heartbeat) + 30,
             shutdown_timeout_seconds=int(settings.heartbeat),
         )
     except (RuntimeError, ValueError) as error:
-        companion.farewell()
+        reporter.close()
         if not explicit and settings.cluster == "auto" and "coordinator_address" in str(error):
             return  # TPU chips, and nothing that knows of other hosts
         text = " ".join(str(error).split())[:600]
@@ -161,25 +157,30 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _terminable(*, notices: bool) -> Iterator[None]:
-    if notices:
-        yield
-        return
+def _terminable(*, notices: bool) -> contextlib.AbstractContextManager[None]:
+    """Without the preemption service SIGTERM ends this process, and the others follow."""
 
-    def end(number: int, frame: Any) -> None:
+    def end(number: int, frame: FrameType | None) -> None:
         raise SystemExit(EXIT_INTERRUPTED)
 
-    before = signal.signal(signal.SIGTERM, end)
+    return contextlib.nullcontext() if notices else _handling(end, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _handling(
+    handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals
+) -> Iterator[None]:
+    before = [signal.signal(number, handler) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, old in zip(numbers, before, strict=True):
+            signal.signal(number, old)
 
 
-def _leave(watch: Watch) -> None:
+def _leave(monitor: Monitor) -> None:
     barrier("the end of the run")
-    watch.close()
+    monitor.close()
     jax.distributed.shutdown()
 
 
@@ -207,20 +208,20 @@ def check_joined() -> None:
 
 def doing(what: str, *, waiting: bool = False) -> None:
     """Tell the others what this process begins; `waiting`: for all processes, in a collective."""
-    for watch in _joined:
-        watch.doing(what, waiting=waiting)
+    for monitor in _joined:
+        monitor.doing(what, waiting=waiting)
 
 
 def moved() -> None:
     """The work at hand got on: no stall, however long it takes altogether."""
-    for watch in _joined:
-        watch.moved()
+    for monitor in _joined:
+        monitor.moved()
 
 
 def barrier(name: str) -> None:
     """Return when every process is here; a missing one is named after hosts.timeout."""
-    for watch in _joined:
-        watch.barrier(name)
+    for monitor in _joined:
+        monitor.barrier(name)
 
 
 def exchange(name: str, text: str) -> list[str]:
@@ -230,20 +231,20 @@ def exchange(name: str, text: str) -> list[str]:
 
 def agree(name: str, values: dict[str, Any]) -> None:
     """Refuse to go on where a process has other values; DcodError names it and the keys."""
-    everyone = exchange(f"compare {name}", json.dumps(values, sort_keys=True))
-    told = json.loads(everyone[0])
-    for process, text in enumerate(everyone):
-        other = json.loads(text)
+    everyone = [
+        json.loads(text) for text in exchange(f"compare {name}", json.dumps(values, sort_keys=True))
+    ]
+    for process, other in enumerate(everyone):
         wrong = [
-            f"{key}: {told.get(key)!r} on process 0, {other.get(key)!r} on process {process}"
-            for key in sorted(told | other)
-            if told.get(key) != other.get(key)
+            f"\n  {key}: {everyone[0].get(key)!r} on process 0, {other.get(key)!r} on process "
+            f"{process}"
+            for key in sorted(everyone[0] | other)
+            if everyone[0].get(key) != other.get(key)
         ]
         if wrong:
             raise DcodError(
-                f"process {process} was started with another {name}:\n  "
-                + "\n  ".join(wrong)
-                + "\nstart the same command on every host"
+                f"process {process} was started with another {name}:{''.join(wrong)}\n"
+                "start the same command on every host"
             )
 
 
@@ -295,34 +296,20 @@ def interruption() -> Iterator[Callable[[int], bool]]:
     notice) or SIGINT that any of them got; the answer is yes on all of them at the same step.
     """
     if _joined:
-        with _forwarded():
+        # Ctrl-C becomes the SIGTERM that the preemption service listens to.
+        with _handling(lambda *_: os.kill(os.getpid(), signal.SIGTERM), signal.SIGINT):
             yield _notice_reached
         return
     received: list[int] = []
 
-    def note(number: int, frame: Any) -> None:
+    def note(number: int, frame: FrameType | None) -> None:
         if received:
             raise KeyboardInterrupt
         received.append(number)
         log.info("%s: saving after this step", signal.Signals(number).name)
 
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, note) for number in numbers]
-    try:
+    with _handling(note, signal.SIGTERM, signal.SIGINT):
         yield lambda step: bool(received)
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _forwarded() -> Iterator[None]:
-    """Ctrl-C becomes the SIGTERM that the preemption service listens to."""
-    before = signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _notice_reached(step: int) -> bool:
@@ -336,8 +323,8 @@ def _notice_reached(step: int) -> bool:
 
 def stop_if_noticed() -> None:
     """Between two pieces of work: end (75) where a notice came too late for the last loop."""
-    for watch in _joined:
-        if exchange("look for a notice", watch.read(NOTICE) if first() else "")[0]:
-            watch.agreed = True
+    for monitor in _joined:
+        if exchange("look for a notice", monitor.read(NOTICE) if first() else "")[0]:
+            monitor.agreed = True
             log.info("a process was told to stop; the same command goes on")
             raise SystemExit(EXIT_INTERRUPTED)

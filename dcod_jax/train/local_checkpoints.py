@@ -27,7 +27,7 @@ import jax
 from dcod_jax.errors import DcodError
 from dcod_jax.files import as_path, remove_tree, replace_file
 from dcod_jax.parallel import hosts
-from dcod_jax.parallel.watch import HOST
+from dcod_jax.parallel.monitor import HOST
 from dcod_jax.train.checkpoint import Checkpointer, Restored, finished
 from dcod_jax.types import TrainState
 

@@ -19,7 +19,7 @@ from dcod_jax.generate_traces.command import generate_traces
 from dcod_jax.models import hf, transformer
 from dcod_jax.parallel import hosts
 from dcod_jax.parallel.mesh import make_mesh
-from dcod_jax.parallel.watch import EXIT_PEER
+from dcod_jax.parallel.monitor import EXIT_PEER
 from dcod_jax.prepare.command import prepare
 from dcod_jax.score.command import score
 from dcod_jax.train import command as train

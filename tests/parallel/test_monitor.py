@@ -9,8 +9,8 @@ from host_runs import finish, launch
 
 from dcod_jax import config as configs
 from dcod_jax.errors import DcodError
-from dcod_jax.parallel import epitaph, hosts
-from dcod_jax.parallel.watch import EXIT_PEER, Peer, verdict
+from dcod_jax.parallel import exit_report, hosts
+from dcod_jax.parallel.monitor import EXIT_PEER, Peer, verdict
 
 # ---------------------------------------------------------------- the judgement, without processes
 
@@ -31,7 +31,7 @@ def test_nobody_is_blamed_while_all_are_heard_and_one_moves():
 def test_a_silent_process_is_named_with_what_it_did():
     found = judge([peer(), peer(), peer(host="b", state="saving step 3", heard=85.0)], 100.0)
     assert found is not None
-    assert found[0] == "lost: process 2 (b) gave no sign of life for 15 s, last: saving step 3"
+    assert found[0] == "lost: process 2 (b) sent no heartbeat for 15 s, last: saving step 3"
     assert found[1] == EXIT_PEER
     assert judge([peer(heard=0.0), peer()], 100.0) is None  # a process does not miss itself
 
@@ -39,6 +39,8 @@ def test_a_silent_process_is_named_with_what_it_did():
 def test_a_process_that_ended_is_named_with_its_reason_and_code():
     found = judge([peer(), peer(ended="no such file", code=1, heard=0.0)], 100.0)
     assert found == ("process 1 (h) ended: no such file", 1)
+    found = judge([peer(), peer(ended="lost: process 2 (b)", judged=True, code=76)], 100.0)
+    assert found == ("lost: process 2 (b)", 76)  # a verdict is passed on as it is
 
 
 def test_a_stall_is_blamed_on_those_that_wait_for_nobody():
@@ -83,21 +85,21 @@ def load_base(*words):
     return configs.load(argv, verb="train")
 
 
-def test_the_last_words_name_the_coordinator_or_the_process():
-    first = {"host": "a", "state": "saving step 4"}
-    last = {"process": 2, "host": "c", "state": "step 5", "coordinator": "a:1", "first": first}
-    found = epitaph.epitaph(last | {"joining": False}, reached=False)
+def test_an_exit_report_names_the_coordinator_or_the_process():
+    last = {"process": 2, "host": "c", "state": "step 5", "coordinator": "a:1"}
+    last |= {"first_host": "a", "first_state": "saving step 4"}
+    found = exit_report.reason(last | {"joining": False}, reached=False)
     assert found.endswith("lost: process 0 (a), the coordinator at a:1, last: saving step 4")
-    found = epitaph.epitaph(last | {"joining": False}, reached=True)
+    found = exit_report.reason(last | {"joining": False}, reached=True)
     assert "process 2 (c) was killed or aborted" in found
-    found = epitaph.epitaph(last | {"joining": True}, reached=True)
+    found = exit_report.reason(last | {"joining": True}, reached=True)
     assert "process 2 (c) stops: step 5: not all did" in found
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{listener.getsockname()[1]}"
-        assert not epitaph.answers(address)
+        assert not exit_report.answers(address)
         listener.listen()
-        assert epitaph.answers(address)
+        assert exit_report.answers(address)
 
 
 # ---------------------------------------------------------------- lost and stuck peers
