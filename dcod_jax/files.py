@@ -30,9 +30,8 @@ class RemotePath:
     """protocol://key, with the part of pathlib.Path's interface that the package uses.
 
     Every error of the store is raised as OSError (FileNotFoundError for a missing object) with the
-    path in its message. `etils.epath` does not serve: its remote paths are os.PathLike, so that a
-    library takes them for local ones; it lets the driver's errors through, reads cached listings,
-    copies inside a store through this machine, and takes schemes that it does not know for local.
+    path in its message. It is no os.PathLike: a library that wants a local file refuses it. Why it
+    is not `etils.epath`: docs/decisions.md.
     """
 
     protocol: str

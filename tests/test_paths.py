@@ -14,7 +14,8 @@ from dcod_jax.errors import DcodError
 from dcod_jax.files import RemotePath, as_path, find, rename
 
 PACKAGE = pathlib.Path(files.__file__).parent
-OWNERS = ("copies.py", "files.py")  # where paths are told apart
+# Where paths are told apart, and a verb about this machine alone.
+OWNERS = ("copies.py", "files.py", "doctor.py")
 OPENERS = ("Path", "pathlib.Path", "open", "io.open", "gzip.open")
 # Calls elsewhere that are about this machine alone, and why.
 LOCAL = {
