@@ -153,7 +153,7 @@ class Monitor:
         self.closing = threading.Event()
         self.ending = threading.RLock()  # the first to end the process finishes its message
         self.beat()
-        # Two threads: a request to a frozen coordinator does not return.
+        # Two threads, and one more at the end: a request to a frozen coordinator does not return.
         self.threads = [
             threading.Thread(target=run, daemon=True, name=f"dcod-{run.__name__}")
             for run in (self._keep_beating, self._keep_judging)
@@ -278,15 +278,20 @@ class Monitor:
     def _exit(self, code: int, ended: str, *, judged: bool) -> None:
         self.end = {"ended": ended, "code": code, "judged": judged}
         if self.process == 0 or not judged:  # with process 0 goes the store, and all reasons in it
-            try:
-                self._publish()
-            except jax.errors.JaxRuntimeError as error:
-                self._print(f": the others could not be told: {error}")
-            else:
-                time.sleep(3 * self.interval if self.process == 0 else 0)
+            telling = threading.Thread(target=self._tell_end, daemon=True)
+            telling.start()
+            telling.join(self.heartbeat + 3 * self.interval)
         sys.stdout.flush()
         self.reporter.close()
         os._exit(code)
+
+    def _tell_end(self) -> None:
+        try:
+            self._publish()
+        except jax.errors.JaxRuntimeError as error:
+            self._print(f": the others could not be told: {error}")
+        else:
+            time.sleep(3 * self.interval if self.process == 0 else 0)
 
     def close(self) -> None:
         """Stop the threads; a barrier before this said that all processes are at the end."""

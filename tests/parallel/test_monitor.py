@@ -1,8 +1,10 @@
 """Processes that lose, wait for or contradict each other: who is named, and how the run ends."""
 
+import os
 import signal
 import socket
 import sys
+import threading
 
 import pytest
 from host_runs import finish, launch
@@ -10,7 +12,7 @@ from host_runs import finish, launch
 from dcod_jax import config as configs
 from dcod_jax.errors import DcodError
 from dcod_jax.parallel import exit_report, hosts
-from dcod_jax.parallel.monitor import EXIT_PEER, Peer, verdict
+from dcod_jax.parallel.monitor import EXIT_PEER, ExitReporter, Monitor, Peer, verdict
 
 # ---------------------------------------------------------------- the judgement, without processes
 
@@ -100,6 +102,40 @@ def test_an_exit_report_names_the_coordinator_or_the_process():
         assert not exit_report.answers(address)
         listener.listen()
         assert exit_report.answers(address)
+
+
+class FrozenClient:
+    """A key-value store that stops to answer."""
+
+    def __init__(self):
+        self.frozen, self.thawed = False, threading.Event()
+
+    def key_value_set(self, key, text, *, allow_overwrite):
+        if self.frozen:
+            self.thawed.wait()
+
+    def key_value_dir_get(self, folder):
+        return []
+
+
+def test_an_error_ends_a_process_whose_coordinator_is_frozen(monkeypatch, capsys):
+    client, codes = FrozenClient(), []
+    settings = {"coordinator": "", "reporter": ExitReporter(), "heartbeat": 0.5, "timeout": 60.0}
+    monitor = Monitor(client, process=1, processes=2, **settings)
+    monitor.closing.set()  # no verdict may come before the error
+    monkeypatch.setattr(os, "_exit", codes.append)
+    client.frozen = True
+    failing = threading.Thread(
+        target=monitor.fail, args=(DcodError("no file"),), kwargs={"code": 1}
+    )
+    failing.start()
+    failing.join(10)
+    assert codes == [1]
+    assert "process 1" in (said := capsys.readouterr().err)
+    assert "error: no file" in said
+    client.thawed.set()
+    failing.join()
+    monitor.reporter.running.communicate()
 
 
 # ---------------------------------------------------------------- lost and stuck peers
