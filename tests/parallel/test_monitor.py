@@ -144,7 +144,7 @@ SCRIPT = """
 import os, signal, sys, time
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from dcod_jax import cli
+from dcod_jax import cli, errors
 from dcod_jax.parallel import hosts
 
 def work(settings):
@@ -215,7 +215,7 @@ def test_a_straggler_is_named_after_the_time_out(tmp_path, meets):
 
 
 def test_an_error_of_one_is_told_to_all(tmp_path):
-    misdeed = "raise config.DcodError('no such file\\nset data.traces')"
+    misdeed = "raise errors.DcodError('no such file\\nset data.traces')"
     ends = misbehave(tmp_path, 1, misdeed)
     assert [end[0] for end in ends] == [1, 1], ends
     assert "error: no such file\nset data.traces" in ends[1][2]
