@@ -25,7 +25,7 @@ from dcod_jax.export import command as export
 from dcod_jax.generate_traces import command as generate_traces
 from dcod_jax.parallel import hosts
 from dcod_jax.score import command as score
-from dcod_jax.train import command as train
+from dcod_jax.train import loop as train
 
 SIGNALS = {"stop": signal.SIGTERM, "kill": signal.SIGKILL}
 

@@ -22,15 +22,15 @@ LEVELS = """
     evaluate.benchmarks evaluate.answers evaluate.grading evaluate.problems evaluate.prompts
     evaluate.generations evaluate.statistics evaluate.metrics
     train.optim train.metrics train.profiling train.settings config_checks config doctor cli
-    train.checkpoint train.local_checkpoints train.forward train.step
+    train.checkpointer train.local_checkpoints train.checkpoints train.forward train.step
     score.scoring
     prepare.delivered prepare.overlap prepare.filters
     generate_traces.command prepare.command score.command inspect.arguments inspect.command
     drift.curves drift.scores
-    train.start train.on_policy export.command evaluate.command
+    train.setup train.on_policy export.command evaluate.command
     evaluate.lm_eval_model drift.command report.arguments report.data report.traces report.command
     plan.chips plan.hlo plan.programs plan.estimate plan.command
-    train.log train.stages train.command
+    train.monitor train.loop train.command
     study.arithmetic study.domain study.conditions study.steps study.lab study.tables study.command
 """
 ORDER = LEVELS.split()

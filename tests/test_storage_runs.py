@@ -24,7 +24,7 @@ from dcod_jax.losses.adaptive import initial
 from dcod_jax.models import hf
 from dcod_jax.prepare.command import prepare
 from dcod_jax.train import metrics
-from dcod_jax.train.checkpoint import Checkpointer
+from dcod_jax.train.checkpointer import Checkpointer, Snapshot
 from dcod_jax.train.local_checkpoints import LocalCheckpoints
 from dcod_jax.types import TrainState
 
@@ -178,19 +178,21 @@ def test_checkpoints_are_saved_and_restored_in_cloud_storage(gcs):
     checkpointer = Checkpointer(run, keep=2, best_metric="eval/nll")
     for step in (1, 2, 3, 4):
         checkpointer.save(
-            state_of(step),
-            step=step,
-            progress={"iterator": {"row": step}},
-            config={"seed": 1},
-            metrics={"eval/nll": float(abs(step - 2))},
+            Snapshot(
+                state=state_of(step),
+                step=step,
+                iterator={"row": step},
+                config={"seed": 1},
+                metrics={"eval/nll": float(abs(step - 2))},
+            )
         )
     checkpointer.close()
     again = Checkpointer(run, keep=2, best_metric="eval/nll")
     assert again.steps() == [2, 3, 4]  # the newest two and the best
     assert again.best() == 2
-    state, restored = again.restore(state_of(0))
-    jax.tree.map(np.testing.assert_array_equal, state, state_of(4))
-    assert restored.progress == {"iterator": {"row": 4}}
+    restored = again.restore(state_of(0))
+    jax.tree.map(np.testing.assert_array_equal, restored.state, state_of(4))
+    assert restored.iterator == {"row": 4}
     params, _ = again.restore_params(state_of(0).params, step=2)
     jax.tree.map(np.testing.assert_array_equal, params, state_of(2).params)
     wrong = {"layers": {"kernel": jnp.zeros((3, 5))}}
@@ -206,10 +208,10 @@ def test_local_checkpoints_beside_those_in_cloud_storage(gcs, tmp_path):
         shared = Checkpointer(gcs / "beside", beside_local=True)
         local = LocalCheckpoints(shared, directory=str(tmp_path), every=1)
         found = local.restore(jax.tree.map(jnp.asarray, state_of(0)), before=9)
-        assert (found[1].step if found else None) == expected
+        assert (found.step if found else None) == expected
         if expected is None:
-            shared.save(state_of(1), step=1, progress={}, config={})
-            local.save(state_of(2), step=2, progress={}, config={})
+            shared.save(Snapshot(state=state_of(1), step=1, config={}))
+            local.save(Snapshot(state=state_of(2), step=2, config={}))
             local.own.wait()
         shared.close()
     assert Checkpointer(gcs / "beside").steps() == [1]
@@ -221,7 +223,7 @@ def test_a_half_written_checkpoint_in_cloud_storage_is_not_restored(gcs):
     run = gcs / "half"
     checkpointer = Checkpointer(run)
     for step in (1, 2):
-        checkpointer.save(state_of(step), step=step, progress={}, config={})
+        checkpointer.save(Snapshot(state=state_of(step), step=step, config={}))
     checkpointer.close()
     (run / "checkpoints" / "2" / "commit_success.txt").unlink()  # what is written last
     again = Checkpointer(run)

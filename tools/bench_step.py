@@ -291,7 +291,7 @@ def bench_checkpoint(args: argparse.Namespace) -> None:
     """Seconds for which saving 135M parameters and their Adam moments blocks the loop."""
     import jax
 
-    from dcod_jax.train.checkpoint import Checkpointer
+    from dcod_jax.train.checkpointer import Checkpointer, Snapshot
 
     model_config, loss_config = our_config("sigmoid", head_chunk=512, num_hidden_layers=30)
     _, state = our_step(args, model_config, loss_config)
@@ -301,7 +301,7 @@ def bench_checkpoint(args: argparse.Namespace) -> None:
         checkpointer = Checkpointer(run_dir, keep=1)
         for number in range(1, args.rounds + 1):
             start = time.perf_counter()
-            checkpointer.save(state, step=number, progress={}, config={})
+            checkpointer.save(Snapshot(state=state, step=number, config={}))
             blocked = time.perf_counter() - start
             checkpointer.wait()
             total = time.perf_counter() - start

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,9 +34,11 @@ from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig, to_hf
 from dcod_jax.models.gguf import export_tokenizer
 from dcod_jax.parallel import hosts
-from dcod_jax.parallel.mesh import batch_shards, make_mesh, tree_shardings
-from dcod_jax.train.checkpoint import Checkpointer, Restored
+from dcod_jax.parallel.mesh import batch_shards, make_mesh
+from dcod_jax.train.checkpointer import Checkpointer, Record, sharded_shapes
 from dcod_jax.types import Params
+
+log = logging.getLogger(__name__)
 
 MARKER = "dcod_jax.json"  # says that a directory is an export of ours, and what was checked
 RECIPE = "dcod_jax_config.json"  # the resolved config
@@ -64,7 +67,7 @@ def export(config: Any) -> Path:
     hosts.check_joined()
     mesh = make_mesh(**config.mesh)
     hosts.doing(f"exporting {config.run_dir}")
-    params, restored = _read_checkpoint(config, model_config, mesh)
+    params, record = _read_checkpoint(config, model_config, mesh)
     path = export_path(config)
     report = export_model(
         params,
@@ -74,13 +77,17 @@ def export(config: Any) -> Path:
         chat_template=config.student.chat_template,
         dtype=config.export.dtype,
         max_shard_bytes=int(config.export.max_shard_gb * 1e9),
-        card=_card(config, restored),
+        card=_card(config, record),
         mesh=mesh,
     )
-    print(
-        f"{path}: step {restored.step} in {config.export.dtype}, re-opened; logits equal those of "
-        f"the training parameters in {config.export.dtype} bit for bit, and differ from the "
-        f"float32 ones by at most {report['max_logit_difference_from_float32']:.3g}"
+    log.info(
+        "%s: step %d in %s, re-opened; its logits equal those of the training parameters in %s bit "
+        "for bit, and differ from those of the float32 parameters by at most %.3g",
+        path,
+        record.step,
+        config.export.dtype,
+        config.export.dtype,
+        report["max_logit_difference_from_float32"],
     )
     return path
 
@@ -90,20 +97,15 @@ def export_path(config: Any) -> Path:
     return as_path(config.export.path or as_path(config.run_dir) / "export")
 
 
-def _read_checkpoint(config: Any, model_config: ModelConfig, mesh: Mesh) -> tuple[Params, Restored]:
+def _read_checkpoint(config: Any, model_config: ModelConfig, mesh: Mesh) -> tuple[Params, Record]:
     directory = as_path(config.run_dir) / "checkpoints"
     if not directory.is_dir():
         raise DcodError(f"{directory} does not exist; expected the checkpoints of a training run")
     checkpointer = Checkpointer(config.run_dir, best_metric=config.train.best_metric)
     step = config.export.step if config.export.step >= 0 else checkpointer.best()
-    shapes = jax.tree.map(
-        lambda shape, layout: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=layout),
-        transformer.param_shapes(model_config),
-        tree_shardings(mesh, transformer.logical_axes(model_config)),
-    )
-    params, restored = checkpointer.restore_params(shapes, step=step)
+    restored = checkpointer.restore_params(sharded_shapes(model_config, mesh), step=step)
     checkpointer.close()
-    return params, restored
+    return restored
 
 
 def _tokenizer_home(config: Any, source: Path) -> Path:
@@ -111,7 +113,7 @@ def _tokenizer_home(config: Any, source: Path) -> Path:
     return home.parent if home.name == "config.json" else home
 
 
-def _card(config: Any, restored: Restored) -> dict[str, Any]:
+def _card(config: Any, record: Record) -> dict[str, Any]:
     """What the model card tells: recipe, data and held-out metrics."""
     root = as_path(dataset_dir(config))
     names = [name for name in ("train", "eval") if (root / name / MANIFEST).is_file()]
@@ -120,10 +122,10 @@ def _card(config: Any, restored: Restored) -> dict[str, Any]:
         data = {"train": read_manifest(root)}
     return {
         "base_model": config.student.path or config.student.config,
-        "step": restored.step,
-        "metrics": restored.metrics,
+        "step": record.step,
+        "metrics": record.metrics,
         "data": data,
-        "config": restored.config,  # of the run that wrote the checkpoint
+        "config": record.config,  # of the run that wrote the checkpoint
     }
 
 

@@ -111,7 +111,7 @@ def _student(args: argparse.Namespace, datasets: Sequence[TraceDataset]) -> Scor
 def _read_checkpoint(run_dir: str) -> tuple[Any, Any, Path]:
     """(model config, parameters, tokenizer directory) of a run's newest checkpoint."""
     from dcod_jax.models import hf, transformer
-    from dcod_jax.train.checkpoint import Checkpointer, read_run
+    from dcod_jax.train.checkpointer import Checkpointer, read_record
 
     if not (as_path(run_dir) / "checkpoints").is_dir():
         raise DcodError(f"--checkpoint {run_dir}: expected a run directory with checkpoints/ in it")
@@ -119,7 +119,7 @@ def _read_checkpoint(run_dir: str) -> tuple[Any, Any, Path]:
     steps = checkpointer.steps()
     if not steps:
         raise DcodError(f"--checkpoint {run_dir}: it holds no finished checkpoint")
-    student = read_run(run_dir, steps[-1]).config["student"]
+    student = read_record(run_dir, steps[-1]).config["student"]
     source = as_path(student["path"] or student["config"])
     config = hf.read_config(source)
     params, _ = checkpointer.restore_params(transformer.param_shapes(config), step=steps[-1])

@@ -23,7 +23,7 @@ from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import make_mesh, tree_shardings
 from dcod_jax.report.data import Run
 from dcod_jax.score.scoring import ScoreSettings, score_traces
-from dcod_jax.train.checkpoint import Checkpointer
+from dcod_jax.train.checkpointer import Checkpointer
 from dcod_jax.train.metrics import read_metrics
 from dcod_jax.train.settings import loss_config
 from dcod_jax.types import Params, Trace

@@ -36,7 +36,7 @@ from dcod_jax.study.steps import adjustable_optimizer, cpu_seconds, student_conf
 from dcod_jax.train.forward import TeacherModel
 from dcod_jax.train.on_policy import OnPolicy
 from dcod_jax.train.settings import loss_config, optim_config
-from dcod_jax.train.start import Student
+from dcod_jax.train.setup import Student
 from dcod_jax.train.step import init_state, make_train_step
 from dcod_jax.types import Params, TrainState
 
@@ -247,7 +247,7 @@ class Lab:
             require_scores=distill.needs_cache(loss),
             require_top_k=loss.teacher == "cached" and distill.needs_distribution(loss),
         )
-        student = Student("study", model_config, self.tokenizer, len(self.tokenizer))
+        student = Student(model_config, self.tokenizer, len(self.tokenizer))
         own = configs.replace(config, {"seed": seed})
         policy = OnPolicy(own, student, self.mesh, spent={})
         history: list[dict[str, jax.Array]] = []

@@ -1,14 +1,14 @@
 """Checkpoints on each process's own disk, for a restart that finds its machines as they were.
 
-Every train.local_every steps each process saves what it holds, without the others, to
-train.local_dir/<run>/process-<i>/<id>/checkpoints/<step>. The newest two are kept: a process may
-be killed while it writes the step that the others have already.
+Every train.local_every steps each process saves the shards it holds, without the others, to
+train.local_dir/<run>/process-<i>/<id>/checkpoints/<step>. The newest two are kept, because a
+process may be killed while it writes the step that the others have finished.
 
-run_dir/checkpoints/local.txt says which of them belong to the run as it stands: the id, the number
-of processes, and the layout, that is, which process holds which part of every array. A start that
-goes on from local checkpoints keeps this record, one that goes on from anything else writes a new
-id, and one without train.local_dir removes it. So what a start has passed over, and what was left
-of a run whose directory is gone, is never restored into another run or another course of this one.
+run_dir/checkpoints/local.txt names the local checkpoints that belong to the run: the id, the number
+of processes, and the layout (which process holds which part of every array). A start that goes on
+from local checkpoints keeps this file; one that goes on from anything else writes a new id, and
+one without train.local_dir removes it. So local checkpoints that a start did not use, and those of
+a deleted run, are never restored into another run.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
-import sys
 import uuid
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
@@ -28,10 +27,11 @@ from dcod_jax.errors import DcodError
 from dcod_jax.files import as_path, remove_tree, replace_file
 from dcod_jax.parallel import hosts
 from dcod_jax.parallel.monitor import HOST
-from dcod_jax.train.checkpoint import Checkpointer, Restored, finished
+from dcod_jax.train.checkpointer import Checkpointer, Snapshot, finished
 from dcod_jax.types import TrainState
 
-RECORD = "local.txt"  # in one line: id, number of processes, layout
+log = logging.getLogger(__name__)
+IDENTITY = "local.txt"  # in one line: id, number of processes, layout
 KEEP = 2
 
 
@@ -40,59 +40,66 @@ class LocalCheckpoints:
 
     def __init__(self, shared: Checkpointer, *, directory: str, every: int):
         self.shared, self.every = shared, every
-        self.record = shared.directory / RECORD
+        self.identity = shared.directory / IDENTITY
         self.enabled = bool(directory)
         run_dir = shared.directory.parent
         name = f"{run_dir.name}-{hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]}"
         self.home = as_path(directory).resolve() / name / f"process-{jax.process_index()}"
-        self.own: Checkpointer | None = None  # none either after the disk refused one
+        self.own: Checkpointer | None = None  # also None after the disk refused a save
         self.newest = 0
 
-    def restore(self, like: TrainState, *, before: int) -> tuple[TrainState, Restored] | None:
-        """State at the newest step that all processes have whole, if it is newer than the shared.
+    def restore(self, like: TrainState, *, before: int) -> Snapshot | None:
+        """The run at the newest step that all processes have, if newer than the shared ones.
 
-        None where there is no such step below `before`. All processes call it once, before the
-        first save; a line says why checkpoints that one of them has are not used.
+        None where there is no such step below `before`; a line says why checkpoints that one
+        process has are not used. All processes call it once, before the first save.
         """
         if not self.enabled:
             self._forget()
             return None
         own = [uuid.uuid4().hex, str(jax.process_count()), layout(like)]
         shared = max(self.shared.steps(), default=0)
-        known = hosts.first() and self.record.is_file()
-        then = self.record.read_bytes().decode(errors="replace").split() if known else []
-        told = json.dumps([then, own[0], shared])
-        then, own[0], shared = json.loads(hosts.exchange("local checkpoints", told)[0])
+        known = hosts.first() and self.identity.is_file()
+        then = self.identity.read_bytes().decode(errors="replace").split() if known else []
+        sent = json.dumps([then, own[0], shared])
+        then, own[0], shared = json.loads(hosts.exchange("local checkpoints", sent)[0])
         found = None
         if len(then) == 3 and then[1] != own[1]:
-            print(f"local checkpoints are of {then[1]} processes, these are {own[1]}; not used")
+            log.info(
+                "local checkpoints are of %s processes, these are %s; not used", then[1], own[1]
+            )
         elif len(then) == 3 and then[2] != own[2]:
-            print("local checkpoints are of another mesh or model; not used")
+            log.info("local checkpoints are of another mesh or model; not used")
         elif len(then) == 3:
-            found = self._newest(then[0], like, after=shared, before=before)
+            found = self._read_newest(then[0], like, after=shared, before=before)
         if found is None and hosts.first():
-            replace_file(self.record, (" ".join(own) + "\n").encode())
-        self.newest = found[1].step if found else 0
-        self._open(then[0] if found else own[0])
+            replace_file(self.identity, (" ".join(own) + "\n").encode())
+        self.newest = found.step if found else 0
+        name = then[0] if found else own[0]
+        try:
+            self._tidy(name)
+            self.own = self._checkpointer(name)
+        except (DcodError, OSError) as error:
+            self._give_up(error)
         return found
 
-    def _newest(
+    def _read_newest(
         self, name: str, like: TrainState, *, after: int, before: int
-    ) -> tuple[TrainState, Restored] | None:
+    ) -> Snapshot | None:
         """Agree on a step and read it, until one was read by all or none is left."""
         while True:
             own: list[int] = []
-            with contextlib.suppress(OSError):  # a disk in trouble has none
+            with contextlib.suppress(OSError):  # a failing disk has none
                 own = finished(self.home / name / "checkpoints")
-            told = hosts.exchange("local steps", json.dumps([HOST, own]))
-            everyone = [json.loads(text) for text in told]
+            sent = hosts.exchange("local steps", json.dumps([HOST, own]))
+            everyone = [json.loads(text) for text in sent]
             names = [f"process {i} ({host})" for i, (host, _) in enumerate(everyone)]
-            steps = [have for _, have in everyone]
-            step, newest, lacking = agree(steps, after=after, before=before)
+            held = [have for _, have in everyone]
+            step, newest, lacking = agree(held, after=after, before=before)
             if step is None:
                 who = ", ".join(names[i] for i in lacking)
                 if lacking:
-                    print(f"local checkpoints: {who} has none of step {newest}; not used")
+                    log.info("local checkpoints: %s has none of step %d; not used", who, newest)
                 return None
             found, problem = None, ""
             try:
@@ -102,23 +109,15 @@ class LocalCheckpoints:
             problems = hosts.exchange("reading local checkpoints", problem)
             if not any(problems):
                 return found
-            told = [f"{who}: {text}" for who, text in zip(names, problems, strict=True) if text]
-            print(f"local checkpoints of step {step} are not used. {'; '.join(told)}")
-            found, before = None, step  # room for the next, which is older
+            texts = [f"{who}: {text}" for who, text in zip(names, problems, strict=True) if text]
+            log.info("local checkpoints of step %d are not used. %s", step, "; ".join(texts))
+            found, before = None, step  # frees the arrays before the older step is read
 
     def _checkpointer(self, name: str) -> Checkpointer:
-        return Checkpointer(self.home / name, keep=KEEP, alone=True)
-
-    def _open(self, name: str) -> None:
-        """Be ready to save under this id; all else that this process has of the run is removed."""
-        try:
-            self._tidy(name)
-            self.own = self._checkpointer(name)
-        except (DcodError, OSError) as error:
-            self._give_up(error)
+        return Checkpointer(self.home / name, keep=KEEP, local=True)
 
     def _tidy(self, name: str) -> None:
-        """Leave the whole checkpoints of this id that are no newer than the run is."""
+        """Remove other ids, and of this id what is half-written or newer than the run."""
         for other in list(self.home.iterdir()) if self.home.is_dir() else []:
             if other.name != name:
                 remove_tree(other)
@@ -127,31 +126,31 @@ class LocalCheckpoints:
             if not path.name.isdigit() or int(path.name) > self.newest:
                 remove_tree(path)
 
-    # ---------------------------------------------------------------- as the run goes
-
     def due(self, step: int) -> bool:
-        """Whether step is one to be saved; the same on all processes, whatever their disks."""
+        """Whether a step is to be saved; the same on all processes, whatever their disks."""
         return self.enabled and step != self.newest and step % self.every == 0 < step
 
-    def save(self, state: TrainState, *, step: int, **values: Any) -> None:
+    def save(self, snapshot: Snapshot) -> None:
         """As Checkpointer.save; a disk that refuses ends this process's local checkpoints only."""
-        self.newest = step
+        self.newest = snapshot.step
         if self.own is not None:
             try:
-                self.own.save(state, step=step, **values)
+                self.own.save(snapshot)
             except DcodError as error:
                 self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        if self.own is not None:  # room for what else is on that disk
+        if self.own is not None:  # free the space for others on that disk
             with contextlib.suppress(OSError):
                 self._tidy(self.own.directory.parent.name)
         self.own = None
-        print(
-            f"warning: process {jax.process_index()} ({HOST}): {error}. No more local checkpoints "
-            f"of it until the next start; those in {self.shared.directory} go on",
-            file=sys.stderr,
-            flush=True,
+        log.warning(
+            "process %d (%s): %s. No more local checkpoints of it until the next start; those in "
+            "%s go on",
+            jax.process_index(),
+            HOST,
+            error,
+            self.shared.directory,
         )
 
     def close(self) -> None:
@@ -163,24 +162,24 @@ class LocalCheckpoints:
                 self._give_up(error)
         if self.enabled:
             remove_tree(self.home)
-            with contextlib.suppress(OSError):  # another process of this host is not ready
+            with contextlib.suppress(OSError):  # another process of this host has not finished
                 os.rmdir(str(self.home.parent))
         self._forget()
 
     def _forget(self) -> None:
         if hosts.first():
-            self.record.unlink(missing_ok=True)
+            self.identity.unlink(missing_ok=True)
 
 
 def agree(
-    steps: Sequence[Sequence[int]], *, after: int, before: int
+    held: Sequence[Sequence[int]], *, after: int, before: int
 ) -> tuple[int | None, int, list[int]]:
     """(newest step that all processes have, or None; newest that one has; who lacks that one).
 
-    Of the steps between after and before, both excluded; the newest is 0 where there is none.
+    Only steps between after and before count, both excluded; the newest is 0 where there is none.
     [[12, 14], [10, 12]] after 10 -> (12, 14, [1]); [[14], []] after 10 -> (None, 14, [1]).
     """
-    usable = [{step for step in own if after < step < before} for own in steps]
+    usable = [{step for step in own if after < step < before} for own in held]
     newest = max(set.union(*usable), default=0)
     lacking = [i for i, own in enumerate(usable) if newest and newest not in own]
     return max(set.intersection(*usable), default=None), newest, lacking

@@ -1,10 +1,10 @@
-"""GKD's on-policy mode: with probability on_policy.fraction a batch holds the student's own words.
+"""On-policy distillation (GKD): some batches hold completions sampled from the student.
 
-The prompts of the batch at hand are continued by the current student with the repository's sampler
-and packed into rows of the same shape; the live teacher then scores them in the train step like
-any other batch. Coin and samples follow from (seed, step), so a resumed run repeats them. Several
-processes read the whole batch, sample it together and keep their rows. What it costs is counted,
-for a comparison with offline training at equal compute.
+With probability on_policy.fraction the current student continues the prompts of the batch, and its
+completions are packed into rows of the same shape; the live teacher scores them in the train step.
+Choice and samples follow from (seed, step), so a resumed run repeats them. Several processes read
+the whole batch, sample it together and keep their rows. The cost of sampling is counted, for a
+comparison with offline training at equal compute.
 """
 
 from __future__ import annotations
@@ -20,28 +20,25 @@ from dcod_jax.data.codec import Columns
 from dcod_jax.data.pipeline import HostBatch, host_slice
 from dcod_jax.data.tokenizer import stop_ids
 from dcod_jax.sample.sampler import decoding_params, sample
-from dcod_jax.train.start import Student
+from dcod_jax.train.setup import Student
 from dcod_jax.types import TrainState
 
 
-def reading(config: Any, own: dict[str, Any]) -> dict[str, Any]:
-    """The fields of pipeline.Reading: prompts are needed of the whole batch, not of a host's."""
-    return own | {"process_index": 0, "process_count": 1} if config.on_policy.fraction else own
-
-
 class OnPolicy:
-    """Turns a batch of traces into one of student samples, now and then."""
+    """Replaces a batch of traces by one of student samples with probability on_policy.fraction."""
 
     def __init__(self, config: Any, student: Student, mesh: Mesh, *, spent: dict[str, Any]):
-        """spent: what an interrupted run had used up, as `spent` of its checkpoint."""
+        """spent: the cost so far, which is counted on here; {} for a new run."""
         self.config, self.student, self.mesh = config, student, mesh
         self.host, self.hosts = host_slice(mesh, config.data.batch_size)
-        self.spent: dict[str, Any] = {"tokens": 0, "seconds": 0.0} | spent
+        self.spent = spent
+        spent.setdefault("tokens", 0)
+        spent.setdefault("seconds", 0.0)
 
     def __call__(
         self, step: int, state: TrainState, batch: HostBatch, trace_index: np.ndarray
     ) -> tuple[HostBatch, np.ndarray, dict[str, float]]:
-        """The batch to train on, whose trace each position belongs to, and the metrics."""
+        """(the batch to train on, the trace of each position, metrics) of a batch of traces."""
         if not self.config.on_policy.fraction:
             return batch, trace_index, {}
         drawn = _draws(self.config.seed, step)
@@ -110,7 +107,7 @@ def _pack(
     sources: list[int],
     like: HostBatch,
 ) -> tuple[HostBatch, np.ndarray, int]:
-    """Rows of the shape of `like`, whose trace a position belongs to, and how many had no room.
+    """(rows of the shape of `like`, the trace of each position, how many sequences had no room).
 
     A completion is cut where a row ends; a sequence that no row has room for is left out.
     """
@@ -122,10 +119,10 @@ def _pack(
     ]
     counts = np.array([len(completion) for completion in kept])
     lengths = np.array([len(prompt) for prompt in prompts]) + counts
-    plan = packing.first_fit(
+    packed = packing.first_fit(
         lengths, seq_len, completions=counts, capacity=capacity, open_bins=rows
     )[:rows]
-    order = [i for row in plan for i in row]
+    order = [i for row in packed for i in row]
     tokens = [np.array(prompts[i] + kept[i], np.int32) for i in order]
     masks = [np.arange(len(ids)) >= len(prompts[i]) for i, ids in zip(order, tokens, strict=True)]
     columns = Columns(
@@ -134,7 +131,7 @@ def _pack(
         logprobs=np.zeros(sum(map(len, tokens)), np.float32),
         lengths=lengths[order],
     )
-    per_row = [len(row) for row in plan] + [0] * (rows - len(plan))
+    per_row = [len(row) for row in packed] + [0] * (rows - len(packed))
     batch = packing.fill_rows(columns, per_row, seq_len, capacity=capacity)
     names = np.array([sources[i] for i in order] + [-1], np.int32)  # -1 picks the -1 at the end
     return batch, names[batch.pop("trace_index")], len(prompts) - len(order)

@@ -1,13 +1,14 @@
 """Where a run's time goes: phases of a step, goodput over all its starts, and XProf traces.
 
-All clocks are the host's; nothing here waits for the device but the end of a trace.
-docs/profiling.md says how to read the numbers.
+All clocks are the host's; only the end of a trace waits for the device. docs/profiling.md says how
+to read the numbers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,8 +18,15 @@ import jax
 from dcod_jax.copies import Mirror
 from dcod_jax.files import Path, replace_file, to_json
 
+log = logging.getLogger(__name__)
 GOODPUT = "goodput.json"
 PHASES = ("data_wait", "dispatch", "device")
+PARTS = {  # of an attempt's time that is not in steps which count: its key, and its name in text
+    "startup": "start-up",
+    "eval": "held-out loss",
+    "save": "saves",
+    "lost": "steps done again after a restart",
+}
 
 
 class Phases:
@@ -35,51 +43,36 @@ class Phases:
         self._seconds[name] += time.monotonic() - start
 
     def take(self, steps: int) -> dict[str, float]:
-        """{"time/<phase>_seconds": of a step, on average}, and begin anew."""
+        """{"time/<phase>_seconds": mean over these steps}, and start again from 0."""
         means = {f"time/{name}_seconds": value / steps for name, value in self._seconds.items()}
         self._seconds = dict.fromkeys(PHASES, 0.0)
         return means
 
 
-# ---------------------------------------------------------------- goodput
-
-
 class Goodput:
-    """What of a run's time went into steps that count, over every start of it (goodput.json).
+    """The share of a run's time, over all its attempts, in steps that count (goodput.json).
 
-    An attempt is one start of the program, from `entered` on: start-up (loading, compiling, until
-    the first step is done), steps, evaluation, saves. When a later attempt begins at step r, what
-    an earlier one did after the save it was kept to is lost. A killed attempt's end is known from
-    the last line of metrics.jsonl. Only the first process writes.
+    An attempt is one start of the program, from `entered` on: start-up (loading and compiling,
+    until the first step is done), steps, evaluation, saves. When a later attempt begins at step r,
+    the steps that an earlier one did after its last save up to r are lost. The end of a killed
+    attempt is known from the last line of metrics.jsonl. Only the first process writes.
     """
 
     def __init__(self, run_dir: Path, start: int, *, entered: float, enabled: bool):
         self._file = run_dir / GOODPUT
         self._entered, self._enabled = entered, enabled
-        self.attempts: list[dict[str, Any]] = []
-        if enabled:
-            self.attempts = _earlier(run_dir, start)
-        self._now: dict[str, Any] = {
-            "from_step": start,
-            "step": start,
-            "elapsed": 0.0,
-            "startup": 0.0,
-            "eval": 0.0,
-            "save": 0.0,
-            "steps_at_save": {},
-            "lost": 0.0,
-            "ended": "",
-        }
-        self.attempts.append(self._now)
         self._started = False
+        self._now: dict[str, Any] = {"from_step": start, "step": start, "elapsed": 0.0}
+        self._now |= dict.fromkeys(PARTS, 0.0) | {"steps_at_save": {}, "ended": ""}
+        self.attempts = [*(_earlier(run_dir, start) if enabled else []), self._now]
         self._tick(start)
         self._write()
 
     def started(self) -> None:
-        """The first step of this attempt is done: what was before it is start-up."""
+        """The first step of this attempt is done: the time before it is start-up."""
         if not self._started:
+            self._tick(self._now["step"])
             self._started = True
-            self._now["startup"] = self._elapsed() - self._now["eval"] - self._now["save"]
             self._write()
 
     def paused(self, kind: str, seconds: float) -> None:
@@ -87,7 +80,7 @@ class Goodput:
         self._now[kind] += seconds
 
     def saved(self, step: int) -> None:
-        """A checkpoint of this step was begun; steps before it will not be lost."""
+        """A checkpoint of this step was begun; the steps before it will not be lost."""
         self._tick(step)
         self._now["steps_at_save"][str(step)] = _step_seconds(self._now)
         self._write()
@@ -95,39 +88,30 @@ class Goodput:
     def line(self, step: int) -> dict[str, float]:
         """The fields of a metrics line."""
         self._tick(step)
-        total = totals(self.attempts)
-        return {"time/elapsed_seconds": self._now["elapsed"], "time/goodput": total["goodput"]}
+        goodput = totals(self.attempts)["goodput"]
+        return {"time/elapsed_seconds": self._now["elapsed"], "time/goodput": goodput}
 
     def finish(self, *, failed: bool) -> None:
+        """The end of this attempt."""
         self._tick(self._now["step"])
         self._now["ended"] = "failed" if failed else "ended"
         self._write()
 
     def text(self) -> str:
         """One line for the end of a run."""
-        total = totals(self.attempts)
-        parts = ", ".join(
-            f"{name} {total[key]:.1f} s"
-            for name, key in (
-                ("start-up", "startup_seconds"),
-                ("held-out loss", "eval_seconds"),
-                ("saves", "save_seconds"),
-                ("steps done again after a restart", "lost_seconds"),
-            )
-        )
+        total, starts = totals(self.attempts), len(self.attempts)
+        parts = ", ".join(f"{text} {total[f'{key}_seconds']:.1f} s" for key, text in PARTS.items())
         return (
             f"goodput {total['goodput']:.1%}: {total['productive_seconds']:.1f} of "
             f"{total['wall_seconds']:.1f} s in steps that count ({parts}; "
-            f"{len(self.attempts)} start{'s' if len(self.attempts) > 1 else ''})"
+            f"{starts} start{'s' if starts > 1 else ''})"
         )
 
-    def _elapsed(self) -> float:
-        return time.monotonic() - self._entered
-
     def _tick(self, step: int) -> None:
-        self._now["step"], self._now["elapsed"] = step, self._elapsed()
+        now = self._now
+        now["step"], now["elapsed"] = step, time.monotonic() - self._entered
         if not self._started:
-            self._now["startup"] = self._elapsed() - self._now["eval"] - self._now["save"]
+            now["startup"] = now["elapsed"] - now["eval"] - now["save"]
 
     def _write(self) -> None:
         if self._enabled:
@@ -142,14 +126,11 @@ def _step_seconds(attempt: dict[str, Any]) -> float:
 
 def totals(attempts: list[dict[str, Any]]) -> dict[str, float]:
     """Sums over attempts; goodput is the share of wall time in steps that were not done again."""
-    names = ("startup", "eval", "save", "lost")
-    total: dict[str, float] = {f"{n}_seconds": sum(a[n] for a in attempts) for n in names}
-    total["wall_seconds"] = sum(attempt["elapsed"] for attempt in attempts)
-    steps = sum(_step_seconds(attempt) for attempt in attempts)
-    total["productive_seconds"] = steps - total["lost_seconds"]
-    wall = total["wall_seconds"]
-    total["goodput"] = total["productive_seconds"] / wall if wall else 0.0
-    return total
+    total: dict[str, float] = {f"{k}_seconds": sum(a[k] for a in attempts) for k in PARTS}
+    wall = sum(attempt["elapsed"] for attempt in attempts)
+    productive = sum(map(_step_seconds, attempts)) - total["lost_seconds"]
+    goodput = productive / wall if wall else 0.0
+    return total | {"wall_seconds": wall, "productive_seconds": productive, "goodput": goodput}
 
 
 def _earlier(run_dir: Path, start: int) -> list[dict[str, Any]]:
@@ -182,33 +163,28 @@ def _last_line(run_dir: Path) -> tuple[int, float]:
     return 0, 0.0
 
 
-# ---------------------------------------------------------------- traces
-
-
 class Tracer:
     """An XProf trace of profile.steps ("10:13": steps 10, 11, 12 and 13) in run_dir/profile."""
 
-    def __init__(self, steps: str, run_dir: Path, *, start: int):
-        first, _, last = steps.partition(":")
-        self.first, self.last = (int(first), int(last)) if steps else (1, 0)
+    def __init__(self, steps: str, run_dir: Path, *, first: int):
+        """first: the first step of this attempt."""
+        begin, _, end = steps.partition(":")
+        self.wanted = range(int(begin), int(end) + 1) if steps else range(0)
         self.directory = run_dir / "profile"
         self._mirror: Mirror | None = None
-        if steps and self.last <= start:
-            print(f"profile.steps={steps} were done before this start at step {start}: no trace")
-
-    def wants(self, step: int) -> bool:
-        return self.first <= step <= self.last
+        if steps and self.wanted[-1] < first:
+            log.info("profile.steps=%s are before this start at step %d: no trace", steps, first)
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
         """The body starts this step; the trace is opened for the first that is wanted."""
-        if not self.wants(step):
+        if step not in self.wanted:
             yield
             return
         if self._mirror is None:
             self._mirror = Mirror(self.directory)
             options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # every Python call would make the steps slow
+            options.python_tracer_level = 0  # tracing every Python call would slow the steps
             self._mirror.directory.mkdir(parents=True, exist_ok=True)
             jax.profiler.start_trace(str(self._mirror.directory), profiler_options=options)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -216,13 +192,14 @@ class Tracer:
 
     def after(self, step: int, values: Any) -> None:
         """End the trace once the last wanted step is done on the device."""
-        if self._mirror is not None and step >= self.last:
+        if self._mirror is not None and step + 1 not in self.wanted:
             jax.block_until_ready(values)
             self.close()
 
     def close(self) -> None:
+        """End the trace, where one is open."""
         if self._mirror is not None:
             jax.profiler.stop_trace()
             self._mirror.close()
-            self._mirror, self.last = None, 0
-            print(f"profile: {self.directory} (open with: tensorboard --logdir {self.directory})")
+            self._mirror = None
+            log.info("profile: %s (open with: tensorboard --logdir %s)", *[self.directory] * 2)

@@ -20,7 +20,7 @@ from dcod_jax.losses.adaptive import initial
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import from_hf
 from dcod_jax.parallel.mesh import make_mesh, tree_shardings
-from dcod_jax.train.checkpoint import Checkpointer
+from dcod_jax.train.checkpointer import Checkpointer, Snapshot
 from dcod_jax.types import TrainState
 
 CARD = {
@@ -229,7 +229,8 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, source):
         write(tmp_path / "export", source, model=trained(vocab_size=40))
 
 
-def test_the_verb_exports_the_best_checkpoint_and_says_so(tmp_path, source, capsys):
+def test_the_verb_exports_the_best_checkpoint_and_says_so(tmp_path, source, caplog):
+    caplog.set_level("INFO")
     _, params = trained()
     with Checkpoints(tmp_path / "run") as save:
         save(params, 10, {"eval/nll": 1.0})
@@ -240,7 +241,7 @@ def test_the_verb_exports_the_best_checkpoint_and_says_so(tmp_path, source, caps
     recipe.export.dtype = "float32"
     path = export(recipe)
     assert path == tmp_path / "run" / "export"
-    assert "step 10 in float32, re-opened" in capsys.readouterr().out
+    assert "step 10 in float32, re-opened" in caplog.text
     _, found = hf.load_model(path, dtype=jnp.float32)
     np.testing.assert_array_equal(found["norm"]["scale"], params["norm"]["scale"])
     assert "eval/nll: 1" in (path / "README.md").read_text()
@@ -284,7 +285,7 @@ class Checkpoints:
             opt_state={"count": jnp.int32(0)},
             loss_state=initial(),
         )
-        self.writer.save(state, step=step, progress={}, config={"seed": 0}, metrics=metrics)
+        self.writer.save(Snapshot(state=state, step=step, config={"seed": 0}, metrics=metrics))
         self.writer.wait()
 
     def __exit__(self, *details):

@@ -19,7 +19,7 @@ from dcod_jax.data.dataset import DatasetWriter
 from dcod_jax.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from dcod_jax.losses.adaptive import initial
 from dcod_jax.models import hf, transformer
-from dcod_jax.train.checkpoint import Checkpointer
+from dcod_jax.train.checkpointer import Checkpointer, Snapshot
 from dcod_jax.types import Trace, TrainState
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -203,7 +203,7 @@ def test_a_checkpoint_scores_like_the_weights_it_holds(root, student, expected, 
     state = TrainState(
         step=jnp.int32(3), params=params, opt_state={"count": jnp.int32(3)}, loss_state=initial()
     )
-    checkpointer.save(state, step=3, progress={}, config=named)
+    checkpointer.save(Snapshot(state=state, step=3, config=named))
     checkpointer.close()
     path = tmp_path / "all.jsonl"
     run(

@@ -20,7 +20,7 @@ from dcod_jax.losses.adaptive import (
     TaidConfig,
 )
 from dcod_jax.losses.weights import AUTO, WeightConfig
-from dcod_jax.train.checkpoint import Checkpointer
+from dcod_jax.train.checkpointer import Checkpointer, Snapshot
 from dcod_jax.types import TrainState
 
 B, T = 4, 96
@@ -460,9 +460,9 @@ def test_the_state_is_restored_exactly(tmp_path):
     for name, state in (("1", loss_state), ("2", adaptive.initial())):
         whole = TrainState(jnp.int32(4), {"w": jnp.ones(2)}, {"m": jnp.zeros(2)}, state)
         checkpointer = Checkpointer(tmp_path / name)
-        checkpointer.save(whole, step=4, progress={}, config={})
+        checkpointer.save(Snapshot(state=whole, step=4, config={}))
         checkpointer.wait()
-        restored, _ = checkpointer.restore(whole)
+        restored = checkpointer.restore(whole).state
         checkpointer.close()
         jax.tree.map(np.testing.assert_array_equal, restored, whole)
         assert isinstance(restored.loss_state, LossState)

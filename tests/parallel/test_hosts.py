@@ -22,8 +22,8 @@ from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.parallel.monitor import EXIT_PEER
 from dcod_jax.prepare.command import prepare
 from dcod_jax.score.command import score
-from dcod_jax.train import command as train
-from dcod_jax.train.checkpoint import Checkpointer
+from dcod_jax.train import loop as train
+from dcod_jax.train.checkpointer import Checkpointer
 from dcod_jax.train.local_checkpoints import LocalCheckpoints
 
 RECIPE = """

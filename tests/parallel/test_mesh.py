@@ -10,9 +10,9 @@ from dcod_jax.errors import DcodError
 from dcod_jax.models import transformer
 from dcod_jax.parallel import collectives
 from dcod_jax.parallel import mesh as meshes
-from dcod_jax.train.checkpoint import Checkpointer
+from dcod_jax.train.checkpointer import Checkpointer, Snapshot
 from dcod_jax.train.optim import OptimConfig, make_optimizer
-from dcod_jax.train.start import _random_params
+from dcod_jax.train.setup import random_params
 from dcod_jax.train.step import init_state
 from tests.train.test_train_step import MODEL
 
@@ -152,9 +152,9 @@ def _layout(mesh):
 
 
 def test_random_parameters_are_made_in_their_pieces_and_do_not_depend_on_the_mesh():
-    one = _random_params(MODEL, 3, _layout(meshes.make_mesh(devices=jax.devices()[:1])))
+    one = random_params(MODEL, 3, _layout(meshes.make_mesh(devices=jax.devices()[:1])))
     mesh = meshes.make_mesh(1, 2, context=2, tensor=2)
-    many = _random_params(MODEL, 3, _layout(mesh))
+    many = random_params(MODEL, 3, _layout(mesh))
     kernel = many["layers"]["mlp"]["up_proj"]["kernel"]  # [2, 32, 48]
     assert kernel.addressable_shards[0].data.shape == (2, 8, 24)
     jax.tree.map(np.testing.assert_array_equal, one, many)
@@ -176,7 +176,7 @@ MESHES = (
 def test_a_checkpoint_moves_from_mesh_to_mesh_and_keeps_its_bits(tmp_path):
     layouts = [meshes.make_mesh(**sizes) for sizes in MESHES]
     state = init_state(
-        _random_params(MODEL, 3, _layout(layouts[0])),
+        random_params(MODEL, 3, _layout(layouts[0])),
         OPTIMIZER,
         mesh=layouts[0],
         model_config=MODEL,
@@ -185,10 +185,10 @@ def test_a_checkpoint_moves_from_mesh_to_mesh_and_keeps_its_bits(tmp_path):
     shapes = transformer.param_shapes(MODEL)
     for number, mesh in enumerate(layouts[1:], 1):
         checkpointer = Checkpointer(tmp_path / str(number))
-        checkpointer.save(state, step=number, progress={}, config={})
+        checkpointer.save(Snapshot(state=state, step=number, config={}))
         checkpointer.close()
         like = init_state(shapes, OPTIMIZER, mesh=mesh, model_config=MODEL, abstract=True)
-        state, _ = Checkpointer(tmp_path / str(number)).restore(like)
+        state = Checkpointer(tmp_path / str(number)).restore(like).state
         placed = jax.tree.map(lambda x, at: x.sharding == at.sharding, state.params, like.params)
         assert all(jax.tree.leaves(placed))
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), expected)

@@ -28,8 +28,8 @@ from dcod_jax.report import command as report
 from dcod_jax.report import data as report_data
 from dcod_jax.report import traces as report_traces
 from dcod_jax.score.command import score
-from dcod_jax.train import stages
-from dcod_jax.train.checkpoint import Checkpointer
+from dcod_jax.train import command as train
+from dcod_jax.train.checkpointer import Checkpointer, Snapshot
 from dcod_jax.train.optim import make_optimizer
 from dcod_jax.train.settings import optim_config
 from dcod_jax.train.step import init_state
@@ -230,7 +230,7 @@ def test_a_run_without_export_is_seen_by_its_newest_checkpoint(place, tmp_path):
     state = init_state(params, optimizer, mesh=mesh, model_config=model_config)
     _, variant = list(configs.variants(place))[1]
     checkpointer = Checkpointer(tmp_path)
-    checkpointer.save(state, step=3, progress={}, config=variant.to_dict())
+    checkpointer.save(Snapshot(state=state, step=3, config=variant.to_dict()))
     checkpointer.close()
     runs = [
         report_data.Run("a", path, configs.replace(variant, {"run_dir": str(path)}))
@@ -370,13 +370,13 @@ def test_directories_on_the_command_line(place, tmp_path, capsys):
 
 def test_train_writes_the_page_at_the_end_when_asked(place, monkeypatch):
     written = []
-    monkeypatch.setattr(stages, "report", written.append)
-    monkeypatch.setattr(stages, "export", lambda variant: Path(variant.run_dir))
+    monkeypatch.setattr(train, "report", written.append)
+    monkeypatch.setattr(train, "export", lambda variant: Path(variant.run_dir))
     runs = list(configs.variants(place))
-    stages.finish(place, runs)
+    train.finish(place, runs)
     assert written == []
     asked = configs.replace(place, {"report.at_end": True})
-    stages.finish(asked, runs)
+    train.finish(asked, runs)
     assert written == [asked]
 
 

@@ -16,10 +16,24 @@ from dcod_jax.models import hf, transformer
 from dcod_jax.parallel import hosts
 from dcod_jax.parallel import mesh as meshes
 from dcod_jax.prepare.command import prepare
-from dcod_jax.train import command as train
-from dcod_jax.train.checkpoint import Checkpointer, finished
-from dcod_jax.train.local_checkpoints import RECORD, LocalCheckpoints, agree, layout
+from dcod_jax.train import loop as train
+from dcod_jax.train.checkpointer import Checkpointer, Snapshot, finished
+from dcod_jax.train.local_checkpoints import IDENTITY, LocalCheckpoints, agree, layout
 from dcod_jax.types import TrainState
+
+
+@pytest.fixture(autouse=True)
+def said(caplog):
+    """A function that gives the lines logged since the last call."""
+    caplog.set_level("INFO", logger="dcod_jax")
+
+    def lines():
+        found = [r.getMessage() for r in caplog.records if r.name.startswith("dcod_jax")]
+        caplog.clear()
+        return found
+
+    return lines
+
 
 # ---------------------------------------------------------------- what is agreed on
 
@@ -87,14 +101,14 @@ class Run:
         """As the loop does: the state is the next step's to overwrite when save returns."""
         for step in steps:
             state = state_of(self.mesh, step)
-            opened.save(state, step=step, progress={"row": step}, config={}, metrics={})
+            opened.save(Snapshot(state=state, step=step, iterator={"row": step}))
             jax.block_until_ready(advance(state))
         if opened.own:
             opened.own.wait()
 
     def share(self, step):
         shared = Checkpointer(self.place / "run")
-        shared.save(state_of(self.mesh, step), step=step, progress={}, config={})
+        shared.save(Snapshot(state=state_of(self.mesh, step), step=step))
         shared.close()
 
     def steps(self):
@@ -113,16 +127,16 @@ def run(tmp_path, mesh):
 
 def test_the_newest_two_are_kept_and_restored_to_the_bit_and_the_layout(run, mesh):
     assert run.steps() == [2, 3]
-    opened, (state, restored) = run.start()
-    jax.tree.map(np.testing.assert_array_equal, state, state_of(mesh, 3))
-    assert state.params["kernel"].sharding == run.like.params["kernel"].sharding
-    assert (restored.step, restored.progress) == (3, {"row": 3})
+    opened, restored = run.start()
+    jax.tree.map(np.testing.assert_array_equal, restored.state, state_of(mesh, 3))
+    assert restored.state.params["kernel"].sharding == run.like.params["kernel"].sharding
+    assert (restored.step, restored.iterator) == (3, {"row": 3})
     assert not opened.due(3)  # it is there already
     run.save(opened, 4)
     assert run.steps() == [3, 4]
     opened.close()
     assert not list((run.place / "disk").iterdir())
-    assert not (run.place / "run" / "checkpoints" / RECORD).exists()
+    assert not (run.place / "run" / "checkpoints" / IDENTITY).exists()
 
 
 def test_one_that_is_not_newer_than_the_shared_is_passed_over_for_good(run):
@@ -135,7 +149,7 @@ def test_one_that_is_not_newer_than_the_shared_is_passed_over_for_good(run):
 
 
 def test_steps_behind_the_end_of_the_run_are_not_used(run):
-    assert run.start(before=3)[1][1].step == 2
+    assert run.start(before=3)[1].step == 2
     assert run.steps() == [2]
 
 
@@ -153,42 +167,39 @@ def test_a_start_without_them_ends_their_life(run):
     assert run.start()[1] is None
 
 
-def test_another_mesh_is_told_and_not_restored(run, capsys):
+def test_another_mesh_is_told_and_not_restored(run, said):
     run.like = state_of(meshes.make_mesh(4, 2), 0)
     assert run.start()[1] is None
-    said = capsys.readouterr().out
-    assert said == "local checkpoints are of another mesh or model; not used\n"
+    assert said() == ["local checkpoints are of another mesh or model; not used"]
 
 
-def test_another_number_of_processes_is_told(run, capsys):
-    path = run.place / "run" / "checkpoints" / RECORD
+def test_another_number_of_processes_is_told(run, said):
+    path = run.place / "run" / "checkpoints" / IDENTITY
     name, _, held = path.read_text().split()
     path.write_text(f"{name} 2 {held}")
     assert run.start()[1] is None
-    said = capsys.readouterr().out
-    assert said == "local checkpoints are of 2 processes, these are 1; not used\n"
+    assert said() == ["local checkpoints are of 2 processes, these are 1; not used"]
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\x00", b"{}"])
 def test_a_damaged_record_is_no_record(run, content):
-    (run.place / "run" / "checkpoints" / RECORD).write_bytes(content)
+    (run.place / "run" / "checkpoints" / IDENTITY).write_bytes(content)
     assert run.start()[1] is None
     assert run.steps() == []
 
 
 @pytest.mark.parametrize("item", ["params", "opt_state", "run"])
-def test_a_damaged_one_is_told_and_the_older_one_read(run, mesh, capsys, item):
+def test_a_damaged_one_is_told_and_the_older_one_read(run, mesh, said, item):
     [place] = run.place.glob("disk/run-*/process-0/*/checkpoints")
     for file in (place / "3" / item).rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    opened, (state, restored) = run.start()
+    opened, restored = run.start()
     assert restored.step == 2
-    jax.tree.map(np.testing.assert_array_equal, state, state_of(mesh, 2))
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1
-    assert "local checkpoints of step 3 are not used. process 0 (" in said
-    assert f"{place / '3'}: cannot restore a local checkpoint" in said
+    jax.tree.map(np.testing.assert_array_equal, restored.state, state_of(mesh, 2))
+    [line] = said()
+    assert line.startswith("local checkpoints of step 3 are not used. process 0 (")
+    assert f"{place / '3'}: cannot restore a local checkpoint" in line
     run.save(opened, 3)
     assert run.steps() == [2, 3]
 
@@ -196,7 +207,7 @@ def test_a_damaged_one_is_told_and_the_older_one_read(run, mesh, capsys, item):
 def test_a_half_written_directory_is_not_read(run):
     [place] = run.place.glob("disk/run-*/process-0/*/checkpoints")
     (place / "3").rename(place / "3.orbax-checkpoint-tmp")
-    opened, (_, restored) = run.start()
+    opened, restored = run.start()
     assert restored.step == 2
     assert [path.name for path in place.iterdir()] == ["2"]
     run.save(opened, 3)
@@ -216,57 +227,56 @@ def beside(monkeypatch, answers):
     monkeypatch.setattr(hosts, "exchange", exchange)
 
 
-def test_a_process_that_lacks_them_is_named_and_nobody_restores(run, monkeypatch, capsys):
+def test_a_process_that_lacks_them_is_named_and_nobody_restores(run, monkeypatch, said):
     beside(monkeypatch, {"local steps": [json.dumps(["host-b", []])]})
     assert run.start()[1] is None
-    said = capsys.readouterr().out
-    assert said == "local checkpoints: process 1 (host-b) has none of step 3; not used\n"
+    assert said() == ["local checkpoints: process 1 (host-b) has none of step 3; not used"]
     assert run.steps() == []
 
 
-def test_all_take_the_older_step_when_one_cannot_read_the_newest(run, monkeypatch, capsys):
+def test_all_take_the_older_step_when_one_cannot_read_the_newest(run, monkeypatch, said):
     steps = json.dumps(["host-b", [2, 3]])
     problems = ["the disk of b is bad", ""]
     beside(monkeypatch, {"local steps": [steps] * 2, "reading local checkpoints": problems})
-    assert run.start()[1][1].step == 2
-    said = capsys.readouterr().out
-    assert "step 3 are not used. process 1 (host-b): the disk of b is bad" in said
+    assert run.start()[1].step == 2
+    [line] = said()
+    assert "step 3 are not used. process 1 (host-b): the disk of b is bad" in line
     assert run.steps() == [2]
 
 
 # ---------------------------------------------------------------- disks that refuse
 
 
-def test_a_directory_that_cannot_be_made_is_told_and_the_run_goes_on(tmp_path, mesh, capsys):
+def test_a_directory_that_cannot_be_made_is_told_and_the_run_goes_on(tmp_path, mesh, said):
     (tmp_path / "disk").write_text("a file")
     run = Run(tmp_path, mesh)
     opened, found = run.start()
     assert found is None
     run.save(opened, 1, 2)
     opened.close()
-    said = capsys.readouterr().err
-    assert said.count("warning: process 0 (") == 1
-    assert f"{tmp_path / 'disk'}" in said
-    assert f"those in {tmp_path / 'run' / 'checkpoints'} go on" in said
+    [line] = said()
+    assert line.startswith("process 0 (")
+    assert f"{tmp_path / 'disk'}" in line
+    assert f"those in {tmp_path / 'run' / 'checkpoints'} go on" in line
 
 
-def test_a_full_disk_is_told_once_and_the_finished_ones_stay(tmp_path, small_disk, mesh, capsys):
+def test_a_full_disk_is_told_once_and_the_finished_ones_stay(tmp_path, small_disk, mesh, said):
     run = Run(tmp_path, mesh)
     opened, _ = run.start()
     run.save(opened, 1)
     noise = jax.random.normal(jax.random.key(0), (2000, 1000))
     big = TrainState(jnp.int32(2), {"w": noise}, {}, initial())
-    opened.save(big, step=2, progress={}, config={})
+    opened.save(Snapshot(state=big, step=2))
     for step in (3, 4):
         assert opened.due(step)  # as on the processes whose disks are not full
         run.save(opened, step)
-    said = capsys.readouterr().err
-    assert said.count("warning: process 0 (") == 1
-    assert "cannot save a local checkpoint: no space left on the disk. No more" in said
-    assert f"{small_disk}" in said
+    [line] = said()
+    assert line.startswith("process 0 (")
+    assert "cannot save a local checkpoint: no space left on the disk. No more" in line
+    assert f"{small_disk}" in line
     [place] = small_disk.glob("run-*/process-0/*/checkpoints")
     assert [path.name for path in place.iterdir()] == ["1"]
-    assert run.start()[1][1].step == 1
+    assert run.start()[1].step == 1
 
 
 # ---------------------------------------------------------------- a whole run
@@ -298,9 +308,7 @@ def get_config():
 """
 
 
-def test_a_run_that_died_goes_on_from_the_local_step_to_the_same_bits(
-    tmp_path, capsys, monkeypatch
-):
+def test_a_run_that_died_goes_on_from_the_local_step_to_the_same_bits(tmp_path, said, monkeypatch):
     tiny.write_model(tmp_path / "student", seed=1, num_hidden_layers=1)
     tiny.write_jsonl(tmp_path / "traces.jsonl", tiny.sums(40))
     names = ("student", "dataset", "disk")
@@ -336,11 +344,10 @@ def test_a_run_that_died_goes_on_from_the_local_step_to_the_same_bits(
         with pytest.raises(RuntimeError, match="struck"):
             train.fit(died)
     assert Checkpointer(tmp_path / "died").steps() == [3]
-    capsys.readouterr()
+    said()
     assert train.fit(configs.replace(died, {"train.local_every": 2})) == 6
-    said = capsys.readouterr().out
     disk = tmp_path / "disk"
-    assert f"resuming {died.run_dir} at step 5, from the local checkpoints in {disk}\n" in said
+    assert f"resuming {died.run_dir} at step 5, from the local checkpoints in {disk}" in said()
     lines = [
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("whole", "died")

@@ -178,27 +178,29 @@ def drive(tracer, count, start=0):
     tracer.close()
 
 
-def test_a_trace_holds_exactly_its_steps(tmp_path, capsys):
-    drive(Tracer("3:5", tmp_path, start=0), 8)
+def test_a_trace_holds_exactly_its_steps(tmp_path, caplog):
+    caplog.set_level("INFO")
+    drive(Tracer("3:5", tmp_path, first=1), 8)
     assert steps_in(tmp_path / "profile") == [3, 4, 5]
     assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
-    assert capsys.readouterr().out.count("tensorboard --logdir") == 1
+    assert caplog.text.count("tensorboard --logdir") == 1
 
 
 def test_a_run_that_ends_inside_the_steps_still_leaves_its_trace(tmp_path):
-    drive(Tracer("4:9", tmp_path, start=0), 5)
+    drive(Tracer("4:9", tmp_path, first=1), 5)
     assert steps_in(tmp_path / "profile") == [4, 5]
 
 
-def test_steps_before_a_resumed_start_are_said_not_to_be_traced(tmp_path, capsys):
-    drive(Tracer("1:3", tmp_path, start=3), 6, start=3)
+def test_steps_before_a_resumed_start_are_said_not_to_be_traced(tmp_path, caplog):
+    caplog.set_level("INFO")
+    drive(Tracer("1:3", tmp_path, first=4), 6, start=3)
     assert not (tmp_path / "profile").exists()
-    assert "were done before this start at step 3: no trace" in capsys.readouterr().out
+    assert "are before this start at step 4: no trace" in caplog.text
 
 
 def test_a_trace_in_a_store_is_sent_there(tmp_path):
     from dcod_jax.files import as_path
 
     root = as_path("memory://profiled")
-    drive(Tracer("1:2", root, start=0), 3)
+    drive(Tracer("1:2", root, first=1), 3)
     assert len(list((root / "profile").rglob("*.xplane.pb"))) == 1

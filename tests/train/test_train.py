@@ -20,8 +20,10 @@ import tiny
 from dcod_jax import config as configs
 from dcod_jax.errors import EXIT_INTERRUPTED, DcodError
 from dcod_jax.models import hf, transformer
-from dcod_jax.train import command as train
-from dcod_jax.train.checkpoint import Checkpointer
+from dcod_jax.train import command, setup
+from dcod_jax.train import loop as train
+from dcod_jax.train.checkpointer import Checkpointer
+from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.train.settings import optim_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +70,7 @@ def place(tmp_path_factory):
         dataset=str(place / "dataset"),
     )
     (place / "recipe.py").write_text(recipe)
-    train.stages.ensure_inputs(load(place, place / "unused"))
+    command.make_inputs(load(place, place / "unused"))
     return place
 
 
@@ -237,14 +239,15 @@ def test_a_finished_run_is_left_alone(place, reference):
     )
 
 
-def test_another_mesh_continues_within_rounding(place, reference, capsys):
+def test_another_mesh_continues_within_rounding(place, reference, caplog):
     """From a checkpoint of replicas, with parameters and heads split and no micro-batches."""
+    caplog.set_level("INFO", logger="dcod_jax")
     run_dir = place / "eight"
     shutil.copytree(reference, run_dir)
     shutil.rmtree(run_dir / "checkpoints" / "8")
     changes = ("mesh.fsdp=2", "mesh.tensor=2", "train.microbatches=1")
     assert train.fit(load(place, run_dir, *(f"--config.{change}" for change in changes))) == 8
-    assert f"resuming {run_dir} at step 4" in capsys.readouterr().out
+    assert f"resuming {run_dir} at step 4" in caplog.text
     ours, theirs = metrics(run_dir), metrics(reference)
     assert ours != theirs  # the last steps were done anew
     for mine, other in zip(ours, theirs, strict=True):
@@ -283,9 +286,9 @@ def test_another_teachers_scores_are_refused(place, tmp_path):
     with pytest.raises(DcodError, match="written with another teacher"):
         train.fit(other)
     with pytest.raises(DcodError, match=r"score\.overwrite"):
-        train.stages.ensure_inputs(other)
+        command.make_inputs(other)
     name = load(place, tmp_path / "run", "--config.teacher.name=any name")
-    assert train.stages._missing(name) == ["prepare"]
+    assert command.missing_verbs(name) == ["prepare"]
 
 
 def test_no_student_is_refused(place, tmp_path):
@@ -293,19 +296,16 @@ def test_no_student_is_refused(place, tmp_path):
         train.fit(load(place, tmp_path / "run", "--config.student.path="))
 
 
-def places(run_dir):
-    checkpointer = Checkpointer(run_dir)
-    return checkpointer, train.LocalCheckpoints(checkpointer, directory="", every=0)
-
-
 def test_parameters_from_another_run_and_from_a_config(place, reference, tmp_path):
     first = load(place, tmp_path / "a", f"--config.train.init_from={reference}")
     mesh = train.make_mesh()
     student = train.load_student(first)
     optimizer, _ = train.make_optimizer(optim_config(first), 8)
-    state, _ = train.start_state(first, student, optimizer, mesh, *places(tmp_path / "a"))
+    checkpoints = Checkpoints(first, best_metric="")
+    run = setup.initial_snapshot(first, student, optimizer, mesh, checkpoints)
+    state = run.state
     jax.tree.map(np.testing.assert_array_equal, state.params, final_params(reference, place))
-    assert int(state.step) == 0
+    assert int(state.step) == run.step == 0
     assert all(not np.any(x) for x in jax.tree.leaves(state.opt_state) if jnp.ndim(x))
     scratch = load(
         place,
@@ -313,6 +313,7 @@ def test_parameters_from_another_run_and_from_a_config(place, reference, tmp_pat
         "--config.student.path=",
         f"--config.student.config={place / 'student' / 'config.json'}",
     )
-    state, _ = train.start_state(scratch, student, optimizer, mesh, *places(tmp_path / "b"))
-    embedding = np.asarray(state.params["embed_tokens"]["embedding"])
+    checkpoints = Checkpoints(scratch, best_metric="")
+    run = setup.initial_snapshot(scratch, student, optimizer, mesh, checkpoints)
+    embedding = np.asarray(run.state.params["embed_tokens"]["embedding"])
     np.testing.assert_allclose(embedding.std(), 0.1, rtol=0.1)

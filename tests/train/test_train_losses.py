@@ -12,9 +12,11 @@ from test_train import RECIPE
 from dcod_jax import config as configs
 from dcod_jax.errors import DcodError
 from dcod_jax.models import hf, transformer
-from dcod_jax.train import command as train
-from dcod_jax.train.checkpoint import Checkpointer
-from dcod_jax.train.start import preflight
+from dcod_jax.train import command
+from dcod_jax.train import loop as train
+from dcod_jax.train.checkpointer import Checkpointer
+from dcod_jax.train.monitor import Monitor
+from dcod_jax.train.setup import preflight
 
 VOCABULARY = len(tiny.SPECIAL) + len(tiny.ALPHABET)  # K = V: the cache holds everything, in bf16
 
@@ -60,7 +62,7 @@ def place(tmp_path_factory):
     return c
 """
     (place / "recipe.py").write_text(recipe.replace("    return c\n", more))
-    train.stages.ensure_inputs(load(place, "unused"))
+    command.make_inputs(load(place, "unused"))
     return place
 
 
@@ -211,28 +213,27 @@ def test_a_live_teacher_with_another_tokenizer_is_refused(place, tmp_path):
         train.fit(config)
 
 
-def test_weight_on_what_the_student_knows_already_is_warned_of_once(place, capsys):
-    log = train.Log.__new__(train.Log)
-    log.warned = False
+def test_weight_on_what_the_student_knows_already_is_warned_of_once(caplog):
+    monitor = Monitor.__new__(Monitor)
+    monitor.warned = False
     fine = {"weights/confident_mass": 0.9, "weights/confident_tokens": 0.85, "weights/ess": 0.9}
-    log._warn(1, fine)
-    assert capsys.readouterr().out == ""
+    monitor._warn(1, fine)
     # A student that lacks nothing at temperature 1, as measured; then one that forgets (ess 0.9).
-    log._warn(1, fine | {"weights/confident_mass": 0.949, "weights/confident_tokens": 0.934})
-    assert capsys.readouterr().out == ""
+    monitor._warn(1, fine | {"weights/confident_mass": 0.949, "weights/confident_tokens": 0.934})
+    assert caplog.messages == []
     forgetting = {"weights/confident_mass": 0.984, "weights/confident_tokens": 0.923}
-    log._warn(2, fine | forgetting)
-    assert "warning: step 2: 98% of the weight" in capsys.readouterr().out
-    log.warned = False
+    monitor._warn(2, fine | forgetting)
+    assert caplog.messages.pop().startswith("step 2: 98% of the weight")
+    caplog.clear()
+    monitor.warned = False
     settled = fine | {"weights/confident_tokens": 0.4}
-    log._warn(2, settled)
-    log._warn(3, settled)
-    printed = capsys.readouterr().out
-    assert printed.count("warning: step 2: 90% of the weight") == 1
-    assert "step 3" not in printed
+    monitor._warn(2, settled)
+    monitor._warn(3, settled)
+    [message] = caplog.messages
+    assert message.startswith("step 2: 90% of the weight")
 
 
 @pytest.mark.parametrize(("divergence", "noted"), [("todi", True), ("forward_kl", False)])
-def test_a_cache_that_misleads_a_far_student_is_noted(place, capsys, divergence, noted):
+def test_a_cache_that_misleads_a_far_student_is_noted(place, caplog, divergence, noted):
     preflight(load(place, "noted", f"loss.divergence={divergence}", "score.top_k=4"))
-    assert ("note: loss.divergence=todi acts on what" in capsys.readouterr().out) is noted
+    assert ("loss.divergence=todi depends on the teacher's" in caplog.text) is noted

@@ -17,7 +17,7 @@ from dcod_jax.losses.distill import LossConfig
 from dcod_jax.losses.weights import AUTO, WeightConfig
 from dcod_jax.models import transformer
 from dcod_jax.parallel.mesh import make_mesh
-from dcod_jax.train.checkpoint import Checkpointer
+from dcod_jax.train.checkpointer import Checkpointer, Snapshot
 from dcod_jax.train.forward import TeacherModel
 from dcod_jax.train.step import init_state, make_eval_step, make_train_step
 
@@ -146,9 +146,9 @@ def test_a_restart_goes_on_bit_for_bit_with_the_losss_state(tmp_path):
     step, fresh, evaluate = step_of(LIVE)
     state, _ = step(fresh(), packed())
     checkpointer = Checkpointer(tmp_path)
-    checkpointer.save(state, step=1, progress={}, config={})
+    checkpointer.save(Snapshot(state=state, step=1, config={}))
     checkpointer.wait()
-    restored, _ = checkpointer.restore(fresh())
+    restored = checkpointer.restore(fresh()).state
     checkpointer.close()
     assert float(restored.loss_state.temperature) < 100
     jax.tree.map(np.testing.assert_array_equal, restored, state)

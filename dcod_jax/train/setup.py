@@ -1,16 +1,24 @@
-"""Where a run starts: the student, its data, and its parameters by the restore precedence."""
+"""What a run is set up with: the student, the datasets, the live teacher and the parameters."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
 
 from dcod_jax import config as configs
 from dcod_jax.data.dataset import TraceDataset, check_fingerprints
-from dcod_jax.data.tokenizer import student_tokenizer, template_fingerprint, tokenizer_fingerprint
+from dcod_jax.data.tokenizer import (
+    Tokenizer,
+    student_tokenizer,
+    template_fingerprint,
+    tokenizer_fingerprint,
+)
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Path, as_path
 from dcod_jax.losses import distill
@@ -19,15 +27,17 @@ from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import check_divides, make_mesh, tree_shardings
 from dcod_jax.score.scoring import open_teacher
-from dcod_jax.train.checkpoint import Checkpointer, Restored
+from dcod_jax.train.checkpointer import Checkpointer, Snapshot, sharded_shapes
+from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.train.forward import TeacherModel
-from dcod_jax.train.local_checkpoints import LocalCheckpoints
 from dcod_jax.train.settings import loss_config
 from dcod_jax.train.step import check_batch, init_state
-from dcod_jax.types import Params, TrainState
+from dcod_jax.types import Params
 
-# Keys that may differ between a run and its continuation: they cannot change what is learned
-# beyond the order in which floating-point sums are taken.
+log = logging.getLogger(__name__)
+
+# Keys that may differ between a run and its continuation: they change what is learned only by the
+# order of floating-point sums.
 FREE = (
     "run_dir compare log_level mesh. student.remat train.log_every train.eval train.save_every "
     "train.keep train.local_ train.best_metric train.progress train.microbatches "
@@ -35,16 +45,15 @@ FREE = (
     "data.dataset teacher. prepare. score. generate. evaluate. drift. report. export. plan. "
     "student.path student.config student.tokenizer train.init_from hosts. profile."
 ).split()
-LIVE = ("teacher.path", "teacher.dtype")  # not free where the teacher runs in the step
+LIVE = ("teacher.path", "teacher.dtype")  # not free where the teacher is part of the step
 
 
 @dataclasses.dataclass(frozen=True)
 class Student:
     """What is trained, without its parameters."""
 
-    source: str
     config: ModelConfig
-    tokenizer: Any
+    tokenizer: Tokenizer
     valid_vocab: int  # the tokenizer's real size; rows of the embedding above it are padding
 
 
@@ -57,11 +66,11 @@ def preflight(config: Any) -> None:
     check_divides(mesh, {"data.seq_len": ("length", config.data.seq_len)})
     loss = loss_config(config)
     if loss.teacher == "cached" and DIVERGENCES[loss.divergence].acts_on_student:
-        print(
-            f"note: loss.divergence={loss.divergence} acts on what the student believes, and a "
-            "top-k cache does not hold the teacher's view of that; far from the teacher its "
-            "gradient is off by half or more (docs/cached_teacher.md). "
-            "loss.teacher=live is exact"
+        log.warning(
+            "loss.divergence=%s depends on the teacher's probabilities of the tokens that the "
+            "student believes in, and a top-k cache does not hold them; far from the teacher its "
+            "gradient is off by half or more (docs/cached_teacher.md). loss.teacher=live is exact",
+            loss.divergence,
         )
 
 
@@ -80,11 +89,11 @@ def load_student(config: Any) -> Student:
             f"the tokenizer has {len(tokenizer)} entries, {source} only "
             f"vocab_size={model_config.vocab_size} rows; set student.tokenizer to its own"
         )
-    return Student(source, model_config, tokenizer, len(tokenizer))
+    return Student(model_config, tokenizer, len(tokenizer))
 
 
 def expected_teacher(config: Any) -> str | None:
-    """Hash of the teacher whose log-probs the loss must find in the dataset; None: any, or none."""
+    """Hash of the teacher whose log-probs the loss needs in the dataset; None: of any, or none."""
     needed = distill.needs_cache(loss_config(config))
     if not needed or not config.teacher.path or config.prepare.logprobs == "require":
         return None
@@ -117,7 +126,7 @@ def open_datasets(config: Any, student: Student) -> tuple[TraceDataset, TraceDat
 
 
 def load_live_teacher(
-    config: Any, student: Student, mesh: Any
+    config: Any, student: Student, mesh: Mesh
 ) -> tuple[TeacherModel | None, tuple[Params, ...]]:
     """The teacher of loss.teacher=live and its frozen parameters, sharded as the student's.
 
@@ -141,58 +150,56 @@ def load_live_teacher(
     return TeacherModel(model_config, jnp.dtype(config.teacher.dtype)), (params,)
 
 
-def start_state(
+def initial_snapshot(
     config: Any,
     student: Student,
-    optimizer: Any,
-    mesh: Any,
-    checkpointer: Checkpointer,
-    local: LocalCheckpoints,
-) -> tuple[TrainState, Restored | None]:
-    """The state to start from, by the precedence written at the top of checkpoint.py."""
-    shardings = tree_shardings(mesh, transformer.logical_axes(student.config))
-    shapes = jax.tree.map(
-        lambda s, layout: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=layout),
-        transformer.param_shapes(student.config),
-        shardings,
-    )
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+) -> Snapshot:
+    """The run that the loop continues, with parameters from the first of these that there is.
+
+    1. run_dir's newest checkpoint, or a newer one on the processes' own disks: the whole run;
+    2. train.init_from: the parameters of another run's newest checkpoint, at step 0;
+    3. student.path: HF or GGUF weights;
+    4. student.config: random parameters.
+    """
+    shapes = sharded_shapes(student.config, mesh)
     options: dict[str, Any] = {
         "mesh": mesh,
         "model_config": student.config,
         "offload": config.optim.offload,
     }
     like = init_state(shapes, optimizer, **options, abstract=True)
-    if found := local.restore(like, before=config.train.steps):
-        _check_same_run(config, found[1], checkpointer.directory)
-        where = f"the local checkpoints in {config.train.local_dir}"
-        print(f"resuming {config.run_dir} at step {found[1].step}, from {where}")
-        return found
-    if checkpointer.steps():
-        state, restored = checkpointer.restore(like)
-        _check_same_run(config, restored, checkpointer.directory)
-        print(f"resuming {config.run_dir} at step {restored.step}")
-        return state, restored
+    if found := checkpoints.restore(like, before=config.train.steps):
+        _check_same_run(config, found.config, checkpoints.shared.directory)
+        local = checkpoints.local.newest  # 0 unless the run was restored from there
+        where = f", from the local checkpoints in {config.train.local_dir}" if local else ""
+        log.info("resuming %s at step %d%s", config.run_dir, found.step, where)
+        return dataclasses.replace(found, config=config.to_dict())
     if config.train.init_from:
-        source = Checkpointer(config.train.init_from)
-        params, restored = source.restore_params(shapes)
-        print(f"parameters from {config.train.init_from}, step {restored.step}")
+        params, record = Checkpointer(config.train.init_from).restore_params(shapes)
+        log.info("parameters from %s, step %d", config.train.init_from, record.step)
     elif config.student.path:
         _, params = hf.load_model(config.student.path, dtype=jnp.float32, mesh=mesh)
-        print(f"parameters from {config.student.path}")
+        log.info("parameters from %s", config.student.path)
     else:
-        params = _random_params(student.config, config.seed, shardings)
-        print(f"random parameters for {config.student.config}, seed {config.seed}")
-    return init_state(params, optimizer, **options), None
+        shardings = tree_shardings(mesh, transformer.logical_axes(student.config))
+        params = random_params(student.config, config.seed, shardings)
+        log.info("random parameters for %s, seed %d", config.student.config, config.seed)
+    state = init_state(params, optimizer, **options)
+    return Snapshot(state=state, step=0, config=config.to_dict())
 
 
-def _random_params(model_config: ModelConfig, seed: int, shardings: Params) -> Params:
+def random_params(model_config: ModelConfig, seed: int, shardings: Params) -> Params:
+    """Initial parameters; they depend on the seed, not on the shardings."""
     init = jax.jit(lambda key: transformer.init_params(model_config, key), out_shardings=shardings)
     return init(jax.random.key(seed))
 
 
-def _check_same_run(config: Any, restored: Restored, directory: Path) -> None:
-    """A continuation with other settings would be neither run."""
-    before = configs.keys(configs.to_config(restored.config))
+def _check_same_run(config: Any, earlier: dict[str, Any], directory: Path) -> None:
+    """Refuse to continue a run with other settings: the result would be neither run."""
+    before = configs.keys(configs.to_config(earlier))
     endless = config.optim.schedule == "constant" and config.loss.divergence != "taid"
     free = FREE + (["train.steps"] if endless else [])
     changed = [

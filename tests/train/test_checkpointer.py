@@ -11,7 +11,7 @@ import pytest
 from dcod_jax.errors import DcodError
 from dcod_jax.losses.adaptive import initial
 from dcod_jax.parallel import mesh as meshes
-from dcod_jax.train.checkpoint import Checkpointer, read_run
+from dcod_jax.train.checkpointer import Checkpointer, Snapshot, read_record
 from dcod_jax.types import TrainState
 
 OPTIMIZER = optax.adamw(1e-2)
@@ -44,8 +44,16 @@ def write(run_dir, losses, *, keep=2, best_metric="eval/nll"):
         state = advance(state)
         copies.append(jax.tree.map(np.array, state))
         metrics = {} if loss is None else {"eval/nll": loss}
-        progress = {"iterator": {"epoch": 0, "row": 4 * step}, "tokens_seen": 10**12 + step}
-        checkpointer.save(state, step=step, progress=progress, config={"seed": 7}, metrics=metrics)
+        checkpointer.save(
+            Snapshot(
+                state=state,
+                step=step,
+                iterator={"epoch": 0, "row": 4 * step},
+                tokens_seen=10**12 + step,
+                config={"seed": 7},
+                metrics=metrics,
+            )
+        )
     checkpointer.wait()
     return checkpointer, copies
 
@@ -56,16 +64,16 @@ def assert_equal(a, b):
 
 def test_restore_gives_the_bits_that_were_saved_although_the_state_was_donated(tmp_path):
     checkpointer, copies = write(tmp_path, [3.0, 2.0, 4.0, 5.0])
-    state, run = checkpointer.restore(make_state(seed=1))
-    assert_equal(state, copies[-1])
+    run = checkpointer.restore(make_state(seed=1))
+    assert_equal(run.state, copies[-1])
     assert run.step == 4
-    assert run.progress == {"iterator": {"epoch": 0, "row": 16}, "tokens_seen": 10**12 + 4}
+    assert (run.iterator, run.tokens_seen) == ({"epoch": 0, "row": 16}, 10**12 + 4)
     assert run.config == {"seed": 7}
-    older, run = checkpointer.restore(make_state(seed=1), step=2)
-    assert_equal(older, copies[1])
+    older = checkpointer.restore(make_state(seed=1), step=2)
+    assert_equal(older.state, copies[1])
     params, run = checkpointer.restore_params(make_state(seed=1).params, step=2)
     assert_equal(params, copies[1].params)
-    assert read_run(tmp_path, 2).metrics == {"eval/nll": 2.0}
+    assert read_record(tmp_path, 2).metrics == {"eval/nll": 2.0}
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
@@ -74,6 +82,22 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert checkpointer.best() == 2
     again = Checkpointer(tmp_path, keep=2, best_metric="eval/nll")
     assert (again.steps(), again.best()) == ([2, 4, 5], 2)
+
+
+def test_a_restart_keeps_the_best_of_the_checkpoints_before_it(tmp_path):
+    checkpointer, _ = write(tmp_path, [3.0, 1.0, 2.0])
+    checkpointer.close()
+    again = Checkpointer(tmp_path, keep=2, best_metric="eval/nll")
+    for step in (4, 5, 6):
+        again.save(Snapshot(state=make_state(), step=step, metrics={"eval/nll": 5.0}))
+    again.close()
+    assert (again.steps(), again.best()) == ([2, 5, 6], 2)
+
+
+def test_a_checkpoint_without_metrics_is_no_warning(tmp_path, caplog):
+    checkpointer, _ = write(tmp_path, [None, 1.0])
+    checkpointer.close()
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
 
 
 def test_without_a_best_metric_only_age_decides(tmp_path):
@@ -92,7 +116,7 @@ def test_restores_onto_another_mesh(tmp_path):
         ),
         make_state(),
     )
-    state, _ = checkpointer.restore(like)
+    state = checkpointer.restore(like).state
     kernel = state.params["layers"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (16, 16)
     assert_equal(state, copies[-1])
@@ -107,7 +131,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_older_one_named(tmp_path, item)
     with pytest.raises(DcodError, match=r"checkpoints/2: .*to go on from step 1"):
         Checkpointer(tmp_path).restore(make_state())
     shutil.rmtree(tmp_path / "checkpoints" / "2")
-    state, _ = Checkpointer(tmp_path).restore(make_state())
+    state = Checkpointer(tmp_path).restore(make_state()).state
     assert_equal(state, copies[0])
 
 
@@ -142,8 +166,8 @@ def test_a_full_disk_is_told_and_the_finished_checkpoints_stay(small_disk):
     checkpointer, copies = write(small_disk, [1.0])
     noise = jax.random.normal(jax.random.key(0), (2000, 1000))
     big = TrainState(jnp.int32(2), {"w": noise}, OPTIMIZER.init({"w": noise}), initial())
-    checkpointer.save(big, step=2, progress={}, config={})
+    checkpointer.save(Snapshot(state=big, step=2, config={}))
     with pytest.raises(DcodError, match=r"finished checkpoints \[1\].*free disk space"):
         checkpointer.wait()
-    state, _ = Checkpointer(small_disk).restore(make_state())
+    state = Checkpointer(small_disk).restore(make_state()).state
     assert_equal(state, copies[0])

@@ -1,0 +1,311 @@
+"""One directory of checkpoints, written asynchronously by Orbax, and the record that they hold.
+
+Layout: <run>/checkpoints/<step>/{params,opt_state,run,metrics}; opt_state includes the loss's
+state, and metrics is there where best_metric was measured. A step directory gets its name when
+all of it is on disk, so a half-written one is never read. A missing or damaged piece is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+from orbax.checkpoint import checkpoint_managers as policies
+
+from dcod_jax.errors import DcodError
+from dcod_jax.files import Location, Path, RemotePath, as_path
+from dcod_jax.models import transformer
+from dcod_jax.models.config import ModelConfig
+from dcod_jax.parallel.mesh import put, tree_shardings
+from dcod_jax.types import Params, TrainState
+
+ITEMS = ("params", "opt_state", "run")
+# What Orbax warns of at each save of a local checkpoint, and at each without held-out metrics.
+EXPECTED_WARNINGS = ("primary_host=None", "did not provide metrics")
+
+
+@dataclasses.dataclass(kw_only=True)
+class Record:
+    """What a checkpoint holds beside the arrays."""
+
+    step: int
+    iterator: dict[str, Any] = dataclasses.field(default_factory=dict)  # position in the data
+    tokens_seen: int = 0
+    on_policy: dict[str, Any] = dataclasses.field(default_factory=dict)  # what sampling has cost
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the run that wrote it
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # held-out, at this step
+
+
+@dataclasses.dataclass(kw_only=True)
+class Snapshot(Record):
+    """A run at one step: what the loop advances, a checkpoint saves and a restart restores."""
+
+    state: TrainState
+
+
+class Checkpointer:
+    """The checkpoints of one directory: the newest `keep`, and the best by best_metric."""
+
+    def __init__(
+        self,
+        run_dir: Location,
+        *,
+        keep: int = 2,
+        best_metric: str = "",
+        local: bool = False,
+        beside_local: bool = False,
+    ):
+        """local: run_dir is of this process alone, which saves its shards and waits for no other.
+
+        beside_local: such checkpoints are written in the same run.
+        """
+        self.local, self.best_metric = local, best_metric
+        self.directory = as_path(run_dir).resolve() / "checkpoints"
+        if isinstance(self.directory, RemotePath) and self.directory.protocol != "gs":
+            raise DcodError(
+                f"run_dir={run_dir}: checkpoints need a local directory or gs://bucket/name"
+            )
+        self.place = epath.Path(str(self.directory))  # Orbax's own way to gs://
+        kept: list[Any] = [policies.LatestN(keep)]
+        # local_checkpoints.py removes half-written local ones.
+        options: dict[str, Any] = {"cleanup_tmp_directories": not local}
+        if best_metric:
+            options |= {
+                "best_fn": lambda metrics: metrics.get(best_metric, math.inf),
+                "best_mode": "min",
+            }
+            kept.append(
+                policies.BestN(
+                    get_metric_fn=options["best_fn"],
+                    reverse=True,  # the lowest is the best
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        options["preservation_policy"] = policies.AnyPreservationPolicy(kept)
+        if local or beside_local:
+            # Orbax waits for directories made in the background under a number that counts the
+            # saves of a process. A process that gave up its local checkpoints has another number
+            # than process 0: it would write before the directory is made, and lose its part.
+            options["async_options"] = ocp.options.AsyncOptions(
+                create_directories_asynchronously=False
+            )
+        logging.getLogger("absl").addFilter(_unexpected)
+        with self._explained("open"):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if local:
+                self.manager = _local_manager(self.place, options)
+            else:
+                self.manager = ocp.CheckpointManager(
+                    self.place,
+                    item_names=ITEMS,
+                    options=ocp.CheckpointManagerOptions(**options),
+                )
+
+    def steps(self) -> list[int]:
+        """Steps that can be restored, oldest first."""
+        return sorted(self.manager.all_steps())
+
+    def best(self) -> int | None:
+        """Step with the lowest best_metric; None when no checkpoint has it."""
+        return self.manager.best_step() if self.best_metric else None
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Start writing a checkpoint; returns as soon as the state may be donated.
+
+        A snapshot without best_metric takes no part in the choice of the best. An error of this or
+        the save before it, such as a full disk, is raised as DcodError here or in wait().
+        """
+        progress = {key: getattr(snapshot, key) for key in ("iterator", "tokens_seen", "on_policy")}
+        run = {key: getattr(snapshot, key) for key in ("step", "config", "metrics")}
+        items = ocp.args.Composite(
+            params=self._saving(snapshot.state.params),
+            opt_state=self._saving(_moments(snapshot.state)),
+            run=ocp.args.JsonSave(run | {"progress": progress}),
+        )
+        ranked = snapshot.metrics if self.best_metric in snapshot.metrics else None
+        with self._explained("save"):
+            self.manager.save(snapshot.step, args=items, metrics=ranked, force=True)
+
+    def wait(self) -> None:
+        """Until everything started is on disk; raises DcodError when it could not be written."""
+        with self._explained("save"):
+            self.manager.wait_until_finished()
+            self.manager.check_for_errors()
+
+    def close(self) -> None:
+        """wait, then free what Orbax holds."""
+        self.wait()
+        self.manager.close()
+
+    def restore(self, like: TrainState, *, step: int | None = None) -> Snapshot:
+        """The run at a step (default: the newest), laid out as the arrays or shapes of `like`.
+
+        Raises DcodError when there is no checkpoint, when it is damaged, or when a shape differs.
+        """
+        trees = {"params": like.params, "opt_state": _moments(like)}
+        step, found = self._read(step, trees)
+        state = TrainState(
+            step=put(jnp.int32(step), getattr(like.step, "sharding", None)),
+            params=found["params"],
+            opt_state=found["opt_state"]["optimizer"],
+            loss_state=found["opt_state"]["loss"],
+        )
+        return Snapshot(state=state, **_record(found["run"]))
+
+    def restore_params(self, like: Params, *, step: int | None = None) -> tuple[Params, Record]:
+        """The parameters alone, laid out as the arrays or shapes of `like`, and the record."""
+        _, found = self._read(step, {"params": like})
+        return found["params"], Record(**_record(found["run"]))
+
+    def _read(self, step: int | None, trees: dict[str, PyTree]) -> tuple[int, Any]:
+        """(step, the items named by `trees` and the record)."""
+        steps = self.steps()
+        if step is None and steps:
+            step = steps[-1]
+        elif step is None or step not in steps:
+            asked = "a checkpoint" if step is None else f"step {step}"
+            raise DcodError(f"{self.directory}: {asked} was expected, but it holds steps {steps}")
+        items = {name: self._restoring(tree) for name, tree in trees.items()}
+        with self._explained("restore", step):
+            self._check_shapes(step, trees["params"])
+            args = ocp.args.Composite(**items, run=ocp.args.JsonRestore())
+            return step, self.manager.restore(step, args=args)
+
+    def _saving(self, tree: PyTree) -> ocp.args.CheckpointArgs:
+        return ocp.args.PyTreeSave(tree) if self.local else ocp.args.StandardSave(tree)
+
+    def _restoring(self, like: PyTree) -> ocp.args.CheckpointArgs:
+        # Without a layout Orbax would take that of the run that saved: another host's devices.
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here
+            ),
+            like,
+        )
+        if not self.local:
+            return ocp.args.StandardRestore(like)
+        how = ocp.checkpoint_utils.construct_restore_args(like)
+        return ocp.args.PyTreeRestore(like, restore_args=how)
+
+    def _check_shapes(self, step: int, like: Params) -> None:
+        """Name the first parameter that differs; the error that Orbax raises does not."""
+        reader = ocp.PyTreeCheckpointHandler()
+        stored: Any = reader.metadata(self.place / str(step) / "params")
+        reader.close()
+        there = _shapes(stored.tree)
+        for path, shape in _shapes(like).items():
+            if there.get(path) != shape:
+                raise ValueError(f"{path} has shape {there.get(path)}, the model needs {shape}")
+
+    @contextmanager
+    def _explained(self, what: str, step: int | None = None) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            where = self.directory / (str(step) if step is not None else "")
+            text = " ".join(str(error).split())[:400] or type(error).__name__
+            if self.local:  # the caller says what follows from it
+                text = "no space left on the disk" if "space left" in str(error) else text
+                raise DcodError(f"{where}: cannot {what} a local checkpoint: {text}") from error
+            there = finished(self.place)
+            others = [other for other in there if other != step]
+            if "space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error):
+                hint = "free disk space and run the same command again"
+            elif what == "restore":
+                hint = (
+                    "the directory is damaged or of another model; move it away to go on from "
+                    + (f"step {others[-1]}" if others else "the beginning")
+                )
+            else:
+                hint = "see that the directory can be written, and run the same command again"
+            kept = f"; finished checkpoints {there} are untouched" if what == "save" else ""
+            raise DcodError(f"{where}: cannot {what} a checkpoint: {text}{kept}; {hint}") from error
+
+
+def sharded_shapes(model_config: ModelConfig, mesh: Mesh) -> Params:
+    """A model's parameters as shapes with shardings, for restore_params."""
+    return jax.tree.map(
+        lambda shape, layout: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=layout),
+        transformer.param_shapes(model_config),
+        tree_shardings(mesh, transformer.logical_axes(model_config)),
+    )
+
+
+def finished(directory: Path | epath.Path) -> list[int]:
+    """Steps whose checkpoints are whole, oldest first; none where there is no directory."""
+    return sorted(ocp.utils.checkpoint_steps(str(directory)))
+
+
+def read_record(run_dir: Location, step: int) -> Record:
+    """The record of a checkpoint, without its arrays."""
+    path = as_path(run_dir) / "checkpoints" / str(step) / "run" / "metadata"
+    try:
+        return Record(**_record(json.loads(path.read_text())))
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DcodError(f"{path}: expected a finished checkpoint's record: {error}") from error
+
+
+def _record(run: dict[str, Any]) -> dict[str, Any]:
+    return {key: run[key] for key in ("step", "config", "metrics")} | run["progress"]
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _moments(state: TrainState) -> dict[str, PyTree]:
+    return {"optimizer": state.opt_state, "loss": state.loss_state}
+
+
+def _unexpected(record: logging.LogRecord) -> bool:
+    return not any(text in record.getMessage() for text in EXPECTED_WARNINGS)
+
+
+class _LocalManager(ocp.CheckpointManager):
+    """Saves of one process among several, perhaps at other moments than the others'."""
+
+    def reached_preemption(self, step: int) -> bool:
+        # The service would take the step of a late save for the step that the loop is at, and all
+        # processes could agree on a step that is past already.
+        return False
+
+
+def _local_manager(place: epath.Path, options: dict[str, Any]) -> ocp.CheckpointManager:
+    """Every process is its own primary host and writes each shard it holds, whichever replica."""
+    processes = ocp.options.MultiprocessingOptions(
+        primary_host=None,
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix=f"local-{jax.process_index()}",
+    )
+    arrays = ocp.type_handlers.ArrayHandler(
+        primary_host=None, replica_id=None, use_replica_parallel=False
+    )
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    handlers: dict[str, Any] = {
+        item: ocp.PyTreeCheckpointHandler(
+            multiprocessing_options=processes, type_handler_registry=registry
+        )
+        for item in ("params", "opt_state")
+    }
+    handlers["run"] = ocp.JsonCheckpointHandler(multiprocessing_options=processes)
+    return _LocalManager(
+        place,
+        item_handlers=handlers,
+        options=ocp.CheckpointManagerOptions(
+            **options, create=False, multiprocessing_options=processes
+        ),
+    )

@@ -1,0 +1,204 @@
+"""Numbers of a run as it goes: progress bar, metrics.jsonl, TensorBoard, and the stop at NaN."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+
+from dcod_jax.data.dataset import TraceDataset
+from dcod_jax.errors import DcodError
+from dcod_jax.files import as_path
+from dcod_jax.logs import track
+from dcod_jax.models.config import flops_per_token
+from dcod_jax.parallel import hosts
+from dcod_jax.train import metrics as meters
+from dcod_jax.train.checkpointer import Snapshot
+from dcod_jax.train.checkpoints import Checkpoints
+from dcod_jax.train.profiling import Goodput, Phases, Tracer
+from dcod_jax.train.setup import Student
+
+log = logging.getLogger(__name__)
+
+# The loop warns when the tokens that the student gives q <= 0.9 have less than this share of the
+# average weight. Evidence: docs/auto_temperature.md.
+UNKNOWN_WEIGHT = 0.6
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """A step that was dispatched and whose numbers are still on the device."""
+
+    step: int
+    values: dict[str, jax.Array]
+    trace_index: np.ndarray  # [B / hosts, T], -1 in padding
+    cost: dict[str, float]  # of sampling from the student
+
+
+class Monitor:
+    """What a run shows and writes while it trains: see the module's first line."""
+
+    def __init__(
+        self,
+        config: Any,
+        run: Snapshot,
+        student: Student,
+        dataset: TraceDataset,
+        checkpoints: Checkpoints,
+        *,
+        name: str,
+        entered: float,
+    ):
+        """entered: when this attempt began, of time.monotonic. run.tokens_seen is counted here."""
+        self.config, self.run = config, run
+        self.dataset, self.checkpoints = dataset, checkpoints
+        run_dir = as_path(config.run_dir)
+        # Before the metrics file is opened, which drops the lines of a killed attempt.
+        self.goodput = Goodput(run_dir, run.step, entered=entered, enabled=hosts.first())
+        self.phases = Phases()
+        self.tracer = Tracer(config.profile.steps, run_dir, first=run.step + 1)
+        self.writer = meters.MetricsWriter(config.run_dir, run.step)
+        self.bar = track(
+            f"training {name}".rstrip(),
+            config.train.steps,
+            unit="steps",
+            done=run.step,
+            enabled=config.train.progress,
+        )
+        positions = config.data.batch_size * config.data.seq_len
+        self.flops = positions * flops_per_token(student.config, config.data.seq_len)
+        peak = meters.device_peak_flops(jax.devices()[0].device_kind)
+        self.peak = peak * jax.device_count() if peak else None
+        self.pending: Pending | None = None
+        self.note = ""
+        self.warned = False
+        self._start_clock(run.step)
+
+    def _start_clock(self, step: int) -> None:
+        self.clock, self.clock_step = time.monotonic(), step
+        self.paused, self.clock_tokens = 0.0, 0
+
+    def __enter__(self) -> Monitor:
+        self.advance = self.bar.__enter__()
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self.tracer.close()
+        self.bar.__exit__(*details)
+        self.writer.close()
+        self.goodput.finish(failed=details[0] is not None)
+        if details[0] is None:
+            log.info(self.goodput.text())
+
+    @contextmanager
+    def pause(self, kind: str, doing: str = "") -> Iterator[None]:
+        """Time that is not a step's: "eval" and "save"."""
+        if doing:
+            hosts.doing(doing)
+        start = time.monotonic()
+        yield
+        seconds = time.monotonic() - start
+        self.paused += seconds
+        self.goodput.paused(kind, seconds)
+
+    @contextmanager
+    def phase(self, name: str, doing: str) -> Iterator[None]:
+        """A phase of a step, of profiling.PHASES."""
+        hosts.doing(doing)
+        with self.phases.phase(name):
+            yield
+
+    @contextmanager
+    def dispatching(self, step: int) -> Iterator[None]:
+        """The body starts this step on the device; it is traced where profile.steps says so."""
+        with self.phase("dispatch", f"starting step {step}"), self.tracer.step(step):
+            yield
+
+    def dispatched(self, started: Pending) -> None:
+        """Settle the step before this one, which has just been started."""
+        self.tracer.after(started.step, started.values)
+        self.settle()
+        self.pending = started
+
+    def settle(self) -> None:
+        """Fetch the pending step's numbers, stop if they are not finite, count and write them."""
+        if self.pending is None:
+            return
+        done, self.pending = self.pending, None
+        hosts.doing(f"the numbers of step {done.step}", waiting=True)
+        with self.phases.phase("device"):
+            fetched = jax.device_get(done.values)
+        self.goodput.started()
+        values = {key: float(value) for key, value in fetched.items()}
+        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+            raise DcodError(self._not_finite(done, values))
+        values |= done.cost
+        self._warn(done.step, values)
+        self.run.tokens_seen += int(values["tokens/completion"])
+        self.clock_tokens += int(values["tokens/total"])
+        elapsed = max(time.monotonic() - self.clock - self.paused, 1e-9)
+        pace = f"{self.clock_tokens / elapsed:,.0f} tokens/s"
+        self.advance(1, f"step {done.step} loss {values['loss']:.4f} {pace}{self.note}")
+        if done.step % self.config.train.log_every == 0 or done.step == self.config.train.steps:
+            values |= {"tokens_seen": self.run.tokens_seen} | self._pace(done.step)
+            self.writer.write(done.step, values)
+
+    def held_out(self) -> None:
+        """Write the held-out metrics of the run's step, and show them beside the bar."""
+        self.writer.write(self.run.step, self.run.metrics)
+        self.note = f" held-out nll {self.run.metrics['eval/nll']:.4f} (step {self.run.step})"
+
+    def _warn(self, step: int, values: dict[str, float]) -> None:
+        """Once: when the tokens that the student does not know yet have too little weight."""
+        mass, share = values["weights/confident_mass"], values["weights/confident_tokens"]
+        if self.warned or not 1 - mass < UNKNOWN_WEIGHT * (1 - share):
+            return
+        self.warned = True
+        log.warning(
+            "step %d: %.0f%% of the weight lies on tokens that the student gives q > 0.9 already, "
+            "which are %.0f%% of the tokens (effective sample size %.2f). With such weights a "
+            "student that lacks the skill stops learning; see docs/method.md, and consider "
+            "loss.weights.temperature=auto, a higher target_loss or warmup_steps",
+            step,
+            100 * mass,
+            100 * share,
+            values["weights/ess"],
+        )
+
+    def _pace(self, step: int) -> dict[str, float]:
+        seconds = max(time.monotonic() - self.clock - self.paused, 1e-9)
+        per_step = seconds / (step - self.clock_step)
+        pace = {
+            "time/step_seconds": per_step,
+            "time/tokens_per_second": self.clock_tokens / seconds,
+            **self.phases.take(step - self.clock_step),
+            **self.goodput.line(step),
+        }
+        if self.peak:
+            pace["time/mfu"] = self.flops / per_step / self.peak
+        self._start_clock(step)
+        return pace
+
+    def _not_finite(self, done: Pending, values: dict[str, float]) -> str:
+        traces = np.unique(done.trace_index[done.trace_index >= 0])
+        own = json.dumps([trace.id for trace in self.dataset.read(traces)])
+        everyone = hosts.exchange("the traces of the batch", own)  # the loss is the same on all
+        ids = dict.fromkeys(name for text in everyone for name in json.loads(text))
+        shared = self.checkpoints.shared
+        shared.wait()
+        steps = shared.steps()
+        good = f"step {steps[-1]} in {shared.directory}" if steps else "none"
+        return (
+            f"step {done.step}: loss={values['loss']}, grad_norm={values['grad_norm']}; the state "
+            f"was not saved. Last good checkpoint: {good}. Traces of the batch: {', '.join(ids)}. "
+            "Look at them with dcod_jax.inspect; lower optim.learning_rate or set optim.clip_norm "
+            "if they are as they should be"
+        )
