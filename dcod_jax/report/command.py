@@ -31,7 +31,9 @@ from dcod_jax.report.data import Run, drifts, evaluations, find_runs, goodput, r
 from dcod_jax.report.traces import histogram, see, shown
 
 ASSETS = pathlib.Path(__file__).resolve().parents[1] / "assets" / "report"
-SCRIPTS = ("charts.js", "page.js", "evidence.js", "traces.js", "main.js")
+VENDOR = "vendor/"  # the chart library, with its licence
+STYLES = (VENDOR + "uPlot.min.css", "style.css")
+SCRIPTS = (VENDOR + "uPlot.min.js", "charts.js", "tables.js", "traces.js", "main.js")
 
 
 def report(config: Any) -> Path | None:
@@ -114,8 +116,8 @@ def page(data: dict[str, Any]) -> str:
 
     Only the page's own style and scripts are allowed, by their hashes; nothing may be loaded.
     """
-    style = (ASSETS / "style.css").read_text(encoding="utf-8")
-    script = "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    style = "\n".join(map(_asset, STYLES))
+    script = f"/*\n{_asset(VENDOR + 'LICENSE')}*/\n" + "\n".join(map(_asset, SCRIPTS))
     parts = {
         "policy": f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; "
         "base-uri 'none'; form-action 'none'",
@@ -124,9 +126,12 @@ def page(data: dict[str, Any]) -> str:
         "data": embedded(data),
         "script": script,
     }
-    template = (ASSETS / "page.html").read_text(encoding="utf-8")
     # One pass: a text that looks like a placeholder stays what it is.
-    return re.sub(r"%([a-z]+)%", lambda match: parts[match[1]], template)
+    return re.sub(r"%([a-z]+)%", lambda match: parts[match[1]], _asset("page.html"))
+
+
+def _asset(name: str) -> str:
+    return (ASSETS / name).read_text(encoding="utf-8")
 
 
 def embedded(data: Any) -> str:

@@ -339,7 +339,9 @@ def test_nothing_is_loaded_from_anywhere(page):
             r"url\(|@import|fetch\(|XMLHttpRequest|import\(|innerHTML|eval\(", text
         )
     urls = re.findall(r"https?://[^\s\"']+", style + script)
-    assert urls == ["http://www.w3.org/2000/svg"]  # the name of a namespace
+    assert urls == ["https://github.com/leeoniya/uPlot"]  # in the library's first comment
+    assert "The MIT License" in script  # which its licence asks for
+    assert len(page.encode()) < 3_000_000
     [policy] = [a["content"] for t, a in parsed.elements if "http-equiv" in a]
     for kind, text in (("style", style), ("script", script)):
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
@@ -380,19 +382,51 @@ def test_train_writes_the_page_at_the_end_when_asked(place, monkeypatch):
     assert written == [asked]
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
-def test_a_browser_draws_it_and_runs_nothing_else(page, tmp_path):
+browser = pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
+
+
+def browse(page, tmp_path, *options):
+    """What chromium says and prints of a page; no time is waited for after it is loaded."""
     path = tmp_path / "report.html"
     path.write_text(page)
-    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr"]
-    command += [f"file://{path}"]  # no time is waited for: all is drawn when the page is loaded
+    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+    command += ["--disable-background-networking", "--disable-sync", "--enable-logging=stderr"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", *options, f"file://{path}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in done.stderr, done.stderr  # no error, no refused script
-    drawn = done.stdout
+    return done.stdout
+
+
+@browser
+def test_curves_are_drawn_in_the_colour_of_their_run(page, tmp_path):
+    """Of the second run, whose curves here lie on those of the first."""
+    image = pytest.importorskip("PIL.Image")
+    browse(page, tmp_path, f"--screenshot={tmp_path / 'page.png'}", "--window-size=1000,3000")
+    with image.open(tmp_path / "page.png") as picture:
+        pixels = np.asarray(picture.convert("RGB"), int)
+    columns = (np.abs(pixels - (0xD5, 0x5E, 0x00)).sum(-1) < 12).nonzero()[1]  # --run1
+    assert np.unique(columns).size > 300, "no curve reaches over a chart"
+
+
+@browser
+def test_hovering_a_chart_shows_its_values(page, tmp_path):
+    """The cursor at the right end of the first chart, which is the training loss."""
+    hover = """<script>addEventListener("load", () => {
+      const over = document.querySelector(".u-over"), box = over.getBoundingClientRect();
+      const at = {clientX: box.right - 1, clientY: box.top + 9, bubbles: true};
+      for (const kind of ["mouseenter", "mousemove"]) over.dispatchEvent(new MouseEvent(kind, at));
+    });</script>"""
+    free = re.sub(r"<meta http-equiv=[^>]*>", "", page).replace("</body>", hover + "</body>")
+    drawn = browse(free, tmp_path, "--dump-dom", "--virtual-time-budget=2000")
+    [tip] = re.findall(r'<div id="tip"[^>]*>([^<]*)</div>', drawn)
+    assert tip.split("\n") == ["step 25", "sft: 0.07692", "discord: 0.07692"]
+
+
+@browser
+def test_a_browser_draws_it_and_runs_nothing_else(page, tmp_path):
+    drawn = browse(page, tmp_path, "--dump-dom")
     assert "<title>dcod_jax report: run</title>" in drawn  # nothing ran that a trace brought
-    assert drawn.count("<figure") >= 4
-    assert drawn.count("<path") >= 6
+    assert drawn.count("<figure") == drawn.count("<canvas") >= 4
     assert 'class="token"' in drawn
     for heading in ("Runs", "Accuracy", "Loss", "Weights", "Traces", "Time", "Settings"):
         assert f"<h2>{heading}</h2>" in drawn

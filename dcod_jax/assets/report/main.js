@@ -1,72 +1,68 @@
 // Settings, the order of the page, and the start.
 
-function settings() {
-  const keys = [...new Set(DATA.runs.flatMap((run) => Object.keys(run.config)))];
-  const text = (value) =>
-    value === undefined
-      ? ABSENT
-      : typeof value === "string"
-        ? value || "(empty)"
-        : JSON.stringify(value);
-  const row = (key) => [
-    key,
-    ...DATA.runs.map((run) => el("td", { class: "wide", text: text(run.config[key]) })),
-  ];
-  const heads = ["key", ...DATA.runs.map((run) => run.name)];
-  const differ = keys.filter(
-    (key) => new Set(DATA.runs.map((run) => text(run.config[key]))).size > 1,
-  );
-  const all = el(
-    "details",
-    {},
-    el("summary", { text: `all ${keys.length} settings` }),
-    table(heads, keys.map(row), "wide"),
-  );
-  if (DATA.runs.length < 2) return [all];
-  return [
-    el("p", { class: "dim", text: "Where the runs differ:" }),
-    table(heads, differ.map(row), "wide"),
-    all,
-  ];
+function section(title, about, ...nodes) {
+  const present = nodes.filter(Boolean);
+  if (!present.length) return;
+  const dim = about && el("p", { class: "dim", text: about });
+  document.getElementById("main").append(el("section", {}, el("h2", { text: title }), dim, ...present));
 }
 
-function prefixed(prefix) {
-  const keys = [...new Set(DATA.runs.flatMap((run) => Object.keys(run.series)))].sort();
-  return keys.filter((key) => key.startsWith(prefix) && !drawn.has(key));
+function grid(figures) {
+  const present = figures.filter(Boolean);
+  const kind = present.length === 4 ? "grid four" : "grid";
+  return present.length ? el("div", { class: kind }, ...present) : null;
 }
 
+function settingsTables() {
+  const keys = [...new Set(RUNS.flatMap((run) => Object.keys(run.config)))];
+  const text = (value) => {
+    if (typeof value === "string") return value || "(empty)";
+    return value === undefined ? ABSENT : JSON.stringify(value);
+  };
+  const values = (key) => RUNS.map((run) => text(run.config[key]));
+  const heads = ["key", ...RUNS.map((run) => run.name)];
+  const of = (some) =>
+    table(
+      heads,
+      some.map((key) => [key, ...values(key)]),
+      "wide",
+    );
+  const differ = of(keys.filter((key) => new Set(values(key)).size > 1));
+  const all = el("details", {}, el("summary", { text: `all ${keys.length} settings` }), of(keys));
+  return [differ && el("p", { class: "dim", text: "Where the runs differ:" }), differ, all];
+}
+
+function remaining(prefix, options) {
+  const keys = [...new Set(RUNS.flatMap((run) => Object.keys(run.series)))].sort();
+  const left = keys.filter((key) => key.startsWith(prefix) && !drawn.has(key));
+  return left.map((key) => metric(key, key, options));
+}
+
+const ABOUT_RUNS = "Drag over a chart to zoom in, double-click to see all of it again.";
 const ABOUT_WEIGHTS = [
   "Weights are those of the train step before the batch normalisation.",
   "The effective sample size is 1 where all weights are equal.",
-  weighing.length && weighing.length < DATA.runs.length
+  weighing.length && weighing.length < RUNS.length
     ? "Runs with uniform weights, all 1, are left out."
     : "",
 ].join(" ");
-
-const ABOUT_DRIFT = [
-  "ExAccErr(l) = 100 (R(l) − E(l)) / E(l): how much more error the student gathers",
-  "on text of its own than on the teacher's.",
-].join(" ");
-
-const ABOUT_TIME = DATA.runs.some((run) => run.goodput)
+const ABOUT_DRIFT =
+  "ExAccErr(l) = 100 (R(l) − E(l)) / E(l): how much more error the student gathers " +
+  "on text of its own than on the teacher's.";
+const ABOUT_TIME = RUNS.some((run) => run.goodput)
   ? "Goodput is the share of wall time, over all starts of a run, in steps that were not done again."
   : "";
 
 function main() {
   document.getElementById("about").textContent = DATA.about;
-  DATA.runs.forEach((run, i) => {
-    const dot = el("span", { text: "●" });
-    dot.style.color = runColor(i);
-    document
-      .getElementById("legend")
-      .append(el("span", {}, dot, document.createTextNode(run.name)));
-  });
-  section("Runs", "", runsTable(), ...DATA.notes.map((text) => el("p", { class: "dim", text })));
+  const legend = document.getElementById("legend");
+  legend.append(...RUNS.map((run, i) => named(run.name, runColor(i), "span")));
+  section("Runs", ABOUT_RUNS, runsTable(), ...DATA.notes.map((text) => el("p", { class: "dim", text })));
   section("Accuracy", "", ...DATA.evaluations.flatMap(accuracy));
   section(
     "Loss",
     "",
-    grid(
+    grid([
       metric("loss", "Training loss (weighted)"),
       metric("nll", "Training nll per token"),
       metric("eval/nll", "Held-out nll per token"),
@@ -74,12 +70,12 @@ function main() {
       metric("divergence", "Divergence from the teacher"),
       metric("grad_norm", "Gradient norm", { robust: true }),
       metric("learning_rate", "Learning rate", { zero: true }),
-    ),
+    ]),
   );
   section(
     "Weights",
     ABOUT_WEIGHTS,
-    grid(
+    grid([
       metric("weights/mean", "Mean weight, band from 5 % to 95 % of the tokens", {
         band: ["weights/q05", "weights/q95"],
         weights: true,
@@ -103,8 +99,8 @@ function main() {
         "Saturated weights, share of the tokens",
         { weights: true },
       ),
-      prefixed("weights/").map((key) => metric(key, key, { weights: true })),
-    ),
+      ...remaining("weights/", { weights: true }),
+    ]),
   );
   section("Drift", ABOUT_DRIFT, ...DATA.drifts.flatMap(drift));
   section("Traces", "", traces());
@@ -112,11 +108,13 @@ function main() {
     "Time",
     ABOUT_TIME,
     goodputTable(),
-    grid(prefixed("time/").map((key) => metric(key, key, { robust: true, zero: true }))),
+    grid(remaining("time/", { robust: true, zero: true })),
   );
-  section("Other metrics", "", grid(prefixed("").map((key) => metric(key, key))));
-  section("Settings", "", ...settings());
-  pending.forEach((draw) => draw()); // at once: also on a page that is printed and never shown
+  section("Other metrics", "", grid(remaining("")));
+  section("Settings", "", ...settingsTables());
+  pending.forEach((draw) => draw());
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  dark.addEventListener("change", () => charts.forEach((plot) => plot.redraw()));
 }
 
 main();

@@ -62,13 +62,10 @@ function traces() {
 }
 
 function traceOf(trace, seen, kind) {
-  const run = DATA.runs[seen.run];
+  const run = RUNS[seen.run];
   const mean = run.histogram ? run.histogram.mean : null;
   const box = el("div", { class: "trace" });
-  const title = el("h3");
-  const dot = el("span", { text: "● " });
-  dot.style.color = runColor(seen.run);
-  title.append(dot, document.createTextNode(run.name));
+  const title = named(run.name, runColor(seen.run), "h3");
   box.append(title, el("p", { class: "dim", text: run.seen }));
   const body = el("div", { class: "tokens" });
   const entry = new Map(trace.completion.map((place, k) => [place, k]));
@@ -86,7 +83,7 @@ function traceOf(trace, seen, kind) {
   });
   const tell = (event) => {
     const token = event.target.closest(".token");
-    if (token) showTip(wordsOn(trace, numbers, Number(token.dataset.k), mean), event);
+    if (token) showTip(wordsOn(trace, numbers, Number(token.dataset.k), mean), event.clientX, event.clientY);
   };
   body.addEventListener("mousemove", tell);
   body.addEventListener("click", tell);
