@@ -9,7 +9,7 @@ Student: the shape of Qwen2.5-1.5B; packed rows of 4096 tokens, all of them supe
 default flags. Every row is a process of its own and leaves build/aot/<row>.json; an interrupted run
 goes on. A row takes 1 to 2 minutes of one core.
 
-temp: GiB of temporaries a chip (compiled.memory_analysis()), beside the arguments, args. est: the
+temp: GiB of temporaries a chip (programs.memory_analysis()), beside the arguments, args. est: the
 sum of libtpu's estimated cycles, loops multiplied, at 1.5 GHz, in ms; it leaves out the attention
 kernels and collectives, so it ranks programs and is not a step time.
 """
@@ -96,7 +96,6 @@ TARGETS: dict[str, tuple[float | None, float | None, str, float | None]] = {
 def recipe(name: str, directory: Path) -> Any:
     """The row's config: configs/base.py with the benchmark's sizes and the row's changes."""
     from dcod_jax import config as configs
-    from dcod_jax.plan import programs as compiled
 
     student, changes = ROWS[name]
     file = directory / f"{name}.config.json"
@@ -111,41 +110,40 @@ def recipe(name: str, directory: Path) -> Any:
         "plan.topology": "v5e:4x4",
         **changes,
     }
-    return compiled.altered(configs.load_recipe(configs.BASE), values)
+    return configs.replace(configs.load_recipe(configs.BASE), values)
 
 
 def worker(name: str, directory: Path) -> dict[str, Any]:
     """Compile one row; its numbers."""
-    from dcod_jax.plan import estimate
-    from dcod_jax.plan import programs as compiled
+    from dcod_jax.plan import estimate, programs
 
     config = recipe(name, directory)
-    target = compiled.target(config)
+    target = programs.target(config)
     start = time.process_time()
-    traced = compiled.train_program(config, target.devices, valid_vocab=VALID_VOCAB)
+    traced = programs.train_program(config, target.devices, valid_vocab=VALID_VOCAB)
     try:
-        done = compiled.compile_program(traced)
-    except compiled.DoesNotFitError as error:
+        program = programs.compile_program(traced)
+    except programs.DoesNotFitError as error:
         return {"row": name, "needed": error.needed}
-    (directory / f"{name}.hlo").write_text(done.text)
-    numbers = estimate.train_numbers(config, target, traced, done)
+    (directory / f"{name}.hlo").write_text(program.text)
+    numbers = estimate.train_numbers(config, target, traced, program)
     assert target.chip is not None
     vocabulary = student_vocabulary_bytes(name)
     return {
         "row": name,
-        "arguments": done.arguments,
-        "temporaries": done.temporaries,
-        "peak": done.peak,
-        "alive": done.alive,
-        "host": done.host,
-        "estimated_ms": done.summary.cycles / target.chip.clock * 1e3,
+        "arguments": program.arguments,
+        "temporaries": program.temporaries,
+        "peak": program.peak,
+        "alive": program.alive,
+        "host": program.host,
+        "estimated_ms": program.summary.cycles / target.chip.clock * 1e3,
         "compile_cpu_seconds": time.process_time() - start,
         # In a loop and as large as the vocabulary matrix: it would be gathered for every chunk.
         "vocabulary_gathers_in_loops": sum(
             c.kind == "all-gather" and c.times > 1 and c.size >= vocabulary
-            for c in done.summary.collectives
+            for c in program.summary.collectives
         ),
-        "hlo_bytes": len(done.text),
+        "hlo_bytes": len(program.text),
         **numbers,
     }
 

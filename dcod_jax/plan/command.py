@@ -13,6 +13,7 @@ Writes run_dir/plan.json.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,20 +21,23 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from dcod_jax import config as configs
 from dcod_jax.errors import DcodError
 from dcod_jax.files import as_path, replace_file
 from dcod_jax.models.config import num_params
 from dcod_jax.parallel.mesh import batch_shards, make_mesh
-from dcod_jax.plan import estimate
-from dcod_jax.plan import programs as programs
+from dcod_jax.plan import estimate, programs
 from dcod_jax.plan.chips import GIB
-from dcod_jax.plan.programs import Compiled, DoesNotFitError, Target
+from dcod_jax.plan.programs import DoesNotFitError, Program, Target
 
-MAX_DOUBLINGS = 12
+log = logging.getLogger(__name__)
+
+MEMORY = ("arguments", "temporaries", "peak", "alive", "host")  # of a Program, in bytes
+MAX_COMPILATIONS = 13  # of the search for the largest batch
 
 
 def plan(config: Any) -> dict[str, Any]:
-    """The verb: compile, search, print, write plan.json; returns what it wrote.
+    """Compile, search, print tables and write run_dir/plan.json; returns its content.
 
     Raises DcodError where neither the recipe nor any remedy fits.
     """
@@ -42,7 +46,7 @@ def plan(config: Any) -> dict[str, Any]:
     jax.config.update("jax_platforms", "cpu")  # also on a TPU host: its chips are left alone
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot hold such programs
     target = programs.target(config)
-    config = programs.altered(config, {"mesh.slices": target.slices})
+    config = configs.replace(config, {"mesh.slices": target.slices})
     console = Console(width=100)
     attempts: list[dict[str, Any]] = []
     fitting, report = _first_fit(config, target, attempts, console)
@@ -62,14 +66,21 @@ def plan(config: Any) -> dict[str, Any]:
         console.print(f"student: {result['parameters']:,} parameters", highlight=False)
         console.print(_memory_table("train step", report, target))
         console.print(_collectives_table(report))
-        _print_speed(_operations(report), fitting.data.seq_len, report, console)
+        console.print(
+            f"operations of a step: {report['model_flops']:.3e} of the model, "
+            f"{report['executed_flops']:.3e} in matrix products outside kernels (recomputation and "
+            "teacher included)",
+            soft_wrap=True,
+            highlight=False,
+        )
+        _print_speed(fitting.data.seq_len, report, console)
         result["score"] = _score(fitting, target, console)
         if config.plan.largest_batch:
             result["largest_batch"] = _largest(fitting, target, report, console)
     path = as_path(config.run_dir) / "plan.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, (json.dumps(result, indent=1) + "\n").encode())
-    console.print(f"written: {path}", highlight=False)
+    log.info("written: %s", path)
     if fitting is None:
         raise DcodError(
             f"nothing fits {target.topology} ({len(target.devices)} devices of "
@@ -84,16 +95,15 @@ def plan(config: Any) -> dict[str, Any]:
 def _try(config: Any, target: Target) -> dict[str, Any]:
     """Numbers of the train step of a config; raises DoesNotFitError."""
     traced = programs.train_program(config, target.devices)
-    done = programs.compile_program(traced, limit=target.limit)
-    return _memory(done) | estimate.train_numbers(config, target, traced, done)
+    program = programs.compile_program(traced, limit=target.limit)
+    return _memory(program) | estimate.train_numbers(config, target, traced, program)
 
 
-def _memory(done: Compiled) -> dict[str, Any]:
-    keys = ("arguments", "temporaries", "peak", "alive", "host")
-    return {key: getattr(done, key) for key in keys}
+def _memory(program: Program) -> dict[str, int]:
+    return {key: getattr(program, key) for key in MEMORY}
 
 
-def _size(size: float | int | None) -> str:
+def _size(size: float | None) -> str:
     if size is None:
         return "unknown"
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"
@@ -103,7 +113,7 @@ def _size(size: float | int | None) -> str:
 
 
 def remedies(config: Any, devices: Sequence[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(what, changed keys) from the cheapest on, each on top of those before it."""
+    """(setting, changed keys), the cheapest first; each adds to the changes before it."""
     changes: dict[str, Any] = {}
     begin = programs.REMATS.index(config.student.remat)
     for remat in programs.REMATS[begin + 1 : -1]:
@@ -123,7 +133,7 @@ def remedies(config: Any, devices: Sequence[Any]) -> Iterator[tuple[str, dict[st
         given = "" if config.mesh.data == -1 else f", mesh.data={data}"
         yield f"mesh.fsdp={fsdp}{given}", dict(changes)
     for key, value in (("student.remat", "offload"), ("optim.offload", True)):
-        if programs.altered(config, {key: value}) != config:
+        if configs.replace(config, {key: value}) != config:
             changes[key] = value
             yield f"{key}={str(value).lower()}", dict(changes)
 
@@ -132,34 +142,29 @@ def _first_fit(
     config: Any, target: Target, attempts: list[dict[str, Any]], console: Console
 ) -> tuple[Any | None, dict[str, Any] | None]:
     """The recipe, or the recipe with the first remedy that fits, and its numbers."""
-    table = Table(
-        title=f"what fits {target.topology}: {_size(target.limit)} a device",
-        caption="each line with the changes of the lines above it",
-    )
-    for column in ("setting", "needs", "step"):
-        table.add_column(column)
     found: tuple[Any | None, dict[str, Any] | None] = (None, None)
-    start: dict[str, Any] = {}
+    begin: dict[str, Any] = {}
     if config.student.remat == "auto":
-        start["student.remat"] = programs.REMATS[0]
-        config = programs.altered(config, start)
-    choices = [("as the recipe says", start), *remedies(config, target.devices)]
-    for what, changes in choices:
-        changed = programs.altered(config, changes)
-        console.print(f"compiling the train step: {what}", highlight=False)
+        begin["student.remat"] = programs.REMATS[0]
+        config = configs.replace(config, begin)
+    rows = []
+    for setting, changes in [("as the recipe says", begin), *remedies(config, target.devices)]:
+        changed = configs.replace(config, changes)
+        log.info("compiling the train step: %s", setting)
         try:
             report = _try(changed, target)
         except DoesNotFitError as error:
-            attempts.append({"setting": what, "changes": changes, "needs": error.needed})
-            table.add_row(what, f"{_size(error.needed)}: too much", "")
+            attempts.append({"setting": setting, "changes": changes, "needs": error.needed})
+            rows.append((setting, f"{_size(error.needed)}: too much", ""))
             continue
-        seconds = report["seconds"]
-        needs = report["peak"]
-        attempts.append({"setting": what, "changes": changes, "needs": needs, "seconds": seconds})
-        table.add_row(what, _size(needs), f"{seconds:.3f} s" if seconds else "no estimate")
+        seconds, needs = report["seconds"], report["peak"]
+        attempt = {"setting": setting, "changes": changes, "needs": needs, "seconds": seconds}
+        attempts.append(attempt)
+        rows.append((setting, _size(needs), f"{seconds:.3f} s" if seconds else "no estimate"))
         found = changed, report
         break
-    console.print(table)
+    title = f"what fits {target.topology}: {_size(target.limit)} a device; changes add up"
+    console.print(_table(title, ("setting", "needs", "step"), rows))
     if found[0] is not None and attempts[-1]["changes"]:
         words = (f"--config.{key}={value}" for key, value in attempts[-1]["changes"].items())
         console.print("what follows is with", *words, soft_wrap=True, highlight=False)
@@ -171,11 +176,11 @@ def _largest(
 ) -> dict[str, Any] | None:
     """The most rows of a global batch that compile within the limit.
 
-    Memory grows by a constant with each row of a device: the next guess is drawn through the last
-    two sizes, and what is returned has been compiled, and one step more has been refused.
+    Each row adds the same memory, so the next guess lies on the line through the last two sizes.
+    The result was compiled, and one step more was refused.
     """
     if target.limit is None:
-        console.print("largest batch: no memory limit is known (set plan.hbm_gib)")
+        log.info("largest batch: no memory limit is known (set plan.hbm_gib)")
         return None
     mesh = make_mesh(**config.mesh, devices=target.devices)
     unit = batch_shards(mesh) * config.train.microbatches
@@ -183,16 +188,16 @@ def _largest(
     refused, compiles = None, 0
     guess = fits * 2
     while refused is None or refused - fits > 1:
-        changed = programs.altered(config, {"data.batch_size": guess * unit})
+        changed = configs.replace(config, {"data.batch_size": guess * unit})
         compiles += 1
         try:
             peaks[guess] = _try(changed, target)["peak"]
             fits, needs = guess, _size(peaks[guess])
         except DoesNotFitError as error:
             refused, needs = guess, f"{_size(error.needed)}, too much"
-        console.print(f"largest batch: {guess * unit} rows need {needs}", highlight=False)
+        log.info("largest batch: %d rows need %s", guess * unit, needs)
         guess = _guess(peaks, fits, refused, target.limit)
-        if compiles > MAX_DOUBLINGS:
+        if compiles >= MAX_COMPILATIONS:
             break
     console.print(
         f"largest batch: {fits * unit} rows ({fits} a micro-batch of a device, "
@@ -217,65 +222,63 @@ def _guess(peaks: dict[int, int], fits: int, refused: int | None, limit: float) 
 
 
 def _score(config: Any, target: Target, console: Console) -> dict[str, Any] | None:
-    made = programs.score_program(config, target.devices)
-    if made is None:
-        console.print("scoring step: no teacher.path, not compiled", highlight=False)
+    found = programs.score_program(config, target.devices)
+    if found is None:
+        log.info("scoring step: no teacher.path, not compiled")
         return None
-    traced, (rows, length) = made
+    traced, (rows, length) = found
     try:
-        done = programs.compile_program(traced, limit=target.limit)
+        program = programs.compile_program(traced, limit=target.limit)
     except DoesNotFitError as error:
-        console.print(
-            f"scoring step of {rows} x {length} tokens: {_size(error.needed)}, too much; lower "
-            "score.batch_tokens or raise mesh.fsdp",
-            highlight=False,
+        log.warning(
+            "scoring step of %d x %d tokens: %s, too much; lower score.batch_tokens or raise "
+            "mesh.fsdp",
+            *(rows, length, _size(error.needed)),
         )
         return {"rows": rows, "length": length, "needs": error.needed, "fits": False}
-    report = _memory(done) | estimate.score_numbers(config, target, done, rows, length)
+    report = _memory(program) | estimate.score_numbers(config, target, program, rows, length)
     console.print(_memory_table(f"scoring step, {rows} x {length} tokens", report, target))
-    _print_speed("", length, report, console)
+    _print_speed(length, report, console)
     return report | {"rows": rows, "length": length, "fits": True}
 
 
 # ---------------------------------------------------------------- printing
 
 
-def _memory_table(title: str, report: dict[str, Any], target: Target) -> Table:
-    table = Table(title=f"{title}: memory of a device")
-    for column in ("kind", "size", "of the limit"):
-        table.add_column(column)
-    for key in ("arguments", "temporaries", "peak", "alive", "host"):
-        share = f"{report[key] / target.limit:.0%}" if target.limit and key != "host" else ""
-        table.add_row(key, _size(report[key]), share)
-    table.add_row("limit", _size(target.limit), "")
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
+def _memory_table(title: str, report: dict[str, Any], target: Target) -> Table:
+    rows = []
+    for key in MEMORY:
+        share = f"{report[key] / target.limit:.0%}" if target.limit and key != "host" else ""
+        rows.append((key, _size(report[key]), share))
+    rows.append(("limit", _size(target.limit), ""))
+    return _table(f"{title}: memory of a device", ("kind", "size", "of the limit"), rows)
+
+
 def _collectives_table(report: dict[str, Any]) -> Table:
-    table = Table(title="collectives of a device and step")
-    for column in ("kind", "network", "number", "received", "beside compute"):
-        table.add_column(column)
-    for row in report["collectives"]:
-        table.add_row(
+    rows = [
+        (
             row["kind"],
             row["network"],
             f"{row['count']:.0f}",
             _size(row["bytes"]),
             f"{row['overlapped']:.0%}",
         )
-    return table
+        for row in report["collectives"]
+    ]
+    columns = ("kind", "network", "number", "received", "beside compute")
+    return _table("collectives of a device and step", columns, rows)
 
 
-def _operations(report: dict[str, Any]) -> str:
-    return (
-        f"operations of a step: {report['model_flops']:.3e} of the model, "
-        f"{report['executed_flops']:.3e} in matrix products outside kernels (recomputation and "
-        "teacher included)"
-    )
-
-
-def _print_speed(first: str, length: int, report: dict[str, Any], console: Console) -> None:
-    lines = [first] if first else []
+def _print_speed(length: int, report: dict[str, Any], console: Console) -> None:
+    """The estimated time of a step with rows of `length` tokens, and its assumptions."""
+    lines = []
     if report["seconds"]:
         share = f"MFU {report['mfu']:.1%}, " if "mfu" in report else ""
         lines.append(

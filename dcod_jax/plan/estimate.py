@@ -1,14 +1,15 @@
-"""Step time of a compiled program on a chip that is not at hand, and what it assumes."""
+"""The time of a compiled step on a chip that is not at hand, and what the estimate assumes."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import jax
+
 from dcod_jax.models import hf
 from dcod_jax.models.config import ModelConfig, flops_per_token
-from dcod_jax.plan import hlo
-from dcod_jax.plan import programs as programs
-from dcod_jax.plan.programs import Compiled, Target
+from dcod_jax.plan import hlo, programs
+from dcod_jax.plan.programs import Program, Target
 
 DAY = 86400.0
 # Share of the peak that the attention kernel is taken to reach; libtpu estimates no kernels.
@@ -24,25 +25,18 @@ def attention_flops(model: ModelConfig, tokens: int, length: int) -> float:
     return tokens * model.num_layers * per_layer
 
 
-def _collectives(target: Target, done: Compiled) -> list[dict[str, Any]]:
-    each = len(target.devices) // target.slices
-    slice_of = [i // each for i in range(len(target.devices))]
-    table = hlo.bytes_by_kind(done.summary, slice_of=slice_of)
-    return [{"kind": k, "network": n, **row} for (k, n), row in sorted(table.items())]
-
-
 def _seconds(
-    target: Target, done: Compiled, kernel_flops: float, moved: list[dict[str, Any]]
+    target: Target, summary: hlo.Summary, kernel_flops: float, moved: list[dict[str, Any]]
 ) -> tuple[float | None, list[str]]:
-    """(estimated seconds of a step or None, what was assumed)."""
+    """(estimated seconds of a step or None, assumptions)."""
     chip = target.chip
-    if chip is None or not done.summary.cycles:
+    if chip is None or not summary.cycles:
         return None, ["no estimate: only libtpu writes the cycles that it expects"]
-    compute = done.summary.cycles / chip.clock
+    compute = summary.cycles / chip.clock
     lines = [
         f"{compute:.3f} s: libtpu's estimated cycles at {chip.clock / 1e9:.2f} GHz, loop by loop"
     ]
-    if done.summary.kernels:
+    if summary.kernels:
         kernel = kernel_flops / len(target.devices) / (KERNEL_EFFICIENCY * chip.peak_flops)
         lines.append(
             f"{kernel:.3f} s: attention kernels, which libtpu does not estimate, at "
@@ -65,7 +59,24 @@ def _seconds(
     return max(compute, beside) + alone, lines
 
 
-def train_numbers(config: Any, target: Target, traced: Any, done: Compiled) -> dict[str, Any]:
+def _timing(target: Target, program: Program, kernel_flops: float, tokens: int) -> dict[str, Any]:
+    """Collectives, estimated seconds and tokens a day of any step."""
+    each = len(target.devices) // target.slices
+    slice_of = [i // each for i in range(len(target.devices))]
+    table = hlo.bytes_by_kind(program.summary, slice_of=slice_of)
+    moved = [{"kind": k, "network": n, **row} for (k, n), row in sorted(table.items())]
+    seconds, assumptions = _seconds(target, program.summary, kernel_flops, moved)
+    return {
+        "collectives": moved,
+        "seconds": seconds,
+        "tokens_per_day": tokens / seconds * DAY if seconds else None,
+        "assumptions": assumptions,
+    }
+
+
+def train_numbers(
+    config: Any, target: Target, traced: jax.stages.Traced, program: Program
+) -> dict[str, Any]:
     """Operations, collectives, estimated seconds, MFU and tokens a day of a train step."""
     model = programs.student_of(config)
     length = config.data.seq_len
@@ -77,36 +88,24 @@ def train_numbers(config: Any, target: Target, traced: Any, done: Compiled) -> d
         teacher = hf.read_config(config.teacher.path)
         model_flops += tokens * flops_per_token(teacher, length) / 3
         kernel_flops += attention_flops(teacher, tokens, length) * FORWARD
-    moved = _collectives(target, done)
-    seconds, assumptions = _seconds(target, done, kernel_flops, moved)
+    timing = _timing(target, program, kernel_flops, tokens)
+    seconds = timing["seconds"]
     peak = target.chip.peak_flops * len(target.devices) if target.chip else None
     return {
         "model_flops": model_flops,
         "executed_flops": programs.matmul_flops(traced.jaxpr),
-        "collectives": moved,
-        "windowed_products": done.summary.windowed,
-        "kernels": done.summary.kernels,
-        "estimated_cycles": done.summary.cycles,
-        "seconds": seconds,
+        "windowed_products": program.summary.windowed,
+        "kernels": program.summary.kernels,
+        "estimated_cycles": program.summary.cycles,
         "mfu": model_flops / seconds / peak if seconds and peak else None,
-        "tokens_per_day": tokens / seconds * DAY if seconds else None,
-        "assumptions": assumptions,
+        **timing,
     }
 
 
 def score_numbers(
-    config: Any, target: Target, done: Compiled, rows: int, length: int
+    config: Any, target: Target, program: Program, rows: int, length: int
 ) -> dict[str, Any]:
     """Collectives, estimated seconds and tokens a day of a scoring step."""
     teacher = hf.read_config(config.teacher.path)
     tokens = rows * length
-    moved = _collectives(target, done)
-    seconds, assumptions = _seconds(
-        target, done, attention_flops(teacher, tokens, length) * FORWARD, moved
-    )
-    return {
-        "collectives": moved,
-        "seconds": seconds,
-        "tokens_per_day": tokens / seconds * DAY if seconds else None,
-        "assumptions": assumptions,
-    }
+    return _timing(target, program, attention_flops(teacher, tokens, length) * FORWARD, tokens)

@@ -1,14 +1,13 @@
-"""What a compiled program's HLO text says: cycles over the loops, collectives, kernels.
+"""Reads a compiled program's HLO text: cycles over the loops, collectives, kernels.
 
-libtpu writes "estimated_cycles" beside each operation of the optimised HLO. A scanned body stands
-there once, so the sums here follow the loops. The estimate leaves out Pallas kernels and
-collectives: both are listed on their own.
+libtpu writes "estimated_cycles" beside each operation of the optimised HLO. The text holds a
+scanned body once, so the sums here multiply by trip counts. The estimate leaves out Pallas kernels
+and collectives; both are counted apart.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -71,7 +70,6 @@ class Collective:
     times: int  # executions a step
     groups: tuple[tuple[int, ...], ...]  # positions of the devices in the mesh; () is all of them
     overlapped: bool  # started and awaited apart, or fused with compute
-    computation: str
     between_slices: bool = False  # one device of each slice; groups is () then
 
     def received(self, slice_of: Sequence[int]) -> float:
@@ -139,11 +137,9 @@ def replica_groups(rest: str) -> tuple[tuple[int, ...], ...]:
     reshaped; mesh['a'=2,'b'=2] {'a'}, axes of a mesh, whose devices may have an order of their own
     (device_ids=([2,2]T(1,0))). Raises ValueError for another form.
     """
-    mesh = _MESH.search(rest)
-    if mesh:
+    if mesh := _MESH.search(rest):
         return _mesh_groups(mesh[1], mesh[4], _iota(mesh[2], mesh[3]) if mesh[2] else None)
-    iota = _IOTA.search(rest)
-    if iota:
+    if iota := _IOTA.search(rest):
         ids = _iota(iota[2], iota[3]).reshape(_numbers(iota[1])[0], -1)
         return tuple(tuple(int(i) for i in row) for row in ids)
     listed = _GROUPS.search(rest) or _PAIRS.search(rest)
@@ -183,8 +179,7 @@ def trip_count(loop: Instruction, found: Mapping[str, list[Instruction]]) -> int
 
     Raises ValueError where neither says it.
     """
-    known = _TRIPS.search(loop.rest)
-    if known:
+    if known := _TRIPS.search(loop.rest):
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
     body = found.get(condition[1], []) if condition else []
@@ -211,22 +206,20 @@ def _size(step: Instruction, kind: str, sizes: Mapping[str, int]) -> int:
     return made if kind == "all-reduce" else max(given, made)
 
 
-class _Program:
+class _Walk:
     """The call graph of a program, walked once from its entry."""
 
     def __init__(self, text: str):
-        self.found, self.entry = computations(text)
+        self.found, entry = computations(text)
+        steps = (step for body in self.found.values() for step in body)
+        self.sizes = {step.name: array_bytes(step.shape) for step in steps}
         # A collective that libtpu spreads over several fusions stands in each of them, under one
         # channel of one loop body.
         self.collectives: dict[tuple[str, str], Collective] = {}
         self.loops: list[int] = []
         self.kernels = 0
         self.cycles = 0
-
-    @functools.cached_property
-    def sizes(self) -> dict[str, int]:
-        steps = (step for body in self.found.values() for step in body)
-        return {step.name: array_bytes(step.shape) for step in steps}
+        self.walk(entry, 1)
 
     def walk(self, name: str, times: int) -> None:
         """Add up what a computation and everything it calls does."""
@@ -256,26 +249,14 @@ class _Program:
             key = (body, f"{kind} {channel[1]}" if channel else step.name)
             before = self.collectives.get(key)
             overlapped = overlapped or step.opcode.endswith("-start")
-            one = Collective(
-                kind=kind,
-                size=_size(step, kind, self.sizes),
-                times=times,
-                groups=replica_groups(step.rest),
-                overlapped=overlapped or (before is not None and before.overlapped),
-                computation=body,
-            )
-            self.collectives[key] = one
+            overlapped = overlapped or (before is not None and before.overlapped)
+            size, groups = _size(step, kind, self.sizes), replica_groups(step.rest)
+            self.collectives[key] = Collective(kind, size, times, groups, overlapped)
         elif kind == "send" and (transfer := _BETWEEN_SLICES.search(step.rest)):
             size = max(array_bytes(m[0]) for m in re.finditer(_ARRAY, step.shape))
-            self.collectives[body, step.name] = Collective(
-                kind=transfer[1].lower().replace("_", "-"),
-                size=size,
-                times=times,
-                groups=(),
-                overlapped=True,
-                computation=body,
-                between_slices=True,
-            )
+            name = transfer[1].lower().replace("_", "-")
+            one = Collective(name, size, times, (), overlapped=True, between_slices=True)
+            self.collectives[body, step.name] = one
         elif step.opcode in ("fusion", "async-start"):
             for inner in step.called:
                 apart = overlapped or step.opcode == "async-start" or inner.startswith("async")
@@ -285,8 +266,7 @@ class _Program:
 
 def summarize(text: str) -> Summary:
     """Numbers of a program's optimised HLO text (compiled.as_text())."""
-    program = _Program(text)
-    program.walk(program.entry, 1)
+    program = _Walk(text)
     return Summary(
         cycles=program.cycles,
         collectives=tuple(program.collectives.values()),

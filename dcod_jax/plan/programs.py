@@ -1,13 +1,14 @@
-"""The programs of a config, compiled without data, weights or the devices they are for.
+"""The train and scoring steps of a config, compiled without data, weights or their devices.
 
-A topology is "v5e:4x4" (libtpu compiles for a slice that is not there) or "cpu:8" (the host's own
-devices). Shapes stand for arrays, so only an HF config.json is read.
+A topology is "v5e:4x4" (libtpu compiles for a slice that is not at hand) or "cpu:8" (the host's
+own devices). Shapes stand for arrays, so only HF config.json files are read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import logging
 import math
 import os
 import re
@@ -18,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.extend.core import Jaxpr
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from dcod_jax import config as configs
 from dcod_jax.errors import DcodError
@@ -33,6 +36,8 @@ from dcod_jax.train.optim import make_optimizer
 from dcod_jax.train.settings import loss_config, optim_config
 from dcod_jax.train.step import init_state, make_train_step
 from dcod_jax.types import Batch, Params
+
+log = logging.getLogger(__name__)
 
 LIBTPU = 'pip install "jax[tpu]"'
 REMATS = ("none", "dots", "full", "offload")  # of student.remat, the least recomputation first
@@ -70,14 +75,14 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
-    """One compiled program: bytes of a device, and what its HLO says."""
+class Program:
+    """One compiled program: bytes on a device, and what its HLO text says."""
 
     arguments: int
     temporaries: int
-    peak: int  # arguments and temporaries together, gaps between the buffers included
-    alive: int  # of it at most alive at one time, as the compiler counts; 0: it does not say
-    host: int  # of all these, bytes in the host's memory
+    peak: int  # arguments and temporaries together, with the gaps between buffers
+    alive: int  # the most that is alive at one time, as the compiler counts; 0: not known
+    host: int  # bytes in the host's memory
     summary: hlo.Summary
     text: str = dataclasses.field(repr=False)
 
@@ -111,6 +116,7 @@ def target(config: Any) -> Target:
 
 
 def _describe(name: str, chip: Chip, slices: int) -> tuple[Any, ...]:
+    """Devices of a topology, as libtpu describes them."""
     for variable, value in OFFLINE.items():
         os.environ.setdefault(variable, value)
     options: dict[str, Any] = dict(chip.options)
@@ -127,18 +133,6 @@ def _describe(name: str, chip: Chip, slices: int) -> tuple[Any, ...]:
             ) from None
         raise DcodError(f"plan.topology={name} ({slices} slices): {text}") from None
     return tuple(found.devices)
-
-
-def altered(config: Any, changes: dict[str, Any]) -> Any:
-    """The config with other values of some dotted keys, unchecked."""
-    values = config.to_dict()
-    for key, value in changes.items():
-        *sections, leaf = key.split(".")
-        section = values
-        for name in sections:
-            section = section[name]
-        section[leaf] = value
-    return configs.to_config(values)
 
 
 # ---------------------------------------------------------------- what is compiled
@@ -158,7 +152,7 @@ def models_of(config: Any) -> list[ModelConfig]:
     return [student_of(config), *([hf.read_config(config.teacher.path)] if live else [])]
 
 
-def _shapes(model: ModelConfig, dtype: Any, mesh: Any) -> Params:
+def _shapes(model: ModelConfig, dtype: DTypeLike, mesh: Mesh) -> Params:
     layout = tree_shardings(mesh, transformer.logical_axes(model))
     return jax.tree.map(
         lambda s, at: jax.ShapeDtypeStruct(s.shape, dtype, sharding=at),
@@ -167,13 +161,13 @@ def _shapes(model: ModelConfig, dtype: Any, mesh: Any) -> Params:
     )
 
 
-def batch_shapes(config: Any, mesh: Any) -> Batch:
+def batch_shapes(config: Any, mesh: Mesh) -> Batch:
     """A global batch as the pipeline makes it; without data.head_tokens all is supervised."""
     layout = sharding(mesh, ("batch",))
     rows, length = config.data.batch_size, config.data.seq_len
     head = min(config.data.head_tokens or length, length)
 
-    def shape(dtype: Any, *dims: int) -> Any:
+    def shape(dtype: DTypeLike, *dims: int) -> Any:
         return jax.ShapeDtypeStruct((rows, *dims), dtype, sharding=layout)
 
     loss = loss_config(config)
@@ -229,13 +223,15 @@ def train_program(config: Any, devices: Sequence[Any], *, valid_vocab: int | Non
     return step.trace(state, batch_shapes(config, mesh), *teacher_shapes)
 
 
-def score_program(config: Any, devices: Sequence[Any]) -> tuple[Any, tuple[int, int]] | None:
+def score_program(
+    config: Any, devices: Sequence[Any]
+) -> tuple[jax.stages.Traced, tuple[int, int]] | None:
     """(the scoring step of the longest traces, its [rows, length]); None without a teacher."""
     if not config.teacher.path:
         return None
     mesh = make_mesh(**config.mesh, devices=devices)
     model = hf.read_config(config.teacher.path)
-    plan = scoring.plan_batches(
+    batch = scoring.plan_batches(
         [config.data.max_length - 1] * config.score.batch_tokens,
         batch_tokens=config.score.batch_tokens,
         shards=scoring.batch_shards(mesh),
@@ -248,28 +244,28 @@ def score_program(config: Any, devices: Sequence[Any]) -> tuple[Any, tuple[int, 
         valid_vocab=model.vocab_size,
     )
     layout = sharding(mesh, ("batch", None))
-    ids = jax.ShapeDtypeStruct((plan.rows, plan.length), jnp.int32, sharding=layout)
+    ids = jax.ShapeDtypeStruct((batch.rows, batch.length), jnp.int32, sharding=layout)
     params = _shapes(model, jnp.dtype(config.teacher.dtype), mesh)
     traced = scoring.score_step.trace(model, params, ids, ids, ids, settings=settings, mesh=mesh)
-    return traced, (plan.rows, plan.length)
+    return traced, (batch.rows, batch.length)
 
 
 # ---------------------------------------------------------------- compiling
 
 
-def compile_program(traced: Any, *, limit: float | None = None) -> Compiled:
-    """Compile a traced program; raises DoesNotFitError where it needs more memory than there is."""
+def compile_program(traced: jax.stages.Traced, *, limit: float | None = None) -> Program:
+    """Compile a traced step; raises DoesNotFitError where a device has too little memory."""
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise DoesNotFitError(bytes_needed(str(error))) from None
-    memory = compiled.memory_analysis()
-    text = compiled.as_text()
+    memory: Any = compiled.memory_analysis()
+    text = compiled.as_text() or ""
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    result = Compiled(
+    program = Program(
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         peak=peak,
@@ -278,16 +274,16 @@ def compile_program(traced: Any, *, limit: float | None = None) -> Compiled:
         summary=hlo.summarize(text),
         text=text,
     )
-    if limit is not None and result.peak > limit:
-        raise DoesNotFitError(float(result.peak))
-    return result
+    if limit is not None and program.peak > limit:
+        raise DoesNotFitError(float(program.peak))
+    return program
 
 
 def choose_remat(config: Any, devices: Iterable[Any]) -> str:
-    """student.remat, where "auto" is the one that recomputes least among those that fit.
+    """student.remat, where "auto" stands for the least recomputation that fits these devices.
 
-    Each is compiled on these devices until one fits; where no memory limit is known (a CPU, and
-    plan.hbm_gib=0) that is "none". Raises DcodError where none fits.
+    It is "none" where no memory limit is known (a CPU with plan.hbm_gib=0). Raises DcodError
+    where none fits.
     """
     if config.student.remat != "auto":
         return config.student.remat
@@ -296,12 +292,13 @@ def choose_remat(config: Any, devices: Iterable[Any]) -> str:
     if limit is None:
         return REMATS[0]
     for remat in REMATS:
-        traced = train_program(altered(config, {"student.remat": remat}), devices)
+        traced = train_program(configs.replace(config, {"student.remat": remat}), devices)
         try:
             peak = compile_program(traced, limit=limit).peak
         except DoesNotFitError:
             continue
-        print(f"student.remat=auto: {remat}, {peak / chips.GIB:.2f} GiB of {limit / chips.GIB:.2f}")
+        sizes = peak / chips.GIB, limit / chips.GIB
+        log.info("student.remat=auto: %s, %.2f GiB of %.2f", remat, *sizes)
         return remat
     raise DcodError(
         f"student.remat=auto: none of {', '.join(REMATS)} fits {limit / chips.GIB:.2f} GiB a "
@@ -322,17 +319,14 @@ def memory_limit(config: Any, device: Any) -> float | None:
 
 def bytes_needed(message: str) -> float | None:
     """Bytes that a RESOURCE_EXHAUSTED message speaks of: "Used 21.2G of 15.75G hbm"."""
-    for pattern in _NEEDED:
-        found = pattern.search(message)
-        if found:
-            return float(found[1]) * UNITS[found[2]]
-    return None
+    found = next(filter(None, (pattern.search(message) for pattern in _NEEDED)), None)
+    return float(found[1]) * UNITS[found[2]] if found else None
 
 
 # ---------------------------------------------------------------- operations
 
 
-def matmul_flops(jaxpr: Any) -> float:
+def matmul_flops(jaxpr: Jaxpr) -> float:
     """Floating point operations of the matrix products of a jaxpr, loops multiplied.
 
     Global, recomputation included; those inside Pallas kernels are not seen.
@@ -341,25 +335,15 @@ def matmul_flops(jaxpr: Any) -> float:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            depth = 1
-            for dimension in contracted:
-                depth *= shape[dimension]
-            total += 2.0 * equation.outvars[0].aval.size * depth
+            operand: Any = equation.invars[0].aval
+            product: Any = equation.outvars[0].aval
+            depth = math.prod(operand.shape[dimension] for dimension in contracted)
+            total += 2.0 * product.size * depth
         elif equation.primitive.name != "pallas_call":
             times = equation.params.get("length", 1)  # of a scan
             if equation.primitive.name == "shard_map":
                 times = equation.params["mesh"].size
-            total += times * sum(matmul_flops(inner) for inner in _inner(equation.params))
+            parameters = jax.tree.leaves(tuple(equation.params.values()))
+            inner = [getattr(one, "jaxpr", one) for one in parameters]
+            total += times * sum(matmul_flops(one) for one in inner if isinstance(one, Jaxpr))
     return total
-
-
-def _inner(params: dict[str, Any]) -> list[Any]:
-    """The jaxprs among an equation's parameters."""
-    found = []
-    for value in params.values():
-        for one in value if isinstance(value, (tuple, list)) else (value,):
-            one = getattr(one, "jaxpr", one)
-            if isinstance(one, Jaxpr):
-                found.append(one)
-    return found

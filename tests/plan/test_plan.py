@@ -15,9 +15,8 @@ import tiny
 from dcod_jax import config as configs
 from dcod_jax.errors import DcodError
 from dcod_jax.models.config import flops_per_token, from_hf
-from dcod_jax.plan import chips, estimate, hlo
+from dcod_jax.plan import chips, estimate, hlo, programs
 from dcod_jax.plan import command as plan
-from dcod_jax.plan import programs as compiled
 
 GIB = 2**30
 
@@ -42,7 +41,7 @@ def recipe(student, tmp_path, **changes):
         "plan.topology": "cpu:8",
         "plan.largest_batch": False,
     }
-    return compiled.altered(configs.load_recipe(configs.BASE), values | changes)
+    return configs.replace(configs.load_recipe(configs.BASE), values | changes)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +107,7 @@ def modelled(monkeypatch):
         parameters = (1.0 + moments) * 8 / max(config.mesh.fsdp, 1)
         peak = int((parameters + rows * RECOMPUTED[config.student.remat]) * 1e6)
         if peak > target.limit:
-            raise compiled.DoesNotFitError(float(peak))
+            raise programs.DoesNotFitError(float(peak))
         return {"peak": peak, "seconds": None, "arguments": 0, "temporaries": 0, "host": 0} | {
             "alive": 0, "collectives": [], "assumptions": [],
             "model_flops": 1.0, "executed_flops": 1.0,
@@ -120,15 +119,16 @@ def modelled(monkeypatch):
 
 @pytest.mark.parametrize("limit", [4.0, 6.5, 40.0, 173.0])
 def test_the_largest_batch_fits_and_one_step_more_does_not(
-    student, tmp_path, modelled, limit, capsys
+    student, tmp_path, modelled, limit, caplog
 ):
+    caplog.set_level("INFO")
     changes = {"plan.largest_batch": True, "plan.hbm_gib": limit * 1e6 / GIB}
     found = plan.plan(recipe(student, tmp_path, **changes))["largest_batch"]
     assert found["rows"] == 8 * int((limit - 3.0) / 0.4 + 1e-9)
     assert found["refused"] == found["rows"] + 8
     assert modelled["compiles"] <= 8
     # Each compilation of a large model takes minutes: what came of it is said at once.
-    told = capsys.readouterr().out
+    told = caplog.text
     assert "compiling the train step: as the recipe says" in told
     assert told.count(" rows need ") == modelled["compiles"] - 1
 
@@ -208,7 +208,7 @@ def test_more_fsdp_is_asked_for_only_where_the_mesh_can_have_it(student, tmp_pat
     larger = [changes for what, changes in found if what.startswith("mesh.fsdp")]
     assert [(c["mesh.fsdp"], c["mesh.data"]) for c in larger] == expected
     for changes in larger:
-        compiled.train_program(compiled.altered(config, changes), jax.devices())
+        programs.train_program(configs.replace(config, changes), jax.devices())
 
 
 @pytest.mark.parametrize(("hidden", "expected"), [(24, [2, 4, 8]), (12, [2, 4])])
@@ -224,37 +224,39 @@ def test_a_remedy_that_is_taken_already_is_not_tried_again(student, tmp_path):
     assert list(plan.remedies(recipe(student, tmp_path, **keys), jax.devices())) == []
 
 
-def test_auto_takes_the_least_recomputation_that_fits(student, tmp_path, monkeypatch, capsys):
+def test_auto_takes_the_least_recomputation_that_fits(student, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+
     def pretend(traced, *, limit):
         if RECOMPUTED[traced] > limit / GIB:
-            raise compiled.DoesNotFitError(RECOMPUTED[traced] * GIB)
+            raise programs.DoesNotFitError(RECOMPUTED[traced] * GIB)
         return dataclasses.replace(DONE, peak=int(RECOMPUTED[traced] * GIB))
 
-    monkeypatch.setattr(compiled, "train_program", lambda config, devices: config.student.remat)
-    monkeypatch.setattr(compiled, "compile_program", pretend)
+    monkeypatch.setattr(programs, "train_program", lambda config, devices: config.student.remat)
+    monkeypatch.setattr(programs, "compile_program", pretend)
 
     def chosen(remat, limit=0.0):
         changes = {"student.remat": remat, "plan.hbm_gib": limit}
-        return compiled.choose_remat(recipe(student, tmp_path, **changes), jax.devices()[:8])
+        return programs.choose_remat(recipe(student, tmp_path, **changes), jax.devices()[:8])
 
-    assert [chosen("auto", limit) for limit in (2.0, 0.9, 0.5, 0.3)] == list(compiled.REMATS)
-    assert "student.remat=auto: dots, 0.70 GiB of 0.90" in capsys.readouterr().out
+    assert [chosen("auto", limit) for limit in (2.0, 0.9, 0.5, 0.3)] == list(programs.REMATS)
+    assert "student.remat=auto: dots, 0.70 GiB of 0.90" in caplog.text
     assert chosen("auto") == "none"  # no limit is known of a CPU
     assert chosen("full", 0.01) == "full"
     with pytest.raises(DcodError, match=r"none of none, dots, full, offload fits 0\.10 GiB"):
         chosen("auto", 0.1)
 
 
-DONE = compiled.Compiled(0, 0, 0, 0, 0, hlo.Summary(0, (), 0, 0, ()), "")
+DONE = programs.Program(0, 0, 0, 0, 0, hlo.Summary(0, (), 0, 0, ()), "")
 
 
 def test_a_program_over_the_limit_is_refused_with_what_it_needs():
     traced = jax.jit(lambda x: (x @ x).sum()).trace(jnp.ones((64, 64)))
-    done = compiled.compile_program(traced, limit=1e6)
+    done = programs.compile_program(traced, limit=1e6)
     assert done.arguments == 64 * 64 * 4
     assert 0 < done.alive <= done.peak
-    with pytest.raises(compiled.DoesNotFitError) as refused:
-        compiled.compile_program(traced, limit=float(done.peak - 1))
+    with pytest.raises(programs.DoesNotFitError) as refused:
+        programs.compile_program(traced, limit=float(done.peak - 1))
     assert refused.value.needed == done.peak
 
 
@@ -284,7 +286,7 @@ def test_a_topology_that_cannot_be_is_refused(student, tmp_path, topology, messa
     ],
 )
 def test_bytes_that_the_compiler_speaks_of(message, size):
-    assert compiled.bytes_needed(message) == size
+    assert programs.bytes_needed(message) == size
 
 
 def test_matrix_products_are_counted_through_loops_and_shards():
@@ -294,15 +296,15 @@ def test_matrix_products_are_counted_through_loops_and_shards():
 
     shapes = jnp.ones((4, 8)), jnp.ones((8, 8))
     forward = 7 * 2 * 4 * 8 * 8
-    assert compiled.matmul_flops(jax.make_jaxpr(step)(*shapes).jaxpr) == forward
+    assert programs.matmul_flops(jax.make_jaxpr(step)(*shapes).jaxpr) == forward
     # The backward pass recomputes each product and takes two more.
     gradient = jax.make_jaxpr(jax.grad(step, argnums=(0, 1)))(*shapes).jaxpr
-    assert compiled.matmul_flops(gradient) == 4 * forward
+    assert programs.matmul_flops(gradient) == 4 * forward
 
 
 def test_the_scoring_step_has_a_time_and_its_assumptions_too(capsys):
     report = {"seconds": 0.25, "tokens_per_day": 3.1e9, "assumptions": ["half of the peak"]}
-    plan._print_speed("", 64, report, plan.Console(width=100))
+    plan._print_speed(64, report, plan.Console(width=100))
     assert capsys.readouterr().out.splitlines() == [
         "step: 0.250 s estimated, 3.10 G tokens a day (rows of 64, padding included)",
         "  assumed: half of the peak",
