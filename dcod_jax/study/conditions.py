@@ -211,13 +211,13 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def pack_bits(correct: np.ndarray) -> str:
+def to_hex(correct: np.ndarray) -> str:
     """[n] bool as hexadecimal digits, the first one in the highest bit."""
     return np.packbits(correct).tobytes().hex()
 
 
-def unpack_bits(text: str, count: int) -> np.ndarray:
-    """[count] bool of what pack_bits wrote."""
+def from_hex(text: str, count: int) -> np.ndarray:
+    """[count] bool of what to_hex wrote."""
     packed = np.frombuffer(bytes.fromhex(text), np.uint8)
     return np.unpackbits(packed, count=count).astype(bool)
 

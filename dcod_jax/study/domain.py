@@ -1,8 +1,8 @@
-"""The study's arithmetic: problems by operand range and length, traces of the teacher, noise.
+"""The study's problems by operand range and length, its traces, and their noise.
 
-Three sets of held-out problems: "in" is what the traces are about; "operands" begins with numbers
-that neither the traces nor the warm start begin with; "longer" has more terms than the traces (the
-warm start saw that length, in its own style, or no student would solve any).
+Test sets: "in" is drawn as the traces are; "operands" has first numbers that no training problem
+has; "longer" has more terms than the traces (the warm start saw that length in its own style,
+without which no student solves any).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dcod_jax.data import chat
 from dcod_jax.data.dataset import MANIFEST, DatasetWriter, TraceDataset
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.answers import extract_answer
+from dcod_jax.models.config import ModelConfig
 from dcod_jax.sample.sampler import Sample, decoding_params, sample
 from dcod_jax.score.scoring import ScoreSettings, score_traces
 from dcod_jax.study.arithmetic import STYLES, Chain, worked_traces
@@ -29,45 +30,30 @@ SETS = ("in", "operands", "longer")  # test sets, beside "validation"
 PHRASING = "{}="
 
 
-def make_problem(numbers: Sequence[int], operators: str, split: str) -> Chain:
-    """numbers (8, 5, 4), operators "+-" -> the problem "8+5-4=" with the expression as its id."""
-    problem = Chain("", tuple(numbers), operators, PHRASING, split)
-    return dataclasses.replace(problem, id=problem.expression)
-
-
 def problem_stream(
     name: str, *, terms: tuple[int, int], first: tuple[int, int], seed: int
 ) -> Iterator[Chain]:
-    """Endless random problems of a length and first operand in these ranges (both ends included).
+    """Endless random problems with a length and first operand in these inclusive ranges.
 
-    The other operands are 1 to 9; no value on the way is negative, and the added numbers sum up to
-    at most LARGEST. A problem may come twice.
+    The other operands are 1 to 9. No running value is negative, and the added numbers sum to at
+    most LARGEST. A problem may come twice; its id is its expression, "8+5-4".
     """
     draw = random.Random(f"{seed} {name}")
     while True:
         count = draw.randint(*terms)
         numbers = [draw.randint(*first), *(draw.randint(1, 9) for _ in range(count - 1))]
         operators = "".join(draw.choice("+-") for _ in range(count - 1))
-        problem = make_problem(numbers, operators, name)
+        problem = Chain("", tuple(numbers), operators, PHRASING, name)
+        problem = dataclasses.replace(problem, id=problem.expression)
         added = sum(n for op, n in zip("+" + operators, numbers, strict=True) if op == "+")
         if min(problem.running_values()) >= 0 and added <= LARGEST:
             yield problem
 
 
-def _distinct(stream: Iterator[Chain], count: int, taken: set[str]) -> list[Chain]:
-    found: list[Chain] = []
-    for problem in stream:
-        if len(found) == count:
-            break
-        if problem.id not in taken:
-            taken.add(problem.id)
-            found.append(problem)
-    return found
-
-
 def held_out(config: Any) -> dict[str, list[Chain]]:
     """{"validation" and each of SETS: distinct problems}, none of which is in two of them."""
-    study, taken = config.study, set()
+    study = config.study
+    taken: set[str] = set()
     ranges = {
         "validation": (study.terms, study.first_operands),
         "in": (study.terms, study.first_operands),
@@ -76,8 +62,13 @@ def held_out(config: Any) -> dict[str, list[Chain]]:
     }
     found = {}
     for name, (terms, first) in ranges.items():
+        found[name] = []
         stream = problem_stream(name, terms=tuple(terms), first=tuple(first), seed=config.seed)
-        found[name] = _distinct(stream, study.problems, taken)
+        while len(found[name]) < study.problems:
+            problem = next(stream)
+            if problem.id not in taken:
+                taken.add(problem.id)
+                found[name].append(problem)
     return found
 
 
@@ -136,10 +127,10 @@ def to_trace(tokenizer: Any, name: str, prompt: str, completion: str) -> Trace:
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
-    """A model with what its use needs."""
+class StudyModel:
+    """A model in memory with its tokenizer."""
 
-    config: Any  # ModelConfig
+    config: ModelConfig
     params: Params
     tokenizer: Any
 
@@ -180,7 +171,7 @@ def start_traces(config: Any, tokenizer: Any) -> list[Trace]:
     ]
 
 
-def teacher_traces(config: Any, teacher: Model) -> tuple[list[Trace], dict[str, Any]]:
+def teacher_traces(config: Any, teacher: StudyModel) -> tuple[list[Trace], dict[str, Any]]:
     """`study.traces` samples of the teacher and how they came about.
 
     Wrong answers are dropped where prepare.filter_correct says so, and with study.styles every
@@ -241,7 +232,9 @@ def traces_path(directory: Path, config: Any, *, start: bool) -> Path:
     return directory / f"{kind}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
-def open_traces(path: Path, config: Any, teacher: Model | None, tokenizer: Any) -> TraceDataset:
+def open_traces(
+    path: Path, config: Any, teacher: StudyModel | None, tokenizer: Any
+) -> TraceDataset:
     """The trace dataset at traces_path, made when it is not there.
 
     With a teacher: its samples, scored with score.top_k. Without: the start's worked solutions.
@@ -273,7 +266,7 @@ def _settings(config: Any, kind: str) -> dict[str, Any]:
     return found | {"seed": config.seed}
 
 
-def _scored(config: Any, teacher: Model, traces: list[Trace]) -> list[Trace]:
+def _scored(config: Any, teacher: StudyModel, traces: list[Trace]) -> list[Trace]:
     settings = ScoreSettings(
         top_k=min(config.score.top_k, len(teacher.tokenizer)),
         batch_tokens=config.score.batch_tokens,

@@ -1,7 +1,7 @@
-"""One run of the study: from a warm start through the package's own train step to its measures.
+"""One run of the study: from a warm start through the package's train step to its measures.
 
-What runs have in common is made once and kept: the teacher, the trace datasets, the warm starts,
-and one compiled train step for each loss, in which the learning rate is part of the state.
+Runs share the teacher, the trace datasets, the warm starts, and one compiled train step for each
+loss, whose state holds the learning rate.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from dcod_jax import config as configs
 from dcod_jax.data import pipeline
@@ -30,8 +32,8 @@ from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.study import domain
 from dcod_jax.study.arithmetic import build_tokenizer
-from dcod_jax.study.conditions import pack_bits
-from dcod_jax.study.domain import SETS, Model
+from dcod_jax.study.conditions import to_hex
+from dcod_jax.study.domain import SETS, StudyModel
 from dcod_jax.study.steps import adjustable_optimizer, cpu_seconds, student_config, with_rate
 from dcod_jax.train.forward import TeacherModel
 from dcod_jax.train.on_policy import OnPolicy
@@ -43,7 +45,7 @@ from dcod_jax.types import Params, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What a training left behind."""
+    """The result of a training."""
 
     params: Params
     curves: dict[str, np.ndarray]  # metric -> value at each step
@@ -53,16 +55,16 @@ class Trained:
 
 
 @dataclasses.dataclass
-class Compiled:
+class SharedStep:
     """The train step of one loss and shape, and whether it was called yet."""
 
-    optimizer: Any
-    step: Any
+    optimizer: optax.GradientTransformation
+    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     called: bool = False
 
 
 class Lab:
-    """Everything that runs share; `directory` keeps traces and starts between processes."""
+    """All that runs share; `directory` keeps traces and starts between processes."""
 
     def __init__(self, config: Any, directory: Path, starts: dict[tuple[int, int], set[int]]):
         """starts: for each (width, layers) the numbers of warm-start steps that are wanted."""
@@ -71,13 +73,13 @@ class Lab:
         self.tokenizer = build_tokenizer()
         teacher_config, params = hf.load_model(config.teacher.path, dtype=jnp.float32, mesh=None)
         params = jax.device_put(params, jax.devices()[0])
-        self.teacher = Model(teacher_config, params, self.tokenizer)
+        self.teacher = StudyModel(teacher_config, params, self.tokenizer)
         self.problems = domain.held_out(config)
         self.prompts = {
             name: [domain.prompt_ids(self.tokenizer, p) for p in problems]
             for name, problems in self.problems.items()
         }
-        self._steps: dict[Any, Compiled] = {}
+        self._steps: dict[Any, SharedStep] = {}
         self._teacher_samples: dict[tuple[int, int], Any] = {}
         self._datasets: dict[Path, TraceDataset] = {}
         self._start_correct: dict[Path | str, dict[str, str]] = {}
@@ -95,10 +97,10 @@ class Lab:
         return self._datasets[path]
 
     def start(self, config: Any, seed: int) -> Params:
-        """The seed's warm start of study.start_steps steps, from the file or trained now.
+        """The seed's warm start of study.start_steps steps, which all arms share.
 
-        All arms of a seed begin there. Another seed has other initial parameters and sees the
-        worked solutions in another order; without start_steps all seeds begin at student.path.
+        The seed decides the initial parameters and the order of the worked solutions. Without
+        start_steps all seeds begin at student.path.
         """
         if not config.study.start_steps:
             return self._given_start(config)
@@ -114,7 +116,7 @@ class Lab:
         return jax.tree.unflatten(tree, arrays)
 
     def _given_start(self, config: Any) -> Params:
-        """The parameters of student.path, which must be of the shape that the study asks for."""
+        """The parameters of student.path; raises DcodError for another shape than study.*."""
         if not config.student.path:
             raise DcodError("study.start_steps=0 takes the start from student.path, which is empty")
         found, params = hf.load_model(config.student.path, dtype=jnp.float32, mesh=None)
@@ -126,29 +128,23 @@ class Lab:
         return params
 
     def _start_file(self, config: Any, steps: int, seed: int) -> Path:
-        study = config.study
+        study, data = config.study, config.data
+        optimizer = dataclasses.asdict(optim_config(config))
+        del optimizer["learning_rate"], optimizer["schedule"]  # the warm start has its own
         of = [study.width, study.layers, study.start_learning_rate, study.start_problems]
         of += [list(study.start_styles), list(study.start_terms), config.seed, seed]
-        of += [config.data.seq_len, config.data.batch_size, config.data.head_tokens]
-        of += [_held_constant(config)]
+        of += [data.seq_len, data.batch_size, data.head_tokens, optimizer]
         name = hashlib.sha256(json.dumps(of).encode()).hexdigest()[:12]
         return self.directory / "starts" / f"{name}-{steps}.npz"
 
     def _train_starts(self, config: Any, wanted: list[int], seed: int) -> None:
-        """One training at a constant rate; the shorter starts are stops on its way."""
+        """One training at a constant rate, which saves the wanted steps on its way."""
         model_config = self.model_config(config)
-        plain = configs.with_changes(
-            config,
-            [
-                "loss.divergence=nll",
-                "loss.weights.name=uniform",
-                "loss.teacher=cached",
-                "on_policy.fraction=0",
-                "optim.schedule=constant",
-                f"optim.learning_rate={config.study.start_learning_rate}",
-                f"train.steps={wanted[-1]}",
-            ],
-        )
+        rate = config.study.start_learning_rate
+        changes = "loss.divergence=nll loss.weights.name=uniform loss.teacher=cached "
+        changes += "on_policy.fraction=0 optim.schedule=constant "
+        changes += f"optim.learning_rate={rate} train.steps={wanted[-1]}"
+        plain = configs.with_changes(config, changes.split())
         params = transformer.init_params(model_config, jax.random.key(seed))
         kept: dict[int, Params] = {}
 
@@ -156,18 +152,17 @@ class Lab:
             if step in wanted:
                 kept[step] = jax.device_get(state.params)
 
-        rate = config.study.start_learning_rate
         self.train(plain, params, rate=rate, seed=seed, start=True, after_step=keep)
         for steps, snapshot in kept.items():
             path = self._start_file(config, steps, seed)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as temporary, open(temporary, "wb") as file:
-                arrays = {f"{i}": leaf for i, leaf in enumerate(jax.tree.leaves(snapshot))}
+            arrays = {f\"{i}\": leaf for i, leaf in enumerate(jax.tree.leaves(snapshot))}
+            with atomic_write(path) as temporary, open(temporary, \"wb\") as file:
                 np.savez(file, **arrays)
 
     # ------------------------------------------------------------ training
 
-    def _compiled(self, config: Any) -> Compiled:
+    def _shared_step(self, config: Any) -> SharedStep:
         """The train step of this loss and shape; the rate is in its state."""
         loss: LossConfig = loss_config(config)
         cfg = dataclasses.replace(optim_config(config), learning_rate=1.0)
@@ -189,7 +184,7 @@ class Lab:
                 valid_vocab=len(self.tokenizer),
                 teacher=TeacherModel(self.teacher.config, jnp.float32) if live else None,
             )
-            self._steps[key] = Compiled(optimizer, step)
+            self._steps[key] = SharedStep(optimizer, step)
         return self._steps[key]
 
     def train(
@@ -200,27 +195,21 @@ class Lab:
         rate: float,
         seed: int,
         start: bool = False,
-        after_step: Any = None,
+        after_step: Callable[[int, TrainState], None] | None = None,
     ) -> Trained:
-        """train.steps steps from `params`; what follows from `seed` is the order of the traces."""
-        entry = self._compiled(config)
-        if not entry.called:  # one step that counts for nothing, so that no run pays for compiling
-            entry.called = True
+        """train.steps steps from `params`; the order of the traces follows from `seed`."""
+        shared, options = self._shared_step(config), {"rate": rate, "seed": seed, "start": start}
+        if not shared.called:  # one step that counts for nothing, so that no run pays for compiling
+            shared.called = True
             sampled = ["on_policy.fraction=1"] if config.on_policy.fraction else []
             warm = configs.with_changes(config, sampled)
-            self._loop(warm, params, rate=rate, seed=seed, start=start, steps=1)
-        return self._loop(
-            config,
-            params,
-            rate=rate,
-            seed=seed,
-            start=start,
-            steps=config.train.steps,
-            after_step=after_step,
-        )
+            self._loop(shared, warm, params, steps=1, **options)
+        steps = config.train.steps
+        return self._loop(shared, config, params, steps=steps, after_step=after_step, **options)
 
     def _loop(
         self,
+        shared: SharedStep,
         config: Any,
         params: Params,
         *,
@@ -228,13 +217,12 @@ class Lab:
         seed: int,
         start: bool,
         steps: int,
-        after_step: Any = None,
+        after_step: Callable[[int, TrainState], None] | None = None,
     ) -> Trained:
-        compiled = self._compiled(config)
         loss: LossConfig = loss_config(config)
         model_config = self.model_config(config)
         copy = jax.tree.map(jnp.array, params)  # the step donates its state
-        state = init_state(copy, compiled.optimizer, mesh=self.mesh, model_config=model_config)
+        state = init_state(copy, shared.optimizer, mesh=self.mesh, model_config=model_config)
         state = with_rate(state, rate)
         live = (self.teacher.params,) if loss.teacher == "live" else ()
         batches = pipeline.train_batches(
@@ -255,7 +243,7 @@ class Lab:
         before = cpu_seconds()
         for step in range(steps):
             host_batch, _, _ = policy(step, state, *next(batches))
-            state, values = compiled.step(state, pipeline.to_device(host_batch, self.mesh), *live)
+            state, values = shared.step(state, pipeline.to_device(host_batch, self.mesh), *live)
             history.append(values)
             if after_step is not None:
                 after_step(step + 1, state)
@@ -273,33 +261,29 @@ class Lab:
     # ------------------------------------------------------------ measuring
 
     def reference(self, config: Any) -> dict[str, Any]:
-        """What the runs of a condition have in common: the teacher's accuracy, and its traces."""
+        """What the runs of a condition share: the teacher's accuracy and its traces."""
         manifest = self.traces(config).manifest
         return {
-            "teacher": {name: _share(self.grade_teacher(config, name)) for name in SETS},
+            "teacher": {name: _share(self._correct(self.teacher, config, name)) for name in SETS},
             "counts": manifest["counts"],
             "styles": manifest["styles"],
         }
 
     def start_correct(self, config: Any, seed: int) -> dict[str, str]:
-        """{set: which problems the seed's start solves, as plan.pack_bits writes it}."""
+        """{set: to_hex of the problems that the seed's start solves}."""
         steps = config.study.start_steps
         where = self._start_file(config, steps, seed) if steps else config.student.path
         if where not in self._start_correct:
-            start = self.start(config, seed)
-            graded = {name: pack_bits(self.grade(config, start, name)) for name in SETS}
-            self._start_correct[where] = graded
+            graded = self.grade(config, self.start(config, seed), SETS)
+            self._start_correct[where] = {name: to_hex(graded[name]) for name in SETS}
         return self._start_correct[where]
 
-    def grade(self, config: Any, params: Params, name: str) -> np.ndarray:
-        """[problems] bool: greedy answers of a student to one set."""
-        model = Model(self.model_config(config), params, self.tokenizer)
-        return self._correct(model, config, name)
+    def grade(self, config: Any, params: Params, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """{set: [problems] bool} of a student's greedy answers."""
+        student = StudyModel(self.model_config(config), params, self.tokenizer)
+        return {name: self._correct(student, config, name) for name in names}
 
-    def grade_teacher(self, config: Any, name: str) -> np.ndarray:
-        return self._correct(self.teacher, config, name)
-
-    def _correct(self, model: Model, config: Any, name: str) -> np.ndarray:
+    def _correct(self, model: StudyModel, config: Any, name: str) -> np.ndarray:
         drawn = model.answers(self.prompts[name], config, temperature=0.0, seed=0)
         pairs = zip(self.problems[name], map(model.text, drawn), strict=True)
         return np.array([domain.is_correct(problem, text) for problem, text in pairs])
@@ -308,23 +292,19 @@ class Lab:
         """Everything measured in one run, as it goes into results.jsonl."""
         done = self.train(config, self.start(config, seed), rate=rate, seed=seed)
         before = cpu_seconds()
+        correct = self.grade(config, done.params, ("validation",) if kind == "tune" else SETS)
         measured: dict[str, Any] = {
-            "accuracy": {},
+            "accuracy": {name: _share(values) for name, values in correct.items()},
             "train_cpu": round(done.cpu_seconds, 2),
             "tokens": done.tokens,
             "generated": done.generated,
             "curves": _summary(done.curves),
         }
-        names = ("validation",) if kind == "tune" else SETS
-        for name in names:
-            correct = self.grade(config, done.params, name)
-            measured["accuracy"][name] = _share(correct)
-            if kind == "test":
-                measured.setdefault("correct", {})[name] = pack_bits(correct)
         if kind == "test":
+            measured["correct"] = {name: to_hex(values) for name, values in correct.items()}
             measured["start"] = self.start_correct(config, seed)
-        if kind == "test" and config.study.drift_prompts:
-            measured["drift"] = self.drift(config, done.params)
+            if config.study.drift_prompts:
+                measured["drift"] = self.drift(config, done.params)
         measured["eval_cpu"] = round(cpu_seconds() - before, 2)
         return measured
 
@@ -353,21 +333,11 @@ class Lab:
             teacher, student, prompts, teacher_samples=self._teacher_samples[key], **drawing
         )
         curves = measured.curves(resamples=1)
-        found = {
-            "excess": curves.excess.value[length - 1],
-            "accumulated": curves.accumulated.value[length - 1],
-            "reference": curves.reference.value[length - 1],
-        }
-        return {
-            name: round(float(value), 4) if math.isfinite(value) else None
-            for name, value in found.items()
-        }
-
-
-def _held_constant(config: Any) -> dict[str, Any]:
-    """The optimizer's settings but for rate and schedule, which the warm start has of its own."""
-    values = dataclasses.asdict(optim_config(config))
-    return {k: v for k, v in values.items() if k not in ("learning_rate", "schedule")}
+        found = {}
+        for name in ("excess", "accumulated", "reference"):
+            value = float(getattr(curves, name).value[length - 1])
+            found[name] = round(value, 4) if math.isfinite(value) else None
+        return found
 
 
 def _share(correct: np.ndarray) -> float:

@@ -1,7 +1,7 @@
 """Results of the study as numbers with intervals and as Markdown tables.
 
-The problems of a set are the same for every run and the seeds the same for every arm, so two arms
-are compared in pairs: a difference D[seed, problem] in {-1, 0, 1}.
+All runs have the same problems and all arms the same seeds, so two arms are compared in pairs: a
+difference D[seed, problem] in {-1, 0, 1}.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from scipy import stats
 
 from dcod_jax.configs.study import study_keys
 from dcod_jax.errors import DcodError
-from dcod_jax.study.conditions import MAIN, unpack_bits
+from dcod_jax.study.conditions import MAIN, from_hex
 from dcod_jax.study.domain import SETS
 
 Line = dict[str, Any]
@@ -103,6 +103,7 @@ class Study:
         return {line["seed"]: line for line in sorted(own, key=lambda x: x["seed"])}
 
     def settings(self, condition: str, arm: str) -> dict[str, Any]:
+        """What the runs of an arm had set, beside the defaults."""
         for line in self.lines:
             if line["kind"] == "settings" and (line["condition"], line["arm"]) == (condition, arm):
                 return line["settings"]
@@ -113,10 +114,10 @@ class Study:
         return int(settings.get("study.problems", study_keys().problems))
 
     def base(self, condition: str, arm: str) -> tuple[str, str] | None:
-        """(condition, arm) that an arm is compared with; None: there is none.
+        """(condition, arm) that an arm is compared with, or None.
 
-        The unweighted form of a weighted method, SFT for a plain one, in the same condition, or in
-        "main" where the two conditions are one but for the arms that they run, the starts included.
+        It is the unweighted form of a weighted method, and SFT for a plain one: in the same
+        condition, or in "main" where both conditions have the same settings and starts.
         """
         name = arm.partition("+")[0] if "+" in arm else "sft"
         if name == arm:
@@ -136,9 +137,9 @@ class Study:
     def correct(
         self, condition: str, arm: str, name: str, seeds: Iterable[int], *, of: str = "correct"
     ) -> np.ndarray:
-        """[seeds, problems] of 0 and 1; of="start": what the start of each run solves."""
+        """[seeds, problems] of 0 and 1; of="start": those of each run's start."""
         count, runs = self.problems(condition, arm), self.runs(condition, arm)
-        return np.array([unpack_bits(runs[s][of][name], count) for s in seeds], np.float64)
+        return np.array([from_hex(runs[s][of][name], count) for s in seeds], np.float64)
 
     def accuracy(self, condition: str, arm: str, name: str) -> Estimate:
         return crossed_mean(self.correct(condition, arm, name, self.runs(condition, arm)))
@@ -186,126 +187,111 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+def number(value: Estimate, *, scale: float = 1.0, sign: bool = False) -> str:
+    """Mean and interval; with sign in bold where the interval excludes 0."""
+    texts = [format(scale * x, "+.1f" if sign else ".1f") for x in dataclasses.astuple(value)]
+    text = texts[0].replace("-", "−")
+    if math.isnan(value.low):
+        return text
+    text = "{} ({} to {})".format(*texts).replace("-", "−")
+    return f"**{text}**" if sign and (value.low > 0 or value.high < 0) else text
+
+
 def percent(value: Estimate) -> str:
     """0.865 with its interval -> "86.5 (84.0 to 89.0)"; bounds are cut to 0 and 100."""
-    low, high = max(value.low, 0.0), min(value.high, 1.0)
-    interval = "" if math.isnan(value.low) else f" ({100 * low:.1f} to {100 * high:.1f})"
-    return f"{100 * value.mean:.1f}{interval}"
+    return number(Estimate(value.mean, max(value.low, 0.0), min(value.high, 1.0)), scale=100)
 
 
 def points(value: Estimate) -> str:
-    """Percentage points with sign; bold where the interval leaves out 0."""
-    text = f"{100 * value.mean:+.1f}"
-    if math.isnan(value.low):
-        return _minus(text)
-    text += f" ({100 * value.low:+.1f} to {100 * value.high:+.1f})"
-    return _minus(f"**{text}**" if value.low > 0 or value.high < 0 else text)
+    """Percentage points with sign."""
+    return number(value, scale=100, sign=True)
 
 
-def number(value: Estimate, digits: int = 1, *, sign: bool = False) -> str:
-    form = f"{'+' if sign else ''}.{digits}f"
-    text = format(value.mean, form)
-    if math.isnan(value.low):
-        return _minus(text)
-    text += f" ({format(value.low, form)} to {format(value.high, form)})"
-    apart = sign and (value.low > 0 or value.high < 0)
-    return _minus(f"**{text}**" if apart else text)
-
-
-def _minus(text: str) -> str:
-    return text.replace("-", "−")
+def _arm_table(
+    study: Study,
+    names: Sequence[str],
+    head: Sequence[str],
+    cells: Callable[[str, str], Sequence[str] | None],
+) -> str:
+    """A table of a row for each arm of these conditions; cells(condition, arm) None: no row."""
+    rows = []
+    for condition in names:
+        for arm in study.arms(condition):
+            found = cells(condition, arm)
+            rows += [] if found is None else [[condition, f"`{arm}`", *found]]
+    return table(["condition", "arm", *head], rows)
 
 
 def accuracy_table(study: Study, names: Sequence[str]) -> str:
-    """Accuracy on the three sets, percent, for every arm of these conditions."""
-    head = ["condition", "arm", "seeds", *SETS]
-    rows = [
-        [
-            condition,
-            f"`{arm}`",
-            f"{len(study.runs(condition, arm))}",
-            *(percent(study.accuracy(condition, arm, name)) for name in SETS),
-        ]
-        for condition in names
-        for arm in study.arms(condition)
-    ]
-    return table(head, rows)
+    """Accuracy on the three sets, percent."""
+
+    def cells(condition: str, arm: str) -> list[str]:
+        accuracies = (percent(study.accuracy(condition, arm, name)) for name in SETS)
+        return [f"{len(study.runs(condition, arm))}", *accuracies]
+
+    return _arm_table(study, names, ["seeds", *SETS], cells)
 
 
 def difference_table(study: Study, names: Sequence[str]) -> str:
     """Paired differences of accuracy, percentage points, and of the two drift numbers."""
-    head = ["condition", "arm", "minus", *SETS, "ExAccErr, points", "error on own prefixes, nats"]
-    rows = []
-    for condition in names:
-        for arm in study.arms(condition):
-            base = study.base(condition, arm)
-            if base is None:
-                continue
-            one = (condition, arm)
-            drift = [study.paired(one, base, _drift(key)) for key in ("excess", "accumulated")]
-            rows.append(
-                [
-                    condition,
-                    f"`{arm}`",
-                    f"`{base[1]}`",
-                    *(points(study.difference(one, base, name)) for name in SETS),
-                    *("n/a" if value is None else number(value, sign=True) for value in drift),
-                ]
-            )
-    return table(head, rows)
+
+    def cells(condition: str, arm: str) -> list[str] | None:
+        one, base = (condition, arm), study.base(condition, arm)
+        if base is None:
+            return None
+        drift = [study.paired(one, base, _drift(key)) for key in ("excess", "accumulated")]
+        return [
+            f"`{base[1]}`",
+            *(points(study.difference(one, base, name)) for name in SETS),
+            *("n/a" if value is None else number(value, sign=True) for value in drift),
+        ]
+
+    head = ["minus", *SETS, "ExAccErr, points", "error on own prefixes, nats"]
+    return _arm_table(study, names, head, cells)
 
 
 def gain_table(study: Study, names: Sequence[str]) -> str:
     """Paired differences to the start, percentage points."""
-    head = ["condition", "arm", *(f"{name}, minus start" for name in SETS)]
-    rows = [
-        [condition, f"`{arm}`", *(points(study.gain(condition, arm, name)) for name in SETS)]
-        for condition in names
-        for arm in study.arms(condition)
-    ]
-    return table(head, rows)
+
+    def cells(condition: str, arm: str) -> list[str]:
+        return [points(study.gain(condition, arm, name)) for name in SETS]
+
+    return _arm_table(study, names, [f"{name}, minus start" for name in SETS], cells)
 
 
 def drift_table(study: Study, names: Sequence[str]) -> str:
-    """ExAccErr and what it is made of."""
-    keys = ("excess", "accumulated", "reference")
-    head = ["condition", "arm", "seeds", "ExAccErr, %", "R, nats", "E, nats"]
-    rows = []
-    for condition in names:
-        for arm in study.arms(condition):
-            values = [study.of(condition, arm, _drift(key)) for key in keys]
-            cells = [number(seed_mean(v)) if v else "n/a" for v in values]
-            rows.append([condition, f"`{arm}`", f"{len(values[0])}", *cells])
-    return table(head, rows)
+    """ExAccErr and its parts."""
+
+    def cells(condition: str, arm: str) -> list[str]:
+        keys = ("excess", "accumulated", "reference")
+        values = [study.of(condition, arm, _drift(key)) for key in keys]
+        return [f"{len(values[0])}", *(number(seed_mean(v)) if v else "n/a" for v in values)]
+
+    return _arm_table(study, names, ["seeds", "ExAccErr, %", "R, nats", "E, nats"], cells)
+
+
+# Column of the cost table -> (number of a run, its format).
+COSTS: dict[str, tuple[Pick, str]] = {
+    "train CPU-s": (lambda line: line["train_cpu"], ".1f"),
+    "tokens trained on": (lambda line: line["tokens"], ",.0f"),
+    "tokens generated": (lambda line: line["generated"], ",.0f"),
+    "effective sample size": (lambda line: line["curves"].get("ess"), ".2f"),
+    "weight of tokens of q ≤ 0.9": (lambda line: line["curves"].get("unknown_weight"), ".2f"),
+    "nll at the end": (lambda line: line["curves"]["nll"], ".2f"),
+}
 
 
 def cost_table(study: Study, names: Sequence[str]) -> str:
-    """What a run costs, and what its weights looked like."""
-    head = ["condition", "arm", "rate", "train CPU-s", "tokens trained on", "tokens generated"]
-    head += ["effective sample size", "weight of tokens of q ≤ 0.9", "nll at the end"]
-    rows = []
-    for condition in names:
-        for arm in study.arms(condition):
-            lines = list(study.runs(condition, arm).values())
+    """Costs and weights of a run, means over the seeds."""
 
-            def mean(pick: Pick, form: str, arm: str = arm, condition: str = condition) -> str:
-                values = study.of(condition, arm, pick)
-                return format(float(np.mean(values)), form) if values else "n/a"
+    def cells(condition: str, arm: str) -> list[str]:
+        found = [f"{next(iter(study.runs(condition, arm).values()))['rate']:g}"]
+        for pick, form in COSTS.values():
+            values = study.of(condition, arm, pick)
+            found.append(format(float(np.mean(values)), form) if values else "n/a")
+        return found
 
-            rows.append(
-                [
-                    condition,
-                    f"`{arm}`",
-                    f"{lines[0]['rate']:g}",
-                    mean(lambda line: line["train_cpu"], ".1f"),
-                    mean(lambda line: line["tokens"], ",.0f"),
-                    mean(lambda line: line["generated"], ",.0f"),
-                    mean(lambda line: line["curves"].get("ess"), ".2f"),
-                    mean(lambda line: line["curves"].get("unknown_weight"), ".2f"),
-                    mean(lambda line: line["curves"]["nll"], ".2f"),
-                ]
-            )
-    return table(head, rows)
+    return _arm_table(study, names, ["rate", *COSTS], cells)
 
 
 def rates_table(study: Study) -> str:

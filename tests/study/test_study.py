@@ -24,11 +24,11 @@ from dcod_jax.study.conditions import (
     arms,
     best_rate,
     conditions,
-    pack_bits,
+    from_hex,
     pending,
     read_results,
     settings_of,
-    unpack_bits,
+    to_hex,
 )
 from dcod_jax.study.steps import adjustable_optimizer, with_rate
 from dcod_jax.study.tables import Study, crossed_mean, fill_page
@@ -274,7 +274,7 @@ def test_crossed_mean_is_the_analysis_of_variance_and_covers():
 
 def test_bits_go_round():
     correct = np.random.default_rng(0).random(21) < 0.5
-    assert np.array_equal(unpack_bits(pack_bits(correct), 21), correct)
+    assert np.array_equal(from_hex(to_hex(correct), 21), correct)
 
 
 def test_the_rate_in_the_state_is_the_rate():
@@ -333,7 +333,7 @@ def test_reduced_study(tmp_path):
     for line in tests.values():
         assert line["drift"]["reference"] > 0
         for name, packed in line["correct"].items():
-            accuracy = unpack_bits(packed, 16).mean()
+            accuracy = from_hex(packed, 16).mean()
             assert accuracy == pytest.approx(line["accuracy"][name], abs=1e-4)
     study(config)
     assert read_results(tmp_path / "results.jsonl") == lines, "a finished study does nothing"
@@ -363,7 +363,7 @@ def test_the_page_holds_the_results():
 
 
 def line_of(condition, arm, seed, correct, start):
-    bits = {name: pack_bits(np.array(x, bool)) for name, x in (("in", correct), ("start", start))}
+    bits = {name: to_hex(np.array(x, bool)) for name, x in (("in", correct), ("start", start))}
     own = {"kind": "test", "condition": condition, "arm": arm, "seed": seed}
     return own | {"correct": {"in": bits["in"]}, "start": {"in": bits["start"]}}
 

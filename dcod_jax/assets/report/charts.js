@@ -8,9 +8,8 @@ function el(name, options = {}, ...children) {
   const node = document.createElement(name);
   for (const [key, value] of Object.entries(options)) {
     if (key === "text") node.textContent = value;
-    else if (key === "class") node.className = value;
     else if (key === "style") Object.assign(node.style, value);
-    else node.setAttribute(key, value);
+    else if (value !== "") node.setAttribute(key, value);
   }
   node.append(...children.filter(Boolean));
   return node;
