@@ -15,6 +15,7 @@ import base64
 import hashlib
 import html
 import json
+import logging
 import pathlib
 import re
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ from dcod_jax.errors import DcodError
 from dcod_jax.files import Path, as_path, replace_file
 from dcod_jax.report.data import Run, drifts, evaluations, find_runs, goodput, run_record
 from dcod_jax.report.traces import histogram, see, shown
+
+log = logging.getLogger(__name__)
 
 ASSETS = pathlib.Path(__file__).resolve().parents[1] / "assets" / "report"
 VENDOR = "vendor/"  # the chart library, with its licence
@@ -53,7 +56,7 @@ def write(runs: Sequence[Run], path: Path, *, settings: Any) -> Path:
     """Write the page of these runs; settings is the report section of a config."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, page(collect(runs, settings=settings)).encode())
-    print(f"report: {path}")
+    log.info("report: %s", path)
     return path
 
 
@@ -61,7 +64,7 @@ def write(runs: Sequence[Run], path: Path, *, settings: Any) -> Path:
 
 
 def collect(runs: Sequence[Run], *, settings: Any) -> dict[str, Any]:
-    """Everything the page shows, as JSON values; null is what is not available."""
+    """Everything the page shows, as JSON values; null stands for what is missing."""
     records, notes = [], []
     traces: dict[tuple[str, str], dict[str, Any]] = {}
     for place, run in enumerate(runs):

@@ -1,7 +1,6 @@
-"""What a report shows of runs, read from their directories: metrics, accuracy, drift.
+"""Reads what a report shows of runs from their directories: metrics, accuracy, drift.
 
-Everything is numbers as the files hold them (thinned, never averaged); what is not there is absent
-or null. The page's scripts draw this and nothing else.
+Numbers are those of the files, thinned and never averaged; what is missing is absent or null.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from dcod_jax.train.metrics import read_metrics
 from dcod_jax.train.profiling import GOODPUT
 
 POSITION = "weights/position_"  # prefix of the metrics by position bucket; the rest is its start
-DRIFT = ("student_alive", "teacher_alive", "reach", "accumulated", "reference", "excess")
-DRIFT += ("log_ratio",)  # what a drift.json has of each student
 GOODPUT_PARTS = ("productive", "startup", "eval", "save", "lost", "wall")  # of goodput.json
-CURVES = ("student_kl", "teacher_kl", "accumulated", "reference", "excess", "difference")
+ALIVE = ("student_alive", "teacher_alive")
+DRIFT = (*ALIVE, "reach", "accumulated", "reference", "excess", "log_ratio")  # of each student
+CURVES = ("accumulated", "reference", "excess", "difference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +34,11 @@ class Run:
 
     @property
     def root(self) -> Path:
-        """Where its evaluation and drift are: its own directory, or that of `compare` above."""
-        homes = (self.path, self.path.parent)
-        having = (
-            home
-            for home in homes
-            for name in ("evaluation", "drift.json")
-            if (home / name).exists()
-        )
-        return next(having, self.path)
+        """The directory of its evaluation and drift: its own, or that of `compare` above."""
+        for home in (self.path, self.path.parent):
+            if (home / "evaluation").exists() or (home / "drift.json").exists():
+                return home
+        return self.path
 
 
 def find_runs(directories: Sequence[Path]) -> list[Run]:
@@ -53,14 +48,15 @@ def find_runs(directories: Sequence[Path]) -> list[Run]:
     """
     runs: list[Run] = []
     for directory in directories:
-        homes = [directory] if _is_run(directory) else []
-        homes = homes or sorted(p for p in directory.glob("*") if _is_run(p))
+        candidates = [directory] if _is_run(directory) else sorted(directory.glob("*"))
+        homes = [home for home in candidates if _is_run(home)]
         if not homes:
             raise DcodError(
                 f"{directory}: no run; expected config.json and metrics.jsonl in it or in the "
                 "directories of its variants"
             )
-        runs += [Run(home.name, home, _stored_config(home)) for home in homes]
+        for home in homes:
+            runs.append(Run(home.name, home, configs.to_config(_read_json(home / "config.json"))))
     for name in (lambda run: f"{run.path.parent.name}/{run.path.name}", lambda run: str(run.path)):
         names = [run.name for run in runs]
         runs = [
@@ -74,32 +70,26 @@ def _is_run(directory: Path) -> bool:
     return all((directory / name).is_file() for name in ("config.json", "metrics.jsonl"))
 
 
-def _stored_config(directory: Path) -> Any:
-    return configs.to_config(_read_json(directory / "config.json"))
-
-
 # ---------------------------------------------------------------- metrics
 
 
 def run_record(run: Run, *, points: int) -> dict[str, Any]:
     """{"name", "directory", "config", "series", "positions"} of a run.
 
-    series is {metric: {"steps": [...], "values": [...]}} of every metric but the position buckets,
-    at most about `points` entries each; positions the buckets' weights at the first, a middle and
-    the last logged step that has them.
+    series is {metric: {"steps": [...], "values": [...]}} of about `points` entries, without the
+    position buckets; positions are the buckets at the first, a middle and the last step with them.
     """
     lines = read_metrics(run.path / "metrics.jsonl")
-    names = dict.fromkeys(key for line in lines for key in line if key != "step")
     series = {}
-    for name in names:
+    for name in dict.fromkeys(key for line in lines for key in line if key != "step"):
         if not name.startswith(POSITION):
             found = [(line["step"], line[name]) for line in lines if name in line]
             steps, values = zip(*thin(found, points), strict=True)
-            series[name] = {"steps": list(steps), "values": list(values)}
+            series[name] = {"steps": steps, "values": values}
     return {
         "name": run.name,
         "directory": str(run.path),
-        "config": {key: _plain(value) for key, value in configs.keys(run.config).items()},
+        "config": configs.keys(run.config),
         "series": series,
         "positions": _positions(lines),
     }
@@ -117,44 +107,29 @@ def goodput(run: Run, notes: list[str]) -> dict[str, Any] | None:
     try:
         total = found["total"]
         seconds = {part: total[f"{part}_seconds"] for part in GOODPUT_PARTS}
-        return {
-            "starts": len(found["attempts"]),
-            "goodput": total["goodput"],
-            "seconds": seconds,
-        }
+        starts, share = len(found["attempts"]), total["goodput"]
+        return {"starts": starts, "goodput": share, "seconds": seconds}
     except (KeyError, TypeError) as error:
         notes.append(f"{path} is not shown: it has no {error}; it is not a run's goodput.json")
         return None
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
 def _positions(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """{"step", "first", "values"}: mean weight in the bucket that begins with token `first`."""
     having = [line for line in lines if any(key.startswith(POSITION) for key in line)]
-    if not having:
-        return []
-    chosen = sorted({0, len(having) // 2, len(having) - 1})
-    return [
-        {
-            "step": having[i]["step"],
-            "first": [int(key.removeprefix(POSITION)) for key in _buckets(having[i])],
-            "values": [having[i][key] for key in _buckets(having[i])],
-        }
-        for i in chosen
-    ]
-
-
-def _buckets(line: dict[str, Any]) -> list[str]:
-    return sorted(key for key in line if key.startswith(POSITION))
+    found = []
+    for i in sorted({0, len(having) // 2, len(having) - 1} if having else ()):
+        buckets = sorted(key for key in having[i] if key.startswith(POSITION))
+        first = [int(key.removeprefix(POSITION)) for key in buckets]
+        values = [having[i][key] for key in buckets]
+        found.append({"step": having[i]["step"], "first": first, "values": values})
+    return found
 
 
 def thin(found: Sequence[tuple[int, float]], points: int) -> list[tuple[int, float]]:
-    """At most about `points` of the (step, value) pairs, with every extreme among them.
+    """About `points` of the (step, value) pairs: the first, the last, and the extremes between.
 
-    The steps are cut into stretches of which the lowest and the highest value stay, and the first
-    and the last pair; values are never averaged, so a spike stays a spike.
+    Of each stretch of steps the lowest and the highest value stay, so a spike stays a spike.
     """
     if len(found) <= points:
         return list(found)
@@ -171,25 +146,24 @@ def thin(found: Sequence[tuple[int, float]], points: int) -> list[tuple[int, flo
 
 
 def evaluations(runs: Sequence[Run], notes: list[str]) -> list[dict[str, Any]]:
-    """Every results.json that belongs to the runs: {"source", "set", "runs", and what it holds}.
+    """Every results.json of the runs: its content with {"source", "set", "runs"}.
 
-    set is the name of the folder of a problem set, "" for the evaluation's own; runs says which of
-    them a model is. A file of another form is left out with a note.
+    set names the folder of a problem set, "" for the evaluation's own; runs maps models to runs.
+    A file of another form is left out with a note.
     """
     found = []
     for root in dict.fromkeys(run.root for run in runs):
         folder = root / "evaluation"
         for path in (folder / "results.json", *sorted(folder.glob("*/results.json"))):
-            if path.is_file():
+            if path.is_file() and (result := _result(path, ("accuracy",), notes)):
                 name = "" if path.parent == folder else path.parent.name
-                result = _result(path, ("accuracy",), notes)
                 place = {"source": str(path), "set": name, "runs": _places(runs, root)}
-                found += [{**place, **result}] if result else []
+                found.append(place | result)
     return found
 
 
 def drifts(runs: Sequence[Run], notes: list[str], *, points: int) -> list[dict[str, Any]]:
-    """Every drift.json that belongs to the runs, its curves at about `points` lengths.
+    """Every drift.json of the runs, its curves at about `points` lengths.
 
     A file of another form is left out with a note.
     """
@@ -199,12 +173,12 @@ def drifts(runs: Sequence[Run], notes: list[str], *, points: int) -> list[dict[s
         if path.is_file() and (result := _result(path, DRIFT, notes)):
             models = {name: _thin_drift(row, points) for name, row in result["models"].items()}
             place = {"source": str(path), "runs": _places(runs, root)}
-            found.append({**place, **result, "models": models})
+            found.append(place | result | {"models": models})
     return found
 
 
 def _places(runs: Sequence[Run], root: Path) -> dict[str, int]:
-    """{model: place of its run} of the models that results in `root` tell of."""
+    """{model: place of its run} of the models in the results of `root`."""
     return {
         "student" if run.path == root else run.path.name: place
         for place, run in enumerate(runs)
@@ -213,27 +187,24 @@ def _places(runs: Sequence[Run], root: Path) -> dict[str, int]:
 
 
 def _thin_drift(row: dict[str, Any], points: int) -> dict[str, Any]:
-    """The row with "lengths" and every curve at these lengths only."""
+    """The row with its curves at some lengths only, which "lengths" lists."""
     length = len(row["student_alive"])
     step = max(math.ceil(length / points), 1)
     # The longest length that is reported stays, whatever the step.
     lengths = sorted({*range(1, length + 1, step), max(row["reach"], 1), length})
 
-    def take(values: list[Any]) -> list[Any]:
+    def take(values: Any) -> Any:
+        """Lists inside dictionaries, each at these lengths."""
+        if isinstance(values, dict):
+            return {name: take(part) for name, part in values.items()}
         return [values[n - 1] for n in lengths]
 
-    def curve(values: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        return {name: take(part) for name, part in values.items()}
-
-    thinned = {"lengths": lengths, "reach": row["reach"]}
-    thinned |= {key: take(row[key]) for key in ("student_alive", "teacher_alive")}
-    thinned |= {key: curve(row[key]) for key in CURVES if key in row}
-    thinned["log_ratio"] = {side: curve(part) for side, part in row["log_ratio"].items()}
-    return thinned
+    kept = (*ALIVE, *(key for key in CURVES if key in row), "log_ratio")
+    return {"lengths": lengths, "reach": row["reach"]} | {key: take(row[key]) for key in kept}
 
 
 def _result(path: Path, needed: Sequence[str], notes: list[str]) -> dict[str, Any] | None:
-    """A file of {"models": {name: row}}, or None and a note of what the page could not show."""
+    """A file of {"models": {name: row}}, or None and a note of what is missing."""
     result = _read_json(path)
     models = result.get("models")
     if not isinstance(models, dict):

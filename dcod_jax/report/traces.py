@@ -1,4 +1,4 @@
-"""Traces as a run's student sees them now: log q, log p and weight of every completion token."""
+"""Scores a run's traces with its student: log q, log p and weight of every completion token."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dcod_jax import config as configs
 from dcod_jax.data.dataset import MANIFEST, TraceDataset, check_fingerprints
@@ -34,7 +35,7 @@ _weigh = jax.jit(weights.weigh, static_argnums=0)
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """Traces of one run's dataset with what its student says of them."""
+    """Traces of one run's dataset, scored by its student."""
 
     source: str  # the parameters, in words
     split: str
@@ -46,10 +47,10 @@ class Seen:
 
 
 def see(run: Run, *, count: int) -> Seen:
-    """The first `count` held-out traces (or training ones where none are held out), weighed.
+    """The first `count` held-out traces (training ones where none are held out) and their weights.
 
-    Parameters are those of the run's export, else of its newest checkpoint. Raises DcodError with
-    what is not there.
+    The student is the run's export, else its newest checkpoint. Raises DcodError for what is
+    missing.
     """
     _check_config(run)
     dataset = _dataset(run)
@@ -88,11 +89,10 @@ def token_weights(
 ) -> list[np.ndarray]:
     """The train step's weight of every completion token, after any warmup.
 
-    As there: scope and sequence normalisation within the trace; the batch normalisation is left
-    out, since it belongs to a batch.
+    Scope and sequence normalisation are applied; the batch normalisation, which needs a batch, is
+    not.
     """
-    longest = max(len(one) for one in student)
-    shape = (len(student), longest)
+    shape = (len(student), max(len(one) for one in student))
     log_q, log_p = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     mask = np.zeros(shape, bool)
     for row, (one, trace) in enumerate(zip(student, traces, strict=True)):
@@ -100,9 +100,8 @@ def token_weights(
         if trace.logprobs is not None:
             log_p[row, : len(one)] = trace.logprobs
         mask[row, : len(one)] = True
-    segments = mask.astype(np.int32)
-    log_q, log_p, mask, segments = (jnp.asarray(x) for x in (log_q, log_p, mask, segments))
-    found = np.asarray(_weigh(cfg, log_q, log_p, mask, segments, step, tempering))
+    arrays = map(jnp.asarray, (log_q, log_p, mask, mask.astype(np.int32)))
+    found = np.asarray(_weigh(cfg, *arrays, step, tempering))
     return [found[row, : len(one)] for row, one in enumerate(student)]
 
 
@@ -120,15 +119,14 @@ def _tempering(run: Run, cfg: WeightConfig) -> Tempering | None:
     return Tempering(found[-1]["weights/temperature"], found[-1]["weights/offset"])
 
 
-# ---------------------------------------------------------------- what is there
+# ---------------------------------------------------------------- parts of a run
 
 
 def _check_config(run: Run) -> None:
     """Refuse a config.json without the settings that weights and log-probs follow from."""
     known, own = configs.keys(configs.load_recipe(configs.BASE)), configs.keys(run.config)
     sections = ("student.", "data.", "score.", "loss.", "train.", "export.")
-    odd = [key for key in {**known, **own} if (key in known) != (key in own)]
-    odd = [key for key in odd if key.startswith(sections)]
+    odd = [key for key in known | own if (key in known) != (key in own) if key.startswith(sections)]
     if odd:
         raise DcodError(
             f"{run.path}/config.json is of another version of dcod_jax, which differs in "
@@ -159,18 +157,15 @@ def _tokenizer(run: Run) -> Any:
     return student_tokenizer(run.config.student)
 
 
-def _student(run: Run) -> tuple[str, ModelConfig, Params, Any]:
-    """(what it is, architecture, parameters, mesh); split over the devices that are here."""
+def _student(run: Run) -> tuple[str, ModelConfig, Params, Mesh]:
+    """(source, architecture, parameters, mesh), split over all devices."""
     mesh = make_mesh(1, -1)
     export = _export(run)
     if (export / MARKER).is_file():
         return f"export {export}", *hf.load_model(export, dtype=jnp.float32, mesh=mesh), mesh
-    checkpoints = run.path / "checkpoints"
-    steps = []
-    if checkpoints.is_dir():
-        checkpointer = Checkpointer(run.path)
-        steps = checkpointer.steps()
-    if not steps:
+    checkpointer = Checkpointer(run.path) if (run.path / "checkpoints").is_dir() else None
+    steps = checkpointer.steps() if checkpointer else []
+    if not checkpointer or not steps:
         raise DcodError(f"{run.path} has neither an export nor a finished checkpoint")
     settings = run.config.student
     model_config = hf.read_config(as_path(settings.path or settings.config))
@@ -188,44 +183,39 @@ def _student(run: Run) -> tuple[str, ModelConfig, Params, Any]:
 
 
 def histogram(seen: Seen) -> dict[str, Any] | None:
-    """Counts of the weights in equal bins from 0 to the largest, with mean and quantiles."""
+    """Counts of the weights in equal bins from 0 to the largest, their mean and their ESS."""
     if seen.weights is None:
         return None
     values = np.concatenate(seen.weights).astype(np.float64)
     top, square = float(values.max()) or 1.0, float((values**2).sum())
     counts, edges = np.histogram(values, bins=BINS, range=(0.0, top))
-    quantiles = np.quantile(values, [0.05, 0.5, 0.95])
     return {
         "edges": edges.tolist(),
         "counts": counts.tolist(),
         "tokens": len(values),
         "traces": len(seen.traces),
         "mean": float(values.mean()),
-        "quantiles": dict(zip(("q05", "q50", "q95"), quantiles.tolist(), strict=True)),
         "ess": float(values.sum() ** 2 / (len(values) * square)) if square else None,
     }
 
 
 def shown(seen: Seen, *, count: int) -> list[dict[str, Any]]:
-    """The first traces for the page: texts of the tokens, and numbers of the completion's."""
-    records = []
-    for i, trace in enumerate(seen.traces[:count]):
-        texts = [
-            seen.tokenizer.backend_tokenizer.decode([token], skip_special_tokens=False)
-            for token in trace.token_ids.tolist()
-        ]
-        records.append(
-            {
-                "id": trace.id,
-                "split": seen.split,
-                "texts": texts,
-                "completion": np.flatnonzero(trace.completion_mask).tolist(),
-                "teacher": _rounded(trace.logprobs),
-                "student": _rounded(seen.student[i]),
-                "weights": _rounded(None if seen.weights is None else seen.weights[i]),
-            }
-        )
-    return records
+    """The first traces for the page: texts of all tokens, numbers of the completion's."""
+    decode = seen.tokenizer.backend_tokenizer.decode
+    return [
+        {
+            "id": trace.id,
+            "split": seen.split,
+            "texts": [
+                decode([token], skip_special_tokens=False) for token in trace.token_ids.tolist()
+            ],
+            "completion": np.flatnonzero(trace.completion_mask).tolist(),
+            "teacher": _rounded(trace.logprobs),
+            "student": _rounded(seen.student[i]),
+            "weights": _rounded(None if seen.weights is None else seen.weights[i]),
+        }
+        for i, trace in enumerate(seen.traces[:count])
+    ]
 
 
 def _rounded(values: np.ndarray | None) -> list[float] | None:

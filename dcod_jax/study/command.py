@@ -1,4 +1,13 @@
-"""`python -m dcod_jax.study --config study`: run what is not done yet."""
+"""Compare methods and weights on embedded arithmetic over seeds and conditions.
+
+    dcod study --config study
+
+Runs every arm (a loss) of every condition (where traces, start or student differ) over seeds, from
+one warm start and on the same batches, each at the learning rate that its own grid found on
+validation problems. Grades it on three sets of problems, and measures drift and costs. Each run
+is a line of run_dir/results.jsonl; the same command goes on after an interruption.
+tools/make_study_page.py writes the tables of docs/study.md from that file.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +41,9 @@ def study(config: Any) -> None:
     results = Results(directory / "results.jsonl")
     lab = Lab(config, directory, wanted_starts(config))
     total = count_runs(config)
-    named = conditions(config)
     wanted = {
         (kind, name, seed)
-        for name, condition in named.items()
+        for name, condition in conditions(config).items()
         for kind, seeds in (("tune", tuning_seeds(condition)), ("test", test_seeds(condition)))
         for seed in seeds
     }
