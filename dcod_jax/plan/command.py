@@ -103,7 +103,7 @@ def _memory(program: Program) -> dict[str, int]:
     return {key: getattr(program, key) for key in MEMORY}
 
 
-def _size(size: float | None) -> str:
+def _size(size: float | int | None) -> str:
     if size is None:
         return "unknown"
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.extend.core import Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -326,7 +326,7 @@ def bytes_needed(message: str) -> float | None:
 # ---------------------------------------------------------------- operations
 
 
-def matmul_flops(jaxpr: Jaxpr) -> float:
+def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
     """Floating point operations of the matrix products of a jaxpr, loops multiplied.
 
     Global, recomputation included; those inside Pallas kernels are not seen.

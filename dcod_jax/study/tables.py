@@ -199,12 +199,12 @@ def number(value: Estimate, *, scale: float = 1.0, sign: bool = False) -> str:
 
 def percent(value: Estimate) -> str:
     """0.865 with its interval -> "86.5 (84.0 to 89.0)"; bounds are cut to 0 and 100."""
-    return number(Estimate(value.mean, max(value.low, 0.0), min(value.high, 1.0)), scale=100)
+    return number(Estimate(value.mean, max(value.low, 0.0), min(value.high, 1.0)), scale=100.0)
 
 
 def points(value: Estimate) -> str:
     """Percentage points with sign."""
-    return number(value, scale=100, sign=True)
+    return number(value, scale=100.0, sign=True)
 
 
 def _arm_table(
