@@ -156,8 +156,8 @@ class Lab:
         for steps, snapshot in kept.items():
             path = self._start_file(config, steps, seed)
             path.parent.mkdir(parents=True, exist_ok=True)
-            arrays = {f\"{i}\": leaf for i, leaf in enumerate(jax.tree.leaves(snapshot))}
-            with atomic_write(path) as temporary, open(temporary, \"wb\") as file:
+            arrays = {f"{i}": leaf for i, leaf in enumerate(jax.tree.leaves(snapshot))}
+            with atomic_write(path) as temporary, open(temporary, "wb") as file:
                 np.savez(file, **arrays)
 
     # ------------------------------------------------------------ training
