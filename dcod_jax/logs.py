@@ -41,14 +41,15 @@ class _Stderr(logging.Handler):
     def __init__(self, process_index: int | None):
         super().__init__()
         self.prefix = "" if process_index is None else f"[{process_index}] "
-        self.seen: set[tuple[str, object]] = set()
+        self.seen: set[tuple[str, str]] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         source = ""
         if record.name.partition(".")[0] != "dcod_jax":
-            if record.levelno < logging.WARNING or (record.name, record.msg) in self.seen:
+            message = (record.name, str(record.msg))
+            if record.levelno < logging.WARNING or message in self.seen:
                 return
-            self.seen.add((record.name, record.msg))
+            self.seen.add(message)
             source = f"{record.name}: "
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         print(f"{self.prefix}{level}{source}{self.format(record)}", file=sys.stderr, flush=True)

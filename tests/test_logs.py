@@ -24,7 +24,7 @@ def say_everything():
     ours.warning("a doubt about %s", "this")
     theirs.info("chatter")
     for _ in range(3):
-        theirs.warning("deprecated")
+        theirs.warning(["deprecated"])
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_a_level_decides_and_libraries_warn_once(capsys, level, process, expecte
     say_everything()
     prefix = "" if process is None else f"[{process}] "
     out, err = capsys.readouterr()
-    assert err.splitlines() == [*expected, f"{prefix}warning: somebody.else: deprecated"]
+    assert err.splitlines() == [*expected, f"{prefix}warning: somebody.else: ['deprecated']"]
     assert out == ""
 
 

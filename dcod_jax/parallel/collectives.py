@@ -26,7 +26,7 @@ def per_shard(
     inputs: Sequence[Any],
     output: Sequence[Any],
 ) -> Callable[..., Any]:
-    """The function on each device's own piece of arrays with these logical dimensions.
+    """Run a function on each device's own piece of arrays with these logical dimensions.
 
     An input may be a pytree of PartitionSpecs instead; the names of several outputs are a tuple of
     tuples. Kernels that the partitioner cannot split run this way.
@@ -38,12 +38,12 @@ def per_shard(
 
 
 def gather(x: jax.Array, logical: str, *, dimension: int) -> jax.Array:
-    """Inside per_shard: a dimension of this logical name whole again; its gradient is scattered."""
+    """Inside per_shard: gather a dimension of this logical name; its gradient is scattered."""
     return jax.lax.all_gather(x, RULES[logical], axis=dimension, tiled=True)
 
 
 def place(mesh: Mesh | None, logical: str) -> jax.Array | int:
-    """Inside per_shard: which piece of a dimension of this logical name the device has, from 0."""
+    """Inside per_shard: index of the device's piece of a dimension of this logical name."""
     return 0 if parts(mesh, logical) == 1 else jax.lax.axis_index(RULES[logical])
 
 
@@ -55,11 +55,11 @@ def across(x: jax.Array, *, mesh: Mesh | None, logical: str, largest: bool = Fal
 
 
 def torus_stages(places: np.ndarray) -> list[list[list[int]]]:
-    """Groups of positions for a reduce-scatter along one dimension of a torus after the other.
+    """Groups of positions for a reduce-scatter along the dimensions of a torus, one after another.
 
-    places: coordinates [n, dimensions] of the positions 0..n-1, whose runs of consecutive ones go
-    through the same line. [[0,0],[0,1],[1,1],[1,0]] -> [[[0,3],[1,2]], [[0,1],[2,3]]]; places on
-    one line, or in no such order, are one group.
+    places: coordinates [n, dimensions] of the positions 0..n-1; consecutive positions share a line.
+    [[0,0],[0,1],[1,1],[1,0]] -> [[[0,3],[1,2]], [[0,1],[2,3]]]. Places on one line, or in another
+    order, are one group.
     """
     for inner in range(2, len(places)):
         if len(places) % inner:
@@ -78,10 +78,10 @@ def torus_stages(places: np.ndarray) -> list[list[list[int]]]:
 
 
 def _scatter(x: jax.Array, mesh: Mesh, axes: Sequence[str], *, dimension: int) -> jax.Array:
-    """Inside a shard_map: the sum over mesh axes, of which a device keeps its own piece.
+    """Inside a shard_map: reduce-scatter over mesh axes.
 
-    libtpu makes an all-reduce of the whole where a reduce-scatter runs along two dimensions of a
-    torus at once, or splits what does not lie first in memory.
+    libtpu turns a reduce-scatter into an all-reduce where it runs along two dimensions of a torus
+    at once, or splits another than the major dimension.
     """
     x = jnp.moveaxis(x, dimension, 0)
     for axis in axes:
@@ -93,15 +93,13 @@ def _scatter(x: jax.Array, mesh: Mesh, axes: Sequence[str], *, dimension: int) -
             stages = torus_stages(np.array([device.coords for device in line]))
         for groups in stages:
             x = jax.lax.psum_scatter(x, axis, axis_index_groups=groups, tiled=True)
-    # Else whoever uses the result may have the whole laid out anew before it is added up.
+    # Without it the user of the result may have the whole laid out anew before the sum.
     x = with_layout_constraint(x, Layout(tuple(range(x.ndim))))
     return jnp.moveaxis(x, 0, dimension)
 
 
 def _scatter_parts(x: jax.Array, mesh: Mesh, axes: Sequence[str], *, dimension: int) -> jax.Array:
-    """`_scatter` of a part of every device's piece at a time: the result of libtpu's all-reduce of
-    a large array would be as large again.
-    """
+    """`_scatter` by parts, because libtpu's all-reduce of a large array needs its size again."""
     devices = math.prod(mesh.shape[axis] for axis in axes)
     if devices == 1:
         return x
@@ -120,7 +118,7 @@ def _scatter_parts(x: jax.Array, mesh: Mesh, axes: Sequence[str], *, dimension: 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def gather_weight(x: jax.Array, mesh: Mesh, logical: str, dimension: int) -> jax.Array:
-    """As `gather`; its gradient is scattered along one dimension of the torus after the other."""
+    """As `gather`; the gradient is scattered along one dimension of the torus after another."""
     return gather(x, logical, dimension=dimension)
 
 
@@ -142,8 +140,8 @@ gather_weight.defvjp(_gather_weight_forward, _gather_weight_backward)
 def sum_shards(partials: jax.Array, mesh: Mesh | None, *logical: str) -> jax.Array:
     """[S, ...], a partial sum of each of the "shards" -> their sum [...], split as `logical` says.
 
-    An explicit reduce-scatter: the partitioner would make an all-reduce of it and put that off,
-    with a whole partial sum kept on every device until then.
+    An explicit reduce-scatter: the partitioner would all-reduce later, and keep a whole partial sum
+    on every device until then.
     """
     if mesh is None or mesh.size == 1:
         return partials.sum(axis=0)

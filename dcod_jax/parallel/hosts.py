@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 NOTICE = "RECEIVED_PREEMPTION_NOTICE"  # the preemption service's own key
 
-# The membership of this process, which jax.distributed holds once for a process as well.
+# This process's membership; jax.distributed, too, has one for each process.
 _joined: list[Monitor] = []
 
 
@@ -101,7 +101,7 @@ def _has_peers(settings: Any) -> bool:
 
 
 def _on_tpu() -> bool:
-    """Whether this machine has TPU chips that JAX is going to use."""
+    """Whether this machine has TPU chips that JAX will use."""
     platforms = jax.config.jax_platforms or ""  # pyright: ignore[reportAttributeAccessIssue]
     if platforms and "tpu" not in platforms:
         return False
@@ -198,7 +198,7 @@ def process_index() -> int | None:
 
 
 def check_joined() -> None:
-    """Refuse to compute in a process that JAX knows to be one of several and that did not join."""
+    """Raise DcodError where JAX knows several processes and this one did not join them."""
     if jax.process_count() > 1 and not _joined:
         raise DcodError(
             f"JAX sees {jax.process_count()} processes, but this one did not join them: set "
@@ -207,19 +207,19 @@ def check_joined() -> None:
 
 
 def doing(what: str, *, waiting: bool = False) -> None:
-    """Tell the others what this process begins; `waiting`: for all processes, in a collective."""
+    """Report what this process begins; waiting: it waits for the others, in a collective."""
     for monitor in _joined:
         monitor.doing(what, waiting=waiting)
 
 
 def moved() -> None:
-    """The work at hand got on: no stall, however long it takes altogether."""
+    """Report progress; a run without any for hosts.timeout counts as stuck."""
     for monitor in _joined:
         monitor.moved()
 
 
 def barrier(name: str) -> None:
-    """Return when every process is here; a missing one is named after hosts.timeout."""
+    """Return when every process has called it; a missing one is named after hosts.timeout."""
     for monitor in _joined:
         monitor.barrier(name)
 
@@ -230,7 +230,7 @@ def exchange(name: str, text: str) -> list[str]:
 
 
 def agree(name: str, values: dict[str, Any]) -> None:
-    """Refuse to go on where a process has other values; DcodError names it and the keys."""
+    """Raise DcodError where a process has other values; it names the process and the keys."""
     everyone = [
         json.loads(text) for text in exchange(f"compare {name}", json.dumps(values, sort_keys=True))
     ]
@@ -249,7 +249,7 @@ def agree(name: str, values: dict[str, Any]) -> None:
 
 
 def check_shared(directory: Location) -> None:
-    """Refuse a directory that not every process sees: process 0 alone writes most files there."""
+    """Raise DcodError for a directory that not every process sees: process 0 writes most files."""
     if not _joined:
         return
     directory = as_path(directory)
@@ -322,7 +322,7 @@ def _notice_reached(step: int) -> bool:
 
 
 def stop_if_noticed() -> None:
-    """Between two pieces of work: end (75) where a notice came too late for the last loop."""
+    """Exit with 75 between two pieces of work where a notice came too late for the last loop."""
     for monitor in _joined:
         if exchange("look for a notice", monitor.read(NOTICE) if first() else "")[0]:
             monitor.agreed = True

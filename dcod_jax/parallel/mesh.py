@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from dcod_jax.errors import DcodError
 
@@ -73,7 +73,7 @@ def make_mesh(
 
 
 def _reported(devices: Sequence[Any]) -> int:
-    """Slices that TPU devices know of; those of a single slice may not say so."""
+    """Number of TPU slices that the devices report; those of a single slice may report none."""
     if devices[0].platform != "tpu":
         return 1
     return len({getattr(device, "slice_index", 0) for device in devices})
@@ -92,9 +92,9 @@ def _count_slices(slices: int, devices: Sequence[Any]) -> int:
 
 
 def _arrange(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
-    """Devices in the mesh's shape: neighbours on the inner axes are neighbours on the wires."""
+    """Devices in the mesh's shape; neighbours on the inner axes are linked directly."""
     if devices[0].platform != "tpu":
-        # Contiguous groups of the given order are the slices where the devices know of none.
+        # Such devices report no slices: contiguous groups in the given order are the slices.
         return mesh_utils.create_device_mesh(shape, devices)
     slices = shape[0] if _reported(devices) > 1 else 1
     if slices > 1:
@@ -106,7 +106,7 @@ def _arrange(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
         laid_out = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     if max(shape[1:]) * slices < len(devices):
         return laid_out
-    # One axis is the whole slice: row by row, not in a ring, so that `_scatter` finds its lines.
+    # One axis is the whole slice: row by row, not in a ring, for collectives.torus_stages.
     rows = [sorted(part, key=lambda chip: chip.coords) for part in laid_out.reshape(slices, -1)]
     return np.array(rows, dtype=object).reshape(shape)
 
@@ -131,10 +131,10 @@ def sharding(mesh: Mesh, logical: Sequence[str | None]) -> NamedSharding:
     return NamedSharding(mesh, spec(logical))
 
 
-def put(x: Any, layout: Any) -> jax.Array:
-    """A value that every process has, on devices some of which may be other processes'.
+def put(x: Any, layout: Sharding | None) -> jax.Array:
+    """Place a value that every process has on devices, also on those of other processes.
 
-    layout: a Sharding, or None for the default device. Every process must call it.
+    layout: None for the default device. Every process must call it.
     """
     if layout is None or layout.is_fully_addressable:
         return jax.device_put(x, layout)
