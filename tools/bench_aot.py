@@ -54,7 +54,7 @@ VALID_VOCAB = 151665  # entries of the tokenizer that they share
 TOP_K = {"loss.divergence": "forward_kl", "score.top_k": 64}
 LIVE = {"loss.divergence": "forward_kl", "loss.teacher": "live"}
 PLAIN = {"loss.weights.name": "uniform"}
-GROUP = {"loss.head_group": 4}
+
 LONG = {"data.seq_len": 32768, "data.max_length": 32768}
 
 # Row -> (student, changed keys); the first ones matter most.
@@ -71,8 +71,6 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "two-slices": (QWEN_1B, {"data.batch_size": 128, "plan.slices": 2}),
     "nll-chunk-512": (QWEN_1B, {"loss.head_chunk": 512}),
-    "nll-group-4": (QWEN_1B, GROUP),
-    "live-group-4": (QWEN_1B, LIVE | GROUP),
     "nll-2-layers": (QWEN_1B | {"num_hidden_layers": 2}, {}),
     "nll-56-layers": (QWEN_1B | {"num_hidden_layers": 56}, {}),
     "nll-offload": (QWEN_1B, {"student.remat": "offload"}),

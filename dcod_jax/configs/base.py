@@ -80,7 +80,6 @@ def get_config() -> Any:
     c.loss.taid_alpha = 5e-4  # of taid: how fast the interpolation may run ahead of its schedule
     c.loss.taid_beta = 0.99  # of taid: memory of the loss's relative change
     c.loss.head_chunk = 480  # tokens whose logits exist at one time in the vocabulary head
-    c.loss.head_group = 1  # chunks for one product of the head's gradient: see docs/scaling.md
     c.loss.weights = ConfigDict()
     c.loss.weights.name = "sigmoid"  # uniform | sigmoid (DisCorD) | clip | power | dft
     c.loss.weights.temperature = _or_auto(1.0)  # of sigmoid and power, or "auto"; paper's: unknown

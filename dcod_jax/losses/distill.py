@@ -45,7 +45,6 @@ class LossConfig:
     beta: float = 0.5
     skew: float = 0.1
     taid: TaidConfig = dataclasses.field(default_factory=TaidConfig)
-    head_group: int = 1
 
 
 @jax.tree_util.register_dataclass
@@ -79,8 +78,6 @@ def config_errors(cfg: LossConfig) -> list[DcodError]:
             errors.append(f"{key}={value!r} is not known; choose one of {', '.join(known)}")
     if cfg.head_chunk < 1:
         errors.append(f"loss.head_chunk={cfg.head_chunk} must be >= 1")
-    if cfg.head_group < 1:
-        errors.append(f"loss.head_group={cfg.head_group} must be >= 1")
     for key, value, inside in (
         ("alpha", cfg.alpha, 0 <= cfg.alpha <= 1),
         ("beta", cfg.beta, 0 <= cfg.beta <= 1),
@@ -330,7 +327,6 @@ def distill_loss(
         _token_loss(cfg, Layout(valid_vocab, mesh, hidden.dtype), weighed=weighed),
         shared=shared,
         chunk=cfg.head_chunk,
-        group=cfg.head_group,
         mesh=mesh,
     )
     stats = dataclasses.replace(stats, weights=jnp.where(batch.loss_mask, stats.weights, 0.0))

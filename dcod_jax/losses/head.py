@@ -7,12 +7,11 @@ works on its own tokens in every piece.
 Gradient. A custom VJP whose forward pass already forms dhidden and dW piece by piece (the loss is
 a sum, so its cotangent is a single number that scales both in the backward pass). That needs one
 pass over the logits where recomputation needs two. dW is carried as per-shard partial sums
-[S,D,V], float32, and scattered over the devices once, at the end. To read and write them costs a
-TPU v5e as much as the product of a thousand tokens, so g pieces may wait with their logits'
-gradient (in the compute dtype) for one product. Without differentiation only values are computed.
+[S,D,V], float32, and scattered over the devices once, at the end. Without differentiation only
+values are computed.
 
-The head stands on its side here, [D,V]: the dimension that FSDP splits lies first in memory, and
-neither the gather of W nor the scatter of dW goes through a second copy of the whole.
+The head is transposed here, [D,V]: the dimension that FSDP splits comes first in memory, so neither
+the gather of W nor the scatter of dW needs a second copy of the whole.
 """
 
 from __future__ import annotations
@@ -47,8 +46,7 @@ class _Plan:
     shards: int  # S
     pieces: int  # of T; S = batch shards * pieces
     chunk: int  # Tc
-    chunks: int  # n, a multiple of g
-    group: int  # g
+    chunks: int  # n
     valid_vocab: int | None
 
 
@@ -58,7 +56,6 @@ def _plan(
     chunk: int,
     mesh: Mesh | None,
     valid_vocab: int | None,
-    group: int,
 ) -> _Plan:
     batch, length = shape
     shards = batch_shards(mesh)
@@ -70,12 +67,9 @@ def _plan(
     length = -(-length // pieces)
     positions = max(1, chunk // (batch // shards))  # chunk counts the tokens of one shard
     chunks = -(-length // positions)
-    groups = -(-chunks // group)
-    group = -(-chunks // groups)
-    chunks = groups * group
     chunk = -(-length // chunks)
     chunk = min(chunk + -chunk % 8, positions)  # a TPU's tiles have eight rows
-    return _Plan(token_loss, mesh, shards * pieces, pieces, chunk, chunks, group, valid_vocab)
+    return _Plan(token_loss, mesh, shards * pieces, pieces, chunk, chunks, valid_vocab)
 
 
 def _split(plan: _Plan, x: Array) -> Array:
@@ -95,16 +89,6 @@ def _join(plan: _Plan, x: Array, length: int) -> Array:
     x = jnp.moveaxis(x, (0, 2), (3, 2))  # [shards, rows, pieces, n, Tc]
     x = x.reshape(x.shape[0] * x.shape[1], plan.pieces * plan.chunks * plan.chunk, *x.shape[5:])
     return constrain(x[:, :length], plan.mesh, "batch")
-
-
-def _fold(plan: _Plan, x: Array) -> Array:
-    """[n, ...] -> [n/g, g, ...]."""
-    return x.reshape(plan.chunks // plan.group, plan.group, *x.shape[1:])
-
-
-def _unfold(x: Array) -> Array:
-    """[n/g, g, ...] -> [n, ...]; the inverse of _fold."""
-    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 def _pin_partial(plan: _Plan, x: Array) -> Array:
@@ -155,7 +139,8 @@ def _head_forward(
     """As _head, and as residuals the gradient of the loss sum in hidden and head_weight."""
     weight = gather_head(head_weight, hidden.dtype, plan.mesh)
 
-    def piece(total: Array, xs: Any) -> tuple[Array, Any]:
+    def piece(carry: tuple[Array, Array], xs: Any) -> tuple[Any, Any]:
+        total, weight_gradient = carry
         hidden, (targets, mask, aux) = xs
         logits = piece_logits(hidden, weight, plan.mesh)
         loss_of = functools.partial(_piece_loss, plan)
@@ -165,25 +150,16 @@ def _head_forward(
         # Outside the mask the cotangent is 0, but 0 · NaN (of whatever stands there) is NaN.
         logits_gradient = jnp.where(mask[..., None], logits_gradient, 0.0).astype(hidden.dtype)
         logits_gradient = constrain(logits_gradient, plan.mesh, "shards", None, None, "vocab")
-        return total + loss, (logits_gradient, stats)
-
-    def group(carry: tuple[Array, Array], xs: Any) -> tuple[Any, Any]:
-        total, weight_gradient = carry
-        total, (logits_gradient, stats) = jax.lax.scan(piece, total, xs)
         product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        hidden_gradient = product("gsbtv,dv->gsbtd", logits_gradient, weight)
-        hidden_gradient = hidden_gradient.astype(hidden.dtype)
-        hidden_gradient = constrain(hidden_gradient, plan.mesh, None, "shards")
-        partial_sum = product("gsbtd,gsbtv->sdv", xs[0], logits_gradient)
-        weight_gradient = pin(weight_gradient + partial_sum)
-        return (total, weight_gradient), (hidden_gradient, stats)
+        hidden_gradient = product("sbtv,dv->sbtd", logits_gradient, weight).astype(hidden.dtype)
+        hidden_gradient = constrain(hidden_gradient, plan.mesh, "shards")
+        partial_sum = product("sbtd,sbtv->sdv", hidden, logits_gradient)
+        return (total + loss, pin(weight_gradient + partial_sum)), (hidden_gradient, stats)
 
     pin = functools.partial(_pin_partial, plan)
     partial_sums = jnp.zeros((plan.shards, *weight.shape), jnp.float32)
     start = (jnp.zeros((), jnp.float32), pin(partial_sums))
-    fold = functools.partial(_fold, plan)
-    carry, outputs = jax.lax.scan(group, start, jax.tree.map(fold, (hidden, inputs)))
-    hidden_gradient, stats = jax.tree.map(_unfold, outputs)
+    carry, (hidden_gradient, stats) = jax.lax.scan(piece, start, (hidden, inputs))
     total, partial_sums = carry
     weight_gradient = sum_shards(partial_sums, plan.mesh, "embed", "vocab").T
     # The layers' backward pass waits for it: else it is put off, and every device keeps a whole
@@ -218,7 +194,6 @@ def head_loss(
     mesh: Mesh | None = None,
     valid_vocab: int | None = None,
     shared: Any = None,
-    group: int = 1,
 ) -> tuple[Float[Array, ""], Any]:
     """Sum of token_loss inside loss_mask, differentiable in hidden and head_weight.
 
@@ -227,10 +202,9 @@ def head_loss(
     accumulate in float32; softmax and loss are float32. Returns the sum and token_loss's
     statistics as [B,T,...]. chunk is the number of tokens of one batch shard whose logits
     exist at one time (at least one position of each row). Rows of head_weight from
-    valid_vocab on have probability 0. group: most pieces whose logits' gradients wait for one
-    product of the weight gradient.
+    valid_vocab on have probability 0.
     """
-    plan = _plan(targets.shape, token_loss, chunk, mesh, valid_vocab, group)
+    plan = _plan(targets.shape, token_loss, chunk, mesh, valid_vocab)
     split = functools.partial(_split, plan)
     inputs = jax.tree.map(split, (targets, loss_mask, aux))
     result: Any = _head(plan, split(hidden), head_weight, inputs, shared)
