@@ -42,13 +42,25 @@ class Batch:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class LossState:
+    """float32 scalars that a loss carries from step to step (losses/adaptive.py)."""
+
+    temperature: Float[Array, ""]  # smoothed solution, in force at the next step
+    offset: Float[Array, ""]
+    interpolation: Float[Array, ""]  # TAID's s; below taid_start before the first step
+    momentum: Float[Array, ""]  # TAID's
+    previous: Float[Array, ""]  # TAID's loss of the step before; +inf before the first
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainState:
     """Everything a restart needs besides the data iterator; a plain pytree."""
 
     step: Int[Array, ""]
     params: Params
     opt_state: Any
-    loss_state: Any  # losses.adaptive.LossState
+    loss_state: LossState
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,22 +1,22 @@
 """What a loss learns on the way: the automatic temperature and offset, and TAID's interpolation.
 
-LossState is part of the train state. The numbers of a step are solved from the log-ratios of the
-whole global batch, after its micro-batches were joined, so they depend on neither accumulation nor
-devices; they carry no gradient.
+The numbers of a step are solved from the log-ratios of the whole global batch, after its
+micro-batches were joined, so they depend on neither accumulation nor devices. They carry no
+gradient, and the train state keeps them (types.LossState).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dcod_jax.losses import weights
-from dcod_jax.losses.weights import AUTO, Tempering, WeightConfig
+from dcod_jax.losses.weights import AUTO, Scalar, Tempering, Tokens, WeightConfig
+from dcod_jax.types import LossState
 
 # Where a temperature is looked for. From MAX on weights are uniform to float32's precision; that is
 # also where a run starts, so that the first step is plain (unweighted) training.
@@ -29,24 +29,8 @@ HALVINGS = 40  # of a bisection: the interval of log temperature ends at 2e-11 o
 _REACH = 30.0  # sigmoid(±30) is 0 or 1 for every purpose
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LossState:
-    """Scalars that a loss carries from step to step; as a pytree it also holds their shardings."""
-
-    temperature: Any  # float32: smoothed solution, in force at the next step
-    offset: Any
-    interpolation: Any  # TAID's s; below taid_start before the first step
-    momentum: Any  # TAID's
-    previous: Any  # TAID's loss of the step before; +inf before the first
-
-    @property
-    def tempering(self) -> Tempering:
-        return Tempering(self.temperature, self.offset)
-
-
 def initial() -> LossState:
-    """Of a run that begins: uniform weights, TAID not begun."""
+    """State of step 0: uniform weights, TAID not begun."""
     values = (MAX_TEMPERATURE, 0.0, 0.0, 0.0, jnp.inf)  # an array each: the state is donated
     return LossState(*(jnp.full((), value, jnp.float32) for value in values))
 
@@ -55,7 +39,12 @@ def initial() -> LossState:
 
 
 def _bisect(
-    f: Callable[[Array], Array], low: Array, high: Array, target: float, *, rising: Any = None
+    f: Callable[[Array], Array],
+    low: Array,
+    high: Array,
+    target: float,
+    *,
+    rising: bool | Array | None = None,
 ) -> Array:
     """x in [low, high] with f(x) = target for a monotone f; the nearer end when there is none."""
     rising = f(high) >= f(low) if rising is None else rising
@@ -113,7 +102,7 @@ def solve(
     highest = jnp.where(loss_mask, r, -jnp.inf).max()
 
     def raw(tempering: Tempering) -> Array:
-        return jnp.where(loss_mask, weights.WEIGHTS[cfg.name](cfg, r, tempering), 0.0)
+        return jnp.where(loss_mask, weights.raw(cfg, r, tempering), 0.0)
 
     def mean(tempering: Tempering) -> Array:
         return raw(tempering).sum() / count
@@ -125,28 +114,26 @@ def solve(
     def kept(tempering: Tempering) -> Array:
         return kept_loss(raw(tempering), r, nll, loss_mask)
 
-    def with_offset(temperature: Any) -> Tempering:
+    def with_offset(temperature: Scalar) -> Tempering:
         if cfg.offset != AUTO:
-            return Tempering(temperature, cfg.offset)
+            return Tempering(temperature, cfg.offset)  # pyright: ignore[reportArgumentType]
         low, high = -highest - _REACH * temperature, -lowest + _REACH * temperature
-        found = _bisect(
-            lambda offset: mean(Tempering(temperature, offset)), low, high, cfg.target_mean
-        )
-        return Tempering(temperature, found)
+
+        def mean_at(offset: Array) -> Array:
+            return mean(Tempering(temperature, offset))
+
+        return Tempering(temperature, _bisect(mean_at, low, high, cfg.target_mean))
 
     if cfg.temperature != AUTO:
-        return with_offset(cfg.temperature)
+        return with_offset(cfg.temperature)  # pyright: ignore[reportArgumentType]
     if cfg.target_loss:
         quantity, target, rising, least = kept, cfg.target_loss, True, SHARPEST_FOR_LOSS
     else:
         quantity = ess if cfg.target_ess else mean
         target, rising, least = cfg.target_ess or cfg.target_mean, None, MIN_TEMPERATURE
+    low, high = (jnp.log(jnp.float32(end)) for end in (least, MAX_TEMPERATURE))
     log_temperature = _bisect(
-        lambda x: quantity(with_offset(jnp.exp(x))),
-        jnp.log(jnp.float32(least)),
-        jnp.log(jnp.float32(MAX_TEMPERATURE)),
-        target,
-        rising=rising,
+        lambda x: quantity(with_offset(jnp.exp(x))), low, high, target, rising=rising
     )
     return with_offset(jnp.exp(log_temperature))
 
@@ -156,36 +143,31 @@ def same_step(cfg: WeightConfig) -> bool:
     return cfg.automatic and cfg.smoothing == 0
 
 
-def retemper(
-    cfg: WeightConfig,
-    state: LossState,
-    student_logprobs: Float[Array, "B T"],
-    teacher_logprobs: Float[Array, "B T"],
-    loss_mask: Bool[Array, "B T"],
-    segment_ids: Int[Array, "B T"],
-) -> LossState:
+def retemper(cfg: WeightConfig, state: LossState, tokens: Tokens) -> LossState:
     """The state with this batch's solution mixed in: log temperature and offset, smoothed.
 
     The first solution is taken as it is, and so is every one with smoothing 0. A batch without a
-    completion token changes nothing.
+    completion token, or with a log-ratio that is not finite, changes nothing.
     """
     if not cfg.automatic:
         return state
-    r = weights.log_ratio(cfg, student_logprobs, teacher_logprobs)
-    scoped = weights.scoped_log_ratio(cfg, r, loss_mask, segment_ids)
-    found = solve(cfg, scoped, -student_logprobs.astype(jnp.float32), loss_mask)
+    mask = tokens.loss_mask
+    r = weights.log_ratio(cfg, tokens.student_logprobs, tokens.teacher_logprobs)
+    scoped = weights.scoped_log_ratio(cfg, tokens)
+    found = solve(cfg, scoped, -tokens.student_logprobs.astype(jnp.float32), mask)
     first = (state.temperature >= MAX_TEMPERATURE) & (state.offset == 0.0)
     keep = jnp.where(first, 0.0, cfg.smoothing)
-    keep = jnp.where(loss_mask.any() & jnp.isfinite(r).all(where=loss_mask), keep, 1.0)
-    old, new = jnp.log(state.temperature), jnp.log(found.temperature)
+    useful = mask.any() & jnp.isfinite(r).all(where=mask)
+
+    def mixed(old: Array, new: Scalar) -> Array:
+        return keep * old + (1 - keep) * new
+
+    temperature = jnp.exp(mixed(jnp.log(state.temperature), jnp.log(found.temperature)))
+    offset = mixed(state.offset, found.offset)
     return dataclasses.replace(
         state,
-        temperature=jnp.where(
-            keep == 1.0, state.temperature, jnp.exp(keep * old + (1 - keep) * new)
-        ),
-        offset=jnp.where(
-            keep == 1.0, state.offset, keep * state.offset + (1 - keep) * found.offset
-        ),
+        temperature=jnp.where(useful, temperature, state.temperature),
+        offset=jnp.where(useful, offset, state.offset),
     )
 
 

@@ -1,25 +1,30 @@
 """Teacher and student as aligned log-distributions: decided here once, for every divergence.
 
 A full teacher (live) and the student are compared over the vocabulary. A cached teacher knows K
-ids and the mass of all others: both sides are compared over K + 1 events, the last one being "any
-other token". The student's tail counts too: renormalised over the K alone it would be free.
+ids and the mass of all others: both sides are compared over K + 1 events, the last one being the
+tail bucket, "any other token". The student's tail counts too: renormalised over the K alone it
+would be free.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from dcod_jax.losses.events import MASKED_LOGIT, Layout, event_logits
+from dcod_jax.losses.events import event_logits
+from dcod_jax.losses.head import VocabHead
 
 
-def mask_padding(logits: Float[Array, "*N V"], valid_vocab: int | None) -> Float[Array, "*N V"]:
-    """Logits with probability 0 on rows of the vocabulary that the tokenizer does not have."""
-    if valid_vocab is None or valid_vocab >= logits.shape[-1]:
-        return logits
-    vocabulary = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    return jnp.where(vocabulary < valid_vocab, logits, MASKED_LOGIT)
+class TopK(NamedTuple):
+    """What a cache holds of the teacher's distribution."""
+
+    ids: Int[Array, "*N K"]
+    logprobs: Float[Array, "*N K"]
+    tail: Float[Array, "*N"]  # log of the mass of all other tokens
 
 
 def dense(
@@ -34,34 +39,23 @@ def dense(
 
 
 def buckets(
-    ids: Int[Array, "*N K"],
-    logprobs: Float[Array, "*N K"],
-    tail: Float[Array, "*N"],
+    teacher: TopK,
     student_logits: Float[Array, "*N V"],
-) -> tuple[Float[Array, "*N E"], Float[Array, "*N E"]]:
-    """(log p, log q) over the K ids and the tail, E = K + 1.
+    targets: Int[Array, "*N"],
+    head: VocabHead,
+    *,
+    gradient_dtype: DTypeLike = jnp.float32,
+) -> tuple[Float[Array, "*N E"], Float[Array, "*N E"], Float[Array, "*N"]]:
+    """(log p, log q) over the K ids and the tail bucket, E = K + 1, and log q of the targets.
 
     The teacher's K + 1 numbers are normalised (stored as bfloat16 they miss 1 by a little). The
     student's tail is summed over the other logits, not taken as 1 − Σ, which would lose it where
-    Σ is near 1; its log-softmax over the K + 1 is then its distribution over the events.
+    Σ is near 1. student_logits are not masked: head.valid_vocab bounds the padding.
     """
-    return buckets_and_target(ids, logprobs, tail, student_logits, ids[..., 0], Layout())[:2]
-
-
-def buckets_and_target(
-    ids: Int[Array, "*N K"],
-    logprobs: Float[Array, "*N K"],
-    tail: Float[Array, "*N"],
-    student_logits: Float[Array, "*N V"],
-    targets: Int[Array, "*N"],
-    layout: Layout,
-) -> tuple[Float[Array, "*N E"], Float[Array, "*N E"], Float[Array, "*N"]]:
-    """`buckets`, and log q of the targets, which no pass of its own over the logits is needed for.
-
-    student_logits: not masked; layout.valid_vocab says what of them is padding.
-    """
-    known = jnp.concatenate([logprobs.astype(jnp.float32), tail[..., None]], axis=-1)
+    known = jnp.concatenate([teacher.logprobs.astype(jnp.float32), teacher.tail[..., None]], -1)
     log_p = jax.lax.stop_gradient(jax.nn.log_softmax(known, axis=-1))
-    logits, target_logits = event_logits(student_logits, ids, targets, layout)
+    logits, target_logits = event_logits(
+        student_logits, teacher.ids, targets, head, gradient_dtype=gradient_dtype
+    )
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     return log_p, logits - total, target_logits - total[..., 0]

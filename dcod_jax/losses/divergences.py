@@ -12,21 +12,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
-
-
-def target_logprobs(logits: Float[Array, "*N V"], targets: Int[Array, "*N"]) -> Float[Array, "*N"]:
-    """log q(y) = logits[y] - logsumexp(logits), float32.
-
-    The target's logit is read by comparing with an iota instead of a gather: its transpose is
-    then a select that fuses into the softmax of the backward pass (a scatter over V would
-    not), and it stays local where V is sharded.
-    """
-    logits = logits.astype(jnp.float32)
-    vocabulary = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    chosen = jnp.where(vocabulary == targets[..., None], logits, 0.0).sum(axis=-1)
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
-
+from jaxtyping import Array, Float
 
 LogDistribution = Float[Array, "*N E"]  # over E events: V entries, or K ids and a tail
 PerToken = Float[Array, "*N"]
@@ -42,27 +28,27 @@ def _mixture(log_a: Array, log_b: Array, share: Array | float) -> Array:
     return jnp.logaddexp(log_a + jnp.log(share), log_b + jnp.log1p(-share))
 
 
-def forward_kl(log_p: LogDistribution, log_q: LogDistribution, knob: Array | float) -> PerToken:
+def forward_kl(log_p: LogDistribution, log_q: LogDistribution) -> PerToken:
     return kl(log_p, log_q)
 
 
-def reverse_kl(log_p: LogDistribution, log_q: LogDistribution, knob: Array | float) -> PerToken:
+def reverse_kl(log_p: LogDistribution, log_q: LogDistribution) -> PerToken:
     return kl(log_q, log_p)
 
 
-def jsd(log_p: LogDistribution, log_q: LogDistribution, knob: Array | float) -> PerToken:
-    """β KL(p‖M) + (1−β) KL(q‖M), M = βp + (1−β)q; knob is β.
+def jsd(log_p: LogDistribution, log_q: LogDistribution, *, beta: float) -> PerToken:
+    """β KL(p‖M) + (1−β) KL(q‖M), M = βp + (1−β)q.
 
     β = 0 and 1 mean KL(p‖q) and KL(q‖p) by definition. The interior tends to 0 at both ends, so
     β = 0.999 is not almost the reverse KL: it is almost nothing.
     """
-    if knob in (0.0, 1.0):
-        return reverse_kl(log_p, log_q, knob) if knob else forward_kl(log_p, log_q, knob)
-    log_m = _mixture(log_p, log_q, knob)
-    return knob * kl(log_p, log_m) + (1 - knob) * kl(log_q, log_m)
+    if beta in (0.0, 1.0):
+        return reverse_kl(log_p, log_q) if beta else forward_kl(log_p, log_q)
+    log_m = _mixture(log_p, log_q, beta)
+    return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
 
 
-def todi(log_p: LogDistribution, log_q: LogDistribution, knob: Array | float) -> PerToken:
+def todi(log_p: LogDistribution, log_q: LogDistribution) -> PerToken:
     """Both KLs entry by entry, each where it corrects more: σ(log p/q) and σ(log q/p), no gradient.
 
     At an event y the second coefficient is q(y)/(q(y)+p(y)): the `sigmoid` weight of y.
@@ -74,23 +60,24 @@ def todi(log_p: LogDistribution, log_q: LogDistribution, knob: Array | float) ->
     return (toward * forward + back * reverse).sum(axis=-1)
 
 
-def skew_kl(log_p: LogDistribution, log_q: LogDistribution, knob: Array | float) -> PerToken:
-    return kl(log_p, _mixture(log_p, log_q, knob))
+def skew_kl(log_p: LogDistribution, log_q: LogDistribution, *, skew: float) -> PerToken:
+    return kl(log_p, _mixture(log_p, log_q, skew))
 
 
-def skew_reverse_kl(
-    log_p: LogDistribution, log_q: LogDistribution, knob: Array | float
+def skew_reverse_kl(log_p: LogDistribution, log_q: LogDistribution, *, skew: float) -> PerToken:
+    return kl(log_q, _mixture(log_q, log_p, skew))
+
+
+def taid(
+    log_p: LogDistribution, log_q: LogDistribution, *, interpolation: Array | float
 ) -> PerToken:
-    return kl(log_q, _mixture(log_q, log_p, knob))
-
-
-def taid(log_p: LogDistribution, log_q: LogDistribution, knob: Array | float) -> PerToken:
-    """Cross-entropy to softmax((1−s) sg(z_q) + s z_p); knob is s, of the train state.
+    """Cross-entropy to softmax((1−s) sg(z_q) + s z_p); s is the train state's interpolation.
 
     Log-probabilities serve as logits (they differ by a constant). A cross-entropy is not 0 where
     student and target agree: it is the target's entropy there.
     """
-    blend = (1 - knob) * jax.lax.stop_gradient(log_q) + knob * log_p
+    s = interpolation
+    blend = (1 - s) * jax.lax.stop_gradient(log_q) + s * log_p
     target = jax.nn.softmax(blend, axis=-1)
     return -(target * log_q).sum(axis=-1)
 
@@ -99,32 +86,29 @@ def taid(log_p: LogDistribution, log_q: LogDistribution, knob: Array | float) ->
 class Divergence:
     """One entry of the registry; the texts make docs/losses.md."""
 
-    value: Callable[[Array, Array, Array | float], Array] | None  # None: the trace token is enough
-    knob: str  # the LossConfig field that `value` gets as its third argument; "" for none
+    value: Callable[..., Array] | None  # (log p, log q); None: the trace token is enough
     formula: str
     source: str
     choose: str  # when to choose it
+    parameter: str = ""  # keyword of `value`: a field of LossConfig, or TAID's "interpolation"
     acts_on_student: bool = False  # a top-k cache misleads it where the student is far
 
 
 DIVERGENCES: dict[str, Divergence] = {
     "nll": Divergence(
         None,
-        "",
         "−log q(y)",
         "supervised fine-tuning",
         "the traces are all you have; with weights this is DisCorD on SFT, with `dft` weights DFT",
     ),
     "forward_kl": Divergence(
         forward_kl,
-        "",
         "Σ p log(p/q)",
         "Hinton et al. 2015, arXiv 1503.02531",
         "the student can hold the teacher's whole distribution; it covers every mode",
     ),
     "reverse_kl": Divergence(
         reverse_kl,
-        "",
         "Σ q log(q/p)",
         "MiniLLM, arXiv 2306.08543",
         "the student is much smaller; it keeps to the modes it can reach",
@@ -132,14 +116,13 @@ DIVERGENCES: dict[str, Divergence] = {
     ),
     "jsd": Divergence(
         jsd,
-        "beta",
         "β KL(p‖M) + (1−β) KL(q‖M), M = βp + (1−β)q; β = 0: KL(p‖q), β = 1: KL(q‖p)",
         "GKD, arXiv 2306.13649, Eq. 1",
         "bounded, between the two KLs; the usual choice with on-policy samples",
+        parameter="beta",
     ),
     "todi": Divergence(
         todi,
-        "",
         "Σ sg[σ(log p/q)] p log(p/q) + sg[σ(log q/p)] q log(q/p)",
         "ToDi, arXiv 2505.16297",
         "forward KL where the student is too low, reverse KL where it is too high, entry by entry",
@@ -147,24 +130,24 @@ DIVERGENCES: dict[str, Divergence] = {
     ),
     "skew_kl": Divergence(
         skew_kl,
-        "skew",
         "KL(p‖λp + (1−λ)q)",
         "DistiLLM, arXiv 2402.03898",
         "forward KL whose gradient stays bounded where q is tiny",
+        parameter="skew",
     ),
     "skew_reverse_kl": Divergence(
         skew_reverse_kl,
-        "skew",
         "KL(q‖(1−λ)p + λq)",
         "DistiLLM, arXiv 2402.03898",
         "reverse KL that stays bounded where p is tiny",
+        parameter="skew",
     ),
     "taid": Divergence(
         taid,
-        "interpolation",
         "−Σ sg[t] log q, t = softmax((1−s) z_q + s z_p), s rising to 1",
         "TAID, arXiv 2501.16937",
         "a wide gap between teacher and student: the target moves from the student to the teacher",
+        parameter="interpolation",
         acts_on_student=True,
     ),
 }

@@ -3,8 +3,8 @@
 Every weight is a bounded function of the log-ratio r_t = sg[log q(y_t) - log p(y_t)] (of
 log q(y_t) alone for `dft`), float32, and carries no gradient: stop_gradient lives here.
 Order: log-ratio -> scope -> bounded weight -> warmup -> sequence normalisation; the batch
-normalisation is the divisor in reduce.py. With temperature or offset "auto" both come from the
-train state, where losses/adaptive.py keeps them.
+normalisation is the divisor in reduce.py. A temperature or offset "auto" is in the train state,
+where losses/adaptive.py keeps it. A new weight is one entry of WEIGHTS.
 """
 
 from __future__ import annotations
@@ -12,17 +12,29 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dcod_jax.errors import DcodError
+from dcod_jax.types import LossState
 
 SCOPES = ("token", "prefix", "sequence")
 NORMALIZATIONS = ("mean", "none", "sequence")
 AUTO = "auto"
+
+Scalar = Float[Array, ""] | float
+
+
+class Tokens(NamedTuple):
+    """What weights read of a batch."""
+
+    student_logprobs: Float[Array, "B T"]  # log q(y)
+    teacher_logprobs: Float[Array, "B T"]  # log p(y)
+    loss_mask: Bool[Array, "B T"]
+    segment_ids: Int[Array, "B T"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,26 +58,59 @@ class WeightConfig:
         """Whether temperature or offset is solved for inside the step."""
         return AUTO in (self.temperature, self.offset)
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the weight reads the teacher's log-probabilities."""
+        return WEIGHTS[self.name].needs_teacher
+
+    @property
+    def needs_logprob_pass(self) -> bool:
+        """Whether a weight depends on other tokens, so that log q is needed before the loss."""
+        across = self.scope != "token" or self.normalize == "sequence"
+        return across and WEIGHTS[self.name].needs_student
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tempering:
     """Temperature and offset in force: the configuration's, or the train state's."""
 
-    temperature: Any  # scalar
-    offset: Any  # scalar
+    temperature: Scalar
+    offset: Scalar
 
 
-def fixed(cfg: WeightConfig, solved: Tempering | None = None) -> Tempering:
+Solved = Tempering | LossState | None  # where AUTO numbers come from
+
+
+def fixed(cfg: WeightConfig, solved: Solved = None) -> Tempering:
     """The configuration's numbers; where it says AUTO, those of `solved`."""
     if not cfg.automatic:
-        return Tempering(cfg.temperature, cfg.offset)
+        return Tempering(cfg.temperature, cfg.offset)  # pyright: ignore[reportArgumentType]
     if solved is None:
         raise DcodError("loss.weights: automatic temperature needs the train state's tempering")
     return Tempering(
-        solved.temperature if cfg.temperature == AUTO else cfg.temperature,
-        solved.offset if cfg.offset == AUTO else cfg.offset,
+        *(
+            getattr(solved if getattr(cfg, name) == AUTO else cfg, name)
+            for name in ("temperature", "offset")
+        )
     )
+
+
+# ---------------------------------------------------------------- registry
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One entry of the registry; the texts make docs/losses.md."""
+
+    value: Callable[[WeightConfig, Array, Tempering], Array]  # of r, or of log q without a teacher
+    formula: str
+    source: str
+    choose: str  # when to choose it
+    parameters: tuple[str, ...] = ()  # fields of WeightConfig that `value` reads
+    automatic: tuple[str, ...] = ()  # those of them that may be AUTO
+    needs_student: bool = True  # reads log q of the trace token
+    needs_teacher: bool = True  # reads log p of the trace token
 
 
 def _clip(cfg: WeightConfig, r: Array) -> Array:
@@ -73,18 +118,50 @@ def _clip(cfg: WeightConfig, r: Array) -> Array:
     return jnp.minimum(jnp.exp(jnp.minimum(r, math.log(cfg.clip))), cfg.clip)
 
 
-WEIGHTS: dict[str, Callable[[WeightConfig, Array, Tempering], Array]] = {
-    "uniform": lambda cfg, r, t: jnp.ones_like(r),
-    "sigmoid": lambda cfg, r, t: jax.nn.sigmoid((r + t.offset) / t.temperature),  # DisCorD
-    "clip": lambda cfg, r, t: _clip(cfg, r),  # token-level truncated importance sampling
-    "power": lambda cfg, r, t: _clip(cfg, r / t.temperature),  # tempered ratio
-    "dft": lambda cfg, r, t: jnp.exp(r),  # r is log q here; arXiv 2508.05629
+WEIGHTS: dict[str, Weight] = {
+    "uniform": Weight(
+        lambda cfg, r, t: jnp.ones_like(r),
+        "1",
+        "the plain loss",
+        "a baseline without weights",
+        needs_student=False,
+        needs_teacher=False,
+    ),
+    "sigmoid": Weight(
+        lambda cfg, r, t: jax.nn.sigmoid((r + t.offset) / t.temperature),
+        "σ((r + offset)/temperature)",
+        "DisCorD, arXiv 2605.14071",
+        "the default: in (0, 1), ½ where student and teacher agree (temperature 1, offset 0)",
+        parameters=("temperature", "offset"),
+        automatic=("temperature", "offset"),
+    ),
+    "clip": Weight(
+        lambda cfg, r, t: _clip(cfg, r),
+        "min(exp(r), clip)",
+        "truncated importance sampling, token by token",
+        "the ratio itself is wanted, with a bound on its variance",
+        parameters=("clip",),
+    ),
+    "power": Weight(
+        lambda cfg, r, t: _clip(cfg, r / t.temperature),
+        "min(exp(r/temperature), clip)",
+        "tempered importance ratio",
+        "a ratio between uniform (a high temperature) and `clip` (temperature 1)",
+        parameters=("temperature", "clip"),
+        automatic=("temperature",),
+    ),
+    "dft": Weight(
+        lambda cfg, r, t: jnp.exp(r),
+        "sg[q(y)]",
+        "DFT, arXiv 2508.05629",
+        "there is no teacher to ask; the ablation of the ratio",
+        needs_teacher=False,
+    ),
 }
-TEMPERED = {"sigmoid": ("temperature", "offset"), "power": ("temperature",)}  # what may be AUTO
 
 
-def config_errors(cfg: WeightConfig) -> list[DcodError]:
-    """What is wrong with the configuration, one error for each key; empty when it is fine."""
+def config_errors(cfg: WeightConfig) -> list[str]:
+    """What is wrong across the keys of loss.weights, one error for each; empty when it is fine."""
     key = "loss.weights."
     errors = [
         f"{key}{name}={value!r} is not known; choose one of {', '.join(known)}"
@@ -96,31 +173,15 @@ def config_errors(cfg: WeightConfig) -> list[DcodError]:
         if value not in known
     ]
     for name, value in (("temperature", cfg.temperature), ("offset", cfg.offset)):
-        may_be_auto = name in TEMPERED.get(cfg.name, ())
-        if value == AUTO and not may_be_auto:
+        may = [weight for weight, entry in WEIGHTS.items() if name in entry.automatic]
+        if value == AUTO and cfg.name not in may:
             errors.append(
                 f"{key}{name}='auto' means nothing for {key}name={cfg.name!r}; it is for "
-                + ", ".join(weight for weight, names in TEMPERED.items() if name in names)
+                + ", ".join(may)
             )
         elif isinstance(value, str) and value != AUTO:
             errors.append(f"{key}{name}={value!r} must be a number or 'auto'")
-    for name, value in (("temperature", cfg.temperature), ("clip", cfg.clip)):
-        if not isinstance(value, str) and not (math.isfinite(value) and value > 0):
-            errors.append(f"{key}{name}={value} must be a finite number > 0")
-    if not isinstance(cfg.offset, str) and not math.isfinite(cfg.offset):
-        errors.append(f"{key}offset={cfg.offset} must be a finite number")
-    if cfg.warmup_steps < 0:
-        errors.append(f"{key}warmup_steps={cfg.warmup_steps} must be >= 0 (0: no warmup)")
-    for name, value in (("target_loss", cfg.target_loss), ("target_ess", cfg.target_ess)):
-        if not 0 <= value < 1:
-            errors.append(f"{key}{name}={value} must be in [0, 1); 0: it is not what is aimed at")
-    if not 0 < cfg.target_mean < 1:
-        errors.append(f"{key}target_mean={cfg.target_mean} must be between 0 and 1")
-    if not 0 <= cfg.smoothing < 1:
-        errors.append(f"{key}smoothing={cfg.smoothing} must be in [0, 1); 0: this step's own value")
-    if cfg.temperature == AUTO:
-        errors += _target_errors(cfg)
-    return [DcodError(error) for error in errors]
+    return errors + (_target_errors(cfg) if cfg.temperature == AUTO else [])
 
 
 def _target_errors(cfg: WeightConfig) -> list[str]:
@@ -154,48 +215,38 @@ def _target_errors(cfg: WeightConfig) -> list[str]:
     return []
 
 
-def needs_teacher(cfg: WeightConfig) -> bool:
-    """Whether the weight reads the teacher's log-probabilities."""
-    return cfg.name not in ("uniform", "dft")
-
-
-def needs_logprob_pass(cfg: WeightConfig) -> bool:
-    """Whether a weight depends on other tokens, so that log q is needed before the loss."""
-    return cfg.name != "uniform" and (cfg.scope != "token" or cfg.normalize == "sequence")
+# ---------------------------------------------------------------- per token
 
 
 def log_ratio(
     cfg: WeightConfig, student_logprobs: Float[Array, "*N"], teacher_logprobs: Float[Array, "*N"]
 ) -> Float[Array, "*N"]:
-    """r = sg[log q - log p] per token; for `dft`, which knows no teacher, sg[log q]."""
+    """r = sg[log q - log p] per token; of weights without a teacher sg[log q]."""
     student = jax.lax.stop_gradient(student_logprobs).astype(jnp.float32)
-    if not needs_teacher(cfg):
+    if not cfg.needs_teacher:
         return student
     return student - jax.lax.stop_gradient(teacher_logprobs).astype(jnp.float32)
 
 
-def token_weights(
-    cfg: WeightConfig,
-    student_logprobs: Float[Array, "*N"],
-    teacher_logprobs: Float[Array, "*N"],
-    tempering: Tempering | None = None,
-) -> Float[Array, "*N"]:
-    """Raw bounded weight of each token on its own.
+def raw(cfg: WeightConfig, r: Float[Array, "*N"], tempering: Solved) -> Float[Array, "*N"]:
+    """Bounded weight of each log-ratio.
 
     sigmoid at temperature 1, offset 0: q=0.2, p=0.6 -> q/(q+p) = 0.25.
     """
-    r = log_ratio(cfg, student_logprobs, teacher_logprobs)
-    return WEIGHTS[cfg.name](cfg, r, fixed(cfg, tempering))
+    return WEIGHTS[cfg.name].value(cfg, r, fixed(cfg, tempering))
 
 
 def warm(
     cfg: WeightConfig, weights: Float[Array, "*N"], step: Int[Array, ""] | int
 ) -> Float[Array, "*N"]:
     """w <- 1 + a (w - 1) with a = min(step / warmup_steps, 1); a = 1 without warmup."""
-    if cfg.warmup_steps == 0 or cfg.name == "uniform":
+    if cfg.warmup_steps == 0 or not WEIGHTS[cfg.name].needs_student:
         return weights
     a = jnp.minimum(jnp.asarray(step, jnp.float32) / cfg.warmup_steps, 1.0)
     return (1.0 - a) + a * weights  # this order keeps a tiny weight exact at a = 1
+
+
+# ---------------------------------------------------------------- per segment
 
 
 def segment_cumsum(
@@ -229,59 +280,34 @@ def segment_total(
     return jax.lax.associative_scan(combine, (ends, running), axis=1, reverse=True)[1]
 
 
-def scoped_log_ratio(
-    cfg: WeightConfig,
-    r: Float[Array, "B T"],
-    loss_mask: Bool[Array, "B T"],
-    segment_ids: Int[Array, "B T"],
-) -> Float[Array, "B T"]:
+def scoped_log_ratio(cfg: WeightConfig, tokens: Tokens) -> Float[Array, "B T"]:
     """r itself, or its mean over the segment's completion tokens up to and with t, or over all.
 
     prefix, all in the mask, one segment: [-1 -3 -2] -> [-1 -2 -2].
     """
+    r = log_ratio(cfg, tokens.student_logprobs, tokens.teacher_logprobs)
     if cfg.scope == "token":
         return r
     mean_over = {"prefix": segment_cumsum, "sequence": segment_total}[cfg.scope]
-    mask = loss_mask.astype(jnp.float32)
+    mask = tokens.loss_mask.astype(jnp.float32)
     # where, not a product: what stands outside the mask may be anything, -inf too.
-    total = mean_over(jnp.where(loss_mask, r, 0.0), segment_ids)
-    return total / jnp.maximum(mean_over(mask, segment_ids), 1.0)
-
-
-def raw_weights(
-    cfg: WeightConfig,
-    student_logprobs: Float[Array, "B T"],
-    teacher_logprobs: Float[Array, "B T"],
-    loss_mask: Bool[Array, "B T"],
-    segment_ids: Int[Array, "B T"],
-    tempering: Tempering | None = None,
-) -> Float[Array, "B T"]:
-    """Bounded weights after the scope, before warmup and any normalisation."""
-    r = scoped_log_ratio(
-        cfg, log_ratio(cfg, student_logprobs, teacher_logprobs), loss_mask, segment_ids
-    )
-    return WEIGHTS[cfg.name](cfg, r, fixed(cfg, tempering))
+    total = mean_over(jnp.where(tokens.loss_mask, r, 0.0), tokens.segment_ids)
+    return total / jnp.maximum(mean_over(mask, tokens.segment_ids), 1.0)
 
 
 def weigh(
-    cfg: WeightConfig,
-    student_logprobs: Float[Array, "B T"],
-    teacher_logprobs: Float[Array, "B T"],
-    loss_mask: Bool[Array, "B T"],
-    segment_ids: Int[Array, "B T"],
-    step: Int[Array, ""] | int,
-    tempering: Tempering | None = None,
+    cfg: WeightConfig, tokens: Tokens, step: Int[Array, ""] | int, tempering: Solved
 ) -> Float[Array, "B T"]:
     """Final weights before the batch normalisation: scope, warmup, sequence normalisation.
 
     0 outside loss_mask. With normalize "sequence" the completion tokens of each segment have
     mean weight 1 (all 0 where every weight of the segment underflows).
     """
-    raw = raw_weights(cfg, student_logprobs, teacher_logprobs, loss_mask, segment_ids, tempering)
-    weights = jnp.where(loss_mask, warm(cfg, raw, step), 0.0)
-    if cfg.normalize != "sequence" or cfg.name == "uniform":
+    bounded = raw(cfg, scoped_log_ratio(cfg, tokens), tempering)
+    weights = jnp.where(tokens.loss_mask, warm(cfg, bounded, step), 0.0)
+    if cfg.normalize != "sequence" or not WEIGHTS[cfg.name].needs_student:
         return weights
-    count = segment_total(loss_mask.astype(jnp.float32), segment_ids)
-    mean = segment_total(weights, segment_ids) / jnp.maximum(count, 1.0)
+    count = segment_total(tokens.loss_mask.astype(jnp.float32), tokens.segment_ids)
+    mean = segment_total(weights, tokens.segment_ids) / jnp.maximum(count, 1.0)
     usable = mean > jnp.finfo(jnp.float32).tiny
     return jnp.where(usable, weights / jnp.where(usable, mean, 1.0), 0.0)
