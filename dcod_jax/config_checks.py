@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 from dcod_jax.errors import nearest
@@ -10,6 +12,8 @@ from dcod_jax.evaluate.benchmarks import parse_set
 from dcod_jax.losses import distill
 from dcod_jax.losses.distill import LossConfig
 from dcod_jax.losses.divergences import DIVERGENCES
+from dcod_jax.losses.weights import WEIGHTS
+from dcod_jax.train.optim import DECAYS
 
 CHOICES = {
     "log_level": ("debug", "info", "warning", "error"),
@@ -19,56 +23,93 @@ CHOICES = {
     "export.dtype": ("bfloat16", "float32", "float16"),
     "prepare.logprobs": ("ignore", "require"),
     "prepare.on_bad_record": ("error", "quarantine"),
-    "optim.schedule": ("cosine", "linear", "constant"),
+    "loss.divergence": tuple(DIVERGENCES),
+    "loss.teacher": ("cached", "live"),
+    "loss.weights.name": tuple(WEIGHTS),
+    "loss.weights.scope": ("token", "prefix", "sequence"),
+    "loss.weights.normalize": ("mean", "none", "sequence"),
+    "optim.schedule": tuple(DECAYS),
     "hosts.cluster": ("auto", "none", "slurm", "ompi", "mpi4py", "k8s"),
     "hosts.collectives": ("gloo", "mpi"),
     "evaluate.form": ("chat", "plain"),
 }
 
-POSITIVE = (
-    "data.max_length data.seq_len data.batch_size data.prefetch prepare.grade_timeout "
-    "prepare.overlap_ngram prepare.shard_records score.batch_tokens "
-    "optim.learning_rate optim.eps train.steps "
-    "train.microbatches train.log_every train.keep generate.samples generate.max_new_tokens "
-    "generate.batch_size evaluate.samples evaluate.max_new_tokens evaluate.batch_size "
-    "export.max_shard_gb on_policy.max_new_tokens "
-    "hosts.connect_timeout hosts.heartbeat hosts.timeout "
-    "drift.samples drift.max_new_tokens drift.batch_size drift.resamples "
-    "report.points report.histogram_traces plan.slices"
-).split()
+# What must hold -> (the test, keys). A section that only some recipes have is checked where it is.
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "be greater than 0": (
+        lambda x: x > 0,
+        "data.max_length data.seq_len data.batch_size data.prefetch prepare.grade_timeout "
+        "prepare.overlap_ngram prepare.shard_records score.batch_tokens loss.head_chunk "
+        "optim.learning_rate optim.eps train.steps train.microbatches train.log_every train.keep "
+        "generate.samples generate.max_new_tokens generate.batch_size evaluate.samples "
+        "evaluate.max_new_tokens evaluate.batch_size export.max_shard_gb on_policy.max_new_tokens "
+        "hosts.connect_timeout hosts.heartbeat hosts.timeout "
+        "drift.samples drift.max_new_tokens drift.batch_size drift.resamples "
+        "report.points report.histogram_traces plan.slices "
+        "study.seeds study.tuning_seeds study.width study.layers study.start_learning_rate "
+        "study.start_problems study.traces study.problems",
+    ),
+    "not be negative": (
+        lambda x: x >= 0,
+        "seed prepare.workers score.top_k loss.weights.warmup_steps optim.warmup_steps "
+        "optim.weight_decay optim.clip_norm optim.final_fraction train.eval_every "
+        "train.eval_batches train.save_every train.local_every generate.temperature "
+        "generate.top_k evaluate.limit evaluate.temperature evaluate.top_k evaluate.shots "
+        "data.head_tokens on_policy.temperature drift.limit report.traces plan.hbm_gib "
+        "study.start_steps study.noise study.drift_prompts",
+    ),
+    "be a finite number > 0": (
+        lambda x: math.isfinite(x) and x > 0,
+        "loss.temperature loss.weights.temperature loss.weights.clip",
+    ),
+    "be a finite number": (math.isfinite, "loss.weights.offset"),
+    "be in [0, 1)": (
+        lambda x: 0 <= x < 1,
+        "optim.b1 optim.b2 data.eval_fraction loss.taid_start loss.taid_beta "
+        "loss.weights.target_loss loss.weights.target_ess loss.weights.smoothing "
+        "generate.min_p evaluate.min_p",
+    ),
+    "be in [0, 1]": (
+        lambda x: 0 <= x <= 1,
+        "loss.alpha loss.beta loss.taid_end loss.taid_alpha on_policy.fraction",
+    ),
+    "be in (0, 1]": (lambda x: 0 < x <= 1, "generate.top_p evaluate.top_p"),
+    "be between 0 and 1": (lambda x: 0 < x < 1, "loss.skew loss.weights.target_mean"),
+}
+BECAUSE = {
+    "loss.skew": "at the ends skew KL is a plain KL (loss.divergence=forward_kl or reverse_kl) or "
+    "nothing",
+    "loss.weights.target_loss": "0: it is not what is aimed at",
+    "loss.weights.target_ess": "0: it is not what is aimed at",
+    "loss.weights.smoothing": "0: this step's own value",
+    "loss.weights.warmup_steps": "0: no warmup",
+}
 
-NOT_NEGATIVE = (
-    "seed prepare.workers score.top_k optim.warmup_steps "
-    "optim.weight_decay optim.clip_norm optim.final_fraction train.eval_every train.eval_batches "
-    "train.save_every train.local_every generate.temperature generate.top_k evaluate.limit "
-    "evaluate.temperature evaluate.top_k evaluate.shots data.eval_fraction data.head_tokens "
-    "on_policy.temperature drift.limit report.traces plan.hbm_gib"
-).split()
 
-# Of the section that only the study's recipe has.
-STUDY_POSITIVE = (
-    "study.seeds study.tuning_seeds study.width study.layers study.start_learning_rate "
-    "study.start_problems study.traces study.problems"
-).split()
-STUDY_NOT_NEGATIVE = "study.start_steps study.noise study.drift_prompts".split()
+def _range_errors(flat: dict[str, Any]) -> list[str]:
+    wrong = []
+    for must, (holds, names) in RANGES.items():
+        for key in names.split():
+            value = flat.get(key)  # None: a section that this recipe lacks; a text: AUTO
+            if value is None or isinstance(value, str) or holds(value):
+                continue
+            why = f"; {BECAUSE[key]}" if key in BECAUSE else ""
+            wrong.append(f"{key}={value} must {must}{why}")
+    return wrong
 
 
 def _teacher_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
     """Losses whose teacher cannot give what they need, with the command that makes it."""
     wrong: list[str] = []
-    if loss.divergence not in DIVERGENCES:
-        return []
     if loss.teacher == "live" and not flat["teacher.path"]:
         wrong.append("loss.teacher=live needs teacher.path (an HF directory or a .gguf file)")
-    if distill.needs_distribution(loss) and loss.teacher == "cached" and not flat["score.top_k"]:
+    if loss.needs_top_k and not flat["score.top_k"]:
         wrong.append(
             f"loss.divergence={loss.divergence} needs the teacher's distribution; log-probs of the "
             "trace tokens (score.top_k=0) are not enough. Set score.top_k=64 in the recipe and run "
             "`python -m dcod_jax.score --config ... --config.score.overwrite=true`, or set "
             "loss.teacher=live"
         )
-    if not 0 <= flat["on_policy.fraction"] <= 1:
-        wrong.append(f"on_policy.fraction={flat['on_policy.fraction']} must be in [0, 1]")
     if flat["on_policy.fraction"] and (
         loss.teacher != "live" or loss.divergence == "nll" or loss.alpha != 1
     ):
@@ -134,13 +175,9 @@ def _local_errors(directory: str, every: int, save_every: int) -> list[str]:
 
 
 def _sampling_errors(flat: dict[str, Any]) -> list[str]:
-    """Of generate.* and evaluate.*: ranges, and sets that are not known."""
+    """Of generate.* and evaluate.*: stop strings, greedy samples, and sets that are not known."""
     wrong: list[str] = []
     for part in ("generate", "evaluate"):
-        if not 0 < flat[f"{part}.top_p"] <= 1:
-            wrong.append(f"{part}.top_p={flat[f'{part}.top_p']} must be in (0, 1]")
-        if not 0 <= flat[f"{part}.min_p"] < 1:
-            wrong.append(f"{part}.min_p={flat[f'{part}.min_p']} must be in [0, 1)")
         if not all(isinstance(text, str) and text for text in flat[f"{part}.stop"]):
             wrong.append(f"{part}.stop={flat[f'{part}.stop']!r} must be non-empty texts")
     if flat["evaluate.samples"] > 1 and flat["evaluate.temperature"] == 0:
@@ -167,16 +204,10 @@ def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
         if flat[key] not in allowed:
             hint = nearest(str(flat[key]), allowed)
             wrong.append(f"{key}={flat[key]!r} must be one of {', '.join(allowed)}{hint}")
-    study = "study.seeds" in flat
-    positive = POSITIVE + STUDY_POSITIVE * study
-    not_negative = NOT_NEGATIVE + STUDY_NOT_NEGATIVE * study
-    wrong += [f"{k}={flat[k]} must be greater than 0" for k in positive if not flat[k] > 0]
-    wrong += [f"{k}={flat[k]} must not be negative" for k in not_negative if not flat[k] >= 0]
-    for key in ("optim.b1", "optim.b2", "data.eval_fraction"):
-        if not 0 <= flat[key] < 1:
-            wrong.append(f"{key}={flat[key]} must be in [0, 1)")
-    wrong += [str(error) for error in distill.config_errors(loss)]
-    wrong += _teacher_errors(flat, loss)
+    if not any(error.startswith("loss.") for error in wrong):
+        wrong += distill.config_errors(loss)
+        wrong += _teacher_errors(flat, loss)
+    wrong += _range_errors(flat)
     wrong += _hosts_errors(flat)
     wrong += _profile_errors(flat["profile.steps"], flat["train.steps"])
     wrong += _sampling_errors(flat)

@@ -13,8 +13,8 @@ LEVELS = """
     errors types files copies
     parallel.mesh parallel.collectives parallel.exit_report parallel.monitor parallel.hosts logs
     models.config models.layers models.attention models.transformer models.cached models.tensors
-    losses.events losses.distributions losses.divergences losses.weights losses.adaptive
-    losses.head losses.reduce losses.distill
+    losses.head losses.events losses.distributions losses.divergences losses.weights
+    losses.adaptive losses.reduce losses.distill
     data.codec data.dataset data.blocks data.scores data.packing
     data.formats data.traces data.pipeline
     models.gguf models.hf data.tokenizer data.chat

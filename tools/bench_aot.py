@@ -54,7 +54,6 @@ VALID_VOCAB = 151665  # entries of the tokenizer that they share
 TOP_K = {"loss.divergence": "forward_kl", "score.top_k": 64}
 LIVE = {"loss.divergence": "forward_kl", "loss.teacher": "live"}
 PLAIN = {"loss.weights.name": "uniform"}
-
 LONG = {"data.seq_len": 32768, "data.max_length": 32768}
 
 # Row -> (student, changed keys); the first ones matter most.

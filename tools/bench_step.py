@@ -43,10 +43,14 @@ ROOT = Path(__file__).resolve().parents[1]
 def our_config(
     weights: str, *, head_chunk: int, loss: dict[str, Any] | None = None, **shape: int
 ) -> tuple[Any, Any]:
-    """(model config, loss config) of the benchmark; `loss` replaces fields of LossConfig (nll)."""
-    from dcod_jax.losses.distill import LossConfig
+    """(model config, loss) of the benchmark; `loss` replaces fields of LossConfig (nll)."""
+    import jax
+
+    from dcod_jax.losses.distill import DistillLoss, LossConfig
+    from dcod_jax.losses.head import VocabHead
     from dcod_jax.losses.weights import WeightConfig
     from dcod_jax.models.config import from_hf
+    from dcod_jax.parallel.mesh import make_mesh
 
     raw = {
         "model_type": "llama",
@@ -65,7 +69,9 @@ def our_config(
         warmup_steps=0,
     )  # fmt: skip
     values: dict[str, Any] = {"divergence": "nll"} | (loss or {})
-    return from_hf(raw), LossConfig(head_chunk=head_chunk, weights=weight_config, **values)
+    model_config, mesh = from_hf(raw), make_mesh(devices=jax.devices()[:1])
+    head = VocabHead(head_chunk, model_config.vocab_size, mesh)
+    return model_config, DistillLoss(LossConfig(weights=weight_config, **values), head)
 
 
 def our_batch(
@@ -106,7 +112,7 @@ def our_batch(
     )
 
 
-def our_step(args: argparse.Namespace, model_config: Any, loss_config: Any) -> tuple[Any, Any]:
+def our_step(args: argparse.Namespace, model_config: Any, loss: Any) -> tuple[Any, Any]:
     """(train step, state) on one device, as the train verb makes them.
 
     With a live teacher the step takes its parameters too; it has the student's shape.
@@ -115,33 +121,20 @@ def our_step(args: argparse.Namespace, model_config: Any, loss_config: Any) -> t
     import jax.numpy as jnp
 
     from dcod_jax.models.transformer import init_params
-    from dcod_jax.parallel.mesh import make_mesh
-    from dcod_jax.train.forward import TeacherModel
+    from dcod_jax.train.forward import Forward, TeacherModel
     from dcod_jax.train.optim import OptimConfig, make_optimizer
     from dcod_jax.train.step import init_state, make_train_step
 
-    mesh = make_mesh(devices=jax.devices()[:1])
     optim = OptimConfig(
         learning_rate=LEARNING_RATE, schedule="constant", warmup_steps=0, final_fraction=1.0,
         weight_decay=0.0, b1=0.9, b2=0.999, eps=1e-8, clip_norm=args.clip_norm,
     )  # fmt: skip
     optimizer, schedule = make_optimizer(optim, 1000)
-    live = loss_config.teacher == "live"
-    step = make_train_step(
-        model_config,
-        loss_config,
-        optimizer,
-        schedule,
-        batch_size=BATCH,
-        microbatches=1,
-        mesh=mesh,
-        compute_dtype=jnp.float32,
-        remat=args.remat,
-        valid_vocab=model_config.vocab_size,
-        teacher=TeacherModel(model_config, jnp.float32) if live else None,
-    )
+    teacher = TeacherModel(model_config, jnp.float32) if loss.config.teacher == "live" else None
+    forward = Forward(model_config, loss, jnp.float32, args.remat, teacher)
+    step = make_train_step(forward, optimizer, schedule, batch_size=BATCH)
     params = jax.jit(init_params, static_argnums=0)(model_config, jax.random.key(0))
-    return step, init_state(params, optimizer, mesh=mesh, model_config=model_config)
+    return step, init_state(params, optimizer, mesh=loss.head.mesh, model_config=model_config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,13 +168,11 @@ def worker_ours(args: argparse.Namespace) -> dict[str, float]:
     from dcod_jax.models.transformer import init_params
 
     variant = VARIANTS[args.worker]
-    model_config, loss_config = our_config(
-        variant.weights, head_chunk=args.head_chunk, loss=variant.loss
-    )
-    step, state = our_step(args, model_config, loss_config)
+    model_config, loss = our_config(variant.weights, head_chunk=args.head_chunk, loss=variant.loss)
+    step, state = our_step(args, model_config, loss)
     batch = our_batch(model_config.vocab_size, top_k=variant.top_k, prompt=variant.prompt)
     teacher = ()
-    if loss_config.teacher == "live":
+    if loss.config.teacher == "live":
         teacher = (jax.jit(init_params, static_argnums=0)(model_config, jax.random.key(1)),)
 
     def run_steps(count: int) -> None:
@@ -264,12 +255,12 @@ def compiled_temporaries(args: argparse.Namespace, vocab: int, length: int, loss
     import jax
 
     _, top_k, values = loss
-    model_config, loss_config = our_config(
+    model_config, loss = our_config(
         "sigmoid", head_chunk=args.head_chunk, loss=values, vocab_size=vocab, num_hidden_layers=2
     )
-    step, state = our_step(args, model_config, loss_config)
+    step, state = our_step(args, model_config, loss)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-    teacher = [shapes.params] if loss_config.teacher == "live" else []
+    teacher = [shapes.params] if loss.config.teacher == "live" else []
     batch = our_batch(vocab, BATCH, length, top_k=top_k)
     compiled = step.lower(shapes, batch, *teacher).compile()
     return compiled.memory_analysis().temp_size_in_bytes / 2**20
@@ -293,8 +284,8 @@ def bench_checkpoint(args: argparse.Namespace) -> None:
 
     from dcod_jax.train.checkpointer import Checkpointer, Snapshot
 
-    model_config, loss_config = our_config("sigmoid", head_chunk=512, num_hidden_layers=30)
-    _, state = our_step(args, model_config, loss_config)
+    model_config, loss = our_config("sigmoid", head_chunk=512, num_hidden_layers=30)
+    _, state = our_step(args, model_config, loss)
     jax.block_until_ready(state)
     size = sum(x.nbytes for x in jax.tree.leaves(state)) / 1e9
     with tempfile.TemporaryDirectory(dir=args.directory) as run_dir:

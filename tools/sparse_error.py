@@ -34,7 +34,9 @@ from dcod_jax.errors import DcodError
 from dcod_jax.losses import distributions
 from dcod_jax.losses.adaptive import TaidConfig
 from dcod_jax.losses.distill import LossConfig
+from dcod_jax.losses.distributions import TopK
 from dcod_jax.losses.divergences import DIVERGENCES
+from dcod_jax.losses.head import VocabHead
 from dcod_jax.models.hf import load_model
 from dcod_jax.models.transformer import head_weight, hidden_states
 from dcod_jax.sample.sampler import bucket_length
@@ -46,18 +48,20 @@ NAMES = [name for name, entry in DIVERGENCES.items() if entry.value is not None]
 PIECE = 64  # tokens whose logits and gradients exist at one time
 
 
-def knob(name: str) -> float:
-    """The default of the divergence's knob; TAID's at the start of a run."""
-    field = DIVERGENCES[name].knob
+HEAD = VocabHead(PIECE)
+
+
+def parameters(name: str) -> dict[str, float]:
+    """The default of the divergence's parameter; TAID's at the start of a run."""
+    field = DIVERGENCES[name].parameter
     if field == "interpolation":
-        return TaidConfig().start
-    defaults = LossConfig.__dataclass_fields__
-    return defaults[field].default if field else 0.0
+        return {field: TaidConfig().start}
+    return {field: LossConfig.__dataclass_fields__[field].default} if field else {}
 
 
 def values_of(log_p: jax.Array, log_q: jax.Array) -> tuple[jax.Array, ...]:
     """Every divergence of NAMES per token."""
-    return tuple(DIVERGENCES[name].value(log_p, log_q, knob(name)) for name in NAMES)  # pyright: ignore
+    return tuple(DIVERGENCES[name].value(log_p, log_q, **parameters(name)) for name in NAMES)  # pyright: ignore
 
 
 def with_gradients(pair: Any, student: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -82,11 +86,15 @@ def sparse_minus_dense(
     teacher: jax.Array, student: jax.Array, wanted: Any, *, top_k: int, dtype: str
 ) -> tuple[jax.Array, ...]:
     """(Σ |value error| [names], Σ gradient error² [names], Σ p and Σ q of the K ids)."""
-    ids, logprobs, tail = top_k_logprobs(teacher, top_k=top_k)
-    cache = (ids, logprobs.astype(dtype), tail)
-    values, gradients = with_gradients(functools.partial(distributions.buckets, *cache), student)
+    ids, logprobs, tail = top_k_logprobs(teacher, HEAD, top_k=top_k)
+    cache = TopK(ids, logprobs.astype(dtype), tail)
+
+    def pair(student: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return distributions.buckets(cache, student, ids[..., 0], HEAD)[:2]
+
+    values, gradients = with_gradients(pair, student)
     value_error = jnp.abs(values - wanted[0]).sum(axis=1)
-    student_tail = distributions.buckets(*cache, student)[1][..., -1]
+    student_tail = pair(student)[1][..., -1]
     mass = [(1 - jnp.exp(x)).sum() for x in (tail, student_tail)]
     return value_error, square_sum(gradients - wanted[1]), *mass
 

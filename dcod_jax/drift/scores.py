@@ -17,24 +17,15 @@ from dcod_jax.drift import curves as drift_curves
 from dcod_jax.drift.curves import Curve, DriftCurves, LmopsErrors
 from dcod_jax.errors import DcodError
 from dcod_jax.losses import adaptive
-from dcod_jax.losses.distill import LossConfig
-from dcod_jax.losses.weights import WeightConfig
+from dcod_jax.losses.distill import DistillLoss, LossConfig
+from dcod_jax.losses.head import VocabHead
+from dcod_jax.losses.weights import UNIFORM
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import batch_shards, constrain, make_mesh, sharding
 from dcod_jax.sample.sampler import Sample, bucket_length, decoding_params, sample
 from dcod_jax.score.scoring import PlannedBatch, plan_batches
 from dcod_jax.train.forward import Forward, TeacherModel
 from dcod_jax.types import Batch, Params
-
-_UNIFORM = WeightConfig(
-    name="uniform",
-    temperature=1.0,
-    offset=0.0,
-    clip=1.0,
-    scope="token",
-    normalize="none",
-    warmup_steps=0,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,13 +300,11 @@ def score_sequences(
 def _forward(
     teacher: DriftModel, student: DriftModel, *, valid_vocab: int, head_chunk: int, mesh: Mesh
 ) -> Forward:
+    config = LossConfig("forward_kl", UNIFORM, teacher="live")
     return Forward(
-        model=student.config,
-        loss=LossConfig("forward_kl", head_chunk, _UNIFORM, teacher="live"),
-        mesh=mesh,
-        compute_dtype=jnp.dtype(student.compute_dtype),
-        remat="none",
-        valid_vocab=valid_vocab,
+        student.config,
+        DistillLoss(config, VocabHead(head_chunk, valid_vocab, mesh)),
+        jnp.dtype(student.compute_dtype),
         teacher=TeacherModel(teacher.config, jnp.dtype(teacher.compute_dtype)),
     )
 

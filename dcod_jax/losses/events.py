@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from dcod_jax.losses.head import MASKED_LOGIT, VocabHead
+from dcod_jax.parallel import collectives
 from dcod_jax.parallel import mesh as meshes
 
 PLANES = 8  # as many bits of a word; more would save little memory and cost compile time
@@ -34,7 +35,7 @@ def _on_each_device(head: VocabHead, function: Any, *inputs: Array, wide: bool =
         return function(*inputs)
     names = ("shards", None, None, "vocab"), ("shards", None, None, None)
     specs = [names[0], *(names[1][: array.ndim] for array in inputs[1:])]
-    return meshes.per_shard(function, head.mesh, specs, names[0 if wide else 1])(*inputs)
+    return collectives.per_shard(function, head.mesh, specs, names[0 if wide else 1])(*inputs)
 
 
 def _at(ids: Int[Array, "*N K"]) -> tuple[Array, ...]:
@@ -49,7 +50,7 @@ def _local(
 
     vocab: the width of this device's piece. An id of another piece is `vocab`.
     """
-    first = meshes.place(head.mesh, "vocab") * vocab
+    first = collectives.place(head.mesh, "vocab") * vocab
     ids = jnp.concatenate([ids, targets[..., None]], -1)
     inside = (ids >= first) & (ids < first + vocab)
     whole = vocab * meshes.parts(head.mesh, "vocab")
@@ -78,7 +79,7 @@ def _forward_piece(head: VocabHead, logits: Array, ids: Array, targets: Array) -
     """[*N, K + 2]: the logits of the ids, of the rest and of the target."""
     vocab = logits.shape[-1]
     asked, valid = _local(head, vocab, ids, targets)
-    total = functools.partial(meshes.across, mesh=head.mesh, logical="vocab")
+    total = functools.partial(collectives.across, mesh=head.mesh, logical="vocab")
     chosen = total(logits.at[_at(asked)].get(mode="fill", fill_value=0.0))
     planes = list(_planes(asked[..., :-1], vocab, valid))
     rest = [jnp.where(free, logits[..., here], MASKED_LOGIT) for here, free in planes]

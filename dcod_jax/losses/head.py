@@ -27,7 +27,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from dcod_jax.errors import DcodError
-from dcod_jax.parallel.mesh import batch_shards, constrain, parts, sum_shards
+from dcod_jax.parallel.collectives import sum_shards
+from dcod_jax.parallel.mesh import batch_shards, constrain, parts
 
 MASKED_LOGIT = -1e30  # of entries that do not count: probability 0, and finite so that 0 * it is 0
 

@@ -21,8 +21,6 @@ from jaxtyping import Array, Bool, Float, Int
 from dcod_jax.errors import DcodError
 from dcod_jax.types import LossState
 
-SCOPES = ("token", "prefix", "sequence")
-NORMALIZATIONS = ("mean", "none", "sequence")
 AUTO = "auto"
 
 Scalar = Float[Array, ""] | float
@@ -68,6 +66,17 @@ class WeightConfig:
         """Whether a weight depends on other tokens, so that log q is needed before the loss."""
         across = self.scope != "token" or self.normalize == "sequence"
         return across and WEIGHTS[self.name].needs_student
+
+
+UNIFORM = WeightConfig(
+    "uniform",
+    temperature=1.0,
+    offset=0.0,
+    clip=1.0,
+    scope="token",
+    normalize="none",
+    warmup_steps=0,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -163,15 +172,7 @@ WEIGHTS: dict[str, Weight] = {
 def config_errors(cfg: WeightConfig) -> list[str]:
     """What is wrong across the keys of loss.weights, one error for each; empty when it is fine."""
     key = "loss.weights."
-    errors = [
-        f"{key}{name}={value!r} is not known; choose one of {', '.join(known)}"
-        for name, value, known in (
-            ("name", cfg.name, tuple(WEIGHTS)),
-            ("scope", cfg.scope, SCOPES),
-            ("normalize", cfg.normalize, NORMALIZATIONS),
-        )
-        if value not in known
-    ]
+    errors = []
     for name, value in (("temperature", cfg.temperature), ("offset", cfg.offset)):
         may = [weight for weight, entry in WEIGHTS.items() if name in entry.automatic]
         if value == AUTO and cfg.name not in may:

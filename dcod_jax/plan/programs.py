@@ -24,14 +24,13 @@ from jax.typing import DTypeLike
 
 from dcod_jax import config as configs
 from dcod_jax.errors import DcodError
-from dcod_jax.losses import distill
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import make_mesh, sharding, tree_shardings
 from dcod_jax.plan import chips, hlo
 from dcod_jax.plan.chips import Chip
 from dcod_jax.score import scoring
-from dcod_jax.train.forward import TeacherModel
+from dcod_jax.train.forward import TeacherModel, make_forward
 from dcod_jax.train.optim import make_optimizer
 from dcod_jax.train.settings import loss_config, optim_config
 from dcod_jax.train.step import init_state, make_train_step
@@ -172,7 +171,7 @@ def batch_shapes(config: Any, mesh: Mesh) -> Batch:
 
     loss = loss_config(config)
     cache: dict[str, Any] = {}
-    if distill.needs_distribution(loss) and loss.teacher == "cached":
+    if loss.needs_top_k:
         k = config.score.top_k
         cache = {
             "topk_ids": shape(jnp.int32, head, k),
@@ -197,24 +196,18 @@ def train_program(config: Any, devices: Sequence[Any], *, valid_vocab: int | Non
     mesh = make_mesh(**config.mesh, devices=devices)
     model = student_of(config)
     optimizer, schedule = make_optimizer(optim_config(config), config.train.steps)
-    loss = loss_config(config)
     teacher, teacher_shapes = None, ()
-    if loss.teacher == "live":
+    if config.loss.teacher == "live":
         architecture = hf.read_config(config.teacher.path)
         teacher = TeacherModel(architecture, jnp.dtype(config.teacher.dtype))
         teacher_shapes = (_shapes(architecture, teacher.compute_dtype, mesh),)
+    vocab = valid_vocab or model.vocab_size
     step: Any = make_train_step(
-        model,
-        loss,
+        make_forward(config, model, mesh=mesh, valid_vocab=vocab, teacher=teacher),
         optimizer,
         schedule,
         batch_size=config.data.batch_size,
         microbatches=config.train.microbatches,
-        mesh=mesh,
-        compute_dtype=jnp.dtype(config.student.compute_dtype),
-        remat=config.student.remat,
-        valid_vocab=valid_vocab or model.vocab_size,
-        teacher=teacher,
         offload=config.optim.offload,
     )
     params = _shapes(model, jnp.float32, mesh)

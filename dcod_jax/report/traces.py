@@ -18,7 +18,7 @@ from dcod_jax.errors import DcodError
 from dcod_jax.export.command import MARKER, export_path
 from dcod_jax.files import Path, as_path
 from dcod_jax.losses import weights
-from dcod_jax.losses.weights import AUTO, Tempering, WeightConfig
+from dcod_jax.losses.weights import AUTO, Tempering, Tokens, WeightConfig
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import make_mesh, tree_shardings
@@ -69,7 +69,7 @@ def see(run: Run, *, count: int) -> Seen:
     student = [np.asarray(trace.logprobs, np.float32) for trace in scored]
     cfg = loss_config(run.config).weights
     found, missing = None, ""
-    if weights.needs_teacher(cfg) and any(trace.logprobs is None for trace in traces):
+    if cfg.needs_teacher and any(trace.logprobs is None for trace in traces):
         missing = (
             f"{dataset.directory} has no teacher log-probs, which {cfg.name} weights need; run "
             "`python -m dcod_jax.score`"
@@ -100,8 +100,8 @@ def token_weights(
         if trace.logprobs is not None:
             log_p[row, : len(one)] = trace.logprobs
         mask[row, : len(one)] = True
-    arrays = map(jnp.asarray, (log_q, log_p, mask, mask.astype(np.int32)))
-    found = np.asarray(_weigh(cfg, *arrays, step, tempering))
+    tokens = Tokens(*map(jnp.asarray, (log_q, log_p, mask, mask.astype(np.int32))))
+    found = np.asarray(_weigh(cfg, tokens, step, tempering))
     return [found[row, : len(one)] for row, one in enumerate(student)]
 
 

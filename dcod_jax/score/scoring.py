@@ -17,9 +17,8 @@ from jaxtyping import Array, Float, Int
 from dcod_jax.data.tokenizer import load_tokenizer
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Path, as_path
-from dcod_jax.losses.divergences import target_logprobs
-from dcod_jax.losses.events import Layout, event_logits
-from dcod_jax.losses.head import head_loss, token_logprobs
+from dcod_jax.losses.events import event_logits
+from dcod_jax.losses.head import VocabHead, target_logprobs
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.hf import load_model, weights_fingerprint
 from dcod_jax.models.transformer import head_weight, hidden_states
@@ -248,14 +247,17 @@ def score_step(
         compute_dtype=jnp.dtype(settings.compute_dtype),
         mesh=mesh,
     )
-    head, mask = head_weight(config, params), segment_ids > 0
-    options = {"chunk": settings.head_chunk, "mesh": mesh, "valid_vocab": settings.valid_vocab}
-    if settings.top_k:
-        observe = functools.partial(_observe_top_k, top_k=settings.top_k, mesh=mesh)
-        _, out = head_loss(hidden, head, targets, mask, (), observe, **options)
-    else:
-        out = (token_logprobs(hidden, head, targets, **options),)
-    return jax.tree.map(lambda x: constrain(_round_down(x), mesh, *(None,) * x.ndim), out)
+    head = VocabHead(settings.head_chunk, settings.valid_vocab, mesh)
+
+    def statistics(logits: Array, targets: Array, aux: Any, shared: Any) -> tuple[Array, ...]:
+        logits = head.masked(logits)
+        found = (target_logprobs(logits, targets),)
+        if not settings.top_k:
+            return found
+        return found + top_k_logprobs(logits, head, top_k=settings.top_k)
+
+    found = head.observe(hidden, head_weight(config, params), targets, statistics)
+    return jax.tree.map(lambda x: constrain(_round_down(x), mesh, *(None,) * x.ndim), found)
 
 
 def _round_down(x: jax.Array) -> jax.Array:
@@ -265,24 +267,15 @@ def _round_down(x: jax.Array) -> jax.Array:
     return jnp.where(x > 1e-3, x, jnp.minimum(x, 0.0))
 
 
-def _observe_top_k(
-    logits: jax.Array, targets: jax.Array, aux: Any, shared: Any, *, top_k: int, mesh: Mesh | None
-) -> tuple[jax.Array, Any]:
-    """What head_loss collects from each chunk of logits; there is no loss."""
-    out = (target_logprobs(logits, targets), *top_k_logprobs(logits, top_k=top_k, mesh=mesh))
-    return jnp.zeros(targets.shape, jnp.float32), out
-
-
 def top_k_logprobs(
-    logits: Float[Array, "*N V"], *, top_k: int, mesh: Mesh | None = None
+    logits: Float[Array, "*N V"], head: VocabHead, *, top_k: int
 ) -> tuple[Int[Array, "*N K"], Float[Array, "*N K"], Float[Array, "*N"]]:
     """Most probable tokens, their log-probs, and log(1 - Σ of their probabilities).
 
-    The tail is summed over the other tokens' logits rather than taken as 1 - Σ, which would lose it
-    where Σ is near 1. It is at least TAIL_FLOOR, also where K = V leaves nothing. mesh: the logits
-    are split over it as in the head.
+    logits: masked, split over the head's mesh. The tail is summed over the other tokens' logits;
+    1 - Σ would lose it where Σ is near 1. It is at least TAIL_FLOOR, also where K = V leaves none.
     """
     ids = jax.lax.top_k(logits, top_k)[1]
-    events, _ = event_logits(logits, ids, ids[..., 0], Layout(mesh=mesh))
+    events, _ = event_logits(logits, ids, ids[..., 0], head)
     logprobs = jax.nn.log_softmax(events, axis=-1)
     return ids, logprobs[..., :-1], jnp.maximum(logprobs[..., -1], TAIL_FLOOR)

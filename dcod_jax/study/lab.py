@@ -25,7 +25,6 @@ from dcod_jax.data.dataset import TraceDataset
 from dcod_jax.drift.scores import DriftModel, draw_samples, measure
 from dcod_jax.errors import DcodError
 from dcod_jax.files import atomic_write
-from dcod_jax.losses import distill
 from dcod_jax.losses.distill import LossConfig
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig
@@ -35,7 +34,7 @@ from dcod_jax.study.arithmetic import build_tokenizer
 from dcod_jax.study.conditions import to_hex
 from dcod_jax.study.domain import SETS, StudyModel
 from dcod_jax.study.steps import adjustable_optimizer, cpu_seconds, student_config, with_rate
-from dcod_jax.train.forward import TeacherModel
+from dcod_jax.train.forward import TeacherModel, make_forward
 from dcod_jax.train.on_policy import OnPolicy
 from dcod_jax.train.settings import loss_config, optim_config
 from dcod_jax.train.setup import Student
@@ -164,26 +163,22 @@ class Lab:
 
     def _shared_step(self, config: Any) -> SharedStep:
         """The train step of this loss and shape; the rate is in its state."""
-        loss: LossConfig = loss_config(config)
+        live = config.loss.teacher == "live"
+        forward = make_forward(
+            config,
+            self.model_config(config),
+            mesh=self.mesh,
+            valid_vocab=len(self.tokenizer),
+            teacher=TeacherModel(self.teacher.config, jnp.float32) if live else None,
+            remat="none",
+        )
+        forward = dataclasses.replace(forward, compute_dtype=jnp.float32)
         cfg = dataclasses.replace(optim_config(config), learning_rate=1.0)
         sizes = (config.data.batch_size, config.data.seq_len, config.train.steps)
-        key = (loss, cfg, self.model_config(config), sizes)
+        key = (forward, cfg, sizes)
         if key not in self._steps:
             optimizer, schedule = adjustable_optimizer(cfg, config.train.steps)
-            live = loss.teacher == "live"
-            step = make_train_step(
-                self.model_config(config),
-                loss,
-                optimizer,
-                schedule,
-                batch_size=config.data.batch_size,
-                microbatches=1,
-                mesh=self.mesh,
-                compute_dtype=jnp.float32,
-                remat="none",
-                valid_vocab=len(self.tokenizer),
-                teacher=TeacherModel(self.teacher.config, jnp.float32) if live else None,
-            )
+            step = make_train_step(forward, optimizer, schedule, batch_size=config.data.batch_size)
             self._steps[key] = SharedStep(optimizer, step)
         return self._steps[key]
 
@@ -232,8 +227,8 @@ class Lab:
             batch_size=config.data.batch_size,
             head_tokens=config.data.head_tokens,
             prefetch=config.data.prefetch,
-            require_scores=distill.needs_cache(loss),
-            require_top_k=loss.teacher == "cached" and distill.needs_distribution(loss),
+            require_scores=loss.needs_cache,
+            require_top_k=loss.needs_top_k,
         )
         student = Student(model_config, self.tokenizer, len(self.tokenizer))
         own = configs.replace(config, {"seed": seed})

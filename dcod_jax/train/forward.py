@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from dcod_jax.losses import distill
-from dcod_jax.losses.adaptive import LossState
-from dcod_jax.losses.distill import LiveTeacher, LossConfig
+from dcod_jax.errors import DcodError
+from dcod_jax.losses.distill import DistillLoss, LiveTeacher
+from dcod_jax.losses.head import VocabHead
 from dcod_jax.losses.reduce import Sums, TokenStats
 from dcod_jax.models import transformer
 from dcod_jax.models.config import ModelConfig
-from dcod_jax.parallel.mesh import constrain
-from dcod_jax.types import Batch, Params
+from dcod_jax.train.settings import loss_config
+from dcod_jax.types import Batch, LossState, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,18 +30,27 @@ class TeacherModel:
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-    """Model and loss of a step; everything that is static under jit."""
+    """Models and loss of a step: everything that is static under jit."""
 
     model: ModelConfig
-    loss: LossConfig
-    mesh: Mesh
+    loss: DistillLoss
     compute_dtype: DTypeLike
-    remat: str
-    valid_vocab: int | None
+    remat: str = "none"
     teacher: TeacherModel | None = None
 
-    def hidden(self, params: Params, batch: Batch) -> Array:
-        """The student's hidden states at the head's positions."""
+    def __post_init__(self) -> None:
+        asked = self.loss.config.teacher
+        if (asked == "live") != (self.teacher is not None):
+            given = "not " if self.teacher is None else ""
+            raise DcodError(f"loss.teacher={asked} but the step was {given}given a live teacher")
+
+    @property
+    def mesh(self) -> Mesh:
+        assert self.loss.head.mesh is not None
+        return self.loss.head.mesh
+
+    def _student(self, params: Params, batch: Batch) -> tuple[Array, Array]:
+        """(final hidden states [B,T,D], matrix of the head [V,D])."""
         hidden = transformer.hidden_states(
             self.model,
             params,
@@ -51,25 +61,21 @@ class Forward:
             remat=self.remat,
             mesh=self.mesh,
         )
-        return self._compact(batch, hidden)
+        return hidden, transformer.head_weight(self.model, params)
 
-    def _compact(self, batch: Batch, hidden: Array) -> Array:
-        return constrain(distill.compact_hidden(batch, hidden), self.mesh, "batch", None, None)
-
-    def live(self, teacher_params: Params | None, batch: Batch) -> LiveTeacher | None:
-        if self.teacher is None or teacher_params is None:
+    def _teacher(self, params: Params | None, batch: Batch) -> LiveTeacher | None:
+        if self.teacher is None or params is None:
             return None
         hidden = transformer.hidden_states(
             self.teacher.config,
-            teacher_params,
+            params,
             batch.tokens,
             segment_ids=batch.segment_ids,
             positions=batch.positions,
             compute_dtype=self.teacher.compute_dtype,
             mesh=self.mesh,
         )
-        head = transformer.head_weight(self.teacher.config, teacher_params)
-        return jax.lax.stop_gradient(LiveTeacher(self._compact(batch, hidden), head))
+        return LiveTeacher(hidden, transformer.head_weight(self.teacher.config, params))
 
     def __call__(
         self,
@@ -80,29 +86,29 @@ class Forward:
         teacher_params: Params | None,
     ) -> tuple[Array, tuple[Sums, TokenStats]]:
         """The loss sum of one (micro-)batch, and its sums and per-token statistics."""
-        sums, stats = distill.distill_loss(
-            self.loss,
-            self.hidden(params, batch),
-            transformer.head_weight(self.model, params),
-            distill.compact(batch),
-            step=step,
-            loss_state=loss_state,
-            teacher=self.live(teacher_params, batch),
-            mesh=self.mesh,
-            valid_vocab=self.valid_vocab,
-        )
+        teacher = self._teacher(teacher_params, batch)
+        progress = {"step": step, "loss_state": loss_state}
+        sums, stats = self.loss(*self._student(params, batch), batch, teacher=teacher, **progress)
         return sums.loss, (sums, stats)
 
     def observe(
         self, params: Params, batch: Batch, teacher_params: Params | None
     ) -> tuple[Array, Array]:
         """(log q, log p) at the head's positions, values only."""
-        return distill.observe_logprobs(
-            self.loss,
-            self.hidden(params, batch),
-            transformer.head_weight(self.model, params),
-            distill.compact(batch),
-            teacher=self.live(teacher_params, batch),
-            mesh=self.mesh,
-            valid_vocab=self.valid_vocab,
-        )
+        teacher = self._teacher(teacher_params, batch)
+        return self.loss.observe(*self._student(params, batch), batch, teacher=teacher)
+
+
+def make_forward(
+    config: Any,
+    model: ModelConfig,
+    *,
+    mesh: Mesh,
+    valid_vocab: int | None,
+    teacher: TeacherModel | None = None,
+    remat: str = "",
+) -> Forward:
+    """The forward pass that a configuration asks for; remat replaces student.remat."""
+    loss = DistillLoss(loss_config(config), VocabHead(config.loss.head_chunk, valid_vocab, mesh))
+    dtype = jnp.dtype(config.student.compute_dtype)
+    return Forward(model, loss, dtype, remat or config.student.remat, teacher)

@@ -21,6 +21,11 @@ from tensorboardX import SummaryWriter
 from dcod_jax.copies import Mirror
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Location, Path, as_path
+from dcod_jax.losses import adaptive, reduce, weights
+from dcod_jax.losses.distill import LossConfig
+from dcod_jax.losses.reduce import Sums, TokenStats
+from dcod_jax.losses.weights import Tokens
+from dcod_jax.types import Batch, LossState
 
 # First position within the completion of each bucket: [0,16), [16,32), ..., [1024, ∞).
 POSITION_BUCKETS = (0, 16, 32, 64, 128, 256, 512, 1024)
@@ -104,6 +109,38 @@ def weight_statistics(
     for index, first in enumerate(POSITION_BUCKETS):
         statistics[f"position_{first:04d}"] = totals[index]
     return {f"weights/{name}": value for name, value in statistics.items()}
+
+
+def measure(
+    cfg: LossConfig, small: Batch, sums: Sums, stats: TokenStats, loss_state: LossState
+) -> dict[str, Array]:
+    """Metrics of one step on a compact batch that come from the loss: scalars, NaN without any."""
+    mask, segments = small.loss_mask, small.segment_ids
+    tokens = Tokens(stats.student_logprobs, stats.teacher_logprobs, mask, segments)
+    scoped = weights.scoped_log_ratio(cfg.weights, tokens)
+    bounded = weights.raw(cfg.weights, scoped, loss_state)
+    order = weights.segment_cumsum(mask.astype(jnp.float32), segments) - 1.0
+    measured = {
+        "loss": reduce.finish(sums, cfg.weights.normalize),
+        "nll": reduce.mean_nll(sums),
+        "tokens/completion": sums.count,
+        **weight_statistics(bounded, stats.weights, stats.student_logprobs, mask, order),
+    }
+    if cfg.needs_distribution:
+        measured["divergence"] = sums.divergence / sums.count
+    if cfg.needs_distribution and small.tail_logprobs is not None:
+        inside = 1.0 - jnp.exp(small.tail_logprobs)
+        measured["teacher/captured_mass"] = jnp.where(mask, inside, 0.0).sum() / sums.count
+    if cfg.weights.needs_teacher:
+        r = weights.log_ratio(cfg.weights, stats.student_logprobs, stats.teacher_logprobs)
+        measured["weights/log_ratio"] = jnp.where(mask, r, 0.0).sum() / sums.count
+    if cfg.weights.automatic:
+        used = weights.fixed(cfg.weights, loss_state)
+        measured["weights/temperature"] = jnp.asarray(used.temperature)
+        measured["weights/offset"] = jnp.asarray(used.offset)
+    if cfg.interpolates:
+        measured["taid/interpolation"] = adaptive.interpolation(cfg.taid, loss_state)
+    return measured
 
 
 def available(values: Mapping[str, Any]) -> dict[str, float]:

@@ -11,8 +11,9 @@ from dcod_jax.train.optim import OptimConfig
 
 
 def loss_config(config: Any) -> LossConfig:
-    """loss.* as the frozen record that the loss functions take."""
+    """loss.* as the frozen record that DistillLoss takes."""
     values = config.loss.to_dict()
+    del values["head_chunk"]  # of the vocabulary head (losses/head.py)
     taid = {key: values.pop(f"taid_{key}") for key in ("start", "end", "alpha", "beta")}
     records = {
         "weights": WeightConfig(**values["weights"]),

@@ -21,7 +21,6 @@ from dcod_jax.data.tokenizer import (
 )
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Path, as_path
-from dcod_jax.losses import distill
 from dcod_jax.losses.divergences import DIVERGENCES
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig
@@ -94,7 +93,7 @@ def load_student(config: Any) -> Student:
 
 def expected_teacher(config: Any) -> str | None:
     """Hash of the teacher whose log-probs the loss needs in the dataset; None: of any, or none."""
-    needed = distill.needs_cache(loss_config(config))
+    needed = loss_config(config).needs_cache
     if not needed or not config.teacher.path or config.prepare.logprobs == "require":
         return None
     return hf.weights_fingerprint(config.teacher.path)

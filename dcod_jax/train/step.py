@@ -10,14 +10,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from dcod_jax.errors import DcodError
-from dcod_jax.losses import adaptive, distill, reduce, weights
-from dcod_jax.losses.adaptive import LossState
-from dcod_jax.losses.distill import LossConfig
+from dcod_jax.losses import adaptive, distill, reduce
 from dcod_jax.losses.reduce import Sums, TokenStats
+from dcod_jax.losses.weights import Tokens
 from dcod_jax.models import transformer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import (
@@ -29,9 +27,9 @@ from dcod_jax.parallel.mesh import (
     tree_shardings,
 )
 from dcod_jax.train import metrics
-from dcod_jax.train.forward import Forward, TeacherModel
+from dcod_jax.train.forward import Forward
 from dcod_jax.train.optim import Schedule
-from dcod_jax.types import Batch, Params, TrainState
+from dcod_jax.types import Batch, LossState, Params, TrainState
 
 
 def check_batch(batch_size: int, microbatches: int, mesh: Mesh) -> None:
@@ -177,123 +175,43 @@ def _temper_now(
         piece, None, batch, microbatches=microbatches, mesh=forward.mesh
     )
     small = distill.compact(batch)
-    loss_state = adaptive.retemper(
-        forward.loss.weights,
-        state.loss_state,
-        student,
-        teacher,
-        small.loss_mask,
-        small.segment_ids,
-    )
+    tokens = Tokens(student, teacher, small.loss_mask, small.segment_ids)
+    loss_state = adaptive.retemper(forward.loss.config.weights, state.loss_state, tokens)
     return dataclasses.replace(state, loss_state=loss_state)
 
 
-def _next_loss_state(
-    cfg: LossConfig, state: TrainState, small: Batch, sums: Sums, stats: TokenStats
-) -> LossState:
-    """What the step just done teaches the loss of the next one."""
-    after = state.loss_state
-    if not adaptive.same_step(cfg.weights):
-        after = adaptive.retemper(
-            cfg.weights,
-            after,
-            stats.student_logprobs,
-            stats.teacher_logprobs,
-            small.loss_mask,
-            small.segment_ids,
-        )
-    if cfg.divergence == "taid":
-        mean = sums.divergence / jnp.maximum(sums.count, 1)
-        moved = adaptive.interpolate(cfg.taid, after, mean, state.step)
-        # A batch without completion tokens has no loss to compare with.
-        after = jax.tree.map(lambda new, old: jnp.where(sums.count > 0, new, old), moved, after)
-    return after
-
-
-def _measure(
-    cfg: LossConfig, small: Batch, sums: Sums, stats: TokenStats, loss_state: LossState
-) -> dict[str, Array]:
-    """Metrics of one step that come from the loss: scalars, NaN where not available."""
-    mask = small.loss_mask
-    tempering = loss_state.tempering
-    raw = weights.raw_weights(
-        cfg.weights,
-        stats.student_logprobs,
-        stats.teacher_logprobs,
-        mask,
-        small.segment_ids,
-        tempering,
-    )
-    order = weights.segment_cumsum(mask.astype(jnp.float32), small.segment_ids) - 1.0
-    measured = {
-        "loss": reduce.finish(sums, cfg.weights.normalize),
-        "nll": reduce.mean_nll(sums),
-        "tokens/completion": sums.count,
-        **metrics.weight_statistics(raw, stats.weights, stats.student_logprobs, mask, order),
-    }
-    if distill.needs_distribution(cfg):
-        measured["divergence"] = sums.divergence / sums.count
-    if small.tail_logprobs is not None and distill.needs_distribution(cfg):
-        inside = 1.0 - jnp.exp(small.tail_logprobs)
-        measured["teacher/captured_mass"] = jnp.where(mask, inside, 0.0).sum() / sums.count
-    if weights.needs_teacher(cfg.weights):
-        r = weights.log_ratio(cfg.weights, stats.student_logprobs, stats.teacher_logprobs)
-        measured["weights/log_ratio"] = jnp.where(mask, r, 0.0).sum() / sums.count
-    if cfg.weights.automatic:
-        used = weights.fixed(cfg.weights, tempering)
-        measured["weights/temperature"] = jnp.asarray(used.temperature)
-        measured["weights/offset"] = jnp.asarray(used.offset)
-    if cfg.divergence == "taid":
-        measured["taid/interpolation"] = adaptive.interpolation(cfg.taid, loss_state)
-    return measured
-
-
 def make_train_step(
-    model_config: ModelConfig,
-    loss_config: LossConfig,
+    forward: Forward,
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
     *,
     batch_size: int,
-    microbatches: int,
-    mesh: Mesh,
-    compute_dtype: DTypeLike,
-    remat: str,
-    valid_vocab: int | None,
-    teacher: TeacherModel | None = None,
+    microbatches: int = 1,
     offload: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Jitted (state, batch) -> (next state, metrics as device scalars); the state is donated.
 
-    With `teacher`: (state, batch, teacher_params), whose parameters are sharded like the student's
-    and belong to neither the state nor the gradient. Gradients are sums over completion tokens,
-    added over micro-batches in float32 and divided once by the global divisor. Raises DcodError
-    where batch_size cannot be split so.
+    With a live teacher: (state, batch, teacher_params), whose parameters are sharded like the
+    student's and belong to neither the state nor the gradient. Gradients are sums over completion
+    tokens, added over micro-batches in float32 and divided once by the global divisor. offload: the
+    optimizer's moments live in host memory between steps. Raises DcodError where batch_size cannot
+    be split.
     """
+    mesh, loss = forward.mesh, forward.loss
     check_batch(batch_size, microbatches, mesh)
-    transformer.check_mesh(model_config, mesh)
-    normalize = loss_config.weights.normalize
-    forward = Forward(
-        model_config,
-        loss_config,
-        mesh,
-        compute_dtype,
-        remat,
-        valid_vocab,
-        _live(loss_config, teacher),
-    )
+    transformer.check_mesh(forward.model, mesh)
     pieces = {"microbatches": microbatches}
-    layout = state_shardings(model_config, optimizer, mesh, offload=offload)
-    on_device = state_shardings(model_config, optimizer, mesh).opt_state
+    layout = state_shardings(forward.model, optimizer, mesh, offload=offload)
+    on_device = state_shardings(forward.model, optimizer, mesh).opt_state
 
     def train_step(
         state: TrainState, batch: Batch, teacher_params: Params | None = None
     ) -> tuple[TrainState, dict[str, Array]]:
-        if adaptive.same_step(loss_config.weights):
+        if adaptive.same_step(loss.config.weights):
             state = _temper_now(forward, state, batch, teacher_params, **pieces)
         gradients, sums, stats = _accumulate(forward, state, batch, teacher_params, **pieces)
         small = jax.tree.map(lambda x: constrain(x, mesh, "batch"), distill.compact(batch))
-        gradients = reduce.mean_gradients(gradients, sums, normalize)
+        gradients = reduce.mean_gradients(gradients, sums, loss.config.weights.normalize)
         if offload:
             moments = jax.device_put(state.opt_state, on_device)
         else:
@@ -302,9 +220,9 @@ def make_train_step(
             gradients, moments = jax.lax.optimization_barrier((gradients, state.opt_state))
         updates, opt_state = optimizer.update(gradients, moments, state.params)
         params = optax.apply_updates(state.params, updates)
-        measured = _measure(loss_config, small, sums, stats, state.loss_state)
+        measured = metrics.measure(loss.config, small, sums, stats, state.loss_state)
         measured["tokens/total"] = (batch.segment_ids > 0).sum()
-        loss_state = _next_loss_state(loss_config, state, small, sums, stats)
+        loss_state = loss.learned(state.loss_state, state.step, small, sums, stats)
         measured["grad_norm"] = optax.tree.norm(gradients)
         measured["learning_rate"] = schedule(state.step)
         finite = jnp.isfinite(sums.loss) & jnp.isfinite(measured["grad_norm"])
@@ -320,43 +238,15 @@ def make_train_step(
     )
 
 
-def _live(loss_config: LossConfig, teacher: TeacherModel | None) -> TeacherModel | None:
-    """The teacher that the loss asks for, or none; a contradiction is refused."""
-    if (loss_config.teacher == "live") != (teacher is not None):
-        raise DcodError(
-            f"loss.teacher={loss_config.teacher} but the step was "
-            f"{'not ' if teacher is None else ''}given a live teacher"
-        )
-    return teacher
-
-
-def _teacher_layout(forward: Forward) -> tuple[Any, ...]:
+def _teacher_layout(forward: Forward) -> tuple[Params, ...]:
     if forward.teacher is None:
         return ()
     transformer.check_mesh(forward.teacher.config, forward.mesh)
     return (tree_shardings(forward.mesh, transformer.logical_axes(forward.teacher.config)),)
 
 
-def make_eval_step(
-    model_config: ModelConfig,
-    loss_config: LossConfig,
-    *,
-    mesh: Mesh,
-    compute_dtype: DTypeLike,
-    remat: str = "none",
-    valid_vocab: int | None,
-    teacher: TeacherModel | None = None,
-) -> Callable[..., Sums]:
+def make_eval_step(forward: Forward) -> Callable[..., Sums]:
     """Jitted (state, batch[, teacher_params]) -> held-out sums; add them, then finish."""
-    forward = Forward(
-        model_config,
-        loss_config,
-        mesh,
-        compute_dtype,
-        remat,
-        valid_vocab,
-        _live(loss_config, teacher),
-    )
 
     def eval_step(
         params: Params,
@@ -367,12 +257,12 @@ def make_eval_step(
     ) -> Sums:
         return forward(params, batch, step, loss_state, teacher_params)[1][0]
 
-    params_layout: Any = tree_shardings(mesh, transformer.logical_axes(model_config))
-    replicated = sharding(mesh, ())
-    rows = sharding(mesh, ("batch",))
+    mesh = forward.mesh
+    layout = tree_shardings(mesh, transformer.logical_axes(forward.model))
+    replicated, rows = sharding(mesh, ()), sharding(mesh, ("batch",))
     jitted = jax.jit(
         eval_step,
-        in_shardings=(params_layout, rows, replicated, replicated, *_teacher_layout(forward)),
+        in_shardings=(layout, rows, replicated, replicated, *_teacher_layout(forward)),
         out_shardings=replicated,
     )
 
