@@ -52,7 +52,7 @@ def test_values_are_read_as_the_type_of_their_key(text, expected):
         (["--config.train.progress=maybe"], "expected bool"),
         (
             ["--config.loss.weights.name=sigmod"],
-            "loss.weights.name='sigmod' is not known; choose one of uniform, sigmoid",
+            "loss.weights.name='sigmod' must be one of uniform, sigmoid",
         ),
         (["--config.train.steps=0"], "train.steps=0 must be greater than 0"),
         (["--config.optim.b1=1.0"], "optim.b1=1.0 must be in [0, 1)"),

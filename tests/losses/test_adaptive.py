@@ -16,16 +16,16 @@ from dcod_jax.losses.adaptive import (
     MAX_TEMPERATURE,
     MIN_TEMPERATURE,
     SHARPEST_FOR_LOSS,
-    LossState,
     TaidConfig,
 )
-from dcod_jax.losses.weights import AUTO, WeightConfig
+from dcod_jax.losses.weights import AUTO, Tokens, WeightConfig
 from dcod_jax.train.checkpointer import Checkpointer, Snapshot
-from dcod_jax.types import TrainState
+from dcod_jax.types import LossState, TrainState
 
 B, T = 4, 96
 MASK = np.random.default_rng(1).random((B, T)) < 0.7
 SEGMENTS = np.repeat([[1, 2, 3]], B, 0).repeat(T // 3, 1)
+WHERE = (jnp.asarray(MASK), jnp.asarray(SEGMENTS))
 
 
 def config(**changes) -> WeightConfig:
@@ -270,17 +270,11 @@ def test_the_kept_loss_is_solved_at_the_ends_of_float32(name):
         r = np.float32(student - teacher)
         for target in (0.5, 0.9, 0.99):
             cfg = config(name=name, target_loss=target)
-            state = adaptive.retemper(
-                cfg,
-                adaptive.initial(),
-                jnp.asarray(student),
-                jnp.asarray(np.float32(teacher)),
-                jnp.asarray(MASK),
-                jnp.asarray(SEGMENTS),
-            )
+            both = (jnp.asarray(np.float32(x)) for x in (student, teacher))
+            state = adaptive.retemper(cfg, adaptive.initial(), Tokens(*both, *WHERE))
             temperature = float(state.temperature)
             assert SHARPEST_FOR_LOSS * 0.999 <= temperature <= MAX_TEMPERATURE * 1.001, which
-            w = np.asarray(weights.WEIGHTS[name](cfg, jnp.asarray(r), state.tempering))[MASK]
+            w = np.asarray(weights.raw(cfg, jnp.asarray(r), state))[MASK]
             assert np.isfinite(w).all(), which
             assert w.sum() > 0, which
             kept = kept_loss(cfg, r[MASK], -np.minimum(student, -1e-30)[MASK], temperature)
@@ -329,14 +323,14 @@ def test_targets_are_hit_on_real_traces(shared_data):
 
 @functools.partial(jax.jit, static_argnums=0)
 def retemper(cfg, state, r, mask):
-    return adaptive.retemper(cfg, state, r, jnp.zeros_like(r), mask, jnp.asarray(SEGMENTS))
+    return adaptive.retemper(cfg, state, Tokens(r, jnp.zeros_like(r), mask, WHERE[1]))
 
 
 def test_weights_begin_uniform_and_the_first_solution_is_taken_whole():
     state = adaptive.initial()
     r = jnp.asarray(ratios()["from scratch"])
     for name, level in (("sigmoid", 0.5), ("power", 1.0)):
-        raw = weights.token_weights(config(name=name), r, jnp.zeros_like(r), state.tempering)
+        raw = weights.raw(config(name=name), r, state)
         np.testing.assert_allclose(raw, level, rtol=3e-5)
     cfg = config(smoothing=0.9, offset=AUTO, target_ess=0.8, target_mean=0.4)
     wanted = solutions(cfg)["from scratch"]
@@ -376,8 +370,8 @@ def test_a_batch_that_cannot_teach_changes_nothing_bit_for_bit(smoothing, target
 def test_a_loss_without_automatic_numbers_keeps_its_state():
     state = adaptive.initial()
     cfg = config(temperature=1.0)
-    r, where = jnp.zeros((B, T)), (jnp.asarray(MASK), jnp.asarray(SEGMENTS))
-    assert adaptive.retemper(cfg, state, r, r, *where) is state
+    r = jnp.zeros((B, T))
+    assert adaptive.retemper(cfg, state, Tokens(r, r, *WHERE)) is state
 
 
 @pytest.mark.parametrize("scope", ["prefix", "sequence"])
@@ -385,7 +379,8 @@ def test_the_target_is_met_by_the_scoped_weights(scope):
     cfg = config(scope=scope, target_ess=0.9)
     r, mask = jnp.asarray(ratios()["both signs"]) * 4, jnp.asarray(MASK)
     state = retemper(cfg, adaptive.initial(), r, mask)
-    w = weights.raw_weights(cfg, r, jnp.zeros_like(r), mask, jnp.asarray(SEGMENTS), state.tempering)
+    scoped = weights.scoped_log_ratio(cfg, Tokens(r, jnp.zeros_like(r), *WHERE))
+    w = weights.raw(cfg, scoped, state)
     w = np.float64(w)[MASK]
     assert w.mean() ** 2 / np.square(w).mean() == pytest.approx(0.9, rel=0.01)
     unscoped = retemper(config(target_ess=0.9), adaptive.initial(), r, mask)
@@ -397,9 +392,7 @@ def test_the_solution_carries_no_gradient(target):
     cfg = config(offset=AUTO, smoothing=0.5, **target)
 
     def of(r):
-        after = adaptive.retemper(
-            cfg, adaptive.initial(), r, jnp.zeros_like(r), jnp.asarray(MASK), jnp.asarray(SEGMENTS)
-        )
+        after = retemper(cfg, adaptive.initial(), r, WHERE[0])
         found = adaptive.solve(cfg, r, -r, jnp.asarray(MASK))  # its brackets depend on r
         return after.temperature + after.offset + found.temperature + found.offset
 

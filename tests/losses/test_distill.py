@@ -1,22 +1,22 @@
 """The composed loss against a naive one, gradients against finite differences, two passes."""
 
-import dataclasses
 import itertools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcod_jax.losses import distill, reduce, weights
-from dcod_jax.losses.adaptive import TaidConfig
-from dcod_jax.losses.distill import LossConfig, distill_loss
-from dcod_jax.losses.head import head_loss, token_logprobs
-from dcod_jax.losses.weights import WeightConfig
+from dcod_jax import config as configs
+from dcod_jax.errors import DcodError
+from dcod_jax.losses import reduce, weights
+from dcod_jax.losses.distill import DistillLoss, LossConfig
+from dcod_jax.losses.head import VocabHead, target_logprobs
+from dcod_jax.losses.weights import Tokens, WeightConfig
 from dcod_jax.types import Batch
 
 B, T, D, V = 3, 13, 8, 29
+SCOPES = ("token", "prefix", "sequence")
 UNIFORM = {"name": "uniform", "scope": "token", "normalize": "mean"}
 
 
@@ -30,7 +30,7 @@ def config(**changes) -> LossConfig:
         "normalize": "mean",
         "warmup_steps": 0,
     }
-    return LossConfig(divergence="nll", head_chunk=12, weights=WeightConfig(**values | changes))
+    return LossConfig(divergence="nll", weights=WeightConfig(**values | changes))
 
 
 def example():
@@ -55,20 +55,20 @@ def plain_logprobs(hidden, head_weight, batch):
     return picked[..., 0]
 
 
-def loss_of(cfg, hidden, head_weight, batch, step=3):
-    sums, stats = distill_loss(cfg, hidden, head_weight, batch, step=step)
+def loss_of(cfg, hidden, head_weight, batch, step=3, valid=None):
+    loss = DistillLoss(cfg, VocabHead(12, valid))
+    sums, stats = loss(hidden, head_weight, batch, step=step)
     return sums.loss, (sums, stats)
 
 
-@pytest.mark.parametrize("scope", weights.SCOPES)
-@pytest.mark.parametrize("normalize", weights.NORMALIZATIONS)
+@pytest.mark.parametrize("scope", ["token", "prefix", "sequence"])
+@pytest.mark.parametrize("normalize", ["mean", "none", "sequence"])
 def test_values_and_gradients_equal_frozen_weights_on_naive_logits(scope, normalize):
     hidden, head_weight, batch = example()
     cfg = config(scope=scope, normalize=normalize, warmup_steps=9)
     logprobs = plain_logprobs(hidden, head_weight, batch)
-    frozen = weights.weigh(
-        cfg.weights, logprobs, batch.teacher_logprobs, batch.loss_mask, batch.segment_ids, 3
-    )
+    tokens = Tokens(logprobs, batch.teacher_logprobs, batch.loss_mask, batch.segment_ids)
+    frozen = weights.weigh(cfg.weights, tokens, 3, None)
 
     def naive(hidden, head_weight):
         return -(frozen * plain_logprobs(hidden, head_weight, batch)).sum()
@@ -87,7 +87,7 @@ def test_values_and_gradients_equal_frozen_weights_on_naive_logits(scope, normal
     np.testing.assert_allclose(sums.nll, -jnp.where(batch.loss_mask, logprobs, 0).sum(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("scope", weights.SCOPES)
+@pytest.mark.parametrize("scope", ["token", "prefix", "sequence"])
 def test_gradient_is_the_finite_difference_of_the_frozen_weight_loss(scope):
     hidden, head_weight, batch = example()
     cfg = config(scope=scope, temperature=0.5)
@@ -123,13 +123,12 @@ def test_unit_weights_are_the_unweighted_loss_bit_for_bit():
     hidden, head_weight, batch = example()
 
     def unweighted(logits, targets, aux, shared):
-        logprobs = distill.target_logprobs(logits, targets)
+        logprobs = target_logprobs(logits, targets)
         return -logprobs, logprobs
 
     def plain(hidden, head_weight):
-        return head_loss(
-            hidden, head_weight, batch.targets, batch.loss_mask, (), unweighted, chunk=12
-        )[0]
+        inputs = (hidden, head_weight, batch.targets, batch.loss_mask)
+        return VocabHead(12).loss(*inputs, unweighted)[0]
 
     wanted, wanted_gradients = jax.value_and_grad(plain, argnums=(0, 1))(hidden, head_weight)
     ways = [config(**UNIFORM)]
@@ -161,16 +160,18 @@ def test_only_weights_that_look_at_other_tokens_pay_for_a_second_pass():
 
 def test_padded_vocabulary_and_row_order_and_padding_content():
     hidden, head_weight, batch = example()
-    for scope, normalize in itertools.product(weights.SCOPES, ("mean", "sequence")):
+    for scope, normalize in itertools.product(
+        ("token", "prefix", "sequence"), ("mean", "sequence")
+    ):
         cfg = config(scope=scope, normalize=normalize)
         loss, _ = loss_of(cfg, hidden, head_weight, batch)
         padded = jnp.concatenate([head_weight, 50 * jnp.ones((5, D))])
-        sums, _ = distill_loss(cfg, hidden, padded, batch, step=3, valid_vocab=V)
+        _, (sums, _) = loss_of(cfg, hidden, padded, batch, valid=V)
         np.testing.assert_allclose(sums.loss, loss, rtol=1e-6)
         order = jnp.array([2, 0, 1])
-        turned = jax.tree.map(lambda x, order=order: x[order], batch)
+        reordered = jax.tree.map(lambda x, order=order: x[order], batch)
         np.testing.assert_allclose(
-            loss_of(cfg, hidden[order], head_weight, turned)[0], loss, rtol=1e-6
+            loss_of(cfg, hidden[order], head_weight, reordered)[0], loss, rtol=1e-6
         )
         empty = batch.segment_ids == 0
         other = Batch(
@@ -194,73 +195,80 @@ def test_extreme_logits_stay_finite():
         )
         assert np.isfinite(loss)
         assert all(np.isfinite(g).all() for g in gradients)
-    logprobs = token_logprobs(1e4 * hidden, head_weight, batch.targets, chunk=8)
+    logprobs = VocabHead(8).logprobs(1e4 * hidden, head_weight, batch.targets)
     assert np.isfinite(logprobs).all()
 
 
-def test_configuration_errors_name_their_keys():
-    assert distill.config_errors(config()) == []
-    bad = LossConfig(divergence="kl", head_chunk=0, weights=config(temperature=-1.0).weights)
-    text = "\n".join(str(error) for error in distill.config_errors(bad))
-    for key in ("loss.divergence='kl'", "loss.head_chunk=0", "loss.weights.temperature=-1.0"):
-        assert key in text
-
-
-WRONG = [  # (what of the loss, what of its weights, what the one message must say)
-    ({"divergence": "kl"}, {}, "loss.divergence='kl' is not known; choose one of nll, forward_kl"),
-    ({"teacher": "top_k"}, {}, "loss.teacher='top_k' is not known; choose one of cached, live"),
-    ({"head_chunk": 0}, {}, "loss.head_chunk=0 must be >= 1"),
-    ({"alpha": 1.5}, {}, "loss.alpha=1.5 is out of its range"),
-    ({"alpha": math.nan}, {}, "loss.alpha=nan is out of its range"),
-    ({"beta": -0.1}, {}, "loss.beta=-0.1 is out of its range"),
-    ({"skew": 0.0}, {}, "loss.skew=0.0 must be between 0 and 1"),
-    ({"skew": 1.0}, {}, "loss.skew=1.0 must be between 0 and 1"),
-    ({"taid": TaidConfig(start=1.0)}, {}, "loss.taid_start=1.0 is out of its range"),
-    ({"taid": TaidConfig(start=0.5, end=0.4)}, {}, "loss.taid_end=0.4 is out of its range"),
-    ({"taid": TaidConfig(alpha=2.0)}, {}, "loss.taid_alpha=2.0 is out of its range"),
-    ({"taid": TaidConfig(beta=1.0)}, {}, "loss.taid_beta=1.0 is out of its range"),
-    ({"temperature": 0.0}, {}, "loss.temperature=0.0 must be a finite number > 0"),
-    ({"temperature": math.inf}, {}, "loss.temperature=inf must be a finite number > 0"),
-    ({"temperature": 2.0}, {}, "loss.temperature=2.0 is nothing for loss.divergence=nll"),
-    ({"temperature": 2.0, "divergence": "jsd"}, {}, "set loss.teacher=live, or loss.temperature=1"),
-    ({}, {"temperature": "warm"}, "loss.weights.temperature='warm' must be a number or 'auto'"),
-    ({}, {"offset": "warm"}, "loss.weights.offset='warm' must be a number or 'auto'"),
-    ({}, {"name": "clip", "temperature": "auto"}, "it is for sigmoid, power"),
-    ({}, {"name": "power", "offset": "auto"}, "loss.weights.offset='auto' means nothing for"),
-    ({}, {"target_loss": 1.0}, "loss.weights.target_loss=1.0 must be in [0, 1)"),
-    ({}, {"target_ess": 1.0}, "loss.weights.target_ess=1.0 must be in [0, 1)"),
-    ({}, {"target_mean": 0.0}, "loss.weights.target_mean=0.0 must be between 0 and 1"),
-    ({}, {"smoothing": 1.0}, "loss.weights.smoothing=1.0 must be in [0, 1)"),
+WRONG = [  # (changed keys of loss.*, what the one message must say)
+    ("divergence=kl", "loss.divergence='kl' must be one of nll, forward_kl"),
+    ("teacher=top_k", "loss.teacher='top_k' must be one of cached, live"),
+    ("weights.name=softmax", "loss.weights.name='softmax' must be one of uniform, sigmoid"),
+    ("weights.scope=batch", "loss.weights.scope='batch' must be one of token, prefix, sequence"),
+    ("weights.normalize=max", "loss.weights.normalize='max' must be one of mean, none, sequence"),
+    ("head_chunk=0", "loss.head_chunk=0 must be greater than 0"),
+    ("alpha=1.5", "loss.alpha=1.5 must be in [0, 1]"),
+    ("alpha=nan", "loss.alpha=nan must be in [0, 1]"),
+    ("beta=-0.1", "loss.beta=-0.1 must be in [0, 1]"),
+    ("skew=0.0", "loss.skew=0.0 must be between 0 and 1; at the ends skew KL is a plain KL"),
+    ("skew=1.0", "loss.skew=1.0 must be between 0 and 1"),
+    ("taid_start=1.0", "loss.taid_start=1.0 must be in [0, 1)"),
+    ("taid_end=0.3", "loss.taid_end=0.3 must be >= loss.taid_start=0.4"),
+    ("taid_end=1.5", "loss.taid_end=1.5 must be in [0, 1]"),
+    ("taid_alpha=2.0", "loss.taid_alpha=2.0 must be in [0, 1]"),
+    ("taid_beta=1.0", "loss.taid_beta=1.0 must be in [0, 1)"),
+    ("temperature=0.0 teacher=live divergence=jsd", "loss.temperature=0.0 must be a finite number"),
+    ("temperature=inf teacher=live divergence=jsd", "loss.temperature=inf must be a finite number"),
+    ("temperature=2.0", "loss.temperature=2.0 is nothing for loss.divergence=nll"),
+    ("temperature=2.0 divergence=jsd", "set loss.teacher=live, or loss.temperature=1"),
+    ("weights.temperature=-1.0", "loss.weights.temperature=-1.0 must be a finite number > 0"),
+    ("weights.temperature=warm", "loss.weights.temperature='warm' must be a number or 'auto'"),
+    ("weights.offset=warm", "loss.weights.offset='warm' must be a number or 'auto'"),
+    ("weights.offset=nan", "loss.weights.offset=nan must be a finite number"),
+    ("weights.clip=-1.0", "loss.weights.clip=-1.0 must be a finite number > 0"),
+    ("weights.warmup_steps=-1", "loss.weights.warmup_steps=-1 must not be negative"),
+    ("weights.name=clip weights.temperature=auto", "it is for sigmoid, power"),
+    ("weights.name=power weights.offset=auto", "loss.weights.offset='auto' means nothing for"),
+    ("weights.target_loss=1.0", "loss.weights.target_loss=1.0 must be in [0, 1)"),
+    ("weights.target_ess=1.0", "loss.weights.target_ess=1.0 must be in [0, 1)"),
+    ("weights.target_mean=0.0", "loss.weights.target_mean=0.0 must be between 0 and 1"),
+    ("weights.smoothing=1.0", "loss.weights.smoothing=1.0 must be in [0, 1)"),
     (
-        {},
-        {"temperature": "auto", "offset": "auto", "target_loss": 0.0},
+        "weights.temperature=auto weights.offset=auto weights.target_loss=0.0",
         "leave one target for two unknowns",
     ),
     (
-        {},
-        {"temperature": "auto", "target_ess": 0.9},
+        "weights.temperature=auto weights.target_ess=0.9",
         "loss.weights.target_ess=0.9 are two targets for one temperature; set one of them to 0",
     ),
-    ({}, {"temperature": "auto", "target_mean": 0.3}, "target_mean=0.3 is not read"),
+    ("weights.temperature=auto weights.target_mean=0.3", "target_mean=0.3 is not read"),
 ]
 
 
-@pytest.mark.parametrize(("loss", "weight", "message"), WRONG, ids=[m[:30] for _, _, m in WRONG])
-def test_each_wrong_value_has_its_one_message(loss, weight, message):
-    cfg = dataclasses.replace(config(**weight), **loss)
-    (error,) = distill.config_errors(cfg)
-    assert message in str(error)
+def check(changes):
+    """Check the base configuration with other values of loss.* and a teacher and a top-k cache."""
+    made = configs.load_recipe(configs.BASE)
+    for change in ("teacher.path=T", "score.top_k=64", *(f"loss.{c}" for c in changes.split())):
+        configs.assign(made, *change.split("=", 1))
+    configs.check(made)
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG, ids=[c for c, _ in WRONG])
+def test_each_wrong_value_has_its_one_message(changes, message):
+    with pytest.raises(DcodError) as error:
+        check(changes)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_what_is_allowed_is_not_refused():
-    for loss, weight in (
-        ({"divergence": "jsd", "beta": 0.0, "teacher": "live", "temperature": 3.0}, {}),
-        ({"divergence": "taid", "taid": TaidConfig(start=0.0, end=1.0), "alpha": 0.0}, {}),
-        ({}, {"temperature": "auto", "target_loss": 0.0, "target_mean": 0.3}),
-        ({}, {"temperature": "auto", "target_loss": 0.0, "target_ess": 0.9}),
-        ({}, {"temperature": "auto", "offset": "auto", "target_mean": 0.3}),
-        ({}, {"target_ess": 0.9, "target_mean": 0.3}),  # nothing is automatic
-        ({}, {"temperature": "auto", "offset": "auto", "smoothing": 0.0}),
-        ({}, {"name": "power", "temperature": "auto"}),
+    for changes in (
+        "divergence=jsd beta=0.0 teacher=live temperature=3.0",
+        "divergence=taid taid_start=0.0 taid_end=1.0 alpha=0.0",
+        "weights.temperature=auto weights.target_loss=0.0 weights.target_mean=0.3",
+        "weights.temperature=auto weights.target_loss=0.0 weights.target_ess=0.9",
+        "weights.temperature=auto weights.offset=auto weights.target_mean=0.3",
+        "weights.target_ess=0.9 weights.target_mean=0.3",  # nothing is automatic
+        "weights.temperature=auto weights.offset=auto weights.smoothing=0.0",
+        "weights.name=power weights.temperature=auto",
     ):
-        assert distill.config_errors(dataclasses.replace(config(**weight), **loss)) == []
+        check(changes)

@@ -10,7 +10,9 @@ import reference_losses as reference
 from reference_losses import CASES, label
 
 from dcod_jax.losses import distributions
+from dcod_jax.losses.distributions import TopK
 from dcod_jax.losses.divergences import DIVERGENCES
+from dcod_jax.losses.head import VocabHead
 from dcod_jax.score.scoring import TAIL_FLOOR, top_k_logprobs
 
 QUICK = {"xla_backend_optimization_level": 0}  # many small programs that run once
@@ -18,9 +20,22 @@ TOKENS, V = 9, 37
 COARSE = [case for case in CASES if case[0] not in ("todi", "taid")]  # f-divergences
 
 
+HEAD = VocabHead(1)
+
+
+def ours(case, *pair):
+    """The registry's value of (name, its parameter's value)."""
+    entry = DIVERGENCES[case[0]]
+    return entry.value(*pair, **({entry.parameter: case[1]} if entry.parameter else {}))
+
+
+def buckets(ids, logprobs, tail, student):
+    return distributions.buckets(TopK(ids, logprobs, tail), student, ids[..., 0], HEAD)[:2]
+
+
 def _all(pair, student, *inputs):
     def of(case, student):
-        values = DIVERGENCES[case[0]].value(*pair(*inputs, student), case[1])
+        values = ours(case, *pair(*inputs, student))
         return values.sum(), values
 
     found = {}
@@ -33,7 +48,7 @@ def _all(pair, student, *inputs):
 @functools.partial(jax.jit, compiler_options=QUICK)
 def sparse(ids, logprobs, tail, student):
     """case -> (values, gradient of their sum in the student's logits)"""
-    return _all(distributions.buckets, student, ids, logprobs, tail)
+    return _all(buckets, student, ids, logprobs, tail)
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)
@@ -65,7 +80,7 @@ def test_top_k_with_k_equal_v_is_the_whole_distribution():
 
 def test_what_scoring_writes_is_what_the_loss_reads():
     teacher, student = logits()
-    written = top_k_logprobs(teacher, top_k=5)
+    written = top_k_logprobs(teacher, HEAD, top_k=5)
     for got, wanted in zip(written, cached(teacher, 5), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
     wanted = sparse(*cached(teacher, 5), student)
@@ -121,7 +136,7 @@ def test_a_bfloat16_cache_gives_the_loss_to_its_precision():
         error = np.abs(np.asarray(value) - wanted[case][0])
         assert np.all(error < 4 * moved * (1 + np.abs(wanted[case][0]))), case
         assert error.max() > 1e-5, case  # it was rounded at all
-    for sums in (jnp.exp(distributions.buckets(*stored, student)[i]).sum(-1) for i in (0, 1)):
+    for sums in (jnp.exp(buckets(*stored, student)[i]).sum(-1) for i in (0, 1)):
         np.testing.assert_allclose(sums, 1.0, rtol=1e-6)
 
 
@@ -169,7 +184,7 @@ def test_extreme_logits_give_finite_values_and_gradients_in_buckets():
         for masked in (False, True):
             logits = jnp.float32(student)
             if masked and k < V:
-                logits = distributions.mask_padding(logits, V - 1)
+                logits = VocabHead(1, V - 1).masked(logits)
             for case, (value, gradient) in sparse(*cache, logits).items():
                 assert np.isfinite(value).all(), (case, k, value)
                 assert np.isfinite(gradient).all(), (case, k)
@@ -180,7 +195,7 @@ def test_rows_beyond_the_vocabulary_do_not_reach_the_tail():
     cache = cached(teacher, 4)
     wanted = sparse(*cache, student)
     wide = jnp.concatenate([student, jnp.full((TOKENS, 5), 30.0)], axis=-1)
-    for case, (value, gradient) in sparse(*cache, distributions.mask_padding(wide, V)).items():
+    for case, (value, gradient) in sparse(*cache, VocabHead(1, V).masked(wide)).items():
         np.testing.assert_allclose(value, wanted[case][0], rtol=1e-6, atol=1e-6, err_msg=case)
         np.testing.assert_allclose(gradient[:, :V], wanted[case][1], rtol=1e-6, atol=1e-6)
         assert not np.any(gradient[:, V:])
@@ -192,8 +207,8 @@ def test_the_teacher_gets_no_gradient_from_either_distribution():
 
     def of(teacher, logprobs, tail):
         dense = distributions.dense(teacher, student, 2.0)
-        sparse = distributions.buckets(cache[0], logprobs, tail, student)
-        return sum(DIVERGENCES["reverse_kl"].value(*p, 0.0).sum() for p in (dense, sparse))
+        sparse = buckets(cache[0], logprobs, tail, student)
+        return sum(DIVERGENCES["reverse_kl"].value(*p).sum() for p in (dense, sparse))
 
     for gradient in jax.grad(of, argnums=(0, 1, 2))(teacher, *cache[1:]):
         assert not np.any(gradient)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcod_jax.losses.events import LANES, PLANES, Layout, _planes, event_logits
+from dcod_jax.losses.events import LANES, PLANES, _planes, event_logits
+from dcod_jax.losses.head import VocabHead
 from dcod_jax.parallel.mesh import make_mesh, sharding
 
 EVERY = PLANES * LANES  # each plane has LANES entries, and every bit is used
@@ -46,14 +47,14 @@ def by_hand(logits, ids, targets, cotangents, valid):
     return events, gradient
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def found(layout, logits, ids, targets, cotangents):
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def found(head, logits, ids, targets, cotangents, dtype=jnp.float32):
     def of(logits):
-        events, target = event_logits(logits, ids, targets, layout)
+        events, target = event_logits(logits, ids, targets, head, gradient_dtype=dtype)
         return (jnp.concatenate([events, target[..., None]], -1) * cotangents).sum(), events
 
     (_, events), gradient = jax.value_and_grad(of, has_aux=True)(logits)
-    return events, event_logits(logits, ids, targets, layout)[1], gradient
+    return events, event_logits(logits, ids, targets, head)[1], gradient
 
 
 CASES = {  # (V, padded entries, mesh: data, fsdp, tensor)
@@ -73,12 +74,12 @@ def test_values_and_gradients_equal_float64(name):
     valid = vocab - padding
     logits, ids, targets = example(vocab, valid)
     cotangents = np.float32(np.random.default_rng(1).normal(size=(*SHAPE, K + 2)))
-    layout, inputs = Layout(valid if padding else None), (logits, ids, targets, cotangents)
+    head, inputs = VocabHead(1, valid if padding else None), (logits, ids, targets, cotangents)
     if mesh:
-        layout = Layout(layout.valid_vocab, make_mesh(mesh[0], mesh[1], tensor=mesh[2]))
-        wide = sharding(layout.mesh, ("shards", None, None, "vocab"))
+        head = VocabHead(1, head.valid_vocab, make_mesh(mesh[0], mesh[1], tensor=mesh[2]))
+        wide = sharding(head.mesh, ("shards", None, None, "vocab"))
         inputs = (jax.device_put(logits, wide), *inputs[1:])
-    events, target, gradient = found(layout, *inputs)
+    events, target, gradient = found(head, *inputs)
     wanted, slopes = by_hand(*(np.asarray(x) for x in inputs), valid)
     np.testing.assert_allclose(events, wanted[..., :-1], rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(target, np.float32(wanted[..., -1]))
@@ -92,7 +93,7 @@ def test_the_rest_keeps_its_value_far_below_the_ids():
     logits, ids, targets = example(EVERY, EVERY)
     logits = jnp.put_along_axis(logits - 300.0, ids, 5.0, axis=-1, inplace=False)
     cotangents = np.ones((*SHAPE, K + 2), np.float32)
-    events, _, gradient = found(Layout(), logits, ids, targets, cotangents)
+    events, _, gradient = found(VocabHead(1), logits, ids, targets, cotangents)
     wanted, slopes = by_hand(*(np.asarray(x) for x in (logits, ids, targets, cotangents)), EVERY)
     assert events[..., -1].max() < -250
     np.testing.assert_allclose(events, wanted[..., :-1], rtol=1e-6)
@@ -113,7 +114,7 @@ def test_a_bfloat16_gradient_is_the_float32_one_rounded_where_nothing_is_added_t
     cotangents = np.float32(np.random.default_rng(1).normal(size=(*SHAPE, K + 2)))
     cotangents[..., -1] = 0.0  # the target's entry belongs to the rest
     narrow, exact = (
-        found(Layout(gradient_dtype=dtype), logits, ids, targets, cotangents)[-1]
+        found(VocabHead(1), logits, ids, targets, cotangents, dtype)[-1]
         for dtype in (jnp.bfloat16, jnp.float32)
     )
     np.testing.assert_array_equal(narrow, exact.astype(jnp.bfloat16).astype(jnp.float32))
@@ -122,7 +123,7 @@ def test_a_bfloat16_gradient_is_the_float32_one_rounded_where_nothing_is_added_t
 
 def test_no_mask_and_no_masked_copy_as_large_as_the_logits():
     def loss(logits, ids, targets):
-        events, target = event_logits(logits, ids, targets, Layout())
+        events, target = event_logits(logits, ids, targets, VocabHead(1))
         return (jax.nn.logsumexp(events, -1) - target).sum()
 
     logits = jax.ShapeDtypeStruct((1, 1, 64, 8192), jnp.float32)

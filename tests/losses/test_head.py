@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 
 from dcod_jax.errors import DcodError
-from dcod_jax.losses.distributions import MASKED_LOGIT
-from dcod_jax.losses.divergences import target_logprobs
-from dcod_jax.losses.head import head_loss, token_logprobs
+from dcod_jax.losses.head import MASKED_LOGIT, VocabHead, target_logprobs
 from dcod_jax.parallel.mesh import make_mesh, sharding
 
 B, T, D, V = 8, 23, 16, 103  # neither T nor V divides by a chunk of 5 positions
@@ -47,9 +45,16 @@ def naive(hidden, head_weight, targets, loss_mask, aux, *, valid_vocab=None):
 
 
 def chunked(hidden, head_weight, targets, loss_mask, aux, **options):
-    return head_loss(
-        hidden, head_weight, targets, loss_mask, aux, token_loss, shared=2.0, **options
-    )
+    head = VocabHead(**options)
+
+    def of(logits, *others):
+        return token_loss(head.masked(logits), *others)
+
+    return head.loss(hidden, head_weight, targets, loss_mask, of, aux=aux, shared=2.0)
+
+
+def token_logprobs(hidden, head_weight, targets, **options):
+    return VocabHead(**options).logprobs(hidden, head_weight, targets)
 
 
 def both(function, inputs, **options):

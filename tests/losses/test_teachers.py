@@ -12,18 +12,11 @@ import reference_losses as reference
 
 from dcod_jax.errors import DcodError
 from dcod_jax.losses import adaptive
-from dcod_jax.losses.adaptive import LossState
-from dcod_jax.losses.distill import (
-    LiveTeacher,
-    LossConfig,
-    compact,
-    compact_hidden,
-    distill_loss,
-    observe_logprobs,
-)
-from dcod_jax.losses.weights import AUTO, WeightConfig
+from dcod_jax.losses.distill import DistillLoss, LiveTeacher, LossConfig
+from dcod_jax.losses.head import VocabHead
+from dcod_jax.losses.weights import AUTO, Tokens, WeightConfig
 from dcod_jax.parallel.mesh import make_mesh, sharding
-from dcod_jax.types import Batch
+from dcod_jax.types import Batch, LossState
 
 B, T, D, E, V, ROWS, K = 4, 13, 8, 6, 29, 32, 5  # V tokens; the heads have ROWS rows
 QUICK = {"xla_backend_optimization_level": 0}  # many small programs that run once
@@ -43,7 +36,7 @@ def config(divergence="forward_kl", teacher="live", weights=None, **changes) -> 
         "warmup_steps": 0,
     }
     changes = {"beta": 0.3, "skew": 0.2, **changes}
-    return LossConfig(divergence, 12, WeightConfig(**values | (weights or {})), teacher, **changes)
+    return LossConfig(divergence, WeightConfig(**values | (weights or {})), teacher, **changes)
 
 
 @functools.cache
@@ -82,9 +75,8 @@ def logprobs(hidden, head, temperature=1.0):
 
 def loss_of(cfg, student, teacher, batch, *, mesh=None, valid=V, state=STATE):
     live = LiveTeacher(*teacher) if cfg.teacher == "live" else None
-    sums, stats = distill_loss(
-        cfg, *student, batch, step=3, loss_state=state, teacher=live, mesh=mesh, valid_vocab=valid
-    )
+    loss = DistillLoss(cfg, VocabHead(12, valid, mesh))
+    sums, stats = loss(*student, batch, step=3, loss_state=state, teacher=live)
     return sums.loss, (sums, stats)
 
 
@@ -245,13 +237,7 @@ def test_the_compact_head_equals_the_whole_one(teacher, scope, normalize):
             tail_logprobs=take(batch.tail_logprobs),
         )
 
-        def of(student, live, batch):
-            packed = (compact_hidden(batch, student[0]), student[1])
-            seen = (compact_hidden(batch, live[0]), live[1])
-            return loss_of(cfg, packed, seen, compact(batch))
-
-        run = jax.jit(jax.value_and_grad(of, has_aux=True), compiler_options=QUICK)
-        (got, (got_sums, got_stats)), slopes = run((hidden, head), live, small)
+        (got, (got_sums, got_stats)), slopes = both(cfg, (hidden, head), live, small)
         np.testing.assert_allclose(got, loss, rtol=1e-5)
         for a, b in zip(slopes, gradients, strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
@@ -276,11 +262,9 @@ def test_no_gradient_flows_through_weights_teacher_or_automatic_temperature(teac
     def of(student, live, known):
         batch_ = dataclasses.replace(batch, topk_logprobs=known)
         seen = LiveTeacher(*live) if teacher == "live" else None
-        options = {"teacher": seen, "valid_vocab": V}
-        q, p = observe_logprobs(cfg, *student, batch_, **options)
-        state = adaptive.retemper(
-            cfg.weights, adaptive.initial(), q, p, batch.loss_mask, batch.segment_ids
-        )
+        q, p = DistillLoss(cfg, VocabHead(12, V)).observe(*student, batch_, teacher=seen)
+        tokens = Tokens(q, p, batch.loss_mask, batch.segment_ids)
+        state = adaptive.retemper(cfg.weights, adaptive.initial(), tokens)
         return loss_of(cfg, student, live, batch_, state=state)
 
     run = jax.jit(jax.value_and_grad(of, argnums=(0, 1, 2), has_aux=True), compiler_options=QUICK)
@@ -319,6 +303,4 @@ def test_batch_and_vocabulary_sharded_over_eight_devices(teacher):
 def test_a_teacher_that_is_not_there_is_asked_for():
     student, _, batch = example()
     with pytest.raises(DcodError, match=r"score\.top_k"):
-        distill_loss(
-            config(teacher="cached"), *student, dataclasses.replace(batch, topk_ids=None), step=0
-        )
+        loss_of(config(teacher="cached"), student, (), dataclasses.replace(batch, topk_ids=None))

@@ -21,6 +21,7 @@ from dcod_jax import config as configs
 from dcod_jax.data.dataset import DatasetWriter, TraceDataset
 from dcod_jax.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from dcod_jax.errors import DcodError
+from dcod_jax.losses.head import VocabHead
 from dcod_jax.models import hf, transformer
 from dcod_jax.parallel.mesh import make_mesh, tree_shardings
 from dcod_jax.score import scoring
@@ -116,7 +117,7 @@ def test_top_k_of_the_whole_vocabulary_is_dense_and_leaves_no_tail(model, dense)
 
 def test_a_tail_beside_a_sure_token_keeps_its_digits():
     logits = jnp.array([20.0, 0.0, -1.0, -2.0])
-    _, values, tail = scoring.top_k_logprobs(logits, top_k=1)
+    _, values, tail = scoring.top_k_logprobs(logits, VocabHead(1), top_k=1)
     exact = np.asarray(logits, np.float64)
     total = np.log(np.exp(exact).sum())
     np.testing.assert_allclose(values, exact[:1] - total, atol=1e-7)

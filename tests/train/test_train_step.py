@@ -16,11 +16,13 @@ import pytest
 
 from dcod_jax.errors import DcodError
 from dcod_jax.losses import reduce
-from dcod_jax.losses.distill import LossConfig
+from dcod_jax.losses.distill import DistillLoss, LossConfig
+from dcod_jax.losses.head import VocabHead
 from dcod_jax.losses.weights import WeightConfig
 from dcod_jax.models import transformer
 from dcod_jax.models.config import from_hf
 from dcod_jax.parallel.mesh import make_mesh
+from dcod_jax.train.forward import Forward
 from dcod_jax.train.optim import OptimConfig, make_optimizer
 from dcod_jax.train.step import check_batch, init_state, make_eval_step, make_train_step
 from dcod_jax.types import Batch
@@ -55,7 +57,13 @@ def loss_config(**changes) -> LossConfig:
         "normalize": "mean",
         "warmup_steps": 0,
     }
-    return LossConfig(divergence="nll", head_chunk=20, weights=WeightConfig(**values | changes))
+    return LossConfig(divergence="nll", weights=WeightConfig(**values | changes))
+
+
+def forward_of(cfg, mesh, **more) -> Forward:
+    """The tiny student under a loss; more: fields of Forward."""
+    more = {"compute_dtype": jnp.dtype("float32"), **more}
+    return Forward(MODEL, DistillLoss(cfg, VocabHead(20, VALID, mesh)), **more)
 
 
 @functools.cache
@@ -119,19 +127,15 @@ def step_of(
     if optim == "adamw":
         values = (3e-3, "cosine", 0, 0.1, 0.01, 0.9, 0.95, 1e-8, 1.0)
         optimizer, schedule = make_optimizer(OptimConfig(*values), 100)
+    offload = {"offload": more.pop("offload", False)}
     step = make_train_step(
-        MODEL,
-        cfg or loss_config(),
+        forward_of(cfg or loss_config(), mesh, compute_dtype=jnp.dtype(dtype), **more),
         optimizer,
         lambda step: jnp.asarray(schedule(step)),
         batch_size=rows,
         microbatches=microbatches,
-        mesh=mesh,
-        compute_dtype=jnp.dtype(dtype),
-        valid_vocab=VALID,
-        **{"remat": "none", **more},
+        **offload,
     )
-    offload = {"offload": more.get("offload", False)}
     return step, lambda: init_state(
         jax.tree.map(jnp.array, params()), optimizer, mesh=mesh, model_config=MODEL, **offload
     )
@@ -202,8 +206,8 @@ def test_padding_content_and_the_order_of_rows_and_documents_change_nothing():
     wanted = one_step(packed())
     noisy = one_step(packed(pad=37))
     jax.tree.map(np.testing.assert_array_equal, noisy, wanted)  # bit for bit; NaN equals NaN
-    turned = pack([[i + ROWS, i + 2 * ROWS, i] for i in reversed(range(ROWS))])
-    assert_same(one_step(turned), wanted)
+    reordered = pack([[i + ROWS, i + 2 * ROWS, i] for i in reversed(range(ROWS))])
+    assert_same(one_step(reordered), wanted)
 
 
 def test_the_loss_is_the_naive_one():
@@ -234,8 +238,7 @@ def test_the_loss_is_the_naive_one():
 def test_the_evaluation_step_gives_the_same_sums():
     _, fresh = step_of()
     mesh = make_mesh(devices=jax.devices()[:1])
-    options = {"mesh": mesh, "compute_dtype": jnp.float32, "valid_vocab": VALID}
-    evaluate = make_eval_step(MODEL, loss_config(), **options)
+    evaluate = make_eval_step(forward_of(loss_config(), mesh))
     state = fresh()
     halves = [jax.tree.map(lambda x, h=h: x[h : h + 4], packed()) for h in (0, 4)]
     total = reduce.add(*(evaluate(state, half) for half in halves))

@@ -10,15 +10,16 @@ import numpy as np
 import optax
 import pytest
 import reference_losses as reference
-from test_train_step import MODEL, ROWS, VALID, packed, params
+from test_train_step import MODEL, ROWS, VALID, forward_of, packed, params
 
 from dcod_jax.losses.adaptive import MAX_TEMPERATURE, TaidConfig
-from dcod_jax.losses.distill import LossConfig
+from dcod_jax.losses.distill import DistillLoss, LossConfig
+from dcod_jax.losses.head import VocabHead
 from dcod_jax.losses.weights import AUTO, WeightConfig
 from dcod_jax.models import transformer
 from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.train.checkpointer import Checkpointer, Snapshot
-from dcod_jax.train.forward import TeacherModel
+from dcod_jax.train.forward import Forward, TeacherModel
 from dcod_jax.train.step import init_state, make_eval_step, make_train_step
 
 K, CAPACITY = 4, 20  # top-k; the head's capacity of a row
@@ -32,7 +33,7 @@ def config(divergence, teacher, *, smoothing, scope="token", target=ESS) -> Loss
     more = {"smoothing": smoothing, **target}
     weights = WeightConfig("sigmoid", AUTO, 0.0, 2.0, scope, "mean", 0, **more)
     taid = TaidConfig(start=0.3, alpha=0.3, beta=0.5, steps=50)
-    return LossConfig(divergence, 20, weights, teacher, alpha=0.8, taid=taid)
+    return LossConfig(divergence, weights, teacher, alpha=0.8, taid=taid)
 
 
 @functools.cache
@@ -67,19 +68,16 @@ def step_of(cfg, sizes=(1, 1, 1), microbatches=1):
     mesh = make_mesh(sizes[0], sizes[1], tensor=sizes[2], devices=devices)
     optimizer = optax.sgd(0.5)
     live = TeacherModel(TEACHER, jnp.float32) if cfg.teacher == "live" else None
-    options = {"mesh": mesh, "compute_dtype": jnp.float32, "valid_vocab": VALID, "teacher": live}
+    forward = forward_of(cfg, mesh, teacher=live)
     step = make_train_step(
-        MODEL,
-        cfg,
+        forward,
         optimizer,
         lambda step: jnp.float32(0.5),
         batch_size=ROWS,
         microbatches=microbatches,
-        remat="none",
-        **options,
     )
     teacher = () if live is None else (teacher_params(),)
-    evaluate = make_eval_step(MODEL, cfg, **options)
+    evaluate = make_eval_step(forward)
 
     def fresh():
         return init_state(
@@ -177,18 +175,11 @@ def test_a_batch_without_completion_tokens_teaches_the_loss_nothing(cfg):
 def test_a_bfloat16_teacher_gives_the_loss_of_its_own_logits():
     """As loss.teacher=live runs by default: teacher in bfloat16, student and softmax in float32."""
     weights = WeightConfig("uniform", 1.0, 0.0, 2.0, "token", "mean", 0)
-    cfg = LossConfig("forward_kl", 20, weights, "live")
+    cfg = LossConfig("forward_kl", weights, "live")
     strong = jax.tree.map(lambda x: 3 * jnp.asarray(x), teacher_params())  # so that rounding shows
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), strong)
     mesh = make_mesh(devices=jax.devices()[:1])
-    evaluate = make_eval_step(
-        MODEL,
-        cfg,
-        mesh=mesh,
-        compute_dtype=jnp.float32,
-        valid_vocab=VALID,
-        teacher=TeacherModel(TEACHER, jnp.bfloat16),
-    )
+    evaluate = make_eval_step(forward_of(cfg, mesh, teacher=TeacherModel(TEACHER, jnp.bfloat16)))
     batch = packed()
     places = {"segment_ids": batch.segment_ids, "positions": batch.positions}
 
@@ -224,21 +215,15 @@ def test_no_buffer_of_tokens_times_vocabulary_is_compiled(teacher):
     student, live = (dataclasses.replace(c, vocab_size=vocab) for c in (MODEL, TEACHER))
     devices = jax.devices()[: int(np.prod(sizes))]
     mesh = make_mesh(sizes[0], sizes[1], tensor=sizes[2], devices=devices)
-    cfg = dataclasses.replace(config("todi", teacher, smoothing=0.0, scope="prefix"), head_chunk=16)
+    cfg = config("todi", teacher, smoothing=0.0, scope="prefix")
     optimizer = optax.sgd(1.0)
-    step = make_train_step(
+    forward = Forward(
         student,
-        cfg,
-        optimizer,
-        lambda step: jnp.float32(1.0),
-        batch_size=ROWS,
-        microbatches=1,
-        mesh=mesh,
-        compute_dtype=jnp.float32,
-        remat="none",
-        valid_vocab=None,
+        DistillLoss(cfg, VocabHead(16, None, mesh)),
+        jnp.float32,
         teacher=TeacherModel(live, jnp.float32) if teacher == "live" else None,
     )
+    step = make_train_step(forward, optimizer, lambda step: jnp.float32(1.0), batch_size=ROWS)
     shapes = transformer.param_shapes(student)
     state = init_state(shapes, optimizer, mesh=mesh, model_config=student, abstract=True)
     inputs = [transformer.param_shapes(live)] if teacher == "live" else []
