@@ -1,6 +1,6 @@
-"""Write the table of divergences in docs/losses.md from the registry.
+"""Write the tables of divergences and weights in docs/losses.md from the registries.
 
-python tools/make_losses_doc.py           # between the two marker comments, in place
+python tools/make_losses_doc.py           # between the marker comments, in place
 python tools/make_losses_doc.py --check   # exit 1 when the file is not up to date
 """
 
@@ -12,38 +12,51 @@ from pathlib import Path
 
 from dcod_jax.config import comments
 from dcod_jax.losses.divergences import DIVERGENCES, Divergence
+from dcod_jax.losses.weights import WEIGHTS, Weight
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "losses.md"
-BEGIN = "<!-- from dcod_jax/losses/divergences.py by tools/make_losses_doc.py; do not edit -->"
+MARKER = "<!-- from dcod_jax/losses/{}.py by tools/make_losses_doc.py; do not edit -->"
 END = "<!-- end of the generated table -->"
-HEAD = ("`loss.divergence`", "formula", "needs of the teacher", "knob", "choose it when", "source")
 
 
-def _keys(entry: Divergence) -> str:
-    """The config keys of the knob; TAID's interpolation is a state that four keys steer."""
-    known = comments()
-    prefix = "loss.taid_" if entry.knob == "interpolation" else f"loss.{entry.knob}"
-    return ", ".join(f"`{key}`" for key in known if entry.knob and key.startswith(prefix)) or "none"
+def _keys(*prefixes: str) -> str:
+    """The config keys that begin so; TAID's interpolation is a state that four keys steer."""
+    return ", ".join(f"`{key}`" for key in comments() if key.startswith(prefixes)) or "none"
 
 
-def table() -> str:
-    """Markdown rows, one for each entry of the registry."""
-    rows = [HEAD, ("---",) * len(HEAD)]
-    for name, entry in DIVERGENCES.items():
-        needs = "log p of the trace token, or nothing" if entry.value is None else "top-k or live"
-        needs = "live; top-k for a student near it" if entry.acts_on_student else needs
-        cells = (f"`{name}`", entry.formula, needs, _keys(entry), entry.choose, entry.source)
+def _of_divergence(entry: Divergence) -> tuple[str, str]:
+    needs = "log p of the trace token, or nothing" if entry.value is None else "top-k or live"
+    needs = "live; top-k for a student near it" if entry.acts_on_student else needs
+    name = "taid_" if entry.parameter == "interpolation" else entry.parameter
+    return needs, _keys(f"loss.{name}") if name else "none"
+
+
+def _of_weight(entry: Weight) -> tuple[str, str]:
+    needs = "log p of the trace token" if entry.needs_teacher else "nothing"
+    return needs, _keys(*(f"loss.weights.{name}" for name in entry.parameters))
+
+
+def table(key: str) -> str:
+    """Markdown rows, one for each entry of the registry behind a config key."""
+    head = (f"`{key}`", "formula", "needs of the teacher", "keys", "choose it when", "source")
+    rows = [head, ("---",) * len(head)]
+    for name, entry in (DIVERGENCES if key == "loss.divergence" else WEIGHTS).items():
+        of = _of_divergence(entry) if isinstance(entry, Divergence) else _of_weight(entry)
+        cells = (f"`{name}`", entry.formula, *of, entry.choose, entry.source)
         rows.append(tuple(cell.replace("|", "\\|") for cell in cells))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def updated(page: str) -> str:
     """The page with what stands between the markers replaced."""
-    before, _, rest = page.partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        sys.exit(f"error: {PAGE} must hold the lines {BEGIN} and {END}, in this order")
-    return f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
+    for file, key in (("divergences", "loss.divergence"), ("weights", "loss.weights.name")):
+        begin = MARKER.format(file)
+        before, _, rest = page.partition(begin)
+        _, found, after = rest.partition(END)
+        if not found:
+            sys.exit(f"error: {PAGE} must hold the lines {begin} and {END}, in this order")
+        page = f"{before}{begin}\n\n{table(key)}\n\n{END}{after}"
+    return page
 
 
 def main() -> None:
