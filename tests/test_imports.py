@@ -23,7 +23,7 @@ LEVELS = """
     evaluate.generations evaluate.statistics evaluate.metrics
     train.optim train.metrics train.profiling train.settings config_checks config doctor cli
     train.checkpointer train.local_checkpoints train.checkpoints train.forward train.step
-    score.scoring
+    score.teacher score.scoring
     prepare.delivered prepare.overlap prepare.filters
     generate_traces.command prepare.command score.command inspect.arguments inspect.command
     drift.curves drift.scores

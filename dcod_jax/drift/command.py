@@ -47,7 +47,7 @@ from dcod_jax.logs import track
 from dcod_jax.models import hf
 from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.sample.sampler import Sample, check_room
-from dcod_jax.score.scoring import Teacher, open_teacher
+from dcod_jax.score.teacher import Teacher, open_teacher
 
 RESULT = "drift.json"
 LEAST = 10  # sequences alive in both sets up to which a length is reported

@@ -23,7 +23,7 @@ from dcod_jax.losses.weights import UNIFORM
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import batch_shards, constrain, make_mesh, sharding
 from dcod_jax.sample.sampler import Sample, bucket_length, decoding_params, sample
-from dcod_jax.score.scoring import PlannedBatch, plan_batches
+from dcod_jax.score.scoring import TraceBatch, batches_by_length
 from dcod_jax.train.forward import Forward, TeacherModel
 from dcod_jax.types import Batch, Params
 
@@ -276,8 +276,8 @@ def score_sequences(
     for row, one in enumerate(drawn):
         out.tokens[row, : len(one.token_ids)] = one.token_ids
     lengths = [len(p) + len(s.token_ids) for p, s in zip(prompts, drawn, strict=True)]
-    plan = plan_batches(lengths, batch_tokens=batch_tokens, shards=batch_shards(mesh))
-    for planned in plan:
+    shards = batch_shards(mesh)
+    for planned in batches_by_length(lengths, batch_tokens=batch_tokens, shards=shards):
         batch = _batch(prompts, drawn, planned)
         placed = jax.tree.map(lambda x: jax.device_put(x, sharding(mesh, ("batch", None))), batch)
         rows = jax.device_get(_score(forward, student.params, teacher.params, placed))
@@ -309,9 +309,7 @@ def _forward(
     )
 
 
-def _batch(
-    prompts: Sequence[Sequence[int]], drawn: Sequence[Sample], planned: PlannedBatch
-) -> Batch:
+def _batch(prompts: Sequence[Sequence[int]], drawn: Sequence[Sample], planned: TraceBatch) -> Batch:
     """Prompt and continuation, the head at the last prompt position and all behind it."""
     shape = (planned.rows, planned.length)
     tokens, targets, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))

@@ -31,7 +31,7 @@ from dcod_jax.logs import track
 from dcod_jax.models import hf
 from dcod_jax.parallel import hosts
 from dcod_jax.sample.sampler import Sample, check_room, decoding_params, sample
-from dcod_jax.score.scoring import Teacher, open_teacher
+from dcod_jax.score.teacher import Teacher, open_teacher
 
 BATCHES_IN_BLOCK = 4  # decoded between two appends
 REJECTED = "traces.rejected.jsonl"  # beside traces.jsonl

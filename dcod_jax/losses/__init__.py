@@ -1,0 +1,5 @@
+"""The distillation loss: divergence x teacher x weights, as per-token values and sums of a batch.
+
+Read divergences.py, weights.py, head.py (the vocabulary head), events.py, distributions.py,
+adaptive.py, reduce.py (the only place that averages), distill.py (all of them together).
+"""

@@ -224,7 +224,7 @@ def score_program(
         return None
     mesh = make_mesh(**config.mesh, devices=devices)
     model = hf.read_config(config.teacher.path)
-    batch = scoring.plan_batches(
+    batch = scoring.batches_by_length(
         [config.data.max_length - 1] * config.score.batch_tokens,
         batch_tokens=config.score.batch_tokens,
         shards=scoring.batch_shards(mesh),

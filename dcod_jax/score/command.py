@@ -19,7 +19,8 @@ from dcod_jax.errors import DcodError
 from dcod_jax.files import Path, as_path
 from dcod_jax.logs import track
 from dcod_jax.parallel import hosts
-from dcod_jax.score.scoring import ScoreSettings, Teacher, open_teacher, score_traces
+from dcod_jax.score.scoring import ScoreSettings, score_traces
+from dcod_jax.score.teacher import Teacher, open_teacher
 
 SPLITS = ("train", "eval")
 

@@ -14,57 +14,16 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from dcod_jax.data.tokenizer import load_tokenizer
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Path, as_path
 from dcod_jax.losses.events import event_logits
 from dcod_jax.losses.head import VocabHead, target_logprobs
 from dcod_jax.models.config import ModelConfig
-from dcod_jax.models.hf import load_model, weights_fingerprint
 from dcod_jax.models.transformer import head_weight, hidden_states
 from dcod_jax.parallel.mesh import batch_shards, constrain, put, sharding
 from dcod_jax.sample.sampler import bucket_length
 from dcod_jax.types import Params, Trace
 
 TAIL_FLOOR = -100.0  # log of a tail that float32 holds to be empty: small, and never -inf
-
-
-@dataclasses.dataclass(frozen=True)
-class Teacher:
-    """A model that scores or samples, and what a manifest says about it; weights not yet read."""
-
-    path: Path
-    name: str
-    revision: str
-    weights: str  # hash of the weight files' content
-    dtype: str  # of weights and compute
-    tokenizer: Any
-
-    def provenance(self) -> dict[str, str]:
-        return {
-            "name": self.name,
-            "revision": self.revision,
-            "weights": self.weights,
-            "dtype": self.dtype,
-        }
-
-    def load(self, mesh: Mesh | None = None) -> tuple[ModelConfig, Params]:
-        return load_model(self.path, dtype=jnp.dtype(self.dtype), mesh=mesh)
-
-
-def open_teacher(settings: Any, *, chat_template: str = "") -> Teacher:
-    """The teacher of config.teacher (path, name, revision, dtype): an HF directory or .gguf."""
-    if not settings.path:
-        raise DcodError("teacher.path is empty; expected an HF directory or a .gguf file")
-    path = as_path(settings.path)
-    return Teacher(
-        path=path,
-        name=settings.name or path.name.removesuffix(".gguf"),
-        revision=settings.revision,
-        weights=weights_fingerprint(path),
-        dtype=settings.dtype,
-        tokenizer=load_tokenizer(path, chat_template=chat_template),
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +38,7 @@ class ScoreSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class PlannedBatch:
+class TraceBatch:
     """Traces scored together as one [rows, length] batch."""
 
     members: tuple[int, ...]
@@ -87,12 +46,12 @@ class PlannedBatch:
     length: int
 
 
-def plan_batches(
+def batches_by_length(
     lengths: Sequence[int], *, batch_tokens: int, shards: int = 1
-) -> list[PlannedBatch]:
+) -> list[TraceBatch]:
     """Group by length, longest first, into few shapes of about batch_tokens tokens.
 
-    The plan is a function of the arguments only: a shard scored again has the same batches.
+    A function of the arguments only: a shard scored again has the same batches.
     [40, 7, 300] at 640 tokens -> [300] as [2, 320]; the other two join as far as rows are left.
     Rows are a multiple of `shards`; one trace longer than batch_tokens still gets its batch.
     """
@@ -104,7 +63,7 @@ def plan_batches(
         needed = -(-(len(order) - start) // shards)
         rows = min(full, 1 << (needed - 1).bit_length()) * shards
         members = tuple(order[start : start + rows])
-        batches.append(PlannedBatch(members, rows, length))
+        batches.append(TraceBatch(members, rows, length))
         start += len(members)
     return batches
 
@@ -130,13 +89,13 @@ def score_traces(
     for trace in traces:
         _check_trace(config, trace, valid_vocab=settings.valid_vocab)
     scored: list[Trace | None] = [None] * len(traces)
-    plan = plan_batches(
+    batches = batches_by_length(
         [len(t.token_ids) - 1 for t in traces],
         batch_tokens=settings.batch_tokens,
         shards=batch_shards(mesh),
     )
     for batch, out in _one_ahead(
-        plan, lambda b: _launch(config, params, traces, b, settings, mesh)
+        batches, lambda b: _launch(config, params, traces, b, settings, mesh)
     ):
         arrays = jax.device_get(out)
         for row, i in enumerate(batch.members):
@@ -147,11 +106,11 @@ def score_traces(
 
 
 def _one_ahead(
-    plan: Sequence[PlannedBatch], launch: Callable[[PlannedBatch], Any]
-) -> Iterator[tuple[PlannedBatch, Any]]:
+    batches: Sequence[TraceBatch], launch: Callable[[TraceBatch], Any]
+) -> Iterator[tuple[TraceBatch, Any]]:
     """Results in order, each given out after the next batch was started on the device."""
-    waiting: tuple[PlannedBatch, Any] | None = None
-    for batch in plan:
+    waiting: tuple[TraceBatch, Any] | None = None
+    for batch in batches:
         started = (batch, launch(batch))
         if waiting is not None:
             yield waiting
@@ -183,7 +142,7 @@ def _launch(
     config: ModelConfig,
     params: Params,
     traces: Sequence[Trace],
-    batch: PlannedBatch,
+    batch: TraceBatch,
     settings: ScoreSettings,
     mesh: Mesh | None,
 ) -> tuple[jax.Array, ...]:

@@ -17,13 +17,14 @@ from dcod_jax.data import chat, pipeline
 from dcod_jax.data.dataset import TraceDataset
 from dcod_jax.errors import EXIT_INTERRUPTED, DcodError
 from dcod_jax.files import as_path, replace_file
-from dcod_jax.losses import distill, reduce
+from dcod_jax.losses import reduce
 from dcod_jax.losses.reduce import Sums
 from dcod_jax.parallel import hosts
 from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.plan.programs import choose_remat
 from dcod_jax.train import settings
 from dcod_jax.train.checkpoints import Checkpoints
+from dcod_jax.train.forward import make_forward
 from dcod_jax.train.monitor import Monitor, Pending
 from dcod_jax.train.on_policy import OnPolicy
 from dcod_jax.train.optim import Schedule, make_optimizer
@@ -122,25 +123,23 @@ def _make_steps(
 ) -> tuple[Callable[..., tuple[TrainState, dict[str, jax.Array]]], Callable[..., Sums]]:
     """(train step, held-out step), both of (state, batch); a live teacher is bound to them."""
     teacher, teacher_params = load_live_teacher(config, student, mesh)
-    loss_config = settings.loss_config(config)
-    options: dict[str, Any] = {
-        "teacher": teacher,
-        "mesh": mesh,
-        "compute_dtype": jnp.dtype(config.student.compute_dtype),
-        "remat": choose_remat(config, mesh.devices.flat),
-        "valid_vocab": student.valid_vocab,
-    }
-    train_step = make_train_step(
+    forward = make_forward(
+        config,
         student.config,
-        loss_config,
+        mesh=mesh,
+        valid_vocab=student.valid_vocab,
+        teacher=teacher,
+        remat=choose_remat(config, mesh.devices.flat),
+    )
+    train_step = make_train_step(
+        forward,
         optimizer,
         schedule,
         batch_size=config.data.batch_size,
         microbatches=config.train.microbatches,
         offload=config.optim.offload,
-        **options,
     )
-    eval_step = make_eval_step(student.config, loss_config, **options)
+    eval_step = make_eval_step(forward)
     return (
         lambda state, batch: train_step(state, batch, *teacher_params),
         lambda state, batch: eval_step(state, batch, *teacher_params),
@@ -151,14 +150,13 @@ def reading(config: Any, mesh: Mesh, *, whole: bool = False) -> dict[str, Any]:
     """The fields of pipeline.Reading for this host's rows, or for all rows of the batch."""
     loss_config = settings.loss_config(config)
     process, processes = (0, 1) if whole else pipeline.host_slice(mesh, config.data.batch_size)
-    cached = loss_config.teacher == "cached"
     return {
         "seq_len": config.data.seq_len,
         "batch_size": config.data.batch_size,
         "head_tokens": config.data.head_tokens,
         "prefetch": config.data.prefetch,
-        "require_scores": distill.needs_cache(loss_config),
-        "require_top_k": cached and distill.needs_distribution(loss_config),
+        "require_scores": loss_config.needs_cache,
+        "require_top_k": loss_config.needs_top_k,
         "process_index": process,
         "process_count": processes,
     }

@@ -25,7 +25,7 @@ from dcod_jax.losses.divergences import DIVERGENCES
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import check_divides, make_mesh, tree_shardings
-from dcod_jax.score.scoring import open_teacher
+from dcod_jax.score.teacher import open_teacher
 from dcod_jax.train.checkpointer import Checkpointer, Snapshot, sharded_shapes
 from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.train.forward import TeacherModel

@@ -21,7 +21,7 @@ from dcod_jax.errors import DcodError
 from dcod_jax.export.command import MARKER
 from dcod_jax.models import hf, transformer
 from dcod_jax.parallel.mesh import make_mesh, tree_shardings
-from dcod_jax.score.scoring import PlannedBatch
+from dcod_jax.score.scoring import TraceBatch
 
 V, STOP, NEW = 49, 1, 10
 PROMPTS = ([5, 9, 12, 7], [8, 6], [20, 21, 22, 23, 24, 25, 26], [11, 30, 4], [40, 41])
@@ -195,7 +195,7 @@ def test_no_logits_of_a_whole_batch_exist(pair, measured):
     """The traced program has logits of head_chunk tokens and no larger ones."""
     teacher, student, _ = pair
     prompts = [PROMPTS[i] for i in measured.student.prompt[:8]]
-    planned = PlannedBatch(tuple(range(8)), rows=8, length=32)
+    planned = TraceBatch(tuple(range(8)), rows=8, length=32)
     batch = drift_scores._batch(prompts, drift_scores.to_samples(measured.student), planned)
     options = {"valid_vocab": V, "mesh": one_device()}
 

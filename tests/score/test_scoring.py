@@ -25,8 +25,9 @@ from dcod_jax.losses.head import VocabHead
 from dcod_jax.models import hf, transformer
 from dcod_jax.parallel.mesh import make_mesh, tree_shardings
 from dcod_jax.score import scoring
+from dcod_jax.score import teacher as teachers
 from dcod_jax.score.command import score
-from dcod_jax.score.scoring import ScoreSettings, plan_batches, score_traces
+from dcod_jax.score.scoring import ScoreSettings, batches_by_length, score_traces
 from dcod_jax.types import Trace
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,7 +127,7 @@ def test_a_tail_beside_a_sure_token_keeps_its_digits():
 
 def test_plan_holds_every_trace_once_in_few_shapes_of_bounded_size():
     lengths = np.random.default_rng(0).integers(1, 700, 500).tolist()
-    plan = plan_batches(lengths, batch_tokens=4096, shards=2)
+    plan = batches_by_length(lengths, batch_tokens=4096, shards=2)
     assert sorted(i for batch in plan for i in batch.members) == list(range(500))
     for batch in plan:
         assert batch.rows % 2 == 0
@@ -135,7 +136,7 @@ def test_plan_holds_every_trace_once_in_few_shapes_of_bounded_size():
     assert len({(batch.rows, batch.length) for batch in plan}) <= 15
     padded = sum(batch.rows * batch.length for batch in plan)
     assert padded < 1.35 * sum(lengths)
-    assert plan_batches([9000, 3], batch_tokens=4096)[0].rows == 1
+    assert batches_by_length([9000, 3], batch_tokens=4096)[0].rows == 1
 
 
 def test_eight_devices_score_as_one(model):
@@ -267,7 +268,7 @@ def test_scored_again_by_the_same_teacher_does_nothing(tmp_path, teacher, capsys
     first = hashes(root)
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring.Teacher, "load", None)  # the weights are not even read
+        patch.setattr(teachers.Teacher, "load", None)  # the weights are not even read
         score(make_config(root, teacher))
     assert capsys.readouterr().out.count("scored these traces before") == 2
     assert hashes(root) == first
