@@ -68,11 +68,9 @@ def kept_loss(
     """Share of the plain loss left when the weights have discounted the student's lag.
 
     1 - (Σ lag/n - Σ w lag/Σ w) / (Σ nll/n), lag = max(-r, 0), over the mask; -inf where the
-    weights are too faint. With an offset <= 0 it never falls as the temperature grows: over
-    1/temperature the sigmoid's log w has the slope r (1 - w) (power: r, or 0 at the clip), and of
-    any two tokens the one with the greater lag has the smaller slope, so their covariance under w,
-    the slope of Σ w lag/Σ w, is never positive. With nll in the place of lag that does not hold:
-    nll is high, too, where p is low and q above it.
+    weights are too faint. With an offset <= 0 it never falls as the temperature grows: of any two
+    tokens the one with the greater lag has the smaller slope of log w over 1/temperature, r (1 - w)
+    for the sigmoid, so the slope of Σ w lag/Σ w, their covariance under w, is never positive.
     """
     count = jnp.maximum(loss_mask.sum(), 1)
     w, lag, nll = (jnp.where(loss_mask, x, 0.0) for x in (w, jnp.maximum(-r, 0.0), nll))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,20 +68,10 @@ class WeightConfig:
         return across and WEIGHTS[self.name].needs_student
 
 
-UNIFORM = WeightConfig(
-    "uniform",
-    temperature=1.0,
-    offset=0.0,
-    clip=1.0,
-    scope="token",
-    normalize="none",
-    warmup_steps=0,
-)
+UNIFORM = WeightConfig("uniform", 1.0, 0.0, 1.0, scope="token", normalize="none", warmup_steps=0)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Tempering:
+class Tempering(NamedTuple):
     """Temperature and offset in force: the configuration's, or the train state's."""
 
     temperature: Scalar
@@ -93,16 +83,10 @@ Solved = Tempering | LossState | None  # where AUTO numbers come from
 
 def fixed(cfg: WeightConfig, solved: Solved = None) -> Tempering:
     """The configuration's numbers; where it says AUTO, those of `solved`."""
-    if not cfg.automatic:
-        return Tempering(cfg.temperature, cfg.offset)  # pyright: ignore[reportArgumentType]
-    if solved is None:
+    if solved is None and cfg.automatic:
         raise DcodError("loss.weights: automatic temperature needs the train state's tempering")
-    return Tempering(
-        *(
-            getattr(solved if getattr(cfg, name) == AUTO else cfg, name)
-            for name in ("temperature", "offset")
-        )
-    )
+    numbers: Any = ((solved if x == AUTO else cfg) for x in (cfg.temperature, cfg.offset))
+    return Tempering(next(numbers).temperature, next(numbers).offset)
 
 
 # ---------------------------------------------------------------- registry
@@ -171,8 +155,7 @@ WEIGHTS: dict[str, Weight] = {
 
 def config_errors(cfg: WeightConfig) -> list[str]:
     """What is wrong across the keys of loss.weights, one error for each; empty when it is fine."""
-    key = "loss.weights."
-    errors = []
+    key, errors = "loss.weights.", []
     for name, value in (("temperature", cfg.temperature), ("offset", cfg.offset)):
         may = [weight for weight, entry in WEIGHTS.items() if name in entry.automatic]
         if value == AUTO and cfg.name not in may:
@@ -182,38 +165,34 @@ def config_errors(cfg: WeightConfig) -> list[str]:
             )
         elif isinstance(value, str) and value != AUTO:
             errors.append(f"{key}{name}={value!r} must be a number or 'auto'")
-    return errors + (_target_errors(cfg) if cfg.temperature == AUTO else [])
-
-
-def _target_errors(cfg: WeightConfig) -> list[str]:
-    """What is wrong with the targets of the automatic temperature, alone or with the offset."""
-    key = "loss.weights."
-    if cfg.target_loss and cfg.target_ess:
-        return [
-            f"{key}target_loss={cfg.target_loss} and {key}target_ess={cfg.target_ess} are two "
-            "targets for one temperature; set one of them to 0"
-        ]
-    if cfg.offset != AUTO:
-        used = "target_loss" if cfg.target_loss else "target_ess" if cfg.target_ess else ""
-        if not used or cfg.target_mean == WeightConfig.target_mean:
-            return []
-        return [
-            f"{key}target_mean={cfg.target_mean} is not read: the temperature aims at {used}. Set "
-            f"{key}target_loss=0 and {key}target_ess=0 to aim at it, or {key}offset='auto'"
-        ]
-    if not cfg.target_loss and not cfg.target_ess:
-        return [
+    if cfg.temperature != AUTO:
+        return errors
+    loss, ess, mean = cfg.target_loss, cfg.target_ess, cfg.target_mean
+    both = cfg.offset == AUTO
+    if loss and ess:
+        errors.append(
+            f"{key}target_loss={loss} and {key}target_ess={ess} are two targets for one "
+            "temperature; set one of them to 0"
+        )
+    elif (loss or ess) and not both and mean != WeightConfig.target_mean:
+        errors.append(
+            f"{key}target_mean={mean} is not read: the temperature aims at "
+            f"{'target_loss' if loss else 'target_ess'}. Set {key}target_loss=0 and "
+            f"{key}target_ess=0 to aim at it, or {key}offset='auto'"
+        )
+    elif both and not loss and not ess:
+        errors.append(
             f"{key}temperature and offset are both 'auto' but target_loss=0 and target_ess=0 leave "
             "one target for two unknowns; set one of them"
-        ]
-    if 0 < cfg.target_ess <= cfg.target_mean:
+        )
+    elif both and 0 < ess <= mean:
         # w in (0, 1): mean(w²) <= mean(w), so (mean w)² / mean(w²) >= mean w = target_mean.
-        return [
-            f"{key}target_ess={cfg.target_ess} must be above {key}target_mean={cfg.target_mean} "
-            "where temperature and offset are both 'auto': weights between 0 and 1 of that mean "
-            "have no smaller effective sample size"
-        ]
-    return []
+        errors.append(
+            f"{key}target_ess={ess} must be above {key}target_mean={mean} where temperature and "
+            "offset are both 'auto': weights between 0 and 1 of that mean have no smaller "
+            "effective sample size"
+        )
+    return errors
 
 
 # ---------------------------------------------------------------- per token
