@@ -35,7 +35,7 @@ class Verb:
 VERBS: dict[str, Verb] = {
     "doctor": Verb("check this machine: versions, devices, memory, what each extra lacks"),
     "generate_traces": Verb("sample traces from a teacher model and grade them", "generate_traces"),
-    "prepare": Verb("turn raw traces into a trace dataset", "prepare_once"),
+    "prepare": Verb("turn raw traces into a trace dataset", "prepare"),
     "score": Verb("add the teacher's log-probs to the trace dataset", "score"),
     "inspect": Verb("show a trace dataset token by token", arguments="inspect"),
     "plan": Verb(

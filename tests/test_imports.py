@@ -16,7 +16,7 @@ LEVELS = """
     losses.head losses.events losses.distributions losses.divergences losses.weights
     losses.adaptive losses.reduce losses.distill
     data.codec data.dataset data.blocks data.scores data.packing
-    data.formats data.traces data.pipeline
+    data.raw data.forms data.traces data.pipeline
     models.gguf models.hf data.tokenizer data.chat
     sample.stop_strings sample.sampling sample.decoding sample.sampler
     evaluate.benchmarks evaluate.answers evaluate.grading evaluate.problems evaluate.prompts

@@ -27,7 +27,7 @@ import numpy as np
 
 from dcod_jax.data import chat
 from dcod_jax.data.codec import bytes_per_token
-from dcod_jax.data.formats import Fields
+from dcod_jax.data.raw import Fields
 from dcod_jax.data.tokenizer import load_tokenizer
 from dcod_jax.data.traces import find_sources, read_traces
 from dcod_jax.errors import DcodError

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from dcod_jax.copies import local_copy, local_directory
-from dcod_jax.data.formats import BadRecordError, Fields, RawTrace, is_request, read_record
+from dcod_jax.data.forms import is_request, read_record
+from dcod_jax.data.raw import BadRecordError, Fields, RawTrace
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Path, as_path, find
 

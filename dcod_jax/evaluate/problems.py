@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from dcod_jax.data.formats import PROMPT_FIELDS
+from dcod_jax.data.forms import PROMPT_FIELDS
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.answers import reference_answer
 from dcod_jax.evaluate.benchmarks import BENCHMARKS, Benchmark, parse_set

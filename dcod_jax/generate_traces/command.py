@@ -1,12 +1,11 @@
 """Sample traces from the teacher for a file of prompts: JSONL that prepare reads.
 
-Reads generate.prompts; writes run_dir/traces.jsonl, with the teacher's log-probs of its own tokens.
-What is of no use goes to traces.rejected.jsonl with its reason: empty, truncated, and, where the
+It reads generate.prompts and writes run_dir/traces.jsonl, with the teacher's log-probs of its own
+tokens. Useless traces go to traces.rejected.jsonl with the reason: empty, truncated, and, where the
 prompt has a reference answer and prepare.filter_correct is set, wrong_answer, no_answer,
-grading_timeout, grading_error. Blocks of sequences are files of their own until all are there, so
-the same command after an interruption goes on with those that are left. Of several processes each
-samples every n-th block with the teacher on its own devices, where it fits there; the bytes of the
-result are those of one process.
+grading_timeout or grading_error. The same command after an interruption goes on with the blocks
+that are left (data/blocks.py). Of several processes each samples every n-th block with the teacher
+on its own devices, where it fits there; the result has the bytes of one process.
 """
 
 from __future__ import annotations
@@ -15,12 +14,15 @@ import collections
 import dataclasses
 import functools
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from jax.sharding import Mesh
+
 from dcod_jax.data import chat
 from dcod_jax.data.blocks import BlockFiles
-from dcod_jax.data.formats import PROMPT_FIELDS
+from dcod_jax.data.forms import PROMPT_FIELDS
 from dcod_jax.data.tokenizer import stop_ids, template_fingerprint, tokenizer_fingerprint
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.generations import sample_options, sampling_of, text_of
@@ -32,6 +34,8 @@ from dcod_jax.models import hf
 from dcod_jax.parallel import hosts
 from dcod_jax.sample.sampler import Sample, check_room, decoding_params, sample
 from dcod_jax.score.teacher import Teacher, open_teacher
+
+log = logging.getLogger(__name__)
 
 BATCHES_IN_BLOCK = 4  # decoded between two appends
 REJECTED = "traces.rejected.jsonl"  # beside traces.jsonl
@@ -66,14 +70,14 @@ def generate_traces(config: Any) -> Path:
     if other:
         raise DcodError(f"{path} was written {other}; move it away or change run_dir")
     if manifest:
-        print(f"{path}: these traces were sampled before; nothing to do")
+        log.info("%s: these traces were sampled before; nothing to do", path)
         return path
     _sample_rest(config, teacher, problems, files)
     manifest = files.finish()
-    rejected = "".join(f", {count} {name}" for name, count in manifest["rejected"].items())
-    print(
+    rejected = ", ".join(f"{count} {name}" for name, count in manifest["rejected"].items())
+    log.info(
         f"{path}: {manifest['traces']} traces of {len(problems)} prompts, {manifest['tokens']} "
-        f"tokens; rejected: {rejected[2:] or 'none'}"
+        f"tokens; rejected: {rejected or 'none'}"
     )
     return path
 
@@ -87,18 +91,11 @@ def _sample_rest(
     block_size = BATCHES_IN_BLOCK * config.generate.batch_size
     done, left = files.pending(len(problems) * copies, block_size)
     if done and hosts.first():
-        print(f"going on behind {done} traces sampled before")
+        log.info("going on behind %d traces sampled before", done)
     own = left[process::processes]
     if not own:
         return
-    prompts = [_encode_prompt(teacher.tokenizer, problem) for problem in problems]
-    check_room(
-        hf.read_config(teacher.path),
-        prompts,
-        [f"{problem.source}: the prompt" for problem in problems],
-        max_new_tokens=config.generate.max_new_tokens,
-        key="generate.max_new_tokens",
-    )
+    prompts = _encode_prompts(config, teacher, problems)
     draw = _sampler(config, teacher, mesh)
     total, enabled = sum(map(len, own)), config.train.progress
     with (
@@ -111,7 +108,7 @@ def _sample_rest(
                 indices=block,
                 on_batch=lambda sequences, tokens: bar(sequences),
             )
-            texts: list[list[str]] = [[], []]
+            texts: list[list[str]] = [[], []]  # of what is accepted, of what is rejected
             reasons: collections.Counter[str] = collections.Counter()
             for record, reason in _judged(config, teacher, problems, block, samples, grader):
                 texts[bool(reason)].append(json.dumps(record, ensure_ascii=False) + "\n")
@@ -126,11 +123,22 @@ def _sample_rest(
                 files.write(block, ["".join(part) for part in texts], counts)
 
 
-def _encode_prompt(tokenizer: Any, problem: Problem) -> list[int]:
-    try:
-        return chat.encode_prompt(tokenizer, problem.messages)
-    except DcodError as error:
-        raise DcodError(f"{problem.source}: {error}") from error
+def _encode_prompts(config: Any, teacher: Teacher, problems: Sequence[Problem]) -> list[list[int]]:
+    """Token ids of every prompt; raises DcodError where one leaves no room for a completion."""
+    prompts = []
+    for problem in problems:
+        try:
+            prompts.append(chat.encode_prompt(teacher.tokenizer, problem.messages))
+        except DcodError as error:
+            raise DcodError(f"{problem.source}: {error}") from error
+    check_room(
+        hf.read_config(teacher.path),
+        prompts,
+        [f"{problem.source}: the prompt" for problem in problems],
+        max_new_tokens=config.generate.max_new_tokens,
+        key="generate.max_new_tokens",
+    )
+    return prompts
 
 
 def _judged(
@@ -142,44 +150,38 @@ def _judged(
     grader: Grader,
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """(record, "") of an accepted trace, (record, reason) of a rejected one, in order."""
+    copies = config.generate.samples
 
-    def items() -> Iterator[tuple[Any, str, str | None]]:
+    def items() -> Iterator[tuple[tuple[dict[str, Any], str], str, str | None]]:
         for index, drawn in zip(indices, samples, strict=True):
-            problem = problems[index // config.generate.samples]
-            text = text_of(teacher.tokenizer, drawn)
-            record = _record(config, problem, index % config.generate.samples, text, drawn)
-            reason = "" if text.strip() else "empty"
-            reason = reason or ("" if drawn.finished else "truncated")
+            problem, text = problems[index // copies], text_of(teacher.tokenizer, drawn)
+            record = _record(config, problem, index % copies, text, drawn)
+            reason = "empty" if not text.strip() else "" if drawn.finished else "truncated"
             graded = config.prepare.filter_correct and problem.answer and not reason
             yield (record, reason), text, problem.answer if graded else None
 
     for (record, reason), verdict in grader.stream(items()):
+        found = None
         if verdict is not None and not verdict.correct:
-            reason = REJECTED_AS[verdict.reason]
-        if reason:
-            found = verdict.extracted if verdict is not None else None
-            record |= {"rejected": reason, "extracted": found}
-        yield record, reason
+            reason, found = REJECTED_AS[verdict.reason], verdict.extracted
+        yield record | ({"rejected": reason, "extracted": found} if reason else {}), reason
 
 
 def _request(config: Any, teacher: Teacher) -> dict[str, Any]:
     """What the result follows from; the batch size and the place of the prompts are not in it."""
+    names = ("system_prompt", "prompt_field", "completion_field", "answer_field", "filter_correct")
     return {
         "prompts_sha256": file_sha256(config.generate.prompts),
-        "system_prompt": config.prepare.system_prompt,
-        "prompt_field": config.prepare.prompt_field,
-        "completion_field": config.prepare.completion_field,
-        "answer_field": config.prepare.answer_field,
+        **{name: config.prepare[name] for name in names},
         "teacher": teacher.provenance(),
         "tokenizer": tokenizer_fingerprint(teacher.tokenizer),
         "template": template_fingerprint(teacher.tokenizer),
         "sampling": dataclasses.asdict(sampling_of(config.generate, seed=config.seed)),
         "max_new_tokens": config.generate.max_new_tokens,
-        "filter_correct": config.prepare.filter_correct,
     }
 
 
-def _sampler(config: Any, teacher: Teacher, mesh: Any) -> Callable[..., list[Sample]]:
+def _sampler(config: Any, teacher: Teacher, mesh: Mesh | None) -> Callable[..., list[Sample]]:
     """The loaded teacher as a function of (prompts, indices, on_batch)."""
     model_config, params = teacher.load(mesh)
     return functools.partial(

@@ -11,6 +11,8 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -19,8 +21,9 @@ from rich.table import Table
 from dcod_jax.config import dataset_dir
 from dcod_jax.data import chat
 from dcod_jax.data.dataset import MANIFEST, DatasetWriter, read_manifest
-from dcod_jax.data.formats import RawTrace
+from dcod_jax.data.raw import RawTrace
 from dcod_jax.data.tokenizer import (
+    Tokenizer,
     student_tokenizer,
     template_fingerprint,
     tokenizer_fingerprint,
@@ -29,10 +32,12 @@ from dcod_jax.data.traces import Source, describe, find_sources
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.grading import Grader
 from dcod_jax.files import Path, as_path, file_sha256, publish, remove_tree, unfinished
-from dcod_jax.logs import track
+from dcod_jax.logs import Advance, track
 from dcod_jax.parallel import hosts
 from dcod_jax.prepare import overlap
 from dcod_jax.prepare.filters import Counts, Filter
+
+log = logging.getLogger(__name__)
 
 QUARANTINE = "quarantine.jsonl"
 LAST = f"train/{MANIFEST}"  # makes the directory a prepared dataset
@@ -45,7 +50,51 @@ _SETTINGS = (
 ).split()
 
 
+def prepare(config: Any) -> Path:
+    """Write the dataset that the config names, if it is not there; returns its directory.
+
+    Of several processes the first one works, and the others wait for it.
+    """
+    root = as_path(dataset_dir(config))
+    if hosts.first():
+        if is_prepared(config):
+            log.info("%s: already prepared from these inputs; nothing to do", root)
+        else:
+            _write_dataset(config, root)
+    hosts.barrier("prepare on process 0")
+    return root
+
+
 # ---------------------------------------------------------------- inputs and their identity
+
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """Raw traces of one key of the config: where they are, and what their files hold."""
+
+    key: str
+    sources: Sequence[Source] = ()
+    files: Sequence[dict[str, Any]] = ()
+
+
+def _contents(splits: Sequence[_Split]) -> dict[str, Any]:
+    """The files without their paths, where the content is known: a moved file is the same."""
+    return {
+        split.key: [{k: f[k] for k in f if k != "path" or "sha256" not in f} for f in split.files]
+        for split in splits
+    }
+
+
+def _splits(config: Any) -> tuple[_Split, _Split]:
+    """(train, held out); DcodError when a file is not there."""
+
+    def find(key: str, traces: str) -> _Split:
+        sources = find_sources(traces, split=config.data.split, key=key)
+        return _Split(key, sources, describe(sources))
+
+    train, held_out = find("data.traces", traces_source(config)), config.data.eval_traces
+    key = "data.eval_traces"
+    return train, find(key, held_out) if held_out else _Split(key)
 
 
 def traces_source(config: Any) -> str:
@@ -55,71 +104,23 @@ def traces_source(config: Any) -> str:
     return str(as_path(config.run_dir) / "traces.jsonl")
 
 
-def _value(config: Any, key: str) -> Any:
-    for name in key.split("."):
-        config = config[name]
-    return config
-
-
-@dataclasses.dataclass(frozen=True)
-class _Inputs:
-    """All that a dataset is made from."""
-
-    train: list[Source]
-    held_out: list[Source]
-    train_files: list[dict[str, Any]]
-    held_out_files: list[dict[str, Any]]
-    tokenizer: Any
-    identity: dict[str, Any]  # flat; equal for runs with equal results
-
-
-def _contents(train: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> dict[str, Any]:
-    """The files without their paths, where the content is known: a moved file is the same."""
-
-    def content(file: dict[str, Any]) -> dict[str, Any]:
-        return {name: file[name] for name in file if name != "path" or "sha256" not in file}
-
-    return {
-        "data.traces": [content(file) for file in train],
-        "data.eval_traces": [content(file) for file in held_out],
-    }
-
-
-def _identity(config: Any, tokenizer: Any) -> dict[str, Any]:
+def _identity(config: Any, tokenizer: Tokenizer) -> dict[str, Any]:
+    """All that the dataset follows from beside the traces, flat, as a manifest gives it back."""
     if config.data.eval_traces and config.data.eval_fraction:
         raise DcodError(
             "data.eval_traces and data.eval_fraction are both set; held-out traces come from one"
         )
-    settings = {key: _value(config, key) for key in _SETTINGS}
-    overlaps = []
+    values = config.to_dict()
+    settings = {key: values[key.split(".")[0]][key.split(".")[1]] for key in _SETTINGS}
     for name in config.prepare.overlap_files:
         if not as_path(name).is_file():
             raise DcodError(f"prepare.overlap_files: no such file: {name}")
-        overlaps.append(file_sha256(name))
-    return settings | {
-        "prepare.overlap_files": overlaps,
+    identity = settings | {
+        "prepare.overlap_files": [file_sha256(name) for name in config.prepare.overlap_files],
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "chat template": template_fingerprint(tokenizer),
     }
-
-
-def _sources(config: Any) -> tuple[list[Source], list[Source]]:
-    """(train, held out); DcodError when one is not there."""
-    split = config.data.split
-    train = find_sources(traces_source(config), split=split)
-    if not config.data.eval_traces:
-        return train, []
-    return train, find_sources(config.data.eval_traces, split=split, key="data.eval_traces")
-
-
-def _inputs(config: Any) -> _Inputs:
-    tokenizer = student_tokenizer(config.student)
-    identity = _identity(config, tokenizer)
-    train, held_out = _sources(config)
-    train_files, held_out_files = describe(train), describe(held_out)
-    identity |= _contents(train_files, held_out_files)
-    identity = json.loads(json.dumps(identity))  # as it is read back from a manifest
-    return _Inputs(train, held_out, train_files, held_out_files, tokenizer, identity)
+    return json.loads(json.dumps(identity))
 
 
 def _compare(root: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -138,20 +139,6 @@ def _compare(root: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
         )
 
 
-def _existing(root: Path) -> dict[str, Any] | None:
-    """The manifest of a complete dataset of this verb, None where there is nothing yet."""
-    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
-        return None
-    if unfinished(root, last=LAST):
-        return None
-    if not (root / "train" / MANIFEST).is_file():
-        raise DcodError(
-            f"{root} exists and is not a dataset that prepare wrote; remove it, or set "
-            "data.dataset to a new directory"
-        )
-    return read_manifest(root / "train")
-
-
 def is_prepared(config: Any) -> bool:
     """Whether data.dataset is there, complete and made from this config's inputs.
 
@@ -161,89 +148,138 @@ def is_prepared(config: Any) -> bool:
     root = as_path(dataset_dir(config))
     if (root / MANIFEST).is_file():  # a single dataset that was named directly
         return True
-    manifest = _existing(root)
-    if manifest is None:
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
+    if unfinished(root, last=LAST):
+        return False
+    if not (root / "train" / MANIFEST).is_file():
+        raise DcodError(
+            f"{root} exists and is not a dataset that prepare wrote; remove it, or set "
+            "data.dataset to a new directory"
+        )
+    manifest = read_manifest(root / "train")
     if not traces_source(config):
         return True
     wanted = _identity(config, student_tokenizer(config.student))
     try:
-        train, held_out = _sources(config)
-        wanted |= _contents(describe(train), describe(held_out))
+        wanted |= _contents(_splits(config))
     except DcodError as error:
-        print(f"{root}: taken as it is, the raw traces cannot be compared ({error})")
-    wanted = json.loads(json.dumps(wanted))
+        log.warning("%s: taken as it is, the raw traces cannot be compared (%s)", root, error)
     _compare(root, manifest.get("prepared_from", {}), wanted)
     return True
 
 
-# ---------------------------------------------------------------- the verb
+# ---------------------------------------------------------------- writing
 
 
-def prepare(config: Any, *, progress: bool = True) -> Path:
-    """Write the dataset that the config names, if it is not there; returns its directory."""
-    root = as_path(dataset_dir(config))
-    if is_prepared(config):
-        print(f"{root}: already prepared from these inputs; nothing to do")
-        return root
-    inputs = _inputs(config)
-    work = _work(root)  # what an interrupted run left is not resumed
-    remove_tree(work)
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What one run of prepare works with."""
+
+    config: Any
+    tokenizer: Tokenizer
+    identity: dict[str, Any]
+    work: Path  # where the dataset is until it is complete
+    filter: Filter
+    grader: Grader
+    advance: Advance
+
+    def writer(self, split: _Split, name: str) -> DatasetWriter:
+        """Writes train or eval, made from the files of `split`."""
+        student = self.config.student
+        manifest = {
+            "tokenizer": {
+                "fingerprint": tokenizer_fingerprint(self.tokenizer),
+                "source": student.tokenizer or student.path or student.config,
+                "size": len(self.tokenizer),
+            },
+            "template": {"fingerprint": template_fingerprint(self.tokenizer)},
+            "sources": list(split.files),
+            "prepared_from": self.identity,
+            "config": json.loads(json.dumps(self.config.to_dict())),
+        }
+        size = self.config.prepare.shard_records
+        return DatasetWriter(self.work / name, shard_records=size, manifest=manifest)
+
+    def finish(self, writer: DatasetWriter, split: _Split, *, held_out: int = 0) -> Counts:
+        """Counts into the manifest; refuses a split that keeps nothing."""
+        counts = self.filter.counts
+        manifest = counts.manifest()
+        if counts.kept == held_out:
+            self.filter.quarantine.flush()
+            reasons = ", ".join(f"{name} {count}" for name, count in counts.dropped.most_common())
+            raise DcodError(
+                f"no trace of {split.key} is left for its split ({manifest['read']} read, "
+                f"{held_out} held out; dropped: {reasons or 'none'}); the dropped records are in "
+                f"{self.work / QUARANTINE}"
+            )
+        if held_out:
+            manifest |= {"kept": counts.kept - held_out, "held_out": held_out}
+        writer.update_manifest(counts=manifest, **self.filter.provenance())
+        return counts
+
+
+def _write_dataset(config: Any, root: Path) -> None:
+    tokenizer = student_tokenizer(config.student)
+    identity = _identity(config, tokenizer)
+    train, held_out = _splits(config)
+    identity |= _contents([train, held_out])
+    work = root.with_name(root.name + ".partial")
+    remove_tree(work)  # what an interrupted run left is not resumed
     work.mkdir(parents=True)
+    total = sum(file["records"] for file in [*train.files, *held_out.files])
+    shown, settings = config.train.progress and total > 0, config.prepare
     # What is no Unicode stays the JSON escape that it was in the traces.
-    with (work / QUARANTINE).open("w", encoding="utf-8", errors="backslashreplace") as quarantine:
-        run = Filter(config, inputs.tokenizer, quarantine)
-        total = sum(f["records"] for f in [*inputs.train_files, *inputs.held_out_files])
-        shown = progress and config.train.progress and total > 0
-        with (
-            Grader(timeout=config.prepare.grade_timeout, workers=config.prepare.workers) as grader,
-            track(f"preparing {root.name}", total, unit="records", enabled=shown) as advance,
-        ):
-            counts = _write_splits(config, inputs, run, work, grader=grader, advance=advance)
+    with (
+        (work / QUARANTINE).open("w", encoding="utf-8", errors="backslashreplace") as quarantine,
+        Grader(timeout=settings.grade_timeout, workers=settings.workers) as grader,
+        track(f"preparing {root.name}", total, unit="records", enabled=shown) as advance,
+    ):
+        run = Filter(config, tokenizer, quarantine)
+        job = _Job(config, tokenizer, identity, work, run, grader, advance)
+        counts = {}
+        if held_out.sources:
+            counts["eval"] = _write_held_out(job, held_out)
+        counts |= _write_train(job, train)
     publish(work, root, last=LAST)  # what is there is empty, as checked above
     _print_counts(root, counts)
-    return root
 
 
-def _work(root: Path) -> Path:
-    """Where the dataset is until it is complete."""
-    return root.with_name(root.name + ".partial")
+def _write_held_out(job: _Job, split: _Split) -> Counts:
+    with job.writer(split, "eval") as writer:
+        for trace, encoded in job.filter.run(split.sources, job.grader, job.advance):
+            job.filter.held_out.add(overlap.prompt_key(trace))
+            writer.write(encoded)
+        counts = job.finish(writer, split)
+    job.filter.counts = Counts()
+    return counts
 
 
-def _write_splits(
-    config: Any, inputs: _Inputs, run: Filter, work: Path, *, grader: Grader, advance: Any
-) -> dict[str, Counts]:
-    counts: dict[str, Counts] = {}
-    if inputs.held_out:
-        with _writer(config, inputs, inputs.held_out_files, work / "eval") as writer:
-            for trace, encoded in run.run(inputs.held_out, grader, advance):
-                run.held_out.add(overlap.prompt_key(trace))
-                writer.write(encoded)
-            counts["eval"] = _finish(writer, run, "data.eval_traces")
-    run.counts = Counts()
+def _write_train(job: _Job, split: _Split) -> dict[str, Counts]:
+    """Counts of train, and of eval where data.eval_fraction takes it from the same traces."""
+    fraction, run = job.config.data.eval_fraction, job.filter
     with contextlib.ExitStack() as stack:
-        train = stack.enter_context(_writer(config, inputs, inputs.train_files, work / "train"))
+        train = stack.enter_context(job.writer(split, "train"))
         held_out, held = None, 0
-        for trace, encoded in run.run(inputs.train, grader, advance):
+        for trace, encoded in run.run(split.sources, job.grader, job.advance):
             if run.counts.kept == 1:
-                sample = chat.render_sample(inputs.tokenizer, encoded)
+                sample = chat.render_sample(job.tokenizer, encoded)
                 print(f"first trace kept ({trace.source}), supervised part marked:\n{sample}\n")
-            if _is_held_out(trace, config.data.eval_fraction):
+            if _is_held_out(trace, fraction):
                 if held_out is None:
-                    held_out = _writer(config, inputs, inputs.train_files, work / "eval")
-                    held_out = stack.enter_context(held_out)
+                    held_out = stack.enter_context(job.writer(split, "eval"))
                 held += 1
                 held_out.write(encoded)
             else:
                 train.write(encoded)
-        total = _finish(train, run, "data.traces", held_out=held)
-        counts["train"] = Counts(total.kept - held, total.dropped)
+        total = job.finish(train, split, held_out=held)
+        counts = {"train": Counts(total.kept - held, total.dropped)}
         if held_out is not None:
             counts["eval"] = Counts(kept=held)
             held_out.update_manifest(counts=counts["eval"].manifest(), **run.provenance())
-        elif config.data.eval_fraction:
+        elif fraction:
             raise DcodError(
-                f"data.eval_fraction={config.data.eval_fraction} held out none of the "
+                f"data.eval_fraction={fraction} held out none of the "
                 f"{total.kept} traces kept; raise it, or set data.eval_traces"
             )
     return counts
@@ -257,43 +293,6 @@ def _is_held_out(trace: RawTrace, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def _writer(
-    config: Any, inputs: _Inputs, files: list[dict[str, Any]], directory: Path
-) -> DatasetWriter:
-    tokenizer = inputs.tokenizer
-    home = config.student.tokenizer or config.student.path or config.student.config
-    manifest = {
-        "tokenizer": {
-            "fingerprint": tokenizer_fingerprint(tokenizer),
-            "source": home,
-            "size": len(tokenizer),
-        },
-        "template": {"fingerprint": template_fingerprint(tokenizer)},
-        "sources": files,
-        "prepared_from": inputs.identity,
-        "config": json.loads(json.dumps(config.to_dict())),
-    }
-    return DatasetWriter(directory, shard_records=config.prepare.shard_records, manifest=manifest)
-
-
-def _finish(writer: DatasetWriter, run: Filter, key: str, *, held_out: int = 0) -> Counts:
-    """Counts into the manifest; refuses a split that keeps nothing."""
-    counts = run.counts
-    reasons = ", ".join(f"{name} {count}" for name, count in counts.dropped.most_common())
-    if counts.kept == held_out:
-        run.quarantine.flush()
-        raise DcodError(
-            f"no trace of {key} is left for its split ({counts.manifest()['read']} read, "
-            f"{held_out} held out; dropped: {reasons or 'none'}); the dropped records are in "
-            f"{_work(as_path(dataset_dir(run.config))) / QUARANTINE}"
-        )
-    manifest = counts.manifest()
-    if held_out:
-        manifest |= {"kept": counts.kept - held_out, "held_out": held_out}
-    writer.update_manifest(counts=manifest, **run.provenance())
-    return counts
-
-
 def _print_counts(root: Path, counts: dict[str, Counts]) -> None:
     table = Table("split", "outcome", "traces")
     for split, count in counts.items():
@@ -304,10 +303,3 @@ def _print_counts(root: Path, counts: dict[str, Counts]) -> None:
     Console().print(table)
     if any(count.dropped for count in counts.values()):
         print(f"dropped records: {root / QUARANTINE}")
-
-
-def prepare_once(config: Any) -> None:
-    """The verb: of several processes the first one works, the others wait for it."""
-    if hosts.first():
-        prepare(config)
-    hosts.barrier("prepare on process 0")

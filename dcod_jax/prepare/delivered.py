@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from dcod_jax.data.formats import RawTrace
+from dcod_jax.data.raw import RawTrace
 from dcod_jax.errors import DcodError
 
 _OTHERWISE = (

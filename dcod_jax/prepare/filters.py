@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from dcod_jax.data import chat
-from dcod_jax.data.formats import Fields, RawTrace
+from dcod_jax.data.raw import Fields, RawTrace
 from dcod_jax.data.traces import BadRecord, Source, read_traces
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.grading import REJECTED_AS, Grader

@@ -17,7 +17,8 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dcod_jax.data.formats import PROMPT_FIELDS, RawTrace
+from dcod_jax.data.forms import PROMPT_FIELDS
+from dcod_jax.data.raw import RawTrace
 from dcod_jax.errors import DcodError
 from dcod_jax.files import as_path
 

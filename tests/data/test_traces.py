@@ -7,7 +7,8 @@ from pathlib import Path
 import datasets
 import pytest
 
-from dcod_jax.data.formats import Fields, RawTrace
+from dcod_jax.data.forms import FORMS, read_record
+from dcod_jax.data.raw import Fields, RawTrace
 from dcod_jax.data.traces import describe, find_sources, read_traces
 from dcod_jax.errors import DcodError
 
@@ -32,6 +33,15 @@ def read(path, fields: Fields = PLAIN, **kwargs) -> list[RawTrace]:
 def read_one(tmp_path, record, **kwargs) -> RawTrace:
     (trace,) = read(write(tmp_path / "t.jsonl", record), **kwargs)
     return trace
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_example_of_a_form_is_read_by_that_form_alone(name) -> None:
+    record = json.loads(FORMS[name].example)
+    first = next(other for other, form in FORMS.items() if form.matches(record, PLAIN))
+    assert first == name
+    [trace] = read_record(record, PLAIN, source="f:1", requests={})
+    assert (trace.prompt_text(), trace.completion_text()) == ("2+2?", "4")
 
 
 @pytest.mark.parametrize(

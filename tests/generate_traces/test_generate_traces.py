@@ -14,7 +14,8 @@ import tiny
 
 from dcod_jax import config as configs
 from dcod_jax.data import chat
-from dcod_jax.data.formats import Fields, read_record
+from dcod_jax.data.forms import read_record
+from dcod_jax.data.raw import Fields
 from dcod_jax.data.tokenizer import load_tokenizer
 from dcod_jax.data.traces import find_sources, read_traces
 from dcod_jax.errors import DcodError
@@ -113,7 +114,8 @@ def scripted(place, tmp_path, answers, **changes):
     return read_lines(path), read_lines(path.with_name(verb.REJECTED)), path
 
 
-def test_wrong_answers_are_kept_apart_with_their_reason(place, tmp_path, capsys):
+def test_wrong_answers_are_kept_apart_with_their_reason(place, tmp_path, caplog):
+    caplog.set_level("INFO")
     right, wrong = ("1+2=3\n#### 3", True), ("1+2=4\n#### 4", True)
     answers = {"a": [right, wrong, ("no idea", True)], "b": [("", True), ("3 is", False), right]}
     records, rejected, path = scripted(place, tmp_path, answers, generate__batch_size="1")
@@ -129,7 +131,7 @@ def test_wrong_answers_are_kept_apart_with_their_reason(place, tmp_path, capsys)
     manifest = json.loads(path.with_name("traces.jsonl.manifest.json").read_text())
     counts = {"empty": 1, "no_answer": 1, "truncated": 1, "wrong_answer": 1}
     assert (manifest["sampled"], manifest["traces"], manifest["rejected"]) == (6, 2, counts)
-    assert "rejected: 1 empty, 1 no_answer, 1 truncated, 1 wrong_answer" in capsys.readouterr().out
+    assert "rejected: 1 empty, 1 no_answer, 1 truncated, 1 wrong_answer" in caplog.text
 
 
 def test_the_sampling_settings_reach_the_sampler(place, tmp_path, monkeypatch):
@@ -187,7 +189,8 @@ verb.generate_traces(test.make_config(Path({place!r}), Path({run!r})))
 """
 
 
-def test_killed_and_started_again_gives_the_same_bytes(place, whole, tmp_path, capsys):
+def test_killed_and_started_again_gives_the_same_bytes(place, whole, tmp_path, caplog):
+    caplog.set_level("INFO")
     program = KILLED.format(tests=str(ROOT / "tests"), place=str(place), run=str(tmp_path))
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=os.environ, timeout=300, check=False
@@ -197,7 +200,7 @@ def test_killed_and_started_again_gives_the_same_bytes(place, whole, tmp_path, c
     lines = [len(read_lines(part)) for part in blocks.glob("*.jsonl")]
     assert (sum(lines), len(list(blocks.glob("*[0-9].json")))) == (16, 1)
     path = verb.generate_traces(make_config(place, tmp_path))
-    assert "going on behind 8 traces" in capsys.readouterr().out
+    assert "going on behind 8 traces" in caplog.text
     for name in ("traces.jsonl", verb.REJECTED):
         assert (tmp_path / name).read_bytes() == (whole.parent / name).read_bytes()
     assert sorted(p.name for p in path.parent.iterdir()) == [
@@ -207,12 +210,13 @@ def test_killed_and_started_again_gives_the_same_bytes(place, whole, tmp_path, c
     ]
 
 
-def test_a_finished_file_is_left_alone_without_reading_the_weights(place, whole, capsys):
+def test_a_finished_file_is_left_alone_without_reading_the_weights(place, whole, caplog):
+    caplog.set_level("INFO")
     before = whole.read_bytes()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verb, "_sampler", None)
         verb.generate_traces(make_config(place, place / "run", generate__batch_size="7"))
-    assert "nothing to do" in capsys.readouterr().out
+    assert "nothing to do" in caplog.text
     assert whole.read_bytes() == before
 
 

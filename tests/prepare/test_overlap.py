@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dcod_jax.data.formats import RawTrace
+from dcod_jax.data.raw import RawTrace
 from dcod_jax.errors import DcodError
 from dcod_jax.prepare.overlap import build_index, prompt_key, trace_key, words
 
@@ -15,7 +15,7 @@ def trace(prompt: str, completion: str = "It is 4.", *, system: str = "") -> Raw
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
     if system:
         messages = [{"role": "system", "content": system}, *messages]
-    return RawTrace("x", messages, len(messages) - 1, "f:1", {})
+    return RawTrace(messages, first_completion=len(messages) - 1)
 
 
 def index(tmp_path, *records, size: int = 8, **kwargs):

@@ -216,14 +216,15 @@ def test_held_out_settings_that_cannot_be(config) -> None:
 # ---------------------------------------------------------------- again
 
 
-def test_the_same_inputs_are_not_prepared_twice(config, capsys, tmp_path) -> None:
+def test_the_same_inputs_are_not_prepared_twice(config, caplog, tmp_path) -> None:
+    caplog.set_level("INFO")
     assert not is_prepared(config)
     root = prepare(config)
     before = {p: p.stat().st_mtime_ns for p in root.rglob("*")}
-    capsys.readouterr()
+    caplog.clear()
     assert is_prepared(config)
     assert prepare(config) == root
-    assert "already prepared" in capsys.readouterr().out
+    assert "already prepared" in caplog.text
     assert {p: p.stat().st_mtime_ns for p in root.rglob("*")} == before
     moved = tmp_path / "moved.jsonl"
     Path(config.data.traces).rename(moved)
