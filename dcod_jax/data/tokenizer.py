@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerFast
@@ -83,6 +84,11 @@ def stop_ids(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
             "stop token; add one, or every completion would run to the length limit"
         )
     return tuple(sorted(found))
+
+
+def decode(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
+    """The exact text of token ids, special tokens included."""
+    return tokenizer.backend_tokenizer.decode(token_ids, skip_special_tokens=False)
 
 
 def chat_template(tokenizer: Tokenizer) -> str | None:

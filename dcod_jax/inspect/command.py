@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import itertools
 import json
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,9 +17,9 @@ from rich.text import Text
 from dcod_jax.data import chat
 from dcod_jax.data.codec import bytes_per_token
 from dcod_jax.data.dataset import MANIFEST, TraceDataset, check_fingerprints, read_manifest
-from dcod_jax.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from dcod_jax.data.tokenizer import Tokenizer, decode, load_tokenizer, tokenizer_fingerprint
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Path, as_path, atomic_write
+from dcod_jax.files import Location, Path, as_path, atomic_write
 from dcod_jax.types import Trace
 
 SPLITS = ("train", "eval")
@@ -56,11 +57,18 @@ def inspect(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- tokenizer and student
 
 
+def _load_tokenizer(source: Location, datasets: Sequence[TraceDataset]) -> Tokenizer:
+    """Raises DcodError where it is not the tokenizer of the datasets."""
+    tokenizer = load_tokenizer(source)
+    for dataset in datasets:
+        check_fingerprints(dataset, tokenizer=tokenizer_fingerprint(tokenizer))
+    return tokenizer
+
+
 def _tokenizer(
     args: argparse.Namespace, datasets: Sequence[TraceDataset], console: Console
-) -> Any | None:
+) -> Tokenizer | None:
     """The dataset's tokenizer, or None (said so) where the manifest's path leads nowhere."""
-
     source = args.tokenizer or (datasets[0].manifest.get("tokenizer") or {}).get("source", "")
     if not args.tokenizer and (not source or not as_path(source).exists()):
         console.print(
@@ -69,10 +77,7 @@ def _tokenizer(
             markup=False,
         )
         return None
-    tokenizer = load_tokenizer(as_path(source))
-    for dataset in datasets:
-        check_fingerprints(dataset, tokenizer=tokenizer_fingerprint(tokenizer))
-    return tokenizer
+    return _load_tokenizer(source, datasets)
 
 
 def _student(args: argparse.Namespace, datasets: Sequence[TraceDataset]) -> Scorer | None:
@@ -90,15 +95,12 @@ def _student(args: argparse.Namespace, datasets: Sequence[TraceDataset]) -> Scor
     else:
         home = as_path(args.student)
         config, params = hf.load_model(home, dtype=jnp.float32)
-    tokenizer = load_tokenizer(as_path(args.tokenizer) if args.tokenizer else home)
-    for dataset in datasets:
-        check_fingerprints(dataset, tokenizer=tokenizer_fingerprint(tokenizer))
     settings = ScoreSettings(
         top_k=0,
         batch_tokens=8192,
         head_chunk=512,
         compute_dtype="float32",
-        valid_vocab=len(tokenizer),
+        valid_vocab=len(_load_tokenizer(args.tokenizer or home, datasets)),
     )
 
     def score(traces: list[Trace]) -> list[np.ndarray]:
@@ -181,7 +183,7 @@ def print_trace(
     trace: Trace,
     console: Console,
     *,
-    tokenizer: Any | None,
+    tokenizer: Tokenizer | None,
     student: np.ndarray | None,
     limit: int,
 ) -> None:
@@ -199,8 +201,7 @@ def print_trace(
         token_id = int(trace.token_ids[place])
         text = str(token_id)
         if tokenizer is not None:
-            decoded = tokenizer.backend_tokenizer.decode([token_id], skip_special_tokens=False)
-            text = repr(decoded)
+            text = repr(decode(tokenizer, [token_id]))
         cells = ["", "", ""]
         if supervised := bool(trace.completion_mask[place]):
             cells = _scores(trace.logprobs, student, int(entry[place]))
@@ -225,7 +226,7 @@ def export(
     datasets: Sequence[TraceDataset],
     path: Path,
     *,
-    tokenizer: Any | None = None,
+    tokenizer: Tokenizer | None = None,
     student: Scorer | None = None,
 ) -> int:
     """Write every trace as a line or row, atomically; returns how many.
@@ -238,14 +239,14 @@ def export(
     write = _write_parquet if path.suffix == ".parquet" else _write_jsonl
     try:
         with atomic_write(path) as temporary:
-            count = write(temporary, _batches(datasets, tokenizer, student))
+            write(temporary, _batches(datasets, tokenizer, student))
     except OSError as error:
         raise DcodError(f"cannot write {path}: {error}") from error
-    return count
+    return sum(map(len, datasets))
 
 
 def _batches(
-    datasets: Sequence[TraceDataset], tokenizer: Any | None, student: Scorer | None
+    datasets: Sequence[TraceDataset], tokenizer: Tokenizer | None, student: Scorer | None
 ) -> Iterator[list[dict[str, Any]]]:
     for dataset in datasets:
         for start in range(0, len(dataset), EXPORT_BATCH):
@@ -258,14 +259,12 @@ def _batches(
 
 
 def _record(
-    trace: Trace, split: str, tokenizer: Any | None, student: np.ndarray | None
+    trace: Trace, split: str, tokenizer: Tokenizer | None, student: np.ndarray | None
 ) -> dict[str, Any]:
-    ids = trace.token_ids.tolist()
-    text = None
-    if tokenizer is not None:
-        text = tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
     topk = trace.topk_logprobs
     arrays = {
+        "token_ids": trace.token_ids,
+        "completion_mask": trace.completion_mask,
         "logprobs": trace.logprobs,
         "topk_ids": trace.topk_ids,
         "topk_logprobs": None if topk is None else topk.astype(np.float32),
@@ -275,49 +274,39 @@ def _record(
     return {
         "split": split,
         "id": trace.id,
-        "text": text,
-        "token_ids": ids,
-        "completion_mask": trace.completion_mask.tolist(),
+        "text": None if tokenizer is None else decode(tokenizer, trace.token_ids.tolist()),
         **{name: None if array is None else array.tolist() for name, array in arrays.items()},
         "meta": trace.meta,
     }
 
 
-def _write_jsonl(path: Path, batches: Iterator[list[dict[str, Any]]]) -> int:
-    count = 0
+def _write_jsonl(path: pathlib.Path, batches: Iterator[list[dict[str, Any]]]) -> None:
     with path.open("w", encoding="utf-8") as file:
-        for batch in batches:
-            for record in batch:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            count += len(batch)
-    return count
+        for record in itertools.chain.from_iterable(batches):
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def _write_parquet(path: Path, batches: Iterator[list[dict[str, Any]]]) -> int:
+def _write_parquet(path: pathlib.Path, batches: Iterator[list[dict[str, Any]]]) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
     floats, ints = pa.list_(pa.float32()), pa.list_(pa.int32())
-    fields: dict[str, Any] = {
-        "split": pa.string(),
-        "id": pa.string(),
-        "text": pa.string(),
-        "token_ids": ints,
-        "completion_mask": pa.list_(pa.bool_()),
-        "logprobs": floats,
-        "topk_ids": pa.list_(ints),
-        "topk_logprobs": pa.list_(floats),
-        "tail_logprobs": floats,
-        "student_logprobs": floats,
-        "meta": pa.string(),
-    }
-    count = 0
-    with contextlib.closing(parquet.ParquetWriter(path, pa.schema(list(fields.items())))) as file:
+    schema = pa.schema(
+        {
+            "split": pa.string(),
+            "id": pa.string(),
+            "text": pa.string(),
+            "token_ids": ints,
+            "completion_mask": pa.list_(pa.bool_()),
+            "logprobs": floats,
+            "topk_ids": pa.list_(ints),
+            "topk_logprobs": pa.list_(floats),
+            "tail_logprobs": floats,
+            "student_logprobs": floats,
+            "meta": pa.string(),
+        }
+    )
+    with parquet.ParquetWriter(path, schema) as file:
         for batch in batches:
-            rows = [
-                record | {"meta": json.dumps(record["meta"], ensure_ascii=False)}
-                for record in batch
-            ]
-            file.write_table(pa.Table.from_pylist(rows, schema=file.schema))
-            count += len(batch)
-    return count
+            rows = [row | {"meta": json.dumps(row["meta"], ensure_ascii=False)} for row in batch]
+            file.write_table(pa.Table.from_pylist(rows, schema=schema))
