@@ -26,6 +26,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from numpy.typing import DTypeLike
 
 from dcod_jax.errors import DcodError
 from dcod_jax.types import Trace
@@ -122,7 +123,7 @@ def decode(record: bytes) -> Trace:
         raise DcodError(f"a record of {len(record)} bytes, expected {size} by its header")
     offset = _HEADER.size
 
-    def take(dtype: Any, *shape: int) -> np.ndarray:
+    def take(dtype: DTypeLike, *shape: int) -> np.ndarray:
         nonlocal offset
         count = int(np.prod(shape))
         array = np.frombuffer(record, dtype, count, offset)

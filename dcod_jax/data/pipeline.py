@@ -32,110 +32,6 @@ HostBatch = dict[str, np.ndarray]  # the Batch fields, [B / hosts, T] or [B / ho
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stream:
-    """What a stream of rows is made of; batch and host are cuts through it."""
-
-    dataset: TraceDataset
-    seq_len: int
-    seed: int | None  # None: one pass in the dataset's order, the last batch filled up
-    batch_size: int
-    process_index: int
-    process_count: int
-    capacity: int  # C: supervised tokens in a row
-    top_k: int = 0  # K to read; 0: none
-
-    def key(self) -> str:
-        parts = f"{self.seq_len} {self.capacity} {self.seed} {packing.OPEN_BINS} ".encode()
-        return hashlib.sha256(parts + self.dataset.lengths.tobytes()).hexdigest()[:16]
-
-    def plan(self, epoch: int) -> list[np.ndarray]:
-        """The epoch's rows, each the indices of its traces."""
-        lengths = self.dataset.lengths[:, 0]
-        order = np.arange(len(lengths))
-        if self.seed is not None:
-            # Raw bits and a stable sort: NumPy promises both to stay the same across versions.
-            bits = np.random.Philox(np.random.SeedSequence((self.seed, epoch)))
-            order = np.argsort(bits.random_raw(len(lengths)), kind="stable")
-        rows = packing.first_fit(
-            lengths[order],
-            self.seq_len,
-            completions=self.dataset.lengths[order, 1],
-            capacity=self.capacity,
-        )
-        traces = order[np.concatenate(rows)]
-        return np.split(traces, np.cumsum([len(row) for row in rows])[:-1])
-
-
-class _PackedDataset(grain.IterDataset):
-    def __init__(self, stream: _Stream):
-        super().__init__()
-        self._stream = stream
-
-    def __iter__(self) -> grain.DatasetIterator:
-        return _PackedIterator(self._stream)
-
-
-class _PackedIterator(grain.DatasetIterator):
-    """Yields (HostBatch, trace_index) and holds the plans of the epochs a batch touches."""
-
-    def __init__(self, stream: _Stream):
-        super().__init__()
-        self._stream = stream
-        self._key = stream.key()
-        self._epoch = 0
-        self._row = 0  # of the epoch; the first row of the next global batch
-        self._plans: dict[int, list[np.ndarray]] = {}
-
-    def _plan(self, epoch: int) -> list[np.ndarray]:
-        if epoch not in self._plans:
-            self._plans = {e: plan for e, plan in self._plans.items() if e == epoch - 1}
-            self._plans[epoch] = self._stream.plan(epoch)
-        return self._plans[epoch]
-
-    def _advance(self) -> list[np.ndarray]:
-        """The next global batch's rows; fewer, or none, at the end of a single pass."""
-        rows: list[np.ndarray] = []
-        while len(rows) < self._stream.batch_size:
-            plan = self._plan(self._epoch)
-            if self._row == len(plan):
-                if self._stream.seed is None:
-                    break
-                self._epoch, self._row = self._epoch + 1, 0
-                continue
-            taken = plan[self._row : self._row + self._stream.batch_size - len(rows)]
-            self._row += len(taken)
-            rows.extend(taken)
-        return rows
-
-    def __next__(self) -> tuple[HostBatch, np.ndarray]:
-        stream = self._stream
-        rows = self._advance()
-        if not rows:
-            raise StopIteration
-        rows += [np.zeros(0, np.int64)] * (stream.batch_size - len(rows))
-        share = stream.batch_size // stream.process_count
-        rows = rows[stream.process_index * share : (stream.process_index + 1) * share]
-        traces = np.concatenate(rows)
-        columns = decode_columns(stream.dataset.read_records(traces), top_k=stream.top_k)
-        counts = [len(row) for row in rows]
-        batch = packing.fill_rows(columns, counts, stream.seq_len, capacity=stream.capacity)
-        index = np.append(traces, -1).astype(np.int32)  # -1, padding, picks the -1 at the end
-        return batch, index[batch.pop("trace_index")]
-
-    def get_state(self) -> dict[str, Any]:
-        return {"epoch": self._epoch, "row": self._row, "stream": self._key}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        if state["stream"] != self._key:
-            raise DcodError(
-                f"the data position belongs to stream {state['stream']}, this run reads "
-                f"{self._key}: the trace dataset ({self._stream.dataset.directory}), data.seq_len "
-                "or seed changed; restore them, or start a new run with train.init_from"
-            )
-        self._epoch, self._row = int(state["epoch"]), int(state["row"])
-
-
-@dataclasses.dataclass(frozen=True)
 class Reading:
     """How a dataset is read: data.* and what the loss needs of it."""
 
@@ -149,19 +45,110 @@ class Reading:
     process_count: int = 1
 
 
-def _stream(dataset: TraceDataset, reading: Reading, seed: int | None) -> _Stream:
-    source = str(dataset.directory)
-    packing.check_lengths(dataset.lengths[:, 0], reading.seq_len, source=source)
-    return _Stream(
-        dataset,
-        reading.seq_len,
-        seed,
-        reading.batch_size,
-        reading.process_index,
-        reading.process_count,
-        capacity=packing.head_capacity(dataset.lengths, reading.seq_len, reading.head_tokens),
-        top_k=dataset.top_k if reading.require_top_k else 0,
-    )
+class _Stream:
+    """The rows of every epoch; batches and hosts are cuts through them.
+
+    seed None: one pass in the dataset's order, the last batch filled up.
+    """
+
+    def __init__(self, dataset: TraceDataset, reading: Reading, seed: int | None):
+        lengths, head_tokens = dataset.lengths, reading.head_tokens
+        packing.check_lengths(lengths[:, 0], reading.seq_len, source=str(dataset.directory))
+        self.dataset, self.reading, self.seed = dataset, reading, seed
+        self.capacity = packing.head_capacity(lengths, reading.seq_len, head_tokens)
+        parts = f"{reading.seq_len} {self.capacity} {seed} {packing.OPEN_BINS} ".encode()
+        self.key = hashlib.sha256(parts + lengths.tobytes()).hexdigest()[:16]
+
+    def rows(self, epoch: int) -> list[np.ndarray]:
+        """The epoch's rows, each the indices of its traces."""
+        lengths = self.dataset.lengths
+        order = np.arange(len(lengths))
+        if self.seed is not None:
+            # Raw bits and a stable sort: NumPy promises both to stay the same across versions.
+            bits = np.random.Philox(np.random.SeedSequence((self.seed, epoch)))
+            order = np.argsort(bits.random_raw(len(lengths)), kind="stable")
+        rows = packing.first_fit(
+            lengths[order, 0],
+            self.reading.seq_len,
+            completions=lengths[order, 1],
+            capacity=self.capacity,
+        )
+        traces = order[np.concatenate(rows)]
+        return np.split(traces, np.cumsum([len(row) for row in rows])[:-1])
+
+    def read(self, rows: list[np.ndarray]) -> tuple[HostBatch, np.ndarray]:
+        """(HostBatch, trace_index) of these rows."""
+        traces = np.concatenate(rows)
+        top_k = self.dataset.top_k if self.reading.require_top_k else 0
+        columns = decode_columns(self.dataset.read_records(traces), top_k=top_k)
+        counts = [len(row) for row in rows]
+        batch = packing.fill_rows(columns, counts, self.reading.seq_len, capacity=self.capacity)
+        index = np.append(traces, -1).astype(np.int32)  # -1, padding, picks the -1 at the end
+        return batch, index[batch.pop("trace_index")]
+
+
+class _PackedDataset(grain.IterDataset):
+    def __init__(self, stream: _Stream):
+        super().__init__()
+        self._stream = stream
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _PackedIterator(self._stream)
+
+
+class _PackedIterator(grain.DatasetIterator):
+    """Yields (HostBatch, trace_index) and holds the rows of the epochs that a batch touches."""
+
+    def __init__(self, stream: _Stream):
+        super().__init__()
+        self._stream = stream
+        self._epoch = 0
+        self._row = 0  # of the epoch; the first row of the next global batch
+        self._rows: dict[int, list[np.ndarray]] = {}
+
+    def _epoch_rows(self) -> list[np.ndarray]:
+        epoch = self._epoch
+        if epoch not in self._rows:
+            self._rows = {e: rows for e, rows in self._rows.items() if e == epoch - 1}
+            self._rows[epoch] = self._stream.rows(epoch)
+        return self._rows[epoch]
+
+    def _advance(self) -> list[np.ndarray]:
+        """The next global batch's rows; fewer, or none, at the end of a single pass."""
+        batch: list[np.ndarray] = []
+        while len(batch) < self._stream.reading.batch_size:
+            rows = self._epoch_rows()
+            if self._row == len(rows):
+                if self._stream.seed is None:
+                    break
+                self._epoch, self._row = self._epoch + 1, 0
+                continue
+            taken = rows[self._row : self._row + self._stream.reading.batch_size - len(batch)]
+            self._row += len(taken)
+            batch.extend(taken)
+        return batch
+
+    def __next__(self) -> tuple[HostBatch, np.ndarray]:
+        reading, rows = self._stream.reading, self._advance()
+        if not rows:
+            raise StopIteration
+        rows += [np.zeros(0, np.int64)] * (reading.batch_size - len(rows))
+        share = reading.batch_size // reading.process_count
+        start = reading.process_index * share
+        return self._stream.read(rows[start : start + share])
+
+    def get_state(self) -> dict[str, Any]:
+        return {"epoch": self._epoch, "row": self._row, "stream": self._stream.key}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        if state["stream"] != self._stream.key:
+            raise DcodError(
+                f"the data position belongs to stream {state['stream']}, this run reads "
+                f"{self._stream.key}: the trace dataset ({self._stream.dataset.directory}), "
+                "data.seq_len or seed changed; restore them, or start a new run with "
+                "train.init_from"
+            )
+        self._epoch, self._row = int(state["epoch"]), int(state["row"])
 
 
 def _open(dataset: TraceDataset, reading: Reading, seed: int | None) -> grain.DatasetIterator:
@@ -184,9 +171,8 @@ def _open(dataset: TraceDataset, reading: Reading, seed: int | None) -> grain.Da
             "teacher's distribution; run `python -m dcod_jax.score` with the same --config, "
             "--config.score.top_k=64 and --config.score.overwrite=true, or set loss.teacher=live"
         )
-    packed = _PackedDataset(_stream(dataset, reading, seed))
     ahead = grain.experimental.ThreadPrefetchIterDataset(
-        packed, prefetch_buffer_size=reading.prefetch
+        _PackedDataset(_Stream(dataset, reading, seed)), prefetch_buffer_size=reading.prefetch
     )
     return iter(ahead)
 
@@ -212,7 +198,7 @@ def rows_per_epoch(
 ) -> int:
     """Packed rows of an epoch; it varies a little with the epoch's shuffle."""
     reading = Reading(seq_len, 1, head_tokens=head_tokens)
-    return len(_stream(dataset, reading, seed).plan(epoch))
+    return len(_Stream(dataset, reading, seed).rows(epoch))
 
 
 def host_slice(mesh: Mesh, batch_size: int) -> tuple[int, int]:

@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -32,7 +31,7 @@ from dcod_jax.data.traces import Source, describe, find_sources
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.grading import Grader
 from dcod_jax.files import Path, as_path, file_sha256, publish, remove_tree, unfinished
-from dcod_jax.logs import Advance, track
+from dcod_jax.logs import track
 from dcod_jax.parallel import hosts
 from dcod_jax.prepare import overlap
 from dcod_jax.prepare.filters import Counts, Filter
@@ -68,33 +67,23 @@ def prepare(config: Any) -> Path:
 # ---------------------------------------------------------------- inputs and their identity
 
 
-@dataclasses.dataclass(frozen=True)
-class _Split:
-    """Raw traces of one key of the config: where they are, and what their files hold."""
-
-    key: str
-    sources: Sequence[Source] = ()
-    files: Sequence[dict[str, Any]] = ()
-
-
-def _contents(splits: Sequence[_Split]) -> dict[str, Any]:
-    """The files without their paths, where the content is known: a moved file is the same."""
+def _sources(config: Any) -> dict[str, list[Source]]:
+    """{key of the config: its raw traces}; DcodError when a file is not there."""
+    split, held_out = config.data.split, config.data.eval_traces
+    train = find_sources(traces_source(config), split=split)
+    key = "data.eval_traces"
     return {
-        split.key: [{k: f[k] for k in f if k != "path" or "sha256" not in f} for f in split.files]
-        for split in splits
+        "data.traces": train,
+        key: find_sources(held_out, split=split, key=key) if held_out else [],
     }
 
 
-def _splits(config: Any) -> tuple[_Split, _Split]:
-    """(train, held out); DcodError when a file is not there."""
-
-    def find(key: str, traces: str) -> _Split:
-        sources = find_sources(traces, split=config.data.split, key=key)
-        return _Split(key, sources, describe(sources))
-
-    train, held_out = find("data.traces", traces_source(config)), config.data.eval_traces
-    key = "data.eval_traces"
-    return train, find(key, held_out) if held_out else _Split(key)
+def _contents(files: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The files without their paths, where the content is known: a moved file is the same."""
+    return {
+        key: [{k: file[k] for k in file if k != "path" or "sha256" not in file} for file in found]
+        for key, found in files.items()
+    }
 
 
 def traces_source(config: Any) -> str:
@@ -162,7 +151,7 @@ def is_prepared(config: Any) -> bool:
         return True
     wanted = _identity(config, student_tokenizer(config.student))
     try:
-        wanted |= _contents(_splits(config))
+        wanted |= _contents({key: describe(found) for key, found in _sources(config).items()})
     except DcodError as error:
         log.warning("%s: taken as it is, the raw traces cannot be compared (%s)", root, error)
     _compare(root, manifest.get("prepared_from", {}), wanted)
@@ -176,32 +165,31 @@ def is_prepared(config: Any) -> bool:
 class _Job:
     """What one run of prepare works with."""
 
-    config: Any
-    tokenizer: Tokenizer
+    filter: Filter
+    sources: dict[str, list[Source]]  # by key of the config, and what describe says of them
+    files: dict[str, list[dict[str, Any]]]
     identity: dict[str, Any]
     work: Path  # where the dataset is until it is complete
-    filter: Filter
-    grader: Grader
-    advance: Advance
 
-    def writer(self, split: _Split, name: str) -> DatasetWriter:
-        """Writes train or eval, made from the files of `split`."""
-        student = self.config.student
+    def writer(self, key: str, name: str) -> DatasetWriter:
+        """Writes train or eval, made from the files of `key`."""
+        config, tokenizer = self.filter.config, self.filter.tokenizer
+        student = config.student
         manifest = {
             "tokenizer": {
-                "fingerprint": tokenizer_fingerprint(self.tokenizer),
+                "fingerprint": tokenizer_fingerprint(tokenizer),
                 "source": student.tokenizer or student.path or student.config,
-                "size": len(self.tokenizer),
+                "size": len(tokenizer),
             },
-            "template": {"fingerprint": template_fingerprint(self.tokenizer)},
-            "sources": list(split.files),
+            "template": {"fingerprint": template_fingerprint(tokenizer)},
+            "sources": self.files[key],
             "prepared_from": self.identity,
-            "config": json.loads(json.dumps(self.config.to_dict())),
+            "config": json.loads(json.dumps(config.to_dict())),
         }
-        size = self.config.prepare.shard_records
+        size = config.prepare.shard_records
         return DatasetWriter(self.work / name, shard_records=size, manifest=manifest)
 
-    def finish(self, writer: DatasetWriter, split: _Split, *, held_out: int = 0) -> Counts:
+    def finish(self, writer: DatasetWriter, key: str, *, held_out: int = 0) -> Counts:
         """Counts into the manifest; refuses a split that keeps nothing."""
         counts = self.filter.counts
         manifest = counts.manifest()
@@ -209,7 +197,7 @@ class _Job:
             self.filter.quarantine.flush()
             reasons = ", ".join(f"{name} {count}" for name, count in counts.dropped.most_common())
             raise DcodError(
-                f"no trace of {split.key} is left for its split ({manifest['read']} read, "
+                f"no trace of {key} is left for its split ({manifest['read']} read, "
                 f"{held_out} held out; dropped: {reasons or 'none'}); the dropped records are in "
                 f"{self.work / QUARANTINE}"
             )
@@ -222,12 +210,13 @@ class _Job:
 def _write_dataset(config: Any, root: Path) -> None:
     tokenizer = student_tokenizer(config.student)
     identity = _identity(config, tokenizer)
-    train, held_out = _splits(config)
-    identity |= _contents([train, held_out])
+    sources = _sources(config)
+    files = {key: describe(found) for key, found in sources.items()}
+    identity |= _contents(files)
     work = root.with_name(root.name + ".partial")
     remove_tree(work)  # what an interrupted run left is not resumed
     work.mkdir(parents=True)
-    total = sum(file["records"] for file in [*train.files, *held_out.files])
+    total = sum(file["records"] for found in files.values() for file in found)
     shown, settings = config.train.progress and total > 0, config.prepare
     # What is no Unicode stays the JSON escape that it was in the traces.
     with (
@@ -235,44 +224,45 @@ def _write_dataset(config: Any, root: Path) -> None:
         Grader(timeout=settings.grade_timeout, workers=settings.workers) as grader,
         track(f"preparing {root.name}", total, unit="records", enabled=shown) as advance,
     ):
-        run = Filter(config, tokenizer, quarantine)
-        job = _Job(config, tokenizer, identity, work, run, grader, advance)
-        counts = {}
-        if held_out.sources:
-            counts["eval"] = _write_held_out(job, held_out)
-        counts |= _write_train(job, train)
+        run = Filter(config, tokenizer, quarantine, grader=grader, advance=advance)
+        job = _Job(run, sources, files, identity, work)
+        counts = _write_held_out(job) | _write_train(job)
     publish(work, root, last=LAST)  # what is there is empty, as checked above
     _print_counts(root, counts)
 
 
-def _write_held_out(job: _Job, split: _Split) -> Counts:
-    with job.writer(split, "eval") as writer:
-        for trace, encoded in job.filter.run(split.sources, job.grader, job.advance):
-            job.filter.held_out.add(overlap.prompt_key(trace))
+def _write_held_out(job: _Job) -> dict[str, Counts]:
+    """Counts of eval where data.eval_traces names its traces."""
+    run, key = job.filter, "data.eval_traces"
+    if not job.sources[key]:
+        return {}
+    with job.writer(key, "eval") as writer:
+        for trace, encoded in run.run(job.sources[key]):
+            run.held_out.add(overlap.prompt_key(trace))
             writer.write(encoded)
-        counts = job.finish(writer, split)
-    job.filter.counts = Counts()
-    return counts
+        counts = job.finish(writer, key)
+    run.counts = Counts()
+    return {"eval": counts}
 
 
-def _write_train(job: _Job, split: _Split) -> dict[str, Counts]:
+def _write_train(job: _Job) -> dict[str, Counts]:
     """Counts of train, and of eval where data.eval_fraction takes it from the same traces."""
-    fraction, run = job.config.data.eval_fraction, job.filter
+    run, key = job.filter, "data.traces"
+    fraction = run.config.data.eval_fraction
     with contextlib.ExitStack() as stack:
-        train = stack.enter_context(job.writer(split, "train"))
+        train = stack.enter_context(job.writer(key, "train"))
         held_out, held = None, 0
-        for trace, encoded in run.run(split.sources, job.grader, job.advance):
+        for trace, encoded in run.run(job.sources[key]):
             if run.counts.kept == 1:
-                sample = chat.render_sample(job.tokenizer, encoded)
+                sample = chat.render_sample(run.tokenizer, encoded)
                 print(f"first trace kept ({trace.source}), supervised part marked:\n{sample}\n")
             if _is_held_out(trace, fraction):
-                if held_out is None:
-                    held_out = stack.enter_context(job.writer(split, "eval"))
+                held_out = held_out or stack.enter_context(job.writer(key, "eval"))
                 held += 1
                 held_out.write(encoded)
             else:
                 train.write(encoded)
-        total = job.finish(train, split, held_out=held)
+        total = job.finish(train, key, held_out=held)
         counts = {"train": Counts(total.kept - held, total.dropped)}
         if held_out is not None:
             counts["eval"] = Counts(kept=held)

@@ -1,7 +1,7 @@
-"""Log-probs that came with a trace, accepted only where they speak about exactly our tokens.
+"""Log-probs that came with a trace, accepted only where they are of exactly our tokens.
 
-Delivered are the completion's tokens as sampled, the end-of-turn token included (vLLM sends it):
-one id (or one token text) and one log-prob each. They must equal the supervised tokens of the
+A record delivers the completion's tokens as sampled, the end-of-turn token included (vLLM sends
+it): one id (or one token text) and one log-prob each. They must equal the supervised tokens of the
 trace one by one, and every value must be a finite number not above 0.
 """
 
@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from dcod_jax.data.raw import RawTrace
+from dcod_jax.data.tokenizer import Tokenizer
 from dcod_jax.errors import DcodError
 
 _OTHERWISE = (
@@ -22,26 +24,18 @@ _OTHERWISE = (
 )
 
 
-def _byte_of_character() -> dict[str, int]:
-    """The 256 printable stand-ins of byte-level BPE (GPT-2) and the bytes they stand for."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(256 + index): byte for index, byte in enumerate(others)
-    }
+# The printable characters of byte-level BPE (GPT-2) and the bytes they stand for.
+_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
-_BYTES = _byte_of_character()
-
-
-def is_byte_level(tokenizer: Any) -> bool:
+def is_byte_level(tokenizer: Tokenizer) -> bool:
     """Whether each token of the vocabulary is a string of bytes (Qwen, Llama 3, SmolLM2)."""
     decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
     parts = decoder.get("decoders", [decoder])
     return any(part.get("type") == "ByteLevel" for part in parts)
 
 
-def token_bytes(tokenizer: Any, token_id: int) -> bytes:
+def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
     """What a token of a byte-level tokenizer writes; an added token is its own text."""
     added = tokenizer.added_tokens_decoder.get(token_id)
     if added is not None:
@@ -49,7 +43,7 @@ def token_bytes(tokenizer: Any, token_id: int) -> bytes:
     return bytes(_BYTES[char] for char in tokenizer.convert_ids_to_tokens(token_id))
 
 
-def _check_texts(tokenizer: Any, ours: list[int], texts: list[bytes]) -> None:
+def _check_texts(tokenizer: Tokenizer, ours: list[int], texts: list[bytes]) -> None:
     names = [text.decode("utf-8", "replace") for text in texts]
     if all(name.startswith("token_id:") for name in names):  # vLLM return_tokens_as_token_ids
         _check_ids(tokenizer, ours, [int(name.removeprefix("token_id:")) for name in names])
@@ -68,7 +62,7 @@ def _check_texts(tokenizer: Any, ours: list[int], texts: list[bytes]) -> None:
             )
 
 
-def _check_ids(tokenizer: Any, ours: list[int], theirs: list[Any]) -> None:
+def _check_ids(tokenizer: Tokenizer, ours: list[int], theirs: list[Any]) -> None:
     for position, (token, given) in enumerate(zip(ours, theirs, strict=True)):
         if isinstance(given, bool) or not isinstance(given, int):
             raise DcodError(f"token_ids[{position}] is {given!r}; expected an integer")
@@ -82,7 +76,7 @@ def _check_ids(tokenizer: Any, ours: list[int], theirs: list[Any]) -> None:
             )
 
 
-def _check_count(tokenizer: Any, ours: list[int], count: int, *, what: str) -> None:
+def _check_count(tokenizer: Tokenizer, ours: list[int], count: int, *, what: str) -> None:
     if count == len(ours):
         return
     message = f"{count} {what} for the {len(ours)} tokens of the completion"
@@ -96,7 +90,7 @@ def _check_count(tokenizer: Any, ours: list[int], count: int, *, what: str) -> N
 
 
 def delivered_logprobs(
-    tokenizer: Any, trace: RawTrace, completion_ids: Int[np.ndarray, " C"]
+    tokenizer: Tokenizer, trace: RawTrace, completion_ids: Int[np.ndarray, " C"]
 ) -> Float[np.ndarray, " C"]:
     """The trace's own log-probs as float32, one for each supervised token.
 
@@ -127,7 +121,7 @@ def delivered_logprobs(
     return np.asarray(trace.logprobs, np.float32)
 
 
-def _check_value(position: int, value: Any) -> None:
+def _check_value(position: int, value: object) -> None:
     """Strict: a sampler's log-softmax in float32 never exceeds 0, so neither may this."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise DcodError(f"logprobs[{position}] is {value!r}; expected a number")

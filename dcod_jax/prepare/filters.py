@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import IO, Any
 
 from dcod_jax.data import chat
 from dcod_jax.data.raw import Fields, RawTrace
+from dcod_jax.data.tokenizer import Tokenizer
 from dcod_jax.data.traces import BadRecord, Source, read_traces
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.grading import REJECTED_AS, Grader
@@ -40,8 +40,17 @@ class Counts:
 class Filter:
     """The filters with what they remember: keys seen, prompts held out, ids given."""
 
-    def __init__(self, config: Any, tokenizer: Any, quarantine: io.TextIOBase):
+    def __init__(
+        self,
+        config: Any,
+        tokenizer: Tokenizer,
+        quarantine: IO[str],
+        *,
+        grader: Grader,
+        advance: Callable[[int], None],
+    ):
         self.config, self.tokenizer, self.quarantine = config, tokenizer, quarantine
+        self.grader, self.advance = grader, advance
         prepare = config.prepare
         self.fields = Fields(
             prompt=prepare.prompt_field,
@@ -60,27 +69,26 @@ class Filter:
         self.temperatures: set[float] = set()
         self.unused_logprobs = 0
 
-    def drop(self, reason: str, detail: str, *, source: str, record: Any, name: str = "") -> None:
+    def _write(self, reason: str, detail: str, *, source: str, record: object, name: str) -> None:
         self.counts.dropped[reason] += 1
         line = {"source": source, "id": name, "reason": reason, "detail": detail, "record": record}
         self.quarantine.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
 
     def _drop(self, trace: RawTrace, reason: str, detail: str) -> None:
-        self.drop(reason, detail, source=trace.source, record=trace.record, name=trace.id)
+        self._write(reason, detail, source=trace.source, record=trace.record, name=trace.id)
 
     def _bad(self, bad: BadRecord) -> None:
-        self.drop("bad_record", bad.reason, source=bad.source, record=bad.text)
+        self._write("bad_record", bad.reason, source=bad.source, record=bad.text, name="")
 
-    def run(
-        self, sources: Sequence[Source], grader: Grader, advance: Callable[[int], None]
-    ) -> Iterator[tuple[RawTrace, Trace]]:
+    def run(self, sources: Sequence[Source]) -> Iterator[tuple[RawTrace, Trace]]:
         """(RawTrace, Trace) of what is kept."""
         on_bad = self._bad if self.config.prepare.on_bad_record == "quarantine" else None
-        raw = read_traces(sources, self.fields, on_bad=on_bad, on_record=advance)
+        raw = read_traces(sources, self.fields, on_bad=on_bad, on_record=self.advance)
         grading = self.config.prepare.filter_correct
-        whole = (trace for trace in raw if self._whole(trace))
-        graded = grader.stream(
-            (trace, trace.completion_text(), trace.answer if grading else None) for trace in whole
+        graded = self.grader.stream(
+            (trace, trace.completion_text(), trace.answer if grading else None)
+            for trace in raw
+            if not self._truncated(trace)
         )
         for trace, grade in graded:
             if grade is not None and not grade.correct:
@@ -92,11 +100,10 @@ class Filter:
                 self.counts.kept += 1
                 yield trace, encoded
 
-    def _whole(self, trace: RawTrace) -> bool:
-        if trace.finish_reason == "length":
+    def _truncated(self, trace: RawTrace) -> bool:
+        if truncated := trace.finish_reason == "length":
             self._drop(trace, "truncated", "finish_reason is length: it would teach a false end")
-            return False
-        return True
+        return truncated
 
     def _unique(self, trace: RawTrace) -> bool:
         """Whether no held-out prompt, no earlier trace and no evaluation set has this text."""
@@ -107,8 +114,7 @@ class Filter:
         if self.config.prepare.deduplicate and key in self.seen:
             self._drop(trace, "duplicate", "an earlier trace has this prompt and completion")
             return False
-        found = self.index.find(trace)
-        if found:
+        if found := self.index.find(trace):
             self._drop(trace, "overlap", found)
             return False
         self.seen.add(key)
@@ -145,17 +151,14 @@ class Filter:
     def provenance(self) -> dict[str, Any]:
         """Manifest fields: who sampled the traces, as they say, and what became of log-probs."""
         settings, policy = self.config.teacher, self.config.prepare.logprobs
+        models = sorted(self.models)
         fields: dict[str, Any] = {
-            "sampled_by": {
-                "models": sorted(self.models),
-                "temperatures": sorted(self.temperatures),
-            },
+            "sampled_by": {"models": models, "temperatures": sorted(self.temperatures)},
             "delivered_logprobs": {"policy": policy, "traces_ignored": self.unused_logprobs},
         }
         if policy == "require":
-            named = settings.name or ", ".join(sorted(self.models)) or "the source of the traces"
             fields["teacher"] = {
-                "name": named,
+                "name": settings.name or ", ".join(models) or "the source of the traces",
                 "revision": settings.revision,
                 "weights": "unknown: log-probs were delivered with the traces",
             }

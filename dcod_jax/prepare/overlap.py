@@ -1,10 +1,9 @@
 """Exact duplicates, and traces that share text with an evaluation set.
 
-Text is compared as lower-case alphanumeric words (Unicode NFKC), so that spacing, punctuation
-and typesetting do not hide a copy. A trace overlaps when any n words in a row of one of its
-messages, prompt or completion, stand in an evaluation prompt: a completion that restates a
-benchmark question leaks it as well. An evaluation prompt shorter than n words is compared as a
-whole with whole prompts.
+Text is compared as lower-case alphanumeric words (Unicode NFKC), so that spacing, punctuation and
+typesetting do not hide a copy. A trace overlaps when n consecutive words of one of its messages are
+in an evaluation prompt: a completion that restates a benchmark question leaks it as well. An
+evaluation prompt shorter than n words is compared as a whole with whole prompts.
 """
 
 from __future__ import annotations
