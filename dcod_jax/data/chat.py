@@ -1,6 +1,6 @@
-"""Messages to token ids and a completion mask; the single owner of chat templates.
+"""Messages to token ids and a completion mask; no other file knows chat templates.
 
-A conversation is rendered to text once, the supervised part of each assistant turn is found in
+A conversation is rendered to text once. The supervised part of each assistant turn is found in
 that text, and token borders are put exactly on its two ends:
 
     <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n«Hello<|im_end|>»\\n
@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from dcod_jax.data.tokenizer import Tokenizer, chat_template
+from dcod_jax.data.tokenizer import Tokenizer, chat_template, decode
 from dcod_jax.errors import DcodError
 from dcod_jax.types import Trace
 
@@ -219,7 +219,7 @@ def _encode_at(
         ids += _ids(tokenizer, text[last:border])
         cuts.append(len(ids))
         last = border
-    decoded = tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
+    decoded = decode(tokenizer, ids)
     if decoded != text:
         place = _shared_prefix(decoded, text)
         raise DcodError(
@@ -298,7 +298,7 @@ def render_sample(tokenizer: Tokenizer, trace: Trace) -> str:
     flips = np.flatnonzero(np.diff(trace.completion_mask)) + 1
     for end in [*flips.tolist(), len(trace.token_ids)]:
         ids = trace.token_ids[start:end].tolist()
-        text = tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
+        text = decode(tokenizer, ids)
         parts.append(f"«{text}»" if trace.completion_mask[start] else text)
         start = end
     return "".join(parts)

@@ -238,7 +238,7 @@ FORMS: dict[str, Form] = {
 
 
 def read_record(
-    record: Any, fields: Fields, *, source: str, requests: Mapping[str, Record]
+    record: object, fields: Fields, *, source: str, requests: Mapping[str, Record]
 ) -> list[RawTrace]:
     """The traces of one record; `requests` holds the prompts of batch outputs by custom_id.
 

@@ -131,6 +131,6 @@ def template_fingerprint(tokenizer: Tokenizer) -> str:
     return _digest([chat_template(tokenizer), tokenizer.bos_token, tokenizer.eos_token])
 
 
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

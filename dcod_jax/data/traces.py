@@ -170,7 +170,7 @@ def read_traces(
                 on_record(1)
 
 
-def _as_text(content: Any) -> str:
+def _as_text(content: object) -> str:
     if isinstance(content, bytes):
         return content.decode("utf-8", "backslashreplace").rstrip("\r\n")
     return json.dumps(content, ensure_ascii=False, default=str)

@@ -138,7 +138,7 @@ def print_manifest(dataset: TraceDataset, console: Console) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
 
-    def row(name: str, value: Any) -> None:
+    def row(name: str, value: object) -> None:
         table.add_row(Text(name), Text(str(value)))
 
     lengths = dataset.lengths[:, 0]
