@@ -54,6 +54,7 @@ def _render(
     tokenizer: Tokenizer, messages: Sequence[Message], *, template: str, prompt: bool, marks: bool
 ) -> tuple[str, list[Span]]:
     """Rendered text, and with `marks` the spans of the template's generation markers."""
+    special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
     try:
         rendered = render_jinja_template(
             conversations=[list(messages)],
@@ -61,7 +62,7 @@ def _render(
             return_assistant_tokens_mask=marks,
             add_generation_prompt=prompt,
             date_string=TEMPLATE_DATE,
-            **tokenizer.special_tokens_map,
+            **special_tokens,
         )
     except jinja2.TemplateError as error:
         roles = ", ".join(str(message.get("role")) for message in messages)
@@ -175,7 +176,7 @@ def _plain_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> _Text:
 def _bos(tokenizer: Tokenizer) -> str:
     """The bos token's text where the tokenizer itself puts one before a text, else ''."""
     first = tokenizer.backend_tokenizer.encode("a", add_special_tokens=True).ids[:1]
-    return tokenizer.bos_token if first == [tokenizer.bos_token_id] else ""
+    return str(tokenizer.bos_token) if first == [tokenizer.bos_token_id] else ""
 
 
 # ---------------------------------------------------------------- encoding

@@ -76,8 +76,9 @@ def student_tokenizer(student: Any) -> Tokenizer:
 def stop_ids(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Ids that end a completion: those of the model's config and the tokenizer's eos."""
     found = set(config.eos_token_ids)
-    if tokenizer.eos_token_id is not None:
-        found.add(int(tokenizer.eos_token_id))
+    eos: Any = tokenizer.eos_token_id
+    if eos is not None:
+        found.add(int(eos))
     if not found:
         raise DcodError(
             "neither the model's config.json (eos_token_id) nor its tokenizer (eos_token) names a "
