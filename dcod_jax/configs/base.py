@@ -186,7 +186,6 @@ def get_config() -> Any:
     c.drift.max_new_tokens = 256  # longest continuation, and the longest length of the curves
     c.drift.batch_size = 64  # sequences sampled together
     c.drift.resamples = 2000  # bootstrap resamples behind an interval
-    c.drift.compat = False  # also the numbers as the LMOps script computes them
 
     c.report = ConfigDict()
     c.report.at_end = False  # train writes the HTML report when it is done

@@ -3,7 +3,7 @@
 Samples continuations of drift.prompts (or evaluate.problems) from the teacher and from each student
 (student.path as "start", and the run's exports), takes KL(teacher‖student) along both, and prints
 ExAccErr with 95 % intervals (docs/drift.md). Writes run_dir/drift.json and, for every sequence,
-run_dir/drift/<student>.npz; an interrupted run goes on behind the last finished block.
+run_dir/drift/<student>.npz; an interrupted run goes on after the last finished block.
 """
 
 from __future__ import annotations
@@ -11,28 +11,29 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
-from dcod_jax import config as configs
 from dcod_jax.copies import local_copy
 from dcod_jax.data import chat
 from dcod_jax.data.tokenizer import (
+    Tokenizer,
     load_tokenizer,
     stop_ids,
     student_tokenizer,
     tokenizer_fingerprint,
 )
-from dcod_jax.drift.curves import LMOPS_INDEX, Curve
+from dcod_jax.drift.curves import Curve
 from dcod_jax.drift.scores import (
     DriftModel,
+    DriftSettings,
     Measured,
     Scored,
     excess_difference,
@@ -40,8 +41,10 @@ from dcod_jax.drift.scores import (
     to_samples,
 )
 from dcod_jax.errors import DcodError
+from dcod_jax.evaluate.command import exported_students
+from dcod_jax.evaluate.metrics import number_table, show
 from dcod_jax.evaluate.problems import read_problems
-from dcod_jax.export.command import MARKER, export_path
+from dcod_jax.export.command import export_path
 from dcod_jax.files import Path, as_path, atomic_write, replace_file, to_json
 from dcod_jax.logs import track
 from dcod_jax.models import hf
@@ -49,7 +52,10 @@ from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.sample.sampler import Sample, check_room
 from dcod_jax.score.teacher import Teacher, open_teacher
 
+log = logging.getLogger(__name__)
+
 RESULT = "drift.json"
+SIDES = ("student", "teacher")  # whose sequences they are
 LEAST = 10  # sequences alive in both sets up to which a length is reported
 LENGTHS = (16, 64, 256, 1024)  # rows of the table, and the longest length reported
 BLOCK_BATCHES = 4  # sampling batches between two saved blocks
@@ -74,19 +80,15 @@ def drift(config: Any) -> dict[str, Any]:
     measured = {name: run.student(name, path) for name, path in students.items()}
     result = summary(config, measured, prompts=len(prompts), teacher=teacher.name)
     replace_file(as_path(config.run_dir) / RESULT, to_json(result))
-    console = Console()
-    console = console if console.is_terminal else Console(width=110)
-    console.print(table(result))
-    if config.drift.compat:
-        console.print(lmops_table(result))
-    print(f"curves: {as_path(config.run_dir) / RESULT}; every sequence: {folder}")
+    show(table(result))
+    log.info("curves: %s; every sequence: %s", as_path(config.run_dir) / RESULT, folder)
     return result
 
 
 # ---------------------------------------------------------------- what is there
 
 
-def _prompts(config: Any, tokenizer: Any, models: Sequence[Path]) -> list[list[int]]:
+def _prompts(config: Any, tokenizer: Tokenizer, models: Sequence[Path]) -> list[list[int]]:
     """Token ids of the prompts, each of which has to leave room in every model."""
     path = config.drift.prompts or config.evaluate.problems
     if not path:
@@ -114,10 +116,7 @@ def _prompts(config: Any, tokenizer: Any, models: Sequence[Path]) -> list[list[i
 def _students(config: Any) -> dict[str, Path]:
     """The start and the run's exports, those that there are."""
     found = {"start": as_path(config.student.path)} if config.student.path else {}
-    for name, variant in configs.variants(config):
-        path = export_path(variant)
-        if (path / MARKER).is_file():
-            found[name or "student"] = path
+    found |= exported_students(config)
     if not found:
         raise DcodError(
             f"no student to measure: no export in {export_path(config)}; set student.path to an "
@@ -126,7 +125,7 @@ def _students(config: Any) -> dict[str, Path]:
     return found
 
 
-def _check_tokenizer(name: str, path: Path, own: Any, tokenizer: Any) -> None:
+def _check_tokenizer(name: str, path: Path, own: Tokenizer, tokenizer: Tokenizer) -> None:
     """Every model must mean the same by a token id; a template of its own does not matter."""
     if tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer):
         raise DcodError(
@@ -145,7 +144,7 @@ class _Run:
         self,
         config: Any,
         teacher: Teacher,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         prompts: Sequence[Sequence[int]],
         folder: Path,
     ):
@@ -160,19 +159,17 @@ class _Run:
         request = self._request(path)
         final = self.folder / f"{name}.npz"
         if done := _read(final, request):
-            print(f"{final}: measured before; nothing to do")
+            log.info("%s: measured before; nothing to do", final)
             self._keep(0, len(self.prompts), done.teacher)
             return done
         parts = [self._part(name, block) for block, _ in self._blocks()]
         found = [_read(part, request) for part in parts]
         before = sum(part is not None for part in found)
         if before:
-            print(f"{name}: going on behind {before} of {len(parts)} blocks")
+            log.info("%s: going on after %d of %d blocks", name, before, len(parts))
         total = len(self.prompts) * self.config.drift.samples * 4
-        label = f"drift {name}"
-        with track(
-            label, total, unit="passes", done=total * before // len(parts), enabled=self._shows()
-        ) as advance:
+        done, shown = total * before // len(parts), self.config.train.progress
+        with track(f"drift {name}", total, unit="passes", done=done, enabled=shown) as advance:
             student: DriftModel | None = None
             for place, (block, members) in enumerate(self._blocks()):
                 if (kept := found[place]) is None:
@@ -186,9 +183,6 @@ class _Run:
             part.unlink(missing_ok=True)
         return whole
 
-    def _shows(self) -> bool:
-        return self.config.train.progress
-
     def _blocks(self) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:
         """(first prompt, prompts) of each block."""
         settings = self.config.drift
@@ -200,7 +194,11 @@ class _Run:
         return self.folder / f"{name}.part-{block:06d}.npz"
 
     def _measure(
-        self, student: DriftModel, block: int, prompts: Sequence[Sequence[int]], advance: Any
+        self,
+        student: DriftModel,
+        block: int,
+        prompts: Sequence[Sequence[int]],
+        advance: Callable[[int], None],
     ) -> Measured:
         if self.teacher is None:
             model_config, params = self.source.load(self.mesh)
@@ -211,10 +209,8 @@ class _Run:
         known = self.drawn.get(block)
         if known is not None:
             advance(len(known))
-        return measure(
-            self.teacher,
-            student,
-            prompts,
+        drawing = DriftSettings(
+            mesh=self.mesh,
             max_new_tokens=settings.max_new_tokens,
             seed=self.config.seed,
             eos_ids=sorted(stops),
@@ -223,7 +219,12 @@ class _Run:
             batch_size=settings.batch_size,
             batch_tokens=self.config.score.batch_tokens,
             head_chunk=self.config.loss.head_chunk,
-            mesh=self.mesh,
+        )
+        return measure(
+            self.teacher,
+            student,
+            prompts,
+            drawing,
             teacher_samples=known,
             first_prompt=block,
             on_batch=advance,
@@ -257,15 +258,33 @@ class _Run:
         }
 
 
-def _write(path: Path, measured: Measured, request: dict[str, Any]) -> None:
-    """{student,teacher}.<field of Scored>, and the request as JSON."""
-    arrays = {
-        f"{side}.{field.name}": getattr(getattr(measured, side), field.name)
-        for side in ("student", "teacher")
-        for field in dataclasses.fields(Scored)
+def _arrays(measured: Measured) -> dict[str, np.ndarray]:
+    """{"<side>.<field of Scored>": array}."""
+    return {
+        f"{side}.{name}": values
+        for side in SIDES
+        for name, values in vars(getattr(measured, side)).items()
     }
+
+
+def _measured(arrays: Mapping[str, np.ndarray]) -> Measured:
+    """The inverse of _arrays."""
+    names = [field.name for field in dataclasses.fields(Scored)]
+    student, teacher = (
+        Scored(**{name: arrays[f"{side}.{name}"] for name in names}) for side in SIDES
+    )
+    return Measured(student, teacher)
+
+
+def _join(parts: Sequence[Measured]) -> Measured:
+    arrays = [_arrays(part) for part in parts]
+    return _measured({name: np.concatenate([one[name] for one in arrays]) for name in arrays[0]})
+
+
+def _write(path: Path, measured: Measured, request: dict[str, Any]) -> None:
+    stored = np.array(to_json(request).decode())
     with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, request=np.array(to_json(request).decode()), **arrays)
+        np.savez_compressed(file, request=stored, **_arrays(measured))
 
 
 def _read(path: Path, request: dict[str, Any]) -> Measured | None:
@@ -273,27 +292,10 @@ def _read(path: Path, request: dict[str, Any]) -> Measured | None:
     if not path.is_file():
         return None
     with np.load(local_copy(path)) as file:
-        if str(file["request"]) != to_json(request).decode():
-            print(f"{path} is of other models or settings: measured anew")
-            return None
-        sides = {
-            side: Scored(**{f.name: file[f"{side}.{f.name}"] for f in dataclasses.fields(Scored)})
-            for side in ("student", "teacher")
-        }
-    return Measured(**sides)
-
-
-def _join(parts: Sequence[Measured]) -> Measured:
-    sides = {
-        side: Scored(
-            **{
-                field.name: np.concatenate([getattr(getattr(p, side), field.name) for p in parts])
-                for field in dataclasses.fields(Scored)
-            }
-        )
-        for side in ("student", "teacher")
-    }
-    return Measured(**sides)
+        if str(file["request"]) == to_json(request).decode():
+            return _measured(file)
+    log.info("%s is of other models or settings: measured anew", path)
+    return None
 
 
 # ---------------------------------------------------------------- numbers and table
@@ -319,10 +321,6 @@ def summary(
         row["log_ratio"] = {side: _json(curve) for side, curve in ratios.items()}
         if name != baseline:
             row["difference"] = _json(excess_difference(measured[baseline], one, **resampling))
-        if config.drift.compat:
-            row["lmops"] = {
-                key: _numbers(values) for key, values in dataclasses.asdict(one.lmops()).items()
-            }
         models[name] = row
     return {
         "teacher": teacher,
@@ -348,14 +346,11 @@ def table(result: dict[str, Any]) -> Table:
     """R, E and ExAccErr of every student at a few lengths, up to the longest that all reach."""
     reach = min(row["reach"] for row in result["models"].values())
     count = result["prompts"] * result["samples"]
-    baseline = result["baseline"]
-    out = Table(title=f"Excess accumulated error (ExAccErr) on {count} sequences of each model")
-    out.add_column("student")
     headings = ["tokens", "own alive", "R (nats)", "E (nats)", "ExAccErr", "95 % interval"]
     if len(result["models"]) > 1:
-        headings.append(f"minus {baseline} (95 %)")
-    for heading in headings:
-        out.add_column(heading, justify="right")
+        headings.append(f"minus {result['baseline']} (95 %)")
+    title = f"Excess accumulated error (ExAccErr) on {count} sequences of each model"
+    out = number_table(title, "student", *headings)
     for name, row in result["models"].items():
         for length in sorted({n for n in LENGTHS if n < reach} | {max(reach, 1)}):
             cells = [name, f"{length}", f"{row['student_alive'][length - 1]}"]
@@ -369,23 +364,10 @@ def table(result: dict[str, Any]) -> Table:
     return out
 
 
-def lmops_table(result: dict[str, Any]) -> Table:
-    """What the published script prints: entry 15 of its arrays."""
-    out = Table(title=f"As the LMOps script computes it, entry {LMOPS_INDEX}")
-    out.add_column("student")
-    names = ("ex_acc_err", "mean_r", "mean_eps", "std_err", "std_r", "std_eps")
-    for heading in ("ExAccErr", "R", "eps", "std_err", "std_R", "std_eps"):
-        out.add_column(heading, justify="right")
-    for name, row in result["models"].items():
-        at = min(LMOPS_INDEX, len(row["lmops"]["mean_r"]) - 1)
-        out.add_row(name, *(_cell(row["lmops"][key][at]) for key in names))
-    return out
-
-
 def _cell(value: float | None, unit: str = "", *, sign: str = "") -> str:
-    return (
-        "–" if value is None else f"{value:{sign}.3f}" if not unit else f"{value:{sign}.1f} {unit}"
-    )
+    if value is None:
+        return "–"
+    return f"{value:{sign}.1f} {unit}" if unit else f"{value:.3f}"
 
 
 def _span(low: float | None, high: float | None, *, sign: str = "") -> str:

@@ -7,14 +7,19 @@ temperature 1), and the first generated token's prediction made by the last prom
     ExAccErr(l) = 100 (R(l) − E(l)) / E(l)
 
 (Arora et al. 2022, arXiv 2204.01171; MiniLLM, arXiv 2306.08543, App. B.) A finished sequence leaves
-the average over sequences. Intervals are percentile bootstraps over prompts, 95 %. What is not
-available is NaN: positions that no sequence reaches, and ratios to an error of 0.
+the average over sequences. What is not available is NaN: positions that no sequence reaches, and
+ratios to an error of 0.
+
+Intervals are percentile bootstraps over prompts, 95 %. scipy.stats.bootstrap does not serve here:
+a prompt brings all its sequences, one product of draws and sums resamples all positions, and
+resamples without a sequence of some length are left out.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -23,8 +28,15 @@ from dcod_jax.errors import DcodError
 
 QUANTILES = (0.025, 0.975)
 UNDEFINED_SHARE = 0.01  # of the resamples: with more of them undefined there is no interval
-LMOPS_INDEX = 15  # the entry of its arrays that the published script prints
 _BLOCK = 256  # resamples formed together
+
+
+class Sequences(NamedTuple):
+    """A number for each token of N sequences; values outside the mask are not read."""
+
+    values: Float[np.ndarray, "N L"]
+    mask: Bool[np.ndarray, "N L"]  # True where the sequence has a token, its stop token included
+    prompt: Int[np.ndarray, " N"] | None = None  # None: each sequence is drawn on its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +49,13 @@ class Curve:
 
     def at(self, length: int) -> tuple[float, float, float]:
         """(value, low, high) at length l, counted from 1."""
-        return tuple(float(x[length - 1]) for x in (self.value, self.low, self.high))  # pyright: ignore
+        place = length - 1
+        return float(self.value[place]), float(self.low[place]), float(self.high[place])
 
 
 @dataclasses.dataclass(frozen=True)
 class DriftCurves:
-    """Everything by length: entry l − 1 of each array speaks about the first l tokens."""
+    """Everything by length: entry l − 1 of each array describes the first l tokens."""
 
     student_alive: Int[np.ndarray, " L"]  # sequences that have a token l
     teacher_alive: Int[np.ndarray, " L"]
@@ -58,75 +71,47 @@ class DriftCurves:
         return int(enough.sum())
 
 
-Values = Float[np.ndarray, "N L"]
-Mask = Bool[np.ndarray, "N L"]
-Groups = Int[np.ndarray, " N"]
-
-
 def drift_curves(
-    student_kl: Values,
-    student_mask: Mask,
-    teacher_kl: Float[np.ndarray, "M L"],
-    teacher_mask: Bool[np.ndarray, "M L"],
-    *,
-    student_groups: Groups | None = None,
-    teacher_groups: Int[np.ndarray, " M"] | None = None,
-    resamples: int = 2000,
-    seed: int = 0,
+    student: Sequences, teacher: Sequences, *, resamples: int = 2000, seed: int = 0
 ) -> DriftCurves:
     """R, E and ExAccErr by length, from KLs on the student's and on the teacher's own sequences.
 
-    A mask is True where the sequence has a token at that position (its stop token included).
-    Groups name the prompt of each sequence: prompts are drawn with replacement, and each brings
-    all its sequences of both sets, so what a prompt makes hard in both cancels. Without groups the
-    sequences are drawn, for each set on its own. Float64 throughout.
+    Prompts are drawn with replacement, and each brings all its sequences of both sets, so what a
+    prompt makes hard in both cancels. Without prompts the sequences are drawn, for each set on its
+    own. Float64 throughout.
     """
-    own = _Set(student_kl, student_mask, student_groups)
-    other = _Set(teacher_kl, teacher_mask, teacher_groups)
-    value = _Errors.of(own.mean(), other.mean())
+    own, other = _PromptSums(student), _PromptSums(teacher)
+    value = _errors(own.mean(), other.mean())
     drawn = _resampled(own, other, resamples=resamples, seed=seed)
-    curves = {
-        field.name: Curve(getattr(value, field.name), *interval(getattr(drawn, field.name)))
-        for field in dataclasses.fields(_Errors)
-    }
+    curves = {name: Curve(value[name], *interval(drawn[name])) for name in value}
     return DriftCurves(own.alive(), other.alive(), **curves)
 
 
 def excess_difference(
-    first: tuple[Values, Mask, Groups],
-    second: tuple[Values, Mask, Groups],
-    teacher: tuple[tuple[Values, Mask, Groups], tuple[Values, Mask, Groups]],
+    first: tuple[Sequences, Sequences],
+    second: tuple[Sequences, Sequences],
     *,
     resamples: int = 2000,
     seed: int = 0,
 ) -> Curve:
     """ExAccErr of the second student minus that of the first, in percentage points, paired.
 
-    first and second are (kl, mask, groups) on each student's own sequences, teacher the same of
-    each on the teacher's sequences. All four are resampled by the same draws of prompts.
-    Raises DcodError when the sets have different prompts.
+    Each is (KLs on the student's own sequences, KLs on the teacher's). All four are resampled by
+    the same draws of prompts. Raises DcodError when the sets have different prompts.
     """
-    names = {tuple(np.unique(part[2])) for part in (first, second, *teacher)}
-    if len(names) != 1:
+    pairs = [(_PromptSums(own), _PromptSums(other)) for own, other in (first, second)]
+    if len({tuple(sums.names) for pair in pairs for sums in pair}) != 1:
         raise DcodError("a paired difference needs both students measured on the same prompts")
-    sets = [(_Set(*own), _Set(*other)) for own, other in zip((first, second), teacher, strict=True)]
-    values = [_Errors.of(own.mean(), other.mean()).excess for own, other in sets]
-    drawn = [_resampled(*pair, resamples=resamples, seed=seed).excess for pair in sets]
+    values = [_errors(own.mean(), other.mean())["excess"] for own, other in pairs]
+    drawn = [_resampled(*pair, resamples=resamples, seed=seed)["excess"] for pair in pairs]
     return Curve(values[1] - values[0], *interval(drawn[1] - drawn[0]))
 
 
-def position_means(
-    values: Values,
-    mask: Mask,
-    *,
-    groups: Groups | None = None,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Curve:
+def position_means(sequences: Sequences, *, resamples: int = 2000, seed: int = 0) -> Curve:
     """Mean over the sequences alive at each position, with its interval."""
-    one = _Set(values, mask, groups)
-    blocks = [_ratio(*one.totals(w)) for w in _draws(len(one.names), resamples, seed)]
-    return Curve(one.mean(), *interval(np.concatenate(blocks)))
+    sums = _PromptSums(sequences)
+    blocks = [sums.resampled(draws) for draws in _draws(len(sums.names), resamples, seed)]
+    return Curve(sums.mean(), *interval(np.concatenate(blocks)))
 
 
 def interval(
@@ -148,27 +133,28 @@ def interval(
 # ---------------------------------------------------------------- resampling
 
 
-class _Set:
+class _PromptSums:
     """Sums and counts of one set of sequences by prompt and position."""
 
-    def __init__(self, values: np.ndarray, mask: np.ndarray, groups: np.ndarray | None):
-        self.grouped = groups is not None
-        groups = np.arange(len(values)) if groups is None else groups
-        self.names, place = np.unique(groups, return_inverse=True)
+    def __init__(self, sequences: Sequences):
+        values, mask, prompt = sequences
+        self.grouped = prompt is not None
+        prompt = np.arange(len(values)) if prompt is None else prompt
+        self.names, place = np.unique(prompt, return_inverse=True)
         shape = (len(self.names), values.shape[1])
         self.sums, self.counts = np.zeros(shape), np.zeros(shape)
-        # where, not a product: what stands outside the mask may be anything, NaN too.
+        # where, not a product: values outside the mask may be anything, NaN too.
         np.add.at(self.sums, place, np.where(mask, values, 0.0).astype(np.float64))
         np.add.at(self.counts, place, mask.astype(np.float64))
 
-    def totals(self, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Sums and counts of resamples: draws [R, prompts] counts how often each was drawn."""
-        return draws @ self.sums, draws @ self.counts
+    def resampled(self, draws: Float[np.ndarray, "R P"]) -> Float[np.ndarray, "R L"]:
+        """Means of resamples; draws counts how often each prompt was drawn."""
+        return _ratio(draws @ self.sums, draws @ self.counts)
 
-    def mean(self) -> np.ndarray:
+    def mean(self) -> Float[np.ndarray, " L"]:
         return _ratio(self.sums.sum(axis=0), self.counts.sum(axis=0))
 
-    def alive(self) -> np.ndarray:
+    def alive(self) -> Int[np.ndarray, " L"]:
         return self.counts.sum(axis=0).astype(np.int64)
 
 
@@ -176,28 +162,22 @@ def _ratio(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Errors:
-    """The five numbers of each length (last axis), of the data or of resamples."""
-
-    student_kl: np.ndarray
-    teacher_kl: np.ndarray
-    accumulated: np.ndarray
-    reference: np.ndarray
-    excess: np.ndarray
-
-    @classmethod
-    def of(cls, student_kl: np.ndarray, teacher_kl: np.ndarray) -> _Errors:
-        accumulated, reference = (np.cumsum(x, axis=-1) for x in (student_kl, teacher_kl))
-        known = reference > 0
-        excess = np.where(
-            known, 100 * (accumulated - reference) / np.where(known, reference, 1.0), np.nan
-        )
-        return cls(student_kl, teacher_kl, accumulated, reference, excess)
+def _errors(student_kl: np.ndarray, teacher_kl: np.ndarray) -> dict[str, np.ndarray]:
+    """The five curves of DriftCurves by length (last axis), of the data or of resamples."""
+    accumulated, reference = (np.cumsum(x, axis=-1) for x in (student_kl, teacher_kl))
+    known = reference > 0
+    excess = 100 * (accumulated - reference) / np.where(known, reference, 1.0)
+    return {
+        "student_kl": student_kl,
+        "teacher_kl": teacher_kl,
+        "accumulated": accumulated,
+        "reference": reference,
+        "excess": np.where(known, excess, np.nan),
+    }
 
 
-def _draws(prompts: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Blocks of [R, prompts]: how often each prompt is drawn in each resample."""
+def _draws(prompts: int, resamples: int, seed: int) -> Iterator[Float[np.ndarray, "R P"]]:
+    """Blocks of resamples: how often each prompt is drawn in each."""
     if prompts < 1 or resamples < 1:
         raise DcodError(f"a bootstrap needs sequences and resamples, got {prompts} and {resamples}")
     generator = np.random.default_rng(seed)
@@ -207,8 +187,10 @@ def _draws(prompts: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
         yield generator.multinomial(prompts, shares, size=count).astype(np.float64)
 
 
-def _resampled(own: _Set, other: _Set, *, resamples: int, seed: int) -> _Errors:
-    """The numbers of every resample, [resamples, L] each."""
+def _resampled(
+    own: _PromptSums, other: _PromptSums, *, resamples: int, seed: int
+) -> dict[str, np.ndarray]:
+    """The curves of every resample, [resamples, L] each."""
     if own.grouped != other.grouped:
         raise DcodError("give the prompts of both sets of sequences, or of neither")
     if own.grouped and not np.array_equal(own.names, other.names):
@@ -218,58 +200,5 @@ def _resampled(own: _Set, other: _Set, *, resamples: int, seed: int) -> _Errors:
         _draws(len(other.names), resamples, seed if own.grouped else seed + 1),
         strict=True,
     )
-    blocks = [
-        _Errors.of(_ratio(*own.totals(mine)), _ratio(*other.totals(theirs)))
-        for mine, theirs in pairs
-    ]
-    joined = {
-        field.name: np.concatenate([getattr(block, field.name) for block in blocks])
-        for field in dataclasses.fields(_Errors)
-    }
-    return _Errors(**joined)
-
-
-# ---------------------------------------------------------------- the published script
-
-
-@dataclasses.dataclass(frozen=True)
-class LmopsErrors:
-    """What the LMOps script computes, by its own names; arrays over generated positions."""
-
-    ex_acc_err: Float[np.ndarray, " L"]
-    mean_r: Float[np.ndarray, " L"]
-    mean_eps: Float[np.ndarray, " L"]
-    std_err: Float[np.ndarray, " L"]
-    std_r: Float[np.ndarray, " L"]
-    std_eps: Float[np.ndarray, " L"]
-
-
-def lmops_errors(
-    student_kl: Float[np.ndarray, "P S L"],
-    student_mask: Bool[np.ndarray, "P S L"],
-    teacher_kl: Float[np.ndarray, "P S L"],
-    teacher_mask: Bool[np.ndarray, "P S L"],
-) -> LmopsErrors:
-    """The numbers of microsoft/LMOps minillm/evaluate_exposure_bias.py, P prompts × S samples.
-
-    It differs from the definition above in four ways, all reproduced: entry t is the KL of the
-    prediction *after* generated token t (the first token's own prediction is left out), counted
-    where token t is not padding, which for its tokenizers is the stop token too; a prompt whose
-    samples have all ended adds 0; a mean over samples has 1e-3 added to its divisor; and std_err
-    divides std_eps by itself, so that its second term is always 1. Standard deviations are over
-    prompts (n − 1); one prompt has none (NaN).
-    """
-    means, deviations = [], []
-    for kl, mask in ((student_kl, student_mask), (teacher_kl, teacher_mask)):
-        total = np.where(mask, kl, 0.0).astype(np.float64).sum(axis=1)
-        by_prompt = np.cumsum(total / (mask.sum(axis=1) + 1e-3), axis=-1)
-        means.append(by_prompt.mean(axis=0))
-        several = len(by_prompt) > 1
-        deviations.append(
-            by_prompt.std(axis=0, ddof=1) if several else np.full(by_prompt.shape[1], np.nan)
-        )
-    (mean_R, mean_eps), (std_R, std_eps) = means, deviations
-    with np.errstate(divide="ignore", invalid="ignore"):  # an error of 0 divides as it does there
-        ex_acc_err = (mean_R - mean_eps) / mean_eps * 100
-        std_err = (np.abs(std_R / mean_R) + np.abs(std_eps / std_eps)) * ex_acc_err
-    return LmopsErrors(ex_acc_err, mean_R, mean_eps, std_err, std_R, std_eps)
+    blocks = [_errors(own.resampled(mine), other.resampled(theirs)) for mine, theirs in pairs]
+    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}

@@ -68,10 +68,7 @@ def evaluate(config: Any) -> None:
             f"evaluate.sets (expected names: {', '.join(BENCHMARKS)})"
         )
     paths = {"teacher": config.teacher.path, "start": config.student.path}
-    for name, variant in configs.variants(config):
-        path = export_path(variant)
-        if (path / MARKER).is_file():
-            paths[name or "student"] = str(path)
+    paths |= {name: str(path) for name, path in exported_students(config).items()}
     paths = {name: path for name, path in paths.items() if path}
     if not paths:
         raise DcodError(
@@ -79,6 +76,12 @@ def evaluate(config: Any) -> None:
             "directory, or run `python -m dcod_jax.export` first"
         )
     compare(config, paths, detailed=True)
+
+
+def exported_students(config: Any) -> dict[str, Path]:
+    """The exports that are there: "student", or one for each variant of compare."""
+    found = {name or "student": export_path(one) for name, one in configs.variants(config)}
+    return {name: path for name, path in found.items() if (path / MARKER).is_file()}
 
 
 def compare(config: Any, paths: dict[str, str], *, detailed: bool = False) -> None:

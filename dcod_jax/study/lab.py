@@ -22,7 +22,7 @@ import optax
 from dcod_jax import config as configs
 from dcod_jax.data import pipeline
 from dcod_jax.data.dataset import TraceDataset
-from dcod_jax.drift.scores import DriftModel, draw_samples, measure
+from dcod_jax.drift.scores import DriftModel, DriftSettings, draw_samples, measure
 from dcod_jax.errors import DcodError
 from dcod_jax.files import atomic_write
 from dcod_jax.losses.distill import LossConfig
@@ -313,20 +313,19 @@ class Lab:
         teacher = DriftModel(self.teacher.config, self.teacher.params, "float32")
         student = DriftModel(self.model_config(config), params, "float32")
         prompts = self.prompts["in"][: config.study.drift_prompts]
-        drawing = {
-            "max_new_tokens": config.generate.max_new_tokens,
-            "seed": config.seed,
-            "eos_ids": (self.tokenizer.eos_token_id,),
-            "valid_vocab": len(self.tokenizer),
-            "batch_size": config.generate.batch_size,
-            "mesh": self.mesh,
-        }
+        settings = DriftSettings(
+            mesh=self.mesh,
+            max_new_tokens=config.generate.max_new_tokens,
+            seed=config.seed,
+            eos_ids=(self.tokenizer.eos_token_id,),
+            valid_vocab=len(self.tokenizer),
+            batch_size=config.generate.batch_size,
+        )
         key = (len(prompts), config.generate.max_new_tokens)
         if key not in self._teacher_samples:
-            self._teacher_samples[key] = draw_samples(teacher, prompts, **drawing)
-        measured = measure(
-            teacher, student, prompts, teacher_samples=self._teacher_samples[key], **drawing
-        )
+            self._teacher_samples[key] = draw_samples(teacher, prompts, settings)
+        known = self._teacher_samples[key]
+        measured = measure(teacher, student, prompts, settings, teacher_samples=known)
         curves = measured.curves(resamples=1)
         found = {}
         for name in ("excess", "accumulated", "reference"):

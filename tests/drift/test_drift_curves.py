@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from dcod_jax.drift import curves as drift_curves
+from dcod_jax.drift.curves import Sequences
 from dcod_jax.drift.curves import drift_curves as curves_of
-from dcod_jax.drift.curves import lmops_errors
 from dcod_jax.errors import DcodError
 
 
@@ -13,7 +13,12 @@ def example(seed, *, count=12, length=7):
     generator = np.random.default_rng(seed)
     kl = generator.gamma(1.0, 0.3, (count, length))
     lengths = generator.integers(1, length, count)
-    return kl, np.arange(length) < lengths[:, None], np.repeat(np.arange(count // 3), 3)
+    mask = np.arange(length) < lengths[:, None]
+    return Sequences(kl, mask, np.repeat(np.arange(count // 3), 3))
+
+
+def ungrouped(sequences):
+    return sequences._replace(prompt=None)
 
 
 def mean_alive(kl, mask, t):
@@ -34,7 +39,7 @@ def loop_errors(own, other, length):
 def test_curves_equal_a_loop_over_sequences():
     own, other = example(0), example(1)
     own[0][~own[1]] = np.nan  # what stands behind the end of a sequence is not looked at
-    curves = curves_of(*own[:2], *other[:2], resamples=5)
+    curves = curves_of(ungrouped(own), ungrouped(other), resamples=5)
     wanted = loop_errors(own, other, 7)
     for name, column in (("accumulated", 0), ("reference", 1), ("excess", 2)):
         found = getattr(curves, name).value
@@ -50,8 +55,8 @@ def test_curves_equal_a_loop_over_sequences():
 def test_intervals_equal_resampling_written_out(grouped):
     """The same draws, each resample built by copying sequences and averaged in loops."""
     own, other = example(2), example(3)
-    groups = {"student_groups": own[2], "teacher_groups": other[2]} if grouped else {}
-    found = curves_of(*own[:2], *other[:2], resamples=300, seed=4, **groups)
+    sets = (own, other) if grouped else (ungrouped(own), ungrouped(other))
+    found = curves_of(*sets, resamples=300, seed=4)
     prompts = 4 if grouped else 12
     draws = [
         np.concatenate(list(drift_curves._draws(prompts, 300, seed)))
@@ -86,50 +91,44 @@ def test_the_interval_covers_a_known_expectation():
     inside = 0
     for number in range(200):
         own, other = generator.gamma(1.0, 1.0, (2, 40, 2))
-        curve = curves_of(own, mask, other, mask, resamples=200, seed=number).excess
+        sets = Sequences(own, mask), Sequences(other, mask)
+        curve = curves_of(*sets, resamples=200, seed=number).excess
         inside += curve.low[1] <= 0 <= curve.high[1]
     assert 178 <= inside <= 198  # 190 ± 3 standard deviations, and the bootstrap's own bias
 
 
 def test_equal_models_have_no_excess_and_zero_error_is_absent():
-    kl, mask, groups = example(5)
-    curves = curves_of(
-        kl, mask, kl, mask, student_groups=groups, teacher_groups=groups, resamples=50
-    )
+    same = example(5)
+    curves = curves_of(same, same, resamples=50)
     for part in (curves.excess.value, curves.excess.low, curves.excess.high):
         assert np.nanmax(np.abs(part)) < 1e-12
-    nothing = curves_of(kl * 0, mask, kl * 0, mask, resamples=5).excess
+    zero = Sequences(same.values * 0, same.mask)
+    nothing = curves_of(zero, zero, resamples=5).excess
     assert np.isnan(nothing.value).all()
 
 
 def test_paired_difference_of_two_students():
     first, second, teacher = example(6), example(7), (example(8), example(9))
-    found = drift_curves.excess_difference(first, second, teacher, resamples=100)
+    found = drift_curves.excess_difference((first, teacher[0]), (second, teacher[1]), resamples=100)
     wanted = [
         loop_errors(own, other, 4)[:, 2]
         for own, other in zip((first, second), teacher, strict=True)
     ]
     np.testing.assert_allclose(found.value[:4], wanted[1] - wanted[0], rtol=1e-9)
     assert (found.low[:4] <= found.value[:4]).all()
-    same = drift_curves.excess_difference(first, first, (teacher[0], teacher[0]), resamples=100)
+    pair = (first, teacher[0])
+    same = drift_curves.excess_difference(pair, pair, resamples=100)
     assert np.nanmax(np.abs([same.low, same.high])) == 0  # what both share cancels
-    other = (*first[:2], first[2] + 1)
+    other = first._replace(prompt=first.prompt + 1)
     with pytest.raises(DcodError, match="same prompts"):
-        drift_curves.excess_difference(first, other, teacher)
+        drift_curves.excess_difference(pair, (other, teacher[1]))
 
 
 def test_sets_that_do_not_belong_together_are_refused():
     own, other = example(0), example(1)
     with pytest.raises(DcodError, match="of both sets"):
-        curves_of(*own[:2], *other[:2], student_groups=own[2])
+        curves_of(own, ungrouped(other))
     with pytest.raises(DcodError, match="the same prompts"):
-        curves_of(*own[:2], *other[:2], student_groups=own[2], teacher_groups=other[2] + 1)
+        curves_of(own, other._replace(prompt=other.prompt + 1))
     with pytest.raises(DcodError, match="resamples"):
-        curves_of(*own[:2], *other[:2], resamples=0)
-
-
-def test_one_prompt_has_no_deviation_in_the_scripts_numbers():
-    kl, mask, _ = example(0)
-    found = lmops_errors(kl[None], mask[None], kl[None], mask[None])
-    assert np.isnan(found.std_r).all()
-    assert not found.ex_acc_err.any()
+        curves_of(own, other, resamples=0)
