@@ -30,7 +30,7 @@ LEVELS = """
     train.setup train.on_policy export.command evaluate.command
     evaluate.lm_eval_model drift.command report.arguments report.data report.traces report.command
     plan.chips plan.hlo plan.programs plan.estimate plan.command
-    train.monitor train.loop train.command
+    train.telemetry train.loop train.command
     study.arithmetic study.domain study.conditions study.steps study.lab study.tables study.command
 """
 ORDER = LEVELS.split()

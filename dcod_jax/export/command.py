@@ -1,8 +1,8 @@
-"""Write the trained student as a Hugging Face directory, re-open it and compare before it counts.
+"""Write the trained student as a Hugging Face directory, and check it before it gets its name.
 
 Reads the run's checkpoint (export.step; by default the best, else the newest) and writes
 export.path (default run_dir/export): weights, config, generation config, tokenizer, chat template,
-a model card, and the resolved config and checks of the export itself.
+a model card, the run's config, and what the check found.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dcod_jax import __version__
-from dcod_jax.config import dataset_dir
-from dcod_jax.data.dataset import MANIFEST, read_manifest
+from dcod_jax.data.dataset import read_manifest
 from dcod_jax.data.tokenizer import (
+    Tokenizer,
     load_tokenizer,
     stop_ids,
     template_fingerprint,
@@ -36,6 +36,7 @@ from dcod_jax.models.gguf import export_tokenizer
 from dcod_jax.parallel import hosts
 from dcod_jax.parallel.mesh import batch_shards, make_mesh
 from dcod_jax.train.checkpointer import Checkpointer, Record, sharded_shapes
+from dcod_jax.train.setup import dataset_splits
 from dcod_jax.types import Params
 
 log = logging.getLogger(__name__)
@@ -43,15 +44,9 @@ log = logging.getLogger(__name__)
 MARKER = "dcod_jax.json"  # says that a directory is an export of ours, and what was checked
 RECIPE = "dcod_jax_config.json"  # the resolved config
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
+    "merges.txt tokenizer.model chat_template.jinja"
+).split()
 CHECK_ROWS, CHECK_LENGTH = 4, 48
 
 
@@ -60,24 +55,32 @@ CHECK_ROWS, CHECK_LENGTH = 4, 48
 
 def export(config: Any) -> Path:
     """Export the run's checkpoint; returns the directory once it was re-opened and compared."""
-    source = as_path(config.student.path or config.student.config)
-    if not config.student.path and not config.student.config:
+    base_model = config.student.path or config.student.config
+    if not base_model:
         raise DcodError("no student: set student.path or student.config as in the training run")
-    model_config = hf.read_config(source)
+    model_config = hf.read_config(as_path(base_model))
     hosts.check_joined()
     mesh = make_mesh(**config.mesh)
     hosts.doing(f"exporting {config.run_dir}")
     params, record = _read_checkpoint(config, model_config, mesh)
     path = export_path(config)
-    report = export_model(
+    home = as_path(config.student.tokenizer or base_model)
+    card = {
+        "base_model": base_model,
+        "step": record.step,
+        "metrics": record.metrics,
+        "data": {name: read_manifest(split) for name, split in dataset_splits(config).items()},
+        "config": record.config,  # of the run that wrote the checkpoint
+    }
+    checks = export_model(
         params,
         model_config,
         path,
-        tokenizer_source=_tokenizer_home(config, source),
+        tokenizer_source=home.parent if home.name == "config.json" else home,
         chat_template=config.student.chat_template,
         dtype=config.export.dtype,
         max_shard_bytes=int(config.export.max_shard_gb * 1e9),
-        card=_card(config, record),
+        card=card,
         mesh=mesh,
     )
     log.info(
@@ -85,9 +88,8 @@ def export(config: Any) -> Path:
         "for bit, and differ from those of the float32 parameters by at most %.3g",
         path,
         record.step,
-        config.export.dtype,
-        config.export.dtype,
-        report["max_logit_difference_from_float32"],
+        *[config.export.dtype] * 2,
+        checks["max_logit_difference_from_float32"],
     )
     return path
 
@@ -108,27 +110,6 @@ def _read_checkpoint(config: Any, model_config: ModelConfig, mesh: Mesh) -> tupl
     return restored
 
 
-def _tokenizer_home(config: Any, source: Path) -> Path:
-    home = as_path(config.student.tokenizer) if config.student.tokenizer else source
-    return home.parent if home.name == "config.json" else home
-
-
-def _card(config: Any, record: Record) -> dict[str, Any]:
-    """What the model card tells: recipe, data and held-out metrics."""
-    root = as_path(dataset_dir(config))
-    names = [name for name in ("train", "eval") if (root / name / MANIFEST).is_file()]
-    data = {name: read_manifest(root / name) for name in names}
-    if not data and (root / MANIFEST).is_file():
-        data = {"train": read_manifest(root)}
-    return {
-        "base_model": config.student.path or config.student.config,
-        "step": record.step,
-        "metrics": record.metrics,
-        "data": data,
-        "config": record.config,  # of the run that wrote the checkpoint
-    }
-
-
 # ---------------------------------------------------------------- writing
 
 
@@ -146,14 +127,15 @@ def export_model(
 ) -> dict[str, Any]:
     """Write an HF directory under a temporary name, re-open and compare it, then name it.
 
-    tokenizer_source is an HF directory or a .gguf file. An earlier export at `path` is replaced
-    once the new one is whole; anything else there is refused. Raises DcodError for a model that HF
-    cannot express and when what is read back is not what was to be written; then no directory
-    appears. Returns the checks.
+    tokenizer_source is an HF directory or a .gguf file; card is what the model card reports. An
+    earlier export at `path` is replaced once the new one is whole; anything else there is refused.
+    Raises DcodError for a model that HF cannot express, and when the files read back differ; then
+    no directory appears. Returns the checks.
     """
     path = as_path(path).resolve()
-    raw = to_hf(model_config, dtype=dtype)
-    tokenizer = load_tokenizer(as_path(tokenizer_source), chat_template=chat_template)
+    home = as_path(tokenizer_source)
+    raw_config = to_hf(model_config, dtype=dtype)
+    tokenizer = load_tokenizer(home, chat_template=chat_template)
     if len(tokenizer) > model_config.vocab_size:
         raise DcodError(
             f"{tokenizer_source}: the tokenizer has {len(tokenizer)} entries, the model "
@@ -166,27 +148,26 @@ def export_model(
         temporary.mkdir(parents=True)
     hosts.barrier("export: directory")
     try:
-        hf.save_params(
-            temporary,
-            model_config,
-            params,
-            dtype=jnp.dtype(dtype),
-            max_shard_bytes=max_shard_bytes,
-        )
+        options: dict[str, Any] = {"dtype": jnp.dtype(dtype), "max_shard_bytes": max_shard_bytes}
+        hf.save_params(temporary, model_config, params, **options)
         if hosts.first():
-            _write_small_files(
-                temporary, raw, model_config, as_path(tokenizer_source), tokenizer, chat_template
-            )
+            _write_json(temporary / "config.json", raw_config)
+            _write_tokenizer(temporary, home, chat_template)
+            _write_generation_config(temporary, home, model_config, tokenizer)
         hosts.barrier("export: written")
-        report = verify(temporary, model_config, params, tokenizer, dtype=dtype, mesh=mesh)
+        checks = verify(temporary, model_config, params, tokenizer, dtype=dtype, mesh=mesh)
         if hosts.first():
-            _write_card(temporary, card, report, dtype=dtype)
+            about = {"dcod_jax": __version__, "dtype": dtype, "checks": checks, **card}
+            _write_json(temporary / RECIPE, about.pop("config"))
+            (temporary / "README.md").write_text(card_text(about | card), encoding="utf-8")
+            about.pop("base_model")
+            _write_json(temporary / MARKER, about)
             publish(temporary, path, last=MARKER)
         hosts.barrier("export: published")
     finally:
         if hosts.first():
             remove_tree(temporary)
-    return report
+    return checks
 
 
 def _refuse_foreign(path: Path) -> None:
@@ -199,30 +180,26 @@ def _refuse_foreign(path: Path) -> None:
         )
 
 
-def _write_small_files(
-    directory: Path,
-    raw: dict[str, Any],
-    model_config: ModelConfig,
-    tokenizer_source: Path,
-    tokenizer: Any,
-    chat_template: str,
-) -> None:
-    """config.json, generation_config.json, the tokenizer's files and the chat template."""
-    _write_json(directory / "config.json", raw)
-    if tokenizer_source.suffix == ".gguf":
-        export_tokenizer(tokenizer_source, directory)
+def _write_tokenizer(directory: Path, home: Path, chat_template: str) -> None:
+    """The files of the tokenizer in `home`, with another chat template where one is given."""
+    if home.suffix == ".gguf":
+        export_tokenizer(home, directory)
     else:
         for name in TOKENIZER_FILES:
-            if (tokenizer_source / name).is_file():
-                (directory / name).write_bytes((tokenizer_source / name).read_bytes())
+            if (home / name).is_file():
+                (directory / name).write_bytes((home / name).read_bytes())
     if chat_template:
         settings_file = directory / "tokenizer_config.json"
         settings = json.loads(settings_file.read_text(encoding="utf-8"))
         settings.pop("chat_template", None)
         _write_json(settings_file, settings)
-        template = as_path(chat_template).read_bytes()
-        (directory / "chat_template.jinja").write_bytes(template)
-    earlier = tokenizer_source / "generation_config.json"
+        (directory / "chat_template.jinja").write_bytes(as_path(chat_template).read_bytes())
+
+
+def _write_generation_config(
+    directory: Path, home: Path, model_config: ModelConfig, tokenizer: Tokenizer
+) -> None:
+    earlier = home / "generation_config.json"
     generation = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}
     stops = stop_ids(model_config, tokenizer)
     generation |= {
@@ -245,34 +222,39 @@ def verify(
     directory: Path,
     model_config: ModelConfig,
     params: Params,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     dtype: str,
     mesh: Mesh | None = None,
 ) -> dict[str, Any]:
-    """Re-open an export and compare it with what it was made from.
+    """Re-open an export and compare it with its source; DcodError with the first difference.
 
-    The logits of the re-opened weights must equal those of `params` cast to dtype, bit for bit, on
-    random rows and on rows of text; config, tokenizer and template must be the same. Raises
-    DcodError with the first difference.
+    The logits of the re-opened tensors must equal those of `params` cast to dtype, bit for bit, on
+    a row of text and on random rows; config, tokenizer and template must be the same.
     """
     reopened_config, reopened = hf.load_model(directory, dtype=jnp.float32, mesh=mesh)
     # generation_config.json adds the tokenizer's own stop token to those of the config.
     stops = stop_ids(model_config, tokenizer)
     if set(reopened_config.eos_token_ids) != set(stops):
         raise DcodError(f"{directory}: stops at {reopened_config.eos_token_ids}, not at {stops}")
-    if dataclasses.replace(reopened_config, eos_token_ids=()) != dataclasses.replace(
-        model_config, eos_token_ids=()
-    ):
+    same_stops = dataclasses.replace(reopened_config, eos_token_ids=model_config.eos_token_ids)
+    if same_stops != model_config:
         raise DcodError(f"{directory}: config.json reads back as {reopened_config}")
-    _check_tokenizer(directory, tokenizer)
+    written = load_tokenizer(directory)
+    for fingerprint in (tokenizer_fingerprint, template_fingerprint):
+        if fingerprint(written) != fingerprint(tokenizer):
+            raise DcodError(
+                f"{directory}: the {fingerprint.__name__} of the written files differs from the "
+                "student's; are tokenizer.json and tokenizer_config.json of one model?"
+            )
     tokens = _check_tokens(tokenizer, batch_shards(mesh))
-    logits = jax.jit(lambda weights: transformer.logits(model_config, weights, tokens, mesh=mesh))
-    master = _fetch(logits(params))
-    cast = jax.jit(
-        lambda weights: jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), weights)
-    )
-    expected, found = _fetch(logits(cast(params))), _fetch(logits(reopened))
+    compute = jax.jit(lambda params: transformer.logits(model_config, params, tokens, mesh=mesh))
+    cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), tree))
+
+    def logits(params: Params) -> np.ndarray:
+        return np.asarray(multihost_utils.process_allgather(compute(params), tiled=True))
+
+    master, expected, found = logits(params), logits(cast(params)), logits(reopened)
     if not np.isfinite(expected).all():
         raise DcodError(
             f"the parameters in {dtype} give logits that are not finite; set export.dtype=float32, "
@@ -292,17 +274,7 @@ def verify(
     }
 
 
-def _check_tokenizer(directory: Path, tokenizer: Any) -> None:
-    written = load_tokenizer(directory)
-    for what in (tokenizer_fingerprint, template_fingerprint):
-        if what(written) != what(tokenizer):
-            raise DcodError(
-                f"{directory}: the {what.__name__} of the written files differs from the "
-                "student's; are tokenizer.json and tokenizer_config.json of one model?"
-            )
-
-
-def _check_tokens(tokenizer: Any, shards: int) -> jax.Array:
+def _check_tokens(tokenizer: Tokenizer, shards: int) -> jax.Array:
     """A row of text first, then random ids."""
     text = "Question: 12 + 30 = ? Answer: first 10 + 30 = 40, then 40 + 2 = 42.\n#### 42"
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -314,73 +286,58 @@ def _check_tokens(tokenizer: Any, shards: int) -> jax.Array:
     return jnp.asarray(rows[: len(rows) // shards * shards])
 
 
-def _fetch(x: jax.Array) -> np.ndarray:
-    if x.is_fully_addressable:
-        return np.asarray(x)
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-
-
 # ---------------------------------------------------------------- the card
 
 
-def _write_card(
-    directory: Path, card: dict[str, Any], report: dict[str, Any], *, dtype: str
-) -> None:
-    _write_json(directory / RECIPE, card["config"])
-    marker = {
-        "dcod_jax": __version__,
-        "dtype": dtype,
-        "step": card["step"],
-        "metrics": card["metrics"],
-        "data": card["data"],
-        "checks": report,
-    }
-    _write_json(directory / MARKER, marker)
-    (directory / "README.md").write_text(card_text(card, report, dtype=dtype), encoding="utf-8")
+def card_text(about: dict[str, Any]) -> str:
+    """The model card: the start, the checkpoint, the data, the recipe and the results."""
+    checks, dtype = about["checks"], about["dtype"]
+    rows, length = checks["rows"]
+    data = "\n\n".join(
+        "\n".join([f"**{split}**", "", *_data_lines(manifest)])
+        for split, manifest in about["data"].items()
+    )
+    results = "".join(f"- {key}: {value:.6g}\n" for key, value in sorted(about["metrics"].items()))
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [distillation, dcod_jax]
+---
 
+# Distilled student
 
-def card_text(card: dict[str, Any], report: dict[str, Any], *, dtype: str) -> str:
-    """The model card: what it was made from, by which recipe, with which result."""
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [distillation, dcod_jax]",
-        "---",
-        "",
-        "# Distilled student",
-        "",
-        f"Made with dcod_jax {__version__} by offline distillation from fixed teacher traces.",
-        "",
-        f"- start: `{card['base_model']}`",
-        f"- checkpoint: step {card['step']}, weights in {dtype}",
-        *(f"- {name}: {value:.6g}" for name, value in sorted(card["metrics"].items())),
-        f"- checked on writing: logits on {report['rows'][0]} rows of {report['rows'][1]} tokens "
-        f"equal those of the training parameters in {dtype} bit for bit; the largest difference "
-        f"from float32 is {report['max_logit_difference_from_float32']:.3g}",
-        "",
-        "## Data",
-        "",
-    ]
-    for split, manifest in card["data"].items():
-        lines += [f"**{split}**", "", *_data_lines(manifest), ""]
-    if not card["data"]:
-        lines += ["The trace dataset was not beside the run when this was written.", ""]
-    lines += ["## Recipe", "", f"The resolved config, also in `{RECIPE}`:", ""]
-    lines += ["```json", json.dumps(card["config"], indent=1, sort_keys=True), "```", ""]
-    return "\n".join(lines)
+Made with dcod_jax {__version__} by offline distillation from the traces of a fixed teacher.
+
+- start: `{about["base_model"]}`
+- checkpoint: step {about["step"]}, tensors in {dtype}
+{results}- check: on {rows} rows of {length} tokens these files give the logits of the training
+  parameters in {dtype} bit for bit; the float32 parameters differ from that by at most
+  {checks["max_logit_difference_from_float32"]:.3g}
+
+## Data
+
+{data or "The trace dataset was not found when this card was written."}
+
+## Recipe
+
+The resolved config of the training run, also in `{RECIPE}`:
+
+```json
+{json.dumps(about["config"], indent=1, sort_keys=True)}
+```
+"""
 
 
 def _data_lines(manifest: dict[str, Any]) -> Sequence[str]:
     totals, teacher = manifest["totals"], manifest.get("teacher")
     lines = [
         f"- {totals['records']:,} traces, {totals['tokens']:,} tokens, "
-        f"{totals['completion_tokens']:,} of them the teacher's",
+        f"{totals['completion_tokens']:,} of them written by the teacher",
     ]
     if teacher:
         lines.append("- teacher: " + ", ".join(f"{k} `{v}`" for k, v in teacher.items() if v))
     if "mean_logprob" in manifest:
-        lines.append(f"- the teacher's mean log-prob of its tokens: {manifest['mean_logprob']:.4f}")
+        lines.append(f"- mean log-prob that the teacher gives them: {manifest['mean_logprob']:.4f}")
     if "counts" in manifest:
         lines.append(f"- counts: `{json.dumps(manifest['counts'], sort_keys=True)}`")
     for name in ("tokenizer", "template"):

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from dcod_jax import config as configs
-from dcod_jax.data.dataset import MANIFEST, read_manifest
+from dcod_jax.data.dataset import read_manifest
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.command import compare
 from dcod_jax.export.command import export
@@ -30,7 +30,8 @@ from dcod_jax.prepare.command import is_prepared, prepare
 from dcod_jax.report.command import report
 from dcod_jax.score.command import score
 from dcod_jax.train.loop import fit
-from dcod_jax.train.setup import expected_teacher, preflight
+from dcod_jax.train.metrics import read_metrics
+from dcod_jax.train.setup import dataset_splits, expected_teacher, preflight
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def missing_verbs(config: Any) -> list[str]:
         verbs.append("generate_traces")
     if config.data.traces or verbs:
         verbs.append("prepare")
-    elif not _splits(config):
+    elif not dataset_splits(config):
         raise DcodError(
             f"no trace dataset in {configs.dataset_dir(config)}: set data.dataset to one, or "
             "data.traces (raw traces), or generate.prompts with teacher.path"
@@ -119,19 +120,13 @@ def _lacks_scores(config: Any, *, new_traces: bool = False) -> bool:
     teacher = next(filter(None, teachers), None)
     if teacher is None or new_traces:
         return teacher is not None
-    manifests = [read_manifest(path) for path in _splits(config)]
+    manifests = [read_manifest(path) for path in dataset_splits(config).values()]
     return not manifests or not all(
         manifest["scored"]
         and manifest.get("teacher", {}).get("weights") == teacher
         and manifest["top_k"] == config.score.top_k
         for manifest in manifests
     )
-
-
-def _splits(config: Any) -> list[Path]:
-    root = as_path(configs.dataset_dir(config))
-    found = [path for path in (root / "train", root / "eval") if (path / MANIFEST).is_file()]
-    return found or ([root] if (root / MANIFEST).is_file() else [])
 
 
 # ---------------------------------------------------------------- the end
@@ -157,8 +152,7 @@ def finish(config: Any, runs: Sequence[tuple[str, Any]]) -> None:
 
 def _held_out_change(run_dir: Path) -> str:
     """First and last held-out nll of a run, "4.2000 -> 3.9000 (steps 0 to 24)"; "" without any."""
-    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    found = [line for line in map(json.loads, lines) if "eval/nll" in line]
+    found = [line for line in read_metrics(run_dir / "metrics.jsonl") if "eval/nll" in line]
     if not found:
         return ""
     values = " -> ".join(f"{line['eval/nll']:.4f}" for line in (found[0], found[-1]))

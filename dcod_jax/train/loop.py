@@ -24,7 +24,6 @@ from dcod_jax.plan.programs import choose_remat
 from dcod_jax.train import settings
 from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.train.forward import make_forward
-from dcod_jax.train.monitor import Monitor, Pending
 from dcod_jax.train.on_policy import OnPolicy
 from dcod_jax.train.optim import Schedule, make_optimizer
 from dcod_jax.train.setup import (
@@ -35,6 +34,7 @@ from dcod_jax.train.setup import (
     open_datasets,
 )
 from dcod_jax.train.step import make_eval_step, make_train_step
+from dcod_jax.train.telemetry import Pending, Telemetry
 from dcod_jax.types import TrainState
 
 log = logging.getLogger(__name__)
@@ -69,8 +69,8 @@ def fit(config: Any, *, name: str = "") -> int:
     print(f"one trace, supervised part marked:\n{chat.render_sample(student.tokenizer, sample)}\n")
 
     policy = OnPolicy(config, student, mesh, spent=run.on_policy)
-    monitor = Monitor(config, run, student, train_set, checkpoints, name=name, entered=entered)
-    with hosts.interruption() as interrupted, monitor:
+    telemetry = Telemetry(config, run, student, train_set, checkpoints, name=name, entered=entered)
+    with hosts.interruption() as interrupted, telemetry:
         # The order is part of exactness: evaluate -> save -> advance the iterator -> step.
         while True:
             began = time.monotonic()
@@ -79,28 +79,28 @@ def fit(config: Any, *, name: str = "") -> int:
             evaluate = not run.metrics and held_out.due(run.step, last=last)
             save = checkpoints.due(run.step, stop=stop)
             if evaluate or save:
-                monitor.settle()
+                telemetry.settle()
             if evaluate:
-                with monitor.pause("eval", f"held-out loss at step {run.step}"):
+                with telemetry.timed("eval", f"held-out loss at step {run.step}"):
                     run.metrics = held_out(run.state)
-                monitor.held_out()
+                telemetry.held_out()
             if save:
-                with monitor.pause("save", f"saving step {run.step}"):
-                    monitor.writer.sync()  # a resumed run needs the lines up to its checkpoint
+                with telemetry.timed("save", f"saving step {run.step}"):
+                    telemetry.writer.sync()  # a resumed run needs the lines up to its checkpoint
                     run.iterator = batches.get_state()
                     checkpoints.save(run, stop=stop)
-                monitor.goodput.saved(run.step)
+                telemetry.goodput.saved(run.step)
             if stop:
                 break
-            with monitor.phase("data_wait", f"reading the batch of step {run.step + 1}"):
+            with telemetry.timed("data_wait", f"reading the batch of step {run.step + 1}"):
                 host_batch, trace_index, cost = policy(run.step, run.state, *next(batches))
                 batch = pipeline.to_device(host_batch, mesh)
-            with monitor.dispatching(run.step + 1):
+            with telemetry.dispatching(run.step + 1):
                 run.state, values = train_step(run.state, batch)
             run.step, run.metrics = run.step + 1, {}
             # Step n is running on the device; only now are the numbers of step n-1 fetched.
-            monitor.dispatched(Pending(run.step, values, trace_index, cost))
-        with monitor.pause("save"):
+            telemetry.dispatched(Pending(run.step, values, trace_index, cost))
+        with telemetry.timed("save"):
             checkpoints.close()
     if not last:
         log.warning(

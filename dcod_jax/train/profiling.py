@@ -17,6 +17,7 @@ import jax
 
 from dcod_jax.copies import Mirror
 from dcod_jax.files import Path, replace_file, to_json
+from dcod_jax.train.metrics import read_metrics
 
 log = logging.getLogger(__name__)
 GOODPUT = "goodput.json"
@@ -29,24 +30,29 @@ PARTS = {  # of an attempt's time that is not in steps which count: its key, and
 }
 
 
-class Phases:
-    """Seconds that the host spent in the phases of the steps since the last `take`."""
+class Stopwatch:
+    """Seconds of the host since the last `restart`: in all, in PHASES, in eval and in save."""
 
     def __init__(self) -> None:
-        self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self.restart()
 
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count the body as one of PHASES."""
-        start = time.monotonic()
-        yield
-        self._seconds[name] += time.monotonic() - start
+    def restart(self) -> None:
+        """Count from 0 again."""
+        self._start = time.monotonic()
+        self._seconds: dict[str, float] = dict.fromkeys((*PHASES, "eval", "save"), 0.0)
 
-    def take(self, steps: int) -> dict[str, float]:
-        """{"time/<phase>_seconds": mean over these steps}, and start again from 0."""
-        means = {f"time/{name}_seconds": value / steps for name, value in self._seconds.items()}
-        self._seconds = dict.fromkeys(PHASES, 0.0)
-        return means
+    def add(self, part: str, seconds: float) -> None:
+        """Count seconds as those of one part."""
+        self._seconds[part] += seconds
+
+    def stepping(self) -> float:
+        """Seconds since the restart without eval and save; never 0."""
+        paused = self._seconds["eval"] + self._seconds["save"]
+        return max(time.monotonic() - self._start - paused, 1e-9)
+
+    def phases(self, steps: int) -> dict[str, float]:
+        """{"time/<phase>_seconds": mean over these steps}."""
+        return {f"time/{name}_seconds": self._seconds[name] / steps for name in PHASES}
 
 
 class Goodput:
@@ -155,9 +161,7 @@ def _earlier(run_dir: Path, start: int) -> list[dict[str, Any]]:
 def _last_line(run_dir: Path) -> tuple[int, float]:
     """(step, seconds since its start) of the last attempt's last metrics line; (0, 0.0) without."""
     path = run_dir / "metrics.jsonl"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    for line in reversed(text[: text.rfind("\n") + 1].splitlines()):
-        values = json.loads(line)
+    for values in reversed(read_metrics(path) if path.is_file() else []):
         if "time/elapsed_seconds" in values:
             return values["step"], values["time/elapsed_seconds"]
     return 0, 0.0

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from dcod_jax import config as configs
-from dcod_jax.data.dataset import TraceDataset, check_fingerprints
+from dcod_jax.data.dataset import MANIFEST, TraceDataset, check_fingerprints
 from dcod_jax.data.tokenizer import (
     Tokenizer,
     student_tokenizer,
@@ -97,6 +97,14 @@ def expected_teacher(config: Any) -> str | None:
     if not needed or not config.teacher.path or config.prepare.logprobs == "require":
         return None
     return hf.weights_fingerprint(config.teacher.path)
+
+
+def dataset_splits(config: Any) -> dict[str, Path]:
+    """{"train": ..., "eval": ...} of the trace dataset, as far as they are finished."""
+    root = as_path(configs.dataset_dir(config))
+    found = {name: root / name for name in ("train", "eval")}
+    found = {name: path for name, path in found.items() if (path / MANIFEST).is_file()}
+    return found or ({"train": root} if (root / MANIFEST).is_file() else {})
 
 
 def open_datasets(config: Any, student: Student) -> tuple[TraceDataset, TraceDataset | None]:

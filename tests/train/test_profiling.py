@@ -9,7 +9,7 @@ import pytest
 
 from dcod_jax.config_checks import _profile_errors
 from dcod_jax.train import profiling
-from dcod_jax.train.profiling import GOODPUT, Goodput, Phases, Tracer, totals
+from dcod_jax.train.profiling import GOODPUT, Goodput, Stopwatch, Tracer, totals
 
 
 @pytest.fixture
@@ -21,18 +21,20 @@ def clock(monkeypatch):
 
 
 def test_phases_are_means_over_the_steps_since_the_last_line(clock):
-    phases = Phases()
+    stopwatch = Stopwatch()
     for _ in range(2):
-        for name, seconds in (("data_wait", 1.0), ("dispatch", 0.25), ("device", 3.0)):
-            with phases.phase(name):
-                clock[0] += seconds
+        for name, seconds in (("data_wait", 1.0), ("dispatch", 0.25), ("device", 3.0), ("eval", 7)):
+            clock[0] += seconds
+            stopwatch.add(name, seconds)
         clock[0] += 100.0  # in no phase
-    assert phases.take(2) == {
+    assert stopwatch.stepping() == 208.5  # without eval
+    assert stopwatch.phases(2) == {
         "time/data_wait_seconds": 1.0,
         "time/dispatch_seconds": 0.25,
         "time/device_seconds": 3.0,
     }
-    assert set(phases.take(1).values()) == {0.0}
+    stopwatch.restart()
+    assert set(stopwatch.phases(1).values()) == {0.0}
 
 
 class Run:

@@ -15,8 +15,8 @@ from dcod_jax.models import hf, transformer
 from dcod_jax.train import command
 from dcod_jax.train import loop as train
 from dcod_jax.train.checkpointer import Checkpointer
-from dcod_jax.train.monitor import Monitor
 from dcod_jax.train.setup import preflight
+from dcod_jax.train.telemetry import Telemetry
 
 VOCABULARY = len(tiny.SPECIAL) + len(tiny.ALPHABET)  # K = V: the cache holds everything, in bf16
 
@@ -214,21 +214,21 @@ def test_a_live_teacher_with_another_tokenizer_is_refused(place, tmp_path):
 
 
 def test_weight_on_what_the_student_knows_already_is_warned_of_once(caplog):
-    monitor = Monitor.__new__(Monitor)
-    monitor.warned = False
+    telemetry = Telemetry.__new__(Telemetry)
+    telemetry.warned = False
     fine = {"weights/confident_mass": 0.9, "weights/confident_tokens": 0.85, "weights/ess": 0.9}
-    monitor._warn(1, fine)
+    telemetry._warn(1, fine)
     # A student that lacks nothing at temperature 1, as measured; then one that forgets (ess 0.9).
-    monitor._warn(1, fine | {"weights/confident_mass": 0.949, "weights/confident_tokens": 0.934})
+    telemetry._warn(1, fine | {"weights/confident_mass": 0.949, "weights/confident_tokens": 0.934})
     assert caplog.messages == []
     forgetting = {"weights/confident_mass": 0.984, "weights/confident_tokens": 0.923}
-    monitor._warn(2, fine | forgetting)
+    telemetry._warn(2, fine | forgetting)
     assert caplog.messages.pop().startswith("step 2: 98% of the weight")
     caplog.clear()
-    monitor.warned = False
+    telemetry.warned = False
     settled = fine | {"weights/confident_tokens": 0.4}
-    monitor._warn(2, settled)
-    monitor._warn(3, settled)
+    telemetry._warn(2, settled)
+    telemetry._warn(3, settled)
     [message] = caplog.messages
     assert message.startswith("step 2: 90% of the weight")
 

@@ -23,7 +23,7 @@ from dcod_jax.parallel import hosts
 from dcod_jax.train import metrics as meters
 from dcod_jax.train.checkpointer import Snapshot
 from dcod_jax.train.checkpoints import Checkpoints
-from dcod_jax.train.profiling import Goodput, Phases, Tracer
+from dcod_jax.train.profiling import PHASES, Goodput, Stopwatch, Tracer
 from dcod_jax.train.setup import Student
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Pending:
     cost: dict[str, float]  # of sampling from the student
 
 
-class Monitor:
+class Telemetry:
     """What a run shows and writes while it trains: see the module's first line."""
 
     def __init__(
@@ -63,7 +63,6 @@ class Monitor:
         run_dir = as_path(config.run_dir)
         # Before the metrics file is opened, which drops the lines of a killed attempt.
         self.goodput = Goodput(run_dir, run.step, entered=entered, enabled=hosts.first())
-        self.phases = Phases()
         self.tracer = Tracer(config.profile.steps, run_dir, first=run.step + 1)
         self.writer = meters.MetricsWriter(config.run_dir, run.step)
         self.bar = track(
@@ -80,13 +79,10 @@ class Monitor:
         self.pending: Pending | None = None
         self.note = ""
         self.warned = False
-        self._start_clock(run.step)
+        # Since the last metrics line:
+        self.stopwatch, self.line_step, self.line_tokens = Stopwatch(), run.step, 0
 
-    def _start_clock(self, step: int) -> None:
-        self.clock, self.clock_step = time.monotonic(), step
-        self.paused, self.clock_tokens = 0.0, 0
-
-    def __enter__(self) -> Monitor:
+    def __enter__(self) -> Telemetry:
         self.advance = self.bar.__enter__()
         return self
 
@@ -99,27 +95,21 @@ class Monitor:
             log.info(self.goodput.text())
 
     @contextmanager
-    def pause(self, kind: str, doing: str = "") -> Iterator[None]:
-        """Time that is not a step's: "eval" and "save"."""
+    def timed(self, part: str, doing: str = "") -> Iterator[None]:
+        """Count the body as "eval", "save" or one of profiling.PHASES."""
         if doing:
             hosts.doing(doing)
         start = time.monotonic()
         yield
         seconds = time.monotonic() - start
-        self.paused += seconds
-        self.goodput.paused(kind, seconds)
-
-    @contextmanager
-    def phase(self, name: str, doing: str) -> Iterator[None]:
-        """A phase of a step, of profiling.PHASES."""
-        hosts.doing(doing)
-        with self.phases.phase(name):
-            yield
+        self.stopwatch.add(part, seconds)
+        if part not in PHASES:
+            self.goodput.paused(part, seconds)
 
     @contextmanager
     def dispatching(self, step: int) -> Iterator[None]:
         """The body starts this step on the device; it is traced where profile.steps says so."""
-        with self.phase("dispatch", f"starting step {step}"), self.tracer.step(step):
+        with self.timed("dispatch", f"starting step {step}"), self.tracer.step(step):
             yield
 
     def dispatched(self, started: Pending) -> None:
@@ -134,7 +124,7 @@ class Monitor:
             return
         done, self.pending = self.pending, None
         hosts.doing(f"the numbers of step {done.step}", waiting=True)
-        with self.phases.phase("device"):
+        with self.timed("device"):
             fetched = jax.device_get(done.values)
         self.goodput.started()
         values = {key: float(value) for key, value in fetched.items()}
@@ -143,9 +133,8 @@ class Monitor:
         values |= done.cost
         self._warn(done.step, values)
         self.run.tokens_seen += int(values["tokens/completion"])
-        self.clock_tokens += int(values["tokens/total"])
-        elapsed = max(time.monotonic() - self.clock - self.paused, 1e-9)
-        pace = f"{self.clock_tokens / elapsed:,.0f} tokens/s"
+        self.line_tokens += int(values["tokens/total"])
+        pace = f"{self.line_tokens / self.stopwatch.stepping():,.0f} tokens/s"
         self.advance(1, f"step {done.step} loss {values['loss']:.4f} {pace}{self.note}")
         if done.step % self.config.train.log_every == 0 or done.step == self.config.train.steps:
             values |= {"tokens_seen": self.run.tokens_seen} | self._pace(done.step)
@@ -174,17 +163,18 @@ class Monitor:
         )
 
     def _pace(self, step: int) -> dict[str, float]:
-        seconds = max(time.monotonic() - self.clock - self.paused, 1e-9)
-        per_step = seconds / (step - self.clock_step)
+        """The times of a metrics line, as means over the steps since the last one."""
+        seconds, steps = self.stopwatch.stepping(), step - self.line_step
         pace = {
-            "time/step_seconds": per_step,
-            "time/tokens_per_second": self.clock_tokens / seconds,
-            **self.phases.take(step - self.clock_step),
+            "time/step_seconds": seconds / steps,
+            "time/tokens_per_second": self.line_tokens / seconds,
+            **self.stopwatch.phases(steps),
             **self.goodput.line(step),
         }
         if self.peak:
-            pace["time/mfu"] = self.flops / per_step / self.peak
-        self._start_clock(step)
+            pace["time/mfu"] = self.flops * steps / seconds / self.peak
+        self.stopwatch.restart()
+        self.line_step, self.line_tokens = step, 0
         return pace
 
     def _not_finite(self, done: Pending, values: dict[str, float]) -> str:
