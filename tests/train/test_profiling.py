@@ -22,8 +22,9 @@ def clock(monkeypatch):
 
 def test_phases_are_means_over_the_steps_since_the_last_line(clock):
     stopwatch = Stopwatch()
+    parts = {"data_wait": 1.0, "dispatch": 0.25, "device": 3.0, "eval": 7.0}
     for _ in range(2):
-        for name, seconds in (("data_wait", 1.0), ("dispatch", 0.25), ("device", 3.0), ("eval", 7)):
+        for name, seconds in parts.items():
             clock[0] += seconds
             stopwatch.add(name, seconds)
         clock[0] += 100.0  # in no phase
