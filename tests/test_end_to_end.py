@@ -69,7 +69,7 @@ def call(command, place, *, site=ROOT):
         command, cwd=place, env=environment, capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def test_one_command_goes_from_prompts_to_a_table_and_two_exports(quickstart):
