@@ -134,13 +134,13 @@ def test_every_stop_token_is_in_the_export(tmp_path, source):
 
 
 def test_a_lost_stop_token_is_found(tmp_path, source, monkeypatch):
-    real = exports._write_small_files
+    real = exports._write_generation_config
 
     def forgets(directory, *arguments):
         real(directory, *arguments)
         (directory / "generation_config.json").write_text("{}")
 
-    monkeypatch.setattr(exports, "_write_small_files", forgets)
+    monkeypatch.setattr(exports, "_write_generation_config", forgets)
     with pytest.raises(DcodError, match=r"stops at \(7, 3\), not at \(1, 3, 7\)"):
         write(tmp_path / "export", source, model=trained(eos_token_id=[7, 3]))
     assert list(tmp_path.iterdir()) == []
