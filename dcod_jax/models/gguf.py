@@ -17,36 +17,8 @@ from dcod_jax.errors import DcodError
 from dcod_jax.files import Location, Path, as_path
 from dcod_jax.models import config as configs
 from dcod_jax.models.config import ModelConfig
-from dcod_jax.models.tensors import Part, Slot, Table, Weight, assemble, slots
+from dcod_jax.models.tensors import Part, Slot, assemble, slots
 from dcod_jax.types import Params
-
-_LLAMA: Table = {
-    "embed_tokens.embedding": Weight("token_embd.weight"),
-    "layers.input_layernorm.scale": Weight("blk.{layer}.attn_norm.weight"),
-    "layers.self_attn.q_proj.kernel": Weight("blk.{layer}.attn_q.weight", transpose=True),
-    "layers.self_attn.q_proj.bias": Weight("blk.{layer}.attn_q.bias"),
-    "layers.self_attn.k_proj.kernel": Weight("blk.{layer}.attn_k.weight", transpose=True),
-    "layers.self_attn.k_proj.bias": Weight("blk.{layer}.attn_k.bias"),
-    "layers.self_attn.v_proj.kernel": Weight("blk.{layer}.attn_v.weight", transpose=True),
-    "layers.self_attn.v_proj.bias": Weight("blk.{layer}.attn_v.bias"),
-    "layers.self_attn.o_proj.kernel": Weight("blk.{layer}.attn_output.weight", transpose=True),
-    "layers.self_attn.o_proj.bias": Weight("blk.{layer}.attn_output.bias"),
-    "layers.self_attn.q_norm.scale": Weight("blk.{layer}.attn_q_norm.weight"),
-    "layers.self_attn.k_norm.scale": Weight("blk.{layer}.attn_k_norm.weight"),
-    "layers.post_attention_layernorm.scale": Weight("blk.{layer}.ffn_norm.weight"),
-    "layers.mlp.gate_proj.kernel": Weight("blk.{layer}.ffn_gate.weight", transpose=True),
-    "layers.mlp.up_proj.kernel": Weight("blk.{layer}.ffn_up.weight", transpose=True),
-    "layers.mlp.down_proj.kernel": Weight("blk.{layer}.ffn_down.weight", transpose=True),
-    "norm.scale": Weight("output_norm.weight"),
-    "lm_head.embedding": Weight("output.weight"),
-}
-
-# general.architecture -> tensors whose rows llama.cpp interleaves for its rope: {name: heads of}.
-PERMUTED: dict[str, dict[str, str]] = {
-    "llama": {"attn_q": "num_heads", "attn_k": "num_kv_heads"},
-    "qwen2": {},
-    "qwen3": {},
-}
 
 _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -140,10 +112,10 @@ def _check_metadata(reader: Any, architecture: str, file: Path) -> None:
 
 def _config(reader: Any, names: set[str], file: Path) -> ModelConfig:
     architecture = _get(reader, "general.architecture")
-    if architecture not in PERMUTED:
+    if architecture not in configs.FAMILIES:
         raise DcodError(
             f"{file}: general.architecture={architecture!r} is not supported "
-            f"(supported: {', '.join(sorted(PERMUTED))})"
+            f"(supported: {', '.join(sorted(configs.FAMILIES))})"
         )
     _check_metadata(reader, architecture, file)
 
@@ -196,12 +168,12 @@ def read_gguf(file: Location, *, dtype: DTypeLike = jnp.float32) -> tuple[ModelC
     """
     path = as_path(file)
     config, tensors = _read_head(path)
-    expected = {slot.name: slot for slot in slots(config, _LLAMA)}
+    expected = {slot.name: slot for slot in slots(config, "gguf")}
     for name in sorted(expected.keys() ^ tensors.keys()):
         state = "missing" if name in expected else "not part of this architecture here"
         raise DcodError(f"{path}: tensor {name} is {state}; use the HF directory of this model")
     dequantize = _package().quants.dequantize
-    permuted = PERMUTED[config.model_type]
+    interleaved = configs.FAMILIES[config.model_type].gguf_interleaved
 
     def read(slot: Slot, part: Part) -> np.ndarray:
         tensor = tensors[slot.name]
@@ -210,12 +182,11 @@ def read_gguf(file: Location, *, dtype: DTypeLike = jnp.float32) -> tuple[ModelC
             raise DcodError(
                 f"{path}: {slot.name} has shape {values.shape}, the metadata say {slot.shape}"
             )
-        kind = slot.name.split(".")[-2]
-        if kind in permuted:
-            values = _unpermute(values, getattr(config, permuted[kind]))
+        if interleaved and slot.rope_heads:
+            values = _unpermute(values, slot.rope_heads)
         return values[part]
 
-    return config, assemble(config, _LLAMA, read, dtype=dtype)
+    return config, assemble(config, "gguf", read, dtype=dtype)
 
 
 def _read_head(path: Path) -> tuple[ModelConfig, dict[str, Any]]:

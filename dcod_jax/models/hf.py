@@ -1,4 +1,4 @@
-"""Hugging Face directories: config.json and safetensors, read and written through one table."""
+"""Hugging Face directories: config.json and safetensors, read and written."""
 
 from __future__ import annotations
 
@@ -27,12 +27,9 @@ from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.tensors import (
     Part,
     Slot,
-    Table,
-    Weight,
     assemble,
     check_structure,
     flatten,
-    num_bytes,
     slots,
     tensor_of,
 )
@@ -43,49 +40,6 @@ from dcod_jax.types import Params
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-
-_LLAMA: Table = {
-    "embed_tokens.embedding": Weight("model.embed_tokens.weight"),
-    "layers.input_layernorm.scale": Weight("model.layers.{layer}.input_layernorm.weight"),
-    "layers.self_attn.q_proj.kernel": Weight(
-        "model.layers.{layer}.self_attn.q_proj.weight", transpose=True
-    ),
-    "layers.self_attn.q_proj.bias": Weight("model.layers.{layer}.self_attn.q_proj.bias"),
-    "layers.self_attn.k_proj.kernel": Weight(
-        "model.layers.{layer}.self_attn.k_proj.weight", transpose=True
-    ),
-    "layers.self_attn.k_proj.bias": Weight("model.layers.{layer}.self_attn.k_proj.bias"),
-    "layers.self_attn.v_proj.kernel": Weight(
-        "model.layers.{layer}.self_attn.v_proj.weight", transpose=True
-    ),
-    "layers.self_attn.v_proj.bias": Weight("model.layers.{layer}.self_attn.v_proj.bias"),
-    "layers.self_attn.o_proj.kernel": Weight(
-        "model.layers.{layer}.self_attn.o_proj.weight", transpose=True
-    ),
-    "layers.self_attn.o_proj.bias": Weight("model.layers.{layer}.self_attn.o_proj.bias"),
-    "layers.post_attention_layernorm.scale": Weight(
-        "model.layers.{layer}.post_attention_layernorm.weight"
-    ),
-    "layers.mlp.gate_proj.kernel": Weight(
-        "model.layers.{layer}.mlp.gate_proj.weight", transpose=True
-    ),
-    "layers.mlp.up_proj.kernel": Weight("model.layers.{layer}.mlp.up_proj.weight", transpose=True),
-    "layers.mlp.down_proj.kernel": Weight(
-        "model.layers.{layer}.mlp.down_proj.weight", transpose=True
-    ),
-    "norm.scale": Weight("model.norm.weight"),
-    "lm_head.embedding": Weight("lm_head.weight"),
-}
-
-TABLES: dict[str, Table] = {
-    "llama": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": {
-        **_LLAMA,
-        "layers.self_attn.q_norm.scale": Weight("model.layers.{layer}.self_attn.q_norm.weight"),
-        "layers.self_attn.k_norm.scale": Weight("model.layers.{layer}.self_attn.k_norm.weight"),
-    },
-}
 
 # Buffers that old exports wrote; their values follow from the config.
 _BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -208,10 +162,9 @@ def load_params(
     Raises DcodError naming the tensor that is missing, unexpected, of another shape or type.
     """
     directory = _directory(path)
-    table = TABLES[config.model_type]
+    expected = slots(config, "hf")
     files = _weight_map(directory)
-    expected = {slot.name for slot in slots(config, table)}
-    _check_names(config, set(files), expected, where=directory)
+    _check_names(config, set(files), {slot.name for slot in expected}, where=directory)
     with contextlib.ExitStack() as stack:
         handles = {file: stack.enter_context(_open(file)) for file in sorted(set(files.values()))}
 
@@ -231,7 +184,7 @@ def load_params(
                 )
             return tensor
 
-        for slot in slots(config, table):  # every shape, before the first byte is read
+        for slot in expected:  # every shape, before the first byte is read
             view(slot.name, slot.shape)
         if config.tie_word_embeddings and "lm_head.weight" in files:
             _check_tied(view, (config.vocab_size, config.hidden_size), where=directory)
@@ -239,7 +192,7 @@ def load_params(
         def read(slot: Slot, part: Part) -> np.ndarray:
             return view(slot.name, slot.shape)[part]
 
-        return assemble(config, table, read, dtype=dtype, shardings=shardings)
+        return assemble(config, "hf", read, dtype=dtype, shardings=shardings)
 
 
 def _check_tied(view: Any, shape: tuple[int, int], *, where: Path) -> None:
@@ -272,12 +225,12 @@ def load_model(
     return config, load_params(directory, config, dtype=dtype, shardings=shardings)
 
 
-def _plan_shards(all_slots: list[Slot], dtype: DTypeLike, max_shard_bytes: int) -> list[list[Slot]]:
+def _split(all_slots: list[Slot], dtype: DTypeLike, max_shard_bytes: int) -> list[list[Slot]]:
     """Tensors in order, a new file where the next one would not fit."""
     shards: list[list[Slot]] = [[]]
     used = 0
     for slot in all_slots:
-        size = num_bytes(slot, dtype)
+        size = slot.num_bytes(dtype)
         if shards[-1] and used + size > max_shard_bytes:
             shards.append([])
             used = 0
@@ -303,8 +256,7 @@ def save_params(
         raise DcodError(f"max_shard_bytes={max_shard_bytes} must be positive")
     check_structure(config, params)
     directory = as_path(path)
-    all_slots = list(slots(config, TABLES[config.model_type]))
-    shards = _plan_shards(all_slots, dtype, max_shard_bytes)
+    shards = _split(slots(config, "hf"), dtype, max_shard_bytes)
     count = len(shards)
     names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     names = [SINGLE] if count == 1 else names
@@ -353,7 +305,7 @@ def _publish(
         weight_map = {
             slot.name: name for name, shard in zip(files, shards, strict=True) for slot in shard
         }
-        total = sum(num_bytes(slot, dtype) for shard in shards for slot in shard)
+        total = sum(slot.num_bytes(dtype) for shard in shards for slot in shard)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         temporary = directory / f".{INDEX}.{os.getpid()}.tmp"
         temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

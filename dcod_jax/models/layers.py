@@ -1,15 +1,18 @@
 """The modules of the transformer: linear maps, norms, rotary positions, attention, MLP, block.
 
-Attribute paths are those of the HF models (self_attn.q_proj, mlp.gate_proj, ...). Leaves are named
-by what they are: kernel [in, out] (HF's weight, transposed), bias, scale (a norm's weight),
-embedding [V, D]. The modules hold one layer; models/transformer.py stacks and scans them.
+Each parameter is declared here, once: its shape, logical axes, initial value and names in HF and
+GGUF files (`Declaration`). Parameters are kernels [in, out], biases, scales (of norms) and
+embeddings [V, D]. The modules hold one layer; models/transformer.py stacks and scans them.
 Dimensions beside the legend: P rotary pairs (H/2), R query heads per kv head, S queries, M keys.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,13 +40,42 @@ def transposed_matmul(x: Float[Array, "*B I"], weight: Float[Array, "O I"]) -> F
     return jnp.moveaxis(jax.lax.optimization_barrier(y), 0, -1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Declaration:
+    """What the mesh and the files know a parameter by; nnx metadata of the parameter."""
+
+    axes: tuple[str, ...]  # a logical axis for each dimension (parallel/mesh.RULES)
+    hf: str  # name in HF files; "{layer}" where L tensors are stacked on axis 0
+    gguf: str
+    transposed: bool = False  # files hold [out, in]
+    rope_heads: int = 0  # heads of rotated rows, which the llama GGUF files interleave
+
+
+def _declare(value: Array, axes: tuple[str, ...], hf: str, gguf: str, **more: Any) -> nnx.Param:
+    return nnx.Param(value, declaration=Declaration(axes, hf, gguf, **more))
+
+
 class Linear(nnx.Module):
     """y = x @ kernel (+ bias), in the dtype of x; a transposed one has its kernel as [out, in]."""
 
-    def __init__(self, width: tuple[int, int], *, bias: bool, std: float, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), width))
+    def __init__(
+        self,
+        width: tuple[int, int],
+        axes: tuple[str, str],
+        hf: str,
+        gguf: str,
+        *,
+        std: float,
+        rngs: nnx.Rngs,
+        bias: bool = False,
+        rope_heads: int = 0,
+    ):
+        value = std * jax.random.normal(rngs.params(), width)
+        names, more = (f"{hf}.weight", f"{gguf}.weight"), {"rope_heads": rope_heads}
+        self.kernel = _declare(value, axes, *names, transposed=True, **more)
         if bias:
-            self.bias = nnx.Param(jnp.zeros(width[1]))
+            value = jnp.zeros(width[1])
+            self.bias = _declare(value, axes[1:], f"{hf}.bias", f"{gguf}.bias", **more)
         self.has_bias = bias
         self.transposed = False
 
@@ -56,8 +88,8 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x²) + eps) · scale over the last axis, in float32."""
 
-    def __init__(self, width: int, *, eps: float):
-        self.scale = nnx.Param(jnp.ones(width))
+    def __init__(self, width: int, hf: str, gguf: str, *, eps: float):
+        self.scale = _declare(jnp.ones(width), ("norm",), f"{hf}.weight", f"{gguf}.weight")
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
@@ -68,10 +100,12 @@ class RMSNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table with one row per vocabulary entry, as HF lays it out; also an untied lm_head."""
+    """A table with one row per vocabulary entry; also an untied lm_head."""
 
-    def __init__(self, width: tuple[int, int], *, std: float, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), width))
+    def __init__(self, config: ModelConfig, hf: str, gguf: str, *, rngs: nnx.Rngs):
+        width = (config.vocab_size, config.hidden_size)
+        value = config.initializer_range * jax.random.normal(rngs.params(), width)
+        self.embedding = _declare(value, ("vocab", "embed"), f"{hf}.weight", f"{gguf}.weight")
 
 
 def rope_tables(
@@ -184,16 +218,20 @@ class Attention(nnx.Module):
     """Projections, optional per-head q/k norms and rotary positions around grouped attention."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        width, H = config.hidden_size, config.head_dim
-        heads, kv_heads = config.num_heads * H, config.num_kv_heads * H
-        std = config.initializer_range
-        self.q_proj = Linear((width, heads), bias=config.qkv_bias, std=std, rngs=rngs)
-        self.k_proj = Linear((width, kv_heads), bias=config.qkv_bias, std=std, rngs=rngs)
-        self.v_proj = Linear((width, kv_heads), bias=config.qkv_bias, std=std, rngs=rngs)
-        self.o_proj = Linear((heads, width), bias=config.o_bias, std=std, rngs=rngs)
+        D, N, G, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        linear = functools.partial(Linear, std=config.initializer_range, rngs=rngs)
+        inward = functools.partial(linear, bias=config.qkv_bias)
+        q_axes, kv_axes = ("embed", "heads"), ("embed", "kv_heads")
+        self.q_proj = inward((D, N * H), q_axes, "self_attn.q_proj", "attn_q", rope_heads=N)
+        self.k_proj = inward((D, G * H), kv_axes, "self_attn.k_proj", "attn_k", rope_heads=G)
+        self.v_proj = inward((D, G * H), kv_axes, "self_attn.v_proj", "attn_v")
+        self.o_proj = linear(
+            (N * H, D), ("heads", "embed"), "self_attn.o_proj", "attn_output", bias=config.o_bias
+        )
         if config.qk_norm:
-            self.q_norm = RMSNorm(H, eps=config.rms_norm_eps)
-            self.k_norm = RMSNorm(H, eps=config.rms_norm_eps)
+            eps = config.rms_norm_eps
+            self.q_norm = RMSNorm(H, "self_attn.q_norm", "attn_q_norm", eps=eps)
+            self.k_norm = RMSNorm(H, "self_attn.k_norm", "attn_k_norm", eps=eps)
         self.qk_norm = config.qk_norm
         self.head_dim = H
 
@@ -220,22 +258,27 @@ class MLP(nnx.Module):
     """down(silu(gate(x)) · up(x))."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        width, inner, std = config.hidden_size, config.intermediate_size, config.initializer_range
-        self.gate_proj = Linear((width, inner), bias=False, std=std, rngs=rngs)
-        self.up_proj = Linear((width, inner), bias=False, std=std, rngs=rngs)
-        self.down_proj = Linear((inner, width), bias=False, std=std, rngs=rngs)
+        D, F = config.hidden_size, config.intermediate_size
+        linear = functools.partial(Linear, std=config.initializer_range, rngs=rngs)
+        self.gate_proj = linear((D, F), ("embed", "mlp"), "mlp.gate_proj", "ffn_gate")
+        self.up_proj = linear((D, F), ("embed", "mlp"), "mlp.up_proj", "ffn_up")
+        self.down_proj = linear((F, D), ("mlp", "embed"), "mlp.down_proj", "ffn_down")
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nnx.Module):
-    """One pre-norm decoder layer, split where attention needs its keys from elsewhere."""
+    """One pre-norm decoder layer, in two halves: before attention and after it.
+
+    Names in files are those within the layer.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        norm = functools.partial(RMSNorm, config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = norm("input_layernorm", "attn_norm")
         self.self_attn = Attention(config, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = norm("post_attention_layernorm", "ffn_norm")
         self.mlp = MLP(config, rngs=rngs)
 
     def project(
@@ -253,11 +296,12 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Everything outside the layers; attribute names as in HF."""
+    """Everything outside the layers."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        table, std = (config.vocab_size, config.hidden_size), config.initializer_range
-        self.embed_tokens = Embedding(table, std=std, rngs=rngs)
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.embed_tokens = Embedding(config, "model.embed_tokens", "token_embd", rngs=rngs)
+        self.norm = RMSNorm(
+            config.hidden_size, "model.norm", "output_norm", eps=config.rms_norm_eps
+        )
         if not config.tie_word_embeddings:
-            self.lm_head = Embedding(table, std=std, rngs=rngs)
+            self.lm_head = Embedding(config, "lm_head", "output", rngs=rngs)

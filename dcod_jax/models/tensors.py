@@ -1,86 +1,66 @@
-"""Weight tables: how a file's tensors become params and back; shared by HF and GGUF files."""
+"""How the tensors of a file become params and back; shared by HF and GGUF files."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
 from dcod_jax.errors import DcodError
 from dcod_jax.models.config import ModelConfig
-from dcod_jax.models.transformer import param_shapes
+from dcod_jax.models.transformer import declarations, param_shapes
 from dcod_jax.types import Params
 
-
-@dataclasses.dataclass(frozen=True)
-class Weight:
-    """One tensor of a file; a name with {layer} stands for L tensors stacked on axis 0."""
-
-    name: str
-    transpose: bool = False  # the file has [out, in], params have [in, out]
-
-
 Part = tuple[slice, ...]  # one slice a dimension, each with a start and a stop
-Table = dict[str, Weight]  # path in params, dotted -> its tensor in the file
 
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Where a file's tensor lives in params: a leaf's path and, if stacked, the layer."""
+    """One tensor of a file, and where it lives in params: a leaf and, if stacked, the layer."""
 
     name: str
-    path: str
+    path: str  # dotted: "layers.mlp.up_proj.kernel"
     layer: int | None
-    transpose: bool
     shape: tuple[int, ...]  # as the file has it
+    transposed: bool
+    rope_heads: int
+
+    def num_bytes(self, dtype: DTypeLike) -> int:
+        """Bytes of the tensor in a file."""
+        return math.prod(self.shape) * jnp.dtype(dtype).itemsize
 
 
-def flatten(params: Params, prefix: str = "") -> dict[str, Any]:
+def flatten(params: Params) -> dict[str, Any]:
     """Nested dict -> {"layers.mlp.up_proj.kernel": leaf}."""
-    flat: dict[str, Any] = {}
-    for name, value in params.items():
-        path = f"{prefix}{name}"
-        flat.update(flatten(value, f"{path}.") if isinstance(value, dict) else {path: value})
-    return flat
+    return traverse_util.flatten_dict(params, sep=".")
 
 
-def unflatten(flat: dict[str, Any]) -> Params:
-    """The inverse of flatten."""
-    params: Params = {}
-    for path, value in flat.items():
-        *parents, leaf = path.split(".")
-        node = params
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[leaf] = value
-    return params
-
-
-def slots(config: ModelConfig, table: Table) -> Iterator[Slot]:
-    """Every tensor this model has in the file; table entries it has no use for are left out."""
+def slots(config: ModelConfig, form: Literal["hf", "gguf"]) -> list[Slot]:
+    """Every tensor that the model has in a file of this form."""
+    declared, found = flatten(declarations(config)), []
     for path, leaf in flatten(param_shapes(config)).items():
-        if path not in table:
-            raise DcodError(f"model_type={config.model_type!r}: no tensor name for {path}")
-        weight = table[path]
-        stacked = "{layer}" in weight.name
+        one = declared[path]
+        stacked = one.axes[0] == "layers"
         shape = leaf.shape[1:] if stacked else leaf.shape
-        shape = shape[::-1] if weight.transpose else shape
+        shape = shape[::-1] if one.transposed else shape
         for layer in range(config.num_layers) if stacked else (None,):
-            name = weight.name.format(layer=layer)
-            yield Slot(name, path, layer, weight.transpose, shape)
+            name = getattr(one, form).format(layer=layer)
+            found.append(Slot(name, path, layer, shape, one.transposed, one.rope_heads))
+    return found
 
 
 def assemble(
     config: ModelConfig,
-    table: Table,
+    form: Literal["hf", "gguf"],
     read: Callable[[Slot, Part], np.ndarray],
     *,
     dtype: DTypeLike,
@@ -91,11 +71,10 @@ def assemble(
     read gives a part of a tensor in the file's layout. The host holds one piece of one leaf at a
     time, and a process reads no byte that only other processes need.
     """
-    shapes = flatten(param_shapes(config))
     targets = flatten(shardings) if shardings is not None else {}
-    by_path: dict[str, list[Slot]] = {path: [] for path in shapes}
-    for slot in slots(config, table):
-        by_path[slot.path].append(slot)
+    by_path: dict[str, list[Slot]] = {}
+    for slot in slots(config, form):
+        by_path.setdefault(slot.path, []).append(slot)
 
     def piece(path: str, index: Part) -> np.ndarray:
         layers = by_path[path]
@@ -103,15 +82,16 @@ def assemble(
         part = index[1:] if stacked else index
         host = np.empty([at.stop - at.start for at in index], jnp.dtype(dtype))
         for place, slot in enumerate(layers[index[0]] if stacked else layers):
-            tensor = read(slot, part[::-1] if slot.transpose else part)
-            host[place if stacked else ...] = tensor.T if slot.transpose else tensor
+            tensor = read(slot, part[::-1] if slot.transposed else part)
+            host[place if stacked else ...] = tensor.T if slot.transposed else tensor
         return host
 
-    return unflatten(
+    return traverse_util.unflatten_dict(
         {
             path: _place(leaf.shape, targets.get(path), functools.partial(piece, path))
-            for path, leaf in shapes.items()
-        }
+            for path, leaf in flatten(param_shapes(config)).items()
+        },
+        sep=".",
     )
 
 
@@ -144,7 +124,7 @@ def tensor_of(flat: dict[str, jax.Array], slot: Slot, *, dtype: DTypeLike) -> np
     else:
         host = leaf
     host = np.asarray(host).astype(jnp.dtype(dtype))
-    return np.ascontiguousarray(host.T if slot.transpose else host)
+    return np.ascontiguousarray(host.T if slot.transposed else host)
 
 
 def check_structure(config: ModelConfig, params: Params) -> None:
@@ -157,8 +137,3 @@ def check_structure(config: ModelConfig, params: Params) -> None:
                 f"params do not fit the config: {path} should be {expected.get(path, 'absent')}, "
                 f"is {got.get(path, 'absent')}"
             )
-
-
-def num_bytes(slot: Slot, dtype: DTypeLike) -> int:
-    """Bytes of the tensor in a file."""
-    return math.prod(slot.shape) * jnp.dtype(dtype).itemsize

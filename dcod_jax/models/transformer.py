@@ -7,13 +7,15 @@ params is the plain nested dict of their arrays, each layer array stacked on a l
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, traverse_util
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -22,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from dcod_jax.errors import DcodError
 from dcod_jax.models import attention, layers
 from dcod_jax.models.config import ModelConfig
+from dcod_jax.models.layers import Declaration
 from dcod_jax.parallel import collectives
 from dcod_jax.parallel import mesh as meshes
 from dcod_jax.types import Params
@@ -38,17 +41,6 @@ REMAT_POLICIES: dict[str, Any] = {
         offload_src="device",
         offload_dst="pinned_host",
     ),
-}
-
-# Module name -> logical axes of its kernel [in, out]; a bias has the last one.
-_KERNEL_AXES: dict[str, tuple[str, str]] = {
-    "q_proj": ("embed", "heads"),
-    "k_proj": ("embed", "kv_heads"),
-    "v_proj": ("embed", "kv_heads"),
-    "o_proj": ("heads", "embed"),
-    "gate_proj": ("embed", "mlp"),
-    "up_proj": ("embed", "mlp"),
-    "down_proj": ("mlp", "embed"),
 }
 
 # Logical dimensions of what a block passes on.
@@ -87,21 +79,47 @@ def param_shapes(config: ModelConfig) -> Params:
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
+@functools.cache
+def declarations(config: ModelConfig) -> Params:
+    """layers.Declaration of every parameter, in the structure of params, layers stacked."""
+
+    def of(make: Callable[..., nnx.Module]) -> Iterator[tuple[Any, Declaration]]:
+        module = nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0)))
+        for path, param in nnx.to_flat_state(nnx.state(module)):
+            yield path, param.get_metadata("declaration")
+
+    flat = dict(of(layers.Decoder))
+    for path, one in of(layers.Block):
+        flat["layers", *path] = dataclasses.replace(
+            one,
+            axes=("layers", *one.axes),
+            hf=f"model.layers.{{layer}}.{one.hf}",
+            gguf=f"blk.{{layer}}.{one.gguf}",
+        )
+    return traverse_util.unflatten_dict(flat)
+
+
 def logical_axes(config: ModelConfig) -> Params:
     """Logical axis names of every dimension, in the structure of params (see mesh.RULES)."""
+    return jax.tree.map(lambda one: one.axes, declarations(config))
 
-    def axes(path: tuple[Any, ...], _: Any) -> tuple[str, ...]:
-        names = [entry.key for entry in path]
-        stacked = ("layers",) if names[0] == "layers" else ()
-        module, leaf = names[-2:]
-        if leaf == "embedding":
-            return (*stacked, "vocab", "embed")
-        if leaf == "scale":
-            return (*stacked, "norm")
-        kernel = _KERNEL_AXES[module]
-        return (*stacked, *(kernel if leaf == "kernel" else kernel[1:]))
 
-    return jax.tree_util.tree_map_with_path(axes, param_shapes(config))
+def num_params(config: ModelConfig) -> int:
+    """Trained parameters; a tied head is counted once."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(param_shapes(config)))
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Floating point operations of training on one token: 3 x forward, head included.
+
+    Per token forward: 2 per matmul parameter, and 4 * N * H * (seq_len + 1) / 2 per layer for
+    causal attention scores and their weighted sum. Recomputation (remat) is not counted.
+    """
+    stacked = jax.tree.leaves(param_shapes(config)["layers"])
+    matmul = sum(math.prod(leaf.shape) for leaf in stacked if leaf.ndim == 3)
+    matmul += config.vocab_size * config.hidden_size
+    attention = config.num_layers * 4 * config.num_heads * config.head_dim * (seq_len + 1) / 2
+    return 3.0 * (2 * matmul + attention)
 
 
 def check_mesh(config: ModelConfig, mesh: Mesh) -> None:

@@ -24,7 +24,7 @@ from rich.table import Table
 from dcod_jax import config as configs
 from dcod_jax.errors import DcodError
 from dcod_jax.files import as_path, replace_file
-from dcod_jax.models.config import num_params
+from dcod_jax.models.transformer import num_params
 from dcod_jax.parallel.mesh import batch_shards, make_mesh
 from dcod_jax.plan import estimate, programs
 from dcod_jax.plan.chips import GIB

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from dcod_jax.models import hf
-from dcod_jax.models.config import ModelConfig, flops_per_token
+from dcod_jax.models.config import ModelConfig
+from dcod_jax.models.transformer import flops_per_token
 from dcod_jax.plan import hlo, programs
 from dcod_jax.plan.programs import Program, Target
 

@@ -18,7 +18,7 @@ from dcod_jax.data.dataset import TraceDataset
 from dcod_jax.errors import DcodError
 from dcod_jax.files import as_path
 from dcod_jax.logs import track
-from dcod_jax.models.config import flops_per_token
+from dcod_jax.models.transformer import flops_per_token
 from dcod_jax.parallel import hosts
 from dcod_jax.train import metrics as meters
 from dcod_jax.train.checkpointer import Snapshot

@@ -111,7 +111,7 @@ def model_dir(tmp_path):
     )
     _write_config(tmp_path, config)
     rng = np.random.default_rng(0)
-    names = {slot.name: slot.shape for slot in hf.slots(config, hf.TABLES["llama"])}
+    names = {slot.name: slot.shape for slot in hf.slots(config, "hf")}
     tensors = {name: rng.normal(size=shape).astype(np.float32) for name, shape in names.items()}
     save_file(tensors, tmp_path / hf.SINGLE)
     return tmp_path, tensors

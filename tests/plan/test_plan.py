@@ -14,7 +14,8 @@ import tiny
 
 from dcod_jax import config as configs
 from dcod_jax.errors import DcodError
-from dcod_jax.models.config import flops_per_token, from_hf
+from dcod_jax.models.config import from_hf
+from dcod_jax.models.transformer import flops_per_token
 from dcod_jax.plan import chips, estimate, hlo, programs
 from dcod_jax.plan import command as plan
 
