@@ -1,9 +1,10 @@
 """Attention over packed rows: one interface, and the kernel that the mesh's devices have.
 
-    splash    TPU: the Pallas kernel (jax.experimental.pallas.ops.tpu.splash_attention), scores
-              never leave the chip; on other devices it is interpreted, exact and very slow
+    splash    TPU: the Pallas kernel of jax; scores never leave the chip (other devices interpret
+              it: exact and very slow)
     library   GPU: jax.nn.dot_product_attention with the mask as an array
-    blocked   CPU, or no mesh: blocks of queries, each against the keys up to its end
+    blocked   CPU, or no mesh: blocks of queries, each against the keys up to its end; half the
+              work of a full square, less with a window
 
 All of them are causal within a segment, take N/G query heads per kv head without repeating keys,
 and sum and normalise in float32.
@@ -73,7 +74,7 @@ def attention(
     kind = choose(kind, mesh)
     if window is not None and window < 1:
         raise DcodError(f"a sliding window of {window} positions must be at least 1")
-    pieces, length = meshes.parts(mesh, "length"), query.shape[1]
+    length = query.shape[1]
     if mesh is not None and length % length_multiple(mesh, kind):
         raise DcodError(
             f"a row of {length} positions must be a multiple of {length_multiple(mesh, kind)} "
@@ -81,10 +82,7 @@ def attention(
         )
     if kind == "splash":
         return _splash(query, key, value, segment_ids, window=window, mesh=mesh)
-    if pieces > 1:
-        return _over_pieces(query, key, value, segment_ids, window=window, mesh=mesh, kind=kind)
-    run = packed_attention if kind == "blocked" else library_attention
-    return run(query, key, value, segment_ids, window=window)
+    return _in_arrays(query, key, value, segment_ids, window=window, mesh=mesh, kind=kind)
 
 
 # ---------------------------------------------------------------- rows in pieces
@@ -141,34 +139,6 @@ def _whole(x: Array, pieces: int) -> Array:
     return _natural(collectives.gather(x, "length", dimension=1), pieces) if pieces > 1 else x
 
 
-def _over_pieces(
-    query: Array,
-    key: Array,
-    value: Array,
-    segment_ids: Array,
-    *,
-    window: int | None,
-    mesh: Mesh | None,
-    kind: str,
-) -> Array:
-    assert mesh is not None
-    pieces, length = meshes.parts(mesh, "length"), query.shape[1]
-
-    def piece(query: Array, key: Array, value: Array, segments: Array, order: Array) -> Array:
-        key, value, all_segments = (_whole(x, pieces) for x in (key, value, segments))
-        if kind == "library":
-            everything = jnp.arange(length)
-            visible = _visible(order, everything, segments, all_segments, window)
-            return jax.nn.dot_product_attention(query, key, value, mask=visible[:, None])
-        places = (order, jnp.arange(length))
-        ids = (segments, all_segments)
-        return _blocked(query, key, value, places, ids, window=window, ordered=False)
-
-    inputs = (_HEADS, _KV_HEADS, _KV_HEADS, _IDS, ("length",))
-    order = jnp.asarray(_order(length, pieces))
-    return collectives.per_shard(piece, mesh, inputs, _HEADS)(query, key, value, segment_ids, order)
-
-
 # ---------------------------------------------------------------- CPU and GPU
 
 
@@ -223,36 +193,32 @@ def _blocked(
     return jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, S, N, H)
 
 
-def packed_attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B T G H"],
-    value: Float[Array, "B T G H"],
-    segment_ids: Int[Array, "B T"],
+def _in_arrays(
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array,
     *,
-    window: int | None = None,
-) -> Float[Array, "B T N H"]:
-    """`attention` in plain array operations, for any device.
+    window: int | None,
+    mesh: Mesh | None,
+    kind: str,
+) -> Array:
+    """`attention` in array operations ("blocked") or by jax.nn ("library")."""
+    pieces, length = meshes.parts(mesh, "length"), query.shape[1]
 
-    A block of queries sees only the keys from its window's start up to its end: half the work of a
-    full square, less with a window.
-    """
-    order = jnp.arange(query.shape[1])
-    places, segments = (order, order), (segment_ids, segment_ids)
-    return _blocked(query, key, value, places, segments, window=window, ordered=True)
+    def piece(query: Array, key: Array, value: Array, segments: Array, order: Array) -> Array:
+        key, value, all_segments = (_whole(x, pieces) for x in (key, value, segments))
+        places, ids = (order, jnp.arange(length)), (segments, all_segments)
+        if kind == "library":
+            visible = _visible(*places, *ids, window)
+            return jax.nn.dot_product_attention(query, key, value, mask=visible[:, None])
+        return _blocked(query, key, value, places, ids, window=window, ordered=pieces == 1)
 
-
-def library_attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B T G H"],
-    value: Float[Array, "B T G H"],
-    segment_ids: Int[Array, "B T"],
-    *,
-    window: int | None = None,
-) -> Float[Array, "B T N H"]:
-    """`attention` by jax.nn.dot_product_attention."""
-    order = jnp.arange(query.shape[1])
-    visible = _visible(order, order, segment_ids, segment_ids, window)
-    return jax.nn.dot_product_attention(query, key, value, mask=visible[:, None])
+    if mesh is None or pieces == 1:
+        return piece(query, key, value, segment_ids, jnp.arange(length))
+    inputs = (_HEADS, _KV_HEADS, _KV_HEADS, _IDS, ("length",))
+    order = jnp.asarray(_order(length, pieces))
+    return collectives.per_shard(piece, mesh, inputs, _HEADS)(query, key, value, segment_ids, order)
 
 
 # ---------------------------------------------------------------- TPU

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
@@ -210,33 +211,18 @@ def load_model(
 ) -> tuple[ModelConfig, Params]:
     """(config, params) of an HF directory or a .gguf file, sharded over mesh if one is given."""
     directory = _directory(path)
-    if directory.suffix == ".gguf":
-        config, params = gguf.read_gguf(directory, dtype=dtype)
-        if mesh is not None:
-            check_mesh(config, mesh)
-            layout = meshes.tree_shardings(mesh, logical_axes(config))
-            params = jax.tree.map(meshes.put, params, layout)
-        return config, params
-    config, _ = load_config(directory)
+    config, params = (
+        gguf.read_gguf(directory, dtype=dtype)
+        if directory.suffix == ".gguf"
+        else (load_config(directory)[0], None)
+    )
     shardings = None
     if mesh is not None:
         check_mesh(config, mesh)
         shardings = meshes.tree_shardings(mesh, logical_axes(config))
-    return config, load_params(directory, config, dtype=dtype, shardings=shardings)
-
-
-def _split(all_slots: list[Slot], dtype: DTypeLike, max_shard_bytes: int) -> list[list[Slot]]:
-    """Tensors in order, a new file where the next one would not fit."""
-    shards: list[list[Slot]] = [[]]
-    used = 0
-    for slot in all_slots:
-        size = slot.num_bytes(dtype)
-        if shards[-1] and used + size > max_shard_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append(slot)
-        used += size
-    return shards
+    if params is None:
+        return config, load_params(directory, config, dtype=dtype, shardings=shardings)
+    return config, params if shardings is None else jax.tree.map(meshes.put, params, shardings)
 
 
 def save_params(
@@ -256,30 +242,33 @@ def save_params(
         raise DcodError(f"max_shard_bytes={max_shard_bytes} must be positive")
     check_structure(config, params)
     directory = as_path(path)
-    shards = _split(slots(config, "hf"), dtype, max_shard_bytes)
-    count = len(shards)
-    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    names = [SINGLE] if count == 1 else names
+    named = {slot.name: slot for slot in slots(config, "hf")}
+    split = split_state_dict_into_shards_factory(
+        named,
+        get_storage_size=lambda slot: slot.num_bytes(dtype),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    files = {name: directory / f".{name}.{os.getpid()}.tmp" for name in split.filename_to_tensors}
     flat = flatten(params)
     writes = jax.process_index() == 0
-    temporaries = [directory / f".{name}.{os.getpid()}.tmp" for name in names]
     try:
         if writes:
             directory.mkdir(parents=True, exist_ok=True)
-        for shard, temporary in zip(shards, temporaries, strict=True):
-            tensors = {slot.name: tensor_of(flat, slot, dtype=dtype) for slot in shard}
+        for file, names in split.filename_to_tensors.items():
+            tensors = {name: tensor_of(flat, named[name], dtype=dtype) for name in names}
             hosts.moved()
             if writes:
-                _write_shard(temporary, tensors)
+                _write_shard(files[file], tensors)
         if writes:
-            _publish(directory, dict(zip(names, temporaries, strict=True)), shards, dtype=dtype)
+            _publish(directory, files, split)
     except (SafetensorError, OSError) as error:
         raise DcodError(
             f"{directory}: weights could not be written ({error}); nothing was replaced unless "
             f"all of it was written; free some space or change the path"
         ) from error
     finally:
-        for temporary in temporaries:
+        for temporary in files.values():
             temporary.unlink(missing_ok=True)
 
 
@@ -294,19 +283,13 @@ def _write_shard(file: Path, tensors: dict[str, np.ndarray]) -> None:
         os.fsync(handle.fileno())
 
 
-def _publish(
-    directory: Path, files: dict[str, Path], shards: list[list[Slot]], *, dtype: DTypeLike
-) -> None:
+def _publish(directory: Path, files: dict[str, Path], split: StateDictSplit) -> None:
     """Move complete files to their names; order matters: index away, shards in, index in."""
     if len(files) == 1:
         rename(files[SINGLE], directory / SINGLE)
         (directory / INDEX).unlink(missing_ok=True)
     else:
-        weight_map = {
-            slot.name: name for name, shard in zip(files, shards, strict=True) for slot in shard
-        }
-        total = sum(slot.num_bytes(dtype) for shard in shards for slot in shard)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         temporary = directory / f".{INDEX}.{os.getpid()}.tmp"
         temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (directory / SINGLE).unlink(missing_ok=True)
