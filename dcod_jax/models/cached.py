@@ -1,7 +1,7 @@
-"""The transformer over a cache of keys and values: what the sampler runs, prefill and decode.
+"""The transformer with a cache of keys and values: the sampler's prefill and decode steps.
 
-Beside it the forms that decoding keeps parameters and cache in: layers stacked, for a scan, or
-split, one tree a layer; kernels transposed to [out, in], for a CPU.
+Decoding keeps the layers stacked, for a scan, or split, one tree a layer; on a CPU it keeps the
+kernels transposed, [out, in].
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +20,9 @@ from dcod_jax.models import config as configs
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.tensors import Part, Slot, assemble, slots
 from dcod_jax.types import Params
+
+if TYPE_CHECKING:  # an extra
+    from gguf import GGUFReader
 
 _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -62,19 +66,33 @@ def _package() -> Any:
         ) from error
 
 
-def _open(file: Path) -> Any:
-    if not file.is_file():
-        raise DcodError(f"{file}: no such .gguf file; check the path")
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """An open GGUF file; its tensors are mapped, not read."""
+
+    path: Path
+    reader: GGUFReader
+
+    def get(self, key: str, default: Any = None) -> Any:
+        field = self.reader.get_field(key)
+        return default if field is None else field.contents()
+
+    def need(self, key: str) -> Any:
+        value = self.get(key)
+        if value is None:
+            raise DcodError(f"{self.path}: metadata key {key} is missing; convert the model again")
+        return value
+
+
+def _open(location: Location) -> _File:
+    path = as_path(location)
+    if not path.is_file():
+        raise DcodError(f"{path}: no such .gguf file; check the path")
     package = _package()
     try:
-        return package.GGUFReader(local_copy(file))
+        return _File(path, package.GGUFReader(local_copy(path)))
     except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise DcodError(f"{file}: not a whole GGUF file ({error}); download it again") from error
-
-
-def _get(reader: Any, key: str, default: Any = None) -> Any:
-    field = reader.get_field(key)
-    return default if field is None else field.contents()
+        raise DcodError(f"{path}: not a whole GGUF file ({error}); download it again") from error
 
 
 def _short(value: float) -> float:
@@ -82,14 +100,7 @@ def _short(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _require(reader: Any, key: str, file: Path) -> Any:
-    value = _get(reader, key)
-    if value is None:
-        raise DcodError(f"{file}: metadata key {key} is missing; convert the model again")
-    return value
-
-
-def _check_metadata(reader: Any, architecture: str, file: Path) -> None:
+def _check_metadata(file: _File, architecture: str) -> None:
     """Refuse metadata that changes the model in a way not computed here."""
     accepted: dict[str, tuple[Any, ...]] = {
         "split.count": (None, 0, 1),
@@ -103,55 +114,57 @@ def _check_metadata(reader: Any, architecture: str, file: Path) -> None:
         f"{architecture}.embedding_scale": (None, 1.0),
     }
     for key, values in accepted.items():
-        if _get(reader, key) not in values:
+        if file.get(key) not in values:
             raise DcodError(
-                f"{file}: {key}={_get(reader, key)!r} is not supported (supported: {values[-1]!r} "
+                f"{file.path}: {key}={file.get(key)!r} is not supported (supported: {values[-1]!r} "
                 f"or absent); use the HF directory of this model"
             )
 
 
-def _config(reader: Any, names: set[str], file: Path) -> ModelConfig:
-    architecture = _get(reader, "general.architecture")
+def _config(file: _File, names: set[str]) -> ModelConfig:
+    architecture = file.get("general.architecture")
     if architecture not in configs.FAMILIES:
         raise DcodError(
-            f"{file}: general.architecture={architecture!r} is not supported "
+            f"{file.path}: general.architecture={architecture!r} is not supported "
             f"(supported: {', '.join(sorted(configs.FAMILIES))})"
         )
-    _check_metadata(reader, architecture, file)
+    _check_metadata(file, architecture)
 
     def need(key: str) -> Any:
-        return _require(reader, f"{architecture}.{key}", file)
+        return file.need(f"{architecture}.{key}")
 
     heads, width = need("attention.head_count"), need("embedding_length")
-    head_dim = _get(reader, f"{architecture}.attention.key_length", width // heads)
-    rotary = _get(reader, f"{architecture}.rope.dimension_count", head_dim)
+    head_dim = file.get(f"{architecture}.attention.key_length", width // heads)
+    rotary = file.get(f"{architecture}.rope.dimension_count", head_dim)
     if rotary != head_dim:
         raise DcodError(
-            f"{file}: {architecture}.rope.dimension_count={rotary} is not supported "
+            f"{file.path}: {architecture}.rope.dimension_count={rotary} is not supported "
             f"(supported: the head size, {head_dim})"
         )
-    stops = [_get(reader, key) for key in _STOPS if reader.get_field(key) is not None]
+    stops = [file.get(key) for key in _STOPS if file.get(key) is not None]
     raw = {
         "model_type": architecture,
         "vocab_size": next(
-            int(tensor.shape[1]) for tensor in reader.tensors if tensor.name == "token_embd.weight"
+            int(tensor.shape[1])
+            for tensor in file.reader.tensors
+            if tensor.name == "token_embd.weight"
         ),
         "hidden_size": width,
         "intermediate_size": need("feed_forward_length"),
         "num_hidden_layers": need("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": _get(reader, f"{architecture}.attention.head_count_kv", heads),
+        "num_key_value_heads": file.get(f"{architecture}.attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position_embeddings": need("context_length"),
         "rms_norm_eps": _short(need("attention.layer_norm_rms_epsilon")),
-        "rope_theta": _short(_get(reader, f"{architecture}.rope.freq_base", 10000.0)),
+        "rope_theta": _short(file.get(f"{architecture}.rope.freq_base", 10000.0)),
         "attention_bias": "blk.0.attn_q.bias" in names,
         "tie_word_embeddings": "output.weight" not in names,
-        "bos_token_id": _get(reader, "tokenizer.ggml.bos_token_id"),
+        "bos_token_id": file.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": list(dict.fromkeys(stops)) or None,
-        "pad_token_id": _get(reader, "tokenizer.ggml.padding_token_id"),
+        "pad_token_id": file.get("tokenizer.ggml.padding_token_id"),
     }
-    return configs.from_hf(raw, source=str(file))
+    return configs.from_hf(raw, source=str(file.path))
 
 
 def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -166,8 +179,9 @@ def read_gguf(file: Location, *, dtype: DTypeLike = jnp.float32) -> tuple[ModelC
     Raises DcodError for another architecture, for metadata that cannot be honoured exactly, and
     for tensors that are missing or unknown (rope_freqs of Llama 3.1 among them).
     """
-    path = as_path(file)
-    config, tensors = _read_head(path)
+    opened = _open(file)
+    path = opened.path
+    config, tensors = _read_head(opened)
     expected = {slot.name: slot for slot in slots(config, "gguf")}
     for name in sorted(expected.keys() ^ tensors.keys()):
         state = "missing" if name in expected else "not part of this architecture here"
@@ -189,18 +203,19 @@ def read_gguf(file: Location, *, dtype: DTypeLike = jnp.float32) -> tuple[ModelC
     return config, assemble(config, "gguf", read, dtype=dtype)
 
 
-def _read_head(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """(config, {tensor name: tensor}); the tensors are mapped, not read."""
-    reader = _open(path)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+def _read_head(file: _File) -> tuple[ModelConfig, dict[str, Any]]:
+    """(config, {tensor name: tensor})."""
+    tensors = {tensor.name: tensor for tensor in file.reader.tensors}
     if "token_embd.weight" not in tensors:
-        raise DcodError(f"{path}: tensor token_embd.weight is missing; is it a language model?")
-    return _config(reader, set(tensors), path), tensors
+        raise DcodError(
+            f"{file.path}: tensor token_embd.weight is missing; is it a language model?"
+        )
+    return _config(file, set(tensors)), tensors
 
 
-def read_config(file: Location) -> ModelConfig:
+def read_config(location: Location) -> ModelConfig:
     """The config of a GGUF file; raises DcodError as read_gguf does."""
-    return _read_head(as_path(file))[0]
+    return _read_head(_open(location))[0]
 
 
 def export_tokenizer(file: Location, directory: Location) -> PreTrainedTokenizerFast:
@@ -209,20 +224,20 @@ def export_tokenizer(file: Location, directory: Location) -> PreTrainedTokenizer
     Raises DcodError for a tokenizer whose pre-tokenizer is not known here exactly: another one
     would give other ids without any sign of it.
     """
-    path = as_path(file)
-    reader = _open(path)
-    model, pre = _get(reader, "tokenizer.ggml.model"), _get(reader, "tokenizer.ggml.pre")
+    opened = _open(file)
+    path, get = opened.path, opened.get
+    model, pre = get("tokenizer.ggml.model"), get("tokenizer.ggml.pre")
     if model != "gpt2" or pre not in PRE_TOKENIZERS:
         raise DcodError(
             f"{path}: tokenizer.ggml.model={model!r} with tokenizer.ggml.pre={pre!r} is not "
             f"supported (supported: gpt2 with {', '.join(sorted(PRE_TOKENIZERS))}); "
             f"use the HF tokenizer of this model"
         )
-    if _get(reader, "tokenizer.ggml.add_bos_token", False):
+    if get("tokenizer.ggml.add_bos_token", False):
         raise DcodError(f"{path}: tokenizer.ggml.add_bos_token=true is not supported")
-    tokens = _require(reader, "tokenizer.ggml.tokens", path)
-    tokenizer = _bpe(tokens, _require(reader, "tokenizer.ggml.merges", path), pre)
-    types = _require(reader, "tokenizer.ggml.token_type", path)
+    tokens = opened.need("tokenizer.ggml.tokens")
+    tokenizer = _bpe(tokens, opened.need("tokenizer.ggml.merges"), pre)
+    types = opened.need("tokenizer.ggml.token_type")
     for token, kind in zip(tokens, types, strict=True):
         if kind in (_CONTROL, _USER_DEFINED):
             tokenizer.add_tokens([AddedToken(token, normalized=False, special=kind == _CONTROL)])
@@ -232,14 +247,14 @@ def export_tokenizer(file: Location, directory: Location) -> PreTrainedTokenizer
         "unk_token": "unknown_token_id",
         "pad_token": "padding_token_id",
     }
-    ids = {name: _get(reader, f"tokenizer.ggml.{key}") for name, key in named.items()}
+    ids = {name: get(f"tokenizer.ggml.{key}") for name, key in named.items()}
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
-        model_max_length=_get(reader, f"{_get(reader, 'general.architecture')}.context_length"),
+        model_max_length=get(f"{get('general.architecture')}.context_length"),
         **{name: tokens[index] for name, index in ids.items() if index is not None},
     )
-    fast.chat_template = _get(reader, "tokenizer.chat_template")
+    fast.chat_template = get("tokenizer.chat_template")
     with Mirror(as_path(directory)) as local:
         fast.save_pretrained(local)
     return fast

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -196,7 +196,7 @@ def load_params(
         return assemble(config, "hf", read, dtype=dtype, shardings=shardings)
 
 
-def _check_tied(view: Any, shape: tuple[int, int], *, where: Path) -> None:
+def _check_tied(view: Callable[..., Any], shape: tuple[int, int], *, where: Path) -> None:
     embedding = view("model.embed_tokens.weight", shape)
     head = view("lm_head.weight", shape)
     if not np.array_equal(embedding[:], head[:]):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.experimental import multihost_utils
+from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from dcod_jax.errors import DcodError
@@ -95,13 +96,15 @@ def assemble(
     )
 
 
-def _place(shape: tuple[int, ...], sharding: Any, piece: Callable[[Part], np.ndarray]) -> jax.Array:
+def _place(
+    shape: tuple[int, ...], sharding: Sharding | None, piece: Callable[[Part], np.ndarray]
+) -> jax.Array:
     """The array of this sharding; each piece is made once, also where several devices hold it."""
     if sharding is None:
         return jnp.asarray(piece(tuple(slice(0, size) for size in shape)))
-    devices: dict[Any, list[Any]] = {}
+    devices: dict[tuple[tuple[int, int], ...], list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        bounds = tuple(at.indices(size)[:2] for at, size in zip(index, shape, strict=True))
+        bounds = tuple(at.indices(size)[:2] for at, size in zip(index or (), shape, strict=True))
         devices.setdefault(bounds, []).append(device)
     arrays = []
     for bounds, holders in devices.items():

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dcod_jax.models.cached import (
@@ -41,14 +42,14 @@ class Program:
 
     config: ModelConfig
     valid_vocab: int
-    compute_dtype: Any
+    compute_dtype: np.dtype
     mesh: Mesh | None
     split: bool  # layers are unrolled, each with its own weights and cache, instead of scanned
     transposed: bool  # kernels are [out, in] (layers.transposed_matmul)
 
 
 def make_program(
-    config: ModelConfig, *, valid_vocab: int, compute_dtype: Any, mesh: Mesh | None
+    config: ModelConfig, *, valid_vocab: int, compute_dtype: DTypeLike, mesh: Mesh | None
 ) -> Program:
     """The program that suits the model's depth, the mesh and its platform.
 
@@ -98,7 +99,7 @@ class Rows:
 class Request:
     """What is the same for all sequences of one call and not compiled in."""
 
-    key: Any
+    key: Array
     settings: Settings
     stop_ids: Any  # int32 [S]
     max_new_tokens: Any  # int32
@@ -133,10 +134,10 @@ def cast_params(params: Params, *, program: Program) -> Params:
     jax.jit, static_argnames=("program", "rows", "slots", "places"), keep_unused=True
 )
 def empty_rows(beside: Array, *, program: Program, rows: int, slots: int, places: int) -> Rows:
-    """Rows without a sequence, where the weight `beside` is.
+    """Rows without a sequence, on the devices of the array `beside`.
 
-    What is made out of nothing is bound to no device, and the rows that prefill and decode return
-    are bound to the weights': prefill would be compiled for each of the two.
+    An array made from no argument is committed to no device, while the rows that prefill and decode
+    return are: with both kinds prefill would be compiled twice.
     """
     integers = jnp.zeros(rows, jnp.int32)
     return _pin(

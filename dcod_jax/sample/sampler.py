@@ -1,15 +1,14 @@
 """The sampler: a fixed number of rows decode side by side, and a finished row takes a new prompt.
 
-The compiled half is in decoding.py; here is the host's: who goes into which row, stop strings, and
-what comes out. docs/generation.md describes the whole.
+decoding.py compiles the steps; this file decides which prompt goes into which row, looks for stop
+strings and returns the samples. docs/generation.md describes the whole.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -188,7 +187,9 @@ class _Batch:
         self.checked = [0] * rows  # tokens of each row that were searched for stop strings
         self.stopped = np.zeros(rows, bool)  # rows that reached one since the last decode
 
-    def run(self, prompts: Sequence[Sequence[int]], names: np.ndarray, stops: StopStrings) -> Any:
+    def run(
+        self, prompts: Sequence[Sequence[int]], names: np.ndarray, stops: StopStrings
+    ) -> Iterator[dict[int, Sample]]:
         """Yields {index of the prompt: Sample} of those that finished, until all have.
 
         Longest first: prompts prefilled together are of about one length, and longer questions
