@@ -7,6 +7,7 @@ kernels transposed, [out, in].
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,6 +23,8 @@ from dcod_jax.models.transformer import embed, gather_layer, graphs, logical_axe
 from dcod_jax.parallel.mesh import is_names
 from dcod_jax.types import Params
 
+# One layer as a scan runs it: ((x, keys, values), (layer, index)) -> ((x, keys, values), None).
+Block = Callable[[Any, tuple[Params, Any]], tuple[Any, None]]
 CACHE_CHUNK = 256  # cache slots that attention reads at a time: a chunk of several is copied out
 MAX_CACHE_CHUNKS = 16  # a longer cache is read in larger chunks
 
@@ -93,13 +96,12 @@ def forward_with_cache(
 ) -> tuple[Float[Array, "B S D"], Cache]:
     """Hidden states of S new tokens per row (prefill or decode) and the cache that holds them.
 
-    positions are absolute and name the slot each token is written to. A query at position i sees
-    the slots 0..i, so a row's positions must have been written in order from 0; what is behind
-    (padding, an earlier sequence) is not seen and is overwritten before decoding reaches it. A
-    position outside 0..M-1 is not written (its own output is finite and meaningless).
-    `rows` names the cache rows of the tokens' rows (default: all, in order); a row out of range
-    is not written. params and cache may have their layers stacked (scanned) or split (unrolled);
-    transposed: the kernels are [out, in], for layers.transposed_matmul.
+    A token is written to the slot of its position and sees the slots up to it, so a row's positions
+    must have been written in order from 0; later slots (padding, an earlier sequence) are not seen.
+    A position outside 0..M-1 is not written; its own output is finite and meaningless. `rows` names
+    the cache rows of the tokens' rows (default: all, in order); a row out of range is not written.
+    params and cache have their layers stacked (scanned) or split (unrolled); transposed: the
+    kernels are [out, in], for layers.transposed_matmul.
     """
     decoder_graph, block_graph = graphs(config, transposed=transposed)
     layer_axes = logical_axes(config)["layers"]
@@ -139,16 +141,22 @@ def forward_with_cache(
         return (module.finish(x, mixed), keys, values), None
 
     x = embed(params, tokens, compute_dtype=compute_dtype, mesh=mesh)
-    if isinstance(params["layers"], tuple):
+    x, cache = _through_layers(block, x, params["layers"], cache)
+    outer = {name: value for name, value in params.items() if name != "layers"}
+    return nnx.merge(decoder_graph, outer).norm(x), cache
+
+
+def _through_layers(block: Block, x: Array, layers: Any, cache: Cache) -> tuple[Array, Cache]:
+    """x after all layers, one by one (a tuple of layers) or in a scan (stacked ones)."""
+    if isinstance(layers, tuple):
         kept = []
-        for layer, keys, values in zip(params["layers"], cache.keys, cache.values, strict=True):
+        for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
             (x, *both), _ = block((x, keys, values), (layer, 0))
             kept.append(both)
         keys, values = zip(*kept, strict=True)
     else:
+        indices = jnp.arange(cache.keys[0].shape[0])
         carry = (x, *cache.keys, *cache.values)
-        indices = jnp.arange(config.num_layers)
-        (x, *both), _ = jax.lax.scan(block, carry, (params["layers"], indices))
+        (x, *both), _ = jax.lax.scan(block, carry, (layers, indices))
         keys, values = ((stacked,) for stacked in both)
-    outer = {name: value for name, value in params.items() if name != "layers"}
-    return nnx.merge(decoder_graph, outer).norm(x), Cache(keys=keys, values=values)
+    return x, Cache(keys=keys, values=values)

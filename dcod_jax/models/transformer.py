@@ -242,7 +242,6 @@ def hidden_states(
     decoder_graph, block_graph = graphs(config)
     layer_axes = logical_axes(config)["layers"]
     rope = layers.rope_tables(config, positions)
-    attend = functools.partial(attention.attention, mesh=mesh)
     run = functools.partial(_with_weights, compute_dtype=compute_dtype, mesh=mesh)
 
     def block(x: Array, layer: Params) -> tuple[Array, None]:
@@ -255,12 +254,13 @@ def hidden_states(
             tuple((_TOKENS, value) for value in (x, *rope)),
             (_HEADS, _KV_HEADS, _KV_HEADS),
         )
+        mixed = attention.attention(query, key, value, segment_ids, mesh=mesh)
         x = run(
             lambda layer, x, mixed: nnx.merge(block_graph, layer).finish(x, mixed),
             layer,
             layer_axes,
             ("o_proj", "gate_proj", "up_proj", "down_proj"),
-            ((_TOKENS, x), (_HEADS, attend(query, key, value, segment_ids))),
+            ((_TOKENS, x), (_HEADS, mixed)),
             _TOKENS,
         )
         return meshes.constrain(x, mesh, "batch", "length", None), None

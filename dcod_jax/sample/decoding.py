@@ -203,12 +203,11 @@ def prefill(
 ) -> Rows:
     """Put P prompts into the rows `places` and draw their first tokens.
 
-    T is a multiple of `chunk`, the tokens of a row that are taken at a time; chunks behind the
-    longest of these prompts are not computed. A place out of range (no prompt) is not written.
+    T is a multiple of `chunk`, the tokens of a row in one step; chunks after the longest prompt are
+    not computed. A place out of range (no prompt) is not written.
     """
     last = jnp.maximum(lengths - 1, 0)
     parts = last.max() // chunk + 1
-    width = program.config.hidden_size
 
     def add(index: Array, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:
         found, cache = carry
@@ -230,10 +229,9 @@ def prefill(
         picked = jnp.take_along_axis(hidden, here[:, None, None], axis=1)[:, 0]
         return jnp.where((last // chunk == index)[:, None], picked, found), cache
 
-    found = jnp.zeros((prompts.shape[0], width), program.compute_dtype)
+    found = jnp.zeros((prompts.shape[0], program.config.hidden_size), program.compute_dtype)
     hidden, cache = jax.lax.fori_loop(0, parts, add, (found, rows.cache))
-    steps = jnp.zeros_like(lengths)
-    head = head_weight(program.config, params)
+    head, steps = head_weight(program.config, params), jnp.zeros_like(lengths)
     tokens, logprobs, ended = _draw(program, head, hidden, names, steps, request)
 
     def put(x: Array, values: Any) -> Array:
@@ -294,10 +292,9 @@ def decode(
             program, head, hidden[:, 0], rows.names, rows.counts, request
         )
         at = (everyone, jnp.where(rows.alive, rows.counts, rows.drawn.shape[1]))
-        return step + 1, Rows(
+        return step + 1, dataclasses.replace(
+            rows,
             cache=cache,
-            names=rows.names,
-            lengths=rows.lengths,
             tokens=jnp.where(rows.alive, tokens, rows.tokens),
             counts=rows.counts + rows.alive,
             alive=rows.alive & ~ended,

@@ -20,7 +20,7 @@ from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import batch_shards, put, sharding
 from dcod_jax.sample import decoding
 from dcod_jax.sample.decoding import DecodingParams, Request
-from dcod_jax.sample.sampling import make_settings
+from dcod_jax.sample.sampling import Settings, make_settings
 from dcod_jax.sample.stop_strings import StopStrings
 from dcod_jax.types import Params
 
@@ -113,19 +113,9 @@ def sample(
     strings = StopStrings(stop_strings, decode)
     if not prompts:
         return []
-    ends = sorted(set(eos_ids))
-    request = Request(
-        key=jax.random.key(seed),
-        settings=settings,
-        # No token is -1; filled up, so that another number of stop ids compiles nothing new.
-        stop_ids=np.array(ends + [-1] * (8 - len(ends) % 8), np.int32),
-        max_new_tokens=np.int32(max_new_tokens),
-    )
-    mesh = model.program.mesh
-    everywhere = None if mesh is None else sharding(mesh, ())
     batch = _Batch(
         model,
-        jax.tree.map(lambda x: put(x, everywhere), request),
+        _request(model, seed, settings, eos_ids, max_new_tokens),
         rows=min(batch_size, 1 << (len(prompts) - 1).bit_length()),
         longest=max(map(len, prompts)),
         max_new_tokens=max_new_tokens,
@@ -136,6 +126,27 @@ def sample(
         if on_batch is not None:
             on_batch(len(finished), sum(len(s.token_ids) for s in finished.values()))
     return [samples[i] for i in range(len(prompts))]
+
+
+def _request(
+    model: DecodingParams,
+    seed: int,
+    settings: Settings,
+    eos_ids: Sequence[int],
+    max_new_tokens: int,
+) -> Request:
+    """The arguments that all sequences share, whole on every device."""
+    ends = sorted(set(eos_ids))
+    request = Request(
+        key=jax.random.key(seed),
+        settings=settings,
+        # No token is -1; filled up, so that another number of stop ids compiles nothing new.
+        stop_ids=np.array(ends + [-1] * (8 - len(ends) % 8), np.int32),
+        max_new_tokens=np.int32(max_new_tokens),
+    )
+    mesh = model.program.mesh
+    everywhere = None if mesh is None else sharding(mesh, ())
+    return jax.tree.map(lambda x: put(x, everywhere), request)
 
 
 def check_room(
