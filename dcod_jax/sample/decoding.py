@@ -37,7 +37,7 @@ MAX_SPLIT_LAYERS = 64  # deeper models are scanned in decoding too, to bound the
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class DecodingForm:
     """What the two compiled functions are compiled for, beside the shapes and the mode."""
 
     config: ModelConfig
@@ -48,16 +48,16 @@ class Program:
     transposed: bool  # kernels are [out, in] (layers.transposed_matmul)
 
 
-def make_program(
+def decoding_form(
     config: ModelConfig, *, valid_vocab: int, compute_dtype: DTypeLike, mesh: Mesh | None
-) -> Program:
-    """The program that suits the model's depth, the mesh and its platform.
+) -> DecodingForm:
+    """The form that suits the model's depth, the mesh and its platform.
 
     A mesh of one device is left out: it splits nothing, and callers with and without one share
     what is compiled.
     """
     where = jax.default_backend() if mesh is None else platform(mesh)
-    return Program(
+    return DecodingForm(
         config,
         valid_vocab,
         np.dtype(compute_dtype),
@@ -107,33 +107,31 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class DecodingParams:
-    """A model's parameters in the form that a program decodes with."""
+    """A model's parameters in the form that decoding reads them in."""
 
-    program: Program
+    form: DecodingForm
     params: Params
 
     @property
     def config(self) -> ModelConfig:
-        return self.program.config
+        return self.form.config
 
 
-@functools.partial(jax.jit, static_argnames=("program",))
-def cast_params(params: Params, *, program: Program) -> Params:
+@functools.partial(jax.jit, static_argnames=("form",))
+def cast_params(params: Params, *, form: DecodingForm) -> Params:
     """The matrices in compute dtype and layout, once and not at every step; norms keep theirs."""
     cast = jax.tree.map(
-        lambda names, x: x if names[-1] == "norm" else x.astype(program.compute_dtype),
-        logical_axes(program.config),
+        lambda names, x: x if names[-1] == "norm" else x.astype(form.compute_dtype),
+        logical_axes(form.config),
         params,
         is_leaf=is_names,
     )
-    cast = transpose_kernels(cast) if program.transposed else cast
-    return split_layers(cast) if program.split else cast
+    cast = transpose_kernels(cast) if form.transposed else cast
+    return split_layers(cast) if form.split else cast
 
 
-@functools.partial(
-    jax.jit, static_argnames=("program", "rows", "slots", "places"), keep_unused=True
-)
-def empty_rows(beside: Array, *, program: Program, rows: int, slots: int, places: int) -> Rows:
+@functools.partial(jax.jit, static_argnames=("form", "rows", "slots", "places"), keep_unused=True)
+def empty_rows(beside: Array, *, form: DecodingForm, rows: int, slots: int, places: int) -> Rows:
     """Rows without a sequence, on the devices of the array `beside`.
 
     An array made from no argument is committed to no device, while the rows that prefill and decode
@@ -142,9 +140,7 @@ def empty_rows(beside: Array, *, program: Program, rows: int, slots: int, places
     integers = jnp.zeros(rows, jnp.int32)
     return _pin(
         Rows(
-            cache=init_cache(
-                program.config, rows, slots, program.compute_dtype, split=program.split
-            ),
+            cache=init_cache(form.config, rows, slots, form.compute_dtype, split=form.split),
             names=integers.astype(jnp.uint32),
             lengths=integers,
             tokens=integers,
@@ -153,7 +149,7 @@ def empty_rows(beside: Array, *, program: Program, rows: int, slots: int, places
             drawn=jnp.zeros((rows, places), jnp.int32),
             logprobs=jnp.zeros((rows, places), jnp.float32),
         ),
-        program.mesh,
+        form.mesh,
     )
 
 
@@ -168,7 +164,7 @@ def _pin(rows: Rows, mesh: Mesh | None) -> Rows:
 
 
 def _draw(
-    program: Program,
+    form: DecodingForm,
     head: Float[Array, "V D"],
     hidden: Float[Array, "B D"],
     names: Array,
@@ -176,19 +172,19 @@ def _draw(
     request: Request,
 ) -> tuple[Array, Array, Array]:
     """Tokens, log-probs, and whether a token ends its sequence; the key is (seed, name, step)'s."""
-    if program.transposed:
+    if form.transposed:
         logits = transposed_matmul(hidden, head)
     else:
         logits = jnp.einsum("bd,vd->bv", hidden, head, preferred_element_type=jnp.float32)
     keys = jax.vmap(
         lambda name, step: jax.random.fold_in(jax.random.fold_in(request.key, name), step)
     )(names, steps)
-    tokens, logprobs = choose(logits, keys, request.settings, valid_vocab=program.valid_vocab)
+    tokens, logprobs = choose(logits, keys, request.settings, valid_vocab=form.valid_vocab)
     ended = (tokens[:, None] == request.stop_ids).any(axis=1)
     return tokens, logprobs, ended | (steps + 1 >= request.max_new_tokens)
 
 
-@functools.partial(jax.jit, static_argnames=("program", "chunk"), donate_argnames=("rows",))
+@functools.partial(jax.jit, static_argnames=("form", "chunk"), donate_argnames=("rows",))
 def prefill(
     params: Params,
     rows: Rows,
@@ -199,7 +195,7 @@ def prefill(
     request: Request,
     *,
     chunk: int,
-    program: Program,
+    form: DecodingForm,
 ) -> Rows:
     """Put P prompts into the rows `places` and draw their first tokens.
 
@@ -215,24 +211,24 @@ def prefill(
         tokens = jax.lax.dynamic_slice_in_dim(prompts, start, chunk, axis=1)
         positions = jnp.broadcast_to(start + jnp.arange(chunk), tokens.shape)
         hidden, cache = forward_with_cache(
-            program.config,
+            form.config,
             params,
             tokens,
             positions=positions,
             cache=cache,
             rows=places,
-            compute_dtype=program.compute_dtype,
-            mesh=program.mesh,
-            transposed=program.transposed,
+            compute_dtype=form.compute_dtype,
+            mesh=form.mesh,
+            transposed=form.transposed,
         )
         here = jnp.clip(last - start, 0, chunk - 1)
         picked = jnp.take_along_axis(hidden, here[:, None, None], axis=1)[:, 0]
         return jnp.where((last // chunk == index)[:, None], picked, found), cache
 
-    found = jnp.zeros((prompts.shape[0], program.config.hidden_size), program.compute_dtype)
+    found = jnp.zeros((prompts.shape[0], form.config.hidden_size), form.compute_dtype)
     hidden, cache = jax.lax.fori_loop(0, parts, add, (found, rows.cache))
-    head, steps = head_weight(program.config, params), jnp.zeros_like(lengths)
-    tokens, logprobs, ended = _draw(program, head, hidden, names, steps, request)
+    head, steps = head_weight(form.config, params), jnp.zeros_like(lengths)
+    tokens, logprobs, ended = _draw(form, head, hidden, names, steps, request)
 
     def put(x: Array, values: Any) -> Array:
         return x.at[places].set(values, mode="drop")
@@ -248,11 +244,11 @@ def prefill(
             drawn=rows.drawn.at[places, 0].set(tokens, mode="drop"),
             logprobs=rows.logprobs.at[places, 0].set(logprobs, mode="drop"),
         ),
-        program.mesh,
+        form.mesh,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("program",), donate_argnames=("rows",))
+@functools.partial(jax.jit, static_argnames=("form",), donate_argnames=("rows",))
 def decode(
     params: Params,
     rows: Rows,
@@ -261,13 +257,13 @@ def decode(
     *,
     most_steps: Int[Array, ""],
     most_alive: Int[Array, ""],
-    program: Program,
+    form: DecodingForm,
 ) -> Rows:
     """Decode until at most `most_alive` rows are alive, or most_steps steps.
 
     `stopped` [R] rows have reached a stop string and are dead from now on.
     """
-    head = head_weight(program.config, params)
+    head = head_weight(form.config, params)
     everyone = jnp.arange(rows.tokens.shape[0])
 
     def unfinished(state: tuple[Array, Rows]) -> Array:
@@ -279,18 +275,16 @@ def decode(
         # A dead row writes nothing and its position does not count.
         positions = jnp.where(rows.alive, rows.lengths + rows.counts - 1, -1)
         hidden, cache = forward_with_cache(
-            program.config,
+            form.config,
             params,
             rows.tokens[:, None],
             positions=positions[:, None],
             cache=rows.cache,
-            compute_dtype=program.compute_dtype,
-            mesh=program.mesh,
-            transposed=program.transposed,
+            compute_dtype=form.compute_dtype,
+            mesh=form.mesh,
+            transposed=form.transposed,
         )
-        tokens, logprobs, ended = _draw(
-            program, head, hidden[:, 0], rows.names, rows.counts, request
-        )
+        tokens, logprobs, ended = _draw(form, head, hidden[:, 0], rows.names, rows.counts, request)
         at = (everyone, jnp.where(rows.alive, rows.counts, rows.drawn.shape[1]))
         return step + 1, dataclasses.replace(
             rows,
@@ -303,4 +297,4 @@ def decode(
         )
 
     rows = dataclasses.replace(rows, alive=rows.alive & ~stopped)
-    return _pin(jax.lax.while_loop(unfinished, advance, (jnp.int32(0), rows))[1], program.mesh)
+    return _pin(jax.lax.while_loop(unfinished, advance, (jnp.int32(0), rows))[1], form.mesh)

@@ -63,12 +63,12 @@ def decoding_params(
     Whoever only samples can let go of params. valid_vocab: rows of the vocabulary above it are
     padding, which is never drawn.
     """
-    program = decoding.make_program(
+    form = decoding.decoding_form(
         config, valid_vocab=valid_vocab, compute_dtype=compute_dtype, mesh=mesh
     )
     used = jax.tree.leaves(params)[0].devices() if mesh is None else set(mesh.devices.flat)
     placed = jax.device_put(params, *used) if len(used) == 1 else params
-    return DecodingParams(program, decoding.cast_params(placed, program=program))
+    return DecodingParams(form, decoding.cast_params(placed, form=form))
 
 
 def sample(
@@ -144,7 +144,7 @@ def _request(
         stop_ids=np.array(ends + [-1] * (8 - len(ends) % 8), np.int32),
         max_new_tokens=np.int32(max_new_tokens),
     )
-    mesh = model.program.mesh
+    mesh = model.form.mesh
     everywhere = None if mesh is None else sharding(mesh, ())
     return jax.tree.map(lambda x: put(x, everywhere), request)
 
@@ -180,8 +180,8 @@ class _Batch:
         longest: int,
         max_new_tokens: int,
     ):
-        self.params, self.program, self.request = model.params, model.program, request
-        pieces = batch_shards(self.program.mesh)
+        self.params, self.form, self.request = model.params, model.form, request
+        pieces = batch_shards(self.form.mesh)
         rows += -rows % pieces
         self.group = max(rows // ROWS_PER_PREFILL, 1)
         self.group += -self.group % pieces
@@ -189,7 +189,7 @@ class _Batch:
         self.slots = bucket_length(longest + max_new_tokens, SLOTS_STEP)
         self.rows = decoding.empty_rows(
             jax.tree.leaves(self.params)[0],
-            program=self.program,
+            form=self.form,
             rows=rows,
             slots=self.slots,
             places=bucket_length(max_new_tokens),
@@ -223,7 +223,7 @@ class _Batch:
                 self.request,
                 most_steps=np.int32(STEPS_BETWEEN_CHECKS if stops else np.iinfo(np.int32).max),
                 most_alive=np.int32(len(self.members) - group if waiting else 0),
-                program=self.program,
+                form=self.form,
             )
             finished = self._collect(stops)
             if finished:
@@ -255,7 +255,7 @@ class _Batch:
             who,
             self.request,
             chunk=self.chunk,
-            program=self.program,
+            form=self.form,
         )
 
     def _collect(self, stops: StopStrings) -> dict[int, Sample]:

@@ -53,7 +53,7 @@ def test_a_scripted_model_gets_the_grade_it_earned(tmp_path, tokenizer, monkeypa
     asked = []
 
     def scripted(model, prompts, **options):
-        asked.append({**options, "valid_vocab": model.program.valid_vocab})
+        asked.append({**options, "valid_vocab": model.form.valid_vocab})
         out = []
         for prompt in prompts:
             text, finished = script[tokenizer.decode(prompt, skip_special_tokens=True)]

@@ -196,14 +196,14 @@ def test_a_scanned_model_gives_what_an_unrolled_one_gives(model, monkeypatch):
 def test_the_kernels_of_other_platforms_give_what_those_of_a_cpu_give(model, monkeypatch):
     prompts = make_prompts()
     transposed = draw(model, prompts)
-    chosen = decoding.make_program
+    chosen = decoding.decoding_form
 
     def plain(*args, **options):
-        program = chosen(*args, **options)
-        assert program.transposed  # this is a CPU
-        return dataclasses.replace(program, transposed=False)
+        form = chosen(*args, **options)
+        assert form.transposed  # this is a CPU
+        return dataclasses.replace(form, transposed=False)
 
-    monkeypatch.setattr(decoding, "make_program", plain)
+    monkeypatch.setattr(decoding, "decoding_form", plain)
     assert [s.token_ids for s in draw(model, prompts)] == [s.token_ids for s in transposed]
 
 
