@@ -51,9 +51,10 @@ def study(config: Any) -> None:
     with track("study", total, unit="runs", done=done, enabled=config.train.progress) as advance:
         for run, own in pending(config, results):
             if run.condition not in results.references:
-                results.refer(run.condition, lab.reference(own))
+                line = {"kind": "reference", "condition": run.condition}
+                results.append(line | lab.reference(own))
             if run.kind == "test":
-                results.begin_alike(run, lab.start_correct(own, run.seed))
+                results.check_start(run, lab.start_correct(own, run.seed))
             measured = lab.run(own, kind=run.kind, rate=run.rate, seed=run.seed)
             results.record(run, measured)
             note = f"{run.kind} {run.condition} {run.arm} seed {run.seed} {measured['accuracy']}"

@@ -1,13 +1,13 @@
-"""What the study runs, in which order, and the file that remembers what is done.
+"""The runs of the study, their order, and the file of their results.
 
 results.jsonl holds three kinds of lines, each appended whole:
 
-    {"kind": "settings", "condition", "arm", "settings": {key: value unlike configs/base.py}}
+    {"kind": "settings", "condition", "arm", "settings": {key: value unlike the default}}
     {"kind": "reference", "condition", accuracy of the teacher, counts of the traces}
     {"kind": "tune" | "test", "condition", "arm", "seed", "rate", ...what was measured}
 
-A line that a kill cut off is dropped, and its run is done again. A run whose settings differ from
-those written for its condition and arm is refused: the file would hold two studies.
+A line that a kill cut off is dropped, and its run is done again. Other settings than those written
+for a condition and arm are refused, because the file would hold two studies.
 """
 
 from __future__ import annotations
@@ -112,49 +112,45 @@ class Results:
 
     def __init__(self, path: Path):
         self.path = path
-        self.lines: list[dict[str, Any]] = read_results(path) if path.exists() else []
-        self.settings = {
-            (line["condition"], line["arm"]): line["settings"]
-            for line in self.lines
-            if line["kind"] == "settings"
-        }
-        self.references = {x["condition"]: x for x in self.lines if x["kind"] == "reference"}
-        self.done = {_key(x): x for x in self.lines if x["kind"] in ("tune", "test")}
+        self.settings: dict[tuple[str, str], dict[str, Any]] = {}  # of (condition, arm)
+        self.references: dict[str, dict[str, Any]] = {}  # condition -> line
+        self.done: dict[tuple[Any, ...], dict[str, Any]] = {}  # Run.key -> line
+        for line in read_results(path) if path.exists() else []:
+            self._add(line)
+
+    def _add(self, line: dict[str, Any]) -> None:
+        if line["kind"] == "settings":
+            self.settings[line["condition"], line["arm"]] = line["settings"]
+        elif line["kind"] == "reference":
+            self.references[line["condition"]] = line
+        else:
+            key = ("kind", "condition", "arm", "seed", "rate")
+            self.done[tuple(line[name] for name in key)] = line
 
     def append(self, line: dict[str, Any]) -> None:
-        """Write one line, forced to the disk; what a kill left of an earlier one is cut off."""
+        """Write one line, forced to the disk; a torn line before it is cut off."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(line, sort_keys=True, allow_nan=False) + "\n"
         with open(self.path, "ab+") as file:
-            _drop_torn_line(file)
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
-        self.lines.append(line)
+        self._add(line)
 
     def record(self, run: Run, measured: dict[str, Any]) -> None:
-        line = dataclasses.asdict(run) | measured
-        self.append(line)
-        self.done[run.key] = line
+        self.append(dataclasses.asdict(run) | measured)
 
-    def refer(self, condition: str, measured: dict[str, Any]) -> None:
-        """Write down what a condition begins with."""
-        line = {"kind": "reference", "condition": condition} | measured
-        self.append(line)
-        self.references[condition] = line
-
-    def begin_alike(self, run: Run, start: dict[str, str]) -> None:
+    def check_start(self, run: Run, start: dict[str, str]) -> None:
         """Refuse a test run from another start than the seed's other runs of the condition.
 
-        start: as Lab.start_correct has it. A start that was trained again by another version of
-        the program, or on another machine, can differ by more than what is compared.
+        start is Lab.start_correct's. A start trained again by another version of the program, or
+        on another machine, can differ by more than the arms do.
         """
+        own = ("test", run.condition, run.seed)
         for line in self.done.values():
-            same = (line["kind"], line["condition"], line["seed"]) == (
-                "test",
-                run.condition,
-                run.seed,
-            )
+            same = (line["kind"], line["condition"], line["seed"]) == own
             if same and line["start"] != start:
                 raise DcodError(
                     f"{self.path}: arm {line['arm']!r} of condition {run.condition!r}, seed "
@@ -164,13 +160,12 @@ class Results:
                     "done from this one"
                 )
 
-    def hold_to(self, condition: str, arm: str, settings: dict[str, Any]) -> None:
-        """Write down what this condition and arm are, or refuse when that has changed."""
+    def check_settings(self, condition: str, arm: str, settings: dict[str, Any]) -> None:
+        """Write the settings of this condition and arm, or refuse others than those written."""
         before = self.settings.get((condition, arm))
         if before is None:
             own = {"kind": "settings", "condition": condition, "arm": arm, "settings": settings}
             self.append(own)
-            self.settings[condition, arm] = settings
         elif before != settings:
             changed = [
                 f"{key}: {before.get(key, 'default')!r} then, {settings.get(key, 'default')!r} now"
@@ -184,21 +179,8 @@ class Results:
             )
 
 
-def _key(line: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(line[name] for name in ("kind", "condition", "arm", "seed", "rate"))
-
-
-def _drop_torn_line(file: Any) -> None:
-    file.seek(0)
-    content = file.read()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        file.truncate(whole)
-    file.seek(0, os.SEEK_END)
-
-
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a results file; raises DcodError with file:line where one is no JSON."""
+    """The whole lines of a results file; raises DcodError with the line that is not JSON."""
     if not path.is_file():
         raise DcodError(f"{path}: no such file; python -m dcod_jax.study writes it")
     lines = []
@@ -235,32 +217,26 @@ def tuning_seeds(config: Any) -> list[int]:
     return [config.seed + 1000 * number for number in range(config.study.tuning_seeds)]
 
 
-def validation(results: Results, condition: str, arm: str) -> dict[float, dict[int, float]]:
-    """{rate: {seed: validation accuracy}} of the tuning runs."""
-    found: dict[float, dict[int, float]] = {}
-    for line in results.done.values():
-        if (line["kind"], line["condition"], line["arm"]) == ("tune", condition, arm):
-            found.setdefault(line["rate"], {})[line["seed"]] = line["accuracy"]["validation"]
-    return found
-
-
 def best_rate(results: Results, condition: str, arm: str, own: Any) -> float | None:
-    """The rate with the highest mean validation accuracy over the tuning seeds, the lower one in a
-    tie; None: not all runs of the grid are done.
+    """The rate with the highest mean validation accuracy over the tuning seeds.
+
+    The lower rate wins a tie; None where runs of the grid are missing.
     """
-    found, seeds = validation(results, condition, arm), tuning_seeds(own)
-    rates = own.study.learning_rates
-    if any(seed not in found.get(rate, {}) for rate in rates for seed in seeds):
-        return None
-    return max(sorted(rates), key=lambda rate: round(sum(found[rate][s] for s in seeds), 9))
+    sums: dict[float, float] = {}
+    for rate in sorted(own.study.learning_rates):
+        keys = [("tune", condition, arm, seed, rate) for seed in tuning_seeds(own)]
+        if not all(key in results.done for key in keys):
+            return None
+        sums[rate] = round(sum(results.done[key]["accuracy"]["validation"] for key in keys), 9)
+    return max(sums, key=lambda rate: sums[rate])
 
 
 def pending(config: Any, results: Results) -> Iterator[tuple[Run, Any]]:
-    """(run, its config) of what is left, in order; looks at the results again after each run.
+    """(run, its config) of the runs left, in order; reads the results again after each.
 
-    Condition by condition: first the learning-rate grids, then seed by seed all arms, so that an
-    interrupted condition still has the same seeds in every arm. A condition with study.own_rates
-    has grids of its own; the others take the rates of the condition "main" for its arms.
+    Of each condition first the learning-rate grids, then all arms seed by seed, so that an
+    interrupted condition has the same seeds in every arm. Conditions without study.own_rates take
+    the rates of the condition "main" for its arms.
     """
     main_arms: set[str] = set()
     for name, condition in conditions(config).items():
@@ -272,7 +248,7 @@ def pending(config: Any, results: Results) -> Iterator[tuple[Run, Any]]:
             for arm in entries
         }
         for arm, own in entries.items():
-            results.hold_to(name, arm, settings_of(own))
+            results.check_settings(name, arm, settings_of(own))
         for arm, own in entries.items():
             grid = itertools.product(tuning_seeds(own), own.study.learning_rates)
             for seed, rate in grid if source[arm] == name else ():

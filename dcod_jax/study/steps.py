@@ -1,9 +1,8 @@
-"""What the study needs beside the package's train step: a rate in the state, a student's shape."""
+"""An optimizer whose state holds the learning rate, and the student's architecture."""
 
 from __future__ import annotations
 
 import dataclasses
-import resource
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,12 +12,6 @@ from dcod_jax.errors import DcodError
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.train.optim import OptimConfig, Schedule, make_optimizer
 from dcod_jax.types import TrainState
-
-
-def cpu_seconds() -> float:
-    """CPU time of this process so far, all threads, user and system."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
 
 
 def adjustable_optimizer(

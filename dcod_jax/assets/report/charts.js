@@ -151,6 +151,11 @@ function settings(present, data, range, options, holder) {
   const wide = (_, low, high) => (low === high ? [low - 0.5, high + 0.5] : [low, high]);
   const marks = (plot, i) => `var(${shown.find(([, place]) => place === i)?.[0].color})`;
   const dashes = (plot, i) => (lines[i].dash ? "dashed" : "solid");
+  // A click in the legend hides a line: its band goes with it.
+  const hide = (plot, i, { show }) => {
+    const banded = shown.some(([one, place]) => place === i && one.band);
+    if (banded && show !== undefined) for (const k of [1, 2]) plot.setSeries(i + k, { show });
+  };
   return {
     width: holder.clientWidth,
     height: 220,
@@ -164,7 +169,7 @@ function settings(present, data, range, options, holder) {
       markers: { width: 2, stroke: marks, fill: () => "transparent", dash: dashes },
     },
     cursor: { y: false, points: { size: 7 } },
-    hooks: { setCursor: [(plot) => tell(plot, shown, data, options)] },
+    hooks: { setCursor: [(plot) => tell(plot, shown, data, options)], setSeries: [hide] },
   };
 }
 
