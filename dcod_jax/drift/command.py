@@ -152,7 +152,7 @@ class _Run:
         self.tokenizer, self.prompts = tokenizer, prompts
         self.mesh = make_mesh(**config.mesh)
         self.teacher: DriftModel | None = None
-        self.drawn: dict[int, list[Sample]] = {}  # the teacher's sequences by block
+        self.drawn: list[Sample] = []  # the teacher's sequences of the first prompts
 
     def student(self, name: str, path: Path) -> Measured:
         """Both prefix sets of one student, read where they were measured before."""
@@ -160,7 +160,7 @@ class _Run:
         final = self.folder / f"{name}.npz"
         if done := _read(final, request):
             log.info("%s: measured before; nothing to do", final)
-            self._keep(0, len(self.prompts), done.teacher)
+            self._keep(0, done.teacher)
             return done
         parts = [self._part(name, block) for block, _ in self._blocks()]
         found = [_read(part, request) for part in parts]
@@ -176,7 +176,7 @@ class _Run:
                     student = student or self._load(path)
                     found[place] = kept = self._measure(student, block, members, advance)
                     _write(parts[place], kept, request)
-                self._keep(block, len(members), kept.teacher)
+                self._keep(block, kept.teacher)
         whole = _join([part for part in found if part is not None])
         _write(final, whole, request)
         for part in parts:
@@ -206,7 +206,7 @@ class _Run:
         settings = self.config.drift
         stops = {*stop_ids(self.teacher.config, self.source.tokenizer)}
         stops |= {*stop_ids(student.config, self.tokenizer)}
-        known = self.drawn.get(block)
+        known = self.drawn[block * settings.samples :][: len(prompts) * settings.samples] or None
         if known is not None:
             advance(len(known))
         drawing = DriftSettings(
@@ -230,13 +230,10 @@ class _Run:
             on_batch=advance,
         )
 
-    def _keep(self, start: int, prompts: int, scored: Scored) -> None:
+    def _keep(self, first_prompt: int, scored: Scored) -> None:
         """Remember the teacher's sequences for the next student."""
-        sequences, samples = to_samples(scored), self.config.drift.samples
-        for block, members in self._blocks():
-            if start <= block < start + prompts:
-                first = (block - start) * samples
-                self.drawn[block] = sequences[first : first + len(members) * samples]
+        if len(self.drawn) == first_prompt * self.config.drift.samples:
+            self.drawn += to_samples(scored)
 
     def _load(self, path: Path) -> DriftModel:
         model_config, params = hf.load_model(path, dtype=jnp.float32, mesh=self.mesh)

@@ -47,11 +47,6 @@ class Curve:
     low: Float[np.ndarray, " L"]
     high: Float[np.ndarray, " L"]
 
-    def at(self, length: int) -> tuple[float, float, float]:
-        """(value, low, high) at length l, counted from 1."""
-        place = length - 1
-        return float(self.value[place]), float(self.low[place]), float(self.high[place])
-
 
 @dataclasses.dataclass(frozen=True)
 class DriftCurves:
