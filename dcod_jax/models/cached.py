@@ -97,11 +97,9 @@ def forward_with_cache(
     """Hidden states of S new tokens per row (prefill or decode) and the cache that holds them.
 
     A token is written to the slot of its position and sees the slots up to it, so a row's positions
-    must have been written in order from 0; later slots (padding, an earlier sequence) are not seen.
-    A position outside 0..M-1 is not written; its own output is finite and meaningless. `rows` names
-    the cache rows of the tokens' rows (default: all, in order); a row out of range is not written.
-    params and cache have their layers stacked (scanned) or split (unrolled); transposed: the
-    kernels are [out, in], for layers.transposed_matmul.
+    must have been written in order from 0. A position outside 0..M-1 is not written; its output is
+    finite and meaningless. `rows`: the cache rows of the tokens' rows (default: all, in order); one
+    out of range is not written. Layers are stacked or split; transposed: kernels are [out, in].
     """
     decoder_graph, block_graph = graphs(config, transposed=transposed)
     layer_axes = logical_axes(config)["layers"]

@@ -224,8 +224,8 @@ def hidden_states(
 ) -> Float[Array, "B T D"]:
     """Final normed hidden states, in compute_dtype; attention is causal within a segment.
 
-    Positions default to 0..T-1 and segments to one; rows of segment 0 (padding) hold finite
-    values that nothing else sees. Raises DcodError for a mesh that cannot split the model.
+    Positions default to 0..T-1, segments to one; segment 0 is padding, whose finite values nothing
+    else sees. Raises DcodError for a mesh that cannot split the model, or an unknown remat.
     """
     if remat not in ("none", *REMAT_POLICIES):
         raise DcodError(f"remat={remat!r} must be none, {' or '.join(REMAT_POLICIES)}")
@@ -235,10 +235,8 @@ def hidden_states(
         segment_ids = jnp.ones_like(tokens)
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    length = tokens.shape[1]
-    tokens, segment_ids, positions = (
-        attention.to_pieces(x, mesh) for x in (tokens, segment_ids, positions)
-    )
+    length, inputs = tokens.shape[1], (tokens, segment_ids, positions)
+    tokens, segment_ids, positions = (attention.to_pieces(x, mesh) for x in inputs)
     decoder_graph, block_graph = graphs(config)
     layer_axes = logical_axes(config)["layers"]
     rope = layers.rope_tables(config, positions)

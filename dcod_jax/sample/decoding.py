@@ -199,8 +199,7 @@ def prefill(
 ) -> Rows:
     """Put P prompts into the rows `places` and draw their first tokens.
 
-    T is a multiple of `chunk`, the tokens of a row in one step; chunks after the longest prompt are
-    not computed. A place out of range (no prompt) is not written.
+    T is a multiple of `chunk`, the tokens of a row in one step. A place out of range is skipped.
     """
     last = jnp.maximum(lengths - 1, 0)
     parts = last.max() // chunk + 1
