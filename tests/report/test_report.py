@@ -21,6 +21,7 @@ from dcod_jax.data.dataset import MANIFEST, TraceDataset
 from dcod_jax.errors import DcodError
 from dcod_jax.export.command import MARKER
 from dcod_jax.losses import weights
+from dcod_jax.losses.weights import Tokens
 from dcod_jax.models import hf, transformer
 from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.prepare.command import prepare
@@ -263,7 +264,7 @@ def test_token_weights_equal_packed_ones(place):
     rows = [np.concatenate(x)[None] for x in (student, [t.logprobs for t in traces])]
     segments = np.concatenate([np.full(len(s), i + 1) for i, s in enumerate(student)])[None]
     mask = np.ones(segments.shape, bool)
-    packed = report_traces._weigh(cfg, *map(jnp.asarray, (*rows, mask, segments)), 0)
+    packed = report_traces._weigh(cfg, Tokens(*map(jnp.asarray, (*rows, mask, segments))), 0, None)
     np.testing.assert_allclose(np.concatenate(found), packed[0], rtol=1e-5)
 
 
