@@ -7,8 +7,8 @@
 
 The first two commands make the student, which solves about 7 % of the validation problems. The
 third trains it with plain SFT, with the sigmoid at temperature 1 and with the automatic
-temperature, and compares them on the validation problems. They decided the defaults of
-loss.weights.target_loss and smoothing. Results: docs/auto_temperature.md.
+temperature, and compares them on the validation problems. The results decided the defaults
+of loss.weights.target_loss and smoothing. Results: docs/auto_temperature.md.
 """
 
 from dcod_jax.configs.quickstart import ASSETS

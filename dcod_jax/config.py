@@ -8,6 +8,7 @@ import json
 import pathlib
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -250,12 +251,18 @@ def check(config: Any) -> None:
 
 
 def comments() -> dict[str, str]:
-    """{dotted key: comment} as written in configs/base.py and, for `study`, configs/study.py."""
+    """{dotted key: comment} as written in configs/base.py and, for `study`, configs/study.py.
+
+    A key's comment is that of its line, after the comment lines directly above it.
+    """
     found: dict[str, str] = {}
+    above: list[str] = []
     for line in (BASE.read_text() + STUDY.read_text()).splitlines():
         match = re.match(r"\s+c\.([\w.]+) = (?!ConfigDict\(\)).*?  # (.*)$", line)
         if match:
-            found.setdefault(match[1], match[2])
+            found.setdefault(match[1], "\n".join([*above, match[2]]))
+        note = re.match(r"\s+# (.*)$", line)
+        above = [*above, note[1]] if note else []
     return found
 
 
@@ -267,5 +274,6 @@ def help_text(verb: str, config: Any) -> str:
     usage = f"dcod {verb} --config RECIPE [--config.key=value ...]"
     lines, notes = [about, "", f"usage: {usage}", ""], comments()
     for key, value in keys(config).items():
-        lines.append(f"  --config.{key}={value!r}\n        {notes.get(key, '')}")
+        note = textwrap.indent(notes.get(key, ""), " " * 8)
+        lines.append(f"  --config.{key}={value!r}\n{note}")
     return "\n".join(lines)

@@ -37,7 +37,7 @@ def doctor(argv: Sequence[str]) -> int:
     print()
     for problem in problems:
         print(f"problem: {problem}")
-    print("something cannot work: see above" if problems else "all of the package can work here")
+    print("something cannot work: see above" if problems else "the whole package can work here")
     return 1 if problems else 0
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong, said to the user; imports nothing of the package."""
+"""DcodError and the hints in its messages; imports nothing of the package."""
 
 import difflib
 from collections.abc import Iterable

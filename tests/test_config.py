@@ -1,8 +1,10 @@
 """Recipes and the command line: precedence, types, and messages that name the mistake."""
 
+import re
+
 import pytest
 
-from dcod_jax import config
+from dcod_jax import config, config_checks
 from dcod_jax.errors import DcodError
 
 BASE = ["--config", str(config.BASE)]
@@ -110,7 +112,13 @@ def test_help_lists_every_key_with_its_comment(capsys):
     for key in config.keys(config.load_recipe(config.BASE)):
         assert f"--config.{key}=" in text
         assert notes.get(key), f"{key} has no comment in configs/base.py"
-        assert notes[key] in text
+        assert all(line in text for line in notes[key].splitlines())
+
+
+@pytest.mark.parametrize("key", ["loss.divergence", "loss.weights.name", "student.remat"])
+def test_the_comment_of_a_choice_names_all_of_it(key):
+    words = re.findall(r"\w+", config.comments()[key])
+    assert set(config_checks.CHOICES[key]) <= set(words)
 
 
 @pytest.mark.parametrize("path", sorted(config.BASE.parent.glob("[a-z]*.py")), ids=lambda p: p.stem)

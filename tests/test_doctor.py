@@ -14,7 +14,7 @@ def test_all_is_well_here(capsys):
     assert f"jax {importlib.metadata.version('jax')}" in out
     assert "cpu 7: cpu" in out  # a product was computed on each of the eight
     assert "recipes: quickstart" in out
-    assert out.endswith("all of the package can work here\n")
+    assert out.endswith("the whole package can work here\n")
 
 
 def test_a_missing_and_an_old_package_are_problems(capsys, monkeypatch):

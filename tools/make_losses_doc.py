@@ -48,7 +48,7 @@ def table(key: str) -> str:
 
 
 def updated(page: str) -> str:
-    """The page with what stands between the markers replaced."""
+    """The page with new tables between the markers."""
     for file, key in (("divergences", "loss.divergence"), ("weights", "loss.weights.name")):
         begin = MARKER.format(file)
         before, _, rest = page.partition(begin)

@@ -25,12 +25,12 @@ def get_config() -> Any:
     c.student.compute_dtype = "bfloat16"  # matrix products and activations; master weights fp32
     # none | dots | full: what the backward pass recomputes per layer | offload: as full, and the
     # layers' inputs wait in host memory | auto: the first of these that fits
-    c.student.remat = "full"  # none | dots | full | offload | auto: see docs/scaling.md
+    c.student.remat = "full"  # details: docs/scaling.md
 
     c.teacher = ConfigDict()
     c.teacher.path = ""  # HF directory or .gguf file of the teacher that scores the traces
     c.teacher.name = ""  # name in the manifest; empty: the directory's name
-    c.teacher.revision = ""  # revision in the manifest, as you know it
+    c.teacher.revision = ""  # revision that the manifest names
     c.teacher.dtype = "bfloat16"  # weights and compute dtype of the teacher
 
     c.data = ConfigDict()
@@ -47,8 +47,8 @@ def get_config() -> Any:
     c.data.verify_checksums = True  # hash every shard when the dataset is opened
 
     c.prepare = ConfigDict()
-    c.prepare.prompt_field = ""  # name of the prompt field; empty: prompt, question or problem
-    c.prepare.completion_field = ""  # name of the completion field; empty: completion or response
+    c.prepare.prompt_field = ""  # name of the prompt field; empty: prompt or a synonym
+    c.prepare.completion_field = ""  # name of the completion field; empty: completion or a synonym
     c.prepare.answer_field = "answer"  # name of the reference answer field
     c.prepare.system_prompt = ""  # system message put before traces that have none
     c.prepare.filter_correct = True  # drop traces whose final answer is wrong (where answer exists)
@@ -84,7 +84,7 @@ def get_config() -> Any:
     c.loss.weights.name = "sigmoid"  # uniform | sigmoid (DisCorD) | clip | power | dft
     c.loss.weights.temperature = _or_auto(1.0)  # of sigmoid and power, or "auto"; paper's: unknown
     c.loss.weights.offset = _or_auto(0.0)  # added to the log-ratio inside the sigmoid, or "auto"
-    # The automatic temperature aims at one of three: both 0 means target_mean
+    # The automatic temperature aims at target_loss, target_ess or, where both are 0, target_mean
     c.loss.weights.target_loss = 0.9  # share of the loss that the weights leave; 0: another target
     c.loss.weights.target_ess = 0.0  # effective sample size of the weights; 0: another target
     c.loss.weights.target_mean = 0.5  # mean raw weight; also what the automatic offset aims at
@@ -97,7 +97,7 @@ def get_config() -> Any:
     c.on_policy = ConfigDict()
     c.on_policy.fraction = 0.0  # GKD: probability that a batch's completions are the student's own
     c.on_policy.max_new_tokens = 256  # longest completion sampled
-    c.on_policy.temperature = 1.0  # of sampling
+    c.on_policy.temperature = 1.0  # sampling temperature
 
     c.optim = ConfigDict()
     c.optim.learning_rate = 1e-5  # peak
@@ -149,12 +149,12 @@ def get_config() -> Any:
     c.hosts.collectives = "gloo"  # between processes on CPU: gloo | mpi
     c.hosts.connect_timeout = 300.0  # seconds to wait for all processes at the start
     c.hosts.heartbeat = 60.0  # seconds without a heartbeat after which a process is lost
-    c.hosts.timeout = 1800.0  # seconds in which no process gets on after which the run is stuck
+    c.hosts.timeout = 1800.0  # seconds without progress of any process after which the run is stuck
 
     c.generate = ConfigDict()
     c.generate.prompts = ""  # prompts JSONL (prompt, answer): sample traces from the teacher first
     c.generate.samples = 1  # traces sampled for each prompt
-    c.generate.temperature = 1.0  # of sampling; log-probs are always at temperature 1
+    c.generate.temperature = 1.0  # sampling temperature; log-probs are always at temperature 1
     c.generate.top_p = 1.0  # sample from the smallest set of tokens with this probability
     c.generate.top_k = 0  # sample from this many most probable tokens; 0: all
     c.generate.min_p = 0.0  # leave out tokens below this share of the most probable one
@@ -167,15 +167,15 @@ def get_config() -> Any:
     c.evaluate.sets = ()  # benchmarks: gsm8k, math500, ... (docs/evaluation.md), or name=FILE.jsonl
     c.evaluate.limit = 0  # problems to take of each; 0: all
     c.evaluate.samples = 1  # answers for each problem: pass@1 is their mean, pass@k, maj@k
-    c.evaluate.temperature = 0.0  # of sampling; 0: greedy
+    c.evaluate.temperature = 0.0  # sampling temperature; 0: greedy
     c.evaluate.top_p = 1.0  # sample from the smallest set of tokens with this probability
     c.evaluate.top_k = 0  # sample from this many most probable tokens; 0: all
     c.evaluate.min_p = 0.0  # leave out tokens below this share of the most probable one
     c.evaluate.stop = ()  # texts that end an answer
     c.evaluate.form = "chat"  # chat: the model's template | plain: "Question: ... Answer:"
     c.evaluate.shots = 0  # worked examples before each problem
-    c.evaluate.exemplars = ""  # JSONL of {prompt, completion} for them; empty: eight built in
-    c.evaluate.instruction = "auto"  # put behind each problem; auto: the benchmark's own
+    c.evaluate.exemplars = ""  # JSONL of worked {prompt, completion}; empty: eight built in
+    c.evaluate.instruction = "auto"  # text after each problem; auto: the benchmark's own
     c.evaluate.max_new_tokens = 256  # longest answer
     c.evaluate.batch_size = 64  # sequences decoded together
 
@@ -197,7 +197,7 @@ def get_config() -> Any:
 
     c.export = ConfigDict()
     c.export.path = ""  # HF directory to write; empty: run_dir/export
-    c.export.dtype = "bfloat16"  # of the written weights
+    c.export.dtype = "bfloat16"  # dtype of the written weights
     c.export.step = -1  # checkpoint step; -1: the best by train.best_metric, else the newest
     c.export.max_shard_gb = 4.0  # larger weights are split into files of this size
 

@@ -4,9 +4,9 @@
 
 Samples worked solutions of arithmetic chains from the shipped teacher at temperature 1, drops the
 wrong ones, scores them, trains the shipped student on them twice from the same start (plain SFT
-and DisCorD weights) and compares greedy accuracy on held-out problems. Steps and learning rate
-are those of 200 or 400 and 3e-4 or 1e-3 with which plain SFT did best on the validation problems;
-DisCorD takes them over.
+and DisCorD weights) and compares greedy accuracy on held-out problems. Of 200 and
+400 steps and learning rates 3e-4 and 1e-3 it takes those with which plain SFT did best on the
+validation problems, for DisCorD too.
 """
 
 from pathlib import Path

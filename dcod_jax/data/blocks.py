@@ -1,4 +1,4 @@
-"""Results made block by block, by one process or several: a killed run goes on where it was.
+"""Results made block by block, by one process or several: a killed run resumes where it stopped.
 
 A block is a range of indices. While a result grows, there is a directory beside it:
 

@@ -1,7 +1,7 @@
 """A teacher's scores added to a trace dataset, shard by shard; a killed run goes on.
 
-A scored shard stands beside the old ones under a name of its own, and a note of it in
-scores.partial-<request>/. When all are there, the manifest names them, and the old shards and the
+A scored shard is written beside the old ones under a name of its own, and a note of it into
+scores.partial-<request>/. When all are written, the manifest names them, and the old shards and the
 notes are removed. Until then the directory is the old dataset.
 """
 

@@ -62,7 +62,7 @@ BLOCK_BATCHES = 4  # sampling batches between two saved blocks
 
 
 def drift(config: Any) -> dict[str, Any]:
-    """Measure every student that is there; returns what drift.json holds."""
+    """Measure every student that exists; returns what drift.json holds."""
     if jax.process_count() > 1:
         raise DcodError("drift runs on one process; start it on one host")
     teacher = open_teacher(config.teacher, chat_template=config.student.chat_template)
@@ -85,7 +85,7 @@ def drift(config: Any) -> dict[str, Any]:
     return result
 
 
-# ---------------------------------------------------------------- what is there
+# ---------------------------------------------------------------- what exists
 
 
 def _prompts(config: Any, tokenizer: Tokenizer, models: Sequence[Path]) -> list[list[int]]:
@@ -114,7 +114,7 @@ def _prompts(config: Any, tokenizer: Tokenizer, models: Sequence[Path]) -> list[
 
 
 def _students(config: Any) -> dict[str, Path]:
-    """The start and the run's exports, those that there are."""
+    """The start and the run's exports, as far as they exist."""
     found = {"start": as_path(config.student.path)} if config.student.path else {}
     found |= exported_students(config)
     if not found:

@@ -61,7 +61,7 @@ BATCHES_IN_BLOCK = 4  # decoded between two appends to the file of generations
 
 
 def evaluate(config: Any) -> None:
-    """Evaluate everything the config names that is there."""
+    """Evaluate every model and set that the config names and that exists."""
     if not config.evaluate.problems and not config.evaluate.sets:
         raise DcodError(
             "evaluate.problems is empty (expected a JSONL file of {prompt, answer}), and so is "

@@ -91,7 +91,7 @@ class DcodLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: bos, or eos where there is none."""
+        """The token before a text without context: bos, or eos where there is no bos."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else cast(int, bos)
 

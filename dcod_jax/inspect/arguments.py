@@ -27,11 +27,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--tokenizer", default="", help="default: the one the manifest names")
     parser.add_argument("--student", default="", help="HF directory or .gguf: show its log-probs")
-    parser.add_argument("--checkpoint", default="", help="run directory: its newest checkpoint's")
+    parser.add_argument("--checkpoint", default="", help="run directory: those of the newest")
     parser.add_argument(
         "--export", default="", help="write all traces to a .jsonl or .parquet file"
     )
-    parser.add_argument("--json", action="store_true", help="print the manifests as JSON, only")
+    parser.add_argument("--json", action="store_true", help="print only the manifests, as JSON")
     args = parser.parse_args(argv)
     if args.student and args.checkpoint:
         parser.error("give --student or --checkpoint, not both")

@@ -4,7 +4,7 @@ Every weight is a bounded function of the log-ratio r_t = sg[log q(y_t) - log p(
 log q(y_t) alone for `dft`), float32, and carries no gradient: stop_gradient lives here.
 Order: log-ratio -> scope -> bounded weight -> warmup -> sequence normalisation; the batch
 normalisation is the divisor in reduce.py. A temperature or offset "auto" is in the train state,
-where losses/adaptive.py keeps it. A new weight is one entry of WEIGHTS.
+where losses/adaptive.py keeps it. A new weight of r or of log q is one entry of WEIGHTS.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Weight:
     choose: str  # when to choose it
     parameters: tuple[str, ...] = ()  # fields of WeightConfig that `value` reads
     automatic: tuple[str, ...] = ()  # those of them that may be AUTO
-    needs_student: bool = True  # reads log q of the trace token
+    needs_student: bool = True  # reads log q; without it scope, warmup and normalisation do nothing
     needs_teacher: bool = True  # reads log p of the trace token
 
 

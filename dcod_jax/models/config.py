@@ -66,7 +66,9 @@ _DEFAULTS: Raw = {
     "max_position_embeddings": 32768,
 }
 
-# A family is one entry here; its parameters are declared in models/layers.py.
+# A family is one entry here; its parameters are declared in models/layers.py. An option that HF
+# computes for it and this model does not (a sliding window) also needs a check that refuses it, and
+# a line in to_hf where HF's default is not the value computed here.
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         architecture="LlamaForCausalLM",

@@ -1,8 +1,9 @@
 """Heartbeats between the processes of a run; a process whose peer is lost or stuck ends itself.
 
 A collective that waits for a lost peer cannot be interrupted, so threads beside it end the process
-(os._exit) after a message that names the peer. JAX's own heartbeat stays behind this one: its abort
-names no host, not what the peer was doing, and never a peer that lives and is stuck.
+(os._exit) after a message that names the peer. JAX's own heartbeat has a longer
+limit: its abort names neither the host nor what the peer was doing, and a peer that is alive but
+stuck never causes it.
 """
 
 from __future__ import annotations

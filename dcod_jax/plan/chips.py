@@ -5,7 +5,7 @@ peak_flops, hbm_bandwidth, ici_bandwidth and dcn_bandwidth follow Google's pages
 docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; v4's interconnect is the page's all-reduce
 bandwidth of a pod over its 4096 chips, and v4's data-centre bandwidth is not on it. ICI counts one
 direction (half of the pages' bidirectional figure). The largest slices are the pages' too; libtpu
-describes larger ones that nobody has.
+also describes larger ones, which the cloud does not offer.
 hbm_usable is what libtpu 0.0.x names when a program does not fit ("exceeds available HBM"), read
 from a program of 8 TiB for each topology with jax 0.10.2; it is less than the chip's HBM.
 clock turns libtpu's estimated cycles into seconds: peak_flops over the matrix units' operations in

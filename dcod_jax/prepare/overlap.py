@@ -48,7 +48,7 @@ def _key(*texts: str) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class OverlapIndex:
-    """N-grams and short prompts of the evaluation sets, each with where it stands."""
+    """N-grams and short prompts of the evaluation sets, each with its place."""
 
     size: int
     ngrams: dict[str, str]

@@ -1,4 +1,4 @@
-"""One run of the study: from a warm start through the package's train step to its measures.
+"""One run of the study: a warm start, training with the package's train step, and the measurements.
 
 Runs share the teacher, the trace datasets, the warm starts, and one compiled train step for each
 loss, whose state holds the learning rate.

@@ -144,7 +144,7 @@ def measure(
 
 
 def available(values: Mapping[str, Any]) -> dict[str, float]:
-    """Host floats of the values that there are: None, NaN and ±inf are left out."""
+    """Host floats of the values that are finite numbers: None, NaN and ±inf are left out."""
     floats = {key: float(value) for key, value in values.items() if value is not None}
     return {key: value for key, value in floats.items() if math.isfinite(value)}
 

@@ -164,7 +164,7 @@ def initial_snapshot(
     mesh: Mesh,
     checkpoints: Checkpoints,
 ) -> Snapshot:
-    """The run that the loop continues, with parameters from the first of these that there is.
+    """The run that the loop continues, with parameters from the first of these that exists.
 
     1. run_dir's newest checkpoint, or a newer one on the processes' own disks: the whole run;
     2. train.init_from: the parameters of another run's newest checkpoint, at step 0;

@@ -2,14 +2,18 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcod_jax.train import metrics
+from dcod_jax.train import metrics, step
 from dcod_jax.train.metrics import MetricsWriter
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def statistics(weights, mask, *, raw=None, logprobs=None, positions=None):
@@ -113,3 +117,14 @@ def test_peak_flops_where_known():
     assert metrics.device_peak_flops("TPU v5 lite") == 197e12
     assert metrics.device_peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert metrics.device_peak_flops("cpu") is None
+
+
+def test_the_page_names_every_metric_of_a_step():
+    code = Path(metrics.__file__).read_text() + Path(step.__file__).read_text()
+    assigned = re.findall(r'measured\["([\w/]+)"\]', code)
+    ours = {f"weights/{name}" for name in statistics([1.0], [1])} | {"loss", "nll", *assigned}
+    ours = {name for name in ours if "position_" not in name} | {"weights/position_0000"}
+    page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    missing = {n for n in ours if f"`{n}`" not in page and f"`/{n.split('/')[-1]}`" not in page}
+    assert len(assigned) >= 8
+    assert not missing
