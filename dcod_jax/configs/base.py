@@ -73,16 +73,17 @@ def get_config() -> Any:
     c.loss.alpha = 1.0  # share of the divergence; the rest is nll
     c.loss.temperature = 1.0  # both models' logits are divided by it (live teacher only)
     c.loss.temperature_squared = True  # multiply the divergence by temperature squared
-    c.loss.beta = 0.5  # of jsd: 0 is forward KL, 1 reverse KL
-    c.loss.skew = 0.1  # of skew_kl and skew_reverse_kl: the share mixed in
-    c.loss.taid_start = 0.4  # of taid: the interpolation to begin with
-    c.loss.taid_end = 1.0  # of taid: the interpolation to end with; 1 is the teacher
-    c.loss.taid_alpha = 5e-4  # of taid: how fast the interpolation may run ahead of its schedule
-    c.loss.taid_beta = 0.99  # of taid: memory of the loss's relative change
+    c.loss.beta = 0.5  # jsd: 0 is forward KL, 1 reverse KL
+    c.loss.skew = 0.1  # skew_kl and skew_reverse_kl: the share mixed in
+    c.loss.taid_start = 0.4  # taid: the interpolation to begin with
+    c.loss.taid_end = 1.0  # taid: the interpolation to end with; 1 is the teacher
+    c.loss.taid_alpha = 5e-4  # taid: how fast the interpolation may run ahead of its schedule
+    c.loss.taid_beta = 0.99  # taid: memory of the loss's relative change
     c.loss.head_chunk = 480  # tokens whose logits exist at one time in the vocabulary head
     c.loss.weights = ConfigDict()
     c.loss.weights.name = "sigmoid"  # uniform | sigmoid (DisCorD) | clip | power | dft
-    c.loss.weights.temperature = _or_auto(1.0)  # of sigmoid and power, or "auto"; paper's: unknown
+    # The paper's temperature and offset are unknown to us; the defaults are ours.
+    c.loss.weights.temperature = _or_auto(1.0)  # divides sigmoid's and power's log-ratio; or "auto"
     c.loss.weights.offset = _or_auto(0.0)  # added to the log-ratio inside the sigmoid, or "auto"
     # The automatic temperature aims at target_loss, target_ess or, where both are 0, target_mean
     c.loss.weights.target_loss = 0.9  # share of the loss that the weights leave; 0: another target

@@ -74,24 +74,24 @@ def study_keys() -> Any:
     c.study.conditions = ()  # ("main", "hot generate.temperature=1.5", ...); "main" comes first
     c.study.only = ()  # names of the arms to run; empty: all
     c.study.seeds = 5  # test runs of each arm
-    c.study.tuning_seeds = 3  # runs of each arm and rate that the choice of the rate is a mean of
+    c.study.tuning_seeds = 3  # tuning runs of each arm and rate; their mean chooses the rate
     c.study.learning_rates = (1e-3, 3e-3)  # the grid of every arm
     c.study.own_rates = False  # a condition's own grid, not the rates found in "main"
     c.study.width = 64  # hidden size of the student, a multiple of 16
-    c.study.layers = 2  # of the student
+    c.study.layers = 2  # layers of the student
     c.study.start_steps = 1000  # warm start, more is more competent; 0: student.path
-    c.study.start_learning_rate = 3e-3  # of the warm start, constant
+    c.study.start_learning_rate = 3e-3  # constant learning rate of the warm start
     c.study.start_styles = ("equations",)  # styles of the warm start's worked solutions
     c.study.start_terms = (3, 6)  # fewest and most terms of a problem in the warm start
     c.study.start_problems = 6000  # worked solutions of the warm start
-    c.study.terms = (3, 4)  # of the traces and of the test set "in"
-    c.study.longer_terms = (5, 6)  # of the test set "longer"
+    c.study.terms = (3, 4)  # fewest and most terms in the traces and the test set "in"
+    c.study.longer_terms = (5, 6)  # fewest and most terms in the test set "longer"
     c.study.first_operands = (1, 6)  # lowest and highest first operand of everything trained on
-    c.study.held_out_operands = (7, 9)  # of the test set "operands"
+    c.study.held_out_operands = (7, 9)  # lowest and highest first operand of the set "operands"
     c.study.traces = 3000  # traces of the teacher
-    c.study.noise = 0.0  # share of them with one digit of the steps replaced
+    c.study.noise = 0.0  # share of the traces with one digit of the steps replaced
     c.study.styles = ()  # keep traces of these styles only; empty: all
-    c.study.problems = 256  # in each held-out set
+    c.study.problems = 256  # problems in each held-out set
     c.study.drift_length = 20  # tokens over which ExAccErr is accumulated
     c.study.drift_prompts = 128  # prompts of a test run's drift measurement; 0: none
     return c.study

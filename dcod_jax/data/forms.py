@@ -41,7 +41,9 @@ def _conversation(record: Record, name: str) -> list[Message]:
     if system in (None, ""):
         return messages
     if messages[0]["role"] == "system":
-        raise BadRecordError("a system message stands in conversations and beside them in system")
+        raise BadRecordError(
+            "two system messages: one inside conversations, one in the field system"
+        )
     return [{"role": "system", "content": raw.read_text(system, "system")}, *messages]
 
 

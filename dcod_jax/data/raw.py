@@ -133,7 +133,7 @@ def assistant(value: object, name: str) -> list[Message]:
 
 
 def sampled(beside: Record, messages: list[Message], **more: Any) -> RawTrace:
-    """A completion with the token ids, log-probs and finish reason that stand beside it."""
+    """A completion with the token ids, log-probs and finish reason that the record has for it."""
     names = [name for name in ("token_ids", "logprobs") if name not in more]
     reason = str(beside.get("finish_reason") or "")
     more |= {name: read_list(beside, name) for name in names}

@@ -79,7 +79,7 @@ def evaluate(config: Any) -> None:
 
 
 def exported_students(config: Any) -> dict[str, Path]:
-    """The exports that are there: "student", or one for each variant of compare."""
+    """The exports that exist: "student", or one for each variant of compare."""
     found = {name or "student": export_path(one) for name, one in configs.variants(config)}
     return {name: path for name, path in found.items() if (path / MARKER).is_file()}
 

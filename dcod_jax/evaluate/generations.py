@@ -15,7 +15,7 @@ from dcod_jax.files import Location, as_path
 from dcod_jax.sample.decoding import DecodingParams
 from dcod_jax.sample.sampler import Sample, sample
 
-LOOP_REPEATS = 4  # how often a unit must stand at the end of a text to be a loop
+LOOP_REPEATS = 4  # repetitions of a unit at the end of a text that make a loop
 LOOP_CHARACTERS = 60  # and how many characters that must cover
 LOOP_WINDOW = 4_000  # characters looked at; a unit has at most a fourth of them
 

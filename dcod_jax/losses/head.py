@@ -224,7 +224,7 @@ def _head_forward(
         hidden, inputs = xs
         loss_of = jax.value_and_grad(pieces.loss, has_aux=True)
         (loss, stats), slope = loss_of(pieces.head.logits(hidden, transposed), *inputs, shared)
-        # Outside the mask the cotangent is 0, but 0 · NaN (of whatever stands there) is NaN.
+        # Outside the mask the cotangent is 0, but 0 · NaN (of any value there) is NaN.
         slope = jnp.where(inputs[1][..., None], slope, 0.0).astype(hidden.dtype)
         slope = constrain(slope, mesh, "shards", None, None, "vocab")
         hidden_gradient = product("sbtv,dv->sbtd", slope, transposed).astype(hidden.dtype)

@@ -235,7 +235,7 @@ def segment_cumsum(
     """Running sum that restarts where the segment id changes.
 
     values [1 1 1 1], segment_ids [1 1 2 2] -> [1 2 1 2]. A segmented scan, not a difference
-    of cumulative sums: what stands in another segment cannot even change the rounding.
+    of cumulative sums: the values of another segment cannot even change the rounding.
     """
     changes = segment_ids[:, 1:] != segment_ids[:, :-1]
     starts = jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
@@ -270,7 +270,7 @@ def scoped_log_ratio(cfg: WeightConfig, tokens: Tokens) -> Float[Array, "B T"]:
         return r
     mean_over = {"prefix": segment_cumsum, "sequence": segment_total}[cfg.scope]
     mask = tokens.loss_mask.astype(jnp.float32)
-    # where, not a product: what stands outside the mask may be anything, -inf too.
+    # where, not a product: a value outside the mask may be anything, -inf too.
     total = mean_over(jnp.where(tokens.loss_mask, r, 0.0), tokens.segment_ids)
     return total / jnp.maximum(mean_over(mask, tokens.segment_ids), 1.0)
 

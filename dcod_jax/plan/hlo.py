@@ -213,7 +213,7 @@ class _Walk:
         self.found, entry = computations(text)
         steps = (step for body in self.found.values() for step in body)
         self.sizes = {step.name: array_bytes(step.shape) for step in steps}
-        # A collective that libtpu spreads over several fusions stands in each of them, under one
+        # A collective that libtpu spreads over several fusions is listed in each of them, under one
         # channel of one loop body.
         self.collectives: dict[tuple[str, str], Collective] = {}
         self.loops: list[int] = []

@@ -27,7 +27,7 @@ from dcod_jax.types import Trace
 
 @dataclasses.dataclass
 class Counts:
-    """Of one split: every trace read is kept or dropped for one reason."""
+    """Numbers of one split: every trace read is kept, or dropped for one reason."""
 
     kept: int = 0
     dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)

@@ -226,7 +226,7 @@ def _why_not(config: Any, problem: Chain, answer: Sample, text: str) -> str:
 
 
 def traces_path(directory: Path, config: Any, *, start: bool) -> Path:
-    """Where the trace dataset of these settings lies under `directory`."""
+    """Path of the trace dataset of these settings under `directory`."""
     kind = "start" if start else "teacher"
     content = json.dumps(_settings(config, kind), sort_keys=True)
     return directory / f"{kind}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"

@@ -88,7 +88,7 @@ class Study:
         return [line for line in self.lines if line["kind"] == "test"]
 
     def arms(self, condition: str) -> list[str]:
-        """In the order of the recipe, as far as they were run."""
+        """Names of the arms that were run, in the order of the recipe."""
         ran = {line["arm"] for line in self.tests() if line["condition"] == condition}
         order = [
             line["arm"]

@@ -82,7 +82,7 @@ class Goodput:
             self._write()
 
     def paused(self, kind: str, seconds: float) -> None:
-        """kind: eval | save."""
+        """Count a pause of the steps; kind: eval | save."""
         self._now[kind] += seconds
 
     def saved(self, step: int) -> None:
@@ -98,7 +98,7 @@ class Goodput:
         return {"time/elapsed_seconds": self._now["elapsed"], "time/goodput": goodput}
 
     def finish(self, *, failed: bool) -> None:
-        """The end of this attempt."""
+        """Record the end of this attempt."""
         self._tick(self._now["step"])
         self._now["ended"] = "failed" if failed else "ended"
         self._write()

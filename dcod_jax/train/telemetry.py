@@ -44,7 +44,7 @@ class Pending:
 
 
 class Telemetry:
-    """What a run shows and writes while it trains: see the module's first line."""
+    """Progress bar, metrics files, times and the stop at NaN of one run."""
 
     def __init__(
         self,

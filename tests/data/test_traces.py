@@ -233,7 +233,7 @@ GOOD = b'{"prompt": "p", "completion": "c"}\n'
         ),
         (
             b'{"system": "s", "conversations": [{"from": "system", "value": "t"}]}',
-            r"stands in conversations and beside them in system",
+            r"one inside conversations, one in the field system",
         ),
         (b'{"messages": [{"role": "bot", "content": "x"}]}', r"has the role 'bot'; expected"),
         (
