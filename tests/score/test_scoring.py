@@ -217,8 +217,8 @@ def hashes(root: Path) -> dict[str, str]:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
-from dcod_jax import score as verb
+sys.path[:0] = [{tests!r}, {tests!r} + "/score"]
+from dcod_jax.score import command as verb
 import test_scoring
 original, calls = verb.score_traces, []
 def dies_in_the_third(*args, **kwargs):
