@@ -164,7 +164,7 @@ def _tokenised_batches(
 def time_restore(dataset: TraceDataset, *, seq_len: int, batch_size: int) -> tuple[float, float]:
     """(wall, CPU) seconds from an open dataset to the first batch in the middle of epoch 3."""
     batches = pipeline.train_batches(dataset, seq_len=seq_len, batch_size=batch_size, seed=0)
-    rows = pipeline.rows_per_epoch(dataset, seq_len=seq_len, seed=0)
+    rows = len(pipeline.RowStream(dataset, pipeline.Reading(seq_len, 1), 0).rows(0))
     state = batches.get_state() | {"epoch": 3, "row": rows // 2}
     wall, cpu = time.perf_counter(), time.process_time()
     again = pipeline.train_batches(
@@ -198,7 +198,7 @@ def measure(args: argparse.Namespace, directory: Path) -> dict[str, float]:
             time_tokenising(jsonl, tokenizer, tokens=max(args.tokens // 20, 1), **shape)
         )
     restores = [time_restore(dataset, **shape) for _ in range(args.rounds)]
-    rows = pipeline.rows_per_epoch(dataset, seq_len=args.seq_len, seed=0)
+    rows = len(pipeline.RowStream(dataset, pipeline.Reading(args.seq_len, 1), 0).rows(0))
     figures = {
         "traces": float(len(dataset)),
         "mean length": float(dataset.lengths[:, 0].mean()),

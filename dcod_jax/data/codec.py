@@ -35,6 +35,14 @@ RECORD_VERSION = 1
 _HEADER = struct.Struct("<BBHIIII")
 _LOGPROBS, _TOPK = 1, 2
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+# In the order of a record; the mask follows.
+_ARRAYS: dict[str, tuple[DTypeLike, int]] = {  # name -> type, flag of a record that has it
+    "token_ids": ("<i4", 0),
+    "logprobs": ("<f4", _LOGPROBS),
+    "tail_logprobs": ("<f4", _TOPK),
+    "topk_ids": ("<i4", _TOPK),
+    "topk_logprobs": (_BFLOAT16, _TOPK),
+}
 
 
 def bytes_per_token(top_k: int) -> int:
@@ -52,24 +60,22 @@ def _check(trace: Trace) -> tuple[int, int, int]:
     tokens, mask = len(trace.token_ids), len(trace.completion_mask)
     if tokens != mask:
         raise DcodError(f"trace {trace.id!r}: {tokens} token_ids but {mask} completion_mask")
-    completion = int(np.count_nonzero(trace.completion_mask))
-    topk = (trace.topk_ids, trace.topk_logprobs, trace.tail_logprobs)
-    given = [array for array in topk if array is not None]
-    if len(given) not in (0, 3) or (given and trace.logprobs is None):
+    completion, width = int(np.count_nonzero(trace.completion_mask)), score_kind(trace)[1]
+    shapes = {
+        "logprobs": (completion,),
+        "topk_ids": (completion, width),
+        "topk_logprobs": (completion, width),
+        "tail_logprobs": (completion,),
+    }
+    arrays = {n: getattr(trace, n) for n in shapes if getattr(trace, n) is not None}
+    if set(arrays) not in (set(), {"logprobs"}, set(shapes)):
         raise DcodError(
             f"trace {trace.id!r}: logprobs, topk_ids, topk_logprobs and tail_logprobs go together"
         )
-    width = 0 if trace.topk_ids is None else trace.topk_ids.shape[-1]
-    expected = {
-        "logprobs": (trace.logprobs, (completion,)),
-        "topk_ids": (trace.topk_ids, (completion, width)),
-        "topk_logprobs": (trace.topk_logprobs, (completion, width)),
-        "tail_logprobs": (trace.tail_logprobs, (completion,)),
-    }
-    for name, (array, shape) in expected.items():
-        if array is not None and array.shape != shape:
+    for name, array in arrays.items():
+        if array.shape != shapes[name]:
             raise DcodError(
-                f"trace {trace.id!r}: {name} has shape {array.shape}, expected {shape} "
+                f"trace {trace.id!r}: {name} has shape {array.shape}, expected {shapes[name]} "
                 f"for its {completion} completion tokens"
             )
     if trace.logprobs is not None and not np.all(np.isfinite(trace.logprobs)):
@@ -80,15 +86,9 @@ def _check(trace: Trace) -> tuple[int, int, int]:
 def encode(trace: Trace) -> bytes:
     """One trace as a record; raises DcodError where its fields do not fit together."""
     tokens, completion, width = _check(trace)
-    flags, body = 0, [np.asarray(trace.token_ids, "<i4").tobytes()]
-    if trace.logprobs is not None:
-        flags |= _LOGPROBS
-        body.append(np.asarray(trace.logprobs, "<f4").tobytes())
-    if trace.topk_ids is not None:
-        flags |= _TOPK
-        body.append(np.asarray(trace.tail_logprobs, "<f4").tobytes())
-        body.append(np.asarray(trace.topk_ids, "<i4").tobytes())
-        body.append(np.asarray(trace.topk_logprobs, _BFLOAT16).tobytes())
+    arrays = [(getattr(trace, name), dtype) for name, (dtype, _) in _ARRAYS.items()]
+    body = [np.asarray(array, dtype).tobytes() for array, dtype in arrays if array is not None]
+    flags = _LOGPROBS * (trace.logprobs is not None) | _TOPK * (trace.topk_ids is not None)
     mask = np.asarray(trace.completion_mask, bool)
     body.append(np.packbits(mask, bitorder="little").tobytes())
     name = trace.id.encode()
@@ -102,46 +102,39 @@ def encode(trace: Trace) -> bytes:
     return b"".join([header, *body, name, meta])
 
 
-def _scores_size(flags: int, completion: int, width: int) -> int:
-    size = 4 * completion if flags & _LOGPROBS else 0
-    return size + (6 * width + 4) * completion if flags & _TOPK else size
+def _parts(record: bytes) -> list[bytes]:
+    """The bytes of each array (absent ones are empty), of the mask, the id and the meta."""
+    _, flags, name, n, C, K, meta = _HEADER.unpack_from(record)
+    top = C if flags & _TOPK else 0
+    sizes = (4 * n, 4 * C * (flags & _LOGPROBS), 4 * top, 4 * top * K, 2 * top * K)
+    parts, start = [], _HEADER.size
+    for size in (*sizes, -(-n // 8), name, meta):
+        parts.append(record[start : start + size])
+        start += size
+    if start != len(record):
+        raise DcodError(f"a record of {len(record)} bytes, expected {start} by its header")
+    return parts
 
 
 def decode(record: bytes) -> Trace:
-    """The trace in a record; the arrays are read-only views of it.
+    """The trace in a record, with read-only arrays.
 
     Raises DcodError when the record has another version or its sizes do not add up.
     """
     if len(record) < _HEADER.size:
         raise DcodError(f"a record of {len(record)} bytes is shorter than its header")
-    version, flags, name_size, n, C, K, meta_size = _HEADER.unpack_from(record)
+    version, flags, _, n, C, K, _ = _HEADER.unpack_from(record)
     if version != RECORD_VERSION:
         raise DcodError(f"record version {version}, expected {RECORD_VERSION}")
-    mask_size = -(-n // 8)
-    size = _HEADER.size + 4 * n + _scores_size(flags, C, K) + mask_size + name_size + meta_size
-    if size != len(record):
-        raise DcodError(f"a record of {len(record)} bytes, expected {size} by its header")
-    offset = _HEADER.size
-
-    def take(dtype: DTypeLike, *shape: int) -> np.ndarray:
-        nonlocal offset
-        count = int(np.prod(shape))
-        array = np.frombuffer(record, dtype, count, offset)
-        offset += array.nbytes
-        return array.reshape(shape)
-
-    token_ids = take("<i4", n)
+    *arrays, mask, name, meta = _parts(record)
     fields: dict[str, Any] = {}
-    if flags & _LOGPROBS:
-        fields["logprobs"] = take("<f4", C)
-    if flags & _TOPK:
-        fields["tail_logprobs"] = take("<f4", C)
-        fields["topk_ids"] = take("<i4", C, K)
-        fields["topk_logprobs"] = take(_BFLOAT16, C, K)
-    bits = np.unpackbits(take(np.uint8, mask_size), count=n, bitorder="little")
-    name = record[offset : offset + name_size].decode()
-    meta = json.loads(record[offset + name_size :]) if meta_size else {}
-    return Trace(name, token_ids, bits.astype(bool), meta=meta, **fields)
+    for (field, (dtype, flag)), content in zip(_ARRAYS.items(), arrays, strict=True):
+        if flag & flags == flag:
+            array = np.frombuffer(content, dtype)
+            fields[field] = array.reshape(C, K) if field.startswith("topk") else array
+    bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=n, bitorder="little")
+    meta = json.loads(meta) if meta else {}
+    return Trace(name.decode(), completion_mask=bits.astype(bool), meta=meta, **fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,37 +155,24 @@ def decode_columns(records: Sequence[bytes], *, top_k: int = 0) -> Columns:
 
     top_k: the K that all records hold, when it is wanted.
     """
-    start = _HEADER.size
-    tokens, masks, scores, lengths = [], [], [], []
-    topk: list[list[bytes]] = [[], [], []]
-    for record in records:
-        _, flags, _, n, C, K, _ = _HEADER.unpack_from(record)
-        after_tokens = start + 4 * n
-        after_scores = after_tokens + _scores_size(flags, C, K)
-        tokens.append(record[start:after_tokens])
-        has_scores = flags & _LOGPROBS
-        scores.append(record[after_tokens : after_tokens + 4 * C] if has_scores else bytes(4 * C))
-        masks.append(record[after_scores : after_scores + (n + 7) // 8])
-        if top_k:
-            begin = after_tokens + 4 * C
-            for part, size in zip(topk, (4 * C, 4 * C * K, 2 * C * K), strict=True):
-                part.append(record[begin : begin + size])
-                begin += size
-        lengths.append(n)
-    size = np.asarray(lengths, np.int64)
-    bits = np.unpackbits(np.frombuffer(b"".join(masks), np.uint8), bitorder="little")
+    parts = [_parts(record) for record in records]
+    size = np.asarray([len(part[0]) // 4 for part in parts], np.int64)
+    ids, scores, tail, topk_ids, topk_logprobs, masks = (
+        b"".join(part[place] for part in parts) for place in range(6)
+    )
+    bits = np.unpackbits(np.frombuffer(masks, np.uint8), bitorder="little")
     bytes_before = np.cumsum((size + 7) // 8) - (size + 7) // 8
     within = np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size)
     mask = bits[np.repeat(8 * bytes_before, size) + within].view(bool)
     logprobs = np.zeros(len(mask), np.float32)
-    logprobs[mask] = np.frombuffer(b"".join(scores), "<f4")
-    columns = Columns(np.frombuffer(b"".join(tokens), "<i4"), mask, logprobs, size)
+    scored = np.repeat(np.asarray([len(part[1]) > 0 for part in parts], bool), size)
+    logprobs[mask & scored] = np.frombuffer(scores, "<f4")
+    columns = Columns(np.frombuffer(ids, "<i4"), mask, logprobs, size)
     if not top_k:
         return columns
-    tail, ids, values = (b"".join(part) for part in topk)
     return dataclasses.replace(
         columns,
-        topk_ids=np.frombuffer(ids, "<i4").reshape(-1, top_k),
-        topk_logprobs=np.frombuffer(values, _BFLOAT16).reshape(-1, top_k),
+        topk_ids=np.frombuffer(topk_ids, "<i4").reshape(-1, top_k),
+        topk_logprobs=np.frombuffer(topk_logprobs, _BFLOAT16).reshape(-1, top_k),
         tail_logprobs=np.frombuffer(tail, "<f4"),
     )

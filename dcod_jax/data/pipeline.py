@@ -13,6 +13,7 @@ batch, and a position is two numbers, the same on every host and for every numbe
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from typing import Any
 
@@ -45,27 +46,32 @@ class Reading:
     process_count: int = 1
 
 
-class _Stream:
+class RowStream(grain.IterDataset):
     """The rows of every epoch; batches and hosts are cuts through them.
 
-    seed None: one pass in the dataset's order, the last batch filled up.
+    shuffle (a seed) None: one pass in the dataset's order, the last batch filled up.
     """
 
-    def __init__(self, dataset: TraceDataset, reading: Reading, seed: int | None):
+    def __init__(self, dataset: TraceDataset, reading: Reading, shuffle: int | None):
+        super().__init__()
         lengths, head_tokens = dataset.lengths, reading.head_tokens
         packing.check_lengths(lengths[:, 0], reading.seq_len, source=str(dataset.directory))
-        self.dataset, self.reading, self.seed = dataset, reading, seed
+        self.dataset, self.reading, self.shuffle = dataset, reading, shuffle
         self.capacity = packing.head_capacity(lengths, reading.seq_len, head_tokens)
-        parts = f"{reading.seq_len} {self.capacity} {seed} {packing.OPEN_BINS} ".encode()
+        parts = f"{reading.seq_len} {self.capacity} {shuffle} {packing.OPEN_BINS} ".encode()
         self.key = hashlib.sha256(parts + lengths.tobytes()).hexdigest()[:16]
+        self.rows = functools.lru_cache(maxsize=2)(self._rows)  # of the epochs a batch touches
 
-    def rows(self, epoch: int) -> list[np.ndarray]:
+    def __iter__(self) -> grain.DatasetIterator:
+        return _BatchIterator(self)
+
+    def _rows(self, epoch: int) -> list[np.ndarray]:
         """The epoch's rows, each the indices of its traces."""
         lengths = self.dataset.lengths
         order = np.arange(len(lengths))
-        if self.seed is not None:
+        if self.shuffle is not None:
             # Raw bits and a stable sort: NumPy promises both to stay the same across versions.
-            bits = np.random.Philox(np.random.SeedSequence((self.seed, epoch)))
+            bits = np.random.Philox(np.random.SeedSequence((self.shuffle, epoch)))
             order = np.argsort(bits.random_raw(len(lengths)), kind="stable")
         rows = packing.first_fit(
             lengths[order, 0],
@@ -73,8 +79,7 @@ class _Stream:
             completions=lengths[order, 1],
             capacity=self.capacity,
         )
-        traces = order[np.concatenate(rows)]
-        return np.split(traces, np.cumsum([len(row) for row in rows])[:-1])
+        return [order[row] for row in rows]
 
     def read(self, rows: list[np.ndarray]) -> tuple[HostBatch, np.ndarray]:
         """(HostBatch, trace_index) of these rows."""
@@ -87,55 +92,31 @@ class _Stream:
         return batch, index[batch.pop("trace_index")]
 
 
-class _PackedDataset(grain.IterDataset):
-    def __init__(self, stream: _Stream):
+class _BatchIterator(grain.DatasetIterator):
+    """Yields (HostBatch, trace_index) of this host's slice of each global batch."""
+
+    def __init__(self, stream: RowStream):
         super().__init__()
         self._stream = stream
-
-    def __iter__(self) -> grain.DatasetIterator:
-        return _PackedIterator(self._stream)
-
-
-class _PackedIterator(grain.DatasetIterator):
-    """Yields (HostBatch, trace_index) and holds the rows of the epochs that a batch touches."""
-
-    def __init__(self, stream: _Stream):
-        super().__init__()
-        self._stream = stream
-        self._epoch = 0
-        self._row = 0  # of the epoch; the first row of the next global batch
-        self._rows: dict[int, list[np.ndarray]] = {}
-
-    def _epoch_rows(self) -> list[np.ndarray]:
-        epoch = self._epoch
-        if epoch not in self._rows:
-            self._rows = {e: rows for e, rows in self._rows.items() if e == epoch - 1}
-            self._rows[epoch] = self._stream.rows(epoch)
-        return self._rows[epoch]
-
-    def _advance(self) -> list[np.ndarray]:
-        """The next global batch's rows; fewer, or none, at the end of a single pass."""
-        batch: list[np.ndarray] = []
-        while len(batch) < self._stream.reading.batch_size:
-            rows = self._epoch_rows()
-            if self._row == len(rows):
-                if self._stream.seed is None:
-                    break
-                self._epoch, self._row = self._epoch + 1, 0
-                continue
-            taken = rows[self._row : self._row + self._stream.reading.batch_size - len(batch)]
-            self._row += len(taken)
-            batch.extend(taken)
-        return batch
+        self._epoch = self._row = 0  # the first row of the next global batch
 
     def __next__(self) -> tuple[HostBatch, np.ndarray]:
-        reading, rows = self._stream.reading, self._advance()
-        if not rows:
+        reading = self._stream.reading
+        batch: list[np.ndarray] = []
+        while (missing := reading.batch_size - len(batch)) > 0:
+            taken = self._stream.rows(self._epoch)[self._row : self._row + missing]
+            self._row += len(taken)
+            batch += taken
+            if not taken and self._stream.shuffle is None:
+                break
+            if not taken:
+                self._epoch, self._row = self._epoch + 1, 0
+        if not batch:
             raise StopIteration
-        rows += [np.zeros(0, np.int64)] * (reading.batch_size - len(rows))
+        batch += [np.zeros(0, np.int64)] * missing
         share = reading.batch_size // reading.process_count
         start = reading.process_index * share
-        return self._stream.read(rows[start : start + share])
+        return self._stream.read(batch[start : start + share])
 
     def get_state(self) -> dict[str, Any]:
         return {"epoch": self._epoch, "row": self._row, "stream": self._stream.key}
@@ -172,7 +153,7 @@ def _open(dataset: TraceDataset, reading: Reading, seed: int | None) -> grain.Da
             "--config.score.top_k=64 and --config.score.overwrite=true, or set loss.teacher=live"
         )
     ahead = grain.experimental.ThreadPrefetchIterDataset(
-        _PackedDataset(_Stream(dataset, reading, seed)), prefetch_buffer_size=reading.prefetch
+        RowStream(dataset, reading, seed), prefetch_buffer_size=reading.prefetch
     )
     return iter(ahead)
 
@@ -191,14 +172,6 @@ def train_batches(dataset: TraceDataset, *, seed: int, **reading: Any) -> grain.
 def eval_batches(dataset: TraceDataset, **reading: Any) -> grain.DatasetIterator:
     """One pass in the dataset's order, as train_batches; empty rows fill the last batch."""
     return _open(dataset, Reading(**reading), None)
-
-
-def rows_per_epoch(
-    dataset: TraceDataset, *, seq_len: int, seed: int, epoch: int = 0, head_tokens: int = 0
-) -> int:
-    """Packed rows of an epoch; it varies a little with the epoch's shuffle."""
-    reading = Reading(seq_len, 1, head_tokens=head_tokens)
-    return len(_Stream(dataset, reading, seed).rows(epoch))
 
 
 def host_slice(mesh: Mesh, batch_size: int) -> tuple[int, int]:
@@ -225,9 +198,5 @@ def host_slice(mesh: Mesh, batch_size: int) -> tuple[int, int]:
 def to_device(batch: HostBatch, mesh: Mesh) -> Batch:
     """The global batch, its rows split over the mesh, from each host's slice."""
     layout = meshes.sharding(mesh, ("batch",))
-    return Batch(
-        **{
-            name: jax.make_array_from_process_local_data(layout, value)
-            for name, value in batch.items()
-        }
-    )
+    place = functools.partial(jax.make_array_from_process_local_data, layout)
+    return Batch(**{name: place(value) for name, value in batch.items()})

@@ -29,6 +29,10 @@ def take(iterator, count):
     return [next(iterator) for _ in range(count)]
 
 
+def rows_of(dataset, *, seed, epoch=0):
+    return len(pipeline.RowStream(dataset, pipeline.Reading(64, 1), seed).rows(epoch))
+
+
 def assert_equal(a, b):
     assert len(a) == len(b)
     for (batch, index), (other, other_index) in zip(a, b, strict=True):
@@ -39,7 +43,7 @@ def assert_equal(a, b):
 
 
 def test_an_epoch_holds_every_token_of_every_trace_once(dataset):
-    rows = pipeline.rows_per_epoch(dataset, seq_len=64, seed=7)
+    rows = rows_of(dataset, seed=7)
     iterator = pipeline.train_batches(dataset, seq_len=64, batch_size=1, seed=7)
     seen: dict[tuple[int, int], list] = {}
     for batch, index in take(iterator, rows):
@@ -69,7 +73,7 @@ def stream_of(dataset, seed, rows):
 
 
 def test_the_order_follows_from_seed_and_epoch(dataset):
-    rows = [pipeline.rows_per_epoch(dataset, seq_len=64, seed=3, epoch=e) for e in (0, 1)]
+    rows = [rows_of(dataset, seed=3, epoch=epoch) for epoch in (0, 1)]
     first, again = (stream_of(dataset, 3, sum(rows)) for _ in range(2))
     np.testing.assert_array_equal(first, again)
     other = stream_of(dataset, 4, sum(rows))
@@ -90,7 +94,7 @@ def test_the_shuffle_stays_what_it_was(dataset):
 def test_restored_anywhere_it_goes_on_exactly(dataset, prefetch):
     """All positions of two epochs, 4 rows to a batch: no multiple of the rows of an epoch."""
     iterator = pipeline.train_batches(dataset, seed=1, prefetch=prefetch, **OPTIONS)
-    rows = pipeline.rows_per_epoch(dataset, seq_len=64, seed=1)
+    rows = rows_of(dataset, seed=1)
     assert rows % 4
     count = 2 * rows // 4 + 2
     states, batches = [iterator.get_state()], []
