@@ -15,6 +15,7 @@ without a template gives prompt + completion + eos, prompt and completion being 
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -29,8 +30,7 @@ from dcod_jax.errors import DcodError
 from dcod_jax.types import Trace
 
 Message = dict[str, Any]  # {"role": ..., "content": ...}
-Span = tuple[int, int]  # characters [start, end) of a text
-_Text = tuple[str, list[Span]]
+_Text = tuple[str, list[tuple[int, int]]]  # and spans of it: characters [start, end)
 
 # Templates that print a date take it from here, so that a trace has the same tokens every day.
 TEMPLATE_DATE = "26 Jul 2024"
@@ -51,8 +51,13 @@ def _special(tokenizer: Tokenizer) -> re.Pattern[str]:
 
 
 def _render(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, template: str, prompt: bool, marks: bool
-) -> tuple[str, list[Span]]:
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    template: str,
+    prompt: bool = False,
+    marks: bool = False,
+) -> _Text:
     """Rendered text, and with `marks` the spans of the template's generation markers."""
     special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
     try:
@@ -71,92 +76,82 @@ def _render(
     return texts[0], [(int(start), int(end)) for start, end in spans[0]] if marks else []
 
 
-def _shared_prefix(left: str, right: str) -> int:
-    differ = (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
-    return next(differ, min(len(left), len(right)))
-
-
 def _squeeze(text: str) -> str:
     return "".join(text.split())
 
 
-def _turn_end(text: str, start: int, *, content: str, special: re.Pattern[str]) -> int:
-    """The end of the turn at `start`: behind the first special token after its content."""
+def _turn_end(tokenizer: Tokenizer, text: str, start: int, *, content: str) -> int:
+    """The end of the turn at `start`: behind the first special token after its content.
+
+    Refuses a template that alters a completion or puts supervised text before it.
+    """
     place = text.find(content.strip(), start)
-    found = special.search(text, start if place < 0 else place + len(content.strip()))
+    content_end = start if place < 0 else place + len(content.strip())
+    found = _special(tokenizer).search(text, content_end)
     if found is None:
         raise DcodError(
             "the chat template does not end an assistant turn with a special token, so a student "
             "could not learn to stop; end the turn with {{ eos_token }} in a template of your "
             "own (student.chat_template)"
         )
-    return found.end()
-
-
-def _check_turn(content: str, turn: str) -> None:
-    """Refuse a template that alters a completion or puts supervised text before it."""
+    turn = text[start : found.end()]
     place = _squeeze(turn).find(_squeeze(content))
+    lead = _squeeze(turn)[:place]
     if place < 0:
         raise DcodError(
             f"the chat template changes the completion: {content[:60]!r} became {turn[:60]!r} "
             "(templates of reasoning models drop the reasoning); give one that keeps it "
             "(student.chat_template)"
         )
-    lead = _squeeze(turn)[:place]
     if lead not in ("", _EMPTY_THINKING):
         raise DcodError(
             f"the chat template writes {lead!r} before the completion, but not in its generation "
             "prompt; move it under `if add_generation_prompt` or mark the completion with "
             "{% generation %} (student.chat_template)"
         )
+    return found.end()
 
 
-def _marked_spans(tokenizer: Tokenizer, messages: Sequence[Message], template: str) -> _Text:
-    text, spans = _render(tokenizer, messages, template=template, prompt=False, marks=True)
-    turns = [message for message in messages if message["role"] == "assistant"]
-    if len(spans) != len(turns):
+def _template_spans(tokenizer: Tokenizer, messages: Sequence[Message], template: str) -> _Text:
+    marked = bool(_MARKERS.search(template))
+    text, marks = _render(tokenizer, messages, template=template, marks=marked)
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if marked and len(marks) != len(turns):
         raise DcodError(
-            f"the chat template marks {len(spans)} spans with {{% generation %}} for "
+            f"the chat template marks {len(marks)} spans with {{% generation %}} for "
             f"{len(turns)} assistant turns; every turn needs one"
         )
-    special = _special(tokenizer)
-    trimmed = []
-    for (start, end), message in zip(spans, turns, strict=True):
-        _check_turn(message["content"], text[start:end])
-        stop = _turn_end(text, start, content=message["content"], special=special)
-        if stop > end:
+    spans = []
+    for number, index in enumerate(turns):
+        content = messages[index]["content"]
+        if marked:
+            start, last = marks[number]
+        else:
+            start, last = _prompt_end(tokenizer, text, messages[:index], template), len(text)
+        end = _turn_end(tokenizer, text, start, content=content)
+        if end > last:
             raise DcodError(
                 f"the chat template's {{% generation %}} block leaves out the end-of-turn token "
-                f"after {text[max(start, end - 30) : end]!r}; move {{% endgeneration %}} behind it"
+                f"after {text[max(start, last - 30) : last]!r}; move {{% endgeneration %}} behind "
+                "it"
             )
-        trimmed.append((start, stop))
-    return text, trimmed
-
-
-def _prefix_spans(tokenizer: Tokenizer, messages: Sequence[Message], template: str) -> _Text:
-    def render(count: int, *, prompt: bool) -> str:
-        shown = messages[:count]
-        return _render(tokenizer, shown, template=template, prompt=prompt, marks=False)[0]
-
-    text, spans = render(len(messages), prompt=False), []
-    special = _special(tokenizer)
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = render(index, prompt=True)
-        if not text.startswith(before):
-            same = _shared_prefix(text, before)
-            raise DcodError(
-                f"the chat template is not prefix-stable: before assistant turn {index} the "
-                f"prompt goes on {before[same:][:60]!r}, the whole conversation "
-                f"{text[same:][:60]!r}; the completion cannot be told from the prompt. Give a "
-                "template with {% generation %} markers or one that keeps earlier text "
-                "(student.chat_template)"
-            )
-        end = _turn_end(text, len(before), content=message["content"], special=special)
-        _check_turn(message["content"], text[len(before) : end])
-        spans.append((len(before), end))
+        spans.append((start, end))
     return text, spans
+
+
+def _prompt_end(tokenizer: Tokenizer, text: str, before: Sequence[Message], template: str) -> int:
+    """Where the generation prompt after the messages `before` ends in the whole text."""
+    prompt, _ = _render(tokenizer, before, template=template, prompt=True)
+    if not text.startswith(prompt):
+        same = len(os.path.commonprefix([text, prompt]))
+        raise DcodError(
+            f"the chat template is not prefix-stable: before assistant turn {len(before)} the "
+            f"prompt goes on {prompt[same:][:60]!r}, the whole conversation "
+            f"{text[same:][:60]!r}; the completion cannot be told from the prompt. Give a "
+            "template with {% generation %} markers or one that keeps earlier text "
+            "(student.chat_template)"
+        )
+    return len(prompt)
 
 
 def _plain_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> _Text:
@@ -207,13 +202,8 @@ def _encode_at(
     as sampling does; that must decode to the same text.
     """
     whole = _ids(tokenizer, text)
-    cuts = []
-    for border in borders:
-        cut = _cut(tokenizer, text, border, whole)
-        if cut is None:
-            break
-        cuts.append(cut)
-    else:
+    found = [_cut(tokenizer, text, border, whole) for border in borders]
+    if len(cuts := [cut for cut in found if cut is not None]) == len(borders):
         return whole, cuts
     ids, cuts, last = [], [], 0
     for border in [*borders, len(text)]:
@@ -222,7 +212,7 @@ def _encode_at(
         last = border
     decoded = decode(tokenizer, ids)
     if decoded != text:
-        place = _shared_prefix(decoded, text)
+        place = len(os.path.commonprefix([decoded, text]))
         raise DcodError(
             "a token of this tokenizer crosses the border between prompt and completion, near "
             f"{text[max(0, place - 20) : place + 20]!r}; end the generation prompt of the "
@@ -232,10 +222,8 @@ def _encode_at(
 
 
 def _check_content(tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
-    special = _special(tokenizer)
     for message in messages:
-        found = special.search(message["content"])
-        if found:
+        if found := _special(tokenizer).search(message["content"]):
             raise DcodError(
                 f"the {message['role']} message holds the special token {found.group(0)!r} as "
                 "text, which would be read as the token; remove it (vLLM: skip_special_tokens)"
@@ -254,10 +242,8 @@ def encode(
     template = chat_template(tokenizer)
     if template is None:
         text, spans = _plain_spans(tokenizer, messages)
-    elif _MARKERS.search(template):
-        text, spans = _marked_spans(tokenizer, messages, template)
     else:
-        text, spans = _prefix_spans(tokenizer, messages, template)
+        text, spans = _template_spans(tokenizer, messages, template)
     earlier = sum(message["role"] == "assistant" for message in messages[:first_completion])
     spans = spans[earlier:]
     ids, cuts = _encode_at(tokenizer, text, [border for span in spans for border in span])
@@ -276,7 +262,7 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
     _check_content(tokenizer, messages)
     template = chat_template(tokenizer)
     if template is not None:
-        text, _ = _render(tokenizer, messages, template=template, prompt=True, marks=False)
+        text, _ = _render(tokenizer, messages, template=template, prompt=True)
     elif [message["role"] for message in messages] == ["user"]:
         text = _bos(tokenizer) + messages[0]["content"]
     else:
@@ -298,8 +284,7 @@ def render_sample(tokenizer: Tokenizer, trace: Trace) -> str:
     parts, start = [], 0
     flips = np.flatnonzero(np.diff(trace.completion_mask)) + 1
     for end in [*flips.tolist(), len(trace.token_ids)]:
-        ids = trace.token_ids[start:end].tolist()
-        text = decode(tokenizer, ids)
+        text = decode(tokenizer, trace.token_ids[start:end].tolist())
         parts.append(f"«{text}»" if trace.completion_mask[start] else text)
         start = end
     return "".join(parts)

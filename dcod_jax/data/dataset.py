@@ -25,7 +25,6 @@ import io
 import json
 import threading
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -205,7 +204,7 @@ class DatasetWriter:
             raise DcodError(f"prepare.shard_records={shard_records} must be at least 1")
         self._directory = as_path(directory)
         self._shard_records = shard_records
-        self._fields = dict(manifest)
+        self.manifest = dict(manifest)  # fields may be added until the last trace is written
         self._buffer: list[Trace] = []
         self._shards: list[dict[str, Any]] = []
         self._lengths: list[tuple[int, int]] = []
@@ -243,10 +242,6 @@ class DatasetWriter:
         if len(self._buffer) == self._shard_records:
             self._flush()
 
-    def update_manifest(self, **fields: object) -> None:
-        """Add or replace fields that are known only once the traces were read."""
-        self._fields.update(fields)
-
     def _flush(self) -> None:
         path = self._directory / f"traces-{len(self._shards):05d}.array_record"
         self._shards.append(write_shard(path, self._buffer))
@@ -270,15 +265,10 @@ class DatasetWriter:
             "scored": self._kind[0],
             "top_k": self._kind[1],
         }
-        write_manifest(self._directory, self._fields | own)
+        write_manifest(self._directory, self.manifest | own)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if error is None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
             self._finish()
 
 

@@ -16,8 +16,10 @@ from dcod_jax.data import raw
 from dcod_jax.data.raw import BadRecordError, Fields, Message, RawTrace, Record
 
 PROMPT_FIELDS = ("prompt", "question", "problem", "instruction")
-COMPLETION_FIELDS = ("completion", "response", "output", "solution")
-SYNONYMS = {"prompt": PROMPT_FIELDS, "completion": COMPLETION_FIELDS}
+SYNONYMS = {
+    "prompt": PROMPT_FIELDS,
+    "completion": ("completion", "response", "output", "solution"),
+}
 CONVERSATION_FIELDS = ("messages", "conversations")
 
 # (prompt, completions of it, the mapping that holds id, answer, model and temperature); the prompt
@@ -101,13 +103,10 @@ def _read_completion(record: Record, fields: Fields) -> Parsed:
     name = _find(record, _names(fields, "completion")) or ""
     value = record[name]
     if isinstance(value, list) and value and isinstance(value[0], str):
-        samples = [raw.assistant(text, f"{name}[{index}]") for index, text in enumerate(value)]
-        completions = [RawTrace(sample) for sample in samples]
-    else:
-        is_chat = isinstance(value, list)
-        messages = raw.read_messages(value, name) if is_chat else raw.assistant(value, name)
-        completions = [raw.sampled(record, messages)]
-    return _prompt(record, fields), completions, record
+        texts = [raw.assistant(text, f"{name}[{index}]") for index, text in enumerate(value)]
+        return _prompt(record, fields), [RawTrace(text) for text in texts], record
+    read = raw.read_messages if isinstance(value, list) else raw.assistant
+    return _prompt(record, fields), [raw.sampled(record, read(value, name))], record
 
 
 def _read_conversation(record: Record, fields: Fields) -> Parsed:
@@ -139,13 +138,10 @@ def _output(output: object, name: str) -> RawTrace:
     return raw.sampled(output, raw.assistant(output["text"], f"{name}.text"), logprobs=logprobs)
 
 
-def _position_logprob(entry: object, token: object) -> object:
+def _position_logprob(entry: Any, token: object) -> object:
     """The number in one position of a vLLM log-prob list: a number, or {token id: Logprob}."""
-    if isinstance(entry, dict):
-        entry = entry.get(str(token), entry)
-        if isinstance(entry, dict):
-            entry = entry.get("logprob")
-    return entry
+    entry = entry.get(str(token), entry) if isinstance(entry, dict) else entry
+    return entry.get("logprob") if isinstance(entry, dict) else entry
 
 
 # ---------------------------------------------------------------- OpenAI and vLLM batch output
@@ -194,16 +190,15 @@ def _choice_logprobs(value: object) -> tuple[list[bytes] | None, list[Any] | Non
     """(token bytes, log-probs) of a choice's `logprobs`, chat or completions form."""
     if not value:
         return None, None
-    if isinstance(value, dict) and isinstance(value.get("content"), list):
-        entries = value["content"]
+    found = value if isinstance(value, dict) else {}
+    if isinstance(entries := found.get("content"), list):
         texts = [
             bytes(e["bytes"]) if e.get("bytes") is not None else str(e.get("token", "")).encode()
             for e in entries
         ]
         return texts, [entry.get("logprob") for entry in entries]
-    if isinstance(value, dict) and isinstance(value.get("token_logprobs"), list):
-        tokens = value.get("tokens") or []
-        return [str(token).encode() for token in tokens], value["token_logprobs"]
+    if isinstance(logprobs := found.get("token_logprobs"), list):
+        return [str(token).encode() for token in found.get("tokens") or []], logprobs
     raise BadRecordError("choice.logprobs has neither content nor token_logprobs")
 
 

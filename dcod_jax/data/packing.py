@@ -7,6 +7,7 @@ trace of exactly seq_len tokens still fits, and each of its tokens is in the row
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -63,29 +64,24 @@ def first_fit(
     first_fit([5, 4, 3, 2], 8) -> [[0, 2], [1, 3]]
     """
     rows: list[list[int]] = []
-    room: list[int] = []  # of the open rows, oldest first; spare (completions), rows_open alike
-    spare: list[int] = []
-    rows_open: list[list[int]] = []
+    opened: list[list[Any]] = []  # [room, spare completion tokens, row], oldest first
     smallest = int(lengths.min()) if len(lengths) else 0
     supervised = [0] * len(lengths) if completions is None else completions.tolist()
     for index, (length, count) in enumerate(zip(lengths.tolist(), supervised, strict=True)):
-        for place, left in enumerate(room):
-            if left >= length and spare[place] >= count:
-                rows_open[place].append(index)
-                room[place] = left = left - length
-                spare[place] -= count
-                if left < smallest:
-                    del room[place], spare[place], rows_open[place]
+        for entry in opened:
+            if entry[0] >= length and entry[1] >= count:
                 break
         else:
-            if len(room) == open_bins:
-                fullest = room.index(min(room))
-                del room[fullest], spare[fullest], rows_open[fullest]
-            row = [index]
-            rows.append(row)
-            rows_open.append(row)
-            room.append(seq_len - length)
-            spare.append(capacity - count)
+            if len(opened) == open_bins:
+                opened.remove(min(opened, key=lambda fullest: fullest[0]))
+            entry = [seq_len, capacity, []]
+            opened.append(entry)
+            rows.append(entry[2])
+        entry[0] -= length
+        entry[1] -= count
+        entry[2].append(index)
+        if entry[0] < smallest:
+            opened.remove(entry)
     return rows
 
 

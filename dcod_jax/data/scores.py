@@ -67,7 +67,6 @@ def add_scores(
     teacher: dict[str, Any],
     settings: dict[str, Any],
     score_shard: Callable[[list[Trace]], list[Trace]],
-    on_shard: Callable[[int, int], None] | None = None,
     overwrite: bool = False,
     process: int = 0,
     processes: int = 1,
@@ -76,9 +75,8 @@ def add_scores(
     """Add a teacher's log-probs to a dataset, shard by shard; returns the new manifest.
 
     `score_shard` gets a shard's traces without scores and returns them with; it must not depend on
-    earlier calls. `on_shard(done, total)` is told of progress. Killed at any time, the same call
-    goes on with the shards that are left and ends with the same bytes. A run with the manifest's
-    own teacher and settings does nothing.
+    earlier calls. Killed at any time, the same call goes on with the shards that are left and ends
+    with the same bytes. A run with the manifest's own teacher and settings does nothing.
 
     Of several processes all call this. Either each scores every processes-th shard from `process`
     on, and the first one writes the manifest when all are there; or all compute along and one
@@ -112,8 +110,6 @@ def add_scores(
             file = path / f"scored-{blocks.key}-{number:05d}.array_record"
             note = {"shard": write_shard(file, scored), "request": blocks.request}
             blocks.commit(range(number, number + 1), note | _sums(scored))
-        if on_shard is not None:
-            on_shard(number + 1, len(shards))
     hosts.barrier(f"scoring {path.name}")
     if write and process == 0:
         _publish(path, manifest, blocks, scored_shards(path, blocks, overwrite=overwrite))

@@ -37,16 +37,7 @@ class Source:
     split: str = "train"
 
 
-@dataclasses.dataclass(frozen=True)
-class BadRecord:
-    """A record that could not be read: where, why, and its text."""
-
-    source: str
-    reason: str
-    text: str
-
-
-OnBad = Callable[[BadRecord], None]
+OnBad = Callable[[RawTrace, str], None]  # source and text of a record that cannot be read; why
 
 
 # ---------------------------------------------------------------- finding
@@ -165,7 +156,7 @@ def read_traces(
             except BadRecordError as error:
                 if on_bad is None:
                     raise DcodError(f"{where}: {error}; {_HINT}") from error
-                on_bad(BadRecord(where, str(error), _as_text(content)))
+                on_bad(RawTrace([], source=where, record=_as_text(content)), str(error))
             if on_record:
                 on_record(1)
 

@@ -8,10 +8,10 @@ is complete; a run with the same inputs then does nothing.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -161,54 +161,8 @@ def is_prepared(config: Any) -> bool:
 # ---------------------------------------------------------------- writing
 
 
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """What one run of prepare works with."""
-
-    filter: Filter
-    sources: dict[str, list[Source]]  # by key of the config, and what describe says of them
-    files: dict[str, list[dict[str, Any]]]
-    identity: dict[str, Any]
-    work: Path  # where the dataset is until it is complete
-
-    def writer(self, key: str, name: str) -> DatasetWriter:
-        """Writes train or eval, made from the files of `key`."""
-        config, tokenizer = self.filter.config, self.filter.tokenizer
-        student = config.student
-        manifest = {
-            "tokenizer": {
-                "fingerprint": tokenizer_fingerprint(tokenizer),
-                "source": student.tokenizer or student.path or student.config,
-                "size": len(tokenizer),
-            },
-            "template": {"fingerprint": template_fingerprint(tokenizer)},
-            "sources": self.files[key],
-            "prepared_from": self.identity,
-            "config": json.loads(json.dumps(config.to_dict())),
-        }
-        size = config.prepare.shard_records
-        return DatasetWriter(self.work / name, shard_records=size, manifest=manifest)
-
-    def finish(self, writer: DatasetWriter, key: str, *, held_out: int = 0) -> Counts:
-        """Counts into the manifest; refuses a split that keeps nothing."""
-        counts = self.filter.counts
-        manifest = counts.manifest()
-        if counts.kept == held_out:
-            self.filter.quarantine.flush()
-            reasons = ", ".join(f"{name} {count}" for name, count in counts.dropped.most_common())
-            raise DcodError(
-                f"no trace of {key} is left for its split ({manifest['read']} read, "
-                f"{held_out} held out; dropped: {reasons or 'none'}); the dropped records are in "
-                f"{self.work / QUARANTINE}"
-            )
-        if held_out:
-            manifest |= {"kept": counts.kept - held_out, "held_out": held_out}
-        writer.update_manifest(counts=manifest, **self.filter.provenance())
-        return counts
-
-
 def _write_dataset(config: Any, root: Path) -> None:
-    tokenizer = student_tokenizer(config.student)
+    tokenizer, student, settings = student_tokenizer(config.student), config.student, config.prepare
     identity = _identity(config, tokenizer)
     sources = _sources(config)
     files = {key: describe(found) for key, found in sources.items()}
@@ -216,61 +170,89 @@ def _write_dataset(config: Any, root: Path) -> None:
     work = root.with_name(root.name + ".partial")
     remove_tree(work)  # what an interrupted run left is not resumed
     work.mkdir(parents=True)
+    dropped = work / QUARANTINE
+
+    def writer(key: str, name: str) -> DatasetWriter:
+        """Writes train or eval, made from the files of `key`."""
+        manifest = {
+            "tokenizer": {
+                "fingerprint": tokenizer_fingerprint(tokenizer),
+                "source": student.tokenizer or student.path or student.config,
+                "size": len(tokenizer),
+            },
+            "template": {"fingerprint": template_fingerprint(tokenizer)},
+            "sources": files[key],
+            "prepared_from": identity,
+            "config": json.loads(json.dumps(config.to_dict())),
+        }
+        size = settings.shard_records
+        return DatasetWriter(work / name, shard_records=size, manifest=manifest)
+
     total = sum(file["records"] for found in files.values() for file in found)
-    shown, settings = config.train.progress and total > 0, config.prepare
+    shown = config.train.progress and total > 0
     # What is no Unicode stays the JSON escape that it was in the traces.
     with (
-        (work / QUARANTINE).open("w", encoding="utf-8", errors="backslashreplace") as quarantine,
+        dropped.open("w", encoding="utf-8", errors="backslashreplace") as quarantine,
         Grader(timeout=settings.grade_timeout, workers=settings.workers) as grader,
         track(f"preparing {root.name}", total, unit="records", enabled=shown) as advance,
     ):
         run = Filter(config, tokenizer, quarantine, grader=grader, advance=advance)
-        job = _Job(run, sources, files, identity, work)
-        counts = _write_held_out(job) | _write_train(job)
+        counts = {}
+        for key, name in (("data.eval_traces", "eval"), ("data.traces", "train")):
+            if sources[key]:
+                counts |= _write_splits(
+                    run, key, name, sources=sources[key], writer=writer, quarantine=dropped
+                )
     publish(work, root, last=LAST)  # what is there is empty, as checked above
     _print_counts(root, counts)
 
 
-def _write_held_out(job: _Job) -> dict[str, Counts]:
-    """Counts of eval where data.eval_traces names its traces."""
-    run, key = job.filter, "data.eval_traces"
-    if not job.sources[key]:
-        return {}
-    with job.writer(key, "eval") as writer:
-        for trace, encoded in run.run(job.sources[key]):
-            run.held_out.add(overlap.prompt_key(trace))
-            writer.write(encoded)
-        counts = job.finish(writer, key)
-    run.counts = Counts()
-    return {"eval": counts}
-
-
-def _write_train(job: _Job) -> dict[str, Counts]:
-    """Counts of train, and of eval where data.eval_fraction takes it from the same traces."""
-    run, key = job.filter, "data.traces"
-    fraction = run.config.data.eval_fraction
+def _write_splits(
+    run: Filter,
+    key: str,
+    name: str,
+    *,
+    sources: list[Source],
+    writer: Callable[[str, str], DatasetWriter],
+    quarantine: Path,
+) -> dict[str, Counts]:
+    """Write the traces of `key` to the split `name`, data.eval_fraction of train's to eval."""
+    run.counts, held = Counts(), 0
+    fraction = run.config.data.eval_fraction if name == "train" else 0.0
     with contextlib.ExitStack() as stack:
-        train = stack.enter_context(job.writer(key, "train"))
-        held_out, held = None, 0
-        for trace, encoded in run.run(job.sources[key]):
-            if run.counts.kept == 1:
+        split = stack.enter_context(writer(key, name))
+        held_out = None
+        for trace, encoded in run.run(sources):
+            if name == "eval":
+                run.held_out.add(overlap.prompt_key(trace))
+            elif run.counts.kept == 1:
                 sample = chat.render_sample(run.tokenizer, encoded)
                 print(f"first trace kept ({trace.source}), supervised part marked:\n{sample}\n")
             if _is_held_out(trace, fraction):
-                held_out = held_out or stack.enter_context(job.writer(key, "eval"))
+                held_out = held_out or stack.enter_context(writer(key, "eval"))
                 held += 1
                 held_out.write(encoded)
             else:
-                train.write(encoded)
-        total = job.finish(train, key, held_out=held)
-        counts = {"train": Counts(total.kept - held, total.dropped)}
+                split.write(encoded)
+        counts = {name: Counts(run.counts.kept - held, run.counts.dropped)}
+        read = run.counts.manifest()["read"]
+        if not counts[name].kept:
+            run.quarantine.flush()
+            dropped = run.counts.dropped.most_common()
+            reasons = ", ".join(f"{reason} {count}" for reason, count in dropped)
+            raise DcodError(
+                f"no trace of {key} is left for its split ({read} read, {held} held out; dropped: "
+                f"{reasons or 'none'}); the dropped records are in {quarantine}"
+            )
+        told = counts[name].manifest() | ({"read": read, "held_out": held} if held else {})
+        split.manifest |= {"counts": told, **run.provenance()}
         if held_out is not None:
             counts["eval"] = Counts(kept=held)
-            held_out.update_manifest(counts=counts["eval"].manifest(), **run.provenance())
+            held_out.manifest |= {"counts": counts["eval"].manifest(), **run.provenance()}
         elif fraction:
             raise DcodError(
                 f"data.eval_fraction={fraction} held out none of the "
-                f"{total.kept} traces kept; raise it, or set data.eval_traces"
+                f"{run.counts.kept} traces kept; raise it, or set data.eval_traces"
             )
     return counts
 

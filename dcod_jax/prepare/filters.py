@@ -17,7 +17,7 @@ from typing import IO, Any
 from dcod_jax.data import chat
 from dcod_jax.data.raw import Fields, RawTrace
 from dcod_jax.data.tokenizer import Tokenizer
-from dcod_jax.data.traces import BadRecord, Source, read_traces
+from dcod_jax.data.traces import Source, read_traces
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.grading import REJECTED_AS, Grader
 from dcod_jax.prepare import overlap
@@ -69,56 +69,53 @@ class Filter:
         self.temperatures: set[float] = set()
         self.unused_logprobs = 0
 
-    def _write(self, reason: str, detail: str, *, source: str, record: object, name: str) -> None:
+    def _drop(self, trace: RawTrace, reason: str, detail: str) -> None:
         self.counts.dropped[reason] += 1
-        line = {"source": source, "id": name, "reason": reason, "detail": detail, "record": record}
+        line = {"source": trace.source, "id": trace.id, "reason": reason, "detail": detail}
+        line["record"] = trace.record
         self.quarantine.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
 
-    def _drop(self, trace: RawTrace, reason: str, detail: str) -> None:
-        self._write(reason, detail, source=trace.source, record=trace.record, name=trace.id)
-
-    def _bad(self, bad: BadRecord) -> None:
-        self._write("bad_record", bad.reason, source=bad.source, record=bad.text, name="")
+    def _bad(self, trace: RawTrace, detail: str) -> None:
+        self._drop(trace, "bad_record", detail)
 
     def run(self, sources: Sequence[Source]) -> Iterator[tuple[RawTrace, Trace]]:
         """(RawTrace, Trace) of what is kept."""
-        on_bad = self._bad if self.config.prepare.on_bad_record == "quarantine" else None
-        raw = read_traces(sources, self.fields, on_bad=on_bad, on_record=self.advance)
-        grading = self.config.prepare.filter_correct
-        graded = self.grader.stream(
-            (trace, trace.completion_text(), trace.answer if grading else None)
-            for trace in raw
-            if not self._truncated(trace)
-        )
-        for trace, grade in graded:
+        for trace, grade in self.grader.stream(self._to_grade(sources)):
             if grade is not None and not grade.correct:
                 detail = (
                     f"answer {grade.extracted!r} by rule {grade.rule}, expected {trace.answer!r}"
                 )
                 self._drop(trace, REJECTED_AS[grade.reason], detail)
-            elif self._unique(trace) and (encoded := self._encode(trace)) is not None:
+            elif known := self._known(trace):
+                self._drop(trace, *known)
+            elif encoded := self._encode(trace):
                 self.counts.kept += 1
                 yield trace, encoded
 
-    def _truncated(self, trace: RawTrace) -> bool:
-        if truncated := trace.finish_reason == "length":
-            self._drop(trace, "truncated", "finish_reason is length: it would teach a false end")
-        return truncated
+    def _to_grade(self, sources: Sequence[Source]) -> Iterator[tuple[RawTrace, str, str | None]]:
+        """(whole trace, completion, reference answer where it is graded)."""
+        settings = self.config.prepare
+        on_bad = self._bad if settings.on_bad_record == "quarantine" else None
+        for trace in read_traces(sources, self.fields, on_bad=on_bad, on_record=self.advance):
+            if trace.finish_reason == "length":
+                self._drop(
+                    trace, "truncated", "finish_reason is length: it would teach a false end"
+                )
+            else:
+                answer = trace.answer if settings.filter_correct else None
+                yield trace, trace.completion_text(), answer
 
-    def _unique(self, trace: RawTrace) -> bool:
-        """Whether no held-out prompt, no earlier trace and no evaluation set has this text."""
+    def _known(self, trace: RawTrace) -> tuple[str, str] | None:
+        """(reason, detail) where this text is held out, came before or is in an evaluation set."""
         if overlap.prompt_key(trace) in self.held_out:
-            self._drop(trace, "held_out_prompt", "the prompt is in data.eval_traces")
-            return False
+            return "held_out_prompt", "the prompt is in data.eval_traces"
         key = overlap.trace_key(trace)
         if self.config.prepare.deduplicate and key in self.seen:
-            self._drop(trace, "duplicate", "an earlier trace has this prompt and completion")
-            return False
+            return "duplicate", "an earlier trace has this prompt and completion"
         if found := self.index.find(trace):
-            self._drop(trace, "overlap", found)
-            return False
+            return "overlap", found
         self.seen.add(key)
-        return True
+        return None
 
     def _encode(self, trace: RawTrace) -> Trace | None:
         """The tokenised trace; None when it was dropped."""
@@ -150,7 +147,7 @@ class Filter:
 
     def provenance(self) -> dict[str, Any]:
         """Manifest fields: who sampled the traces, as they say, and what became of log-probs."""
-        settings, policy = self.config.teacher, self.config.prepare.logprobs
+        teacher, policy = self.config.teacher, self.config.prepare.logprobs
         models = sorted(self.models)
         fields: dict[str, Any] = {
             "sampled_by": {"models": models, "temperatures": sorted(self.temperatures)},
@@ -158,8 +155,8 @@ class Filter:
         }
         if policy == "require":
             fields["teacher"] = {
-                "name": settings.name or ", ".join(models) or "the source of the traces",
-                "revision": settings.revision,
+                "name": teacher.name or ", ".join(models) or "the source of the traces",
+                "revision": teacher.revision,
                 "weights": "unknown: log-probs were delivered with the traces",
             }
         return fields

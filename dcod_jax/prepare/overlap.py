@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -19,6 +19,7 @@ from typing import Any
 from dcod_jax.data.forms import PROMPT_FIELDS
 from dcod_jax.data.raw import RawTrace
 from dcod_jax.errors import DcodError
+from dcod_jax.evaluate.problems import read_records
 from dcod_jax.files import as_path
 
 _WORD = re.compile(r"[^\W_]+")
@@ -78,37 +79,26 @@ def build_index(files: Sequence[str], *, size: int, prompt_field: str = "") -> O
     The prompt is `prompt_field` or one of the usual names, or the user messages of `messages`.
     """
     index = OverlapIndex(size, {}, {})
-    for name in files:
-        path = as_path(name)
-        if not path.is_file():
-            raise DcodError(f"prepare.overlap_files: no such file: {name}")
-        for number, line in enumerate(path.read_bytes().splitlines(), 1):
-            if not line.strip():
-                continue
-            where = f"{name}:{number}"
-            for prompt in _eval_prompts(line, where, prompt_field=prompt_field):
-                text = words(prompt)
-                if 0 < len(text) < size:
-                    index.prompts.setdefault(" ".join(text), where)
-                for gram in _grams(text, size):
-                    index.ngrams.setdefault(gram, where)
+    names = [name for name in (prompt_field, *PROMPT_FIELDS, "messages") if name]
+    for where, record in itertools.chain.from_iterable(read_records(as_path(f)) for f in files):
+        for prompt in _prompts(record, where, names):
+            text = words(prompt)
+            if 0 < len(text) < size:
+                index.prompts.setdefault(" ".join(text), where)
+            for gram in _grams(text, size):
+                index.ngrams.setdefault(gram, where)
     return index
 
 
-def _eval_prompts(line: bytes, where: str, *, prompt_field: str) -> list[str]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise DcodError(f"{where}: an evaluation set must be JSONL in UTF-8: {error}") from error
-    names = [name for name in (prompt_field, *PROMPT_FIELDS, "messages") if name]
-    found = next((n for n in names if isinstance(record, dict) and n in record), None)
-    if found is None:
-        have = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+def _prompts(record: dict[str, Any], where: str, names: Sequence[str]) -> list[str]:
+    name = next((name for name in names if name in record), None)
+    if name is None:
+        have = ", ".join(record)
         raise DcodError(f"{where}: no prompt; expected one of {', '.join(names)}, found {have}")
-    value: Any = record[found]
-    if isinstance(value, list):
-        value = [m.get("content") for m in value if isinstance(m, dict) and m.get("role") == "user"]
-    texts: list[Any] = value if isinstance(value, list) else [value]
+    texts = record[name]
+    if isinstance(texts, list):
+        texts = [m.get("content") for m in texts if isinstance(m, dict) and m.get("role") == "user"]
+    texts = texts if isinstance(texts, list) else [texts]
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise DcodError(f"{where}: {found} must be a string or messages with text")
+        raise DcodError(f"{where}: {name} must be a string or messages with text")
     return texts

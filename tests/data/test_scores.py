@@ -20,19 +20,17 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 def test_scoring_adds_log_probs_and_nothing_else(tmp_path):
-    given, seen = make_traces(21, scored=False), []
+    given = make_traces(21, scored=False)
     directory = write(tmp_path / "d", given)
     manifest = add_scores(
         directory,
         teacher=TEACHER,
         settings={"top_k": 2},
         score_shard=fake_scores,
-        on_shard=lambda done, total: seen.append((done, total)),
     )
     dataset = TraceDataset(directory)
     expected = fake_scores(given)
     assert all(equal(a, b) for a, b in zip(dataset.read(range(21)), expected, strict=True))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
     assert dataset.manifest == manifest
     assert (manifest["teacher"], manifest["score"], manifest["top_k"]) == (TEACHER, {"top_k": 2}, 2)
     assert manifest["captured_mass"] == pytest.approx(0.75)
@@ -87,11 +85,14 @@ class StoppedError(Exception):
 
 
 def stop_after(shards: int):
-    def on_shard(done, total):
-        if done == shards:
-            raise StoppedError
+    left = iter(range(shards))
 
-    return on_shard
+    def score_shard(traces):
+        if next(left, None) is None:
+            raise StoppedError
+        return fake_scores(traces)
+
+    return score_shard
 
 
 def test_a_stopped_scoring_goes_on_and_a_damaged_shard_is_done_again(tmp_path):
@@ -99,13 +100,7 @@ def test_a_stopped_scoring_goes_on_and_a_damaged_shard_is_done_again(tmp_path):
     whole = shutil.copytree(directory, tmp_path / "whole")
     add_scores(whole, teacher=TEACHER, settings={}, score_shard=fake_scores)
     with pytest.raises(StoppedError):
-        add_scores(
-            directory,
-            teacher=TEACHER,
-            settings={},
-            score_shard=fake_scores,
-            on_shard=stop_after(5),
-        )
+        add_scores(directory, teacher=TEACHER, settings={}, score_shard=stop_after(5))
     assert not TraceDataset(directory).scored  # still the old dataset
     with pytest.raises(DcodError, match=r"unfinished scoring has teacher .*big"):
         add_scores(directory, teacher=TEACHER | {"weights": "x"}, settings={}, score_shard=no_call)

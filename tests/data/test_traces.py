@@ -258,10 +258,10 @@ def test_a_bad_record_is_named_and_can_be_set_aside(tmp_path, line: bytes, messa
     assert "t.jsonl:2: " in str(error.value)
     assert "prepare.on_bad_record=quarantine" in str(error.value)
     bad = []
-    assert len(read(path, on_bad=bad.append)) == 2
+    assert len(read(path, on_bad=lambda trace, reason: bad.append(trace))) == 2
     assert [b.source for b in bad] == [f"{path}:2"]
     assert (
-        bad[0].text.encode("utf-8", "ignore")[:20]
+        bad[0].record.encode("utf-8", "ignore")[:20]
         in line.decode("utf-8", "backslashreplace").encode()
     )
 
@@ -295,7 +295,7 @@ def test_a_bad_record_in_a_packed_file_is_named(tmp_path) -> None:
     with pytest.raises(DcodError, match=r"t.jsonl.gz:2: truncated JSON"):
         read(path)
     bad = []
-    assert len(read(path, on_bad=bad.append)) == 1
+    assert len(read(path, on_bad=lambda trace, reason: bad.append(trace))) == 1
     assert bad[0].source == f"{path}:2"
 
 
@@ -311,7 +311,7 @@ def test_a_damaged_packed_file_stops_with_its_name(tmp_path, damage) -> None:
         content = GOOD
     path.write_bytes(content)
     for use in (
-        lambda: read(path, on_bad=lambda bad: None),
+        lambda: read(path, on_bad=lambda trace, reason: None),
         lambda: describe(find_sources(f"{path}")),
     ):
         with pytest.raises(

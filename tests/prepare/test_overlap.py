@@ -68,9 +68,9 @@ def test_a_named_prompt_field_comes_first(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", r"eval.jsonl:1: an evaluation set must be JSONL"),
+        ("{", r"eval.jsonl:1: not JSON"),
         ('{"text": "x"}', r"eval.jsonl:1: no prompt; expected one of prompt, .*found text"),
-        ("[1]", r"eval.jsonl:1: no prompt; .*found list"),
+        ("[1]", r"eval.jsonl:1: expected a JSON object, got list"),
         ('{"prompt": 5}', r"eval.jsonl:1: prompt must be a string"),
         ('{"messages": []}', r"eval.jsonl:1: messages must be a string or messages"),
     ],

@@ -273,7 +273,7 @@ def test_an_interrupted_run_leaves_nothing_to_read(config, monkeypatch) -> None:
         raise KeyboardInterrupt
 
     config.prepare.shard_records = clean.prepare.shard_records
-    monkeypatch.setattr(verb._Job, "finish", interrupted)
+    monkeypatch.setattr(verb.Filter, "provenance", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(config)
     assert not is_prepared(config)
