@@ -15,7 +15,6 @@ without a template gives prompt + completion + eos, prompt and completion being 
 from __future__ import annotations
 
 import functools
-import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -74,6 +73,11 @@ def _render(
         raise DcodError(f"the chat template refuses the roles ({roles}): {error}") from error
     texts, spans = rendered
     return texts[0], [(int(start), int(end)) for start, end in spans[0]] if marks else []
+
+
+def _shared_prefix(left: str, right: str) -> int:
+    differ = (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
+    return next(differ, min(len(left), len(right)))
 
 
 def _squeeze(text: str) -> str:
@@ -143,7 +147,7 @@ def _prompt_end(tokenizer: Tokenizer, text: str, before: Sequence[Message], temp
     """Where the generation prompt after the messages `before` ends in the whole text."""
     prompt, _ = _render(tokenizer, before, template=template, prompt=True)
     if not text.startswith(prompt):
-        same = len(os.path.commonprefix([text, prompt]))
+        same = _shared_prefix(text, prompt)
         raise DcodError(
             f"the chat template is not prefix-stable: before assistant turn {len(before)} the "
             f"prompt goes on {prompt[same:][:60]!r}, the whole conversation "
@@ -212,7 +216,7 @@ def _encode_at(
         last = border
     decoded = decode(tokenizer, ids)
     if decoded != text:
-        place = len(os.path.commonprefix([decoded, text]))
+        place = _shared_prefix(decoded, text)
         raise DcodError(
             "a token of this tokenizer crosses the border between prompt and completion, near "
             f"{text[max(0, place - 20) : place + 20]!r}; end the generation prompt of the "
