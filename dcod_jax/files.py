@@ -236,9 +236,6 @@ def to_json(value: Any) -> bytes:
     return text.encode() + b"\n"
 
 
-# ---------------------------------------------------------------- content that appears whole
-
-
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[pathlib.Path]:
     """Yield a local file to write, which becomes `path` when the body ends without an error.

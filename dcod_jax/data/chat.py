@@ -37,9 +37,6 @@ _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _EMPTY_THINKING = "<think></think>"  # some templates write it before a turn without reasoning
 
 
-# ---------------------------------------------------------------- text and its supervised spans
-
-
 @functools.lru_cache(maxsize=4)
 def _special(tokenizer: Tokenizer) -> re.Pattern[str]:
     """Any special token, as text."""
@@ -176,9 +173,6 @@ def _bos(tokenizer: Tokenizer) -> str:
     """The bos token's text where the tokenizer itself puts one before a text, else ''."""
     first = tokenizer.backend_tokenizer.encode("a", add_special_tokens=True).ids[:1]
     return str(tokenizer.bos_token) if first == [tokenizer.bos_token_id] else ""
-
-
-# ---------------------------------------------------------------- encoding
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -67,9 +67,6 @@ _WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 
 
-# ---------------------------------------------------------------- manifest
-
-
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     replace_file(directory / MANIFEST, to_json(manifest))
 
@@ -167,9 +164,6 @@ def check_fingerprints(
                 f"{dataset.directory / MANIFEST}: written with another {name}: "
                 f"expected {key} {expected}, found {found}; set {mend}"
             )
-
-
-# ---------------------------------------------------------------- writer
 
 
 def write_shard(path: Path, traces: Sequence[Trace]) -> dict[str, Any]:
@@ -270,9 +264,6 @@ class DatasetWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self._finish()
-
-
-# ---------------------------------------------------------------- reader
 
 
 class TraceDataset:

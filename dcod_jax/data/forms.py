@@ -96,9 +96,6 @@ def _answer(record: Record, fields: Fields) -> str | None:
     return raw.check_unicode(str(value), fields.answer)
 
 
-# ---------------------------------------------------------------- prompt and completion
-
-
 def _read_completion(record: Record, fields: Fields) -> Parsed:
     name = _find(record, _names(fields, "completion")) or ""
     value = record[name]
@@ -121,9 +118,6 @@ def _read_conversation(record: Record, fields: Fields) -> Parsed:
     return [], [raw.sampled(record, messages)], record
 
 
-# ---------------------------------------------------------------- vLLM generate
-
-
 def _read_outputs(record: Record, fields: Fields) -> Parsed:
     completions = [_output(output, f"outputs[{i}]") for i, output in enumerate(record["outputs"])]
     return _prompt(record, fields, first="messages"), completions, record
@@ -142,9 +136,6 @@ def _position_logprob(entry: Any, token: object) -> object:
     """The number in one position of a vLLM log-prob list: a number, or {token id: Logprob}."""
     entry = entry.get(str(token), entry) if isinstance(entry, dict) else entry
     return entry.get("logprob") if isinstance(entry, dict) else entry
-
-
-# ---------------------------------------------------------------- OpenAI and vLLM batch output
 
 
 def is_request(record: Record) -> bool:
@@ -201,8 +192,6 @@ def _choice_logprobs(value: object) -> tuple[list[bytes] | None, list[Any] | Non
         return [str(token).encode() for token in found.get("tokens") or []], logprobs
     raise BadRecordError("choice.logprobs has neither content nor token_logprobs")
 
-
-# ---------------------------------------------------------------- the table
 
 FORMS: dict[str, Form] = {
     "OpenAI or vLLM batch output": Form(

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from dcod_jax.errors import DcodError
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
 SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 
 Message = dict[str, str]
@@ -101,31 +101,22 @@ def read_messages(value: object, name: str) -> list[Message]:
 
 
 def read_message(value: object, name: str) -> Message:
-    if isinstance(value, dict) and "from" in value and "role" not in value:
-        return _sharegpt_message(value, name)
-    if not isinstance(value, dict) or "role" not in value or "content" not in value:
+    """A message with role and content, or ShareGPT's with from and value."""
+    sharegpt = isinstance(value, dict) and "from" in value and "role" not in value
+    by, text, roles = ("from", "value", SHAREGPT_ROLES) if sharegpt else ("role", "content", ROLES)
+    if not isinstance(value, dict) or by not in value or text not in value:
         found = ", ".join(value) if isinstance(value, dict) else kind_of(value)
-        raise BadRecordError(f"{name} must have role and content, found {found}")
-    if value["role"] not in ROLES:
-        raise BadRecordError(f"{name} has the role {value['role']!r}; expected {', '.join(ROLES)}")
+        raise BadRecordError(f"{name} must have {by} and {text}, found {found}")
+    if str(value[by]) not in roles:
+        told = "is from" if sharegpt else "has the role"
+        raise BadRecordError(f"{name} {told} {value[by]!r}; expected {', '.join(roles)}")
     for extra in ("tool_calls", "reasoning_content", "reasoning"):
-        if value.get(extra):
+        if value.get(extra) and not sharegpt:
             raise BadRecordError(
                 f"{name} carries {extra} beside its content, which would be lost; write it into "
                 "content in the form that the student is to produce"
             )
-    return {"role": value["role"], "content": read_text(value["content"], f"{name}.content")}
-
-
-def _sharegpt_message(value: Record, name: str) -> Message:
-    role = SHAREGPT_ROLES.get(str(value["from"]))
-    if role is None:
-        raise BadRecordError(
-            f"{name} is from {value['from']!r}; expected {', '.join(SHAREGPT_ROLES)}"
-        )
-    if "value" not in value:
-        raise BadRecordError(f"{name} must have from and value, found {', '.join(value)}")
-    return {"role": role, "content": read_text(value["value"], f"{name}.value")}
+    return {"role": roles[str(value[by])], "content": read_text(value[text], f"{name}.{text}")}
 
 
 def assistant(value: object, name: str) -> list[Message]:
@@ -134,7 +125,5 @@ def assistant(value: object, name: str) -> list[Message]:
 
 def sampled(beside: Record, messages: list[Message], **more: Any) -> RawTrace:
     """A completion with the token ids, log-probs and finish reason that the record has for it."""
-    names = [name for name in ("token_ids", "logprobs") if name not in more]
-    reason = str(beside.get("finish_reason") or "")
-    more |= {name: read_list(beside, name) for name in names}
-    return RawTrace(messages, finish_reason=reason, **more)
+    more |= {n: read_list(beside, n) for n in ("token_ids", "logprobs") if n not in more}
+    return RawTrace(messages, finish_reason=str(beside.get("finish_reason") or ""), **more)

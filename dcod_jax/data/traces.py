@@ -40,9 +40,6 @@ class Source:
 OnBad = Callable[[RawTrace, str], None]  # source and text of a record that cannot be read; why
 
 
-# ---------------------------------------------------------------- finding
-
-
 def find_sources(source: str, *, split: str = "train", key: str = "data.traces") -> list[Source]:
     """Comma-separated files, globs, directories or hub ids, in the order given.
 
@@ -96,9 +93,6 @@ def _directory(path: Path, *, split: str, key: str) -> list[Source]:
     return [_file(p, key=key) for p in (named or files)]
 
 
-# ---------------------------------------------------------------- identity
-
-
 def describe(sources: Sequence[Source]) -> list[dict[str, Any]]:
     """Path, records, bytes and content hash of each source, for manifests and progress bars.
 
@@ -126,9 +120,6 @@ def _describe(source: Source) -> dict[str, Any]:
     if source.kind == "saved":
         found["split"] = source.split
     return {**found, "records": lines if source.kind == "jsonl" else len(_open_rows(source))}
-
-
-# ---------------------------------------------------------------- reading
 
 
 def read_traces(

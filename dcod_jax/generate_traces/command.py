@@ -103,24 +103,42 @@ def _sample_rest(
         track("sampling", total, unit="traces", enabled=enabled) as bar,
     ):
         for block in own:
+            asked = [(problems[index // copies], index % copies) for index in block]
             samples = draw(
                 [prompts[index // copies] for index in block],
                 indices=block,
                 on_batch=lambda sequences, tokens: bar(sequences),
             )
-            texts: list[list[str]] = [[], []]  # of what is accepted, of what is rejected
+            lines: list[list[str]] = [[], []]  # of what is accepted, of what is rejected
             reasons: collections.Counter[str] = collections.Counter()
-            for record, reason in _judged(config, teacher, problems, block, samples, grader):
-                texts[bool(reason)].append(json.dumps(record, ensure_ascii=False) + "\n")
-                reasons.update([reason] if reason else [])
+            to_grade = _to_grade(config, teacher, asked, samples)
+            for (record, reason), grade in grader.stream(to_grade):
+                if grade is not None and not grade.correct:
+                    reason = REJECTED_AS[grade.reason]
+                if reason:
+                    reasons[reason] += 1
+                    record |= {"rejected": reason, "extracted": grade and grade.extracted}
+                lines[bool(reason)].append(json.dumps(record, ensure_ascii=False) + "\n")
             counts = {
                 "sampled": len(block),
-                "traces": len(texts[0]),
+                "traces": len(lines[0]),
                 "tokens": sum(len(s.token_ids) for s in samples),
                 "rejected": dict(reasons),
             }
             if processes > 1 or hosts.first():
-                files.write(block, ["".join(part) for part in texts], counts)
+                files.write(block, ["".join(part) for part in lines], counts)
+
+
+def _to_grade(
+    config: Any, teacher: Teacher, asked: Sequence[tuple[Problem, int]], samples: Sequence[Sample]
+) -> Iterator[tuple[tuple[dict[str, Any], str], str, str | None]]:
+    """((record, reason to reject it), completion, reference answer where it is graded)."""
+    for (problem, copy), drawn in zip(asked, samples, strict=True):
+        text = text_of(teacher.tokenizer, drawn)
+        reason = "empty" if not text.strip() else "" if drawn.finished else "truncated"
+        graded = config.prepare.filter_correct and problem.answer and not reason
+        record = _record(config, problem, copy, text, drawn)
+        yield (record, reason), text, problem.answer if graded else None
 
 
 def _encode_prompts(config: Any, teacher: Teacher, problems: Sequence[Problem]) -> list[list[int]]:
@@ -139,32 +157,6 @@ def _encode_prompts(config: Any, teacher: Teacher, problems: Sequence[Problem]) 
         key="generate.max_new_tokens",
     )
     return prompts
-
-
-def _judged(
-    config: Any,
-    teacher: Teacher,
-    problems: Sequence[Problem],
-    indices: Sequence[int],
-    samples: Sequence[Sample],
-    grader: Grader,
-) -> Iterator[tuple[dict[str, Any], str]]:
-    """(record, "") of an accepted trace, (record, reason) of a rejected one, in order."""
-    copies = config.generate.samples
-
-    def items() -> Iterator[tuple[tuple[dict[str, Any], str], str, str | None]]:
-        for index, drawn in zip(indices, samples, strict=True):
-            problem, text = problems[index // copies], text_of(teacher.tokenizer, drawn)
-            record = _record(config, problem, index % copies, text, drawn)
-            reason = "empty" if not text.strip() else "" if drawn.finished else "truncated"
-            graded = config.prepare.filter_correct and problem.answer and not reason
-            yield (record, reason), text, problem.answer if graded else None
-
-    for (record, reason), verdict in grader.stream(items()):
-        found = None
-        if verdict is not None and not verdict.correct:
-            reason, found = REJECTED_AS[verdict.reason], verdict.extracted
-        yield record | ({"rejected": reason, "extracted": found} if reason else {}), reason
 
 
 def _request(config: Any, teacher: Teacher) -> dict[str, Any]:

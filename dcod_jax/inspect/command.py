@@ -16,7 +16,7 @@ from rich.text import Text
 
 from dcod_jax.data import chat
 from dcod_jax.data.codec import bytes_per_token
-from dcod_jax.data.dataset import MANIFEST, TraceDataset, check_fingerprints, read_manifest
+from dcod_jax.data.dataset import MANIFEST, TraceDataset, check_fingerprints
 from dcod_jax.data.tokenizer import Tokenizer, decode, load_tokenizer, tokenizer_fingerprint
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Location, Path, as_path, atomic_write
@@ -25,6 +25,10 @@ from dcod_jax.types import Trace
 SPLITS = ("train", "eval")
 EXPORT_BATCH = 512  # traces read, scored and written together
 NOT_SCORED = "not scored"
+ARRAYS = (
+    *("token_ids", "completion_mask", "logprobs"),
+    *("topk_ids", "topk_logprobs", "tail_logprobs"),
+)
 Scorer = Callable[[list[Trace]], list[np.ndarray]]  # log-probs of each trace's completion tokens
 
 
@@ -34,10 +38,6 @@ def inspect(args: argparse.Namespace) -> None:
     root = as_path(args.directory)
     paths = [root / name for name in SPLITS if (root / name / MANIFEST).is_file()]
     paths = paths if paths and not (root / MANIFEST).exists() else [root]
-    if args.json:
-        found = {path.name: read_manifest(path) for path in paths}
-        print(json.dumps(found if len(found) > 1 else found[paths[0].name], indent=2))
-        return
     datasets = [TraceDataset(path) for path in paths]
     tokenizer = _tokenizer(args, datasets, console)
     student = _student(args, datasets)
@@ -54,9 +54,6 @@ def inspect(args: argparse.Namespace) -> None:
         console.print(f"{args.export}: {count} traces")
 
 
-# ---------------------------------------------------------------- tokenizer and student
-
-
 def _load_tokenizer(source: Location, datasets: Sequence[TraceDataset]) -> Tokenizer:
     """Raises DcodError where it is not the tokenizer of the datasets."""
     tokenizer = load_tokenizer(source)
@@ -70,19 +67,19 @@ def _tokenizer(
 ) -> Tokenizer | None:
     """The dataset's tokenizer, or None (said so) where the manifest's path leads nowhere."""
     source = args.tokenizer or (datasets[0].manifest.get("tokenizer") or {}).get("source", "")
-    if not args.tokenizer and (not source or not as_path(source).exists()):
-        console.print(
-            f"The tokenizer {source or '(the manifest names none)'} is not here: tokens are shown "
-            "as ids; give --tokenizer",
-            markup=False,
-        )
-        return None
-    return _load_tokenizer(source, datasets)
+    if args.tokenizer or (source and as_path(source).exists()):
+        return _load_tokenizer(source, datasets)
+    console.print(
+        f"The tokenizer {source or '(the manifest names none)'} is not here: tokens are shown "
+        "as ids; give --tokenizer",
+        markup=False,
+    )
+    return None
 
 
 def _student(args: argparse.Namespace, datasets: Sequence[TraceDataset]) -> Scorer | None:
-    """Scores traces with the model of --student or --checkpoint, in float32."""
-    if not args.student and not args.checkpoint:
+    """Scores traces with the model of --student in float32."""
+    if not args.student:
         return None
     # Models and their compiler are loaded only when they are needed.
     import jax.numpy as jnp
@@ -90,11 +87,8 @@ def _student(args: argparse.Namespace, datasets: Sequence[TraceDataset]) -> Scor
     from dcod_jax.models import hf
     from dcod_jax.score.scoring import ScoreSettings, score_traces
 
-    if args.checkpoint:
-        config, params, home = _read_checkpoint(args.checkpoint)
-    else:
-        home = as_path(args.student)
-        config, params = hf.load_model(home, dtype=jnp.float32)
+    home = as_path(args.student)
+    config, params = hf.load_model(home, dtype=jnp.float32)
     settings = ScoreSettings(
         top_k=0,
         batch_tokens=8192,
@@ -110,60 +104,31 @@ def _student(args: argparse.Namespace, datasets: Sequence[TraceDataset]) -> Scor
     return score
 
 
-def _read_checkpoint(run_dir: str) -> tuple[Any, Any, Path]:
-    """(model config, parameters, tokenizer directory) of a run's newest checkpoint."""
-    from dcod_jax.models import hf, transformer
-    from dcod_jax.train.checkpointer import Checkpointer, read_record
-
-    if not (as_path(run_dir) / "checkpoints").is_dir():
-        raise DcodError(f"--checkpoint {run_dir}: expected a run directory with checkpoints/ in it")
-    checkpointer = Checkpointer(run_dir)
-    steps = checkpointer.steps()
-    if not steps:
-        raise DcodError(f"--checkpoint {run_dir}: it holds no finished checkpoint")
-    student = read_record(run_dir, steps[-1]).config["student"]
-    source = as_path(student["path"] or student["config"])
-    config = hf.read_config(source)
-    params, _ = checkpointer.restore_params(transformer.param_shapes(config), step=steps[-1])
-    checkpointer.close()
-    return config, params, as_path(student["tokenizer"] or source)
-
-
-# ---------------------------------------------------------------- printing
-
-
 def print_manifest(dataset: TraceDataset, console: Console) -> None:
-    manifest, totals = dataset.manifest, dataset.manifest["totals"]
     table = Table(title=Text(str(dataset.directory)), show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-
-    def row(name: str, value: object) -> None:
-        table.add_row(Text(name), Text(str(value)))
-
-    lengths = dataset.lengths[:, 0]
-    row("traces", f"{totals['records']:,}")
-    row("tokens", f"{totals['tokens']:,}, of them completion {totals['completion_tokens']:,}")
-    row("trace length", f"mean {lengths.mean():.1f}, {lengths.min()} to {lengths.max()}")
-    size = sum(shard["bytes"] for shard in manifest["shards"])
-    row("shards", f"{len(manifest['shards'])} in {size / 1e6:,.1f} MB, checksums verified")
-    for name in ("tokenizer", "template"):
-        fields = manifest.get(name) or {"fingerprint": "not recorded"}
-        row(name, ", ".join(f"{key} {value}" for key, value in sorted(fields.items())))
-    counts = manifest.get("counts") or {}
-    for name, value in counts.items():
-        if name != "dropped":
-            row(name, f"{value:,}")
-    for reason, count in sorted(counts.get("dropped", {}).items()):
-        row(f"dropped: {reason}", f"{count:,}")
-    for source in manifest.get("sources") or []:
-        row("source", ", ".join(f"{key} {value}" for key, value in sorted(source.items())))
-    for name, value in _score_rows(manifest):
-        row(name, value)
+    for name, value in _manifest_rows(dataset):
+        table.add_row(Text(name), Text(value))
     console.print(table)
 
 
-def _score_rows(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _manifest_rows(dataset: TraceDataset) -> Iterator[tuple[str, str]]:
+    manifest, lengths = dataset.manifest, dataset.lengths[:, 0]
+    totals, shards = manifest["totals"], manifest["shards"]
+    yield "traces", f"{totals['records']:,}"
+    yield "tokens", f"{totals['tokens']:,}, of them completion {totals['completion_tokens']:,}"
+    yield "trace length", f"mean {lengths.mean():.1f}, {lengths.min()} to {lengths.max()}"
+    size = sum(shard["bytes"] for shard in shards)
+    yield "shards", f"{len(shards)} in {size / 1e6:,.1f} MB, checksums verified"
+    for name in ("tokenizer", "template"):
+        yield name, _fields(manifest.get(name) or {"fingerprint": "not recorded"})
+    counts = dict(manifest.get("counts") or {})
+    dropped = {f"dropped: {k}": n for k, n in sorted(counts.pop("dropped", {}).items())}
+    for name, value in (counts | dropped).items():
+        yield name, f"{value:,}"
+    for source in manifest.get("sources") or []:
+        yield "source", _fields(source)
     if not manifest["scored"]:
         yield "teacher log-probs", NOT_SCORED
         return
@@ -177,6 +142,10 @@ def _score_rows(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "stored", f"{kept}, {bytes_per_token(top_k)} bytes a completion token"
     if "captured_mass" in manifest:
         yield "captured mass", f"{manifest['captured_mass']:.4%}"
+
+
+def _fields(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in sorted(values.items()))
 
 
 def print_trace(
@@ -195,31 +164,24 @@ def print_trace(
     table = Table()
     for name in ("place", "token", "supervised", "teacher log p", "student log q", "log q - log p"):
         table.add_column(name, justify="left" if name == "token" else "right", no_wrap=True)
-    entry = np.cumsum(trace.completion_mask) - 1
-    shown = len(trace.token_ids) if not limit else min(limit, len(trace.token_ids))
-    for place in range(shown):
-        token_id = int(trace.token_ids[place])
-        text = str(token_id)
-        if tokenizer is not None:
-            text = repr(decode(tokenizer, [token_id]))
-        cells = ["", "", ""]
-        if supervised := bool(trace.completion_mask[place]):
-            cells = _scores(trace.logprobs, student, int(entry[place]))
-        table.add_row(str(place), Text(text), "yes" if supervised else "", *cells)
+    entries = np.cumsum(trace.completion_mask) - 1
+    shown = trace.token_ids[: limit or None].tolist()
+    for place, token_id in enumerate(shown):
+        text = str(token_id) if tokenizer is None else repr(decode(tokenizer, [token_id]))
+        cells = ["", "", "", ""]
+        if trace.completion_mask[place]:
+            cells = ["yes", *_scores(trace.logprobs, student, int(entries[place]))]
+        table.add_row(str(place), Text(text), *cells)
     console.print(table)
-    if shown < len(trace.token_ids):
-        console.print(f"{len(trace.token_ids) - shown} more tokens; --tokens 0 shows all")
+    if len(shown) < len(trace.token_ids):
+        console.print(f"{len(trace.token_ids) - len(shown)} more tokens; --tokens 0 shows all")
 
 
 def _scores(teacher: np.ndarray | None, student: np.ndarray | None, entry: int) -> list[str]:
     p = NOT_SCORED if teacher is None else f"{teacher[entry]:.4f}"
     q = "" if student is None else f"{student[entry]:.4f}"
-    if teacher is None or student is None:
-        return [p, q, ""]
-    return [p, q, f"{student[entry] - teacher[entry]:+.4f}"]
-
-
-# ---------------------------------------------------------------- export
+    both = teacher is not None and student is not None
+    return [p, q, f"{student[entry] - teacher[entry]:+.4f}" if both else ""]
 
 
 def export(
@@ -261,16 +223,9 @@ def _batches(
 def _record(
     trace: Trace, split: str, tokenizer: Tokenizer | None, student: np.ndarray | None
 ) -> dict[str, Any]:
-    topk = trace.topk_logprobs
-    arrays = {
-        "token_ids": trace.token_ids,
-        "completion_mask": trace.completion_mask,
-        "logprobs": trace.logprobs,
-        "topk_ids": trace.topk_ids,
-        "topk_logprobs": None if topk is None else topk.astype(np.float32),
-        "tail_logprobs": trace.tail_logprobs,
-        "student_logprobs": student,
-    }
+    arrays = {name: getattr(trace, name) for name in ARRAYS} | {"student_logprobs": student}
+    if trace.topk_logprobs is not None:
+        arrays["topk_logprobs"] = trace.topk_logprobs.astype(np.float32)
     return {
         "split": split,
         "id": trace.id,
@@ -291,21 +246,13 @@ def _write_parquet(path: pathlib.Path, batches: Iterator[list[dict[str, Any]]]) 
     from pyarrow import parquet
 
     floats, ints = pa.list_(pa.float32()), pa.list_(pa.int32())
-    schema = pa.schema(
-        {
-            "split": pa.string(),
-            "id": pa.string(),
-            "text": pa.string(),
-            "token_ids": ints,
-            "completion_mask": pa.list_(pa.bool_()),
-            "logprobs": floats,
-            "topk_ids": pa.list_(ints),
-            "topk_logprobs": pa.list_(floats),
-            "tail_logprobs": floats,
-            "student_logprobs": floats,
-            "meta": pa.string(),
-        }
-    )
+    types = {
+        **dict.fromkeys(("split", "id", "text"), pa.string()),
+        **dict.fromkeys((*ARRAYS, "student_logprobs"), floats),
+        **{"token_ids": ints, "completion_mask": pa.list_(pa.bool_())},
+        **{"topk_ids": pa.list_(ints), "topk_logprobs": pa.list_(floats), "meta": pa.string()},
+    }
+    schema = pa.schema(types)
     with parquet.ParquetWriter(path, schema) as file:
         for batch in batches:
             rows = [row | {"meta": json.dumps(row["meta"], ensure_ascii=False)} for row in batch]

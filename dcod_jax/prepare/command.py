@@ -64,9 +64,6 @@ def prepare(config: Any) -> Path:
     return root
 
 
-# ---------------------------------------------------------------- inputs and their identity
-
-
 def _sources(config: Any) -> dict[str, list[Source]]:
     """{key of the config: its raw traces}; DcodError when a file is not there."""
     split, held_out = config.data.split, config.data.eval_traces
@@ -156,9 +153,6 @@ def is_prepared(config: Any) -> bool:
         log.warning("%s: taken as it is, the raw traces cannot be compared (%s)", root, error)
     _compare(root, manifest.get("prepared_from", {}), wanted)
     return True
-
-
-# ---------------------------------------------------------------- writing
 
 
 def _write_dataset(config: Any, root: Path) -> None:
