@@ -25,7 +25,7 @@ def local_copy(path: Path, *, sha256: str = "") -> pathlib.Path:
     if isinstance(path, pathlib.Path):
         return path
     with _copying(path):
-        copy = _cached(sha256 or _digest(str(path), path.version())) / path.name
+        copy = _cached(sha256 or f"{path}\n{path.version()}") / path.name
         if not copy.is_file() or (sha256 and file_sha256(copy) != sha256):
             _fetch(path, copy)
             if sha256 and (found := file_sha256(copy)) != sha256:
@@ -45,7 +45,7 @@ def local_directory(
         return path
     with _copying(path):
         files = [file for file in path.rglob("*") if wanted(file.name)]
-        copies = _cached(_digest(str(path), *(f"{file} {file.version()}" for file in files)))
+        copies = _cached("\n".join([str(path), *(f"{f} {f.version()}" for f in files)]))
         for file in files:
             copy = copies / file.relative_to(path)
             if not copy.is_file():
@@ -64,14 +64,10 @@ def _copying(path: RemotePath) -> Iterator[None]:
         ) from error
 
 
-def _cached(digest: str) -> pathlib.Path:
-    """The directory of a digest in $DCOD_CACHE_DIR, else in ~/.cache/dcod_jax."""
+def _cached(content: str) -> pathlib.Path:
+    """The directory of what this text names, in $DCOD_CACHE_DIR, else in ~/.cache/dcod_jax."""
     home = os.environ.get(CACHE) or pathlib.Path.home() / ".cache" / "dcod_jax"
-    return pathlib.Path(home) / digest[:32]
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return pathlib.Path(home) / hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 def _fetch(path: RemotePath, copy: pathlib.Path) -> None:
@@ -107,9 +103,11 @@ class Mirror:
         self._sent = self._present()
 
     def _present(self) -> dict[str, tuple[int, int]]:
-        found = {path: path.stat() for path in self.directory.rglob("*") if path.is_file()}
-        names = {path: path.relative_to(self.directory).as_posix() for path in found}
-        return {names[path]: (now.st_size, now.st_mtime_ns) for path, now in found.items()}
+        return {
+            path.relative_to(self.directory).as_posix(): (now.st_size, now.st_mtime_ns)
+            for path in self.directory.rglob("*")
+            if path.is_file() and (now := path.stat())
+        }
 
     def send(self) -> None:
         """Upload every file that changed since the last time; an object is replaced whole."""

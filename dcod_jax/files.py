@@ -95,8 +95,7 @@ class RemotePath:
         yield from (path for path in found if fnmatch.fnmatchcase(path.name, pattern))
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
-        place = f"{self}/{pattern}" if self.key else f"{self}{pattern}"
-        yield from sorted(map(self._of, self._run("list", lambda store, _: store.glob(place))))
+        yield from sorted(map(self._of, (self / pattern)._run("list", lambda s, p: s.glob(p))))
 
     def open(self, mode: str = "r", **options: Any) -> Any:
         return self._run("open", lambda store, path: store.open(path, mode, **options))
@@ -205,11 +204,11 @@ def _driver_errors(protocol: str) -> tuple[type[BaseException], ...]:
 
 def find(pattern: str) -> list[Path]:
     """The files that a glob pattern matches, sorted by name."""
-    if "://" not in pattern:
-        found = map(pathlib.Path, glob.glob(pattern, recursive=True))
-        return sorted((path for path in found if path.is_file()), key=str)
-    protocol, _, key = pattern.partition("://")
-    return sorted(RemotePath("gs" if protocol == "gcs" else protocol, "").glob(key))
+    path = as_path(pattern)
+    if isinstance(path, RemotePath):
+        return sorted(RemotePath(path.protocol, "").glob(path.key))
+    found = map(pathlib.Path, glob.glob(str(path), recursive=True))
+    return sorted((path for path in found if path.is_file()), key=str)
 
 
 def file_size(path: Path) -> int:

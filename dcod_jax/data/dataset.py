@@ -54,11 +54,7 @@ MANIFEST = "manifest.json"
 LENGTHS = "lengths.npy"
 _FIELDS = {"shards": list, "lengths": dict, "totals": dict, "scored": bool, "top_k": int}
 _OWN_FILES = (
-    "traces-*.array_record",
-    "scored-*.array_record",
-    "*.array_record.tmp",
-    "*.json.tmp",
-    LENGTHS + "*",
+    "traces-*.array_record scored-*.array_record *.array_record.tmp *.json.tmp lengths.npy*"
 )
 _MEND = "restore the file from a good copy, or prepare (and score) the dataset again"
 # One record per chunk, no compression: two to three times the random reads of zstd for a fifth
@@ -135,7 +131,7 @@ def remove_unlisted(directory: Path, manifest: dict[str, Any] | None = None) -> 
     kept = {MANIFEST}
     if manifest:
         kept |= {entry["file"] for entry in [*manifest["shards"], manifest["lengths"]]}
-    for path in {path for pattern in _OWN_FILES for path in directory.glob(pattern)}:
+    for path in {path for pattern in _OWN_FILES.split() for path in directory.glob(pattern)}:
         if path.name not in kept:
             path.unlink()
 

@@ -103,7 +103,7 @@ def describe(sources: Sequence[Source]) -> list[dict[str, Any]]:
 
 def _describe(source: Source) -> dict[str, Any]:
     if source.kind == "hub":
-        rows = _open_hub(source)
+        rows = _open_rows(source)
         splits = rows.info.splits or {}
         count = splits[source.split].num_examples if source.split in splits else 0
         return {"path": source.path, "kind": "hub", "split": source.split, "records": count}
@@ -116,10 +116,11 @@ def _describe(source: Source) -> dict[str, Any]:
                 digest.update(block)
                 size += len(block)
                 lines += block.count(b"\n")
+    records = lines if source.kind == "jsonl" else len(_open_rows(source))
     found = {"path": source.path, "kind": source.kind, "bytes": size, "sha256": digest.hexdigest()}
-    if source.kind == "saved":
-        found["split"] = source.split
-    return {**found, "records": lines if source.kind == "jsonl" else len(_open_rows(source))}
+    return (
+        found | {"records": records} | ({"split": source.split} if source.kind == "saved" else {})
+    )
 
 
 def read_traces(
@@ -197,45 +198,37 @@ def _parse(line: bytes) -> Any:
 
 
 def _read_rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
-    rows = _open_hub(source) if source.kind == "hub" else _open_rows(source)
     label = source.path if source.kind == "parquet" else f"{source.path}[{source.split}]"
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(_open_rows(source), 1):
         yield f"{label}:{number}", {name: value for name, value in row.items() if value is not None}
 
 
 def _open_rows(source: Source) -> Any:
-    """A random-access HF dataset from local files."""
+    """An HF dataset: streamed from the hub (or its local cache), else random access to files."""
     import datasets
     from datasets.exceptions import DatasetsError
 
     path = as_path(source.path)
     try:
+        if source.kind == "hub":
+            return datasets.load_dataset(source.path, split=source.split, streaming=True)
         if source.kind == "parquet":
             return datasets.Dataset.from_parquet(str(local_copy(path)))
         found: Any = datasets.load_from_disk(str(local_directory(path)))
     except (OSError, ValueError, DatasetsError) as error:
-        raise DcodError(f"{source.path} is not a readable HF dataset: {error}") from error
-    if isinstance(found, datasets.DatasetDict):
-        if source.split not in found:
-            raise DcodError(
-                f"{source.path} has the splits {', '.join(map(str, found))}, not {source.split!r}; "
-                "set data.split"
-            )
-        return found[source.split]
-    return found
-
-
-def _open_hub(source: Source) -> Any:
-    """A streamed HF dataset from the hub (or its local cache)."""
-    import datasets
-    from datasets.exceptions import DatasetsError
-
-    try:
-        return datasets.load_dataset(source.path, split=source.split, streaming=True)
-    except (OSError, ValueError, DatasetsError) as error:
+        if source.kind != "hub":
+            raise DcodError(f"{source.path} is not a readable HF dataset: {error}") from error
         reason = f"{type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0]}"
         raise DcodError(
             f"data.traces: there is no file or directory {source.path!r} here, and the hub "
             f"dataset {source.path!r}, split {source.split!r}, cannot be opened "
             f"({reason}); without the hub give a local path"
         ) from error
+    if not isinstance(found, datasets.DatasetDict):
+        return found
+    if source.split not in found:
+        raise DcodError(
+            f"{source.path} has the splits {', '.join(map(str, found))}, not {source.split!r}; "
+            "set data.split"
+        )
+    return found[source.split]
