@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dcod_jax.data.blocks import Blocks
-from dcod_jax.data.codec import score_kind
+from dcod_jax.data.codec import encode, score_kind
 from dcod_jax.data.dataset import (
     TraceDataset,
     read_manifest,
@@ -102,8 +102,7 @@ def add_scores(
     for number in range(process, len(shards), processes):
         if number in done:
             continue
-        traces = dataset.read(range(dataset.starts[number], dataset.starts[number + 1]))
-        bare = [Trace(t.id, t.token_ids, t.completion_mask, meta=t.meta) for t in traces]
+        bare = _bare(dataset.read(range(dataset.starts[number], dataset.starts[number + 1])))
         scored = score_shard(bare)
         _check_scored(bare, scored, shard=shards[number]["file"])
         if write:
@@ -117,17 +116,16 @@ def add_scores(
     return read_manifest(path)
 
 
+def _bare(traces: Sequence[Trace]) -> list[Trace]:
+    """The traces without scores."""
+    return [Trace(t.id, t.token_ids, t.completion_mask, meta=t.meta) for t in traces]
+
+
 def _check_scored(given: Sequence[Trace], scored: Sequence[Trace], *, shard: str) -> None:
     """Scoring may add log-probs to traces and nothing else."""
-    same = len(given) == len(scored) and all(
-        before.id == after.id
-        and np.array_equal(before.token_ids, after.token_ids)
-        and np.array_equal(before.completion_mask, after.completion_mask)
-        and after.logprobs is not None
-        for before, after in zip(given, scored, strict=True)
-    )
+    same = [*map(encode, _bare(scored))] == [*map(encode, given)]
     kinds = {score_kind(trace) for trace in scored}
-    if not same or len(kinds) != 1:
+    if not same or len(kinds) != 1 or not min(kinds)[0]:
         raise DcodError(
             f"scoring {shard} must return its {len(given)} traces unchanged and in order with "
             f"logprobs and one top-k; got {len(scored)} traces of (scored, top-k) {sorted(kinds)}"

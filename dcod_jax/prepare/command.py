@@ -64,23 +64,17 @@ def prepare(config: Any) -> Path:
     return root
 
 
-def _sources(config: Any) -> dict[str, list[Source]]:
-    """{key of the config: its raw traces}; DcodError when a file is not there."""
-    split, held_out = config.data.split, config.data.eval_traces
+def _inputs(config: Any) -> tuple[dict[str, list[Source]], dict[str, list[dict[str, Any]]]]:
+    """By key of the config its raw traces and their descriptions; DcodError when one is missing."""
+    split, key = config.data.split, "data.eval_traces"
     train = find_sources(traces_source(config), split=split)
-    key = "data.eval_traces"
-    return {
-        "data.traces": train,
-        key: find_sources(held_out, split=split, key=key) if held_out else [],
-    }
-
-
-def _contents(files: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """The files without their paths, where the content is known: a moved file is the same."""
-    return {
-        key: [{k: file[k] for k in file if k != "path" or "sha256" not in file} for file in found]
-        for key, found in files.items()
-    }
+    held_out = (
+        find_sources(config.data.eval_traces, split=split, key=key)
+        if config.data.eval_traces
+        else []
+    )
+    sources = {"data.traces": train, key: held_out}
+    return sources, {key: describe(found) for key, found in sources.items()}
 
 
 def traces_source(config: Any) -> str:
@@ -90,8 +84,13 @@ def traces_source(config: Any) -> str:
     return str(as_path(config.run_dir) / "traces.jsonl")
 
 
-def _identity(config: Any, tokenizer: Tokenizer) -> dict[str, Any]:
-    """All that the dataset follows from beside the traces, flat, as a manifest gives it back."""
+def _identity(
+    config: Any, tokenizer: Tokenizer, files: dict[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
+    """All that the dataset follows from, flat, as a manifest gives it back.
+
+    Files stand for their content where it is known: a moved file is the same.
+    """
     if config.data.eval_traces and config.data.eval_fraction:
         raise DcodError(
             "data.eval_traces and data.eval_fraction are both set; held-out traces come from one"
@@ -106,15 +105,17 @@ def _identity(config: Any, tokenizer: Tokenizer) -> dict[str, Any]:
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "chat template": template_fingerprint(tokenizer),
     }
+    for key, found in files.items():
+        identity[key] = [
+            {k: file[k] for k in file if k != "path" or "sha256" not in file} for file in found
+        ]
     return json.loads(json.dumps(identity))
 
 
 def _compare(root: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Refuse a dataset that was made from something else, naming what differs."""
     differ = []
-    for key in wanted:
-        if key in found and found[key] == wanted[key]:
-            continue
+    for key in (key for key in wanted if key not in found or found[key] != wanted[key]):
         plain = not isinstance(wanted[key], list) and key not in ("tokenizer", "chat template")
         was = f" (it was {found.get(key)!r}, now {wanted[key]!r})" if plain else ""
         differ.append(f"{key}{was}")
@@ -146,21 +147,20 @@ def is_prepared(config: Any) -> bool:
     manifest = read_manifest(root / "train")
     if not traces_source(config):
         return True
-    wanted = _identity(config, student_tokenizer(config.student))
+    files = {}
     try:
-        wanted |= _contents({key: describe(found) for key, found in _sources(config).items()})
+        _, files = _inputs(config)
     except DcodError as error:
         log.warning("%s: taken as it is, the raw traces cannot be compared (%s)", root, error)
+    wanted = _identity(config, student_tokenizer(config.student), files)
     _compare(root, manifest.get("prepared_from", {}), wanted)
     return True
 
 
 def _write_dataset(config: Any, root: Path) -> None:
     tokenizer, student, settings = student_tokenizer(config.student), config.student, config.prepare
-    identity = _identity(config, tokenizer)
-    sources = _sources(config)
-    files = {key: describe(found) for key, found in sources.items()}
-    identity |= _contents(files)
+    sources, files = _inputs(config)
+    identity = _identity(config, tokenizer, files)
     work = root.with_name(root.name + ".partial")
     remove_tree(work)  # what an interrupted run left is not resumed
     work.mkdir(parents=True)

@@ -76,19 +76,6 @@ def _check_ids(tokenizer: Tokenizer, ours: list[int], theirs: list[Any]) -> None
             )
 
 
-def _check_count(tokenizer: Tokenizer, ours: list[int], count: int, *, what: str) -> None:
-    if count == len(ours):
-        return
-    message = f"{count} {what} for the {len(ours)} tokens of the completion"
-    if count == len(ours) - 1:
-        end = tokenizer.convert_ids_to_tokens(ours[-1])
-        message += (
-            f"; the last of ours is the end-of-turn token {end!r}: it needs a log-prob too, and "
-            "a trace that was cut off must say finish_reason=length"
-        )
-    raise DcodError(f"{message}; {_OTHERWISE}")
-
-
 def delivered_logprobs(
     tokenizer: Tokenizer, trace: RawTrace, completion_ids: Int[np.ndarray, " C"]
 ) -> Float[np.ndarray, " C"]:
@@ -103,31 +90,39 @@ def delivered_logprobs(
             "log-probs cover one completion, but several assistant messages are supervised; give "
             "the earlier ones as the prompt and the last one as the completion"
         )
-    ours = completion_ids.tolist()
-    _check_count(tokenizer, ours, len(trace.logprobs), what="logprobs")
+    ours, texts = completion_ids.tolist(), trace.token_bytes or None
+    given = {"logprobs": trace.logprobs, "token_ids": trace.token_ids, "token texts": texts}
+    for what, values in given.items():
+        if values is not None and len(values) != len(ours):
+            raise DcodError(_wrong_count(tokenizer, ours, len(values), what))
     if trace.token_ids is not None:
-        _check_count(tokenizer, ours, len(trace.token_ids), what="token_ids")
         _check_ids(tokenizer, ours, trace.token_ids)
-    elif trace.token_bytes:
-        _check_count(tokenizer, ours, len(trace.token_bytes), what="token texts")
-        _check_texts(tokenizer, ours, trace.token_bytes)
+    elif texts is not None:
+        _check_texts(tokenizer, ours, texts)
     else:
         raise DcodError(
             "logprobs without token_ids cannot be matched with the tokens; add token_ids, or "
             "set prepare.logprobs=ignore"
         )
     for position, value in enumerate(trace.logprobs):
-        _check_value(position, value)
+        name = f"logprobs[{position}] is"
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise DcodError(f"{name} {value!r}; expected a number")
+        if math.isnan(value):
+            raise DcodError(f"{name} NaN")
+        if math.isinf(value):
+            raise DcodError(f"{name} {value}; a sampled token has a finite log-prob")
+        if value > 0:  # a log-softmax in float32 never exceeds 0
+            raise DcodError(f"{name} {value}, above 0: not a log-probability")
     return np.asarray(trace.logprobs, np.float32)
 
 
-def _check_value(position: int, value: object) -> None:
-    """Strict: a sampler's log-softmax in float32 never exceeds 0, so neither may this."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise DcodError(f"logprobs[{position}] is {value!r}; expected a number")
-    if math.isnan(value):
-        raise DcodError(f"logprobs[{position}] is NaN")
-    if math.isinf(value):
-        raise DcodError(f"logprobs[{position}] is {value}; a sampled token has a finite log-prob")
-    if value > 0:
-        raise DcodError(f"logprobs[{position}] is {value}, above 0: not a log-probability")
+def _wrong_count(tokenizer: Tokenizer, ours: list[int], count: int, what: str) -> str:
+    message = f"{count} {what} for the {len(ours)} tokens of the completion"
+    if count == len(ours) - 1:
+        end = tokenizer.convert_ids_to_tokens(ours[-1])
+        message += (
+            f"; the last of ours is the end-of-turn token {end!r}: it needs a log-prob too, and "
+            "a trace that was cut off must say finish_reason=length"
+        )
+    return f"{message}; {_OTHERWISE}"
