@@ -50,10 +50,7 @@ class BlockFiles(Blocks):
         self.manifest = paths[0].with_name(paths[0].name + ".manifest.json")
 
     def finished(self) -> tuple[dict[str, Any] | None, str]:
-        """(manifest, "") of a finished result of this request; (None, what is there instead).
-
-        (None, "") when nothing is there.
-        """
+        """(manifest, "") of a finished result of this request; (None, what is there or "")."""
         if not self.paths[0].exists():
             return None, ""
         if not self.manifest.exists():
@@ -96,10 +93,7 @@ class BlockFiles(Blocks):
         return self.directory / f"{_name(block)}.{place}.jsonl"
 
     def finish(self) -> dict[str, Any]:
-        """Join the blocks of all processes in their order; returns the manifest.
-
-        It has the sums of the blocks' counts. The first file gets its name last.
-        """
+        """Join the blocks of all processes in their order; returns the sums of their counts."""
         hosts.barrier("the blocks")
         if hosts.first():
             self._join()
@@ -108,7 +102,7 @@ class BlockFiles(Blocks):
 
     def _join(self) -> None:
         done, hashes = self.done(), {}
-        for place, path in reversed(list(enumerate(self.paths))):
+        for place, path in reversed(list(enumerate(self.paths))):  # the first one last
             with atomic_write(path) as temporary:
                 with temporary.open("wb") as whole:
                     for block in done:

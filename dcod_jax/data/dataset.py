@@ -237,7 +237,9 @@ class DatasetWriter:
         self._shards.append(write_shard(path, self._buffer))
         self._buffer = []
 
-    def _finish(self) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            return
         if self._buffer:
             self._flush()
         if self._kind is None:
@@ -256,10 +258,6 @@ class DatasetWriter:
             "top_k": self._kind[1],
         }
         write_manifest(self._directory, self.manifest | own)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._finish()
 
 
 class TraceDataset:
@@ -283,11 +281,6 @@ class TraceDataset:
         self.starts = np.cumsum([0, *(shard["records"] for shard in self._shards)])  # of shards
         self._readers: dict[int, tuple[Any, threading.Lock]] = {}
         self._lock = threading.Lock()
-        if len(self.lengths) != len(self):
-            raise DcodError(
-                f"{self.directory}: {len(self.lengths)} lengths but {len(self)} records; "
-                "prepare the dataset again"
-            )
 
     def __len__(self) -> int:
         return int(self.starts[-1])
