@@ -113,7 +113,7 @@ def _read_conversation(record: Record, fields: Fields) -> Parsed:
         raise BadRecordError(
             f"the last of {name} is by {messages[-1]['role']!r}, and there is no completion"
         )
-    if messages[0]["role"] == "assistant" or len(messages) < 2:
+    if messages[0]["role"] == "assistant":
         raise BadRecordError(f"{name} has no prompt before its first assistant message")
     return [], [raw.sampled(record, messages)], record
 

@@ -69,14 +69,11 @@ class Filter:
         self.temperatures: set[float] = set()
         self.unused_logprobs = 0
 
-    def _drop(self, trace: RawTrace, reason: str, detail: str) -> None:
+    def _drop(self, trace: RawTrace, detail: str, reason: str = "bad_record") -> None:
         self.counts.dropped[reason] += 1
         line = {"source": trace.source, "id": trace.id, "reason": reason, "detail": detail}
         line["record"] = trace.record
         self.quarantine.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-
-    def _bad(self, trace: RawTrace, detail: str) -> None:
-        self._drop(trace, "bad_record", detail)
 
     def run(self, sources: Sequence[Source]) -> Iterator[tuple[RawTrace, Trace]]:
         """(RawTrace, Trace) of what is kept."""
@@ -85,7 +82,7 @@ class Filter:
                 detail = (
                     f"answer {grade.extracted!r} by rule {grade.rule}, expected {trace.answer!r}"
                 )
-                self._drop(trace, REJECTED_AS[grade.reason], detail)
+                self._drop(trace, detail, REJECTED_AS[grade.reason])
             elif known := self._known(trace):
                 self._drop(trace, *known)
             elif encoded := self._encode(trace):
@@ -95,25 +92,25 @@ class Filter:
     def _to_grade(self, sources: Sequence[Source]) -> Iterator[tuple[RawTrace, str, str | None]]:
         """(whole trace, completion, reference answer where it is graded)."""
         settings = self.config.prepare
-        on_bad = self._bad if settings.on_bad_record == "quarantine" else None
+        on_bad = self._drop if settings.on_bad_record == "quarantine" else None
         for trace in read_traces(sources, self.fields, on_bad=on_bad, on_record=self.advance):
             if trace.finish_reason == "length":
                 self._drop(
-                    trace, "truncated", "finish_reason is length: it would teach a false end"
+                    trace, "finish_reason is length: it would teach a false end", "truncated"
                 )
             else:
                 answer = trace.answer if settings.filter_correct else None
                 yield trace, trace.completion_text(), answer
 
     def _known(self, trace: RawTrace) -> tuple[str, str] | None:
-        """(reason, detail) where this text is held out, came before or is in an evaluation set."""
+        """(detail, reason) where this text is held out, came before or is in an evaluation set."""
         if overlap.prompt_key(trace) in self.held_out:
-            return "held_out_prompt", "the prompt is in data.eval_traces"
+            return "the prompt is in data.eval_traces", "held_out_prompt"
         key = overlap.trace_key(trace)
         if self.config.prepare.deduplicate and key in self.seen:
-            return "duplicate", "an earlier trace has this prompt and completion"
+            return "an earlier trace has this prompt and completion", "duplicate"
         if found := self.index.find(trace):
-            return "overlap", found
+            return found, "overlap"
         self.seen.add(key)
         return None
 
@@ -125,7 +122,7 @@ class Filter:
                 self.tokenizer, trace.messages, first_completion=trace.first_completion
             )
             if len(ids) > limit:
-                self._drop(trace, "too_long", f"{len(ids)} tokens, data.max_length={limit}")
+                self._drop(trace, f"{len(ids)} tokens, data.max_length={limit}", "too_long")
                 return None
             logprobs = None
             if self.config.prepare.logprobs == "require":
@@ -133,7 +130,7 @@ class Filter:
         except DcodError as error:
             if self.config.prepare.on_bad_record == "error":
                 raise DcodError(f"{trace.source}: {error}") from error
-            self._drop(trace, "bad_record", str(error))
+            self._drop(trace, str(error))
             return None
         self.unused_logprobs += trace.logprobs is not None and logprobs is None
         self.models |= {trace.model} - {""}
