@@ -56,10 +56,6 @@ class RemotePath:
         return pathlib.PurePosixPath(self.key).suffix
 
     @property
-    def suffixes(self) -> list[str]:
-        return pathlib.PurePosixPath(self.key).suffixes
-
-    @property
     def parent(self) -> RemotePath:
         return self._of(self.key.rpartition("/")[0] or self.key)
 

@@ -279,22 +279,20 @@ class TraceDataset:
         self.scored: bool = self.manifest["scored"]
         self.top_k: int = self.manifest["top_k"]
         self.starts = np.cumsum([0, *(shard["records"] for shard in self._shards)])  # of shards
-        self._readers: dict[int, tuple[Any, threading.Lock]] = {}
+        self._readers: dict[int, Any] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def _reader(self, shard: int) -> tuple[Any, threading.Lock]:
-        with self._lock:
-            if shard not in self._readers:
-                entry = self._shards[shard]
-                path = local_copy(self.directory / entry["file"], sha256=entry["sha256"])
-                reader = array_record_module.ArrayRecordReader(
-                    str(path), _READER_OPTIONS, file_reader_buffer_size=1 << 12
-                )
-                self._readers[shard] = reader, threading.Lock()
-            return self._readers[shard]
+    def _reader(self, shard: int) -> Any:
+        if shard not in self._readers:
+            entry = self._shards[shard]
+            path = local_copy(self.directory / entry["file"], sha256=entry["sha256"])
+            self._readers[shard] = array_record_module.ArrayRecordReader(
+                str(path), _READER_OPTIONS, file_reader_buffer_size=1 << 12
+            )
+        return self._readers[shard]
 
     def read_records(self, indices: Sequence[int] | np.ndarray) -> list[bytes]:
         """The encoded records of these traces, in the order asked for."""
@@ -306,9 +304,9 @@ class TraceDataset:
         for shard in np.unique(shards).tolist():
             places = np.flatnonzero(shards == shard)
             positions = (wanted[places] - self.starts[shard]).tolist()
-            reader, lock = self._reader(shard)
             try:
-                with lock:
+                with self._lock:
+                    reader = self._reader(shard)
                     # seek and read take 4 us of CPU a record, reader.read(positions) 20; the
                     # latter's threads also abort a process that ends while they read.
                     for place, position in zip(places.tolist(), positions, strict=True):

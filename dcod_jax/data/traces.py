@@ -73,9 +73,9 @@ def _file(path: Path, *, key: str) -> Source:
         return Source("jsonl", str(path))
     if path.suffix == ".parquet":
         return Source("parquet", str(path))
-    suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+    inner = as_path(path.stem).suffix if path.suffix == ".gz" else ""
     raise DcodError(
-        f"{key}: {path} has the suffix {suffix!r}; expected "
+        f"{key}: {path} has the suffix {inner + path.suffix!r}; expected "
         f"{', '.join(JSONL_SUFFIXES)} (one object a line) or .parquet"
     )
 
