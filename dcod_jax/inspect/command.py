@@ -180,8 +180,9 @@ def print_trace(
 def _scores(teacher: np.ndarray | None, student: np.ndarray | None, entry: int) -> list[str]:
     p = NOT_SCORED if teacher is None else f"{teacher[entry]:.4f}"
     q = "" if student is None else f"{student[entry]:.4f}"
-    both = teacher is not None and student is not None
-    return [p, q, f"{student[entry] - teacher[entry]:+.4f}" if both else ""]
+    if teacher is None or student is None:
+        return [p, q, ""]
+    return [p, q, f"{student[entry] - teacher[entry]:+.4f}"]
 
 
 def export(

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Any
+from typing import Any
 
 from dcod_jax.data import chat
 from dcod_jax.data.raw import Fields, RawTrace
@@ -44,7 +45,7 @@ class Filter:
         self,
         config: Any,
         tokenizer: Tokenizer,
-        quarantine: IO[str],
+        quarantine: io.TextIOBase,
         *,
         grader: Grader,
         advance: Callable[[int], None],

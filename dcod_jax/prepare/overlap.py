@@ -95,10 +95,10 @@ def _prompts(record: dict[str, Any], where: str, names: Sequence[str]) -> list[s
     if name is None:
         have = ", ".join(record)
         raise DcodError(f"{where}: no prompt; expected one of {', '.join(names)}, found {have}")
-    texts = record[name]
-    if isinstance(texts, list):
-        texts = [m.get("content") for m in texts if isinstance(m, dict) and m.get("role") == "user"]
-    texts = texts if isinstance(texts, list) else [texts]
+    value: Any = record[name]
+    if isinstance(value, list):
+        value = [m.get("content") for m in value if isinstance(m, dict) and m.get("role") == "user"]
+    texts: list[Any] = value if isinstance(value, list) else [value]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise DcodError(f"{where}: {name} must be a string or messages with text")
     return texts
