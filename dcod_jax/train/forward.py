@@ -49,33 +49,26 @@ class Forward:
         assert self.loss.head.mesh is not None
         return self.loss.head.mesh
 
-    def _student(self, params: Params, batch: Batch) -> tuple[Array, Array]:
-        """(final hidden states [B,T,D], matrix of the head [V,D])."""
-        hidden = transformer.hidden_states(
-            self.model,
-            params,
-            batch.tokens,
-            segment_ids=batch.segment_ids,
-            positions=batch.positions,
-            compute_dtype=self.compute_dtype,
-            remat=self.remat,
-            mesh=self.mesh,
-        )
-        return hidden, transformer.head_weight(self.model, params)
+    def _hidden(
+        self, model: ModelConfig, params: Params, batch: Batch, **options: Any
+    ) -> tuple[Array, Array]:
+        """(final hidden states [B,T,D], matrix of the head [V,D]) of a model."""
+        options |= {"segment_ids": batch.segment_ids, "positions": batch.positions}
+        hidden = transformer.hidden_states(model, params, batch.tokens, mesh=self.mesh, **options)
+        return hidden, transformer.head_weight(model, params)
 
-    def _teacher(self, params: Params | None, batch: Batch) -> LiveTeacher | None:
-        if self.teacher is None or params is None:
-            return None
-        hidden = transformer.hidden_states(
-            self.teacher.config,
-            params,
-            batch.tokens,
-            segment_ids=batch.segment_ids,
-            positions=batch.positions,
-            compute_dtype=self.teacher.compute_dtype,
-            mesh=self.mesh,
-        )
-        return LiveTeacher(hidden, transformer.head_weight(self.teacher.config, params))
+    def _both(
+        self, params: Params, batch: Batch, teacher_params: Params | None
+    ) -> tuple[Array, Array, LiveTeacher | None]:
+        """The student's hidden states and head, and those of a live teacher."""
+        teacher = None
+        if self.teacher is not None and teacher_params is not None:
+            dtype = self.teacher.compute_dtype
+            teacher = LiveTeacher(
+                *self._hidden(self.teacher.config, teacher_params, batch, compute_dtype=dtype)
+            )
+        own = {"compute_dtype": self.compute_dtype, "remat": self.remat}
+        return *self._hidden(self.model, params, batch, **own), teacher
 
     def __call__(
         self,
@@ -86,17 +79,17 @@ class Forward:
         teacher_params: Params | None,
     ) -> tuple[Array, tuple[Sums, TokenStats]]:
         """The loss sum of one (micro-)batch, and its sums and per-token statistics."""
-        teacher = self._teacher(teacher_params, batch)
-        progress = {"step": step, "loss_state": loss_state}
-        sums, stats = self.loss(*self._student(params, batch), batch, teacher=teacher, **progress)
+        hidden, head, teacher = self._both(params, batch, teacher_params)
+        state = {"step": step, "loss_state": loss_state}
+        sums, stats = self.loss(hidden, head, batch, teacher=teacher, **state)
         return sums.loss, (sums, stats)
 
     def observe(
         self, params: Params, batch: Batch, teacher_params: Params | None
     ) -> tuple[Array, Array]:
         """(log q, log p) at the head's positions, values only."""
-        teacher = self._teacher(teacher_params, batch)
-        return self.loss.observe(*self._student(params, batch), batch, teacher=teacher)
+        hidden, head, teacher = self._both(params, batch, teacher_params)
+        return self.loss.observe(hidden, head, batch, teacher=teacher)
 
 
 def make_forward(
