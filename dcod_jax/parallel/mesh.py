@@ -154,11 +154,6 @@ def parts(mesh: Mesh | None, logical: str) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES.get(logical, ()))
 
 
-def in_host_memory(layout: NamedSharding) -> NamedSharding:
-    """The same split, in the memory of each device's host."""
-    return layout.with_memory_kind("pinned_host")
-
-
 def batch_shards(mesh: Mesh | None) -> int:
     """Number of pieces the batch dimension is split into."""
     return parts(mesh, "batch")

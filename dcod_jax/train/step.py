@@ -22,7 +22,6 @@ from dcod_jax.parallel.mesh import (
     batch_shards,
     constrain,
     describe,
-    in_host_memory,
     sharding,
     tree_shardings,
 )
@@ -59,7 +58,7 @@ def state_shardings(
     replicated = sharding(mesh, ())
     moments = optax.tree_utils.tree_map_params(
         optimizer,
-        lambda _, layout: in_host_memory(layout) if offload else layout,
+        lambda _, layout: layout.with_memory_kind("pinned_host") if offload else layout,
         shapes,
         params,
         transform_non_params=lambda _: replicated,
@@ -83,21 +82,20 @@ def init_state(
     offload: the optimizer's moments live in host memory between steps.
     """
     layout = state_shardings(model_config, optimizer, mesh, offload=offload)
+
+    def others(params: Params) -> tuple[Array, Any, LossState]:
+        return jnp.zeros((), jnp.int32), optimizer.init(params), adaptive.initial()
+
     if abstract:
-        shapes = TrainState(
-            step=jax.ShapeDtypeStruct((), jnp.int32),  # pyright: ignore
-            params=params,
-            opt_state=jax.eval_shape(optimizer.init, params),
-            loss_state=jax.eval_shape(adaptive.initial),
-        )
+        step, opt_state, loss_state = jax.eval_shape(others, params)
+        shapes = TrainState(step, params, opt_state, loss_state)
         return jax.tree.map(
             lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, layout
         )
     params = jax.device_put(params, layout.params)
-    opt_state = jax.jit(optimizer.init, out_shardings=layout.opt_state)(params)
-    step = jax.device_put(jnp.zeros((), jnp.int32), layout.step)
-    loss_state = jax.device_put(adaptive.initial(), layout.loss_state)
-    return TrainState(step=step, params=params, opt_state=opt_state, loss_state=loss_state)
+    shardings = (layout.step, layout.opt_state, layout.loss_state)
+    step, opt_state, loss_state = jax.jit(others, out_shardings=shardings)(params)
+    return TrainState(step, params, opt_state, loss_state)
 
 
 def _microbatches(
@@ -248,25 +246,21 @@ def _teacher_layout(forward: Forward) -> tuple[Params, ...]:
 def make_eval_step(forward: Forward) -> Callable[..., Sums]:
     """Jitted (state, batch[, teacher_params]) -> held-out sums; add them, then finish."""
 
-    def eval_step(
-        params: Params,
-        batch: Batch,
-        step: Array,
-        loss_state: LossState,
-        teacher_params: Params | None = None,
-    ) -> Sums:
-        return forward(params, batch, step, loss_state, teacher_params)[1][0]
+    mesh, replicated = forward.mesh, sharding(forward.mesh, ())
+    params = tree_shardings(mesh, transformer.logical_axes(forward.model))
+    layout = TrainState(replicated, params, None, replicated)  # pyright: ignore
 
-    mesh = forward.mesh
-    layout = tree_shardings(mesh, transformer.logical_axes(forward.model))
-    replicated, rows = sharding(mesh, ()), sharding(mesh, ("batch",))
+    def eval_step(state: TrainState, batch: Batch, teacher_params: Params | None = None) -> Sums:
+        inputs = (state.params, batch, state.step, state.loss_state, teacher_params)
+        return forward(*inputs)[1][0]
+
     jitted = jax.jit(
         eval_step,
-        in_shardings=(layout, rows, replicated, replicated, *_teacher_layout(forward)),
+        in_shardings=(layout, sharding(mesh, ("batch",)), *_teacher_layout(forward)),
         out_shardings=replicated,
     )
 
     def run(state: TrainState, batch: Batch, *teacher_params: Params) -> Sums:
-        return jitted(state.params, batch, state.step, state.loss_state, *teacher_params)
+        return jitted(dataclasses.replace(state, opt_state=None), batch, *teacher_params)
 
     return run
