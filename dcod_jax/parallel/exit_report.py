@@ -26,25 +26,6 @@ def answers(address: str) -> bool:
         return False
 
 
-def reason(last: dict[str, Any], *, reached: bool) -> str:
-    """The message for a process whose last line was `last`; reached: the coordinator answers."""
-    who, state = f"dcod_jax: process {last['process']} ({last['host']})", last["state"]
-    if last["process"] != 0 and not reached:
-        return (
-            f"{who} stops: lost: process 0 ({last['first_host']}), the coordinator at "
-            f"{last['coordinator']}, last: {last['first_state']}"
-        )
-    if last["joining"]:
-        return (
-            f"{who} stops: {state}: not all did; start the same command on every host, each with "
-            "its own number"
-        )
-    return (
-        f"{who} was killed or aborted (out of memory? see above and the kernel's log), "
-        f"last: {state}"
-    )
-
-
 def main() -> None:
     last: dict[str, Any] = {}
     for line in sys.stdin:
@@ -52,7 +33,8 @@ def main() -> None:
     if not last or "closed" in last:
         return
     time.sleep(0.2)  # the abort's own output comes first
-    print(reason(last, reached=answers(last["coordinator"])), file=sys.stderr)
+    reason = last["ended"] if answers(last["coordinator"]) else last["lost"]
+    print(f"dcod_jax: {reason}", file=sys.stderr)
     print("dcod_jax: start the same command on every host again", file=sys.stderr)
 
 

@@ -8,6 +8,7 @@ stuck never causes it.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -86,13 +87,11 @@ def _who(process: int, peer: Peer) -> str:
 
 def _message(error: BaseException) -> str:
     """What to print of an error: a DcodError's message is the whole report."""
-    if isinstance(error, DcodError):
-        return str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted; the same command goes on"
-    if isinstance(error, SystemExit):
-        return "told to stop (SIGTERM); the same command goes on"
-    return "".join(traceback.format_exception(error)).rstrip()
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        what = "told to stop (SIGTERM)" if isinstance(error, SystemExit) else "interrupted"
+        return f"{what}; the same command goes on"
+    own = isinstance(error, DcodError)
+    return str(error) if own else "".join(traceback.format_exception(error)).rstrip()
 
 
 class ExitReporter:
@@ -111,9 +110,19 @@ class ExitReporter:
         self, process: int, state: str, coordinator: str, *, first: Peer, joining: bool = False
     ) -> None:
         """What to report if nothing comes after this; first: process 0."""
-        known = {"process": process, "host": HOST, "state": state, "coordinator": coordinator}
-        known |= {"first_host": first.host, "first_state": first.state, "joining": joining}
-        self._write(known)
+        who = _who(process, Peer(HOST))
+        lost = f"{who} stops: lost: {_who(0, first)}, the coordinator at {coordinator}, last: "
+        reason = (
+            f"{who} was killed or aborted (out of memory? see above and the kernel's log), "
+            f"last: {state}"
+        )
+        if joining:
+            reason = (
+                f"{who} stops: {state}: not all did; start the same command on every host, each "
+                "with its own number"
+            )
+        asked = coordinator if process else ""  # process 0 is the coordinator itself
+        self._write({"coordinator": asked, "lost": lost + first.state, "ended": reason})
 
     def close(self) -> None:
         """Nothing is to be reported."""
@@ -150,7 +159,7 @@ class Monitor:
         self.end: dict[str, Any] = {}  # fields of Peer, once this process ends
         self.peers = dict.fromkeys(range(processes), Peer(heard=now, moved=now))
         self.contact = now
-        self.numbers: dict[str, int] = {}
+        self.numbers = collections.Counter[str]()  # how often a name was used: ids must be new
         self.closing = threading.Event()
         self.ending = threading.RLock()  # the first to end the process finishes its message
         self.beat()
@@ -165,10 +174,10 @@ class Monitor:
     # ---- what the process itself reports
 
     def doing(self, what: str, *, waiting: bool) -> None:
-        new = {"state": what, "waiting": waiting, "count": self.own.count + 1}
-        self.own = dataclasses.replace(self.own, **new)  # by the main thread alone
+        self.own = dataclasses.replace(self.own, state=what, waiting=waiting)
+        self.moved()
 
-    def moved(self) -> None:
+    def moved(self) -> None:  # called, as doing is, by the main thread alone
         self.own = dataclasses.replace(self.own, count=self.own.count + 1)
 
     def barrier(self, name: str) -> None:
@@ -176,19 +185,15 @@ class Monitor:
         self.doing(name, waiting=True)
         # Longer than the verdict takes, which knows who is missing.
         patience = int(1000 * (2 * self.timeout + self.heartbeat + 60))
-        self.client.wait_at_barrier(f"dcod_jax {name} {self._number(name)}", patience)
+        self.numbers[name] += 1
+        self.client.wait_at_barrier(f"dcod_jax {name} {self.numbers[name]}", patience)
         self.doing(before, waiting=False)
 
     def exchange(self, name: str, text: str) -> list[str]:
-        folder = f"dcod_jax/exchange/{name}/{self._number(name)}/"
+        folder = f"dcod_jax/exchange/{name}/{self.numbers[name] + 1}/"
         self.client.key_value_set(f"{folder}{self.process:06d}", text)
         self.barrier(name)
         return [text for _, text in sorted(self.client.key_value_dir_get(folder))]
-
-    def _number(self, name: str) -> int:
-        """How often this name was used: a barrier's id must be new."""
-        self.numbers[name] = self.numbers.get(name, 0) + 1
-        return self.numbers[name]
 
     def read(self, key: str) -> str:
         """Value of a key, "" where it is not set."""

@@ -87,15 +87,25 @@ def load_base(*words):
     return configs.load(argv, verb="train")
 
 
-def test_an_exit_report_names_the_coordinator_or_the_process():
-    last = {"process": 2, "host": "c", "state": "step 5", "coordinator": "a:1"}
-    last |= {"first_host": "a", "first_state": "saving step 4"}
-    found = exit_report.reason(last | {"joining": False}, reached=False)
-    assert found.endswith("lost: process 0 (a), the coordinator at a:1, last: saving step 4")
-    found = exit_report.reason(last | {"joining": False}, reached=True)
-    assert "process 2 (c) was killed or aborted" in found
-    found = exit_report.reason(last | {"joining": True}, reached=True)
-    assert "process 2 (c) stops: step 5: not all did" in found
+def test_an_exit_report_names_the_coordinator_or_the_process(monkeypatch):
+    told = []
+    reporter = ExitReporter.__new__(ExitReporter)
+    monkeypatch.setattr(reporter, "_write", told.append)
+    first = Peer("a", "saving step 4")
+    reporter.update(2, "step 5", "a:1", first=first)
+    reporter.update(2, "step 5", "a:1", first=first, joining=True)
+    reporter.update(0, "step 5", "a:1", first=first)
+    host = socket.gethostname()
+    assert told[0] == {
+        "coordinator": "a:1",
+        "lost": f"process 2 ({host}) stops: lost: process 0 (a), the coordinator at a:1, "
+        "last: saving step 4",
+        "ended": f"process 2 ({host}) was killed or aborted (out of memory? see above and the "
+        "kernel's log), last: step 5",
+    }
+    assert told[1]["ended"].startswith(f"process 2 ({host}) stops: step 5: not all did")
+    assert told[2]["coordinator"] == ""
+    assert exit_report.answers("")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{listener.getsockname()[1]}"
