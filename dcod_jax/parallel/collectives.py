@@ -122,19 +122,12 @@ def gather_weight(x: jax.Array, mesh: Mesh, logical: str, dimension: int) -> jax
     return gather(x, logical, dimension=dimension)
 
 
-def _gather_weight_forward(
-    x: jax.Array, mesh: Mesh, logical: str, dimension: int
-) -> tuple[jax.Array, None]:
-    return gather(x, logical, dimension=dimension), None
-
-
-def _gather_weight_backward(
-    mesh: Mesh, logical: str, dimension: int, _: None, gradient: jax.Array
-) -> tuple[jax.Array]:
-    return (_scatter(gradient, mesh, RULES[logical], dimension=dimension),)
-
-
-gather_weight.defvjp(_gather_weight_forward, _gather_weight_backward)
+gather_weight.defvjp(
+    lambda x, mesh, logical, dimension: (gather(x, logical, dimension=dimension), None),
+    lambda mesh, logical, dimension, _, gradient: (
+        _scatter(gradient, mesh, RULES[logical], dimension=dimension),
+    ),
+)
 
 
 def sum_shards(partials: jax.Array, mesh: Mesh | None, *logical: str) -> jax.Array:
