@@ -29,13 +29,13 @@ from dcod_jax.data.tokenizer import (
     tokenizer_fingerprint,
 )
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Location, Path, as_path, publish, remove_tree, unfinished
+from dcod_jax.files import Location, Path, as_path, publish, remove_tree, to_json, unfinished
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig, to_hf
 from dcod_jax.models.gguf import export_tokenizer
 from dcod_jax.parallel import hosts
 from dcod_jax.parallel.mesh import batch_shards, make_mesh
-from dcod_jax.train.checkpointer import Checkpointer, Record, sharded_shapes
+from dcod_jax.train.checkpointer import Checkpointer, sharded_shapes
 from dcod_jax.train.setup import dataset_splits
 from dcod_jax.types import Params
 
@@ -62,16 +62,15 @@ def export(config: Any) -> Path:
     hosts.check_joined()
     mesh = make_mesh(**config.mesh)
     hosts.doing(f"exporting {config.run_dir}")
-    params, record = _read_checkpoint(config, model_config, mesh)
+    directory = as_path(config.run_dir) / "checkpoints"
+    if not directory.is_dir():
+        raise DcodError(f"{directory} does not exist; expected the checkpoints of a training run")
+    checkpointer = Checkpointer(config.run_dir, best_metric=config.train.best_metric)
+    step = config.export.step if config.export.step >= 0 else checkpointer.best()
+    params, record = checkpointer.restore_params(sharded_shapes(model_config, mesh), step=step)
+    checkpointer.close()
     path = export_path(config)
     home = as_path(config.student.tokenizer or base_model)
-    card = {
-        "base_model": base_model,
-        "step": record.step,
-        "metrics": record.metrics,
-        "data": {name: read_manifest(split) for name, split in dataset_splits(config).items()},
-        "config": record.config,  # of the run that wrote the checkpoint
-    }
     checks = export_model(
         params,
         model_config,
@@ -80,7 +79,13 @@ def export(config: Any) -> Path:
         chat_template=config.student.chat_template,
         dtype=config.export.dtype,
         max_shard_bytes=int(config.export.max_shard_gb * 1e9),
-        card=card,
+        card={
+            "base_model": base_model,
+            "step": record.step,
+            "metrics": record.metrics,
+            "data": {name: read_manifest(split) for name, split in dataset_splits(config).items()},
+            "config": record.config,  # of the run that wrote the checkpoint
+        },
         mesh=mesh,
     )
     log.info(
@@ -97,17 +102,6 @@ def export(config: Any) -> Path:
 def export_path(config: Any) -> Path:
     """Where the run's export is or will be."""
     return as_path(config.export.path or as_path(config.run_dir) / "export")
-
-
-def _read_checkpoint(config: Any, model_config: ModelConfig, mesh: Mesh) -> tuple[Params, Record]:
-    directory = as_path(config.run_dir) / "checkpoints"
-    if not directory.is_dir():
-        raise DcodError(f"{directory} does not exist; expected the checkpoints of a training run")
-    checkpointer = Checkpointer(config.run_dir, best_metric=config.train.best_metric)
-    step = config.export.step if config.export.step >= 0 else checkpointer.best()
-    restored = checkpointer.restore_params(sharded_shapes(model_config, mesh), step=step)
-    checkpointer.close()
-    return restored
 
 
 # ---------------------------------------------------------------- writing
@@ -143,7 +137,12 @@ def export_model(
         )
     temporary = path.with_name(f".{path.name}.partial")
     if hosts.first():
-        _refuse_foreign(path)
+        ours = (path / MARKER).is_file() or unfinished(path, last=MARKER)
+        if path.exists() and not ours and (not path.is_dir() or any(path.iterdir())):
+            raise DcodError(
+                f"{path} exists and is not an export of this program (no {MARKER} in it); it is "
+                "left as it is: set export.path to another directory"
+            )
         remove_tree(temporary)
         temporary.mkdir(parents=True)
     hosts.barrier("export: directory")
@@ -151,33 +150,23 @@ def export_model(
         options: dict[str, Any] = {"dtype": jnp.dtype(dtype), "max_shard_bytes": max_shard_bytes}
         hf.save_params(temporary, model_config, params, **options)
         if hosts.first():
-            _write_json(temporary / "config.json", raw_config)
+            (temporary / "config.json").write_bytes(to_json(raw_config))
             _write_tokenizer(temporary, home, chat_template)
             _write_generation_config(temporary, home, model_config, tokenizer)
         hosts.barrier("export: written")
         checks = verify(temporary, model_config, params, tokenizer, dtype=dtype, mesh=mesh)
         if hosts.first():
             about = {"dcod_jax": __version__, "dtype": dtype, "checks": checks, **card}
-            _write_json(temporary / RECIPE, about.pop("config"))
+            (temporary / RECIPE).write_bytes(to_json(about.pop("config")))
             (temporary / "README.md").write_text(card_text(about | card), encoding="utf-8")
             about.pop("base_model")
-            _write_json(temporary / MARKER, about)
+            (temporary / MARKER).write_bytes(to_json(about))
             publish(temporary, path, last=MARKER)
         hosts.barrier("export: published")
     finally:
         if hosts.first():
             remove_tree(temporary)
     return checks
-
-
-def _refuse_foreign(path: Path) -> None:
-    if not path.exists() or (path / MARKER).is_file() or unfinished(path, last=MARKER):
-        return
-    if not path.is_dir() or any(path.iterdir()):
-        raise DcodError(
-            f"{path} exists and is not an export of this program (no {MARKER} in it); it is left "
-            "as it is: set export.path to another directory"
-        )
 
 
 def _write_tokenizer(directory: Path, home: Path, chat_template: str) -> None:
@@ -190,9 +179,9 @@ def _write_tokenizer(directory: Path, home: Path, chat_template: str) -> None:
                 (directory / name).write_bytes((home / name).read_bytes())
     if chat_template:
         settings_file = directory / "tokenizer_config.json"
-        settings = json.loads(settings_file.read_text(encoding="utf-8"))
+        settings = json.loads(settings_file.read_bytes())
         settings.pop("chat_template", None)
-        _write_json(settings_file, settings)
+        settings_file.write_bytes(to_json(settings))
         (directory / "chat_template.jinja").write_bytes(as_path(chat_template).read_bytes())
 
 
@@ -200,19 +189,14 @@ def _write_generation_config(
     directory: Path, home: Path, model_config: ModelConfig, tokenizer: Tokenizer
 ) -> None:
     earlier = home / "generation_config.json"
-    generation = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}
+    generation = json.loads(earlier.read_bytes()) if earlier.is_file() else {}
     stops = stop_ids(model_config, tokenizer)
     generation |= {
         "bos_token_id": model_config.bos_token_id,
         "eos_token_id": stops[0] if len(stops) == 1 else list(stops),
         "pad_token_id": model_config.pad_token_id,
     }
-    _write_json(directory / "generation_config.json", generation)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    (directory / "generation_config.json").write_bytes(to_json(generation))
 
 
 # ---------------------------------------------------------------- checking
