@@ -23,7 +23,7 @@ from dcod_jax.data.dataset import read_manifest
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.command import compare
 from dcod_jax.export.command import export
-from dcod_jax.files import Path, as_path
+from dcod_jax.files import as_path
 from dcod_jax.generate_traces.command import generate_traces, traces_path
 from dcod_jax.parallel import hosts
 from dcod_jax.prepare.command import is_prepared, prepare
@@ -68,25 +68,22 @@ def make_inputs(config: Any) -> None:
     Several hosts make nothing: DcodError with the commands to run first.
     """
     if jax.process_count() > 1:
-        _refuse_unfinished(config)
+        # Only process 0 looks, because hashing the raw traces takes a while.
+        found = json.dumps(_unfinished(config)) if hosts.first() else ""
+        unfinished = json.loads(hosts.exchange("look for unfinished steps", found)[0])
+        if unfinished:
+            commands = "\n".join(f"  python -m dcod_jax.{verb} --config ..." for verb in unfinished)
+            raise DcodError(
+                f"{configs.dataset_dir(config)} is not ready for training on "
+                f"{jax.process_count()} hosts; run these first with the same --config and flags, "
+                "one after the other (like this command on every host; prepare works on process 0 "
+                f"alone):\n{commands}"
+            )
         return
     verbs = {"generate_traces": generate_traces, "prepare": prepare, "score": score}
     for name in missing_verbs(config):
         verbs[name](config)
         _return_freed_memory()
-
-
-def _refuse_unfinished(config: Any) -> None:
-    """Only process 0 looks, because hashing the raw traces takes a while."""
-    found = json.dumps(_unfinished(config)) if hosts.first() else ""
-    unfinished = json.loads(hosts.exchange("look for unfinished steps", found)[0])
-    if unfinished:
-        commands = "\n".join(f"  python -m dcod_jax.{verb} --config ..." for verb in unfinished)
-        raise DcodError(
-            f"{configs.dataset_dir(config)} is not ready for training on {jax.process_count()} "
-            f"hosts; run these first with the same --config and flags, one after the other (like "
-            f"this command on every host; prepare works on process 0 alone):\n{commands}"
-        )
 
 
 def _unfinished(config: Any) -> list[str]:
@@ -140,7 +137,10 @@ def finish(config: Any, runs: Sequence[tuple[str, Any]]) -> None:
         models |= {name or "student": str(path) for name, path in exported.items()}
         compare(config, {name: path for name, path in models.items() if path})
     for name, variant in runs:
-        if change := _held_out_change(as_path(variant.run_dir)):
+        lines = read_metrics(as_path(variant.run_dir) / "metrics.jsonl")
+        if found := [(line["eval/nll"], line["step"]) for line in lines if "eval/nll" in line]:
+            (before, first), (after, last) = found[0], found[-1]
+            change = f"{before:.4f} -> {after:.4f} (steps {first} to {last})"
             print(f"held-out nll{f' {name}' if name else ''}: {change}")
     for name, path in exported.items():
         print(f"exported{f' {name}' if name else ''}: {path}")
@@ -148,12 +148,3 @@ def finish(config: Any, runs: Sequence[tuple[str, Any]]) -> None:
         report(config)
     elif config.report.at_end:
         log.info("the report is made on one host alone: python -m dcod_jax.report --config ...")
-
-
-def _held_out_change(run_dir: Path) -> str:
-    """First and last held-out nll of a run, "4.2000 -> 3.9000 (steps 0 to 24)"; "" without any."""
-    found = [line for line in read_metrics(run_dir / "metrics.jsonl") if "eval/nll" in line]
-    if not found:
-        return ""
-    values = " -> ".join(f"{line['eval/nll']:.4f}" for line in (found[0], found[-1]))
-    return f"{values} (steps {found[0]['step']} to {found[-1]['step']})"
