@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,10 +62,15 @@ class WeightConfig:
         return WEIGHTS[self.name].needs_teacher
 
     @property
+    def varies(self) -> bool:
+        """Whether weights differ between tokens; else scope, warmup and normalize do nothing."""
+        return WEIGHTS[self.name].reads != "nothing"
+
+    @property
     def needs_logprob_pass(self) -> bool:
         """Whether a weight depends on other tokens, so that log q is needed before the loss."""
         across = self.scope != "token" or self.normalize == "sequence"
-        return across and WEIGHTS[self.name].needs_student
+        return across and self.varies
 
 
 UNIFORM = WeightConfig("uniform", 1.0, 0.0, 1.0, scope="token", normalize="none", warmup_steps=0)
@@ -96,14 +101,18 @@ def fixed(cfg: WeightConfig, solved: Solved = None) -> Tempering:
 class Weight:
     """One entry of the registry; the texts make docs/losses.md."""
 
-    value: Callable[[WeightConfig, Array, Tempering], Array]  # of r, or of log q without a teacher
+    value: Callable[[WeightConfig, Array, Tempering], Array]  # of what `reads` names
     formula: str
     source: str
     choose: str  # when to choose it
     parameters: tuple[str, ...] = ()  # fields of WeightConfig that `value` reads
     automatic: tuple[str, ...] = ()  # those of them that may be AUTO
-    needs_student: bool = True  # reads log q; without it scope, warmup and normalisation do nothing
-    needs_teacher: bool = True  # reads log p of the trace token
+    reads: Literal["ratio", "student", "teacher", "nothing"] = "ratio"  # r, log q, log p, -
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether log p of the trace token is read."""
+        return self.reads in ("ratio", "teacher")
 
 
 def _clip(cfg: WeightConfig, r: Array) -> Array:
@@ -117,8 +126,7 @@ WEIGHTS: dict[str, Weight] = {
         "1",
         "the plain loss",
         "a baseline without weights",
-        needs_student=False,
-        needs_teacher=False,
+        reads="nothing",
     ),
     "sigmoid": Weight(
         lambda cfg, r, t: jax.nn.sigmoid((r + t.offset) / t.temperature),
@@ -148,7 +156,7 @@ WEIGHTS: dict[str, Weight] = {
         "sg[q(y)]",
         "DFT, arXiv 2508.05629",
         "there is no teacher to ask; the ablation of the ratio",
-        needs_teacher=False,
+        reads="student",
     ),
 }
 
@@ -201,11 +209,12 @@ def config_errors(cfg: WeightConfig) -> list[str]:
 def log_ratio(
     cfg: WeightConfig, student_logprobs: Float[Array, "*N"], teacher_logprobs: Float[Array, "*N"]
 ) -> Float[Array, "*N"]:
-    """r = sg[log q - log p] per token; of weights without a teacher sg[log q]."""
+    """What the weight is a function of: sg[log q - log p], sg[log q] or sg[log p], per token."""
     student = jax.lax.stop_gradient(student_logprobs).astype(jnp.float32)
     if not cfg.needs_teacher:
         return student
-    return student - jax.lax.stop_gradient(teacher_logprobs).astype(jnp.float32)
+    teacher = jax.lax.stop_gradient(teacher_logprobs).astype(jnp.float32)
+    return teacher if WEIGHTS[cfg.name].reads == "teacher" else student - teacher
 
 
 def raw(cfg: WeightConfig, r: Float[Array, "*N"], tempering: Solved) -> Float[Array, "*N"]:
@@ -220,7 +229,7 @@ def warm(
     cfg: WeightConfig, weights: Float[Array, "*N"], step: Int[Array, ""] | int
 ) -> Float[Array, "*N"]:
     """w <- 1 + a (w - 1) with a = min(step / warmup_steps, 1); a = 1 without warmup."""
-    if cfg.warmup_steps == 0 or not WEIGHTS[cfg.name].needs_student:
+    if cfg.warmup_steps == 0 or not cfg.varies:
         return weights
     a = jnp.minimum(jnp.asarray(step, jnp.float32) / cfg.warmup_steps, 1.0)
     return (1.0 - a) + a * weights  # this order keeps a tiny weight exact at a = 1
@@ -285,7 +294,7 @@ def weigh(
     """
     bounded = raw(cfg, scoped_log_ratio(cfg, tokens), tempering)
     weights = jnp.where(tokens.loss_mask, warm(cfg, bounded, step), 0.0)
-    if cfg.normalize != "sequence" or not WEIGHTS[cfg.name].needs_student:
+    if cfg.normalize != "sequence" or not cfg.varies:
         return weights
     count = segment_total(tokens.loss_mask.astype(jnp.float32), tokens.segment_ids)
     mean = segment_total(weights, tokens.segment_ids) / jnp.maximum(count, 1.0)

@@ -132,7 +132,7 @@ def measure(
         inside = 1.0 - jnp.exp(small.tail_logprobs)
         measured["teacher/captured_mass"] = jnp.where(mask, inside, 0.0).sum() / sums.count
     if cfg.weights.needs_teacher:
-        r = weights.log_ratio(cfg.weights, stats.student_logprobs, stats.teacher_logprobs)
+        r = stats.student_logprobs - stats.teacher_logprobs
         measured["weights/log_ratio"] = jnp.where(mask, r, 0.0).sum() / sums.count
     if cfg.weights.automatic:
         used = weights.fixed(cfg.weights, loss_state)

@@ -65,7 +65,7 @@ def by_hand(cfg, student, teacher, step):
         r = []
         for t in places:
             q, p = float(student[row, t]), float(teacher[row, t])
-            r.append(q if cfg.name == "dft" else q - p)
+            r.append({"dft": q, "confident": p}.get(cfg.name, q - p))
         values = []
         for i in range(len(places)):
             window = {"token": r[i : i + 1], "prefix": r[: i + 1], "sequence": r}[cfg.scope]
@@ -76,6 +76,7 @@ def by_hand(cfg, student, teacher, step):
                 "clip": min(math.exp(x), cfg.clip),
                 "power": min(math.exp(x / cfg.temperature), cfg.clip),
                 "dft": math.exp(x),
+                "confident": math.exp(x),
             }[cfg.name]
             a = 1.0 if cfg.warmup_steps == 0 else min(step / cfg.warmup_steps, 1.0)
             values.append(1 + a * (w - 1))
@@ -87,8 +88,11 @@ def by_hand(cfg, student, teacher, step):
     return out
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_all_scopes_normalisations_and_warmups_match_a_plain_loop(name):
+@pytest.mark.parametrize("name", [*NAMES, "confident"])
+def test_all_scopes_normalisations_and_warmups_match_a_plain_loop(name, monkeypatch):
+    """Those of the registry, and a guest that reads log p alone: w = p."""
+    guest = weights.Weight(lambda cfg, p, t: jnp.exp(p), "sg[p(y)]", "", "", reads="teacher")
+    monkeypatch.setitem(weights.WEIGHTS, "confident", guest)
     student, teacher = tables()
     for scope, normalize, (warmup, step) in itertools.product(
         SCOPES, NORMALIZATIONS, ((0, 0), (10, 0), (10, 3), (10, 25))
