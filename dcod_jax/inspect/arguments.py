@@ -27,10 +27,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--tokenizer", default="", help="default: the one the manifest names")
     parser.add_argument("--student", default="", help="HF directory or .gguf: show its log-probs")
+    parser.add_argument("--checkpoint", default="", help="run directory: those of the newest")
     parser.add_argument(
         "--export", default="", help="write all traces to a .jsonl or .parquet file"
     )
+    parser.add_argument("--json", action="store_true", help="print only the manifests, as JSON")
     args = parser.parse_args(argv)
+    if args.student and args.checkpoint:
+        parser.error("give --student or --checkpoint, not both")
     if args.export and as_path(args.export).suffix not in (".jsonl", ".parquet"):
         parser.error(f"--export {args.export}: expected a name that ends in .jsonl or .parquet")
     if min(args.examples, args.start, args.tokens) < 0:

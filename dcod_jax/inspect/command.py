@@ -16,7 +16,7 @@ from rich.text import Text
 
 from dcod_jax.data import chat
 from dcod_jax.data.codec import bytes_per_token
-from dcod_jax.data.dataset import MANIFEST, TraceDataset, check_fingerprints
+from dcod_jax.data.dataset import MANIFEST, TraceDataset, check_fingerprints, read_manifest
 from dcod_jax.data.tokenizer import Tokenizer, decode, load_tokenizer, tokenizer_fingerprint
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Location, Path, as_path, atomic_write
@@ -38,6 +38,10 @@ def inspect(args: argparse.Namespace) -> None:
     root = as_path(args.directory)
     paths = [root / name for name in SPLITS if (root / name / MANIFEST).is_file()]
     paths = paths if paths and not (root / MANIFEST).exists() else [root]
+    if args.json:
+        found = {path.name: read_manifest(path) for path in paths}
+        print(json.dumps(found if len(found) > 1 else found[paths[0].name], indent=2))
+        return
     datasets = [TraceDataset(path) for path in paths]
     tokenizer = _tokenizer(args, datasets, console)
     student = _student(args, datasets)
@@ -78,8 +82,8 @@ def _tokenizer(
 
 
 def _student(args: argparse.Namespace, datasets: Sequence[TraceDataset]) -> Scorer | None:
-    """Scores traces with the model of --student in float32."""
-    if not args.student:
+    """Scores traces with the model of --student or --checkpoint, in float32."""
+    if not args.student and not args.checkpoint:
         return None
     # Models and their compiler are loaded only when they are needed.
     import jax.numpy as jnp
@@ -87,8 +91,11 @@ def _student(args: argparse.Namespace, datasets: Sequence[TraceDataset]) -> Scor
     from dcod_jax.models import hf
     from dcod_jax.score.scoring import ScoreSettings, score_traces
 
-    home = as_path(args.student)
-    config, params = hf.load_model(home, dtype=jnp.float32)
+    if args.checkpoint:
+        config, params, home = _read_checkpoint(args.checkpoint)
+    else:
+        home = as_path(args.student)
+        config, params = hf.load_model(home, dtype=jnp.float32)
     settings = ScoreSettings(
         top_k=0,
         batch_tokens=8192,
@@ -102,6 +109,25 @@ def _student(args: argparse.Namespace, datasets: Sequence[TraceDataset]) -> Scor
         return [np.asarray(trace.logprobs) for trace in scored]
 
     return score
+
+
+def _read_checkpoint(run_dir: str) -> tuple[Any, Any, Path]:
+    """(model config, parameters, tokenizer directory) of a run's newest checkpoint."""
+    from dcod_jax.models import hf, transformer
+    from dcod_jax.train.checkpointer import Checkpointer, read_record
+
+    if not (as_path(run_dir) / "checkpoints").is_dir():
+        raise DcodError(f"--checkpoint {run_dir}: expected a run directory with checkpoints/ in it")
+    checkpointer = Checkpointer(run_dir)
+    steps = checkpointer.steps()
+    if not steps:
+        raise DcodError(f"--checkpoint {run_dir}: it holds no finished checkpoint")
+    student = read_record(run_dir, steps[-1]).config["student"]
+    source = as_path(student["path"] or student["config"])
+    config = hf.read_config(source)
+    params, _ = checkpointer.restore_params(transformer.param_shapes(config), step=steps[-1])
+    checkpointer.close()
+    return config, params, as_path(student["tokenizer"] or source)
 
 
 def print_manifest(dataset: TraceDataset, console: Console) -> None:

@@ -17,8 +17,10 @@ from dcod_jax import cli
 from dcod_jax.data import chat
 from dcod_jax.data.dataset import DatasetWriter
 from dcod_jax.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from dcod_jax.losses.adaptive import initial
 from dcod_jax.models import hf, transformer
-from dcod_jax.types import Trace
+from dcod_jax.train.checkpointer import Checkpointer, Snapshot
+from dcod_jax.types import Trace, TrainState
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -157,6 +159,14 @@ def test_long_traces_are_cut_and_say_so(root, capsys, wide):
     assert "no trace 6" in out
 
 
+def test_json_is_the_manifest(root, capsys):
+    directory, _ = root
+    _, out, _ = run(capsys, directory / "train", "--json")
+    assert json.loads(out) == json.loads((directory / "train" / "manifest.json").read_text())
+    _, out, _ = run(capsys, directory, "--json")
+    assert set(json.loads(out)) == {"train", "eval"}
+
+
 @pytest.mark.parametrize("name", ["out/all.jsonl", "all.parquet"])
 def test_export_holds_every_trace(root, student, expected, capsys, tmp_path, name):
     directory, splits = root
@@ -183,6 +193,26 @@ def test_export_holds_every_trace(root, student, expected, capsys, tmp_path, nam
         assert record["topk_ids"] is None
         assert record["meta"] == trace.meta
     assert [p.name for p in path.parent.iterdir() if p.is_file()] == [path.name]
+
+
+def test_a_checkpoint_scores_like_the_weights_it_holds(root, student, expected, capsys, tmp_path):
+    directory, splits = root
+    _, params = hf.load_model(student, dtype=jnp.float32)
+    checkpointer = Checkpointer(tmp_path / "run")
+    named = {"student": {"path": str(student), "config": "", "tokenizer": ""}}
+    state = TrainState(
+        step=jnp.int32(3), params=params, opt_state={"count": jnp.int32(3)}, loss_state=initial()
+    )
+    checkpointer.save(Snapshot(state=state, step=3, config=named))
+    checkpointer.close()
+    path = tmp_path / "all.jsonl"
+    run(
+        capsys,
+        *(directory / "train", "--examples", 0, "--export", path, "--checkpoint", tmp_path / "run"),
+    )
+    for line, trace in zip(path.read_text().splitlines(), splits["train"], strict=True):
+        found = json.loads(line)["student_logprobs"]
+        np.testing.assert_allclose(found, expected[trace.id], atol=1e-4)
 
 
 def test_export_holds_the_top_k(tmp_path, capsys):
@@ -213,7 +243,10 @@ def test_mistakes_are_reported_without_a_traceback(root, student, tmp_path, caps
     code, _, err = run(capsys, directory, "--tokenizer", other)
     assert code == 1
     assert "written with another tokenizer" in err
-    for wrong in ("--export x.csv", "--examples -1"):
+    code, _, err = run(capsys, directory, "--checkpoint", tmp_path)
+    assert code == 1
+    assert "expected a run directory" in err
+    for wrong in ("--export x.csv", "--examples -1", "--student a --checkpoint b"):
         with pytest.raises(SystemExit) as exit_info:
             cli.run("inspect", [str(directory), *wrong.split()])
         assert exit_info.value.code == 2
