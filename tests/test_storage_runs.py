@@ -1,5 +1,6 @@
 """What a run reads from and writes into a store: metrics, traces, models, datasets, checkpoints."""
 
+import contextlib
 import gzip
 import json
 import time
@@ -35,10 +36,10 @@ pytestmark = pytest.mark.usefixtures("copy_cache")
 
 def test_metrics_go_on_in_a_store_as_on_disk(tmp_path, store):
     def run(root):
-        with metrics.MetricsWriter(root, 0) as writer:
+        with contextlib.closing(metrics.MetricsWriter(root, 0)) as writer:
             for step in (1, 2, 3):
                 writer.write(step, {"loss": 1.0 / step})
-        with metrics.MetricsWriter(root, 2) as writer:
+        with contextlib.closing(metrics.MetricsWriter(root, 2)) as writer:
             writer.write(2, {"loss": 0.25})
             writer.write(3, {"loss": 0.125})
             writer.sync()
@@ -53,7 +54,7 @@ def test_metrics_go_on_in_a_store_as_on_disk(tmp_path, store):
 def test_a_minute_of_metrics_is_the_most_that_a_crash_can_lose(memory, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
-    with metrics.MetricsWriter(memory, 0) as writer:
+    with contextlib.closing(metrics.MetricsWriter(memory, 0)) as writer:
         writer.write(1, {"loss": 1.0})
         assert not (memory / "metrics.jsonl").exists()
         clock[0] = metrics.SYNC_SECONDS + 1

@@ -57,3 +57,27 @@ CHIPS: dict[str, Chip] = {
 def by_name(name: str) -> Chip | None:
     """The chip that a topology's name begins with ("v5e"), or None."""
     return next((chip for chip in CHIPS.values() if chip.name == name), None)
+
+
+# Dense bfloat16 FLOP/s of devices that no plan is made for: a core of TPU v2 and v3 (half a chip),
+# the other names of newer TPUs, and GPUs.
+OTHER_PEAKS = {
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of `jax.Device.device_kind`; None where it is not known."""
+    chip = CHIPS.get(device_kind)
+    return chip.peak_flops if chip else OTHER_PEAKS.get(device_kind)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import optax
 from jax.sharding import Mesh
 
 from dcod_jax import config as configs
 from dcod_jax.data import chat, pipeline
 from dcod_jax.data.dataset import TraceDataset
-from dcod_jax.errors import EXIT_INTERRUPTED, DcodError
+from dcod_jax.errors import EXIT_INTERRUPTED
 from dcod_jax.files import as_path, replace_file
 from dcod_jax.losses import reduce
 from dcod_jax.losses.reduce import Sums
@@ -25,7 +26,7 @@ from dcod_jax.train import settings
 from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.train.forward import make_forward
 from dcod_jax.train.on_policy import OnPolicy
-from dcod_jax.train.optim import Schedule, make_optimizer
+from dcod_jax.train.optim import make_optimizer
 from dcod_jax.train.setup import (
     Student,
     initial_snapshot,
@@ -50,9 +51,8 @@ def fit(config: Any, *, name: str = "") -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(config, best_metric=config.train.best_metric if eval_set else "")
     mesh = make_mesh(**config.mesh)
-    optimizer, schedule = make_optimizer(settings.optim_config(config), config.train.steps)
-    train_step, eval_step = _make_steps(config, student, optimizer, schedule, mesh)
-    held_out = HeldOut(config, eval_set, eval_step, mesh)
+    optimizer, train_step, eval_step = _make_steps(config, student, mesh)
+    eval_every = config.train.eval_every if eval_set else 0
     run = initial_snapshot(config, student, optimizer, mesh, checkpoints)
     batches = pipeline.train_batches(
         train_set, seed=config.seed, **reading(config, mesh, whole=config.on_policy.fraction > 0)
@@ -76,13 +76,13 @@ def fit(config: Any, *, name: str = "") -> int:
             began = time.monotonic()
             last = run.step == config.train.steps
             stop = interrupted(run.step) or last
-            evaluate = not run.metrics and held_out.due(run.step, last=last)
+            evaluate = eval_every and not run.metrics and (last or run.step % eval_every == 0)
             save = checkpoints.due(run.step, stop=stop)
             if evaluate or save:
                 telemetry.settle()
-            if evaluate:
+            if evaluate and eval_set:
                 with telemetry.timed("eval", f"held-out loss at step {run.step}"):
-                    run.metrics = held_out(run.state)
+                    run.metrics = held_out_loss(config, eval_set, eval_step, run.state, mesh)
                 telemetry.held_out()
             if save:
                 with telemetry.timed("save", f"saving step {run.step}"):
@@ -92,14 +92,15 @@ def fit(config: Any, *, name: str = "") -> int:
                 telemetry.goodput.saved(run.step)
             if stop:
                 break
-            with telemetry.timed("data_wait", f"reading the batch of step {run.step + 1}"):
+            step = run.step + 1
+            with telemetry.timed("data_wait", f"reading the batch of step {step}"):
                 host_batch, trace_index, cost = policy(run.step, run.state, *next(batches))
                 batch = pipeline.to_device(host_batch, mesh)
-            with telemetry.dispatching(run.step + 1):
+            with telemetry.timed("dispatch", f"starting step {step}"), telemetry.tracer.step(step):
                 run.state, values = train_step(run.state, batch)
-            run.step, run.metrics = run.step + 1, {}
+            run.step, run.metrics = step, {}
             # Step n is running on the device; only now are the numbers of step n-1 fetched.
-            telemetry.dispatched(Pending(run.step, values, trace_index, cost))
+            telemetry.dispatched(Pending(step, values, trace_index, cost))
         with telemetry.timed("save"):
             checkpoints.close()
     if not last:
@@ -114,13 +115,10 @@ def fit(config: Any, *, name: str = "") -> int:
 
 
 def _make_steps(
-    config: Any,
-    student: Student,
-    optimizer: optax.GradientTransformation,
-    schedule: Schedule,
-    mesh: Mesh,
-) -> tuple[Callable[..., tuple[TrainState, dict[str, jax.Array]]], Callable[..., Sums]]:
-    """(train step, held-out step), both of (state, batch); a live teacher is bound to them."""
+    config: Any, student: Student, mesh: Mesh
+) -> tuple[optax.GradientTransformation, Callable[..., Any], Callable[..., Sums]]:
+    """(optimizer, train step, held-out step); the steps are of (state, batch) alone."""
+    optimizer, schedule = make_optimizer(settings.optim_config(config), config.train.steps)
     teacher, teacher_params = load_live_teacher(config, student, mesh)
     forward = make_forward(
         config,
@@ -140,6 +138,7 @@ def _make_steps(
     )
     eval_step = make_eval_step(forward)
     return (
+        optimizer,
         lambda state, batch: train_step(state, batch, *teacher_params),
         lambda state, batch: eval_step(state, batch, *teacher_params),
     )
@@ -161,39 +160,24 @@ def reading(config: Any, mesh: Mesh, *, whole: bool = False) -> dict[str, Any]:
     }
 
 
-class HeldOut:
-    """Held-out loss: nll per token and the weighted objective, on every trace of the split."""
+def held_out_loss(
+    config: Any,
+    dataset: TraceDataset,
+    eval_step: Callable[..., Sums],
+    state: TrainState,
+    mesh: Mesh,
+) -> dict[str, float]:
+    """nll per token and the weighted objective, on every trace of the held-out split."""
 
-    def __init__(
-        self,
-        config: Any,
-        dataset: TraceDataset | None,
-        eval_step: Callable[..., Sums],
-        mesh: Mesh,
-    ):
-        self.config, self.dataset, self.eval_step, self.mesh = config, dataset, eval_step, mesh
-        self.every = config.train.eval_every if dataset else 0
-
-    def due(self, step: int, *, last: bool) -> bool:
-        """Whether the split is evaluated at this step; `last`: no step follows."""
-        return bool(self.every) and (last or step % self.every == 0)
-
-    def __call__(self, state: TrainState) -> dict[str, float]:
-        if self.dataset is None:  # never due
-            return {}
-        total = None
-        batches = pipeline.eval_batches(self.dataset, **reading(self.config, self.mesh))
-        for number, (host_batch, _) in enumerate(batches, 1):
-            batch = pipeline.to_device(host_batch, self.mesh)
-            sums = self.eval_step(state, batch)
+    def parts() -> Iterator[Sums]:
+        batches = pipeline.eval_batches(dataset, **reading(config, mesh))
+        for host_batch, _ in itertools.islice(batches, config.train.eval_batches or None):
+            yield eval_step(state, pipeline.to_device(host_batch, mesh))
             hosts.moved()
-            total = sums if total is None else reduce.add(total, sums)
-            if number == self.config.train.eval_batches:
-                break
-        if total is None:
-            raise DcodError(f"{self.dataset.directory} gave no held-out batch")
-        return {
-            "eval/nll": float(reduce.mean_nll(total)),
-            "eval/loss": float(reduce.finish(total, self.config.loss.weights.normalize)),
-            "eval/tokens": float(total.count),
-        }
+
+    total = functools.reduce(reduce.add, parts())
+    return {
+        "eval/nll": float(reduce.mean_nll(total)),
+        "eval/loss": float(reduce.finish(total, config.loss.weights.normalize)),
+        "eval/tokens": float(total.count),
+    }

@@ -1,4 +1,4 @@
-"""Numbers of a run: weight statistics on the device, files on the host, peak device speed.
+"""Numbers of a run: weight statistics on the device, files on the host.
 
 A value that is not available is NaN on the device and absent in the files, never 0.
 """
@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -20,7 +18,7 @@ from tensorboardX import SummaryWriter
 
 from dcod_jax.copies import Mirror
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Location, Path, as_path
+from dcod_jax.files import Location, Path, as_path, replace_file
 from dcod_jax.losses import adaptive, reduce, weights
 from dcod_jax.losses.distill import LossConfig
 from dcod_jax.losses.reduce import Sums, TokenStats
@@ -31,33 +29,6 @@ from dcod_jax.types import Batch, LossState
 POSITION_BUCKETS = (0, 16, 32, 64, 128, 256, 512, 1024)
 SYNC_SECONDS = 60.0  # between two copies of a growing file to a store
 QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
-
-# Dense bfloat16 FLOP/s of one JAX device. A TPU v2/v3 device is a core (half a chip) and a 7x
-# device a chiplet (half a chip).
-PEAK_FLOPS: dict[str, float] = {
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 1153.5e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA L4": 121e12,
-}
-
-
-def device_peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of `jax.Device.device_kind`; None where it is not in the table."""
-    return PEAK_FLOPS.get(device_kind)
 
 
 def _quantile(ordered: Array, count: Array, quantile: float) -> Array:
@@ -152,9 +123,9 @@ def available(values: Mapping[str, Any]) -> dict[str, float]:
 class MetricsWriter:
     """Appends to run_dir/metrics.jsonl and run_dir/tensorboard, one line for each write.
 
-    Opened for a run that goes on from step `start`: lines of later steps are dropped, a line of
-    `start` itself is replaced when its keys are written again. So a restarted run's file equals
-    an uninterrupted one but for the clock's fields. Only the first process writes.
+    Opened for a run that goes on from step `start`: lines of later steps are dropped, and a line of
+    `start` itself is not written again; step 0 begins anew. So a restarted run's file equals an
+    uninterrupted one but for the clock's fields. Only the first process writes.
 
     A store cannot append: there both are kept on this machine's disk and sent whole when a minute
     has passed since the last time, in sync() and in close().
@@ -168,17 +139,13 @@ class MetricsWriter:
         self._sent = time.monotonic()
         run_dir = self.mirror.directory
         run_dir.mkdir(parents=True, exist_ok=True)
-        self.start = start
         path = run_dir / "metrics.jsonl"
-        kept = [] if not path.exists() else read_metrics(path)
-        earlier = [line for line in kept if line["step"] < start]
-        self._current = [line for line in kept if line["step"] == start]
-        temporary = path.with_name(path.name + ".tmp")
-        self.file = temporary.open("w", encoding="utf-8")
-        self._put(*earlier)
-        self._position = self.file.tell()
-        self._put(*self._current)
-        os.replace(temporary, path)  # a kill before this line leaves the old file whole
+        kept = read_metrics(path) if start and path.exists() else []
+        kept = [line for line in kept if line["step"] <= start]
+        self._written = [line.keys() for line in kept if line["step"] == start]
+        self._start = start
+        replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self.file = path.open("a", encoding="utf-8")
         # purge_step hides what an interrupted run wrote after its last checkpoint.
         # The suffix keeps a restart within the same second from replacing the file in a store.
         self.board = SummaryWriter(
@@ -187,20 +154,14 @@ class MetricsWriter:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One line {"step": step, key: value, ...} of the values that are available."""
-        if not self.enabled:
+        found = available(values)
+        line = {"step": step, **found}
+        if not self.enabled or (step == self._start and line.keys() in self._written):
             return
-        line = {"step": step, **available(values)}
-        if step == self.start:
-            others = [old for old in self._current if old.keys() != line.keys()]
-            self._current = [*others, line]
-            self.file.seek(self._position)
-            self.file.truncate()
-            self._put(*self._current)
-        else:
-            self._put(line)
-        for key, value in line.items():
-            if key != "step":
-                self.board.add_scalar(key, value, step)
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        for key, value in found.items():
+            self.board.add_scalar(key, value, step)
         if time.monotonic() - self._sent > SYNC_SECONDS:
             self.sync()
 
@@ -211,27 +172,11 @@ class MetricsWriter:
             self.mirror.send()
             self._sent = time.monotonic()
 
-    def _put(self, *lines: dict[str, Any]) -> None:
-        for line in lines:
-            self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
-
     def close(self) -> None:
         if self.enabled:
             self.file.close()
             self.board.close()
             self.mirror.close()
-
-    def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -28,31 +27,6 @@ PARTS = {  # of an attempt's time that is not in steps which count: its key, and
     "save": "saves",
     "lost": "steps done again after a restart",
 }
-
-
-class Stopwatch:
-    """Seconds of the host since the last `restart`: in all, in PHASES, in eval and in save."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Count from 0 again."""
-        self._start = time.monotonic()
-        self._seconds: dict[str, float] = dict.fromkeys((*PHASES, "eval", "save"), 0.0)
-
-    def add(self, part: str, seconds: float) -> None:
-        """Count seconds as those of one part."""
-        self._seconds[part] += seconds
-
-    def stepping(self) -> float:
-        """Seconds since the restart without eval and save; never 0."""
-        paused = self._seconds["eval"] + self._seconds["save"]
-        return max(time.monotonic() - self._start - paused, 1e-9)
-
-    def phases(self, steps: int) -> dict[str, float]:
-        """{"time/<phase>_seconds": mean over these steps}."""
-        return {f"time/{name}_seconds": self._seconds[name] / steps for name in PHASES}
 
 
 class Goodput:
@@ -145,10 +119,13 @@ def _earlier(run_dir: Path, start: int) -> list[dict[str, Any]]:
         return []
     attempts = json.loads((run_dir / GOODPUT).read_bytes())["attempts"]
     if attempts and not attempts[-1]["ended"]:
-        step, elapsed = _last_line(run_dir)
-        if elapsed > attempts[-1]["elapsed"]:
-            attempts[-1] |= {"step": step, "elapsed": elapsed}
-        attempts[-1]["ended"] = "killed"
+        last, path = attempts[-1], run_dir / "metrics.jsonl"
+        lines = read_metrics(path) if path.is_file() else []
+        own = [line for line in lines if line["step"] > last["from_step"]]  # others' were dropped
+        timed = [line for line in own if "time/elapsed_seconds" in line]
+        if timed and (elapsed := timed[-1]["time/elapsed_seconds"]) > last["elapsed"]:
+            last |= {"step": timed[-1]["step"], "elapsed": elapsed}
+        last["ended"] = "killed"
     for attempt in attempts:
         if attempt["ended"] == "ended" and attempt["step"] <= start:
             continue
@@ -156,15 +133,6 @@ def _earlier(run_dir: Path, start: int) -> list[dict[str, Any]]:
         kept = max((seconds for step, seconds in saves.items() if step <= start), default=0.0)
         attempt["lost"] = max(_step_seconds(attempt) - kept, 0.0)
     return attempts
-
-
-def _last_line(run_dir: Path) -> tuple[int, float]:
-    """(step, seconds since its start) of the last attempt's last metrics line; (0, 0.0) without."""
-    path = run_dir / "metrics.jsonl"
-    for values in reversed(read_metrics(path) if path.is_file() else []):
-        if "time/elapsed_seconds" in values:
-            return values["step"], values["time/elapsed_seconds"]
-    return 0, 0.0
 
 
 class Tracer:
@@ -179,20 +147,15 @@ class Tracer:
         if steps and self.wanted[-1] < first:
             log.info("profile.steps=%s are before this start at step %d: no trace", steps, first)
 
-    @contextlib.contextmanager
-    def step(self, step: int) -> Iterator[None]:
-        """The body starts this step; the trace is opened for the first that is wanted."""
-        if step not in self.wanted:
-            yield
-            return
-        if self._mirror is None:
+    def step(self, step: int) -> contextlib.AbstractContextManager[Any]:
+        """Its body starts this step; the trace is opened before the first that is wanted."""
+        if step in self.wanted and self._mirror is None:
             self._mirror = Mirror(self.directory)
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # tracing every Python call would slow the steps
             self._mirror.directory.mkdir(parents=True, exist_ok=True)
             jax.profiler.start_trace(str(self._mirror.directory), profiler_options=options)
-        with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            yield
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def after(self, step: int, values: Any) -> None:
         """End the trace once the last wanted step is done on the device."""

@@ -20,10 +20,11 @@ from dcod_jax.files import as_path
 from dcod_jax.logs import track
 from dcod_jax.models.transformer import flops_per_token
 from dcod_jax.parallel import hosts
-from dcod_jax.train import metrics as meters
+from dcod_jax.plan import chips
 from dcod_jax.train.checkpointer import Snapshot
 from dcod_jax.train.checkpoints import Checkpoints
-from dcod_jax.train.profiling import PHASES, Goodput, Stopwatch, Tracer
+from dcod_jax.train.metrics import MetricsWriter
+from dcod_jax.train.profiling import PHASES, Goodput, Tracer
 from dcod_jax.train.setup import Student
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class Telemetry:
         # Before the metrics file is opened, which drops the lines of a killed attempt.
         self.goodput = Goodput(run_dir, run.step, entered=entered, enabled=hosts.first())
         self.tracer = Tracer(config.profile.steps, run_dir, first=run.step + 1)
-        self.writer = meters.MetricsWriter(config.run_dir, run.step)
+        self.writer = MetricsWriter(config.run_dir, run.step)
         self.bar = track(
             f"training {name}".rstrip(),
             config.train.steps,
@@ -74,13 +75,22 @@ class Telemetry:
         )
         positions = config.data.batch_size * config.data.seq_len
         self.flops = positions * flops_per_token(student.config, config.data.seq_len)
-        peak = meters.device_peak_flops(jax.devices()[0].device_kind)
+        peak = chips.peak_flops(jax.devices()[0].device_kind)
         self.peak = peak * jax.device_count() if peak else None
         self.pending: Pending | None = None
         self.note = ""
         self.warned = False
-        # Since the last metrics line:
-        self.stopwatch, self.line_step, self.line_tokens = Stopwatch(), run.step, 0
+        self._begin_line(run.step)
+
+    def _begin_line(self, step: int) -> None:
+        """Count from 0 what the next metrics line is about: the steps after this one."""
+        self.line_step, self.line_tokens, self.line_began = step, 0, time.monotonic()
+        self.spent = dict.fromkeys((*PHASES, "eval", "save"), 0.0)
+
+    def _stepping(self) -> float:
+        """Seconds of this line without evaluation and saves; never 0."""
+        paused = self.spent["eval"] + self.spent["save"]
+        return max(time.monotonic() - self.line_began - paused, 1e-9)
 
     def __enter__(self) -> Telemetry:
         self.advance = self.bar.__enter__()
@@ -102,15 +112,9 @@ class Telemetry:
         start = time.monotonic()
         yield
         seconds = time.monotonic() - start
-        self.stopwatch.add(part, seconds)
+        self.spent[part] += seconds
         if part not in PHASES:
             self.goodput.paused(part, seconds)
-
-    @contextmanager
-    def dispatching(self, step: int) -> Iterator[None]:
-        """The body starts this step on the device; it is traced where profile.steps says so."""
-        with self.timed("dispatch", f"starting step {step}"), self.tracer.step(step):
-            yield
 
     def dispatched(self, started: Pending) -> None:
         """Settle the step before this one, which has just been started."""
@@ -134,7 +138,7 @@ class Telemetry:
         self._warn(done.step, values)
         self.run.tokens_seen += int(values["tokens/completion"])
         self.line_tokens += int(values["tokens/total"])
-        pace = f"{self.line_tokens / self.stopwatch.stepping():,.0f} tokens/s"
+        pace = f"{self.line_tokens / self._stepping():,.0f} tokens/s"
         self.advance(1, f"step {done.step} loss {values['loss']:.4f} {pace}{self.note}")
         if done.step % self.config.train.log_every == 0 or done.step == self.config.train.steps:
             values |= {"tokens_seen": self.run.tokens_seen} | self._pace(done.step)
@@ -164,17 +168,16 @@ class Telemetry:
 
     def _pace(self, step: int) -> dict[str, float]:
         """The times of a metrics line, as means over the steps since the last one."""
-        seconds, steps = self.stopwatch.stepping(), step - self.line_step
+        seconds, steps = self._stepping(), step - self.line_step
         pace = {
             "time/step_seconds": seconds / steps,
             "time/tokens_per_second": self.line_tokens / seconds,
-            **self.stopwatch.phases(steps),
+            **{f"time/{name}_seconds": self.spent[name] / steps for name in PHASES},
             **self.goodput.line(step),
         }
         if self.peak:
             pace["time/mfu"] = self.flops * steps / seconds / self.peak
-        self.stopwatch.restart()
-        self.line_step, self.line_tokens = step, 0
+        self._begin_line(step)
         return pace
 
     def _not_finite(self, done: Pending, values: dict[str, float]) -> str:

@@ -1,5 +1,6 @@
 """Weight statistics against numpy, absent values, a resumable file, and peak speeds."""
 
+import contextlib
 import json
 import math
 import re
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dcod_jax.plan import chips
 from dcod_jax.train import metrics, step
 from dcod_jax.train.metrics import MetricsWriter
 
@@ -78,7 +80,7 @@ def lines(path):
 
 
 def run(path, *, steps, start=0):
-    with MetricsWriter(path, start) as writer:
+    with contextlib.closing(MetricsWriter(path, start)) as writer:
         for step in range(start, steps + 1):
             if step % 2 == 0:
                 writer.write(step, {"eval/nll": 10.0 - step, "time/seconds": start})
@@ -114,9 +116,9 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
 
 
 def test_peak_flops_where_known():
-    assert metrics.device_peak_flops("TPU v5 lite") == 197e12
-    assert metrics.device_peak_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert metrics.device_peak_flops("cpu") is None
+    assert chips.peak_flops("TPU v5 lite") == 197e12
+    assert chips.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert chips.peak_flops("cpu") is None
 
 
 def test_the_page_names_every_metric_of_a_step():

@@ -9,7 +9,8 @@ import pytest
 
 from dcod_jax.config_checks import _profile_errors
 from dcod_jax.train import profiling
-from dcod_jax.train.profiling import GOODPUT, Goodput, Stopwatch, Tracer, totals
+from dcod_jax.train.profiling import GOODPUT, Goodput, Tracer, totals
+from dcod_jax.train.telemetry import Telemetry
 
 
 @pytest.fixture
@@ -20,22 +21,23 @@ def clock(monkeypatch):
     return now
 
 
-def test_phases_are_means_over_the_steps_since_the_last_line(clock):
-    stopwatch = Stopwatch()
-    parts = {"data_wait": 1.0, "dispatch": 0.25, "device": 3.0, "eval": 7.0}
+def test_phases_are_means_over_the_steps_since_the_last_line(tmp_path, clock):
+    telemetry = Telemetry.__new__(Telemetry)
+    telemetry.goodput, telemetry.peak = Goodput(tmp_path, 0, entered=0.0, enabled=False), None
+    telemetry._begin_line(0)
     for _ in range(2):
-        for name, seconds in parts.items():
-            clock[0] += seconds
-            stopwatch.add(name, seconds)
+        for part, seconds in (("data_wait", 1.0), ("dispatch", 0.25), ("device", 3.0)):
+            with telemetry.timed(part):
+                clock[0] += seconds
+        with telemetry.timed("eval"):
+            clock[0] += 7.0
         clock[0] += 100.0  # in no phase
-    assert stopwatch.stepping() == 208.5  # without eval
-    assert stopwatch.phases(2) == {
-        "time/data_wait_seconds": 1.0,
-        "time/dispatch_seconds": 0.25,
-        "time/device_seconds": 3.0,
-    }
-    stopwatch.restart()
-    assert set(stopwatch.phases(1).values()) == {0.0}
+    line = telemetry._pace(2)
+    assert line["time/step_seconds"] == 104.25  # without eval
+    assert line["time/data_wait_seconds"] == 1.0
+    assert line["time/dispatch_seconds"] == 0.25
+    assert line["time/device_seconds"] == 3.0
+    assert set(telemetry.spent.values()) == {0.0}
 
 
 class Run:
@@ -117,6 +119,16 @@ def test_what_a_killed_attempt_did_after_its_save_is_lost(tmp_path, clock):
     assert found["wall_seconds"] == (5 + 8 + 3 + 6) + (5 + 10 + 3)
     kinds = [a["ended"] for a in json.loads((tmp_path / GOODPUT).read_text())["attempts"]]
     assert kinds == ["killed", "ended"]
+
+
+def test_an_attempt_killed_at_its_start_does_not_get_the_time_of_the_one_before(tmp_path, clock):
+    first = Run(tmp_path, clock, 0)
+    first.steps(5)
+    first.save()
+    first.steps(1)
+    Run(tmp_path, clock, 5)  # killed before its first step: metrics.jsonl ends with the first's
+    third = Run(tmp_path, clock, 5)
+    assert [attempt["elapsed"] for attempt in third.goodput.attempts] == [18.0, 5.0, 5.0]
 
 
 def test_a_run_killed_before_its_first_save_loses_all_its_steps(tmp_path, clock):
