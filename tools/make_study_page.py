@@ -3,26 +3,376 @@
 python tools/make_study_page.py                                    # in place
 python tools/make_study_page.py --results runs/study/results.jsonl # take these results over first
 python tools/make_study_page.py --check                            # exit 1 when not up to date
+
+All runs have the same problems and all arms the same seeds, so two arms are compared in pairs: a
+difference D[seed, problem] in {-1, 0, 1}.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import re
 import shutil
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
+from scipy import stats
+
+from dcod_jax.configs.study import study_keys
 from dcod_jax.errors import DcodError
-from dcod_jax.study.conditions import read_results
-from dcod_jax.study.tables import Study, fill_page
+from dcod_jax.study.conditions import MAIN, from_hex, read_results
+from dcod_jax.study.domain import SETS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE, RESULTS = DOCS / "study.md", DOCS / "study" / "results.jsonl"
 
+Line = dict[str, Any]
+Pick = Callable[[Line], float | None]
+Arm = tuple[str, str]  # (condition, arm)
+
+
+class Estimate(NamedTuple):
+    """A mean with its 95 % interval; without an interval (one seed) low and high are NaN."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def crossed_mean(values: np.ndarray) -> Estimate:
+    """Mean of [seeds, problems] and its 95 % interval for new seeds and new problems.
+
+    Two-way crossed random effects without replication: with MS_s, MS_p, MS_e the mean squares of
+    seeds, problems and the rest, Var(mean) = (MS_s + MS_p - MS_e) / (S P), in which neither of the
+    first two counts for less than MS_e; Student's t with Satterthwaite's degrees of freedom
+    (Satterthwaite 1946). A single seed or problem gives no interval.
+    """
+    seeds, problems = values.shape
+    mean = float(values.mean())
+    if seeds < 2 or problems < 2:
+        return Estimate(mean, math.nan, math.nan)
+    rows, columns = values.mean(axis=1), values.mean(axis=0)
+    rest = values - rows[:, None] - columns[None, :] + mean
+    free = (seeds - 1, problems - 1, (seeds - 1) * (problems - 1))
+    error = float(np.square(rest).sum()) / free[2]
+    squares = (
+        max(problems * float(rows.var(ddof=1)), error),
+        max(seeds * float(columns.var(ddof=1)), error),
+        error,
+    )
+    total = squares[0] + squares[1] - squares[2]
+    if total <= 0:  # every value is the same
+        return Estimate(mean, mean, mean)
+    freedom = total**2 / sum(s**2 / f for s, f in zip(squares, free, strict=True))
+    spread = float(stats.t.ppf(0.975, freedom)) * math.sqrt(total / (seeds * problems))
+    return Estimate(mean, mean - spread, mean + spread)
+
+
+def seed_mean(values: Sequence[float]) -> Estimate:
+    """Mean over seeds with Student's 95 % interval."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Estimate(mean, math.nan, math.nan)
+    spread = float(stats.t.ppf(0.975, len(values) - 1)) * float(stats.sem(values))
+    return Estimate(mean, mean - spread, mean + spread)
+
+
+# ---------------------------------------------------------------- looking things up
+
+
+class Study:
+    """The lines of a results file by what they are of, and questions to them."""
+
+    def __init__(self, lines: Sequence[Line]):
+        self.settings: dict[Arm, dict[str, Any]] = {}  # beside the defaults, in the recipe's order
+        self.references: list[Line] = []
+        self.tunes: list[Line] = []
+        runs: dict[Arm, dict[int, Line]] = {}
+        for line in lines:
+            if line["kind"] == "reference":
+                self.references.append(line)
+            elif line["kind"] == "tune":
+                self.tunes.append(line)
+            elif line["kind"] == "test":
+                runs.setdefault(arm_of(line), {})[line["seed"]] = line
+            else:
+                self.settings[arm_of(line)] = line["settings"]
+        self.conditions = list(dict.fromkeys(condition for condition, _ in runs))  # tested ones
+        self.runs = {arm: dict(sorted(own.items())) for arm, own in runs.items()}
+
+    def arms(self, condition: str) -> list[Arm]:
+        """Arms that were run, in the order of the recipe."""
+        return [arm for arm in self.settings if arm[0] == condition and arm in self.runs]
+
+    def base(self, arm: Arm) -> Arm | None:
+        """What an arm is compared with, or None.
+
+        It is the unweighted form of a weighted method, and SFT for a plain one: in the same
+        condition, or in "main" where both conditions have the same settings and starts.
+        """
+        condition, method = arm
+        name = method.partition("+")[0] if "+" in method else "sft"
+        if name == method:
+            return None
+        if (condition, name) in self.arms(condition):
+            return condition, name
+        main = (MAIN, name)
+        if main not in self.arms(MAIN) or self._world(arm) != self._world(main):
+            return None
+        alike = [one["start"] == other["start"] for one, other in self.pairs(arm, main)]
+        return main if alike and all(alike) else None
+
+    def _world(self, arm: Arm) -> dict[str, Any]:
+        return {k: v for k, v in self.settings[arm].items() if not k.startswith("loss.")}
+
+    def pairs(self, one: Arm, base: Arm) -> list[tuple[Line, Line]]:
+        """The test runs of two arms, on the seeds that both have."""
+        first, second = self.runs[one], self.runs[base]
+        return [(first[seed], second[seed]) for seed in first if seed in second]
+
+    def correct(
+        self, arm: Arm, name: str, lines: Iterable[Line], *, of: str = "correct"
+    ) -> np.ndarray:
+        """[runs, problems] of 0 and 1; of="start": those of each run's start."""
+        count = int(self.settings[arm].get("study.problems", study_keys().problems))
+        return np.array([from_hex(line[of][name], count) for line in lines], np.float64)
+
+    def accuracy(self, arm: Arm, name: str) -> Estimate:
+        return crossed_mean(self.correct(arm, name, self.runs[arm].values()))
+
+    def difference(self, one: Arm, base: Arm, name: str) -> Estimate:
+        """Accuracy of one arm minus that of another."""
+        first, second = zip(*self.pairs(one, base), strict=True)
+        return crossed_mean(self.correct(one, name, first) - self.correct(base, name, second))
+
+    def gain(self, arm: Arm, name: str) -> Estimate:
+        """Accuracy minus that of the start that each run began from."""
+        lines = self.runs[arm].values()
+        starts = self.correct(arm, name, lines, of="start")
+        return crossed_mean(self.correct(arm, name, lines) - starts)
+
+    def starts(self, condition: str, name: str) -> np.ndarray:
+        """Accuracy of the condition's starts, one for each seed."""
+        found: dict[int, float] = {}
+        for arm in self.arms(condition):
+            means = self.correct(arm, name, self.runs[arm].values(), of="start").mean(axis=1)
+            found |= dict(zip(self.runs[arm], means.tolist(), strict=True))
+        return np.array(list(found.values()))
+
+    def of(self, arm: Arm, pick: Pick) -> list[float]:
+        """The picked number of each test run that has it."""
+        values = [pick(line) for line in self.runs[arm].values()]
+        return [float(value) for value in values if value is not None]
+
+    def paired(self, one: Arm, base: Arm, pick: Pick) -> Estimate | None:
+        """The picked number of one arm minus another's, over seeds; None: no pair."""
+        pairs = [(pick(first), pick(second)) for first, second in self.pairs(one, base)]
+        changes = [a - b for a, b in pairs if a is not None and b is not None]
+        return seed_mean(changes) if changes else None
+
+
+def arm_of(line: Line) -> Arm:
+    return line["condition"], line["arm"]
+
+
+def drift(key: str) -> Pick:
+    return lambda line: (line.get("drift") or {}).get(key)
+
+
+# ---------------------------------------------------------------- Markdown
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def number(value: Estimate, *, scale: float = 1.0, sign: bool = False) -> str:
+    """Mean and interval; with sign in bold where the interval excludes 0."""
+    texts = [format(scale * x, "+.1f" if sign else ".1f").replace("-", "−") for x in value]
+    if math.isnan(value.low):
+        return texts[0]
+    text = "{} ({} to {})".format(*texts)
+    return f"**{text}**" if sign and (value.low > 0 or value.high < 0) else text
+
+
+def percent(value: Estimate) -> str:
+    """0.865 with its interval -> "86.5 (84.0 to 89.0)"; bounds are cut to 0 and 100."""
+    return number(Estimate(value.mean, max(value.low, 0.0), min(value.high, 1.0)), scale=100.0)
+
+
+def points(value: Estimate) -> str:
+    """Percentage points with sign."""
+    return number(value, scale=100.0, sign=True)
+
+
+def arm_table(
+    study: Study,
+    names: Sequence[str],
+    head: Sequence[str],
+    cells: Callable[[Arm], Sequence[str] | None],
+) -> str:
+    """One row for each arm of these conditions; without those whose cells are None."""
+    arms = [arm for name in names for arm in study.arms(name)]
+    rows = [[arm[0], f"`{arm[1]}`", *found] for arm in arms if (found := cells(arm)) is not None]
+    return table(["condition", "arm", *head], rows)
+
+
+def accuracy_table(study: Study, names: Sequence[str]) -> str:
+    """Accuracy on the three sets, percent."""
+
+    def cells(arm: Arm) -> list[str]:
+        accuracies = (percent(study.accuracy(arm, name)) for name in SETS)
+        return [f"{len(study.runs[arm])}", *accuracies]
+
+    return arm_table(study, names, ["seeds", *SETS], cells)
+
+
+def difference_table(study: Study, names: Sequence[str]) -> str:
+    """Paired differences of accuracy, percentage points, and of the two drift numbers."""
+
+    def cells(arm: Arm) -> list[str] | None:
+        base = study.base(arm)
+        if base is None:
+            return None
+        drifts = [study.paired(arm, base, drift(key)) for key in ("excess", "accumulated")]
+        return [
+            f"`{base[1]}`",
+            *(points(study.difference(arm, base, name)) for name in SETS),
+            *("n/a" if value is None else number(value, sign=True) for value in drifts),
+        ]
+
+    head = ["minus", *SETS, "ExAccErr, points", "error on own prefixes, nats"]
+    return arm_table(study, names, head, cells)
+
+
+def gain_table(study: Study, names: Sequence[str]) -> str:
+    """Paired differences to the start, percentage points."""
+
+    def cells(arm: Arm) -> list[str]:
+        return [points(study.gain(arm, name)) for name in SETS]
+
+    return arm_table(study, names, [f"{name}, minus start" for name in SETS], cells)
+
+
+def drift_table(study: Study, names: Sequence[str]) -> str:
+    """ExAccErr and its parts."""
+
+    def cells(arm: Arm) -> list[str]:
+        values = [study.of(arm, drift(key)) for key in ("excess", "accumulated", "reference")]
+        return [f"{len(values[0])}", *(number(seed_mean(v)) if v else "n/a" for v in values)]
+
+    return arm_table(study, names, ["seeds", "ExAccErr, %", "R, nats", "E, nats"], cells)
+
+
+# Column of the cost table -> (number of a run, its format).
+COSTS: dict[str, tuple[Pick, str]] = {
+    "train CPU-s": (lambda line: line["train_cpu"], ".1f"),
+    "tokens trained on": (lambda line: line["tokens"], ",.0f"),
+    "tokens generated": (lambda line: line["generated"], ",.0f"),
+    "effective sample size": (lambda line: line["curves"].get("ess"), ".2f"),
+    "weight of tokens of q ≤ 0.9": (lambda line: line["curves"].get("unknown_weight"), ".2f"),
+    "nll at the end": (lambda line: line["curves"]["nll"], ".2f"),
+}
+
+
+def cost_table(study: Study, names: Sequence[str]) -> str:
+    """Costs and weights of a run, means over the seeds."""
+
+    def cells(arm: Arm) -> list[str]:
+        found = [f"{next(iter(study.runs[arm].values()))['rate']:g}"]
+        for pick, form in COSTS.values():
+            values = study.of(arm, pick)
+            found.append(format(float(np.mean(values)), form) if values else "n/a")
+        return found
+
+    return arm_table(study, names, ["rate", *COSTS], cells)
+
+
+def rates_table(study: Study, _: Sequence[str]) -> str:
+    """The learning-rate grids: mean validation accuracy of the tuning runs, percent."""
+    rates = sorted({line["rate"] for line in study.tunes})
+    grids: dict[Arm, dict[float, list[float]]] = {}
+    for line in study.tunes:
+        grid = grids.setdefault(arm_of(line), {})
+        grid.setdefault(line["rate"], []).append(line["accuracy"]["validation"])
+    rows = []
+    for (condition, arm), grid in grids.items():
+        means = [round(float(np.mean(grid[rate])), 9) if rate in grid else None for rate in rates]
+        place = means.index(max(value for value in means if value is not None))
+        cells = ["" if value is None else f"{100 * value:.1f}" for value in means]
+        cells[place] = f"**{cells[place]}**"
+        rows.append([condition, f"`{arm}`", *cells])
+    return table(["condition", "arm", *(f"{rate:g}" for rate in rates)], rows)
+
+
+def references_table(study: Study, _: Sequence[str]) -> str:
+    """Accuracy of starts (mean, lowest to highest) and teacher, percent, and the traces."""
+    head = ["condition", *(f"start, {x}" for x in SETS), *(f"teacher, {x}" for x in SETS)]
+    rows = []
+    for line in study.references:
+        if line["condition"] not in study.conditions:
+            continue
+        starts = [100 * study.starts(line["condition"], name) for name in SETS]
+        cells = [f"{x.mean():.1f} ({x.min():.1f} to {x.max():.1f})" for x in starts]
+        cells += [f"{100 * line['teacher'][name]:.1f}" for name in SETS]
+        for counts in (line["counts"], line["styles"]):
+            cells.append(", ".join(f"{count:,} {name}" for name, count in counts.items() if count))
+        rows.append([line["condition"], *cells])
+    return table([*head, "samples", "styles"], rows)
+
+
+def progress_table(study: Study, _: Sequence[str]) -> str:
+    """Which parts were run: test runs by condition."""
+    rows = []
+    for condition in dict.fromkeys(condition for condition, _ in study.settings):
+        counts = [f"`{arm[1]}` {len(study.runs[arm])}" for arm in study.arms(condition)]
+        rows.append([condition, ", ".join(counts) or "none yet"])
+    return table(["condition", "test runs (seeds) of each arm"], rows)
+
+
+BLOCKS: dict[str, Callable[[Study, Sequence[str]], str]] = {
+    "progress": progress_table,
+    "rates": rates_table,
+    "references": references_table,
+    "accuracy": accuracy_table,
+    "differences": difference_table,
+    "gains": gain_table,
+    "drift": drift_table,
+    "cost": cost_table,
+}
+
+
+def fill_page(page: str, study: Study) -> str:
+    """The page with the tables between its marker comments replaced.
+
+    A marker is `<!-- study: BLOCK condition, condition -->`, ended by `<!-- end -->`; no condition
+    means all that have a test run. Raises DcodError for a block that is not in BLOCKS.
+    """
+
+    def fill(found: re.Match[str]) -> str:
+        block, wanted = found[1], [name.strip() for name in found[2].split(",") if name.strip()]
+        if block not in BLOCKS:
+            raise DcodError(f"study page: no table {block!r}; there are {', '.join(BLOCKS)}")
+        names = [name for name in (wanted or study.conditions) if name in study.conditions]
+        missing = [name for name in wanted if name not in names]
+        text = BLOCKS[block](study, names) if names else ""
+        if missing:
+            text += f"\n\nNot run: {', '.join(missing)}."
+        mark = f"<!-- study: {' '.join([block, ', '.join(wanted)]).rstrip()} -->"
+        return f"{mark}\n\n{text.strip()}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- study: (\S+) ?(.*?) ?-->.*?<!-- end -->", fill, page, flags=re.DOTALL)
+
 
 def main() -> None:
+    about, *_ = str(__doc__).split("\nAll runs")
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results", type=Path, help="results file to copy to docs/study first")
     parser.add_argument("--check", action="store_true", help="write nothing")
@@ -32,7 +382,7 @@ def main() -> None:
         shutil.copyfile(options.results, RESULTS)
     page = PAGE.read_text(encoding="utf-8")
     try:
-        filled = fill_page(page, Study(tuple(read_results(RESULTS))))
+        filled = fill_page(page, Study(read_results(RESULTS)))
     except DcodError as error:
         sys.exit(f"error: {error}")
     if options.check and filled != page:
