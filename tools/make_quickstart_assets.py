@@ -7,6 +7,10 @@ data:    prompts, validation and eval problems from reasoning-gym's chain_sum ->
          worked solutions and model shapes -> build/quickstart
 teacher: trains configs/quickstart_teacher.py and copies its export -> assets/quickstart/teacher
 student: trains configs/quickstart_student.py and copies its export -> assets/quickstart/student
+
+A template is a problem's operator sequence ("+-") and, apart from it, its phrasing; both are
+divided over the splits, so no problem, no operator sequence and no phrasing of a split occurs in
+another one.
 """
 
 from __future__ import annotations
@@ -14,14 +18,19 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dcod_jax.study.arithmetic import TERMS, Chain, build_tokenizer, make_problems, worked_traces
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dcod_jax.errors import DcodError
+from dcod_jax.study.arithmetic import Chain, worked_traces
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "dcod_jax" / "assets" / "quickstart"
@@ -50,6 +59,40 @@ SHAPES = {
     },
 }
 
+# Operator sequences and phrasings that only this split has; "train" has all the other sequences.
+# A held-out sequence is never the longest: a tiny model that saw no chain with these signs at
+# these places fails on it, while one that ends where it never saw one end is within its reach.
+# Several of several lengths, because how a model takes to one or two sequences is luck.
+OPERATORS: dict[str, tuple[str, ...]] = {
+    "validation": ("-", "-+-", "++-+", "+--+", "-++-"),
+    "eval": ("+-", "+-+", "--+", "+-++", "-+-+", "++--"),
+}
+# Many training phrasings of many lengths: with twenty of them even a good teacher lost half of its
+# accuracy on an unseen one, because it found the numbers by their distance from the start.
+PHRASINGS: dict[str, tuple[str, ...]] = {
+    "train": (
+        *("{}=", "{}.", "{}?", "Add {}.", "Do {}.", "Get {}.", "Now {}.", "So {}?", "Sum {}."),
+        *("Find {}.", "Give {}.", "Make {}.", "Next {}.", "Say {}.", "Tell {}.", "Then {}?"),
+        *("Count {}.", "Guess {}.", "I need {}.", "Once more {}.", "Show me {}.", "Take {}."),
+        *("Bring me {}.", "Compute {}.", "I want {}.", "Quickly {}.", "Reckon {}.", "Write {}."),
+        *("Do the sum {}.", "Please do {}.", "Tell me {}.", "The sum {}?", "Try it {}."),
+        *("Can you do {}?", "How about {}?", "How much is {}?", "Now what is {}?", "What is {}?"),
+        *("Figure out {}.", "Let us see {}.", "The result {}?", "What makes {}?", "Work out {}."),
+        *("I have to find {}.", "My sum is {}.", "Who can tell me {}?", "Which number is {}?"),
+        *("Give me the total {}.", "Here is one more {}.", "Would you work out {}?"),
+    ),
+    "validation": ("Solve {}.", "Value of {}?", "Determine {}."),
+    "eval": ("Calculate {}.", "Evaluate {}.", "How big is {}?"),
+}
+TERMS = (2, 6)  # shortest and longest chain
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
+ALPHABET = "\n" + "".join(chr(code) for code in range(32, 127))
+
 EXPORTED = (
     "model.safetensors",
     "config.json",
@@ -58,6 +101,60 @@ EXPORTED = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
+
+
+def split_of(operators: str) -> str:
+    """The split an operator sequence belongs to: "+-" -> "eval", "++" -> "train"."""
+    return next((name for name, own in OPERATORS.items() if operators in own), "train")
+
+
+def parse_expression(expression: str) -> tuple[tuple[int, ...], str]:
+    """ "8 + 5 - 4" -> ((8, 5, 4), "+-")."""
+    if not re.fullmatch(r"\d+( ?[+-] ?\d+)+", expression):
+        raise DcodError(f'expected a chain such as "8 + 5 - 4", got {expression!r}')
+    numbers = tuple(int(number) for number in re.findall(r"\d+", expression))
+    return numbers, "".join(re.findall(r"[+-]", expression))
+
+
+def make_problems(expressions: Iterable[str], *, seed: int) -> Iterator[Chain]:
+    """Distinct problems in the order of their expressions, each phrased as its split allows.
+
+    Chains whose value falls below zero on the way are left out: a tiny model then needs a third
+    of the facts.
+    """
+    seen: set[str] = set()
+    for expression in expressions:
+        numbers, operators = parse_expression(expression)
+        key = "".join(expression.split())
+        if key in seen:
+            continue
+        seen.add(key)
+        phrasings = PHRASINGS[split_of(operators)]
+        problem = Chain(numbers, operators, random.Random(f"{seed} {key}").choice(phrasings))
+        if min(problem.running_values()) >= 0:
+            yield problem
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of one token a character (printable ASCII and newline) with a chat template.
+
+    "<|end|>" ends a turn and the text; padding has a token of its own. 101 tokens.
+    """
+    names = [*SPECIAL_TOKENS, *ALPHABET]
+    backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([AddedToken(name, special=True) for name in SPECIAL_TOKENS])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=None,
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
 def chain_sum_expressions() -> list[str]:
@@ -81,7 +178,7 @@ def pieces() -> dict[str, list[Chain]]:
     """Problems of every piece; no problem is in two of them."""
     by_split: dict[str, list[Chain]] = {"train": [], "validation": [], "eval": []}
     for problem in make_problems(chain_sum_expressions(), seed=SEED):
-        by_split[problem.split].append(problem)
+        by_split[split_of(problem.operators)].append(problem)
     train = by_split["train"]
     # The few short chains all turn up among the first draws: without this one piece had them all.
     random.Random(SEED).shuffle(train)

@@ -1,67 +1,23 @@
-"""The quickstart's domain: chains of one-digit sums and differences with worked solutions.
+"""Chains of one-digit sums and differences with worked solutions, the quickstart's domain too.
 
 A problem is an expression such as "8 + 5 - 4" inside a short question; a worked solution is a few
-steps in one of STYLES and a last line "#### 9". A template is a problem's operator sequence
-("+-") and, apart from it, its phrasing; both are divided over the splits by the tables below, so
-no problem, no operator sequence and no phrasing of a split occurs in another one.
+steps in one of STYLES and a last line "#### 9".
 """
 
 from __future__ import annotations
 
 import dataclasses
 import random
-import re
 from collections.abc import Iterable, Iterator
-
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
-from dcod_jax.errors import DcodError
-
-# Operator sequences and phrasings that only this split has; "train" has all the other sequences.
-# A held-out sequence is never the longest: a tiny model that saw no chain with these signs at
-# these places fails on it, while one that ends where it never saw one end is within its reach.
-# Several of several lengths, because how a model takes to one or two sequences is luck.
-OPERATORS: dict[str, tuple[str, ...]] = {
-    "validation": ("-", "-+-", "++-+", "+--+", "-++-"),
-    "eval": ("+-", "+-+", "--+", "+-++", "-+-+", "++--"),
-}
-# Many training phrasings of many lengths: with twenty of them even a good teacher lost half of its
-# accuracy on an unseen one, because it found the numbers by their distance from the start.
-PHRASINGS: dict[str, tuple[str, ...]] = {
-    "train": (
-        *("{}=", "{}.", "{}?", "Add {}.", "Do {}.", "Get {}.", "Now {}.", "So {}?", "Sum {}."),
-        *("Find {}.", "Give {}.", "Make {}.", "Next {}.", "Say {}.", "Tell {}.", "Then {}?"),
-        *("Count {}.", "Guess {}.", "I need {}.", "Once more {}.", "Show me {}.", "Take {}."),
-        *("Bring me {}.", "Compute {}.", "I want {}.", "Quickly {}.", "Reckon {}.", "Write {}."),
-        *("Do the sum {}.", "Please do {}.", "Tell me {}.", "The sum {}?", "Try it {}."),
-        *("Can you do {}?", "How about {}?", "How much is {}?", "Now what is {}?", "What is {}?"),
-        *("Figure out {}.", "Let us see {}.", "The result {}?", "What makes {}?", "Work out {}."),
-        *("I have to find {}.", "My sum is {}.", "Who can tell me {}?", "Which number is {}?"),
-        *("Give me the total {}.", "Here is one more {}.", "Would you work out {}?"),
-    ),
-    "validation": ("Solve {}.", "Value of {}?", "Determine {}."),
-    "eval": ("Calculate {}.", "Evaluate {}.", "How big is {}?"),
-}
-TERMS = (2, 6)  # shortest and longest chain
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
-ALPHABET = "\n" + "".join(chr(code) for code in range(32, 127))
 
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """One question with its answer; operators and phrasing are the halves of its template."""
+    """One question with its answer; its expression is its id."""
 
-    id: str
     numbers: tuple[int, ...]
     operators: str  # one of + and - for each number after the first
-    phrasing: str
-    split: str
+    phrasing: str = "{}="
 
     @property
     def expression(self) -> str:
@@ -83,40 +39,7 @@ class Chain:
     def record(self) -> dict[str, str]:
         """The JSONL record that `generate` and `evaluate` read."""
         prompt = self.phrasing.format(self.expression)
-        return {"id": self.id, "prompt": prompt, "answer": str(self.answer)}
-
-
-def split_of(operators: str) -> str:
-    """The split an operator sequence belongs to: "+-" -> "eval", "++" -> "train"."""
-    return next((name for name, own in OPERATORS.items() if operators in own), "train")
-
-
-def parse_expression(expression: str) -> tuple[tuple[int, ...], str]:
-    """ "8 + 5 - 4" -> ((8, 5, 4), "+-")."""
-    if not re.fullmatch(r"\d+( ?[+-] ?\d+)+", expression):
-        raise DcodError(f'expected a chain such as "8 + 5 - 4", got {expression!r}')
-    numbers = tuple(int(number) for number in re.findall(r"\d+", expression))
-    return numbers, "".join(re.findall(r"[+-]", expression))
-
-
-def make_problems(expressions: Iterable[str], *, seed: int) -> Iterator[Chain]:
-    """Distinct problems in the order of their expressions, each phrased as its split allows.
-
-    Chains whose value falls below zero on the way are left out: a tiny model then needs a third
-    of the facts.
-    """
-    seen: set[str] = set()
-    for expression in expressions:
-        numbers, operators = parse_expression(expression)
-        key = "".join(expression.split())
-        if key in seen:
-            continue
-        seen.add(key)
-        split = split_of(operators)
-        phrasing = random.Random(f"{seed} {key}").choice(PHRASINGS[split])
-        problem = Chain(key, numbers, operators, phrasing, split)
-        if min(problem.running_values()) >= 0:
-            yield problem
+        return {"id": self.expression, "prompt": prompt, "answer": str(self.answer)}
 
 
 def solve_equations(problem: Chain) -> str:
@@ -168,29 +91,7 @@ def worked_traces(
     """One trace record a problem, its style drawn with probability proportional to `shares`."""
     names = list(shares)
     for problem in problems:
-        draw = random.Random(f"{seed} style {problem.id}")
+        draw = random.Random(f"{seed} style {problem.expression}")
         style = draw.choices(names, [shares[name] for name in names])[0]
         completion = worked_solution(problem, style)
         yield {**problem.record(), "completion": completion, "style": style}
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of one token a character (printable ASCII and newline) with a chat template.
-
-    "<|end|>" ends a turn and the text; padding has a token of its own. 101 tokens.
-    """
-    names = [*SPECIAL_TOKENS, *ALPHABET]
-    backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="?"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    backend.decoder = decoders.Fuse()
-    backend.add_special_tokens([AddedToken(name, special=True) for name in SPECIAL_TOKENS])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=None,
-        eos_token="<|end|>",
-        pad_token="<|pad|>",
-        clean_up_tokenization_spaces=False,
-        model_max_length=512,
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer

@@ -11,20 +11,13 @@ tools/make_study_page.py writes the tables of docs/study.md from that file.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from dcod_jax.errors import DcodError
 from dcod_jax.logs import track
-from dcod_jax.study.conditions import (
-    MAIN,
-    Results,
-    arms,
-    conditions,
-    pending,
-    test_seeds,
-    tuning_seeds,
-)
+from dcod_jax.study.conditions import Results, conditions, pending, schedule
 from dcod_jax.study.lab import Lab
 
 
@@ -40,15 +33,10 @@ def study(config: Any) -> None:
     directory = Path(config.run_dir)
     results = Results(directory / "results.jsonl")
     lab = Lab(config, directory, wanted_starts(config))
-    total = count_runs(config)
-    wanted = {
-        (kind, name, seed)
-        for name, condition in conditions(config).items()
-        for kind, seeds in (("tune", tuning_seeds(condition)), ("test", test_seeds(condition)))
-        for seed in seeds
-    }
-    done = sum((x["kind"], x["condition"], x["seed"]) in wanted for x in results.done.values())
-    with track("study", total, unit="runs", done=done, enabled=config.train.progress) as advance:
+    runs = [run.key[:4] for *_, own in schedule(config) for run in own]  # without the rate
+    done = sum(key[:4] in runs for key in results.done)
+    shown = config.train.progress
+    with track("study", len(runs), unit="runs", done=done, enabled=shown) as advance:
         for run, own in pending(config, results):
             if run.condition not in results.references:
                 line = {"kind": "reference", "condition": run.condition}
@@ -56,22 +44,9 @@ def study(config: Any) -> None:
             if run.kind == "test":
                 results.check_start(run, lab.start_correct(own, run.seed))
             measured = lab.run(own, kind=run.kind, rate=run.rate, seed=run.seed)
-            results.record(run, measured)
+            results.append(dataclasses.asdict(run) | measured)
             note = f"{run.kind} {run.condition} {run.arm} seed {run.seed} {measured['accuracy']}"
             advance(1, note)
-
-
-def count_runs(config: Any) -> int:
-    """Lines that a finished study has, settings left out."""
-    total, main_arms = 0, set()
-    for name, condition in conditions(config).items():
-        entries = arms(condition)
-        main_arms = set(entries) if name == MAIN else main_arms
-        own = condition.study.own_rates or name == MAIN
-        tuned = [arm for arm in entries if own or arm not in main_arms]
-        total += len(tuned) * len(condition.study.learning_rates) * condition.study.tuning_seeds
-        total += len(entries) * condition.study.seeds
-    return total
 
 
 def wanted_starts(config: Any) -> dict[tuple[int, int], set[int]]:

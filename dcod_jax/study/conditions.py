@@ -50,7 +50,7 @@ class Run:
     condition: str
     arm: str
     seed: int
-    rate: float
+    rate: float  # 0 in the schedule of a test, whose grid finds it
 
     @property
     def key(self) -> tuple[str, str, str, int, float]:
@@ -139,9 +139,6 @@ class Results:
             os.fsync(file.fileno())
         self._add(line)
 
-    def record(self, run: Run, measured: dict[str, Any]) -> None:
-        self.append(dataclasses.asdict(run) | measured)
-
     def check_start(self, run: Run, start: dict[str, str]) -> None:
         """Refuse a test run from another start than the seed's other runs of the condition.
 
@@ -207,11 +204,6 @@ def from_hex(text: str, count: int) -> np.ndarray:
 # ---------------------------------------------------------------- learning rates and order
 
 
-def test_seeds(config: Any) -> range:
-    """Seeds of the test runs."""
-    return range(config.seed + 1, config.seed + 1 + config.study.seeds)
-
-
 def tuning_seeds(config: Any) -> list[int]:
     """Seeds of the tuning runs; no test run has them, whatever study.seeds grows to."""
     return [config.seed + 1000 * number for number in range(config.study.tuning_seeds)]
@@ -231,38 +223,45 @@ def best_rate(results: Results, condition: str, arm: str, own: Any) -> float | N
     return max(sums, key=lambda rate: sums[rate])
 
 
-def pending(config: Any, results: Results) -> Iterator[tuple[Run, Any]]:
-    """(run, its config) of the runs left, in order; reads the results again after each.
+def schedule(config: Any) -> Iterator[tuple[str, dict[str, Any], dict[str, str], list[Run]]]:
+    """(condition, {arm: its config}, {arm: condition whose grid finds its rate}, runs), in order.
 
-    Of each condition first the learning-rate grids, then all arms seed by seed, so that an
-    interrupted condition has the same seeds in every arm. Conditions without study.own_rates take
-    the rates of the condition "main" for its arms.
+    First the learning-rate grids, then all arms seed by seed, so that an interrupted condition has
+    the same seeds in every arm. Conditions without study.own_rates take the rates of the condition
+    "main" for its arms.
     """
     main_arms: set[str] = set()
     for name, condition in conditions(config).items():
         entries = arms(condition)
         if name == MAIN:
             main_arms = set(entries)
-        source = {
-            arm: name if condition.study.own_rates or arm not in main_arms else MAIN
-            for arm in entries
-        }
+        given = set() if condition.study.own_rates else main_arms
+        source = {arm: MAIN if arm in given else name for arm in entries}
+        runs = [
+            Run("tune", name, arm, seed, rate)
+            for arm, own in entries.items()
+            for seed, rate in itertools.product(tuning_seeds(own), own.study.learning_rates)
+            if source[arm] == name
+        ]
+        seeds = range(config.seed + 1, config.seed + 1 + condition.study.seeds)
+        runs += [Run("test", name, arm, seed, 0.0) for seed in seeds for arm in entries]
+        yield name, entries, source, runs
+
+
+def pending(config: Any, results: Results) -> Iterator[tuple[Run, Any]]:
+    """(run, its config) of the runs left, in order; reads the results again after each."""
+    for name, entries, source, runs in schedule(config):
         for arm, own in entries.items():
             results.check_settings(name, arm, settings_of(own))
-        for arm, own in entries.items():
-            grid = itertools.product(tuning_seeds(own), own.study.learning_rates)
-            for seed, rate in grid if source[arm] == name else ():
-                run = Run("tune", name, arm, seed, rate)
-                if run.key not in results.done:
-                    yield run, own
-        for seed in test_seeds(condition):
-            for arm, own in entries.items():
+        for run in runs:
+            arm, own = run.arm, entries[run.arm]
+            if run.kind == "test":
                 rate = best_rate(results, source[arm], arm, own)
                 if rate is None:
                     raise DcodError(
                         f"no learning rate for arm {arm!r} of condition {name!r}: "
                         f"{source[arm]!r} has to be run first; put it first in study.conditions"
                     )
-                run = Run("test", name, arm, seed, rate)
-                if run.key not in results.done:
-                    yield run, own
+                run = dataclasses.replace(run, rate=rate)
+            if run.key not in results.done:
+                yield run, own

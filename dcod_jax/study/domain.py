@@ -27,7 +27,6 @@ from dcod_jax.types import Params, Trace
 
 LARGEST = 20  # of the sum of the added numbers: a tiny model learns the facts below it in minutes
 SETS = ("in", "operands", "longer")  # test sets, beside "validation"
-PHRASING = "{}="
 
 
 def problem_stream(
@@ -36,15 +35,14 @@ def problem_stream(
     """Endless random problems with a length and first operand in these inclusive ranges.
 
     The other operands are 1 to 9. No running value is negative, and the added numbers sum to at
-    most LARGEST. A problem may come twice; its id is its expression, "8+5-4".
+    most LARGEST. A problem may come twice.
     """
     draw = random.Random(f"{seed} {name}")
     while True:
         count = draw.randint(*terms)
         numbers = [draw.randint(*first), *(draw.randint(1, 9) for _ in range(count - 1))]
         operators = "".join(draw.choice("+-") for _ in range(count - 1))
-        problem = Chain("", tuple(numbers), operators, PHRASING, name)
-        problem = dataclasses.replace(problem, id=problem.expression)
+        problem = Chain(tuple(numbers), operators)
         added = sum(n for op, n in zip("+" + operators, numbers, strict=True) if op == "+")
         if min(problem.running_values()) >= 0 and added <= LARGEST:
             yield problem
@@ -66,18 +64,18 @@ def held_out(config: Any) -> dict[str, list[Chain]]:
         stream = problem_stream(name, terms=tuple(terms), first=tuple(first), seed=config.seed)
         while len(found[name]) < study.problems:
             problem = next(stream)
-            if problem.id not in taken:
-                taken.add(problem.id)
+            if problem.expression not in taken:
+                taken.add(problem.expression)
                 found[name].append(problem)
     return found
 
 
 def training_problems(config: Any, name: str, terms: Sequence[int]) -> Iterator[Chain]:
     """Endless problems outside every held-out set."""
-    forbidden = {p.id for problems in held_out(config).values() for p in problems}
+    forbidden = {p.expression for problems in held_out(config).values() for p in problems}
     first = tuple(config.study.first_operands)
     stream = problem_stream(name, terms=(terms[0], terms[1]), first=first, seed=config.seed)
-    return (problem for problem in stream if problem.id not in forbidden)
+    return (problem for problem in stream if problem.expression not in forbidden)
 
 
 # ---------------------------------------------------------------- texts

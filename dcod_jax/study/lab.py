@@ -23,6 +23,7 @@ import optax
 from dcod_jax import config as configs
 from dcod_jax.data import pipeline
 from dcod_jax.data.dataset import TraceDataset
+from dcod_jax.data.tokenizer import load_tokenizer
 from dcod_jax.drift.scores import DriftModel, DriftSettings, draw_samples, measure
 from dcod_jax.errors import DcodError
 from dcod_jax.files import atomic_write
@@ -31,7 +32,6 @@ from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.study import domain
-from dcod_jax.study.arithmetic import build_tokenizer
 from dcod_jax.study.conditions import to_hex
 from dcod_jax.study.domain import SETS, StudyModel
 from dcod_jax.study.steps import adjustable_optimizer, student_config, with_rate
@@ -70,7 +70,7 @@ class Lab:
         """starts: for each (width, layers) the numbers of warm-start steps that are wanted."""
         self.directory, self.wanted = directory, starts
         self.mesh = make_mesh(1, devices=jax.devices()[:1])
-        self.tokenizer = build_tokenizer()
+        self.tokenizer = load_tokenizer(config.teacher.path)
         teacher_config, params = hf.load_model(config.teacher.path, dtype=jnp.float32, mesh=None)
         params = jax.device_put(params, jax.devices()[0])
         self.teacher = StudyModel(teacher_config, params, self.tokenizer)

@@ -117,7 +117,7 @@ def check_solution(solution: str, expression: str, style: str) -> None:
 @settings(max_examples=150, deadline=None)
 @given(chain=chains)
 def test_every_step_of_a_worked_solution_is_right(style: str, chain: tuple[list[int], str]) -> None:
-    problem = arithmetic.Chain("x", tuple(chain[0]), chain[1], "Find {}.", "train")
+    problem = arithmetic.Chain(tuple(chain[0]), chain[1], "Find {}.")
     solution = arithmetic.worked_solution(problem, style)
     check_solution(solution, problem.expression, style)
     found = extract_answer(solution)
@@ -135,15 +135,15 @@ def test_the_check_of_solutions_can_fail() -> None:
 
 
 def test_parse_expression_reads_reasoning_gyms_form_and_refuses_others() -> None:
-    assert arithmetic.parse_expression("8 + 5 - 4") == ((8, 5, 4), "+-")
+    assert tool().parse_expression("8 + 5 - 4") == ((8, 5, 4), "+-")
     for wrong in ("8 * 5", "8", "", "8 + ", "-8 + 5"):
         with pytest.raises(DcodError, match="expected a chain"):
-            arithmetic.parse_expression(wrong)
+            tool().parse_expression(wrong)
 
 
 def test_repeated_expressions_give_one_problem() -> None:
-    made = list(arithmetic.make_problems(["1 + 2", "1+2", "2 - 1"], seed=0))
-    assert [problem.id for problem in made] == ["1+2", "2-1"]
+    made = list(tool().make_problems(["1 + 2", "1+2", "2 - 1"], seed=0))
+    assert [problem.expression for problem in made] == ["1+2", "2-1"]
 
 
 def test_traces_are_right_and_mix_the_styles() -> None:
@@ -182,7 +182,7 @@ def test_shipped_splits_share_no_problem_and_no_template() -> None:
 @pytest.mark.parametrize("name", ["validation", "eval"])
 def test_no_operator_sequence_decides_a_held_out_split(name: str) -> None:
     counts = Counter(problem.operators for problem in pieces()[name])
-    assert counts.keys() == set(arithmetic.OPERATORS[name])
+    assert counts.keys() == set(tool().OPERATORS[name])
     assert len(counts) >= 5
     assert {len(operators) for operators in counts} >= {3, 4}
     assert max(counts.values()) < 0.25 * counts.total()
@@ -210,9 +210,9 @@ def test_no_template_of_the_held_out_splits_is_in_another_split() -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(text=st.text(arithmetic.ALPHABET, max_size=40))
+@given(text=st.text(tool().ALPHABET, max_size=40))
 def test_tokenizer_gives_one_token_a_character_and_the_text_back(text: str) -> None:
-    tokenizer = arithmetic.build_tokenizer()
+    tokenizer = tool().build_tokenizer()
     ids = tokenizer.encode(text, add_special_tokens=False)
     if "<|" not in text:
         assert len(ids) == len(text)
@@ -222,7 +222,7 @@ def test_tokenizer_gives_one_token_a_character_and_the_text_back(text: str) -> N
 @pytest.mark.parametrize("model", ["teacher", "student"])
 def test_shipped_tokenizer_is_the_built_one_and_its_chat_prompt_a_prefix(model: str) -> None:
     tokenizer = load_tokenizer(ASSETS / model)
-    built = arithmetic.build_tokenizer()
+    built = tool().build_tokenizer()
     assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(built)
     assert template_fingerprint(tokenizer) == template_fingerprint(built)
     question = [{"role": "user", "content": "Find 8+5-4."}]
@@ -262,7 +262,7 @@ def test_shipped_models_are_small_and_what_the_recipe_makes(model: str) -> None:
     wanted = tool().hf_config(tool().SHAPES[model])
     assert {key: raw.get(key) for key in tool().SHAPES[model]} == tool().SHAPES[model]
     assert raw["model_type"] == wanted["model_type"]
-    assert config.vocab_size == len(arithmetic.build_tokenizer())
+    assert config.vocab_size == len(tool().build_tokenizer())
     params = hf.load_params(directory, config)
     assert all(np.isfinite(leaf).all() for leaf in _leaves(params))
 

@@ -18,7 +18,7 @@ from dcod_jax.configs.study import study_keys
 from dcod_jax.errors import DcodError
 from dcod_jax.study import domain
 from dcod_jax.study.arithmetic import STYLES, worked_solution
-from dcod_jax.study.command import count_runs, study, wanted_starts
+from dcod_jax.study.command import study, wanted_starts
 from dcod_jax.study.conditions import (
     Results,
     Run,
@@ -28,6 +28,7 @@ from dcod_jax.study.conditions import (
     from_hex,
     pending,
     read_results,
+    schedule,
     settings_of,
     to_hex,
 )
@@ -83,11 +84,11 @@ def recipe(**changes):
 def test_the_sets_are_apart_and_each_is_what_its_name_says():
     config = recipe(**{"study.problems": "200"})
     sets = domain.held_out(config)
-    ids = [p.id for problems in sets.values() for p in problems]
+    ids = [p.expression for problems in sets.values() for p in problems]
     assert len(ids) == len(set(ids)) == 4 * 200
     stream = domain.training_problems(config, "traces", config.study.terms)
     trained = list(itertools.islice(stream, 2000))
-    assert not set(ids) & {p.id for p in trained}
+    assert not set(ids) & {p.expression for p in trained}
     assert {p.numbers[0] for p in trained} == set(range(1, 7))
     assert {p.numbers[0] for p in sets["operands"]} == {7, 8, 9}
     assert {len(p.numbers) for p in sets["operands"]} == {len(p.numbers) for p in trained} == {3, 4}
@@ -140,12 +141,20 @@ def plan_recipe(tmp_path, **changes):
     )
 
 
+def record(results, run, measured):
+    results.append(dataclasses.asdict(run) | measured)
+
+
 def finish(config, results):
     done = []
     for run, _ in pending(config, results):
-        results.record(run, fake(run))
+        record(results, run, fake(run))
         done.append(run)
     return done
+
+
+def count_runs(config):
+    return sum(len(runs) for *_, runs in schedule(config))
 
 
 def test_the_order_and_the_rates(tmp_path):
@@ -174,7 +183,7 @@ def test_the_order_and_the_rates(tmp_path):
 def test_a_killed_study_goes_on_and_drops_the_torn_line(tmp_path):
     config, path = plan_recipe(tmp_path), tmp_path / "results.jsonl"
     for run, _ in itertools.islice(pending(config, Results(path)), 1):
-        Results(path).record(run, fake(run))
+        record(Results(path), run, fake(run))
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"kind": "tune", "arm": "b", "con')
     results = Results(path)
@@ -408,7 +417,7 @@ def test_best_rate_waits_for_the_whole_grid_and_takes_the_mean(tmp_path):
     def tuned(seed, rate, accuracy):
         assert best_rate(results, "main", "a", config) is None
         run = Run("tune", "main", "a", seed, rate)
-        results.record(run, {"accuracy": {"validation": accuracy}})
+        record(results, run, {"accuracy": {"validation": accuracy}})
 
     tuned(0, 1e-3, 0.9)
     tuned(0, 3e-3, 0.1)
