@@ -31,7 +31,7 @@ LEVELS = """
     evaluate.lm_eval_model drift.command report.arguments report.data report.traces report.command
     plan.chips plan.hlo plan.programs plan.estimate plan.command
     train.telemetry train.loop train.command
-    study.arithmetic study.domain study.conditions study.steps study.lab study.command
+    study.arithmetic study.domain study.conditions study.lab study.command
 """
 ORDER = LEVELS.split()
 PLACE = {name: place for place, name in enumerate(ORDER)}

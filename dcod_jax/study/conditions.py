@@ -243,7 +243,8 @@ def schedule(config: Any) -> Iterator[tuple[str, dict[str, Any], dict[str, str],
             for seed, rate in itertools.product(tuning_seeds(own), own.study.learning_rates)
             if source[arm] == name
         ]
-        seeds = range(config.seed + 1, config.seed + 1 + condition.study.seeds)
+        first = condition.seed + 1
+        seeds = range(first, first + condition.study.seeds)
         runs += [Run("test", name, arm, seed, 0.0) for seed in seeds for arm in entries]
         yield name, entries, source, runs
 

@@ -34,33 +34,35 @@ from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.study import domain
 from dcod_jax.study.conditions import to_hex
 from dcod_jax.study.domain import SETS, StudyModel
-from dcod_jax.study.steps import adjustable_optimizer, student_config, with_rate
 from dcod_jax.train.forward import TeacherModel, make_forward
 from dcod_jax.train.on_policy import OnPolicy
+from dcod_jax.train.optim import OptimConfig, Schedule, make_optimizer
 from dcod_jax.train.settings import loss_config, optim_config
 from dcod_jax.train.setup import Student
 from dcod_jax.train.step import init_state, make_train_step
 from dcod_jax.types import Params, TrainState
 
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """The result of a training."""
-
-    params: Params
-    curves: dict[str, np.ndarray]  # metric -> value at each step
-    tokens: int  # completion tokens trained on
-    generated: int  # tokens sampled from the student on the way
-    cpu_seconds: float  # without compilation
+TrainStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 
-@dataclasses.dataclass
-class SharedStep:
-    """The train step of one loss and shape, and whether it was called yet."""
+def adjustable_optimizer(
+    cfg: OptimConfig, steps: int
+) -> tuple[optax.GradientTransformationExtraArgs, Schedule]:
+    """The package's optimizer with its peak rate in the state, and the schedule relative to it."""
 
-    optimizer: optax.GradientTransformation
-    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    called: bool = False
+    def build(learning_rate: Any) -> optax.GradientTransformation:
+        return make_optimizer(dataclasses.replace(cfg, learning_rate=learning_rate), steps)[0]
+
+    optimizer = optax.inject_hyperparams(build)(learning_rate=cfg.learning_rate)
+    return optimizer, make_optimizer(dataclasses.replace(cfg, learning_rate=1.0), steps)[1]
+
+
+def with_rate(state: TrainState, rate: float) -> TrainState:
+    """The state of an adjustable optimizer with this peak learning rate."""
+    hyper = dict(state.opt_state.hyperparams)
+    hyper["learning_rate"] = jnp.full_like(hyper["learning_rate"], rate)
+    opt_state = state.opt_state._replace(hyperparams=hyper)
+    return dataclasses.replace(state, opt_state=opt_state)
 
 
 class Lab:
@@ -79,7 +81,7 @@ class Lab:
             name: [domain.prompt_ids(self.tokenizer, p) for p in problems]
             for name, problems in self.problems.items()
         }
-        self._steps: dict[Any, SharedStep] = {}
+        self._steps: dict[Any, tuple[optax.GradientTransformationExtraArgs, TrainStep]] = {}
         self._teacher_samples: dict[tuple[int, int], Any] = {}
         self._datasets: dict[Path, TraceDataset] = {}
         self._start_correct: dict[Path | str, dict[str, str]] = {}
@@ -87,7 +89,19 @@ class Lab:
     # ------------------------------------------------------------ what is shared
 
     def model_config(self, config: Any) -> ModelConfig:
-        return student_config(self.teacher.config, config.study.width, config.study.layers)
+        """The teacher's architecture at the study's width (heads of 16) and depth."""
+        width = config.study.width
+        if width % 16:
+            raise DcodError(f"study.width={width} must be a multiple of 16, the size of a head")
+        return dataclasses.replace(
+            self.teacher.config,
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_layers=config.study.layers,
+            num_heads=width // 16,
+            num_kv_heads=width // 16,
+            head_dim=16,
+        )
 
     def traces(self, config: Any, *, start: bool = False) -> TraceDataset:
         path = domain.traces_path(self.directory / "traces", config, start=start)
@@ -162,8 +176,8 @@ class Lab:
 
     # ------------------------------------------------------------ training
 
-    def _shared_step(self, config: Any) -> SharedStep:
-        """The train step of this loss and shape; the rate is in its state."""
+    def _shared_step(self, config: Any) -> tuple[optax.GradientTransformationExtraArgs, TrainStep]:
+        """Optimizer and train step of this loss and shape; the rate is in the state."""
         live = config.loss.teacher == "live"
         forward = make_forward(
             config,
@@ -180,7 +194,7 @@ class Lab:
         if key not in self._steps:
             optimizer, schedule = adjustable_optimizer(cfg, config.train.steps)
             step = make_train_step(forward, optimizer, schedule, batch_size=config.data.batch_size)
-            self._steps[key] = SharedStep(optimizer, step)
+            self._steps[key] = optimizer, step
         return self._steps[key]
 
     def train(
@@ -191,34 +205,24 @@ class Lab:
         rate: float,
         seed: int,
         start: bool = False,
+        steps: int = 0,
         after_step: Callable[[int, TrainState], None] | None = None,
-    ) -> Trained:
-        """train.steps steps from `params`; the order of the traces follows from `seed`."""
-        shared, options = self._shared_step(config), {"rate": rate, "seed": seed, "start": start}
-        if not shared.called:  # one step that counts for nothing, so that no run pays for compiling
-            shared.called = True
+    ) -> tuple[Params, dict[str, np.ndarray], dict[str, float]]:
+        """(parameters, {metric: its value at each step}, costs) of `steps` steps from `params`.
+
+        steps=0 is train.steps. The order of the traces follows from `seed`. Costs are the tokens
+        trained on, those generated on the way, and CPU-seconds without compilation.
+        """
+        known = len(self._steps)
+        optimizer, train_step = self._shared_step(config)
+        if len(self._steps) > known:  # a step that counts for nothing, so no run pays to compile
             sampled = ["on_policy.fraction=1"] if config.on_policy.fraction else []
             warm = configs.with_changes(config, sampled)
-            self._loop(shared, warm, params, steps=1, **options)
-        steps = config.train.steps
-        return self._loop(shared, config, params, steps=steps, after_step=after_step, **options)
-
-    def _loop(
-        self,
-        shared: SharedStep,
-        config: Any,
-        params: Params,
-        *,
-        rate: float,
-        seed: int,
-        start: bool,
-        steps: int,
-        after_step: Callable[[int, TrainState], None] | None = None,
-    ) -> Trained:
+            self.train(warm, params, rate=rate, seed=seed, start=start, steps=1)
         loss: LossConfig = loss_config(config)
         model_config = self.model_config(config)
         copy = jax.tree.map(jnp.array, params)  # the step donates its state
-        state = init_state(copy, shared.optimizer, mesh=self.mesh, model_config=model_config)
+        state = init_state(copy, optimizer, mesh=self.mesh, model_config=model_config)
         state = with_rate(state, rate)
         live = (self.teacher.params,) if loss.teacher == "live" else ()
         batches = pipeline.train_batches(
@@ -237,22 +241,24 @@ class Lab:
         history: list[dict[str, jax.Array]] = []
         jax.block_until_ready(state)
         before = time.process_time()
-        for step in range(steps):
+        for step in range(steps or config.train.steps):
             host_batch, _, _ = policy(step, state, *next(batches))
-            state, values = shared.step(state, pipeline.to_device(host_batch, self.mesh), *live)
+            state, values = train_step(state, pipeline.to_device(host_batch, self.mesh), *live)
             history.append(values)
             if after_step is not None:
                 after_step(step + 1, state)
         jax.block_until_ready(state)
-        spent = time.process_time() - before
-        curves = _curves(history)
+        spent = round(time.process_time() - before, 2)
+        stacked = jax.device_get(history)
+        curves = {key: np.array([values[key] for values in stacked]) for key in stacked[0]}
         if not np.isfinite(curves["loss"]).all():
             raise DcodError(
                 f"the loss is not finite at step {int(np.argmin(np.isfinite(curves['loss']))) + 1} "
                 f"with learning rate {rate}; take it out of study.learning_rates"
             )
         tokens = int(curves["tokens/completion"].sum())
-        return Trained(state.params, curves, tokens, policy.spent["tokens"], spent)
+        costs = {"tokens": tokens, "generated": policy.spent["tokens"], "train_cpu": spent}
+        return state.params, curves, costs
 
     # ------------------------------------------------------------ measuring
 
@@ -260,7 +266,7 @@ class Lab:
         """What the runs of a condition share: the teacher's accuracy and its traces."""
         manifest = self.traces(config).manifest
         return {
-            "teacher": {name: _share(self._correct(self.teacher, config, name)) for name in SETS},
+            "teacher": _shares(self._graded(config, self.teacher, SETS)),
             "counts": manifest["counts"],
             "styles": manifest["styles"],
         }
@@ -270,37 +276,36 @@ class Lab:
         steps = config.study.start_steps
         where = self._start_file(config, steps, seed) if steps else config.student.path
         if where not in self._start_correct:
-            graded = self.grade(config, self.start(config, seed), SETS)
+            graded = self._graded(config, self._student(config, self.start(config, seed)), SETS)
             self._start_correct[where] = {name: to_hex(graded[name]) for name in SETS}
         return self._start_correct[where]
 
-    def grade(self, config: Any, params: Params, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """{set: [problems] bool} of a student's greedy answers."""
-        student = StudyModel(self.model_config(config), params, self.tokenizer)
-        return {name: self._correct(student, config, name) for name in names}
+    def _student(self, config: Any, params: Params) -> StudyModel:
+        return StudyModel(self.model_config(config), params, self.tokenizer)
 
-    def _correct(self, model: StudyModel, config: Any, name: str) -> np.ndarray:
-        drawn = model.answers(self.prompts[name], config, temperature=0.0, seed=0)
-        pairs = zip(self.problems[name], map(model.text, drawn), strict=True)
-        return np.array([domain.is_correct(problem, text) for problem, text in pairs])
+    def _graded(
+        self, config: Any, model: StudyModel, names: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        """{set: [problems] bool} of a model's greedy answers."""
+        found = {}
+        for name in names:
+            drawn = model.answers(self.prompts[name], config, temperature=0.0, seed=0)
+            pairs = zip(self.problems[name], map(model.text, drawn), strict=True)
+            found[name] = np.array([domain.is_correct(problem, text) for problem, text in pairs])
+        return found
 
     def run(self, config: Any, *, kind: str, rate: float, seed: int) -> dict[str, Any]:
         """Everything measured in one run, as it goes into results.jsonl."""
-        done = self.train(config, self.start(config, seed), rate=rate, seed=seed)
+        params, curves, costs = self.train(config, self.start(config, seed), rate=rate, seed=seed)
         before = time.process_time()
-        correct = self.grade(config, done.params, ("validation",) if kind == "tune" else SETS)
-        measured: dict[str, Any] = {
-            "accuracy": {name: _share(values) for name, values in correct.items()},
-            "train_cpu": round(done.cpu_seconds, 2),
-            "tokens": done.tokens,
-            "generated": done.generated,
-            "curves": _summary(done.curves),
-        }
+        names = ("validation",) if kind == "tune" else SETS
+        correct = self._graded(config, self._student(config, params), names)
+        measured = costs | {"accuracy": _shares(correct), "curves": _summary(curves)}
         if kind == "test":
             measured["correct"] = {name: to_hex(values) for name, values in correct.items()}
             measured["start"] = self.start_correct(config, seed)
             if config.study.drift_prompts:
-                measured["drift"] = self.drift(config, done.params)
+                measured["drift"] = self.drift(config, params)
         measured["eval_cpu"] = round(time.process_time() - before, 2)
         return measured
 
@@ -335,14 +340,8 @@ class Lab:
         return found
 
 
-def _share(correct: np.ndarray) -> float:
-    return round(float(correct.mean()), 4)
-
-
-def _curves(history: list[dict[str, jax.Array]]) -> dict[str, np.ndarray]:
-    """{metric: [steps]} of those that every step has."""
-    stacked = jax.device_get(history)
-    return {key: np.array([values[key] for values in stacked]) for key in stacked[0]}
+def _shares(correct: dict[str, np.ndarray]) -> dict[str, float]:
+    return {name: round(float(values.mean()), 4) for name, values in correct.items()}
 
 
 def _summary(curves: dict[str, np.ndarray]) -> dict[str, float]:

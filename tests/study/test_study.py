@@ -32,7 +32,7 @@ from dcod_jax.study.conditions import (
     settings_of,
     to_hex,
 )
-from dcod_jax.study.steps import adjustable_optimizer, with_rate
+from dcod_jax.study.lab import adjustable_optimizer, with_rate
 from dcod_jax.train.optim import make_optimizer
 from dcod_jax.train.settings import optim_config
 from dcod_jax.types import TrainState
