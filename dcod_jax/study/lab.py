@@ -27,7 +27,6 @@ from dcod_jax.data.tokenizer import load_tokenizer
 from dcod_jax.drift.scores import DriftModel, DriftSettings, draw_samples, measure
 from dcod_jax.errors import DcodError
 from dcod_jax.files import atomic_write
-from dcod_jax.losses.distill import LossConfig
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import make_mesh
@@ -35,9 +34,10 @@ from dcod_jax.study import domain
 from dcod_jax.study.conditions import to_hex
 from dcod_jax.study.domain import SETS, StudyModel
 from dcod_jax.train.forward import TeacherModel, make_forward
+from dcod_jax.train.loop import reading
 from dcod_jax.train.on_policy import OnPolicy
 from dcod_jax.train.optim import OptimConfig, Schedule, make_optimizer
-from dcod_jax.train.settings import loss_config, optim_config
+from dcod_jax.train.settings import optim_config
 from dcod_jax.train.setup import Student
 from dcod_jax.train.step import init_state, make_train_step
 from dcod_jax.types import Params, TrainState
@@ -219,22 +219,13 @@ class Lab:
             sampled = ["on_policy.fraction=1"] if config.on_policy.fraction else []
             warm = configs.with_changes(config, sampled)
             self.train(warm, params, rate=rate, seed=seed, start=start, steps=1)
-        loss: LossConfig = loss_config(config)
         model_config = self.model_config(config)
         copy = jax.tree.map(jnp.array, params)  # the step donates its state
         state = init_state(copy, optimizer, mesh=self.mesh, model_config=model_config)
         state = with_rate(state, rate)
-        live = (self.teacher.params,) if loss.teacher == "live" else ()
-        batches = pipeline.train_batches(
-            self.traces(config, start=start),
-            seed=seed,
-            seq_len=config.data.seq_len,
-            batch_size=config.data.batch_size,
-            head_tokens=config.data.head_tokens,
-            prefetch=config.data.prefetch,
-            require_scores=loss.needs_cache,
-            require_top_k=loss.needs_top_k,
-        )
+        live = (self.teacher.params,) if config.loss.teacher == "live" else ()
+        traces = self.traces(config, start=start)
+        batches = pipeline.train_batches(traces, seed=seed, **reading(config, self.mesh))
         student = Student(model_config, self.tokenizer, len(self.tokenizer))
         own = configs.replace(config, {"seed": seed})
         policy = OnPolicy(own, student, self.mesh, spent={})
