@@ -128,11 +128,7 @@ def worker(name: str, directory: Path) -> dict[str, Any]:
     vocabulary = student_vocabulary_bytes(name)
     return {
         "row": name,
-        "arguments": program.arguments,
-        "temporaries": program.temporaries,
-        "peak": program.peak,
-        "alive": program.alive,
-        "host": program.host,
+        **program.memory,
         "estimated_ms": program.summary.cycles / target.chip.clock * 1e3,
         "compile_cpu_seconds": time.process_time() - start,
         # In a loop and as large as the vocabulary matrix: it would be gathered for every chunk.

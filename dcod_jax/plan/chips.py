@@ -54,11 +54,6 @@ CHIPS: dict[str, Chip] = {
 }
 
 
-def by_name(name: str) -> Chip | None:
-    """The chip that a topology's name begins with ("v5e"), or None."""
-    return next((chip for chip in CHIPS.values() if chip.name == name), None)
-
-
 # Dense bfloat16 FLOP/s of devices that no plan is made for: a core of TPU v2 and v3 (half a chip),
 # the other names of newer TPUs, and GPUs.
 OTHER_PEAKS = {

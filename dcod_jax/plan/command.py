@@ -28,11 +28,10 @@ from dcod_jax.models.transformer import num_params
 from dcod_jax.parallel.mesh import batch_shards, make_mesh
 from dcod_jax.plan import estimate, programs
 from dcod_jax.plan.chips import GIB
-from dcod_jax.plan.programs import DoesNotFitError, Program, Target
+from dcod_jax.plan.programs import DoesNotFitError, Target
 
 log = logging.getLogger(__name__)
 
-MEMORY = ("arguments", "temporaries", "peak", "alive", "host")  # of a Program, in bytes
 MAX_COMPILATIONS = 13  # of the search for the largest batch
 
 
@@ -96,11 +95,7 @@ def _try(config: Any, target: Target) -> dict[str, Any]:
     """Numbers of the train step of a config; raises DoesNotFitError."""
     traced = programs.train_program(config, target.devices)
     program = programs.compile_program(traced, limit=target.limit)
-    return _memory(program) | estimate.train_numbers(config, target, traced, program)
-
-
-def _memory(program: Program) -> dict[str, int]:
-    return {key: getattr(program, key) for key in MEMORY}
+    return program.memory | estimate.train_numbers(config, target, traced, program)
 
 
 def _size(size: float | int | None) -> str:
@@ -236,7 +231,7 @@ def _score(config: Any, target: Target, console: Console) -> dict[str, Any] | No
             *(rows, length, _size(error.needed)),
         )
         return {"rows": rows, "length": length, "needs": error.needed, "fits": False}
-    report = _memory(program) | estimate.score_numbers(config, target, program, rows, length)
+    report = program.memory | estimate.score_numbers(config, target, program, rows, length)
     console.print(_memory_table(f"scoring step, {rows} x {length} tokens", report, target))
     _print_speed(length, report, console)
     return report | {"rows": rows, "length": length, "fits": True}
@@ -254,7 +249,7 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
 
 def _memory_table(title: str, report: dict[str, Any], target: Target) -> Table:
     rows = []
-    for key in MEMORY:
+    for key in ("arguments", "temporaries", "peak", "alive", "host"):
         share = f"{report[key] / target.limit:.0%}" if target.limit and key != "host" else ""
         rows.append((key, _size(report[key]), share))
     rows.append(("limit", _size(target.limit), ""))

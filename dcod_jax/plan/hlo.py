@@ -72,32 +72,6 @@ class Collective:
     overlapped: bool  # started and awaited apart, or fused with compute
     between_slices: bool = False  # one device of each slice; groups is () then
 
-    def received(self, slice_of: Sequence[int]) -> float:
-        """Bytes a device takes in a step, on a ring; slice_of names each position's slice."""
-        n = len(self.groups[0]) if self.groups else len(slice_of)
-        if self.between_slices:
-            n = len(set(slice_of))
-        share = {"collective-permute": 1.0, "all-reduce": 2 * (n - 1) / n}
-        return self.times * self.size * share.get(self.kind, (n - 1) / n)
-
-    def crosses(self, slice_of: Sequence[int]) -> bool:
-        """Whether a group holds devices of several slices; slice_of names each position's."""
-        if self.between_slices:
-            return True
-        groups = self.groups or (tuple(range(len(slice_of))),)
-        return any(len({slice_of[i] for i in group}) > 1 for group in groups)
-
-
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """A compiled program in numbers, for one device and one step."""
-
-    cycles: int  # libtpu's estimate, loops multiplied; 0 where the compiler gives none
-    collectives: tuple[Collective, ...]
-    kernels: int  # executions of Pallas kernels
-    windowed: int  # matrix products turned into loops over shards
-    loops: tuple[int, ...]  # trip counts
-
 
 def array_bytes(shape: str) -> int:
     """Bytes of a shape as HLO writes it; a tuple's add up. "bf16[4,8]{1,0}" -> 64."""
@@ -206,33 +180,38 @@ def _size(step: Instruction, kind: str, sizes: Mapping[str, int]) -> int:
     return made if kind == "all-reduce" else max(given, made)
 
 
-class _Walk:
-    """The call graph of a program, walked once from its entry."""
+class Summary:
+    """A compiled program in numbers, for one device and one step, from its optimised HLO text.
+
+    cycles is libtpu's estimate, loops multiplied (0 where the compiler gives none); kernels counts
+    executions of Pallas kernels, windowed the matrix products turned into loops over shards.
+    """
 
     def __init__(self, text: str):
-        self.found, entry = computations(text)
-        steps = (step for body in self.found.values() for step in body)
-        self.sizes = {step.name: array_bytes(step.shape) for step in steps}
+        self._found, entry = computations(text)
+        steps = (step for body in self._found.values() for step in body)
+        self._sizes = {step.name: array_bytes(step.shape) for step in steps}
         # A collective that libtpu spreads over several fusions is listed in each of them, under one
         # channel of one loop body.
-        self.collectives: dict[tuple[str, str], Collective] = {}
-        self.loops: list[int] = []
-        self.kernels = 0
-        self.cycles = 0
-        self.walk(entry, 1)
+        self._collectives: dict[tuple[str, str], Collective] = {}
+        self.kernels = self.cycles = 0
+        self.windowed = text.count("windowed_dot_general")
+        self._walk(entry, 1)
 
-    def walk(self, name: str, times: int) -> None:
+    @property
+    def collectives(self) -> list[Collective]:
+        return list(self._collectives.values())
+
+    def _walk(self, name: str, times: int) -> None:
         """Add up what a computation and everything it calls does."""
-        for step in self.found.get(name, []):
+        for step in self._found.get(name, []):
             if step.opcode == "while":
-                trips = trip_count(step, self.found)
-                self.loops.append(trips)
                 body = re.search(r"body=%?([\w.\-]+)", step.rest)
                 assert body is not None
-                self.walk(body[1], times * trips)
+                self._walk(body[1], times * trip_count(step, self._found))
             elif step.opcode in ("call", "conditional"):
                 for inner in step.called:
-                    self.walk(inner, times)
+                    self._walk(inner, times)
             else:
                 self._collect(step, name, times, overlapped=False, nested=False)
             cycles = _CYCLES.search(step.rest)
@@ -247,33 +226,21 @@ class _Walk:
         if kind in COLLECTIVES:
             channel = _CHANNEL.search(step.rest) if nested else None
             key = (body, f"{kind} {channel[1]}" if channel else step.name)
-            before = self.collectives.get(key)
+            before = self._collectives.get(key)
             overlapped = overlapped or step.opcode.endswith("-start")
             overlapped = overlapped or (before is not None and before.overlapped)
-            size, groups = _size(step, kind, self.sizes), replica_groups(step.rest)
-            self.collectives[key] = Collective(kind, size, times, groups, overlapped)
+            size, groups = _size(step, kind, self._sizes), replica_groups(step.rest)
+            self._collectives[key] = Collective(kind, size, times, groups, overlapped)
         elif kind == "send" and (transfer := _BETWEEN_SLICES.search(step.rest)):
             size = max(array_bytes(m[0]) for m in re.finditer(_ARRAY, step.shape))
             name = transfer[1].lower().replace("_", "-")
             one = Collective(name, size, times, (), overlapped=True, between_slices=True)
-            self.collectives[body, step.name] = one
+            self._collectives[body, step.name] = one
         elif step.opcode in ("fusion", "async-start"):
             for inner in step.called:
                 apart = overlapped or step.opcode == "async-start" or inner.startswith("async")
-                for one in self.found.get(inner, []):
+                for one in self._found.get(inner, []):
                     self._collect(one, body, times, overlapped=apart, nested=True)
-
-
-def summarize(text: str) -> Summary:
-    """Numbers of a program's optimised HLO text (compiled.as_text())."""
-    program = _Walk(text)
-    return Summary(
-        cycles=program.cycles,
-        collectives=tuple(program.collectives.values()),
-        kernels=program.kernels,
-        windowed=text.count("windowed_dot_general"),
-        loops=tuple(program.loops),
-    )
 
 
 def bytes_by_kind(
@@ -281,14 +248,19 @@ def bytes_by_kind(
 ) -> dict[tuple[str, str], dict[str, float]]:
     """{(kind, network): {"count", "bytes", "overlapped"}} a device and step.
 
-    network is "dcn" for groups that cross slices, else "ici"; bytes are those received;
-    overlapped is the share of them that runs beside compute.
+    slice_of names the slice of each position in the mesh. network is "dcn" for groups that cross
+    slices, else "ici"; bytes are those received on a ring; overlapped is the share of them that
+    runs beside compute.
     """
     table: dict[tuple[str, str], dict[str, float]] = {}
     for one in summary.collectives:
-        network = "dcn" if one.crosses(slice_of) else "ici"
+        groups = one.groups or (tuple(range(len(slice_of))),)
+        n = len(set(slice_of)) if one.between_slices else len(groups[0])
+        crosses = any(len({slice_of[i] for i in group}) > 1 for group in groups)
+        network = "dcn" if one.between_slices or crosses else "ici"
+        share = {"collective-permute": 1.0, "all-reduce": 2 * (n - 1) / n}
+        received = one.times * one.size * share.get(one.kind, (n - 1) / n)
         row = table.setdefault((one.kind, network), {"count": 0.0, "bytes": 0.0, "overlapped": 0.0})
-        received = one.received(slice_of)
         row["count"] += one.times
         row["bytes"] += received
         row["overlapped"] += received * one.overlapped

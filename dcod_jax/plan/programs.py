@@ -24,12 +24,13 @@ from jax.typing import DTypeLike
 
 from dcod_jax import config as configs
 from dcod_jax.errors import DcodError
-from dcod_jax.models import hf, transformer
+from dcod_jax.models import hf
 from dcod_jax.models.config import ModelConfig
-from dcod_jax.parallel.mesh import make_mesh, sharding, tree_shardings
+from dcod_jax.parallel.mesh import make_mesh, sharding
 from dcod_jax.plan import chips, hlo
 from dcod_jax.plan.chips import Chip
 from dcod_jax.score import scoring
+from dcod_jax.train.checkpointer import sharded_shapes
 from dcod_jax.train.forward import TeacherModel, make_forward
 from dcod_jax.train.optim import make_optimizer
 from dcod_jax.train.settings import loss_config, optim_config
@@ -75,13 +76,13 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One compiled program: bytes on a device, and what its HLO text says."""
+    """One compiled program: bytes on a device, and what its HLO text says.
 
-    arguments: int
-    temporaries: int
-    peak: int  # arguments and temporaries together, with the gaps between buffers
-    alive: int  # the most that is alive at one time, as the compiler counts; 0: not known
-    host: int  # bytes in the host's memory
+    memory has "arguments", "temporaries", "peak" (both together, with the gaps between buffers),
+    "alive" (the most at one time, as the compiler counts; 0: not known), and "host" (the host's).
+    """
+
+    memory: dict[str, int]
     summary: hlo.Summary
     text: str = dataclasses.field(repr=False)
 
@@ -99,7 +100,7 @@ def target(config: Any) -> Target:
                 f"XLA_FLAGS=--xla_force_host_platform_device_count={shape or 'N'}"
             )
         return Target(name, tuple(devices[: int(shape)]), None, limit, slices)
-    chip = chips.by_name(kind)
+    chip = next((chip for chip in chips.CHIPS.values() if chip.name == kind), None)
     if chip is None or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         known = ", ".join(f"{c.name}:AxB" for c in chips.CHIPS.values())
         raise DcodError(f"plan.topology={name!r} is not known: {known} (or AxBxC), or cpu:N")
@@ -152,12 +153,7 @@ def models_of(config: Any) -> list[ModelConfig]:
 
 
 def _shapes(model: ModelConfig, dtype: DTypeLike, mesh: Mesh) -> Params:
-    layout = tree_shardings(mesh, transformer.logical_axes(model))
-    return jax.tree.map(
-        lambda s, at: jax.ShapeDtypeStruct(s.shape, dtype, sharding=at),
-        transformer.param_shapes(model),
-        layout,
-    )
+    return jax.tree.map(lambda one: one.update(dtype=dtype), sharded_shapes(model, mesh))
 
 
 def batch_shapes(config: Any, mesh: Mesh) -> Batch:
@@ -254,22 +250,20 @@ def compile_program(traced: jax.stages.Traced, *, limit: float | None = None) ->
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise DoesNotFitError(bytes_needed(str(error))) from None
-    memory: Any = compiled.memory_analysis()
+    found: Any = compiled.memory_analysis()
+    peak = found.argument_size_in_bytes + found.temp_size_in_bytes
+    peak += found.output_size_in_bytes - found.alias_size_in_bytes
+    if limit is not None and peak > limit:
+        raise DoesNotFitError(float(peak))
+    memory = {
+        "arguments": found.argument_size_in_bytes,
+        "temporaries": found.temp_size_in_bytes,
+        "peak": peak,
+        "alive": found.peak_memory_in_bytes,
+        "host": found.host_argument_size_in_bytes + found.host_temp_size_in_bytes,
+    }
     text = compiled.as_text() or ""
-    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    program = Program(
-        arguments=memory.argument_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        peak=peak,
-        alive=memory.peak_memory_in_bytes,
-        host=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
-        summary=hlo.summarize(text),
-        text=text,
-    )
-    if limit is not None and program.peak > limit:
-        raise DoesNotFitError(float(program.peak))
-    return program
+    return Program(memory, hlo.Summary(text), text)
 
 
 def choose_remat(config: Any, devices: Iterable[Any]) -> str:
@@ -287,7 +281,7 @@ def choose_remat(config: Any, devices: Iterable[Any]) -> str:
     for remat in REMATS:
         traced = train_program(configs.replace(config, {"student.remat": remat}), devices)
         try:
-            peak = compile_program(traced, limit=limit).peak
+            peak = compile_program(traced, limit=limit).memory["peak"]
         except DoesNotFitError:
             continue
         sizes = peak / chips.GIB, limit / chips.GIB

@@ -1,6 +1,5 @@
 """The plan verb on the host's own devices, and, where libtpu is installed, on a TPU slice."""
 
-import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -231,7 +230,7 @@ def test_auto_takes_the_least_recomputation_that_fits(student, tmp_path, monkeyp
     def pretend(traced, *, limit):
         if RECOMPUTED[traced] > limit / GIB:
             raise programs.DoesNotFitError(RECOMPUTED[traced] * GIB)
-        return dataclasses.replace(DONE, peak=int(RECOMPUTED[traced] * GIB))
+        return programs.Program({"peak": int(RECOMPUTED[traced] * GIB)}, hlo.Summary(""), "")
 
     monkeypatch.setattr(programs, "train_program", lambda config, devices: config.student.remat)
     monkeypatch.setattr(programs, "compile_program", pretend)
@@ -248,17 +247,14 @@ def test_auto_takes_the_least_recomputation_that_fits(student, tmp_path, monkeyp
         chosen("auto", 0.1)
 
 
-DONE = programs.Program(0, 0, 0, 0, 0, hlo.Summary(0, (), 0, 0, ()), "")
-
-
 def test_a_program_over_the_limit_is_refused_with_what_it_needs():
     traced = jax.jit(lambda x: (x @ x).sum()).trace(jnp.ones((64, 64)))
-    done = programs.compile_program(traced, limit=1e6)
-    assert done.arguments == 64 * 64 * 4
-    assert 0 < done.alive <= done.peak
+    done = programs.compile_program(traced, limit=1e6).memory
+    assert done["arguments"] == 64 * 64 * 4
+    assert 0 < done["alive"] <= done["peak"]
     with pytest.raises(programs.DoesNotFitError) as refused:
-        programs.compile_program(traced, limit=float(done.peak - 1))
-    assert refused.value.needed == done.peak
+        programs.compile_program(traced, limit=float(done["peak"] - 1))
+    assert refused.value.needed == done["peak"]
 
 
 @pytest.mark.parametrize(
