@@ -46,9 +46,7 @@ def plan(config: Any) -> dict[str, Any]:
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot hold such programs
     target = programs.target(config)
     config = configs.replace(config, {"mesh.slices": target.slices})
-    console = Console(width=100)
-    attempts: list[dict[str, Any]] = []
-    fitting, report = _first_fit(config, target, attempts, console)
+    attempts, fitting, report = _first_fit(config, target)
     result: dict[str, Any] = {
         "topology": target.topology,
         "slices": target.slices,
@@ -62,20 +60,18 @@ def plan(config: Any) -> dict[str, Any]:
         "jax": jax.__version__,
     }
     if fitting is not None and report is not None:
-        console.print(f"student: {result['parameters']:,} parameters", highlight=False)
-        console.print(_memory_table("train step", report, target))
-        console.print(_collectives_table(report))
-        console.print(
+        _say(f"student: {result['parameters']:,} parameters")
+        _show_memory("train step", report, target)
+        _show_collectives(report)
+        _say(
             f"operations of a step: {report['model_flops']:.3e} of the model, "
             f"{report['executed_flops']:.3e} in matrix products outside kernels (recomputation and "
-            "teacher included)",
-            soft_wrap=True,
-            highlight=False,
+            "teacher included)"
         )
-        _print_speed(fitting.data.seq_len, report, console)
-        result["score"] = _score(fitting, target, console)
+        _say_speed(fitting.data.seq_len, report)
+        result["score"] = _score(fitting, target)
         if config.plan.largest_batch:
-            result["largest_batch"] = _largest(fitting, target, report, console)
+            result["largest_batch"] = _largest(fitting, target, report)
     path = as_path(config.run_dir) / "plan.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, (json.dumps(result, indent=1) + "\n").encode())
@@ -134,41 +130,39 @@ def remedies(config: Any, devices: Sequence[Any]) -> Iterator[tuple[str, dict[st
 
 
 def _first_fit(
-    config: Any, target: Target, attempts: list[dict[str, Any]], console: Console
-) -> tuple[Any | None, dict[str, Any] | None]:
-    """The recipe, or the recipe with the first remedy that fits, and its numbers."""
-    found: tuple[Any | None, dict[str, Any] | None] = (None, None)
+    config: Any, target: Target
+) -> tuple[list[dict[str, Any]], Any | None, dict[str, Any] | None]:
+    """(attempts, the recipe with the first remedy that fits, its numbers)."""
+    attempts: list[dict[str, Any]] = []
+    rows, fitting, report = [], None, None
     begin: dict[str, Any] = {}
     if config.student.remat == "auto":
         begin["student.remat"] = programs.REMATS[0]
         config = configs.replace(config, begin)
-    rows = []
     for setting, changes in [("as the recipe says", begin), *remedies(config, target.devices)]:
         changed = configs.replace(config, changes)
         log.info("compiling the train step: %s", setting)
+        attempts.append({"setting": setting, "changes": changes})
         try:
             report = _try(changed, target)
         except DoesNotFitError as error:
-            attempts.append({"setting": setting, "changes": changes, "needs": error.needed})
+            attempts[-1]["needs"] = error.needed
             rows.append((setting, f"{_size(error.needed)}: too much", ""))
             continue
-        seconds, needs = report["seconds"], report["peak"]
-        attempt = {"setting": setting, "changes": changes, "needs": needs, "seconds": seconds}
-        attempts.append(attempt)
-        rows.append((setting, _size(needs), f"{seconds:.3f} s" if seconds else "no estimate"))
-        found = changed, report
+        fitting, seconds = changed, report["seconds"]
+        attempts[-1] |= {"needs": report["peak"], "seconds": seconds}
+        step = f"{seconds:.3f} s" if seconds else "no estimate"
+        rows.append((setting, _size(report["peak"]), step))
         break
     title = f"what fits {target.topology}: {_size(target.limit)} a device; changes add up"
-    console.print(_table(title, ("setting", "needs", "step"), rows))
-    if found[0] is not None and attempts[-1]["changes"]:
+    _show(title, ("setting", "needs", "step"), rows)
+    if fitting is not None and attempts[-1]["changes"]:
         words = (f"--config.{key}={value}" for key, value in attempts[-1]["changes"].items())
-        console.print("what follows is with", *words, soft_wrap=True, highlight=False)
-    return found
+        _say("what follows is with", *words)
+    return attempts, fitting, report
 
 
-def _largest(
-    config: Any, target: Target, report: dict[str, Any], console: Console
-) -> dict[str, Any] | None:
+def _largest(config: Any, target: Target, report: dict[str, Any]) -> dict[str, Any] | None:
     """The most rows of a global batch that compile within the limit.
 
     Each row adds the same memory, so the next guess lies on the line through the last two sizes.
@@ -179,10 +173,9 @@ def _largest(
         return None
     mesh = make_mesh(**config.mesh, devices=target.devices)
     unit = batch_shards(mesh) * config.train.microbatches
-    fits, peaks = config.data.batch_size // unit, {config.data.batch_size // unit: report["peak"]}
-    refused, compiles = None, 0
-    guess = fits * 2
-    while refused is None or refused - fits > 1:
+    fits, refused, compiles = config.data.batch_size // unit, None, 0
+    peaks, guess = {fits: report["peak"]}, fits * 2
+    while (refused is None or refused - fits > 1) and compiles < MAX_COMPILATIONS:
         changed = configs.replace(config, {"data.batch_size": guess * unit})
         compiles += 1
         try:
@@ -192,12 +185,9 @@ def _largest(
             refused, needs = guess, f"{_size(error.needed)}, too much"
         log.info("largest batch: %d rows need %s", guess * unit, needs)
         guess = _guess(peaks, fits, refused, target.limit)
-        if compiles >= MAX_COMPILATIONS:
-            break
-    console.print(
+    _say(
         f"largest batch: {fits * unit} rows ({fits} a micro-batch of a device, "
-        f"{_size(peaks[fits])}); {refused and refused * unit} did not fit; {compiles} compiles",
-        highlight=False,
+        f"{_size(peaks[fits])}); {refused and refused * unit} did not fit; {compiles} compiles"
     )
     return {"rows": fits * unit, "peak": peaks[fits], "refused": refused and refused * unit}
 
@@ -216,7 +206,7 @@ def _guess(peaks: dict[int, int], fits: int, refused: int | None, limit: float) 
 # ---------------------------------------------------------------- the scoring step
 
 
-def _score(config: Any, target: Target, console: Console) -> dict[str, Any] | None:
+def _score(config: Any, target: Target) -> dict[str, Any] | None:
     found = programs.score_program(config, target.devices)
     if found is None:
         log.info("scoring step: no teacher.path, not compiled")
@@ -232,54 +222,51 @@ def _score(config: Any, target: Target, console: Console) -> dict[str, Any] | No
         )
         return {"rows": rows, "length": length, "needs": error.needed, "fits": False}
     report = program.memory | estimate.score_numbers(config, target, program, rows, length)
-    console.print(_memory_table(f"scoring step, {rows} x {length} tokens", report, target))
-    _print_speed(length, report, console)
+    _show_memory(f"scoring step, {rows} x {length} tokens", report, target)
+    _say_speed(length, report)
     return report | {"rows": rows, "length": length, "fits": True}
 
 
 # ---------------------------------------------------------------- printing
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def _say(*words: str) -> None:
+    Console(width=100).print(*words, soft_wrap=True, highlight=False)
+
+
+def _show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = Table(*columns, title=title)
     for row in rows:
         table.add_row(*row)
-    return table
+    Console(width=100).print(table)
 
 
-def _memory_table(title: str, report: dict[str, Any], target: Target) -> Table:
+def _show_memory(title: str, report: dict[str, Any], target: Target) -> None:
     rows = []
     for key in ("arguments", "temporaries", "peak", "alive", "host"):
         share = f"{report[key] / target.limit:.0%}" if target.limit and key != "host" else ""
         rows.append((key, _size(report[key]), share))
     rows.append(("limit", _size(target.limit), ""))
-    return _table(f"{title}: memory of a device", ("kind", "size", "of the limit"), rows)
+    _show(f"{title}: memory of a device", ("kind", "size", "of the limit"), rows)
 
 
-def _collectives_table(report: dict[str, Any]) -> Table:
-    rows = [
-        (
-            row["kind"],
-            row["network"],
-            f"{row['count']:.0f}",
-            _size(row["bytes"]),
-            f"{row['overlapped']:.0%}",
-        )
-        for row in report["collectives"]
-    ]
+def _show_collectives(report: dict[str, Any]) -> None:
+    rows = []
+    for row in report["collectives"]:
+        numbers = f"{row['count']:.0f}", _size(row["bytes"]), f"{row['overlapped']:.0%}"
+        rows.append((row["kind"], row["network"], *numbers))
     columns = ("kind", "network", "number", "received", "beside compute")
-    return _table("collectives of a device and step", columns, rows)
+    _show("collectives of a device and step", columns, rows)
 
 
-def _print_speed(length: int, report: dict[str, Any], console: Console) -> None:
+def _say_speed(length: int, report: dict[str, Any]) -> None:
     """The estimated time of a step with rows of `length` tokens, and its assumptions."""
-    lines = []
     if report["seconds"]:
         share = f"MFU {report['mfu']:.1%}, " if "mfu" in report else ""
-        lines.append(
+        _say(
             f"step: {report['seconds']:.3f} s estimated, {share}"
             f"{report['tokens_per_day'] / 1e9:.2f} G tokens a day "
             f"(rows of {length}, padding included)"
         )
-    for line in lines + [f"  assumed: {line}" for line in report["assumptions"]]:
-        console.print(line, soft_wrap=True, highlight=False)
+    for line in report["assumptions"]:
+        _say(f"  assumed: {line}")

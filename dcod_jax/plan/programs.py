@@ -153,7 +153,10 @@ def models_of(config: Any) -> list[ModelConfig]:
 
 
 def _shapes(model: ModelConfig, dtype: DTypeLike, mesh: Mesh) -> Params:
-    return jax.tree.map(lambda one: one.update(dtype=dtype), sharded_shapes(model, mesh))
+    return jax.tree.map(
+        lambda one: jax.ShapeDtypeStruct(one.shape, dtype, sharding=one.sharding),
+        sharded_shapes(model, mesh),
+    )
 
 
 def batch_shapes(config: Any, mesh: Mesh) -> Batch:

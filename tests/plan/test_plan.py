@@ -301,7 +301,7 @@ def test_matrix_products_are_counted_through_loops_and_shards():
 
 def test_the_scoring_step_has_a_time_and_its_assumptions_too(capsys):
     report = {"seconds": 0.25, "tokens_per_day": 3.1e9, "assumptions": ["half of the peak"]}
-    plan._print_speed(64, report, plan.Console(width=100))
+    plan._say_speed(64, report)
     assert capsys.readouterr().out.splitlines() == [
         "step: 0.250 s estimated, 3.10 G tokens a day (rows of 64, padding included)",
         "  assumed: half of the peak",
