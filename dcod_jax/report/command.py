@@ -29,7 +29,7 @@ from dcod_jax.config import BASE, load_recipe
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Path, as_path, replace_file
 from dcod_jax.report.data import Run, drifts, evaluations, find_runs, goodput, run_record
-from dcod_jax.report.traces import histogram, see, shown
+from dcod_jax.report.traces import Seen, histogram, see, shown
 
 log = logging.getLogger(__name__)
 
@@ -66,18 +66,25 @@ def write(runs: Sequence[Run], path: Path, *, settings: Any) -> Path:
 def collect(runs: Sequence[Run], *, settings: Any) -> dict[str, Any]:
     """Everything the page shows, as JSON values; null stands for what is missing."""
     records, notes = [], []
-    traces: dict[tuple[str, str], dict[str, Any]] = {}
+    traces: dict[tuple[str, str], dict[str, Any]] = {}  # runs of one dataset share them
     for place, run in enumerate(runs):
         record = run_record(run, points=settings.points)
         record |= {"histogram": None, "seen": "", "goodput": goodput(run, notes)}
         records.append(record)
+        if not settings.traces:
+            continue
         try:
-            _add_traces(run, place, record, traces, settings=settings)
+            seen = _see(run, settings)
         except DcodError as error:
             notes.append(f"{run.name}: traces are not shown: {error}")
-        else:
-            if record["seen"] and record["histogram"] is None:
-                notes.append(f"{run.name}: no weights: {record['missing']}")
+            continue
+        record |= {"histogram": histogram(seen), "seen": seen.source}
+        if seen.missing:
+            notes.append(f"{run.name}: no weights: {seen.missing}")
+        for one in shown(seen, count=settings.traces):
+            student = {"run": place, "student": one.pop("student"), "weights": one.pop("weights")}
+            key = (configs.dataset_dir(run.config), one["id"])
+            traces.setdefault(key, one | {"runs": []})["runs"].append(student)
     return {
         "title": " and ".join(dict.fromkeys(run.root.name for run in runs)),
         "about": f"dcod_jax {__version__}: " + ", ".join(str(run.path) for run in runs),
@@ -89,26 +96,10 @@ def collect(runs: Sequence[Run], *, settings: Any) -> dict[str, Any]:
     }
 
 
-def _add_traces(
-    run: Run,
-    place: int,
-    record: dict[str, Any],
-    traces: dict[tuple[str, str], dict[str, Any]],
-    *,
-    settings: Any,
-) -> None:
-    """Weights of a run's traces into its record and into the traces that runs share."""
-    if not settings.traces:
-        return
+def _see(run: Run, settings: Any) -> Seen:
     if jax.process_count() > 1:
         raise DcodError("on several processes; run `python -m dcod_jax.report` on one host")
-    seen = see(run, count=max(settings.traces, settings.histogram_traces))
-    record |= {"histogram": histogram(seen), "seen": seen.source, "missing": seen.missing}
-    home = configs.dataset_dir(run.config)
-    for one in shown(seen, count=settings.traces):
-        student = {"run": place, "student": one.pop("student"), "weights": one.pop("weights")}
-        known = traces.setdefault((home, one["id"]), one | {"runs": []})
-        known["runs"].append(student)
+    return see(run, count=max(settings.traces, settings.histogram_traces))
 
 
 # ---------------------------------------------------------------- page

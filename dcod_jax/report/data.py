@@ -155,10 +155,8 @@ def evaluations(runs: Sequence[Run], notes: list[str]) -> list[dict[str, Any]]:
     for root in dict.fromkeys(run.root for run in runs):
         folder = root / "evaluation"
         for path in (folder / "results.json", *sorted(folder.glob("*/results.json"))):
-            if path.is_file() and (result := _result(path, ("accuracy",), notes)):
-                name = "" if path.parent == folder else path.parent.name
-                place = {"source": str(path), "set": name, "runs": _places(runs, root)}
-                found.append(place | result)
+            if result := _result(path, ("accuracy",), root, runs, notes):
+                found.append(result | {"set": "" if path.parent == folder else path.parent.name})
     return found
 
 
@@ -169,21 +167,10 @@ def drifts(runs: Sequence[Run], notes: list[str], *, points: int) -> list[dict[s
     """
     found = []
     for root in dict.fromkeys(run.root for run in runs):
-        path = root / "drift.json"
-        if path.is_file() and (result := _result(path, DRIFT, notes)):
+        if result := _result(root / "drift.json", DRIFT, root, runs, notes):
             models = {name: _thin_drift(row, points) for name, row in result["models"].items()}
-            place = {"source": str(path), "runs": _places(runs, root)}
-            found.append(place | result | {"models": models})
+            found.append(result | {"models": models})
     return found
-
-
-def _places(runs: Sequence[Run], root: Path) -> dict[str, int]:
-    """{model: place of its run} of the models in the results of `root`."""
-    return {
-        "student" if run.path == root else run.path.name: place
-        for place, run in enumerate(runs)
-        if run.root == root
-    }
 
 
 def _thin_drift(row: dict[str, Any], points: int) -> dict[str, Any]:
@@ -203,8 +190,15 @@ def _thin_drift(row: dict[str, Any], points: int) -> dict[str, Any]:
     return {"lengths": lengths, "reach": row["reach"]} | {key: take(row[key]) for key in kept}
 
 
-def _result(path: Path, needed: Sequence[str], notes: list[str]) -> dict[str, Any] | None:
-    """A file of {"models": {name: row}}, or None and a note of what is missing."""
+def _result(
+    path: Path, needed: Sequence[str], root: Path, runs: Sequence[Run], notes: list[str]
+) -> dict[str, Any] | None:
+    """A file of {"models": {name: row}} with {"source", "runs": {model: place of its run}}.
+
+    None without a file, and with a note of what a row lacks.
+    """
+    if not path.is_file():
+        return None
     result = _read_json(path)
     models = result.get("models")
     if not isinstance(models, dict):
@@ -215,7 +209,9 @@ def _result(path: Path, needed: Sequence[str], notes: list[str]) -> dict[str, An
         if lacking:
             notes.append(f"{path} is not shown: {name} has no {', '.join(lacking)}; make it again")
             return None
-    return result
+    names = ["student" if run.path == root else run.path.name for run in runs]
+    places = {name: i for i, name in enumerate(names) if runs[i].root == root}
+    return {"source": str(path), "runs": places} | result
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -19,12 +19,12 @@ from dcod_jax.export.command import MARKER, export_path
 from dcod_jax.files import Path, as_path
 from dcod_jax.losses import weights
 from dcod_jax.losses.weights import AUTO, Tempering, Tokens, WeightConfig
-from dcod_jax.models import hf, transformer
+from dcod_jax.models import hf
 from dcod_jax.models.config import ModelConfig
-from dcod_jax.parallel.mesh import make_mesh, tree_shardings
+from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.report.data import Run
 from dcod_jax.score.scoring import ScoreSettings, score_traces
-from dcod_jax.train.checkpointer import Checkpointer
+from dcod_jax.train.checkpointer import Checkpointer, finished, sharded_shapes
 from dcod_jax.train.metrics import read_metrics
 from dcod_jax.train.settings import loss_config
 from dcod_jax.types import Params, Trace
@@ -54,10 +54,11 @@ def see(run: Run, *, count: int) -> Seen:
     """
     _check_config(run)
     dataset = _dataset(run)
-    tokenizer = _tokenizer(run)
+    export = _export(run)
+    tokenizer = load_tokenizer(export) if export else student_tokenizer(run.config.student)
     check_fingerprints(dataset, tokenizer=tokenizer_fingerprint(tokenizer))
     traces = dataset.read(range(min(count, len(dataset))))
-    source, model_config, params, mesh = _student(run)
+    source, model_config, params, mesh = _student(run, export)
     settings = ScoreSettings(
         top_k=0,
         batch_tokens=run.config.score.batch_tokens,
@@ -109,14 +110,14 @@ def _tempering(run: Run, cfg: WeightConfig) -> Tempering | None:
     """Temperature and offset of the last logged step, where they are automatic."""
     if not cfg.automatic:
         return None
-    lines = read_metrics(run.path / "metrics.jsonl")
-    found = [line for line in lines if "weights/temperature" in line]
-    if not found:
+    lines = reversed(read_metrics(run.path / "metrics.jsonl"))
+    found = next((line for line in lines if "weights/temperature" in line), None)
+    if found is None:
         raise DcodError(
             f"{run.path}/metrics.jsonl has no weights/temperature, and loss.weights.temperature or "
             f"offset is {AUTO!r}; train at least one step"
         )
-    return Tempering(found[-1]["weights/temperature"], found[-1]["weights/offset"])
+    return Tempering(found["weights/temperature"], found["weights/offset"])
 
 
 # ---------------------------------------------------------------- parts of a run
@@ -144,37 +145,24 @@ def _dataset(run: Run) -> TraceDataset:
     raise DcodError(f"no trace dataset in {root}")
 
 
-def _export(run: Run) -> Path:
+def _export(run: Run) -> Path | None:
     """The run's export, also where the run was moved since."""
-    wanted, beside = export_path(run.config), run.path / "export"
-    return beside if (beside / MARKER).is_file() and not (wanted / MARKER).is_file() else wanted
+    places = export_path(run.config), run.path / "export"
+    return next((path for path in places if (path / MARKER).is_file()), None)
 
 
-def _tokenizer(run: Run) -> Any:
-    export = _export(run)
-    if (export / MARKER).is_file():
-        return load_tokenizer(export)
-    return student_tokenizer(run.config.student)
-
-
-def _student(run: Run) -> tuple[str, ModelConfig, Params, Mesh]:
+def _student(run: Run, export: Path | None) -> tuple[str, ModelConfig, Params, Mesh]:
     """(source, architecture, parameters, mesh), split over all devices."""
     mesh = make_mesh(1, -1)
-    export = _export(run)
-    if (export / MARKER).is_file():
+    if export:
         return f"export {export}", *hf.load_model(export, dtype=jnp.float32, mesh=mesh), mesh
-    checkpointer = Checkpointer(run.path) if (run.path / "checkpoints").is_dir() else None
-    steps = checkpointer.steps() if checkpointer else []
-    if not checkpointer or not steps:
+    steps = finished(run.path / "checkpoints")
+    if not steps:
         raise DcodError(f"{run.path} has neither an export nor a finished checkpoint")
     settings = run.config.student
     model_config = hf.read_config(as_path(settings.path or settings.config))
-    shapes = jax.tree.map(
-        lambda shape, layout: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=layout),
-        transformer.param_shapes(model_config),
-        tree_shardings(mesh, transformer.logical_axes(model_config)),
-    )
-    params, _ = checkpointer.restore_params(shapes, step=steps[-1])
+    checkpointer = Checkpointer(run.path)
+    params, _ = checkpointer.restore_params(sharded_shapes(model_config, mesh), step=steps[-1])
     checkpointer.close()
     return f"checkpoint of step {steps[-1]}", model_config, params, mesh
 
