@@ -30,14 +30,14 @@ SETS = ("in", "operands", "longer")  # test sets, beside "validation"
 
 
 def problem_stream(
-    name: str, *, terms: tuple[int, int], first: tuple[int, int], seed: int
+    config: Any, name: str, terms: Sequence[int], first: Sequence[int]
 ) -> Iterator[Chain]:
     """Endless random problems with a length and first operand in these inclusive ranges.
 
     The other operands are 1 to 9. No running value is negative, and the added numbers sum to at
     most LARGEST. A problem may come twice.
     """
-    draw = random.Random(f"{seed} {name}")
+    draw = random.Random(f"{config.seed} {name}")
     while True:
         count = draw.randint(*terms)
         numbers = [draw.randint(*first), *(draw.randint(1, 9) for _ in range(count - 1))]
@@ -58,10 +58,9 @@ def held_out(config: Any) -> dict[str, list[Chain]]:
         "operands": (study.terms, study.held_out_operands),
         "longer": (study.longer_terms, study.first_operands),
     }
-    found = {}
+    found: dict[str, list[Chain]] = {name: [] for name in ranges}
     for name, (terms, first) in ranges.items():
-        found[name] = []
-        stream = problem_stream(name, terms=tuple(terms), first=tuple(first), seed=config.seed)
+        stream = problem_stream(config, name, terms, first)
         while len(found[name]) < study.problems:
             problem = next(stream)
             if problem.expression not in taken:
@@ -73,8 +72,7 @@ def held_out(config: Any) -> dict[str, list[Chain]]:
 def training_problems(config: Any, name: str, terms: Sequence[int]) -> Iterator[Chain]:
     """Endless problems outside every held-out set."""
     forbidden = {p.expression for problems in held_out(config).values() for p in problems}
-    first = tuple(config.study.first_operands)
-    stream = problem_stream(name, terms=(terms[0], terms[1]), first=first, seed=config.seed)
+    stream = problem_stream(config, name, terms, config.study.first_operands)
     return (problem for problem in stream if problem.expression not in forbidden)
 
 

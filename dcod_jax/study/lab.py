@@ -207,7 +207,7 @@ class Lab:
         start: bool = False,
         steps: int = 0,
         after_step: Callable[[int, TrainState], None] | None = None,
-    ) -> tuple[Params, dict[str, np.ndarray], dict[str, float]]:
+    ) -> tuple[Params, dict[str, np.ndarray], dict[str, Any]]:
         """(parameters, {metric: its value at each step}, costs) of `steps` steps from `params`.
 
         steps=0 is train.steps. The order of the traces follows from `seed`. Costs are the tokens
