@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import itertools
 import json
 import re
+import runpy
+import types
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -45,13 +46,7 @@ chains = st.integers(2, 6).flatmap(
 @functools.cache
 def tool() -> Any:
     """tools/make_quickstart_assets.py as a module."""
-    path = ROOT / "tools" / "make_quickstart_assets.py"
-    spec = importlib.util.spec_from_file_location("make_quickstart_assets", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return types.SimpleNamespace(**runpy.run_path(f"{ROOT}/tools/make_quickstart_assets.py"))
 
 
 @functools.cache

@@ -1,10 +1,10 @@
 """The study: its domain, its plan and results file, its intervals, and a reduced form of it."""
 
 import dataclasses
-import importlib.util
 import itertools
 import json
 import random
+import runpy
 from pathlib import Path
 
 import jax
@@ -62,12 +62,8 @@ TINY = {
 }
 
 
-_PAGE = importlib.util.spec_from_file_location(
-    "make_study_page", ROOT / "tools" / "make_study_page.py"
-)
-page_maker = importlib.util.module_from_spec(_PAGE)
-_PAGE.loader.exec_module(page_maker)
-Study, fill_page = page_maker.Study, page_maker.fill_page
+MAKER = runpy.run_path(str(ROOT / "tools" / "make_study_page.py"))
+Study, crossed_mean, fill_page = (MAKER[x] for x in ("Study", "crossed_mean", "fill_page"))
 
 
 def recipe(**changes):
@@ -276,17 +272,17 @@ def test_crossed_mean_is_the_analysis_of_variance_and_covers():
     from scipy.stats import t
 
     half = t.ppf(0.975, free) * ((a + b - ms_e) / 12) ** 0.5
-    found = page_maker.crossed_mean(values)
+    found = crossed_mean(values)
     assert (found.mean, found.low, found.high) == pytest.approx((grand, grand - half, grand + half))
 
     inside = 0
     for _ in range(400):
         seeds, problems = generator.normal(size=(5, 1)), 2 * generator.normal(size=(1, 40))
-        estimate = page_maker.crossed_mean(seeds + problems + generator.normal(size=(5, 40)))
+        estimate = crossed_mean(seeds + problems + generator.normal(size=(5, 40)))
         inside += estimate.low <= 0 <= estimate.high
     assert 0.92 <= inside / 400 <= 0.995
-    assert page_maker.crossed_mean(np.ones((3, 4))).low == 1
-    assert np.isnan(page_maker.crossed_mean(np.ones((1, 4))).low)
+    assert crossed_mean(np.ones((3, 4))).low == 1
+    assert np.isnan(crossed_mean(np.ones((1, 4))).low)
 
 
 def test_bits_go_round():
