@@ -72,7 +72,7 @@ class Lab:
         """starts: for each (width, layers) the numbers of warm-start steps that are wanted."""
         self.directory, self.wanted = directory, starts
         self.mesh = make_mesh(1, devices=jax.devices()[:1])
-        self.tokenizer = load_tokenizer(config.teacher.path)
+        self.tokenizer: Any = load_tokenizer(config.teacher.path)
         teacher_config, params = hf.load_model(config.teacher.path, dtype=jnp.float32, mesh=None)
         params = jax.device_put(params, jax.devices()[0])
         self.teacher = StudyModel(teacher_config, params, self.tokenizer)
