@@ -279,9 +279,9 @@ def _join(parts: Sequence[Measured]) -> Measured:
 
 
 def _write(path: Path, measured: Measured, request: dict[str, Any]) -> None:
-    stored = np.array(to_json(request).decode())
+    contents: dict[str, Any] = {"request": np.array(to_json(request).decode()), **_arrays(measured)}
     with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, request=stored, **_arrays(measured))
+        np.savez_compressed(file, **contents)
 
 
 def _read(path: Path, request: dict[str, Any]) -> Measured | None:

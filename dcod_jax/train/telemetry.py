@@ -85,7 +85,7 @@ class Telemetry:
     def _begin_line(self, step: int) -> None:
         """Count from 0 what the next metrics line is about: the steps after this one."""
         self.line_step, self.line_tokens, self.line_began = step, 0, time.monotonic()
-        self.spent = dict.fromkeys((*PHASES, "eval", "save"), 0.0)
+        self.spent: dict[str, float] = dict.fromkeys((*PHASES, "eval", "save"), 0.0)
 
     def _stepping(self) -> float:
         """Seconds of this line without evaluation and saves; never 0."""
