@@ -231,6 +231,25 @@ def to_json(value: Any) -> bytes:
     return text.encode() + b"\n"
 
 
+def from_json(content: bytes | str) -> Any:
+    """The value of a JSON text; ValueError for all that is none, too deep nesting included."""
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise ValueError("nested too deep to be read") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds; DcodError where it holds none."""
+    try:
+        found = from_json(path.read_bytes())
+    except ValueError as error:
+        raise DcodError(f"{path}: not JSON ({error}); write it again") from error
+    if not isinstance(found, dict):
+        raise DcodError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[pathlib.Path]:
     """Yield a local file to write, which becomes `path` when the body ends without an error.

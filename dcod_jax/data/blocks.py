@@ -16,7 +16,15 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from dcod_jax.files import Path, atomic_write, file_sha256, remove_tree, replace_file, to_json
+from dcod_jax.files import (
+    Path,
+    atomic_write,
+    file_sha256,
+    read_json,
+    remove_tree,
+    replace_file,
+    to_json,
+)
 from dcod_jax.parallel import hosts
 
 
@@ -31,7 +39,7 @@ class Blocks:
     def done(self) -> dict[range, dict[str, Any]]:
         """{indices: counts} of the finished blocks, in their order."""
         return {
-            range(*map(int, file.stem.split("-"))): json.loads(file.read_bytes())
+            range(*map(int, file.stem.split("-"))): read_json(file)
             for file in sorted(self.directory.glob("*-*.json"))
         }
 
@@ -55,7 +63,7 @@ class BlockFiles(Blocks):
             return None, ""
         if not self.manifest.exists():
             return None, "by something else (it has no manifest)"
-        found = json.loads(self.manifest.read_bytes())
+        found = read_json(self.manifest)
         changed = [k for k, v in self.request.items() if found["request"].get(k) != v]
         if changed:
             return None, f"with other {', '.join(changed)}"
@@ -98,7 +106,7 @@ class BlockFiles(Blocks):
         if hosts.first():
             self._join()
         hosts.barrier("the manifest of the blocks")
-        return json.loads(self.manifest.read_bytes())
+        return read_json(self.manifest)
 
     def _join(self) -> None:
         done, hashes = self.done(), {}

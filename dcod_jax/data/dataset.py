@@ -22,7 +22,6 @@ It holds no time stamps and no absolute order of work, so equal traces give equa
 from __future__ import annotations
 
 import io
-import json
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -43,6 +42,7 @@ from dcod_jax.files import (
     file_entry,
     file_sha256,
     file_size,
+    from_json,
     replace_file,
     to_json,
 )
@@ -89,7 +89,7 @@ def read_manifest(directory: Location) -> dict[str, Any]:
         )
         raise DcodError(f"{directory} has no {MANIFEST}: {hint}")
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = from_json(path.read_bytes())
     except ValueError as error:
         raise DcodError(f"{path} is not valid JSON ({error}); prepare the dataset again") from error
     found = (manifest.get("format"), manifest.get("version"))

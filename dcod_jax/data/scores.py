@@ -23,7 +23,7 @@ from dcod_jax.data.dataset import (
     write_shard,
 )
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Location, Path, file_sha256, remove_tree, to_json
+from dcod_jax.files import Location, Path, file_sha256, read_json, remove_tree, to_json
 from dcod_jax.parallel import hosts
 from dcod_jax.types import Trace
 
@@ -45,7 +45,7 @@ def scored_shards(directory: Path, blocks: Blocks, *, overwrite: bool) -> dict[i
     Raises DcodError when another scoring is unfinished and `overwrite` is not given.
     """
     for file in sorted(directory.glob(f"{_NOTES}.partial-*/*-*.json")):
-        found, own = json.loads(file.read_bytes())["request"], blocks.request
+        found, own = read_json(file)["request"], blocks.request
         if found != own and not overwrite:
             raise DcodError(
                 f"{file.parent}: an unfinished scoring has teacher {found['teacher']} and "

@@ -40,7 +40,7 @@ def load_tokenizer(path: Location, *, chat_template: str = "") -> Tokenizer:
         # The generic class: family classes rebuild the pre-tokenizer instead of reading it.
         home = local_directory(source, wanted=_is_tokenizer_file)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(home))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DcodError(
             f"no tokenizer at {path!s}: expected a directory with tokenizer.json, or a hub id "
             f"that can be reached ({str(error).splitlines()[0]})"

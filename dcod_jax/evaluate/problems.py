@@ -13,7 +13,7 @@ from dcod_jax.data.forms import PROMPT_FIELDS
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.answers import reference_answer
 from dcod_jax.evaluate.benchmarks import BENCHMARKS, Benchmark, parse_set
-from dcod_jax.files import Location, Path, as_path
+from dcod_jax.files import Location, Path, as_path, from_json
 
 _MARKS = {"hash": "####", "boxed": "\\boxed"}
 Record = dict[str, Any]
@@ -74,10 +74,10 @@ def read_records(path: Path) -> Iterator[tuple[str, Record]]:
             continue
         source = f"{path}:{number}"
         try:
-            record = json.loads(raw.decode("utf-8"))
+            record = from_json(raw.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise DcodError(f"{source}: not UTF-8 at byte {error.start} of the line") from None
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise DcodError(f"{source}: not JSON ({error}); is the line cut off?") from None
         if not isinstance(record, dict):
             raise DcodError(f"{source}: expected a JSON object, got {type(record).__name__}")

@@ -29,7 +29,16 @@ from dcod_jax.data.tokenizer import (
     tokenizer_fingerprint,
 )
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Location, Path, as_path, publish, remove_tree, to_json, unfinished
+from dcod_jax.files import (
+    Location,
+    Path,
+    as_path,
+    publish,
+    read_json,
+    remove_tree,
+    to_json,
+    unfinished,
+)
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig, to_hf
 from dcod_jax.models.gguf import export_tokenizer
@@ -179,7 +188,7 @@ def _write_tokenizer(directory: Path, home: Path, chat_template: str) -> None:
                 (directory / name).write_bytes((home / name).read_bytes())
     if chat_template:
         settings_file = directory / "tokenizer_config.json"
-        settings = json.loads(settings_file.read_bytes())
+        settings = read_json(settings_file)
         settings.pop("chat_template", None)
         settings_file.write_bytes(to_json(settings))
         (directory / "chat_template.jinja").write_bytes(as_path(chat_template).read_bytes())
@@ -189,7 +198,7 @@ def _write_generation_config(
     directory: Path, home: Path, model_config: ModelConfig, tokenizer: Tokenizer
 ) -> None:
     earlier = home / "generation_config.json"
-    generation = json.loads(earlier.read_bytes()) if earlier.is_file() else {}
+    generation = read_json(earlier) if earlier.is_file() else {}
     stops = stop_ids(model_config, tokenizer)
     generation |= {
         "bos_token_id": model_config.bos_token_id,

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from dcod_jax.copies import local_copy
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Location, Path, RemotePath, as_path, atomic_write, rename
+from dcod_jax.files import Location, Path, RemotePath, as_path, atomic_write, from_json, rename
 from dcod_jax.models import config as configs
 from dcod_jax.models import gguf
 from dcod_jax.models.config import ModelConfig
@@ -58,8 +58,8 @@ def _directory(path: Location) -> Path:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = from_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise DcodError(f"{file}: not valid JSON ({error}); download or write it again") from error
     if not isinstance(content, dict):
         raise DcodError(f"{file}: expected a JSON object, got {type(content).__name__}")

@@ -6,14 +6,13 @@ Numbers are those of the files, thinned and never averaged; what is missing is a
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from dcod_jax import config as configs
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Path
+from dcod_jax.files import Path, read_json
 from dcod_jax.train.metrics import read_metrics
 from dcod_jax.train.profiling import GOODPUT
 
@@ -56,7 +55,7 @@ def find_runs(directories: Sequence[Path]) -> list[Run]:
                 "directories of its variants"
             )
         for home in homes:
-            runs.append(Run(home.name, home, configs.to_config(_read_json(home / "config.json"))))
+            runs.append(Run(home.name, home, configs.to_config(read_json(home / "config.json"))))
     for name in (lambda run: f"{run.path.parent.name}/{run.path.name}", lambda run: str(run.path)):
         names = [run.name for run in runs]
         runs = [
@@ -103,7 +102,7 @@ def goodput(run: Run, notes: list[str]) -> dict[str, Any] | None:
     path = run.path / GOODPUT
     if not path.is_file():
         return None
-    found = _read_json(path)
+    found = read_json(path)
     try:
         total = found["total"]
         seconds = {part: total[f"{part}_seconds"] for part in GOODPUT_PARTS}
@@ -199,7 +198,7 @@ def _result(
     """
     if not path.is_file():
         return None
-    result = _read_json(path)
+    result = read_json(path)
     models = result.get("models")
     if not isinstance(models, dict):
         notes.append(f"{path} is not shown: it has no models; make it again")
@@ -212,13 +211,3 @@ def _result(
     names = ["student" if run.path == root else run.path.name for run in runs]
     places = {name: i for i, name in enumerate(names) if runs[i].root == root}
     return {"source": str(path), "runs": places} | result
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DcodError(f"{path}: not JSON ({error}); make it again") from None
-    if not isinstance(found, dict):
-        raise DcodError(f"{path}: expected a JSON object, got {type(found).__name__}")
-    return found

@@ -25,6 +25,7 @@ import numpy as np
 from dcod_jax import config as configs
 from dcod_jax.configs.study import study_keys
 from dcod_jax.errors import DcodError
+from dcod_jax.files import from_json
 
 MAIN = "main"  # the condition whose learning rates the others take over, where it has the arm
 # Keys that say where things are or what else is run, not what a run is.
@@ -184,7 +185,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     *whole, _ = path.read_bytes().split(b"\n")
     for number, raw in enumerate(whole, 1):
         try:
-            lines.append(json.loads(raw))
+            lines.append(from_json(raw))
         except ValueError as error:
             raise DcodError(f"{path}:{number}: not JSON ({error}); remove the line") from None
     return lines

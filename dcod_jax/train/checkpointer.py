@@ -8,7 +8,6 @@ all of it is on disk, so a half-written one is never read. A missing or damaged 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers as policies
 
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Location, Path, RemotePath, as_path
+from dcod_jax.files import Location, Path, RemotePath, as_path, from_json
 from dcod_jax.models import transformer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import put, tree_shardings
@@ -253,8 +252,8 @@ def read_record(run_dir: Location, step: int) -> Record:
     """The record of a checkpoint, without its arrays."""
     path = as_path(run_dir) / "checkpoints" / str(step) / "run" / "metadata"
     try:
-        return Record(**_record(json.loads(path.read_text())))
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        return Record(**_record(from_json(path.read_text())))
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DcodError(f"{path}: expected a finished checkpoint's record: {error}") from error
 
 

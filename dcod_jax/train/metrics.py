@@ -18,7 +18,7 @@ from tensorboardX import SummaryWriter
 
 from dcod_jax.copies import Mirror
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Location, Path, as_path, replace_file
+from dcod_jax.files import Location, Path, as_path, from_json, replace_file
 from dcod_jax.losses import adaptive, reduce, weights
 from dcod_jax.losses.distill import LossConfig
 from dcod_jax.losses.reduce import Sums, TokenStats
@@ -185,7 +185,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = []
     for number, line in enumerate(whole[: whole.rfind(b"\n") + 1].splitlines(), 1):
         try:
-            lines.append(json.loads(line))
+            lines.append(from_json(line))
             lines[-1]["step"]
         except (ValueError, KeyError, TypeError) as error:
             raise DcodError(

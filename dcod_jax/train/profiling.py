@@ -7,7 +7,6 @@ to read the numbers.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import time
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import jax
 
 from dcod_jax.copies import Mirror
-from dcod_jax.files import Path, replace_file, to_json
+from dcod_jax.files import Path, read_json, replace_file, to_json
 from dcod_jax.train.metrics import read_metrics
 
 log = logging.getLogger(__name__)
@@ -117,7 +116,7 @@ def _earlier(run_dir: Path, start: int) -> list[dict[str, Any]]:
     """The attempts before one that begins at step `start`, with what is now lost of each."""
     if not (run_dir / GOODPUT).is_file():
         return []
-    attempts = json.loads((run_dir / GOODPUT).read_bytes())["attempts"]
+    attempts = read_json(run_dir / GOODPUT)["attempts"]
     if attempts and not attempts[-1]["ended"]:
         last, path = attempts[-1], run_dir / "metrics.jsonl"
         lines = read_metrics(path) if path.is_file() else []
