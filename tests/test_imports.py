@@ -10,14 +10,15 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dcod_jax"
 # A file imports from files before it in this order only; a line is a level of docs/design.md.
 LEVELS = """
     configs.study
-    errors types files copies
+    errors bounds types files copies
     parallel.mesh parallel.collectives parallel.exit_report parallel.monitor parallel.hosts logs
     models.config models.layers models.attention models.transformer models.cached models.tensors
     losses.head losses.events losses.distributions losses.divergences losses.weights
     losses.adaptive losses.reduce losses.distill
     data.codec data.dataset data.blocks data.scores data.packing
     data.raw data.forms data.traces data.pipeline
-    models.gguf models.hf data.tokenizer data.chat
+    models.gguf models.hf data.tokenizer
+    data.template_process data.templates data.chat
     sample.stop_strings sample.sampling sample.decoding sample.sampler
     evaluate.benchmarks evaluate.answers evaluate.grading evaluate.problems evaluate.prompts
     evaluate.generations evaluate.statistics evaluate.metrics

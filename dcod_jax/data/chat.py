@@ -19,11 +19,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 from jaxtyping import Bool, Int
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from dcod_jax.data.templates import TemplateError, render
 from dcod_jax.data.tokenizer import Tokenizer, chat_template, decode
 from dcod_jax.errors import DcodError
 from dcod_jax.types import Trace
@@ -52,24 +51,15 @@ def _render(
     *,
     template: str,
     prompt: bool = False,
-    marks: bool = False,
 ) -> _Text:
-    """Rendered text, and with `marks` the spans of the template's generation markers."""
-    special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
+    """Rendered text, and the spans of the template's generation markers."""
+    names: dict[str, Any] = dict(tokenizer.special_tokens_map)
+    names |= {"add_generation_prompt": prompt, "date_string": TEMPLATE_DATE}
     try:
-        rendered = render_jinja_template(
-            conversations=[list(messages)],
-            chat_template=template,
-            return_assistant_tokens_mask=marks,
-            add_generation_prompt=prompt,
-            date_string=TEMPLATE_DATE,
-            **special_tokens,
-        )
-    except jinja2.TemplateError as error:
+        return render(template, messages, names)
+    except TemplateError as error:
         roles = ", ".join(str(message.get("role")) for message in messages)
-        raise DcodError(f"the chat template refuses the roles ({roles}): {error}") from error
-    texts, spans = rendered
-    return texts[0], [(int(start), int(end)) for start, end in spans[0]] if marks else []
+        raise DcodError(f"messages of the roles ({roles}): {error}") from error
 
 
 def _shared_prefix(left: str, right: str) -> int:
@@ -115,7 +105,7 @@ def _turn_end(tokenizer: Tokenizer, text: str, start: int, *, content: str) -> i
 
 def _template_spans(tokenizer: Tokenizer, messages: Sequence[Message], template: str) -> _Text:
     marked = bool(_MARKERS.search(template))
-    text, marks = _render(tokenizer, messages, template=template, marks=marked)
+    text, marks = _render(tokenizer, messages, template=template)
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if marked and len(marks) != len(turns):
         raise DcodError(

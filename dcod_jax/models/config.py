@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dcod_jax.bounds import array, check, flag, mapping, number, optional, text, whole
 from dcod_jax.errors import DcodError
 
 Raw = dict[str, Any]
@@ -123,13 +124,44 @@ ACCEPTED: dict[str, tuple[Any, ...]] = {
     "auto_map": (None,),
 }
 
-_REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
+# Key -> what it must be, once the family's defaults are in. The upper ends are far above any model
+# of today and low enough that no loop or table over such a size exhausts the machine.
+_LAST = 2**31 - 1
+_ID = optional(whole(0, 2**24 - 1))
+BOUNDS = {
+    "vocab_size": whole(1, 2**24),
+    "hidden_size": whole(1, 2**20),
+    "intermediate_size": whole(1, 2**22),
+    "num_hidden_layers": whole(1, 4096),
+    "num_attention_heads": whole(1, 2**14),
+    "num_key_value_heads": optional(whole(1, 2**14)),
+    "head_dim": optional(whole(1, 2**14)),
+    "max_position_embeddings": whole(1, _LAST),
+    "rms_norm_eps": number(1e-12, 1),
+    "initializer_range": number(0, 100),
+    "rope_theta": number(1, 1e12),
+    "tie_word_embeddings": flag(),
+    "attention_bias": optional(flag()),
+    "bos_token_id": _ID,
+    "pad_token_id": _ID,
+    "use_sliding_window": optional(flag()),
+    "sliding_window": optional(whole(0, _LAST)),
+    "max_window_layers": optional(whole(0, _LAST)),
+}
+# The keys that decide which others are read.
+_SHAPE = {
+    "model_type": optional(text(64)),
+    "architectures": optional(array(text(256), most=64)),
+    "layer_types": optional(array(text(64), most=4096)),
+    "rope_scaling": optional(mapping()),
+    "rope_parameters": optional(mapping()),
+}
+_SCALING = {
+    "factor": number(1, 1e6),
+    "low_freq_factor": number(1e-3, 1e6),
+    "high_freq_factor": number(1e-3, 1e6),
+    "original_max_position_embeddings": whole(1, _LAST),
+}
 
 
 def _refuse(source: str, key: str, value: Any, supported: str) -> DcodError:
@@ -140,6 +172,7 @@ def _refuse(source: str, key: str, value: Any, supported: str) -> DcodError:
 
 
 def _check_supported(raw: Raw, source: str) -> Family:
+    check(raw, _SHAPE, source=source)
     model_type = raw.get("model_type")
     if model_type not in FAMILIES:
         raise _refuse(source, "model_type", model_type, ", ".join(sorted(FAMILIES)))
@@ -150,10 +183,6 @@ def _check_supported(raw: Raw, source: str) -> Family:
     for key, accepted in ACCEPTED.items():
         if key in raw and raw[key] not in accepted:
             raise _refuse(source, key, raw[key], " or ".join(repr(value) for value in accepted))
-    _check_full_attention(raw, source)
-    missing = [key for key in _REQUIRED if raw.get(key) is None]
-    if missing:
-        raise DcodError(f"{source}: missing key {missing[0]!r}; is it a complete HF config.json?")
     return family
 
 
@@ -166,7 +195,7 @@ def _check_full_attention(raw: Raw, source: str) -> None:
             raise _refuse(source, "layer_types", other[0], "full_attention in every layer")
         return
     window, first = raw.get("sliding_window", 4096), raw.get("max_window_layers", 28)
-    if raw.get("use_sliding_window") and window and first < raw.get("num_hidden_layers", 32):
+    if raw.get("use_sliding_window") and window and (first or 0) < raw["num_hidden_layers"]:
         raise _refuse(source, "use_sliding_window", True, "false")
 
 
@@ -174,10 +203,12 @@ def _rope(raw: Raw, source: str) -> tuple[float, RopeScaling | None]:
     """(rope_theta, scaling) from rope_scaling + rope_theta (old) or rope_parameters (new)."""
     key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     rope = raw.get(key) or {}
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+    if any(isinstance(value, dict) for value in rope.values()):
         raise _refuse(source, key, rope, "one flat rope for all layers")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = float(rope.get("rope_theta") or raw["rope_theta"])
+    inner = rope.get("rope_theta")
+    check({"rope_theta": inner}, {"rope_theta": optional(BOUNDS["rope_theta"])}, source=source)
+    theta = float(raw["rope_theta"] if inner is None else inner)
     partial = rope.get("partial_rotary_factor")
     if partial not in ACCEPTED["partial_rotary_factor"]:
         raise _refuse(source, f"{key}.partial_rotary_factor", partial, "1.0")
@@ -185,13 +216,14 @@ def _rope(raw: Raw, source: str) -> tuple[float, RopeScaling | None]:
         return theta, None
     if kind != "llama3":
         raise _refuse(source, f"{key}.rope_type", kind, "default, llama3")
-    names = [field.name for field in dataclasses.fields(RopeScaling)]
     values = {"original_max_position_embeddings": raw["max_position_embeddings"], **rope}
-    missing = [name for name in names if values.get(name) is None]
-    if missing:
-        raise DcodError(f"{source}: {key}.{missing[0]} is missing; rope_type llama3 needs {names}")
-    factor, low, high, length = (float(values[name]) for name in names)
-    return theta, RopeScaling(factor, low, high, int(length))
+    check({key: values}, {key: mapping(_SCALING)}, source=source)
+    factor, low, high, length = (values[name] for name in _SCALING)
+    if low >= high:
+        raise DcodError(
+            f"{source}: {key}: low_freq_factor={low} must be below {high}, the high one"
+        )
+    return theta, RopeScaling(float(factor), float(low), float(high), length)
 
 
 def add_stop_ids(config: ModelConfig, value: Any, *, source: str) -> ModelConfig:
@@ -199,24 +231,21 @@ def add_stop_ids(config: ModelConfig, value: Any, *, source: str) -> ModelConfig
 
     (2,) and [2, 0] -> (2, 0). Raises DcodError for anything but ids.
     """
-    ids = _as_list(value)
-    if any(type(token) is not int or token < 0 for token in ids):
-        raise DcodError(f"{source}: eos_token_id={value!r} must be a token id or a list of them")
-    merged = tuple(dict.fromkeys((*config.eos_token_ids, *ids)))
+    merged = tuple(dict.fromkeys((*config.eos_token_ids, *_stop_ids(value, source))))
     return dataclasses.replace(config, eos_token_ids=merged)
 
 
-def _as_list(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list | tuple) else [] if value is None else [value]
+def _stop_ids(value: Any, source: str) -> Sequence[int]:
+    ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    check(
+        {"eos_token_id": ids},
+        {"eos_token_id": array(whole(0, 2**24 - 1), most=1024)},
+        source=source,
+    )
+    return ids
 
 
-def _check_sizes(raw: Raw, source: str) -> None:
-    optional = ("num_key_value_heads", "head_dim")
-    for key in (*_REQUIRED, *optional, "max_position_embeddings"):
-        value = raw.get(key)
-        absent = value is None and key in optional
-        if not absent and (type(value) is not int or value < 1):
-            raise DcodError(f"{source}: {key}={value!r} must be a positive whole number")
+def _check_heads(raw: Raw, source: str) -> None:
     heads, width = raw["num_attention_heads"], raw["hidden_size"]
     kv_heads, head_dim = raw.get("num_key_value_heads") or heads, raw.get("head_dim")
     if heads % kv_heads:
@@ -242,7 +271,9 @@ def from_hf(raw: Raw, source: str = "config.json") -> ModelConfig:
     """
     family = _check_supported(raw, source)
     raw = {**family.defaults, **raw}
-    _check_sizes(raw, source)
+    check(raw, BOUNDS, source=source)
+    _check_full_attention(raw, source)
+    _check_heads(raw, source)
     theta, scaling = _rope(raw, source)
     heads, width = raw["num_attention_heads"], raw["hidden_size"]
     return ModelConfig(
@@ -257,12 +288,12 @@ def from_hf(raw: Raw, source: str = "config.json") -> ModelConfig:
         rope_theta=theta,
         rope_scaling=scaling,
         rms_norm_eps=float(raw["rms_norm_eps"]),
-        tie_word_embeddings=bool(raw["tie_word_embeddings"]),
+        tie_word_embeddings=raw["tie_word_embeddings"],
         **{name: bool(value) for name, value in family.options(raw).items()},
         max_position_embeddings=raw["max_position_embeddings"],
         initializer_range=float(raw["initializer_range"]),
         bos_token_id=raw.get("bos_token_id"),
-        eos_token_ids=tuple(_as_list(raw.get("eos_token_id"))),
+        eos_token_ids=tuple(_stop_ids(raw.get("eos_token_id"), source)),
         pad_token_id=raw.get("pad_token_id"),
     )
 

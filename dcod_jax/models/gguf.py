@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from dcod_jax.bounds import array, check, optional, text, whole
 from dcod_jax.copies import Mirror, local_copy
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Location, Path, as_path
@@ -56,6 +58,10 @@ _STOPS = tuple(f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom
 
 _CONTROL, _USER_DEFINED = 3, 4  # token types of the format
 
+# What a header may announce, far above any model of today: each item costs memory when it is read.
+_MOST = {"GGUF.kv_count": 1 << 16, "GGUF.tensor_count": 1 << 17, "items of an array": 1 << 21}
+_MOST_DIMENSIONS = 4  # GGML_MAX_DIMS of the format
+
 
 def _package() -> Any:
     try:
@@ -64,6 +70,68 @@ def _package() -> Any:
         raise DcodError(
             "reading a .gguf file needs the extra gguf: pip install 'dcod_jax[gguf]'"
         ) from error
+
+
+def _reader() -> type[GGUFReader]:
+    """The package's reader, with every announced size checked before something is read by it."""
+    package = _package()
+    kinds = package.GGUFValueType
+
+    class Reader(package.GGUFReader):
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
+            end = int(offset) + np.dtype(dtype).itemsize * int(count)
+            if end > len(self.data):
+                raise ValueError(f"it announces {end} bytes and has {len(self.data)}")
+            return super()._get(int(offset), dtype, count, override_order)
+
+        def _push_field(self, field: Any, skip_sum: bool = False) -> Any:
+            _check_count(field.name, int(field.parts[-1][0]) if field.name in _MOST else 0)
+            return super()._push_field(field, skip_sum)
+
+        def _get_field_parts(self, orig_offs: Any, raw_type: Any) -> Any:
+            if kinds(raw_type) != kinds.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            item, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+            _check_count("items of an array", int(count[0]))
+            kind = kinds(item[0])
+            if kind == kinds.ARRAY:
+                raise ValueError("it has an array of arrays")
+            if kind == kinds.STRING:
+                return super()._get_field_parts(orig_offs, raw_type)
+            # One view of all values, where the package makes a view of each.
+            values = self._get(orig_offs + 12, self.gguf_scalar_to_np[kind], count[0])
+            return 12 + values.nbytes, [item, count, values], [2], [kinds.ARRAY, kind]
+
+        def _get_tensor_info_field(self, orig_offs: Any) -> Any:
+            field = super()._get_tensor_info_field(orig_offs)
+            dimensions, place = field.parts[3].tolist(), int(field.parts[5][0])
+            elements = math.prod(dimensions)
+            if len(dimensions) > _MOST_DIMENSIONS or max(elements // 8, place) > len(self.data):
+                raise ValueError(f"tensor {field.name} announces {dimensions[:5]} at byte {place}")
+            return field
+
+    return Reader
+
+
+_ID = optional(whole(0, 1 << 24))
+_NAMED = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
+_TOKENIZER = {
+    "tokens": array(text()),
+    "merges": array(text()),
+    "token_type": array(whole(0, 255)),
+    **dict.fromkeys(_NAMED.values(), _ID),
+}
+_REST = {"context_length": optional(whole(1, 2**31 - 1)), "chat_template": optional(text())}
+
+
+def _check_count(name: str, count: int) -> None:
+    if count > _MOST.get(name, count):
+        raise ValueError(f"it announces {count} {name}; at most {_MOST[name]} are read")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +143,10 @@ class _File:
 
     def get(self, key: str, default: Any = None) -> Any:
         field = self.reader.get_field(key)
-        return default if field is None else field.contents()
+        try:
+            return default if field is None else field.contents()
+        except UnicodeDecodeError as error:
+            raise DcodError(f"{self.path}: metadata key {key} is no text ({error})") from error
 
     def need(self, key: str) -> Any:
         value = self.get(key)
@@ -88,16 +159,16 @@ def _open(location: Location) -> _File:
     path = as_path(location)
     if not path.is_file():
         raise DcodError(f"{path}: no such .gguf file; check the path")
-    package = _package()
+    reader = _reader()
     try:
-        return _File(path, package.GGUFReader(local_copy(path)))
+        return _File(path, reader(local_copy(path)))
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise DcodError(f"{path}: not a whole GGUF file ({error}); download it again") from error
 
 
-def _short(value: float) -> float:
-    """The shortest decimal of a float32: 9.999999747378752e-06 -> 1e-05."""
-    return float(str(np.float32(value)))
+def _short(value: Any) -> Any:
+    """The shortest decimal of a float32: 9.999999747378752e-06 -> 1e-05; no number stays as is."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _check_metadata(file: _File, architecture: str) -> None:
@@ -123,7 +194,7 @@ def _check_metadata(file: _File, architecture: str) -> None:
 
 def _config(file: _File, names: set[str]) -> ModelConfig:
     architecture = file.get("general.architecture")
-    if architecture not in configs.FAMILIES:
+    if not isinstance(architecture, str) or architecture not in configs.FAMILIES:
         raise DcodError(
             f"{file.path}: general.architecture={architecture!r} is not supported "
             f"(supported: {', '.join(sorted(configs.FAMILIES))})"
@@ -133,28 +204,20 @@ def _config(file: _File, names: set[str]) -> ModelConfig:
     def need(key: str) -> Any:
         return file.need(f"{architecture}.{key}")
 
-    heads, width = need("attention.head_count"), need("embedding_length")
-    head_dim = file.get(f"{architecture}.attention.key_length", width // heads)
-    rotary = file.get(f"{architecture}.rope.dimension_count", head_dim)
-    if rotary != head_dim:
-        raise DcodError(
-            f"{file.path}: {architecture}.rope.dimension_count={rotary} is not supported "
-            f"(supported: the head size, {head_dim})"
-        )
     stops = [file.get(key) for key in _STOPS if file.get(key) is not None]
     raw = {
         "model_type": architecture,
         "vocab_size": next(
-            int(tensor.shape[1])
+            int(tensor.shape[-1])
             for tensor in file.reader.tensors
             if tensor.name == "token_embd.weight"
         ),
-        "hidden_size": width,
+        "hidden_size": need("embedding_length"),
         "intermediate_size": need("feed_forward_length"),
         "num_hidden_layers": need("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": file.get(f"{architecture}.attention.head_count_kv", heads),
-        "head_dim": head_dim,
+        "num_attention_heads": need("attention.head_count"),
+        "num_key_value_heads": file.get(f"{architecture}.attention.head_count_kv"),
+        "head_dim": file.get(f"{architecture}.attention.key_length"),
         "max_position_embeddings": need("context_length"),
         "rms_norm_eps": _short(need("attention.layer_norm_rms_epsilon")),
         "rope_theta": _short(file.get(f"{architecture}.rope.freq_base", 10000.0)),
@@ -164,7 +227,14 @@ def _config(file: _File, names: set[str]) -> ModelConfig:
         "eos_token_id": list(dict.fromkeys(stops)) or None,
         "pad_token_id": file.get("tokenizer.ggml.padding_token_id"),
     }
-    return configs.from_hf(raw, source=str(file.path))
+    config = configs.from_hf(raw, source=str(file.path))
+    rotary = file.get(f"{architecture}.rope.dimension_count", config.head_dim)
+    if rotary != config.head_dim:
+        raise DcodError(
+            f"{file.path}: {architecture}.rope.dimension_count={rotary} is not supported "
+            f"(supported: the head size, {config.head_dim})"
+        )
+    return config
 
 
 def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -235,34 +305,44 @@ def export_tokenizer(file: Location, directory: Location) -> PreTrainedTokenizer
         )
     if get("tokenizer.ggml.add_bos_token", False):
         raise DcodError(f"{path}: tokenizer.ggml.add_bos_token=true is not supported")
-    tokens = opened.need("tokenizer.ggml.tokens")
-    tokenizer = _bpe(tokens, opened.need("tokenizer.ggml.merges"), pre)
-    types = opened.need("tokenizer.ggml.token_type")
+    values = {key: get(f"tokenizer.ggml.{key}") for key in _TOKENIZER}
+    check(values, _TOKENIZER, source=f"{path}: tokenizer.ggml")
+    tokens, types = values["tokens"], values["token_type"]
+    if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
+        raise DcodError(
+            f"{path}: tokenizer.ggml has {len(tokens)} tokens, {len(set(tokens))} of them "
+            f"different, and {len(types)} token types; download it again"
+        )
+    tokenizer = _bpe(path, tokens, values["merges"], pre)
     for token, kind in zip(tokens, types, strict=True):
         if kind in (_CONTROL, _USER_DEFINED):
             tokenizer.add_tokens([AddedToken(token, normalized=False, special=kind == _CONTROL)])
-    named = {
-        "bos_token": "bos_token_id",
-        "eos_token": "eos_token_id",
-        "unk_token": "unknown_token_id",
-        "pad_token": "padding_token_id",
-    }
-    ids = {name: get(f"tokenizer.ggml.{key}") for name, key in named.items()}
+    ids = {name: values[key] for name, key in _NAMED.items() if values[key] is not None}
+    if wrong := [name for name, index in ids.items() if index >= len(tokens)]:
+        raise DcodError(f"{path}: {wrong[0]} has the id {ids[wrong[0]]}, of {len(tokens)} tokens")
+    length, template = get(f"{get('general.architecture')}.context_length"), "chat_template"
+    rest = {"context_length": length, template: get(f"tokenizer.{template}")}
+    check(rest, _REST, source=path)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
-        model_max_length=get(f"{get('general.architecture')}.context_length"),
-        **{name: tokens[index] for name, index in ids.items() if index is not None},
+        model_max_length=length,
+        **{name: tokens[index] for name, index in ids.items()},
     )
-    fast.chat_template = get("tokenizer.chat_template")
+    fast.chat_template = rest[template]
     with Mirror(as_path(directory)) as local:
         fast.save_pretrained(local)
     return fast
 
 
-def _bpe(tokens: list[str], merges: list[str], pre: str) -> Tokenizer:
+def _bpe(path: Path, tokens: list[str], merges: list[str], pre: str) -> Tokenizer:
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    pairs = [(left, right) for left, right in (merge.split(" ", 1) for merge in merges)]
+    pairs = []
+    for merge in merges:
+        left, _, right = merge.partition(" ")
+        if not {left, right, left + right} <= vocabulary.keys():
+            raise DcodError(f"{path}: the merge {merge[:80]!r} is not of two tokens that make one")
+        pairs.append((left, right))
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=pairs, fuse_unk=False))
     tokenizer.pre_tokenizer, normalizer = PRE_TOKENIZERS[pre]
     if normalizer is not None:

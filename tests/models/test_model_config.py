@@ -119,7 +119,7 @@ def test_defaults_are_those_of_transformers():
             {"layer_types": ["full_attention", "sliding_attention"]},
             "layer_types='sliding_attention'",
         ),
-        (LLAMA, {"vocab_size": None}, "missing key 'vocab_size'"),
+        (LLAMA, {"vocab_size": None}, "vocab_size is missing"),
         (LLAMA, {"hidden_size": -32}, "hidden_size=-32"),
         (LLAMA, {"intermediate_size": "48"}, "intermediate_size='48'"),
         (LLAMA, {"num_key_value_heads": 3}, "num_key_value_heads=3"),
