@@ -27,14 +27,18 @@ class Bound:
     items: Bound | None = None  # of a list, or of the values of an object with any keys
     fields: Mapping[str, Bound] | None = None  # of an object
     optional: bool = False  # absent or null is accepted
+    others: tuple[Bound, ...] = ()  # one of these is accepted, too
 
     def fault(self, value: Any) -> tuple[str, Any, Bound] | None:
         """(place below the value, what is there, what it must be) of the first wrong part."""
         if value is None and self.optional:
             return None
+        for other in self.others:
+            if type(value) in other.types:
+                return other.fault(value)
         if type(value) not in self.types:  # exactly: a bool is no whole number
             return "", value, self
-        size = value if isinstance(value, int | float) else len(value)
+        size: Any = value if isinstance(value, int | float) else len(value or ())
         if not self.low <= size <= self.high:  # also of NaN
             return "", value, self
         for name, part, bound in self._parts(value):
@@ -75,6 +79,11 @@ def array(items: Bound | None = None, *, fewest: int = 0, most: int = 1 << 24) -
 
 def mapping(fields: Mapping[str, Bound] | None = None, *, items: Bound | None = None) -> Bound:
     return Bound("an object", (dict,), items=items, fields=fields)
+
+
+def either(bound: Bound, other: Bound) -> Bound:
+    """What one of the two says of values of its kind."""
+    return dataclasses.replace(bound, words=f"{bound.words}, or {other.words}", others=(other,))
 
 
 def optional(bound: Bound) -> Bound:

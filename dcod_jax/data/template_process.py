@@ -15,10 +15,10 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
+from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-CPU_SECONDS, WALL_SECONDS = 10.0, 120.0  # for one text
 MEMORY = 1 << 30  # bytes of this process
 LONGEST_TEMPLATE, LONGEST_TEXT = 1 << 20, 1 << 26  # characters
 
@@ -35,7 +35,7 @@ class Generation(Extension):
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
 
     def _mark(self, caller: Any) -> str:
         text, environment = caller(), vars(self.environment)
@@ -143,14 +143,15 @@ def answer(line: bytes) -> dict[str, Any]:
 
 
 def main() -> None:
+    cpu_seconds, wall_seconds = map(float, sys.argv[1:])
     with suppress(ValueError, OSError):  # macOS has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this one
     for line in sys.stdin.buffer:
         # At the end of a timer its signal's default action ends the process.
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-        signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+        signal.setitimer(signal.ITIMER_REAL, wall_seconds)
         reply = json.dumps(answer(line)).encode() + b"\n"
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -17,10 +17,7 @@ from typing import IO, Any
 from dcod_jax.data import template_process
 from dcod_jax.errors import DcodError
 
-_LIMITS = {
-    -signal.SIGPROF: f"{template_process.CPU_SECONDS:g} s of CPU time",
-    -signal.SIGALRM: f"{template_process.WALL_SECONDS:g} s",
-}
+CPU_SECONDS, WALL_SECONDS = 5.0, 120.0  # for one text
 
 
 class TemplateError(DcodError):
@@ -49,7 +46,11 @@ class _Renderer:
                 return json.loads(reply)
             code = process.wait()
             self._close()
-        return {"limit": _LIMITS.get(code, f"its process could take (it ended with {code})")}
+        limits = {
+            -signal.SIGPROF: f"{CPU_SECONDS:g} s of CPU",
+            -signal.SIGALRM: f"{WALL_SECONDS:g} s",
+        }
+        return {"limit": limits.get(code, f"its process can do (it ended with {code})")}
 
     def close(self) -> None:
         with self.lock:
@@ -74,7 +75,8 @@ def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
 def _start() -> subprocess.Popen[bytes]:
     file = pathlib.Path(template_process.__file__)
     return subprocess.Popen(
-        [sys.executable, "-P", str(file)],  # -P: this directory hides no module of the library
+        # -P: this directory hides no module of the library.
+        [sys.executable, "-P", str(file), str(CPU_SECONDS), str(WALL_SECONDS)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

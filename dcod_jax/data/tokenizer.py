@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import pathlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.hub import cached_file
 
+from dcod_jax.bounds import Bound, array, check, either, flag, mapping, optional, text, whole
 from dcod_jax.copies import local_directory
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Location, as_path
+from dcod_jax.files import Location, as_path, read_json
 from dcod_jax.models.config import ModelConfig
 
 Tokenizer: TypeAlias = PreTrainedTokenizerFast
@@ -37,10 +41,12 @@ def load_tokenizer(path: Location, *, chat_template: str = "") -> Tokenizer:
             "convert with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     try:
-        # The generic class: family classes rebuild the pre-tokenizer instead of reading it.
-        home = local_directory(source, wanted=_is_tokenizer_file)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(home))
-    except (OSError, ValueError, RecursionError) as error:
+        with _library_errors():
+            home = local_directory(source, wanted=_is_tokenizer_file)
+            _check_files(home if home.is_dir() else _downloaded(home))
+            # The generic class: family classes rebuild the pre-tokenizer instead of reading it.
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(home))
+    except _Unreadable as error:
         raise DcodError(
             f"no tokenizer at {path!s}: expected a directory with tokenizer.json, or a hub id "
             f"that can be reached ({str(error).splitlines()[0]})"
@@ -53,6 +59,83 @@ def load_tokenizer(path: Location, *, chat_template: str = "") -> Tokenizer:
         except (OSError, UnicodeDecodeError) as error:
             raise DcodError(f"student.chat_template={chat_template}: {error}") from error
     return tokenizer
+
+
+# Errors of a library that reads a damaged file; the tokenizers package raises the bare Exception.
+_Unreadable = (
+    *(OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError),
+    RecursionError,
+)
+
+
+@contextlib.contextmanager
+def _library_errors() -> Iterator[None]:
+    """An error of the tokenizers package, a panic of its Rust code included, as ValueError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is Exception or type(error).__name__ == "PanicException":
+            raise ValueError(str(error) or "the tokenizers package failed") from error
+        raise
+
+
+def _downloaded(name: pathlib.Path) -> pathlib.Path:
+    """The local directory with tokenizer.json of a hub id."""
+    return pathlib.Path(str(cached_file(str(name), "tokenizer.json"))).parent
+
+
+# What is checked before the library allocates for it. A vocabulary of today has 3e5 ids.
+_LONGEST = 1 << 29  # bytes of a file
+_ID = whole(0, (1 << 24) - 1)
+_ADDED = {"content": text(), "special": optional(flag())}
+_NAME = optional(either(text(), mapping({"content": text()})))
+_BOUNDS: dict[str, dict[str, Bound]] = {
+    "tokenizer.json": {
+        "model": mapping(
+            {
+                "vocab": either(mapping(items=_ID), array(array(fewest=2, most=2))),
+                "merges": optional(array(either(text(), array(text(), fewest=2, most=2)))),
+            }
+        ),
+        "added_tokens": optional(array(mapping({"id": _ID, **_ADDED}))),
+    },
+    "tokenizer_config.json": {
+        "added_tokens_decoder": optional(mapping(items=mapping(_ADDED))),
+        "chat_template": optional(either(text(), array(mapping({"template": text()})))),
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), _NAME),
+        "tokenizer_class": optional(text()),
+    },
+    "special_tokens_map.json": dict.fromkeys(("bos_token", "eos_token", "pad_token"), _NAME),
+    "added_tokens.json": {},
+}
+
+
+def _check_files(home: pathlib.Path) -> None:
+    """Refuse a tokenizer whose files would exhaust the machine, or whose ids have a hole."""
+    for name, bounds in _BOUNDS.items():
+        file = home / name
+        if not file.is_file():
+            continue
+        if file.stat().st_size > _LONGEST:
+            raise DcodError(f"{file}: has {file.stat().st_size} bytes, more than {_LONGEST}")
+        values = read_json(file)
+        check(values, bounds, source=file)
+        if name == "tokenizer.json":
+            _check_ids(file, values)
+        for added in values.get("added_tokens_decoder") or ():
+            check({added: int(added) if added.isdecimal() else added}, {added: _ID}, source=file)
+
+
+def _check_ids(file: pathlib.Path, values: dict[str, Any]) -> None:
+    """The ids must be 0 to n - 1: logits above the number of tokens are masked as padding."""
+    vocab = values["model"]["vocab"]
+    ids = set(vocab.values() if isinstance(vocab, dict) else range(len(vocab)))
+    ids.update(token["id"] for token in values.get("added_tokens") or ())
+    if ids and max(ids) >= len(ids):
+        raise DcodError(
+            f"{file}: {len(ids)} different ids, and the highest is {max(ids)}; they must be 0 to "
+            f"{len(ids) - 1}, or rows of the embedding would be taken for padding"
+        )
 
 
 def _is_tokenizer_file(name: str) -> bool:

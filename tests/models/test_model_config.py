@@ -135,6 +135,59 @@ def test_refused_by_name(raw, change, named):
     assert "some/config.json" in str(caught.value)
 
 
+# Key -> values that no file of a model has; every key of BOUNDS is here.
+_NUMBERS = [float("nan"), float("inf"), -1, 10**400, "1", True, [1], {}]
+_SIZES = [0, 10**9, 1.0, *_NUMBERS]
+NONSENSE = {
+    **dict.fromkeys(
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+        "num_key_value_heads head_dim".split(),
+        _SIZES,
+    ),
+    "max_position_embeddings": [0, 1 << 31, *_NUMBERS],
+    "rms_norm_eps": [0, 2, *_NUMBERS],
+    "initializer_range": _NUMBERS,
+    "rope_theta": [0, 0.5, None, *_NUMBERS],
+    "tie_word_embeddings": ["false", 0, 1, None, "true", []],
+    "attention_bias": ["false", 0, 1],
+    "bos_token_id": [4_000_000_000, 1.0, [1], *_NUMBERS],
+    "eos_token_id": [-3, "x", 4_000_000_000, [2, -1], [[2]], [None], {}, True, 1.5],
+    "pad_token_id": _NUMBERS,
+    "use_sliding_window": ["false", 1],
+    "sliding_window": ["4096", -1, float("nan")],
+    "max_window_layers": ["28", [28], -1],
+    "model_type": [["llama"], {}, 3, "x" * 1000],
+    "architectures": ["LlamaForCausalLM", [3], {"a": 1}, [None]],
+    "layer_types": ["full_attention", [1], 3, {}],
+    "rope_scaling": ["llama3", [LLAMA3_ROPE], 3],
+    "rope_parameters": ["llama3", [1], True],
+}
+INSIDE_ROPE = {
+    "factor": [0, 0.5, *_NUMBERS],
+    "low_freq_factor": [0, 4.0, 5.0, *_NUMBERS],
+    "high_freq_factor": [0, 1.0, *_NUMBERS],
+    "original_max_position_embeddings": [0, 1.5, *_NUMBERS],
+    "rope_theta": [0, *_NUMBERS],
+    "rope_type": [3, ["llama3"], {}, None],
+}
+
+
+def test_nonsense_is_refused_for_every_key():
+    assert {*configs.BOUNDS, "eos_token_id"} <= NONSENSE.keys()
+    cases = [{key: value} for key, values in NONSENSE.items() for value in values]
+    for rope in ("rope_scaling", "rope_parameters"):
+        for key, values in INSIDE_ROPE.items():
+            cases += [{rope: {**LLAMA3_ROPE, key: value}} for value in values]
+    for change in cases:
+        with pytest.raises(DcodError, match=r"some/config\.json: ") as caught:
+            configs.from_hf({**LLAMA, **change}, source="some/config.json")
+        name = next(iter(change))
+        assert name in str(caught.value) or "rope_theta" in str(caught.value), change
+        assert len(str(caught.value)) < 400
+    with pytest.raises(DcodError, match="eos_token_id"):
+        configs.add_stop_ids(configs.from_hf(LLAMA), [-3], source="generation_config.json")
+
+
 def test_unused_sliding_window_is_no_reason_to_refuse():
     fields = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}
     plain = configs.from_hf(QWEN2)

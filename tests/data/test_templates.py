@@ -1,0 +1,113 @@
+"""Templates render as transformers renders them, and a hostile one is ended at a limit."""
+
+import pytest
+from test_chat import CHATML, LLAMA3, MARKED
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from dcod_jax.data import templates
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief.\n"},
+    {"role": "user", "content": "é 你好 \ud800?"},
+    {"role": "assistant", "content": "<a> & b", "reasoning_content": "first\n\nthen"},
+    {"role": "user", "content": ""},
+    {"role": "assistant", "content": "x"},
+]
+NAMES = {"add_generation_prompt": False, "bos_token": "<s>", "date_string": "26 Jul 2024"}
+# Constructs of the published templates of Llama 3, Qwen 2.5 and 3, Mistral and DeepSeek.
+GOOD = [
+    CHATML,
+    LLAMA3,
+    MARKED,
+    "{{ bos_token }}\n  {%- if not date_string is defined %}"
+    "{% set date_string = strftime_now('%d') %}{% endif %}\n"
+    "{{- date_string }}\n{{ messages | tojson(indent=2) }}{{ {'a': '<é>'} | tojson }}",
+    "{% set ns = namespace(last=-1, seen='') %}\n{% for m in messages[::-1] %}\n"
+    "  {% set index = (messages|length - 1) - loop.index0 %}\n"
+    "  {% if ns.last < 0 and m.role == 'user' %}{% set ns.last = index %}{% endif %}\n"
+    "  {% set ns.seen = ns.seen ~ m.content.split('?')[-1].lstrip('\\n') %}\n"
+    "  {% if loop.index > 3 %}{% break %}{% endif %}\n{% endfor %}\n{{ ns.last }}|{{ ns.seen }}",
+    "{% macro turn(m) %}{{ m.role | upper }}{% if m.thinking is defined %}T{{ m.thinking }}"
+    "{{ m.reasoning_content | trim }}{% endif %}{% endmacro %}{% for m in messages if m.content %}"
+    "{{ turn(m) }}{{ loop.cycle('a', 'b') }}{% else %}none{% endfor %}{{ tools }}{{ documents }}",
+    "{% for m in messages | selectattr('role', 'equalto', 'user') %}{{ '%s: %s' | format(m.role, "
+    "m['content']) + '-' * 3 }}{{ dict(a=1) }}{{ dict.fromkeys(['b'], 2) }}{% endfor %}",
+]
+
+
+@pytest.mark.parametrize("template", GOOD, ids=range(len(GOOD)))
+def test_the_text_is_that_of_transformers(template):
+    marks = template == MARKED
+    texts = render_jinja_template(
+        [MESSAGES], chat_template=template, return_assistant_tokens_mask=marks, **NAMES
+    )
+    text, spans = templates.render(template, MESSAGES, NAMES)
+    assert text == texts[0][0]
+    assert spans == ([tuple(span) for span in texts[1][0]] if marks else [])
+    assert len(spans) == 2 * marks
+
+
+HOSTILE = {
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "product": "{{ 'a' * 3000000000 }}",
+    "constant": "{% set x = 'a' * 3000000000 %}",
+    "doubling": "{% set n = namespace(x='a') %}{% for i in range(60) %}"
+    "{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+    "laughs": "{% set n = namespace(x=['a' * 1000]) %}{% for i in range(40) %}"
+    "{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
+    "filter": "{{ 'a' | center(3000000000) }}",
+    "format": "{{ '%3000000000d' % 1 }}",
+    "method": "{{ '{:3000000000}'.format(1) }}",
+    "power": "{{ 9 ** (9 ** 9) }}",
+    "text": "{% for i in range(99999) %}{{ 'abcdefghij' * 10000 }}{% endfor %}",
+    "late": "{% if messages|length == 5 %}{{ 'a' * 3000000000 }}{% endif %}",
+}
+REFUSED = {
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "parentheses": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "long": "x" * 2_000_000,
+    "syntax": "{% for %}",
+    "types": "{{ messages[0]['content']['x']['y'] }}",
+    "division": "{{ 1 // 0 }}",
+    "escape": "{{ ''.__class__.__mro__ }}",
+    "change": "{{ messages.append(1) }}",
+    "include": "{% include '/etc/passwd' %}",
+    "namespace": "{% set n = namespace() %}{% set n.__class__ = 1 %}",
+    "exception": "{{ raise_exception('only one system message') }}",
+}
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """Renderers that stop after little time, closed at the end."""
+    monkeypatch.setattr(templates, "CPU_SECONDS", 0.3)
+    templates._renderer.cache_clear()
+    yield
+    templates._renderer(templates.os.getpid()).close()
+    templates._renderer.cache_clear()
+
+
+def test_a_hostile_template_ends_at_a_limit(hasty):
+    for name, template in HOSTILE.items():
+        with pytest.raises(
+            templates.TemplateError, match=r"needs more than|has more than"
+        ) as caught:
+            templates.render(template, MESSAGES, NAMES)
+        assert len(str(caught.value)) < 300, name
+    assert templates.render(CHATML, MESSAGES, NAMES)[0]  # and the next one is rendered
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_wrong_template_is_refused_in_one_line(name):
+    with pytest.raises(templates.TemplateError, match="the chat template refuses them: ") as caught:
+        templates.render(REFUSED[name], MESSAGES, NAMES)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_process_that_is_lost_is_started_again(hasty):
+    renderer = templates._renderer(templates.os.getpid())
+    templates.render(CHATML, MESSAGES, NAMES)
+    renderer.process.kill()
+    with pytest.raises(templates.TemplateError, match="ended with -9"):
+        templates.render(CHATML, MESSAGES, NAMES)
+    assert templates.render(CHATML, MESSAGES, NAMES)[0]
