@@ -20,7 +20,8 @@ LEVELS = """
     models.gguf models.hf data.tokenizer
     data.template_process data.templates data.chat
     sample.stop_strings sample.sampling sample.decoding sample.sampler
-    evaluate.benchmarks evaluate.answers evaluate.grading evaluate.problems evaluate.prompts
+    evaluate.spelling evaluate.units evaluate.equality evaluate.algebra evaluate.answers
+    evaluate.benchmarks evaluate.grading evaluate.problems evaluate.prompts
     evaluate.generations evaluate.statistics evaluate.metrics
     train.optim train.metrics train.profiling train.settings config_checks config doctor cli
     train.checkpointer train.local_checkpoints train.checkpoints train.forward train.step

@@ -1,51 +1,50 @@
-r"""Completions graded: their final answers compared by math-verify in worker processes.
+r"""Completions graded: their final answers are found, and compared in worker processes.
 
-math-verify needs the main thread of a process (`signal.alarm`) and runs sympy on what a model
-wrote, which may take forever, eat the memory or crash. So comparisons run in child processes
-that hold nothing else: started fresh (never forked from a process that runs jax), bounded in
-memory, given one time limit per answer, killed and replaced when stuck. This file is also the
-child's program, so at import it needs the standard library only.
+A comparison that needs algebra runs sympy on what a model wrote, which may take forever, eat the
+memory or crash. So it runs in child processes that hold nothing else: started fresh (never forked
+from a process that runs jax), bounded in processor time and memory, replaced when they end. This
+file is also the child's program, so at import it needs the standard library only.
 """
 
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
-import faulthandler
 import json
 import logging
 import os
-import re
 import resource
-import selectors
+import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import IO, Any
+from typing import Any
 
-from dcod_jax.evaluate.answers import (
-    MAX_ANSWER_CHARS,
-    Extraction,
-    compare_plain,
-    extract_answer,
-    reference_answer,
-)
+from dcod_jax.errors import DcodError
+from dcod_jax.evaluate.algebra import load_algebra
+from dcod_jax.evaluate.answers import Extraction, extract_answer, reference_answer
+from dcod_jax.evaluate.equality import Algebra, equal
 
-REASONS = ("correct", "wrong", "no_answer", "timeout", "error")
+log = logging.getLogger(__name__)
+
 REJECTED_AS = {  # why a trace with that verdict is dropped
     "wrong": "wrong_answer",
     "no_answer": "no_answer",
     "timeout": "grading_timeout",
+    "stalled": "grading_stalled",
     "error": "grading_error",
 }
+REASONS = ("correct", *REJECTED_AS)
 MEMORY_LIMIT = 2 << 30  # bytes of address space of one worker
-QUEUE_DEPTH = 8  # requests sent ahead to one worker: together below a pipe's 64 KiB, never blocking
 START_SECONDS = 60.0  # a worker imports sympy first
-GRACE_SECONDS = 1.0  # between the worker's own alarm and the kill
-ORPHAN_SECONDS = 30.0  # after its time limit a worker ends even if nobody kills it
+# A worker that is silent for this long got no processor: the verdict depends on the machine's load.
+STALL_SECONDS = 120.0
+STALL_FACTOR = 20.0  # and this many times its limit of processor time
+AHEAD = 32  # completions read ahead for each worker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +57,13 @@ class Grade:
     rule: str | None = None
 
 
-def _compare_algebra(predicted: str, reference: str, *, parse: Callable, verify: Callable) -> bool:
-    """Whether math-verify holds the two for equal; raises what sympy raises."""
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """The reference answer with how far a number may be off, and whether a completion was cut."""
 
-    def parsed(text: str) -> list[Any]:
-        text = re.sub(r"(?<!\\)\$", "", text).strip()
-        return parse(f"$\\boxed{{{text}}}$", parsing_timeout=None)
-
-    return verify(parsed(reference), parsed(predicted), timeout_seconds=None)
+    answer: str
+    tolerance: float = 0.0
+    complete: bool = True  # False: the last number of the completion is no answer
 
 
 # --------------------------------------------------------------------------- worker process
@@ -75,31 +73,42 @@ class _OutOfTimeError(BaseException):
     """Not an Exception: sympy and math-verify catch those."""
 
 
-def _on_alarm(signum: int, frame: Any) -> None:
+def _out_of_time(signum: int, frame: Any) -> None:
     raise _OutOfTimeError
 
 
-def _answer_request(request: dict[str, Any], *, parse: Callable, verify: Callable) -> str:
-    signal.setitimer(signal.ITIMER_REAL, request["timeout"])
-    # Ends this process from a C thread, should the parent that would kill it be gone.
-    faulthandler.dump_traceback_later(request["timeout"] + ORPHAN_SECONDS, exit=True)
+def _verdict(request: dict[str, Any], algebra: Algebra) -> str:
+    """The verdict on one request; processor time is limited, so load does not change it."""
+    seconds = request["seconds"]
+    # Kills this process where sympy is in a long operation of C and hears no signal.
+    limit, hard = int(time.process_time() + seconds) + 2, resource.getrlimit(resource.RLIMIT_CPU)[1]
+    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
-        equal = _compare_algebra(
-            request["predicted"], request["reference"], parse=parse, verify=verify
+        found = equal(
+            request["predicted"],
+            request["reference"],
+            tolerance=request["tolerance"],
+            algebra=algebra,
         )
-        return "correct" if equal else "wrong"
+        return "correct" if found else "wrong"
     except _OutOfTimeError:
         return "timeout"
+    except MemoryError:
+        os._exit(1)  # decided by the parent, which tries once more in a fresh process
     # Whatever sympy raises on untrusted input is a verdict on that one input, not on the run.
-    except (Exception, RecursionError, MemoryError):
+    except Exception:
         return "error"
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def _worker_main() -> None:
-    """Read one JSON request a line, write one JSON verdict a line, until the input ends."""
+def serve(load: Callable[[], Algebra] = load_algebra) -> None:
+    """Read one JSON request a line, write one verdict a line, until the input ends.
+
+    A worker that ran out of time ends: what it left in sympy's caches is unknown.
+    """
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what sympy prints must not be read as a reply
     with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
@@ -107,210 +116,176 @@ def _worker_main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this one
     logging.disable(logging.CRITICAL)
-    from math_verify import parse, verify
-
-    signal.signal(signal.SIGALRM, _on_alarm)
+    algebra = load()
+    signal.signal(signal.SIGPROF, _out_of_time)
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
-        verdict = _answer_request(json.loads(line), parse=parse, verify=verify)
+        verdict = _verdict(json.loads(line), algebra)
         print(verdict, file=replies, flush=True)
+        if verdict == "timeout":
+            return
 
 
-@dataclasses.dataclass
-class _Item:
-    """One comparison on its way; `verdict` is set when it is known."""
-
-    payload: Any
-    extraction: Extraction | None = None
-    reference: str = ""
-    graded: bool = True
-    verdict: str | None = None
-    crashes: int = 0
-
-    def grade(self) -> Grade | None:
-        if not self.graded or self.verdict is None:
-            return None
-        found = self.extraction
-        return Grade(
-            self.verdict == "correct",
-            self.verdict,
-            found.answer if found else None,
-            found.rule if found else None,
-        )
+# --------------------------------------------------------------------------- parent
 
 
 class _Worker:
-    """One child process: its pipes and the requests it has not answered, oldest first."""
+    """One child process, asked one thing at a time."""
 
     def __init__(self) -> None:
+        program = "from dcod_jax.evaluate.grading import serve; serve()"
+        paths = os.pathsep.join(p for p in sys.path if p)
         self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-c",
-                "from dcod_jax.evaluate.grading import _worker_main; _worker_main()",
-            ],
+            [sys.executable, "-P", "-c", program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            # sympy's order of terms follows hashes; with a fixed seed equal inputs take equal ways.
+            env={**os.environ, "PYTHONPATH": paths, "PYTHONHASHSEED": "0"},
         )
-        self.pending: collections.deque[_Item] = collections.deque()
-        self.ready = False
-        self.deadline = time.monotonic() + START_SECONDS
-        self.buffer = b""
+        if self._reply(START_SECONDS) != "ready":
+            self.close()
+            raise DcodError(
+                "a grading worker did not start: `python -c 'import math_verify'` shows why"
+            )
 
-    def pipes(self) -> tuple[IO[bytes], IO[bytes]]:
-        """(its input, its output)."""
-        stdin, stdout = self.process.stdin, self.process.stdout
-        if stdin is None or stdout is None:
-            raise RuntimeError("a grading worker was started without pipes")
-        return stdin, stdout
+    def _reply(self, seconds: float) -> str:
+        """The next line; "" where the process ended or said nothing in this time."""
+        output = self.process.stdout
+        if output is None or not select.select([output], [], [], seconds)[0]:
+            return ""
+        return output.readline().decode().strip()
+
+    def ask(self, request: dict[str, Any]) -> str:
+        """The verdict, or "crashed" where the process ended for another reason than its time."""
+        # What is no Unicode becomes "?".
+        line = json.dumps(request, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        wall = max(STALL_SECONDS, STALL_FACTOR * request["seconds"])
+        with contextlib.suppress(BrokenPipeError):  # gone: its output ends, too
+            if self.process.stdin is not None:
+                self.process.stdin.write(line)
+        if reply := self._reply(wall):
+            return reply
+        if self.process.poll() is None and not self._ends():
+            log.warning(
+                "grading: no verdict in %.0f s on %.60r, which may take %g s of processor time; it "
+                "is dropped as grading_stalled, and a less loaded machine may decide otherwise",
+                wall,
+                request["predicted"],
+                request["seconds"],
+            )
+            return "stalled"
+        return "timeout" if self.process.returncode == -signal.SIGXCPU else "crashed"
+
+    def _ends(self) -> bool:
+        """Whether the process ends by itself; its output ends a moment earlier."""
+        try:
+            self.process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
-        for pipe in self.pipes():
-            pipe.close()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
 
 
 class Grader:
-    """Worker processes that stay alive between answers; a context manager."""
+    """Worker processes that stay alive between answers; a context manager.
+
+    `timeout` is in seconds of processor time for one comparison.
+    """
 
     def __init__(self, *, timeout: int | float, workers: int = 0) -> None:
         if timeout <= 0:
             raise ValueError(f"timeout={timeout} must be above 0 seconds")
         self.timeout = timeout
         self.count = workers or os.cpu_count() or 1
-        self.workers: list[_Worker] = []  # started when the first answer needs one
-        self.selector = selectors.DefaultSelector()
+        self.workers: list[_Worker] = []  # alive and idle; started when an answer needs one
+        self.threads = concurrent.futures.ThreadPoolExecutor(self.count, "grading")
 
     def __enter__(self) -> Grader:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for worker in self.workers:
-            worker.close()
-        self.workers = []
-        self.selector.close()
+        self.threads.shutdown(cancel_futures=True)
+        while self.workers:
+            self.workers.pop().close()
 
-    def stream(self, items: Iterable[tuple[Any, str, str | None]]) -> Iterator[tuple[Any, Any]]:
+    def stream(
+        self, items: Iterable[tuple[Any, str, str | Expected | None]]
+    ) -> Iterator[tuple[Any, Any]]:
         """(payload, completion, answer) -> (payload, Grade), in order, lazily.
 
         An item whose answer is None passes with None in place of a grade.
         """
-        window: collections.deque[_Item] = collections.deque()
-        waiting: collections.deque[_Item] = collections.deque()  # in the window, not yet sent
-        source = iter(items)
-        limit = self.count * QUEUE_DEPTH * 4
-        ended = False
-        while window or not ended:
-            while not ended and len(window) < limit:
-                entry = next(source, None)
-                if entry is None:
-                    ended = True
-                    break
-                item = _prejudge(*entry)
-                window.append(item)
-                if item.graded and item.verdict is None:
-                    waiting.append(item)
-                    self._turn(waiting, block=False)
-            while window and (not window[0].graded or window[0].verdict is not None):
-                done = window.popleft()
-                yield done.payload, done.grade()
-            if window and (ended or len(window) >= limit):
-                self._turn(waiting, block=True)
+        window: collections.deque[tuple[Any, concurrent.futures.Future[Grade] | Grade | None]]
+        window = collections.deque()
+        for payload, completion, answer in items:
+            window.append((payload, self._begin(completion, answer)))
+            while window and (len(window) > AHEAD * self.count or _is_known(window[0][1])):
+                yield _finished(*window.popleft())
+        while window:
+            yield _finished(*window.popleft())
 
-    def _turn(self, waiting: collections.deque[_Item], *, block: bool) -> None:
-        """Send what can be sent, read what has come, replace who is stuck or gone."""
-        while len(self.workers) < self.count and waiting:
-            self._start()
-            if len(self.workers) * QUEUE_DEPTH >= len(waiting):
-                break
-        for worker in sorted(self.workers, key=lambda w: len(w.pending)):
-            while waiting and worker.ready and len(worker.pending) < QUEUE_DEPTH:
-                self._send(worker, waiting.popleft())
-        busy = [w for w in self.workers if w.pending or not w.ready]
-        if not busy:
-            return
-        wait = max(0.0, min(w.deadline for w in busy) - time.monotonic()) if block else 0.0
-        for key, _ in self.selector.select(wait):
-            self._receive(key.data, waiting)
-        now = time.monotonic()
-        for worker in [w for w in self.workers if (w.pending or not w.ready) and w.deadline < now]:
-            if worker.pending:
-                worker.pending.popleft().verdict = "timeout"
-            self._replace(worker, waiting)
+    def _begin(
+        self, completion: str, answer: str | Expected | None
+    ) -> concurrent.futures.Future[Grade] | Grade | None:
+        """What can be decided without algebra is decided here."""
+        if answer is None:
+            return None
+        expected = Expected(answer) if isinstance(answer, str) else answer
+        found = extract_answer(completion, complete=expected.complete)
+        if found is None:
+            return Grade(False, "no_answer")
+        reference = reference_answer(expected.answer)
+        plain = equal(found.answer, reference, tolerance=expected.tolerance)
+        if plain is not None:
+            return Grade(plain, "correct" if plain else "wrong", found.answer, found.rule)
+        return self.threads.submit(self._compare, found, reference, expected.tolerance)
 
-    def _start(self) -> None:
-        worker = _Worker()
-        self.workers.append(worker)
-        self.selector.register(worker.pipes()[1], selectors.EVENT_READ, worker)
-
-    def _send(self, worker: _Worker, item: _Item) -> None:
-        found = item.extraction
+    def _compare(self, found: Extraction, reference: str, tolerance: float) -> Grade:
         request = {
-            "predicted": found.answer if found else "",
-            "reference": item.reference,
-            "timeout": self.timeout,
+            "predicted": found.answer,
+            "reference": reference,
+            "tolerance": tolerance,
+            "seconds": self.timeout,
         }
-        # At most 4 bytes a character; what is no Unicode becomes "?".
-        line = json.dumps(request, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-        if not worker.pending:
-            worker.deadline = time.monotonic() + self.timeout + GRACE_SECONDS
-        worker.pending.append(item)
-        with contextlib.suppress(BrokenPipeError):  # gone: its output ends too, _receive sees it
-            worker.pipes()[0].write(line)
-
-    def _receive(self, worker: _Worker, waiting: collections.deque[_Item]) -> None:
-        data = os.read(worker.pipes()[1].fileno(), 1 << 16)
-        if not data:
-            if worker.pending:  # the head was at work when it died: once more, then it is to blame
-                worker.pending[0].crashes += 1
-                if worker.pending[0].crashes > 1:
-                    worker.pending.popleft().verdict = "error"
-            self._replace(worker, waiting)
-            return
-        *lines, worker.buffer = (worker.buffer + data).split(b"\n")
-        for line in lines:
-            if not worker.ready:
-                worker.ready = line == b"ready"
-                continue
-            worker.pending.popleft().verdict = line.decode()
-        worker.deadline = time.monotonic() + self.timeout + GRACE_SECONDS
-
-    def _replace(self, worker: _Worker, waiting: collections.deque[_Item]) -> None:
-        """End a worker; what it had not begun goes to the front of the queue."""
-        if not worker.ready:
-            raise RuntimeError(
-                "a grading worker did not start: `python -c 'import math_verify'` shows why"
-            )
-        self.selector.unregister(worker.pipes()[1])
-        self.workers.remove(worker)
-        worker.close()
-        waiting.extendleft(reversed(worker.pending))
+        # Where a used worker crashes, a fresh one decides: what came before has no part in it.
+        try:
+            worker, fresh = self.workers.pop(), False
+        except IndexError:
+            worker, fresh = _Worker(), True
+        verdict = worker.ask(request)
+        if verdict == "crashed" and not fresh:
+            worker.close()
+            worker = _Worker()
+            verdict = worker.ask(request)
+        if verdict in ("correct", "wrong", "error"):
+            self.workers.append(worker)
+        else:
+            worker.close()
+        reason = "error" if verdict == "crashed" else verdict
+        return Grade(reason == "correct", reason, found.answer, found.rule)
 
 
-def _prejudge(payload: Any, completion: str, answer: str | None) -> _Item:
-    """What can be decided without algebra is decided here."""
-    if answer is None:
-        return _Item(payload, graded=False)
-    extraction, reference = extract_answer(completion), reference_answer(answer)
-    item = _Item(payload, extraction, reference)
-    if extraction is None:
-        item.verdict = "no_answer"
-        return item
-    plain = compare_plain(extraction.answer, reference)
-    if plain is not None:
-        item.verdict = "correct" if plain else "wrong"
-    elif max(len(extraction.answer), len(reference)) > MAX_ANSWER_CHARS:
-        item.verdict = "wrong"
-    return item
+def _is_known(graded: concurrent.futures.Future[Grade] | Grade | None) -> bool:
+    return not isinstance(graded, concurrent.futures.Future) or graded.done()
+
+
+def _finished(
+    payload: Any, graded: concurrent.futures.Future[Grade] | Grade | None
+) -> tuple[Any, Grade | None]:
+    waits = isinstance(graded, concurrent.futures.Future)
+    return payload, graded.result() if waits else graded
 
 
 def grade(
-    pairs: Iterable[tuple[str, str]], *, timeout: int | float = 5.0, workers: int = 0
+    pairs: Iterable[tuple[str, str | Expected]], *, timeout: int | float = 5.0, workers: int = 0
 ) -> list[Grade]:
     """The grade of each (completion, reference answer), in order; `timeout` seconds each."""
     with Grader(timeout=timeout, workers=workers) as grader:

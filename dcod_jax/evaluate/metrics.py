@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dcod_jax.errors import DcodError
-from dcod_jax.evaluate.answers import normalise_answer
 from dcod_jax.evaluate.generations import Generation
+from dcod_jax.evaluate.spelling import canonical
 from dcod_jax.evaluate.statistics import bootstrap_interval, share_interval, wilson
 
 SUBSETS = 2_000  # majority votes of one problem: of all subsets, or of this many drawn ones
@@ -115,7 +115,7 @@ def vote_key(answer: str | None) -> Hashable:
     """
     if answer is None:
         return None
-    text = normalise_answer(answer)
+    text = re.sub(r"\\text\{([^{}]*)\}|\s", r"\1", canonical(answer))
     try:
         value = float(text)
     except ValueError:
@@ -227,7 +227,7 @@ def degenerate(generations: Sequence[Generation]) -> dict[str, float]:
         "no_answer": sum(g.extracted is None for g in generations) / total,
         "truncated": sum(not g.finished for g in generations) / total,
         "loops": sum(g.repeats for g in generations) / total,
-        "ungradable": sum(g.reason in ("timeout", "error") for g in generations) / total,
+        "ungradable": sum(g.reason in ("timeout", "stalled", "error") for g in generations) / total,
     }
 
 

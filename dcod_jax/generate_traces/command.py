@@ -3,9 +3,9 @@
 It reads generate.prompts and writes run_dir/traces.jsonl, with the teacher's log-probs of its own
 tokens. Useless traces go to traces.rejected.jsonl with the reason: empty, truncated, and, where the
 prompt has a reference answer and prepare.filter_correct is set, wrong_answer, no_answer,
-grading_timeout or grading_error. The same command after an interruption goes on with the blocks
-that are left (data/blocks.py). Of several processes each samples every n-th block with the teacher
-on its own devices, where it fits there; the result has the bytes of one process.
+grading_timeout, grading_stalled or grading_error. The same command after an interruption goes on
+with the blocks that are left (data/blocks.py). Of several processes each samples every n-th block
+with the teacher on its own devices, where it fits there; the result has the bytes of one process.
 """
 
 from __future__ import annotations

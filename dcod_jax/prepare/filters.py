@@ -2,7 +2,7 @@
 
 A trace is dropped for the first of these that holds, counted and written to the quarantine:
 bad_record (with prepare.on_bad_record=quarantine; otherwise it stops the run), truncated,
-wrong_answer, no_answer, grading_timeout, grading_error (where a reference answer exists),
+wrong_answer, no_answer, grading_timeout, grading_stalled, grading_error (with a reference answer),
 held_out_prompt, duplicate, overlap, too_long.
 """
 

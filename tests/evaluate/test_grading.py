@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from dcod_jax.errors import DcodError
 from dcod_jax.evaluate import grading
-from dcod_jax.evaluate.answers import Extraction, compare_plain, extract_answer
-from dcod_jax.evaluate.grading import Grader, grade
+from dcod_jax.evaluate.answers import Extraction, extract_answer
+from dcod_jax.evaluate.equality import equal
+from dcod_jax.evaluate.grading import Expected, Grade, Grader, grade
 
 SOLVERS = {
     "6b_finetuning": 286,
@@ -20,6 +22,58 @@ SOLVERS = {
     "175b_finetuning": 458,
     "175b_verification": 742,
 }
+
+
+CASES = [
+    json.loads(line)
+    for file in sorted((Path(__file__).parent / "cases").glob("*.jsonl"))
+    for line in file.read_text().splitlines()
+]
+
+
+@pytest.fixture(scope="module")
+def case_grades() -> list[Grade]:
+    return grade([(case["prediction"], case["gold"]) for case in CASES], workers=1)
+
+
+@pytest.mark.parametrize("place", range(len(CASES)), ids=[case["kind"] for case in CASES])
+def test_cases(place: int, case_grades: list[Grade]) -> None:
+    """Real kinds of answers. "either": both verdicts can be defended, for the stated reason."""
+    case, found = CASES[place], case_grades[place]
+    assert found.correct == (case["expected"] == "correct") or case.get("reason"), (case, found)
+
+
+def test_a_case_with_two_defensible_verdicts_says_why() -> None:
+    assert all((case["expected"] == "either") == bool(case.get("reason")) for case in CASES)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("So 3 + 4 = 7", None),
+        ("The answer is 12", None),
+        ("#### 1", None),
+        ("The answer is 12.\nLet me check", "12"),
+        ("so \\boxed{12} and then I", "12"),
+        ("so \\boxed{12", None),
+    ],
+)
+def test_a_text_that_was_cut_off_ends_in_no_answer(text: str, answer: str | None) -> None:
+    found = extract_answer(text, complete=False)
+    assert (found.answer if found else None) == answer
+    grades = grade([(text, Expected("12", complete=False))], workers=1)
+    assert grades[0].correct == (answer == "12")
+    assert extract_answer(text) is not None
+
+
+def test_a_tolerance_is_that_of_the_benchmark() -> None:
+    pairs = [("\\boxed{2.05}", tolerance) for tolerance in (0.0, 0.01, 0.1)]
+    expected = [
+        ("\\boxed{\\sqrt{2}}", Expected("1.4", 0.1)),
+        ("\\boxed{\\sqrt{2}}", Expected("1.4")),
+    ]
+    graded = grade([*((text, Expected("2", t)) for text, t in pairs), *expected], workers=1)
+    assert [g.correct for g in graded] == [False, False, True, True, False]
 
 
 @pytest.mark.parametrize(
@@ -60,18 +114,19 @@ def test_no_answer_is_told_from_a_wrong_one() -> None:
         ("18.", "18", True),
         ("4:30 \\text{ p.m.}", "\\text{4:30 p.m.}", True),
         ("17", "18", False),
-        ("(1,234)", "(1234)", None),
-        ("1/2", "0.5", None),
+        ("(1,234)", "(1234)", False),
+        ("1/2", "0.5", True),
+        ("x/2", "0.5x", None),
     ],
 )
 def test_plain_comparison(predicted: str, reference: str, expected: bool | None) -> None:
-    assert compare_plain(predicted, reference) is expected
+    assert equal(predicted, reference) is expected
 
 
 def test_algebra_agrees_and_keeps_order() -> None:
     pairs = [
         ("\\boxed{0.5}", "\\frac{1}{2}"),
-        ("\\boxed{1/3}", "\\frac{1}{2}"),
+        ("\\boxed{x/3}", "\\frac{x}{2}"),
         ("\\boxed{(x+1)^2}", "x^2 + 2x + 1"),
         ("\\boxed{(1,234)}", "(1234)"),
         ("\\boxed{7}", "7"),
@@ -79,101 +134,123 @@ def test_algebra_agrees_and_keeps_order() -> None:
         ("\\boxed{2\\sqrt{2}}", "\\sqrt{8}"),
         ("\\boxed{18 \\text{ dollars}}", "The sum.\n#### 18"),
         ("\\boxed{\ud83d}", "x^2"),
+        ("\\boxed{" + "(" * 400 + "}", "2x"),
+        ("\\boxed{y + x}", "x+y"),
     ]
-    expected = [True, False, True, False, True, True, True, True, False]
+    expected = [True, False, True, False, True, True, True, True, False, False, True]
     assert [g.correct for g in grade(pairs, timeout=5, workers=2)] == expected
 
 
-def test_a_tower_of_powers_a_crash_and_a_flood_do_not_stop_the_rest() -> None:
-    tower = "\\boxed{9^{9^{9^{9}}}}"
-    pairs = [("\\boxed{1/2}", "0.5"), (tower, "5"), ("\\boxed{" + "(" * 400 + "}", "2x")]
-    pairs += [("\\boxed{1/4}", "0.25")] * 20
-    grades = grade(pairs, timeout=5, workers=2)
-    assert grades[0].correct
-    assert grades[1].reason in ("timeout", "error", "wrong")
-    assert not grades[2].correct
-    assert all(g.correct for g in grades[3:])
+# ---------------------------------------------------------------- workers
 
-
-def test_a_worker_that_dies_is_replaced() -> None:
-    with Grader(timeout=5, workers=1) as grader:
-        first = list(grader.stream([(0, "\\boxed{1/2}", "0.5")]))
-        os.kill(grader.workers[0].process.pid, signal.SIGKILL)
-        rest = list(grader.stream((i, "\\boxed{1/4}", "0.25") for i in range(20)))
-        children = [w.process for w in grader.workers]
-    assert first[0][1].correct
-    assert [payload for payload, g in rest if g.correct] == list(range(20))
-    assert all(child.poll() is not None for child in children)
-
-
-def test_an_answer_that_kills_its_worker_twice_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    program = (
-        "import sys, os; print('ready', flush=True)\n"
-        "for line in sys.stdin:\n"
-        "    os._exit(3) if 'bomb' in line else print('correct', flush=True)\n"
-    )
-    real = grading.subprocess.Popen
-    monkeypatch.setattr(
-        grading.subprocess, "Popen", lambda args, **kw: real([args[0], "-c", program], **kw)
-    )
-    pairs = [("\\boxed{a}", "b"), ("\\boxed{bomb}", "b"), ("\\boxed{a}", "b")]
-    assert [g.reason for g in grade(pairs, timeout=5, workers=1)] == ["correct", "error", "correct"]
-
-
-def test_a_worker_that_ignores_its_alarm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    program = (
-        "import sys, time; print('ready', flush=True)\n"
-        "for line in sys.stdin:\n"
-        "    time.sleep(1000) if 'stuck' in line else print('correct', flush=True)\n"
-    )
-    real = grading.subprocess.Popen
-    monkeypatch.setattr(
-        grading.subprocess, "Popen", lambda args, **kw: real([args[0], "-c", program], **kw)
-    )
-    monkeypatch.setattr(grading, "GRACE_SECONDS", 0.2)
-    pairs = [("\\boxed{a}", "b"), ("\\boxed{stuck}", "b"), ("\\boxed{a}", "b")]
-    reasons = [g.reason for g in grade(pairs, timeout=3, workers=1)]
-    assert reasons == ["correct", "timeout", "correct"]
-
-
-MEMORY_BOMB = """
-import sys, types
-def verify(reference, predicted, timeout_seconds):
-    if "bomb" in predicted:
+HOSTILE = """
+import os, signal, sys, time
+from dcod_jax.evaluate import grading
+calls = []
+def algebra(predicted, reference, tolerance):
+    calls.append(predicted)
+    if "sleep" in predicted:
+        time.sleep(float(predicted.split()[1]))
+    if "spin" in predicted:
+        while True:
+            pass
+    if "deaf" in predicted:  # as in a long operation of C
+        signal.signal(signal.SIGPROF, signal.SIG_IGN)
+        while True:
+            pass
+    if "eat" in predicted:
         bytearray(4 << 30)
+    if "die" in predicted:
+        os._exit(3)
+    if "late" in predicted and len(calls) > 1:
+        raise MemoryError
+    if "raise" in predicted:
+        raise RecursionError
     return True
-stub = types.ModuleType("math_verify")
-stub.verify, stub.parse = verify, lambda text, parsing_timeout: text
-sys.modules["math_verify"] = stub
-from dcod_jax.evaluate.grading import _worker_main
-_worker_main()
+grading.serve(lambda: algebra)
 """
 
 
-def test_an_answer_that_eats_memory_is_wrong_and_the_rest_goes_on(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def hostile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers whose algebra does what the answer says."""
     real = grading.subprocess.Popen
     monkeypatch.setattr(
-        grading.subprocess, "Popen", lambda args, **kw: real([args[0], "-c", MEMORY_BOMB], **kw)
+        grading.subprocess, "Popen", lambda args, **kw: real([*args[:-1], HOSTILE], **kw)
     )
-    pairs = [("\\boxed{a}", "b"), ("\\boxed{bomb}", "b"), ("\\boxed{a}", "b")]
-    with Grader(timeout=10, workers=1) as grader:
-        grades = [g for _, g in grader.stream((None, *pair) for pair in pairs)]
-        assert len(grader.workers) == 1
-    assert [(g.correct, g.reason) for g in grades] == [
-        (True, "correct"),
-        (False, "error"),
-        (True, "correct"),
-    ]
+
+
+def verdicts(*answers: str, timeout: float = 5, workers: int = 1) -> list[str]:
+    pairs = [(f"\\boxed{{{answer}}}", "x + b") for answer in answers]
+    return [g.reason for g in grade(pairs, timeout=timeout, workers=workers)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("eat + x", "error"),
+        ("die + x", "error"),
+        ("raise + x", "error"),
+        ("late + x", "correct"),  # in a worker of its own, whatever was there before
+    ],
+)
+def test_a_hostile_answer_is_judged_alone(hostile: None, answer: str, reason: str) -> None:
+    assert verdicts("a + x", answer, "c + x") == ["correct", reason, "correct"]
+
+
+def test_processor_time_is_limited_and_not_the_time_of_the_clock(hostile: None) -> None:
+    answers = ("sleep 0.6 + x", "spin + x", "deaf + x", "a + x")
+    reasons = ["correct", "timeout", "timeout", "correct"]
+    assert verdicts(*answers, timeout=0.2, workers=2) == reasons
+
+
+def test_an_answer_without_a_processor_is_stalled_and_that_is_said(
+    hostile: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(grading, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(grading, "STALL_FACTOR", 1.0)
+    reasons = verdicts("a + x", "sleep 1000 + x", "c + x", timeout=0.2)
+    assert reasons == ["correct", "stalled", "correct"]
+    assert "dropped as grading_stalled" in caplog.text
+
+
+def test_a_worker_that_dies_is_replaced_and_all_end_with_the_grader(hostile: None) -> None:
+    with Grader(timeout=5, workers=1) as grader:
+        assert next(grader.stream([(0, "\\boxed{a + x}", "b")]))[1].correct
+        children = [w.process for w in grader.workers]
+        os.kill(children[0].pid, signal.SIGKILL)
+        rest = list(grader.stream((i, "\\boxed{a + x}", "b") for i in range(20)))
+        children += [w.process for w in grader.workers]
+    assert [payload for payload, g in rest if g.correct] == list(range(20))
+    assert len(children) == 2
+    assert all(child.poll() is not None for child in children)
+
+
+def test_workers_that_cannot_start_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = grading.subprocess.Popen
+    monkeypatch.setattr(
+        grading.subprocess, "Popen", lambda args, **kw: real([args[0], "-c", "exit(1)"], **kw)
+    )
+    with pytest.raises(DcodError, match=r"did not start: .*import math_verify"):
+        verdicts("a + x")
+
+
+def test_a_tower_of_powers_is_no_answer_and_stops_nothing() -> None:
+    pairs = [("\\boxed{9^{9^{9^{9}}}}", "5 + x"), *[("\\boxed{1/4 + x}", "0.25 + x")] * 3]
+    first, *rest = grade(pairs, timeout=1, workers=1)
+    assert first.reason in ("timeout", "error", "wrong")
+    assert all(g.correct for g in rest)
 
 
 def test_workers_end_with_a_parent_that_was_killed() -> None:
     program = (
         "import time\n"
-        "from dcod_jax.evaluate.grading import Grader\n"
-        "grader = Grader(timeout=5, workers=1)\n"
-        "list(grader.stream([(0, '\\\\boxed{1/2}', '0.5')]))\n"
+        "from dcod_jax.evaluate import grading\n"
+        f"HOSTILE = {HOSTILE!r}\n"
+        "real = grading.subprocess.Popen\n"
+        "grading.subprocess.Popen = lambda args, **kw: real([*args[:-1], HOSTILE], **kw)\n"
+        "grader = grading.Grader(timeout=5, workers=1)\n"
+        "list(grader.stream([(0, '\\\\boxed{a + x}', 'b')]))\n"
         "print(grader.workers[0].process.pid, flush=True)\n"
         "time.sleep(100)\n"
     )

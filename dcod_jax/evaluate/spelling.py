@@ -1,0 +1,193 @@
+r"""One spelling of a final answer: Unicode, LaTeX and number formats brought to one form.
+
+`canonical` is the entry. Standard library only; an answer is short (MAX_ANSWER_CHARS).
+"""
+
+from __future__ import annotations
+
+import fractions
+import re
+import unicodedata
+
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "0123456789+-()n")
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ", "0123456789+-()n")
+_SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ]+")
+_SUBSCRIPT = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ]+")
+_UNICODE = {
+    **dict.fromkeys("−–—‐‑‒﹣", "-"),
+    **dict.fromkeys("·⋅∙•", r"\cdot "),
+    **dict.fromkeys("∣｜", "|"),
+    **dict.fromkeys("⟨〈", r"\langle "),
+    **dict.fromkeys("⟩〉", r"\rangle "),
+    **dict.fromkeys("，、", ", "),
+    **{"×": r"\times ", "÷": "/", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge "},
+    **{"≦": r"\le ", "≧": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "≡": r"\equiv "},
+    **{"∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset "},
+    **{"±": r"\pm ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}"},
+    **{"ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}", "°": r"^\circ ", "℃": r"^\circ C", "℉": r"^\circ F"},
+    **{"∛": r"\sqrt[3]√", "∜": r"\sqrt[4]√", "…": r"\ldots ", "。": ".", "’": "'", "′": "'"},
+}
+# Commands with one meaning: the pattern is without its backslash.
+_COMMANDS = [
+    (r"(?:[dtc]frac)", r"\\frac"),
+    (r"(?:text(?:bf|it|rm|sf|tt|normal|md|up)?|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox)\s*(?=\{)",
+     r"\\text"),
+    (r"operatorname\*?\s*(?=\{)", r"\\text"),
+    (r"(?:left|right|[bB]igg?[lr]?|displaystyle|limits|boldsymbol|bf|rm|it)(?![A-Za-z])\.?", ""),
+    (r"(?:quad|qquad|enspace|thinspace)(?![A-Za-z])", " "),
+    (r"[,;:> ]", " "),
+    (r"!\s*", ""),
+    (r"(?:leqslant|leqq|leq|le)(?![A-Za-z])", r"\\le "),
+    (r"(?:geqslant|geqq|geq|ge)(?![A-Za-z])", r"\\ge "),
+    (r"(?:neq|ne)(?![A-Za-z])", r"\\ne "),
+    (r"lt(?![A-Za-z])", "<"),
+    (r"gt(?![A-Za-z])", ">"),
+    (r"(?:varnothing|empty)(?![A-Za-z])", r"\\emptyset "),
+    (r"(?:mid|vert|lvert|rvert)(?![A-Za-z])", "|"),
+    (r"(?:lbrace)(?![A-Za-z])", r"\\{"),
+    (r"(?:rbrace)(?![A-Za-z])", r"\\}"),
+    (r"lbrack(?![A-Za-z])", "["),
+    (r"rbrack(?![A-Za-z])", "]"),
+    (r"(?:[lc]?dots)(?![A-Za-z])", "..."),
+    (r"degrees?(?![A-Za-z])", r"^\\circ "),
+    (r"colon(?![A-Za-z])", ":"),
+    (r"[()\[\]]", ""),
+    (r"%", "%"),
+    (r"#", "#"),
+    (r"&", "&"),
+]  # fmt: skip
+_COMMAND_RULES = [(re.compile(r"\\" + pattern), new) for pattern, new in _COMMANDS]
+_THOUSANDS = [
+    re.compile(r"(?<=\d)\s*(?:\{,\}|,\\!)\s*(?=\d{3}(?!\d))"),
+    re.compile(r"(?<=\d)(?:\\[,;: ]|~)\s*(?=\d{3}(?!\d))"),
+]
+_COMMA_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+_SPACE_THOUSANDS = re.compile(r"(?<![\d.,/^_} ])(?<!\d )\d{1,3}(?: \d{3})+(?![\d/]| \d)")
+_ROOT = re.compile(
+    r"(?<![A-Za-z\\])(?:√|sqrt)\s*(\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z])|\\pi|\(([^()]*)\)|\{([^{}]*)\})"
+)
+_INDEXED_ROOT = re.compile(r"\^\{(\d)\}√")
+_ARGUMENT = re.compile(r"\s*(\{|\\[A-Za-z]+|[^\s{}\\])")
+_MIXED = re.compile(
+    r"(?<![\d.,/^_\w}])(\d{1,9})"
+    r"(?: (\d{1,9})/(\d{1,9})|\s*\\frac\{(\d{1,9})\}\{(\d{1,9})\})(?![\d/.])"
+)
+_ORDINAL = re.compile(
+    r"(?<=\d)\s*(?:\^?\s*\{\s*\\text\{\s*(?:st|nd|rd|th)\s*\}\s*\}|\^?\{\s*(?:st|nd|rd|th)\s*\}"
+    r"|\^?\s*\\text\{\s*(?:st|nd|rd|th)\s*\}|(?:st|nd|rd|th)(?![A-Za-z]))"
+)
+_REPEATING = re.compile(
+    r"(\d{1,30})\.(\d{0,30})(?:\\(?:overline|bar|dot)\s*\{?(\d{1,20})\}?|\((\d{1,20})\))"
+    r"|(\d{1,30})\.(\d{0,20}?)(\d{1,6}?)\7{2,20}\s*\.\.\."
+)
+_BASES = "two three four five six seven eight nine ten eleven twelve".split()
+_BASE_WORD = re.compile(
+    rf"_\s*\{{?\s*(?:\\text\{{)?\s*\(?({'|'.join(_BASES)}|\d{{1,2}})\)?\s*\}}{{0,2}}"
+    rf"|(?:\\text\{{)?\s*\(?\bbase[ -]?\s*\}}?\s*\{{?({'|'.join(_BASES)}|\d{{1,2}})\b\)?\s*\}}?"
+)
+
+
+def braced(text: str, start: int, limit: int) -> str | None:
+    """The content of the balanced {...} that opens at `start`, of at most `limit` characters."""
+    depth = 0
+    for index in range(start, min(len(text), start + limit)):
+        if text[index] in "{}" and text[index - 1 : index] != "\\":
+            depth += 1 if text[index] == "{" else -1
+            if depth == 0:
+                return text[start + 1 : index]
+    return None
+
+
+def _letter(character: str) -> str:
+    r"""What NFKC does not do: "π" -> "\pi ", "½" -> "\frac{1}{2}"."""
+    if character in _UNICODE:
+        return _UNICODE[character]
+    name = unicodedata.name(character, "")
+    if name.startswith("GREEK SMALL LETTER ") and len(name.split()) == 4:
+        return f"\\{name.split()[3].lower()} "
+    numerator, slash, denominator = unicodedata.normalize("NFKC", character).partition("⁄")
+    return f"\\frac{{{numerator}}}{{{denominator}}}" if slash and denominator else character
+
+
+def _ascii(text: str) -> str:
+    text = _SUPERSCRIPT.sub(lambda m: f"^{{{m.group(0).translate(_SUPERSCRIPTS)}}}", text)
+    text = _SUBSCRIPT.sub(lambda m: f"_{{{m.group(0).translate(_SUBSCRIPTS)}}}", text)
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", "".join(map(_letter, text)))
+    text = _INDEXED_ROOT.sub(r"\\sqrt[\1]√", text)
+    for _ in range(4):  # from the innermost parentheses outwards
+        text = _ROOT.sub(lambda m: rf"\sqrt{{{m.group(2) or m.group(3) or m.group(1)}}}", text)
+    return re.sub(r"(\\sqrt\[\d\])\\sqrt", r"\1", text)
+
+
+def _with_braces(text: str) -> str:
+    r"""Arguments of \frac and \sqrt in braces: "\frac \pi4" -> "\frac{\pi}{4}"."""
+    for match in reversed(list(re.finditer(r"\\(frac|sqrt)(?![A-Za-z])(\s*\[[^\[\]]*\])?", text))):
+        rest, arguments = match.end(), ""
+        for _ in range(2 if match.group(1) == "frac" else 1):
+            found = _ARGUMENT.match(text, rest)
+            if found is None:
+                break
+            one = found.group(1)
+            if one == "{":
+                inner = braced(text, found.start(1), len(text))
+                if inner is None:
+                    break
+                one, rest = inner, found.start(1) + len(inner) + 2
+            else:
+                rest = found.end()
+            arguments += f"{{{one.strip()}}}"
+        text = text[: match.end()] + arguments + text[rest:]
+    return text
+
+
+def _mixed(match: re.Match[str]) -> str:
+    whole, top, bottom = (int(g) for g in match.groups() if g is not None)
+    if top >= bottom:
+        return match.group(0)
+    return f"\\frac{{{whole * bottom + top}}}{{{bottom}}}"
+
+
+def _repeating(match: re.Match[str]) -> str:
+    whole, fixed, *period = match.group(1, 2, 3, 4) if match.group(1) else match.group(5, 6, 7)
+    digits = next(p for p in period if p)
+    scale = 10 ** len(fixed)
+    value = fractions.Fraction(int(whole + fixed), scale)
+    value += fractions.Fraction(int(digits), (10 ** len(digits) - 1) * scale)
+    return f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
+def _base(match: re.Match[str]) -> str:
+    name = match.group(1) or match.group(2)
+    return f"_{{{_BASES.index(name) + 2 if name in _BASES else name}}}"
+
+
+def canonical(answer: str) -> str:
+    r"""One spelling for what is written in many ways: `$x = 10{,}000.$` -> `x = 10000`.
+
+    Text stays in \text{...}; single spaces stay, as they part words.
+    """
+    text = answer.strip().strip("*`").strip()
+    text = re.sub(r"(?<![.。])[.。]$", "", text)
+    for pattern in _THOUSANDS:
+        text = pattern.sub("", text)
+    # A new row of a matrix; elsewhere a backslash that was escaped twice.
+    text = _ascii(text).replace("\\\\", "\n" if "\\begin" in text else "\\")
+    text = re.sub(r"\\\$", "￥", text).replace("$", "")  # what LaTeX prints as a dollar sign
+    for pattern, new in _COMMAND_RULES:
+        text = pattern.sub(new, text)
+    text = text.replace("\n", r" \\ ")
+    text = text.replace("<=", r"\le ").replace(">=", r"\ge ").replace("~", " ")
+    text = re.sub(
+        r"\^\s*\{?\s*\\circ\s*\}?\s*(?:\\text\{\s*)?([CF])\b\s*\}?", r" \\text{deg\1}", text
+    )
+    text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))", "", text)
+    text = _ORDINAL.sub("", text)
+    text = re.sub(r"\s+", " ", _with_braces(text)).strip()
+    text = _REPEATING.sub(_repeating, text)
+    text = _SPACE_THOUSANDS.sub(lambda m: m.group(0).replace(" ", ""), text)
+    text = _MIXED.sub(_mixed, text)
+    if not re.search(r"[(\[]|\\\{", text):  # in a tuple the comma separates
+        text = _COMMA_THOUSANDS.sub(lambda m: m.group(0).replace(",", ""), text)
+    text = re.sub(r"(?<=\d)\s*" + _BASE_WORD.pattern, _base, text)
+    return text.strip().rstrip(",;").strip()
