@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dcod_jax import seeds
 from dcod_jax.data import packing
 from dcod_jax.data.codec import decode_columns
 from dcod_jax.data.dataset import TraceDataset
@@ -71,8 +72,8 @@ class RowStream(grain.IterDataset):
         order = np.arange(len(lengths))
         if self.shuffle is not None:
             # Raw bits and a stable sort: NumPy promises both to stay the same across versions.
-            bits = np.random.Philox(np.random.SeedSequence((self.shuffle, epoch)))
-            order = np.argsort(bits.random_raw(len(lengths)), kind="stable")
+            raw = seeds.bits(self.shuffle, "shuffle", epoch).random_raw(len(lengths))
+            order = np.argsort(raw, kind="stable")
         rows = packing.first_fit(
             lengths[order, 0],
             self.reading.seq_len,

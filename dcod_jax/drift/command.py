@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
+from dcod_jax import seeds
 from dcod_jax.copies import local_copy
 from dcod_jax.data import chat
 from dcod_jax.data.tokenizer import (
@@ -212,7 +213,7 @@ class _Run:
         drawing = DriftSettings(
             mesh=self.mesh,
             max_new_tokens=settings.max_new_tokens,
-            seed=self.config.seed,
+            seed=seeds.key_seed(self.config.seed, "drift"),
             eos_ids=sorted(stops),
             valid_vocab=len(self.tokenizer),
             samples=settings.samples,
@@ -248,7 +249,7 @@ class _Run:
             "student": hf.weights_fingerprint(path),
             "compute_dtype": self.config.student.compute_dtype,
             "prompts": hashlib.sha256(ids).hexdigest(),
-            "seed": self.config.seed,
+            "seed": seeds.key_seed(self.config.seed, "drift"),
             "samples": settings.samples,
             "max_new_tokens": settings.max_new_tokens,
             "stops": stop_ids(hf.read_config(path), self.tokenizer),

@@ -19,6 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from dcod_jax import config as configs
+from dcod_jax import seeds
 from dcod_jax.data.blocks import BlockFiles
 from dcod_jax.data.tokenizer import (
     Tokenizer,
@@ -182,7 +183,8 @@ class _EvaluatedModel:
 def _sampling(config: Any) -> Sampling:
     """The plain form stops at the next question."""
     stop = (PLAIN_STOP,) if config.evaluate.form == "plain" else ()
-    return sampling_of(config.evaluate, seed=config.seed, stop=stop)
+    seed = seeds.key_seed(config.seed, "evaluate")
+    return sampling_of(config.evaluate, seed=seed, stop=stop)
 
 
 def _request(

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from dcod_jax import config as configs
+from dcod_jax import seeds
 from dcod_jax.data.dataset import MANIFEST, TraceDataset, check_fingerprints
 from dcod_jax.data.tokenizer import (
     Tokenizer,
@@ -201,7 +202,7 @@ def initial_snapshot(
 def random_params(model_config: ModelConfig, seed: int, shardings: Params) -> Params:
     """Initial parameters; they depend on the seed, not on the shardings."""
     init = jax.jit(lambda key: transformer.init_params(model_config, key), out_shardings=shardings)
-    return init(jax.random.key(seed))
+    return init(jax.random.key(seeds.key_seed(seed, "init")))
 
 
 def _check_same_run(config: Any, earlier: dict[str, Any], directory: Path) -> None:
