@@ -18,6 +18,7 @@ from dcod_jax.train.optim import DECAYS
 CHOICES = {
     "log_level": ("debug", "info", "warning", "error"),
     "student.compute_dtype": ("bfloat16", "float32"),
+    "train.gradient_dtype": ("float32", "bfloat16"),
     "student.remat": ("none", "dots", "full", "offload", "auto"),
     "teacher.dtype": ("bfloat16", "float32"),
     "export.dtype": ("bfloat16", "float32", "float16"),
@@ -230,6 +231,11 @@ def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
         wrong.append(
             f"data.batch_size={flat['data.batch_size']} must be a multiple of "
             f"train.microbatches={flat['train.microbatches']}"
+        )
+    if flat["train.gradient_dtype"] == "bfloat16" != flat["student.compute_dtype"]:
+        wrong.append(
+            "train.gradient_dtype=bfloat16 needs student.compute_dtype=bfloat16: float32 gradients "
+            "are not rounded for their sum"
         )
     if flat["student.path"] and flat["student.config"]:
         wrong.append("student.path and student.config are both set: weights from one or none")

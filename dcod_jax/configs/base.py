@@ -115,6 +115,7 @@ def get_config() -> Any:
     c.train = ConfigDict()
     c.train.steps = 1000  # optimizer steps
     c.train.microbatches = 1  # pieces a batch is split into for gradient accumulation
+    c.train.gradient_dtype = "float32"  # float32 | bfloat16: of sums of gradients between devices
     c.train.log_every = 10  # steps between metric lines
     c.train.eval_every = 100  # steps between held-out losses; 0: never
     c.train.eval_batches = 0  # held-out batches; 0: all
