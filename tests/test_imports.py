@@ -29,7 +29,7 @@ LEVELS = """
     prepare.delivered prepare.overlap prepare.filters
     generate_traces.command prepare.command score.command inspect.arguments inspect.command
     drift.curves drift.scores
-    train.setup train.on_policy export.command evaluate.command
+    train.setup train.on_policy export.card export.command evaluate.command
     evaluate.lm_eval_model drift.command report.arguments report.data report.traces report.command
     plan.chips plan.hlo plan.programs plan.estimate plan.command
     train.telemetry train.loop train.command

@@ -6,7 +6,6 @@ import atexit
 import functools
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -73,10 +72,10 @@ def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
 
 
 def _start() -> subprocess.Popen[bytes]:
-    file = pathlib.Path(template_process.__file__)
+    file = str(template_process.__file__)
     return subprocess.Popen(
         # -P: this directory hides no module of the library.
-        [sys.executable, "-P", str(file), str(CPU_SECONDS), str(WALL_SECONDS)],
+        [sys.executable, "-P", file, str(CPU_SECONDS), str(WALL_SECONDS)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

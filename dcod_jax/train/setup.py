@@ -21,7 +21,7 @@ from dcod_jax.data.tokenizer import (
     tokenizer_fingerprint,
 )
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Path, as_path
+from dcod_jax.files import Path, as_path, check_own
 from dcod_jax.losses.divergences import DIVERGENCES
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig
@@ -57,8 +57,18 @@ class Student:
     valid_vocab: int  # the tokenizer's real size; rows of the embedding above it are padding
 
 
+# File of run_dir -> what says that it is of an earlier start of this program.
+OWN_FILES = {
+    "config.json": ('"run_dir"', '"on_policy"'),
+    "metrics.jsonl": ('"step"',),
+    "goodput.json": ('"attempts"', '"total"'),
+}
+
+
 def preflight(config: Any) -> None:
     """Refuse what cannot train before hours go into sampling and scoring for it."""
+    for name, marks in OWN_FILES.items():
+        check_own(as_path(config.run_dir) / name, *marks)
     student = load_student(config)
     mesh = make_mesh(**config.mesh)
     check_batch(config.data.batch_size, config.train.microbatches, mesh)

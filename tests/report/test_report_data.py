@@ -131,7 +131,7 @@ def test_goodput_of_another_form_is_left_out_with_a_note(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("config.json", b"[1]", "config.json: expected a JSON object, got list"),
+        ("config.json", b"[1]", "config.json: expected a JSON object, found list"),
         ("config.json", b"\xff", "config.json: not JSON"),
         ("metrics.jsonl", b'{"step": 1}\n{"loss": 1}\n', "metrics.jsonl:2: expected .* with step"),
         ("metrics.jsonl", b'{"step": 1}\n{"st\n{}\n', "metrics.jsonl:2: expected a JSON object"),
