@@ -67,7 +67,7 @@ def drift(config: Any) -> dict[str, Any]:
     """Measure every student that exists; returns what drift.json holds."""
     if jax.process_count() > 1:
         raise DcodError("drift runs on one process; start it on one host")
-    path = check_own(as_path(config.run_dir) / RESULT, '"baseline"', '"models"')
+    results = check_own(as_path(config.run_dir) / RESULT, '"baseline"', '"models"')
     teacher = open_teacher(config.teacher, chat_template=config.student.chat_template)
     tokenizer = student_tokenizer(config.student)
     students = _students(config)
@@ -82,9 +82,9 @@ def drift(config: Any) -> dict[str, Any]:
     run = _Run(config, teacher, tokenizer, prompts, folder)
     measured = {name: run.student(name, path) for name, path in students.items()}
     result = summary(config, measured, prompts=len(prompts), teacher=teacher.name)
-    replace_file(path, to_json(result))
+    replace_file(results, to_json(result))
     show(table(result))
-    log.info("curves: %s; every sequence: %s", path, folder)
+    log.info("curves: %s; every sequence: %s", results, folder)
     return result
 
 

@@ -70,7 +70,7 @@ def collect(runs: Sequence[Run], *, settings: Any) -> dict[str, Any]:
     records, notes = [], []
     traces: dict[tuple[str, str], dict[str, Any]] = {}  # runs of one dataset share them
     for place, run in enumerate(runs):
-        record = run_record(run, points=settings.points)
+        record = run_record(run, notes, points=settings.points)
         record |= {"histogram": None, "seen": "", "goodput": goodput(run, notes)}
         records.append(record)
         if not settings.traces:
