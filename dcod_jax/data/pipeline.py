@@ -12,9 +12,11 @@ batch, and a position is two numbers, the same on every host and for every numbe
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import functools
 import hashlib
+import weakref
 from typing import Any
 
 import grain
@@ -156,7 +158,15 @@ def _open(dataset: TraceDataset, reading: Reading, seed: int | None) -> grain.Da
     ahead = grain.experimental.ThreadPrefetchIterDataset(
         RowStream(dataset, reading, seed), prefetch_buffer_size=reading.prefetch
     )
-    return iter(ahead)
+    batches = iter(ahead)
+    atexit.register(_end_thread, weakref.ref(batches))
+    return batches
+
+
+def _end_thread(reference: weakref.ref[grain.DatasetIterator]) -> None:
+    """From Python 3.13 on, a thread in native code when the interpreter ends aborts the process."""
+    if (batches := reference()) is not None:
+        batches.close()
 
 
 def train_batches(dataset: TraceDataset, *, seed: int, **reading: Any) -> grain.DatasetIterator:
