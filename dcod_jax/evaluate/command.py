@@ -38,7 +38,7 @@ from dcod_jax.evaluate.generations import (
     sampling_of,
     to_line,
 )
-from dcod_jax.evaluate.grading import Grader
+from dcod_jax.evaluate.grading import RULES, Grader
 from dcod_jax.evaluate.metrics import (
     accuracy_table,
     detail_tables,
@@ -110,7 +110,7 @@ def compare(config: Any, paths: dict[str, str], *, detailed: bool = False) -> No
     for problem_set in sets:
         rows = compared_rows(answers[problem_set.name], baseline=baseline)
         if hosts.first():
-            results = {"baseline": baseline, "models": rows}
+            results = {"baseline": baseline, "skipped": problem_set.skipped, "models": rows}
             replace_file(folder / problem_set.name / "results.json", to_json(results))
         show(accuracy_table(_title(config, problem_set), rows, baseline=baseline))
         if detailed:
@@ -193,7 +193,7 @@ def _request(
     config: Any, model: _EvaluatedModel, problem_set: ProblemSet, form: PromptForm
 ) -> dict[str, Any]:
     """What the answers follow from; the batch size and the mesh are not in it."""
-    rows = [[p.id, p.messages, p.answer] for p in problem_set.problems]
+    rows = [[p.id, p.messages, p.answer, p.tolerance] for p in problem_set.problems]
     asked = json.dumps(rows, ensure_ascii=False, sort_keys=True)
     return {
         "problems": hashlib.sha256(asked.encode()).hexdigest(),
@@ -204,7 +204,7 @@ def _request(
         "sampling": dataclasses.asdict(_sampling(config)),
         "max_new_tokens": config.evaluate.max_new_tokens,
         "compute_dtype": config.student.compute_dtype,
-        "grade_timeout": config.prepare.grade_timeout,
+        "grading": [RULES, config.prepare.grade_timeout, config.evaluate.grade_truncated],
     }
 
 
@@ -270,6 +270,7 @@ def _answer_rest(
                 max_new_tokens=settings.max_new_tokens,
                 batch_size=settings.batch_size,
                 grader=grader,
+                grade_truncated=settings.grade_truncated,
                 on_batch=lambda sequences, tokens: bar(sequences),
             )
             if processes > 1 or hosts.first():
