@@ -242,7 +242,7 @@ def _sampling_errors(flat: dict[str, Any]) -> list[str]:
     names = []
     for entry in flat["evaluate.sets"]:
         try:
-            name, place = parse_set(entry)
+            name, place, *_ = parse_set(entry)
         except ValueError as error:
             wrong.append(str(error))
             continue
