@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,7 +23,6 @@ from typing import Any, TypeAlias
 
 from dcod_jax.errors import DcodError
 
-_ENDS = 1 << 16  # bytes that are read of a file to see whose it is
 UPLOADING = ".dcod_jax-uploading"  # object in a directory whose publication has not ended
 
 
@@ -199,6 +199,25 @@ def _driver_errors(protocol: str) -> tuple[type[BaseException], ...]:
     return (OSError, TimeoutError, HttpError, aiohttp.ClientError, GoogleAuthError)
 
 
+# What a path of a user's own begins with, and an owner on the hub is not called.
+_OWN = "runs data traces datasets outputs output configs models checkpoints tmp home".split()
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+NO_HUB_ID = "it is no hub id (owner/name)"
+
+
+def why_no_hub_id(name: str) -> str:
+    """Why a name that is not there is not to be looked up on the hub; "" where it is."""
+    file = name.endswith((".parquet", ".arrow", ".gguf", ".safetensors", ".txt", ".zip"))
+    if file or not _HUB_ID.fullmatch(name) or name.split("/")[0] in _OWN:
+        return NO_HUB_ID
+    if as_path(name).parent.exists():
+        return NO_HUB_ID
+    for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE"):
+            return f"{variable} is set"
+    return ""
+
+
 def find(pattern: str) -> list[Path]:
     """The files that a glob pattern matches, sorted by name."""
     path = as_path(pattern)
@@ -249,27 +268,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise DcodError(f"{path}: expected a JSON object, found {type(found).__name__}")
     return found
-
-
-def check_own(path: Path, *marks: str) -> Path:
-    """The path, where nothing is there yet or a file whose two ends hold all marks.
-
-    Raises DcodError for anything else: only what the program wrote itself is ever replaced.
-    """
-    if not (path.exists() or (isinstance(path, pathlib.Path) and path.is_symlink())):
-        return path
-    seen = b""
-    if path.is_file():
-        with path.open("rb") as file:
-            seen = file.read(_ENDS)
-            file.seek(max(file_size(path) - _ENDS, 0))
-            seen += file.read(_ENDS)
-        if not seen or all(mark.encode() in seen for mark in marks):
-            return path
-    raise DcodError(
-        f"{path} exists and was not written by this program (it lacks {', '.join(marks)}); it is "
-        "left as it is: move it away, or set the path to another place"
-    )
 
 
 @contextlib.contextmanager

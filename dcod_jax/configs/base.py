@@ -21,7 +21,9 @@ def get_config() -> Any:
     c.student.path = ""  # HF directory or .gguf file: architecture and initial weights
     c.student.config = ""  # HF config.json (or its directory): random initial weights instead
     c.student.tokenizer = ""  # HF tokenizer directory; empty: the one beside student.path
-    c.student.chat_template = ""  # Jinja file used instead of the tokenizer's chat template
+    c.student.chat_template = ""  # Jinja file in place of the tokenizer's, or chatml | deepseek_r1
+    c.student.template_kwargs = ()  # its variables: ("enable_thinking=false",)
+    c.student.template_date = "2024-07-26"  # the day that a template with a clock shows
     c.student.compute_dtype = "bfloat16"  # matrix products and activations; master weights fp32
     # none | dots | full: what the backward pass recomputes per layer | offload: as full, and the
     # layers' inputs wait in host memory | auto: the first of these that fits
@@ -47,9 +49,12 @@ def get_config() -> Any:
     c.data.verify_checksums = True  # hash every shard when the dataset is opened
 
     c.prepare = ConfigDict()
+    c.prepare.form = "auto"  # a public data set's columns by name: openr1, s1k, ... (docs/data.md)
     c.prepare.prompt_field = ""  # name of the prompt field; empty: prompt or a synonym
-    c.prepare.completion_field = ""  # name of the completion field; empty: completion or a synonym
+    c.prepare.completion_field = ""  # or name_* for several; empty: completion or a synonym
     c.prepare.answer_field = "answer"  # name of the reference answer field
+    c.prepare.reasoning = "auto"  # auto (kept) | keep (a trace without any is dropped) | drop
+    c.prepare.reasoning_field = ""  # where it is; empty: the usual names
     c.prepare.system_prompt = ""  # system message put before traces that have none
     c.prepare.filter_correct = True  # drop traces whose final answer is wrong (where answer exists)
     c.prepare.grade_timeout = 5.0  # seconds of processor time for one answer comparison
@@ -58,6 +63,7 @@ def get_config() -> Any:
     c.prepare.overlap_files = ()  # evaluation sets (JSONL): traces that overlap are dropped
     c.prepare.overlap_ngram = 13  # words in a shared n-gram that counts as overlap
     c.prepare.logprobs = "ignore"  # ignore | require: log-probs delivered with the traces
+    c.prepare.record_bytes = 0  # longest record read; 0: 4096 bytes a token of data.max_length
     c.prepare.on_bad_record = "error"  # error | quarantine: a record that is malformed
     c.prepare.shard_records = 8192  # traces in a shard
 
@@ -115,7 +121,6 @@ def get_config() -> Any:
     c.train = ConfigDict()
     c.train.steps = 1000  # optimizer steps
     c.train.microbatches = 1  # pieces a batch is split into for gradient accumulation
-    c.train.gradient_dtype = "float32"  # float32 | bfloat16: of sums of gradients between devices
     c.train.log_every = 10  # steps between metric lines
     c.train.eval_every = 100  # steps between held-out losses; 0: never
     c.train.eval_batches = 0  # held-out batches; 0: all
@@ -166,7 +171,7 @@ def get_config() -> Any:
 
     c.evaluate = ConfigDict()
     c.evaluate.problems = ""  # held-out problems JSONL (prompt, answer)
-    c.evaluate.sets = ()  # benchmarks (docs/evaluation.md), "name=FILE [prompt_field=…] …"
+    c.evaluate.sets = ()  # benchmarks: gsm8k, math500, ... (docs/evaluation.md), or name=FILE.jsonl
     c.evaluate.limit = 0  # problems to take of each; 0: all
     c.evaluate.samples = 1  # answers for each problem: pass@1 is their mean, pass@k, maj@k
     c.evaluate.temperature = 0.0  # sampling temperature; 0: greedy
@@ -178,7 +183,6 @@ def get_config() -> Any:
     c.evaluate.shots = 0  # worked examples before each problem
     c.evaluate.exemplars = ""  # JSONL of worked {prompt, completion}; empty: eight built in
     c.evaluate.instruction = "auto"  # text after each problem; auto: the benchmark's own
-    c.evaluate.grade_truncated = False  # the last number of an answer that was cut off counts
     c.evaluate.max_new_tokens = 256  # longest answer
     c.evaluate.batch_size = 64  # sequences decoded together
 

@@ -8,63 +8,47 @@ that text, and token borders are put exactly on its two ends:
 A supervised turn starts where the generation prompt ends, so that training sees what sampling
 sees, and ends with the end-of-turn token; what a template writes after that (a newline) is not
 supervised. Where a template has `{% generation %}` markers they decide, and are checked; elsewhere
-the text of the prompt with its generation prompt must be a prefix of the whole. A tokenizer
-without a template gives prompt + completion + eos, prompt and completion being plain strings.
+the text of the prompt with its generation prompt must be a prefix of the whole. A template that
+strips reasoning, or opens it in the generation prompt, gives generation prompt + completion + end
+for a supervised last turn. A tokenizer without a template gives prompt + completion + eos, prompt
+and completion being plain strings.
 """
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from dcod_jax.data.templates import TemplateError, render
+from dcod_jax.data.reasoning import MARKS
+from dcod_jax.data.templates import READY
 from dcod_jax.data.tokenizer import Tokenizer, chat_template, decode
+from dcod_jax.data.turns import (
+    Message,
+    Text,
+    end_text,
+    opened,
+    render_chat,
+    shared_prefix,
+    special_tokens,
+)
 from dcod_jax.errors import DcodError
 from dcod_jax.types import Trace
 
-Message = dict[str, Any]  # {"role": ..., "content": ...}
-_Text = tuple[str, list[tuple[int, int]]]  # and spans of it: characters [start, end)
-
-# Templates that print a date take it from here, so that a trace has the same tokens every day.
-TEMPLATE_DATE = "26 Jul 2024"
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _EMPTY_THINKING = "<think></think>"  # some templates write it before a turn without reasoning
+# Other models' end-of-turn tokens, which are plain text to a tokenizer that does not have them.
+_FOREIGN_ENDS = (
+    "</s> <|im_end|> <|endoftext|> <|eot_id|> <|end_of_text|> <|end|> <|return|> <eos> "
+    "<end_of_turn> <｜end▁of▁sentence｜> <|endofturn|> <|eom_id|>"
+).split()
 
 
-@functools.lru_cache(maxsize=4)
-def _special(tokenizer: Tokenizer) -> re.Pattern[str]:
-    """Any special token, as text."""
-    added = tokenizer.added_tokens_decoder.values()
-    names = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
-    longest_first = sorted((name for name in names if name.strip()), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-
-def _render(
-    tokenizer: Tokenizer,
-    messages: Sequence[Message],
-    *,
-    template: str,
-    prompt: bool = False,
-) -> _Text:
-    """Rendered text, and the spans of the template's generation markers."""
-    names: dict[str, Any] = dict(tokenizer.special_tokens_map)
-    names |= {"add_generation_prompt": prompt, "date_string": TEMPLATE_DATE}
-    try:
-        return render(template, messages, names)
-    except TemplateError as error:
-        roles = ", ".join(str(message.get("role")) for message in messages)
-        raise DcodError(f"messages of the roles ({roles}): {error}") from error
-
-
-def _shared_prefix(left: str, right: str) -> int:
-    differ = (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
-    return next(differ, min(len(left), len(right)))
+class _StrippedError(DcodError):
+    """A template that writes another text than the completion, as those that drop reasoning."""
 
 
 def _squeeze(text: str) -> str:
@@ -78,7 +62,7 @@ def _turn_end(tokenizer: Tokenizer, text: str, start: int, *, content: str) -> i
     """
     place = text.find(content.strip(), start)
     content_end = start if place < 0 else place + len(content.strip())
-    found = _special(tokenizer).search(text, content_end)
+    found = special_tokens(tokenizer).search(text, content_end)
     if found is None:
         raise DcodError(
             "the chat template does not end an assistant turn with a special token, so a student "
@@ -89,10 +73,11 @@ def _turn_end(tokenizer: Tokenizer, text: str, start: int, *, content: str) -> i
     place = _squeeze(turn).find(_squeeze(content))
     lead = _squeeze(turn)[:place]
     if place < 0:
-        raise DcodError(
+        raise _StrippedError(
             f"the chat template changes the completion: {content[:60]!r} became {turn[:60]!r} "
-            "(templates of reasoning models drop the reasoning); give one that keeps it "
-            "(student.chat_template)"
+            "(templates of reasoning models drop the reasoning of earlier turns); give a template "
+            f"that keeps it (student.chat_template: a file, or {' or '.join(READY)}), or leave "
+            "the earlier turns unsupervised (weight 0)"
         )
     if lead not in ("", _EMPTY_THINKING):
         raise DcodError(
@@ -103,9 +88,36 @@ def _turn_end(tokenizer: Tokenizer, text: str, start: int, *, content: str) -> i
     return found.end()
 
 
-def _template_spans(tokenizer: Tokenizer, messages: Sequence[Message], template: str) -> _Text:
+def _template_spans(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    template: str,
+    supervised: Sequence[int],
+    tools: Sequence[Any] | None,
+) -> Text:
+    """The conversation's text, and the spans of its supervised turns."""
+    last = len(messages) - 1
+    try:
+        return _whole_spans(tokenizer, messages, template, supervised, tools)
+    except _StrippedError:
+        if list(supervised) != [last]:
+            raise
+    prompt, _ = render_chat(tokenizer, messages[:last], template=template, prompt=True, tools=tools)
+    content = _behind(prompt, messages[last]["content"])
+    text = prompt + content + end_text(tokenizer, template)
+    return text, [(len(prompt), len(text))]
+
+
+def _whole_spans(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    template: str,
+    supervised: Sequence[int],
+    tools: Sequence[Any] | None,
+) -> Text:
+    """The same, all in the text that the template gives the whole conversation."""
     marked = bool(_MARKERS.search(template))
-    text, marks = _render(tokenizer, messages, template=template)
+    text, marks = render_chat(tokenizer, messages, template=template, tools=tools)
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if marked and len(marks) != len(turns):
         raise DcodError(
@@ -113,12 +125,20 @@ def _template_spans(tokenizer: Tokenizer, messages: Sequence[Message], template:
             f"{len(turns)} assistant turns; every turn needs one"
         )
     spans = []
-    for number, index in enumerate(turns):
-        content = messages[index]["content"]
+    for index in supervised:
+        before = messages[:index]
+        prompt, _ = render_chat(tokenizer, before, template=template, prompt=True, tools=tools)
+        content = _behind(prompt, messages[index]["content"])
+        start, last = len(prompt), len(text)
+        if not text.startswith(prompt):
+            raise _unstable(text, prompt, index)
         if marked:
-            start, last = marks[number]
-        else:
-            start, last = _prompt_end(tokenizer, text, messages[:index], template), len(text)
+            begins, last = marks[turns.index(index)]
+            if begins > start:
+                raise DcodError(
+                    f"the chat template writes {text[start:begins]!r} before a completion, outside "
+                    "{% generation %} and not in its generation prompt; move it into one of them"
+                )
         end = _turn_end(tokenizer, text, start, content=content)
         if end > last:
             raise DcodError(
@@ -130,22 +150,37 @@ def _template_spans(tokenizer: Tokenizer, messages: Sequence[Message], template:
     return text, spans
 
 
-def _prompt_end(tokenizer: Tokenizer, text: str, before: Sequence[Message], template: str) -> int:
-    """Where the generation prompt after the messages `before` ends in the whole text."""
-    prompt, _ = _render(tokenizer, before, template=template, prompt=True)
-    if not text.startswith(prompt):
-        same = _shared_prefix(text, prompt)
+def _unstable(text: str, prompt: str, index: int) -> DcodError:
+    """The error of a generation prompt that is no prefix of the whole conversation."""
+    same = shared_prefix(text, prompt)
+    kind = _StrippedError if opened(prompt) else DcodError
+    return kind(
+        f"the chat template is not prefix-stable: before assistant turn {index} the generation "
+        f"prompt goes on {prompt[same:][:60]!r}, the whole conversation {text[same:][:60]!r}; "
+        "training would see another prompt than sampling. Give a template that keeps earlier text "
+        f"(student.chat_template: a file, or {' or '.join(READY)})"
+    )
+
+
+def _behind(prompt: str, content: str) -> str:
+    """A completion as it goes on behind its generation prompt, which may have opened reasoning."""
+    mark = opened(prompt)
+    if not mark:
+        return content
+    if MARKS[mark] not in content:
         raise DcodError(
-            f"the chat template is not prefix-stable: before assistant turn {len(before)} the "
-            f"prompt goes on {prompt[same:][:60]!r}, the whole conversation "
-            f"{text[same:][:60]!r}; the completion cannot be told from the prompt. Give a "
-            "template with {% generation %} markers or one that keeps earlier text "
-            "(student.chat_template)"
+            f"the chat template opens {mark} in its generation prompt, and the completion has no "
+            f"{MARKS[mark]}: it would be trained as reasoning without an end. Traces without "
+            "reasoning need a template that opens none (student.chat_template, or a variable such "
+            "as student.template_kwargs=enable_thinking=false)"
         )
-    return len(prompt)
+    if not content.lstrip().startswith(mark):
+        return content
+    rest = content.lstrip().removeprefix(mark)
+    return rest.removeprefix("\n") if prompt.endswith("\n") else rest
 
 
-def _plain_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> _Text:
+def _plain_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> Text:
     if [message["role"] for message in messages] != ["user", "assistant"]:
         roles = ", ".join(message["role"] for message in messages)
         raise DcodError(
@@ -200,7 +235,7 @@ def _encode_at(
         last = border
     decoded = decode(tokenizer, ids)
     if decoded != text:
-        place = _shared_prefix(decoded, text)
+        place = shared_prefix(decoded, text)
         raise DcodError(
             "a token of this tokenizer crosses the border between prompt and completion, near "
             f"{text[max(0, place - 20) : place + 20]!r}; end the generation prompt of the "
@@ -211,29 +246,69 @@ def _encode_at(
 
 def _check_content(tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
     for message in messages:
-        if found := _special(tokenizer).search(message["content"]):
+        if found := special_tokens(tokenizer).search(message["content"]):
             raise DcodError(
                 f"the {message['role']} message holds the special token {found.group(0)!r} as "
                 "text, which would be read as the token; remove it (vLLM: skip_special_tokens)"
             )
+        text = message["content"].rstrip()
+        end = next((end for end in _FOREIGN_ENDS if text.endswith(end)), "")
+        if end and message["role"] == "assistant" and not (end == "</s>" and "<s>" in text):
+            raise DcodError(
+                f"the assistant message ends with {end!r}, another model's end-of-turn token, "
+                "which would be trained as text; remove it: the student's template writes its own"
+            )
+
+
+def tokens_above(tokenizer: Tokenizer, texts: Sequence[str], limit: int) -> int:
+    """A number of tokens above `limit` that the texts surely have; 0 where that is not sure.
+
+    Long texts are counted in pieces, since tokenising takes some 400 bytes a character.
+    """
+    piece = 1 << 16
+    if sum(map(len, texts)) <= piece + 16 * limit:
+        return 0
+    count = 0
+    for text in texts:
+        for start in range(0, len(text), piece):
+            # A cut adds the few tokens of one word; far more are taken off.
+            count += max(0, len(_ids(tokenizer, text[start : start + piece])) - 64)
+            if count > limit:
+                return count
+    return 0
 
 
 def encode(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, first_completion: int = 0
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    first_completion: int = 0,
+    unsupervised: Collection[int] = (),
+    tools: Sequence[Any] | None = None,
 ) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
     """Token ids of a conversation and the mask of its supervised tokens.
 
-    Every assistant message from index `first_completion` on is supervised, up to and with its
-    end-of-turn token. Raises DcodError where the mask would be empty, full or inexact.
+    Every assistant message from index `first_completion` on that is not `unsupervised` is
+    supervised, up to and with its end-of-turn token. Raises DcodError where the mask would be
+    empty, full or inexact, or the template does not show the `tools`.
     """
     _check_content(tokenizer, messages)
     template = chat_template(tokenizer)
+    supervised = [
+        index
+        for index, message in enumerate(messages)
+        if message["role"] == "assistant" and index >= first_completion
+        if index not in unsupervised
+    ]
+    if tools and (template is None or not _shows_tools(tokenizer, messages, template, tools)):
+        raise DcodError(
+            "the record has tools, and the chat template does not show them; give a template that "
+            "does (student.chat_template), or take the column out"
+        )
     if template is None:
         text, spans = _plain_spans(tokenizer, messages)
     else:
-        text, spans = _template_spans(tokenizer, messages, template)
-    earlier = sum(message["role"] == "assistant" for message in messages[:first_completion])
-    spans = spans[earlier:]
+        text, spans = _template_spans(tokenizer, messages, template, supervised, tools)
     ids, cuts = _encode_at(tokenizer, text, [border for span in spans for border in span])
     mask = np.zeros(len(ids), bool)
     for start, end in zip(cuts[::2], cuts[1::2], strict=True):
@@ -245,12 +320,19 @@ def encode(
     return np.asarray(ids, np.int32), mask
 
 
+def _shows_tools(
+    tokenizer: Tokenizer, messages: Sequence[Message], template: str, tools: Sequence[Any]
+) -> bool:
+    texts = (render_chat(tokenizer, messages, template=template, tools=t)[0] for t in (tools, None))
+    return len(set(texts)) > 1
+
+
 def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """Ids of a prompt up to where the completion starts: what `encode` masks out before it."""
     _check_content(tokenizer, messages)
     template = chat_template(tokenizer)
     if template is not None:
-        text, _ = _render(tokenizer, messages, template=template, prompt=True)
+        text, _ = render_chat(tokenizer, messages, template=template, prompt=True)
     elif [message["role"] for message in messages] == ["user"]:
         text = _bos(tokenizer) + messages[0]["content"]
     else:

@@ -12,11 +12,9 @@ batch, and a position is two numbers, the same on every host and for every numbe
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import functools
 import hashlib
-import weakref
 from typing import Any
 
 import grain
@@ -24,7 +22,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dcod_jax import seeds
 from dcod_jax.data import packing
 from dcod_jax.data.codec import decode_columns
 from dcod_jax.data.dataset import TraceDataset
@@ -74,8 +71,8 @@ class RowStream(grain.IterDataset):
         order = np.arange(len(lengths))
         if self.shuffle is not None:
             # Raw bits and a stable sort: NumPy promises both to stay the same across versions.
-            raw = seeds.bits(self.shuffle, "shuffle", epoch).random_raw(len(lengths))
-            order = np.argsort(raw, kind="stable")
+            bits = np.random.Philox(np.random.SeedSequence((self.shuffle, epoch)))
+            order = np.argsort(bits.random_raw(len(lengths)), kind="stable")
         rows = packing.first_fit(
             lengths[order, 0],
             self.reading.seq_len,
@@ -158,15 +155,7 @@ def _open(dataset: TraceDataset, reading: Reading, seed: int | None) -> grain.Da
     ahead = grain.experimental.ThreadPrefetchIterDataset(
         RowStream(dataset, reading, seed), prefetch_buffer_size=reading.prefetch
     )
-    batches = iter(ahead)
-    atexit.register(_end_thread, weakref.ref(batches))
-    return batches
-
-
-def _end_thread(reference: weakref.ref[grain.DatasetIterator]) -> None:
-    """From Python 3.13 on, a thread in native code when the interpreter ends aborts the process."""
-    if (batches := reference()) is not None:
-        batches.close()
+    return iter(ahead)
 
 
 def train_batches(dataset: TraceDataset, *, seed: int, **reading: Any) -> grain.DatasetIterator:

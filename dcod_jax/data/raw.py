@@ -1,15 +1,33 @@
-"""One raw trace, and the checked reading of a record's fields."""
+"""One raw trace, and the checked reading of a record's messages."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
+from dcod_jax.data.presets import Fields
+from dcod_jax.data.reasoning import Reasoning
 from dcod_jax.errors import DcodError
 
 ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
-SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+# ShareGPT's and Gemini's names, understood in every conversation.
+_OTHERS = {"human": "user", "gpt": "assistant", "model": "assistant"}
+_OTHERS |= {"observation": "tool", "function_response": "tool"}
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+# A message's other keys that carry nothing to train on.
+_PLAIN_KEYS = {"role", "from", "content", "value", "text", "parts", *REASONING_KEYS}
+_PLAIN_KEYS |= {
+    "refusal",
+    "annotations",
+    "audio",
+    "tool_calls",
+    "function_call",
+    "weight",
+    "train",
+    "loss",
+}
 
 Message = dict[str, str]
 Record: TypeAlias = Mapping[str, Any]  # one JSON object
@@ -20,24 +38,20 @@ class BadRecordError(DcodError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Fields:
-    """Where the parts of a record are; an empty name stands for the synonyms above."""
-
-    prompt: str = ""
-    completion: str = ""
-    answer: str = "answer"
-    system_prompt: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
 class RawTrace:
-    """One trace as delivered; nothing is tokenised yet. A form's reader fills the first five."""
+    """One trace as delivered; nothing is tokenised yet. A form's reader fills the first part."""
 
     messages: list[Message]
     token_ids: list[Any] | None = None  # of the completion
     token_bytes: list[bytes] | None = None  # where an API gives token texts in place of ids
     logprobs: list[Any] | None = None  # one number a token
     finish_reason: str = ""
+    failed: str = ""  # why a request gave no completion
+    unfinished: str = ""  # why the completion is not whole
+    verdict: bool | None = None  # the record's own judgement of this completion
+    unsupervised: frozenset[int] = frozenset()  # assistant messages that are not the teacher's
+    extras: frozenset[str] = frozenset()  # columns of the record that nothing reads
+
     id: str = ""
     first_completion: int = 0  # assistant messages from this index on are the teacher's
     source: str = ""  # "file:line"
@@ -45,17 +59,39 @@ class RawTrace:
     answer: str | None = None
     model: str = ""  # the teacher's name and sampling temperature where the record tells
     temperature: float | None = None
+    tools: list[Any] | None = None  # definitions that the template shows
+
+    def supervised(self) -> list[int]:
+        """Indices of the messages that are trained on."""
+        return [
+            i
+            for i, m in enumerate(self.messages)
+            if i >= self.first_completion and m["role"] == "assistant"
+            if i not in self.unsupervised
+        ]
 
     def prompt_text(self) -> str:
         """The conversation before the completion, without system messages."""
-        last = max(i for i, m in enumerate(self.messages) if m["role"] == "assistant")
-        end = self.first_completion if self.first_completion else last
+        end = self.first_completion if self.first_completion else self.supervised()[-1]
         shown = [m["content"] for m in self.messages[:end] if m["role"] != "system"]
         return "\n".join(shown)
 
     def completion_text(self) -> str:
-        """The last assistant message: where the final answer is."""
-        return [m["content"] for m in self.messages if m["role"] == "assistant"][-1]
+        """The last supervised message: where the final answer is."""
+        return self.messages[self.supervised()[-1]]["content"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """Messages, and what they carry beside role and content."""
+
+    messages: list[Message]
+    unsupervised: frozenset[int] = frozenset()
+    extras: frozenset[str] = frozenset()
+
+    def after(self, earlier: list[Message]) -> Turns:
+        shifted = frozenset(i + len(earlier) for i in self.unsupervised)
+        return Turns([*earlier, *self.messages], shifted, self.extras)
 
 
 def kind_of(value: object) -> str:
@@ -71,16 +107,35 @@ def read_list(record: Record, name: str) -> list[Any] | None:
 
 def read_text(value: object, name: str) -> str:
     """A non-empty string; parts [{"type": "text", "text": ...}] are joined."""
-    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
-        other = [part.get("type") for part in value if part.get("type") != "text"]
-        if other:
-            raise BadRecordError(f"{name} has a part of type {other[0]!r}; only text is supported")
-        value = "".join(str(part.get("text", "")) for part in value)
-    if not isinstance(value, str):
-        raise BadRecordError(f"{name} must be a string, found {kind_of(value)}")
-    if not value.strip():
+    text, reasoning = parts(value, name)
+    if reasoning:
+        raise BadRecordError(f"{name} has a part of type 'thinking', where no answer is")
+    if not text.strip():
         raise BadRecordError(f"{name} is empty")
-    return check_unicode(value, name)
+    return text
+
+
+def parts(value: object, name: str) -> tuple[str, str]:
+    """(text, reasoning) of a string or of typed parts."""
+    if isinstance(value, str):
+        return value, ""
+    if not isinstance(value, list) or not value or not all(isinstance(p, dict) for p in value):
+        found = "an empty list" if value == [] else kind_of(value)
+        raise BadRecordError(f"{name} must be a string, found {found}")
+    texts: dict[str, list[str]] = {"text": [], "thinking": []}
+    for part in value:
+        kind = part.get("type", "text")
+        place = {"output_text": "text", "input_text": "text", "reasoning": "thinking"}.get(
+            str(kind), str(kind)
+        )
+        if place not in texts:
+            raise BadRecordError(f"{name} has a part of type {kind!r}; only text is supported")
+        inner = part.get(place, part.get("text", ""))
+        inner = parts(inner, f"{name}.{place}")[0] if isinstance(inner, list) else inner
+        if not isinstance(inner, str):
+            raise BadRecordError(f"{name}.{place} must be a string, found {kind_of(inner)}")
+        texts[place].append(inner)
+    return "".join(texts["text"]), "\n".join(texts["thinking"])
 
 
 def check_unicode(text: str, name: str) -> str:
@@ -94,36 +149,103 @@ def check_unicode(text: str, name: str) -> str:
     return text
 
 
-def read_messages(value: object, name: str) -> list[Message]:
+def read_messages(value: object, name: str, fields: Fields) -> Turns:
+    """The messages of a conversation; system messages without text are left out."""
     if not isinstance(value, list) or not value:
         raise BadRecordError(f"{name} must be a non-empty list of messages, found {kind_of(value)}")
-    return [read_message(message, f"{name}[{index}]") for index, message in enumerate(value)]
+    messages, skipped, extras = [], set(), set()
+    for index, item in enumerate(value):
+        message = read_message(item, f"{name}[{index}]", fields)
+        extras |= {f"{name}[].{k}" for k, v in item.items() if k not in _PLAIN_KEYS and v}
+        if not message["content"].strip():
+            continue
+        if message["role"] == "assistant" and not _is_supervised(item, f"{name}[{index}]"):
+            skipped.add(len(messages))
+        messages.append(message)
+    if not messages:
+        raise BadRecordError(f"{name} holds no message with text")
+    return Turns(messages, frozenset(skipped), frozenset(extras))
 
 
-def read_message(value: object, name: str) -> Message:
-    """A message with role and content, or ShareGPT's with from and value."""
-    sharegpt = isinstance(value, dict) and "from" in value and "role" not in value
-    by, text, roles = ("from", "value", SHAREGPT_ROLES) if sharegpt else ("role", "content", ROLES)
-    if not isinstance(value, dict) or by not in value or text not in value:
+def _is_supervised(message: Record, name: str) -> bool:
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise BadRecordError(f"{name}.weight is {weight!r}; expected 0 or 1")
+    return weight != 0 and message.get("train") is not False and message.get("loss") is not False
+
+
+def read_message(value: object, name: str, fields: Fields) -> Message:
+    """A message of any dialect: role or from, content, value or parts; reasoning is folded in."""
+    by = "from" if isinstance(value, dict) and "from" in value and "role" not in value else "role"
+    texts = ("value", "content", "text") if by == "from" else ("content", "value", "parts", "text")
+    text = next((t for t in texts if isinstance(value, dict) and value.get(t) is not None), "")
+    if not isinstance(value, dict) or by not in value:
         found = ", ".join(value) if isinstance(value, dict) else kind_of(value)
-        raise BadRecordError(f"{name} must have {by} and {text}, found {found}")
-    if str(value[by]) not in roles:
-        told = "is from" if sharegpt else "has the role"
-        raise BadRecordError(f"{name} {told} {value[by]!r}; expected {', '.join(roles)}")
-    for extra in ("tool_calls", "reasoning_content", "reasoning"):
-        if value.get(extra) and not sharegpt:
+        raise BadRecordError(f"{name} must have {by} and {texts[0]}, found {found}")
+    given = value[by].lower() if isinstance(value[by], str) else value[by]
+    role = (ROLES | _OTHERS).get(given) if isinstance(given, str) else None
+    if role is None:
+        told = "is from" if by == "from" else "has the role"
+        expected = ", ".join([*ROLES, *_OTHERS])
+        raise BadRecordError(f"{name} {told} {value[by]!r}; expected {expected}")
+    for extra in ("tool_calls", "function_call"):
+        if value.get(extra):
             raise BadRecordError(
                 f"{name} carries {extra} beside its content, which would be lost; write it into "
                 "content in the form that the student is to produce"
             )
-    return {"role": roles[str(value[by])], "content": read_text(value[text], f"{name}.{text}")}
+    reasoning = _reasoning_of(value, name, fields) if role == "assistant" else ""
+    if not text and not reasoning:
+        raise BadRecordError(f"{name} must have {by} and {texts[0]}, found {', '.join(value)}")
+    content, thought = parts(value[text], f"{name}.{text}") if text else ("", "")
+    if role == "system" and not content.strip():
+        return {"role": role, "content": ""}
+    if role != "assistant":
+        return {"role": role, "content": read_text(value[text], f"{name}.{text}")}
+    return {"role": role, "content": fold(content, reasoning or thought, f"{name}.{text}", fields)}
 
 
-def assistant(value: object, name: str) -> list[Message]:
-    return [{"role": "assistant", "content": read_text(value, name)}]
+def _reasoning_of(message: Record, name: str, fields: Fields) -> str:
+    """The reasoning of a message that has it in a key of its own."""
+    keys = (fields.reasoning_field,) if fields.reasoning_field in message else REASONING_KEYS
+    found = {key: message[key] for key in keys if message.get(key)}
+    texts = {key: "".join(parts(value, f"{name}.{key}")) for key, value in found.items()}
+    if len({" ".join(text.split()) for text in texts.values()}) > 1:
+        raise BadRecordError(
+            f"{name} has different reasoning in {' and '.join(texts)}; "
+            "prepare.reasoning_field names the one that is meant"
+        )
+    return next(iter(texts.values()), "")
 
 
-def sampled(beside: Record, messages: list[Message], **more: Any) -> RawTrace:
-    """A completion with the token ids, log-probs and finish reason that the record has for it."""
-    more |= {n: read_list(beside, n) for n in ("token_ids", "logprobs") if n not in more}
-    return RawTrace(messages, finish_reason=str(beside.get("finish_reason") or ""), **more)
+def fold(text: str, reasoning: str, name: str, fields: Fields) -> str:
+    """A completion with its reasoning, as `Reasoning.fold`; refused where both are empty."""
+    if not text.strip() and not reasoning.strip():
+        raise BadRecordError(f"{name} is empty")
+    rule: Reasoning = fields.reasoning
+    try:
+        whole = rule.fold(text, reasoning)
+    except DcodError as error:
+        raise BadRecordError(f"{name}: {error}") from error
+    return whole if whole.strip() else f"{rule.opening}{rule.closing}"  # no answer: unfinished
+
+
+def assistant(value: object, name: str, fields: Fields, reasoning: str = "") -> Turns:
+    """One assistant message of a text (or of parts)."""
+    text, thought = parts(value, name)
+    content = fold(text, reasoning or thought, name, fields)
+    return Turns([{"role": "assistant", "content": content}])
+
+
+def read_tools(value: object) -> list[Any] | None:
+    """Tool definitions: a list, or its JSON text; None where there are none."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise BadRecordError(f"tools is no JSON list of definitions: {error}") from error
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict | str) for tool in value):
+        raise BadRecordError(f"tools must be a list of definitions, found {kind_of(value)}")
+    return value

@@ -99,7 +99,6 @@ def _compiled(template: str) -> jinja2.Template:
     environment.filters["tojson"] = _tojson
     environment.globals |= {
         "raise_exception": _refuse,
-        "strftime_now": lambda form: datetime.now().strftime(form),
         "dict": PlainDict(),
         "namespace": Namespace,
     }
@@ -114,14 +113,21 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     return message if found is None else {"thinking": found, **message, "reasoning_content": found}
 
 
-def render(template: str, messages: list[dict[str, Any]], names: dict[str, Any]) -> dict[str, Any]:
-    """{"text", "spans"}: the text, and the characters [start, end) in generation markers."""
+def render(
+    template: str, messages: list[dict[str, Any]], names: dict[str, Any], date: str
+) -> dict[str, Any]:
+    """{"text", "spans"}: the text, and the characters [start, end) in generation markers.
+
+    date (ISO) is the day that the template's clock shows.
+    """
+    day = datetime.fromisoformat(date)
     compiled = _compiled(template)
     state = vars(compiled.environment)
     state["written"], state["spans"] = 0, []
     parts = []
     values = {"messages": list(map(_with_reasoning, messages)), "tools": None, "documents": None}
-    for part in compiled.generate(**values, **names):
+    values |= {"strftime_now": day.strftime, "date_string": day.strftime("%d %b %Y")}
+    for part in compiled.generate(**(values | names)):
         parts.append(part)
         state["written"] += len(part)
         if state["written"] > LONGEST_TEXT:

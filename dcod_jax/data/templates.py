@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
+import datetime
 import functools
 import json
 import os
+import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -15,8 +19,28 @@ from typing import IO, Any
 
 from dcod_jax.data import template_process
 from dcod_jax.errors import DcodError
+from dcod_jax.files import as_path
 
 CPU_SECONDS, WALL_SECONDS = 5.0, 120.0  # for one text
+
+
+# Ready templates that keep the reasoning of every turn; student.chat_template takes their names.
+READY = {
+    "chatml": (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "deepseek_r1": (
+        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
+        "<｜Assistant｜>{{ message['content'] }}{{ eos_token }}{% elif message['role'] == 'user' %}"
+        "<｜User｜>{{ message['content'] }}{% else %}{{ message['content'] }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<｜Assistant｜>{% endif %}"
+    ),
+}
+DATE = "2024-07-26"  # what a template's clock shows, so that a trace has the same tokens every day
+_DATED = re.compile(r"\{# dcod_jax: date (\S+) #\}")
+_DAY = re.compile(r"\d{4}-\d\d-\d\d")
+_VARIABLE = re.compile(r"[A-Za-z_]\w*")
 
 
 class TemplateError(DcodError):
@@ -72,10 +96,10 @@ def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
 
 
 def _start() -> subprocess.Popen[bytes]:
-    file = str(template_process.__file__)
+    file = pathlib.Path(template_process.__file__)
     return subprocess.Popen(
         # -P: this directory hides no module of the library.
-        [sys.executable, "-P", file, str(CPU_SECONDS), str(WALL_SECONDS)],
+        [sys.executable, "-P", str(file), str(CPU_SECONDS), str(WALL_SECONDS)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -91,16 +115,108 @@ def _renderer(process: int) -> _Renderer:
     return renderer
 
 
+@dataclasses.dataclass(frozen=True)
+class TemplateChoice:
+    """What stands in place of a tokenizer's own template, and the values of its variables."""
+
+    file: str = ""  # a Jinja file or a name of READY; empty: the tokenizer's own
+    variables: tuple[str, ...] = ()  # "enable_thinking=false"
+    date: str = DATE
+
+    @property
+    def given(self) -> bool:
+        return self != OWN
+
+
+OWN = TemplateChoice()
+
+
+def template_of(student: Any) -> TemplateChoice:
+    """The choice of config.student."""
+    return TemplateChoice(
+        student.chat_template, tuple(map(str, student.template_kwargs)), student.template_date
+    )
+
+
+def choice_errors(variables: Sequence[Any], date: str) -> list[str]:
+    """What is wrong in student.template_kwargs and student.template_date."""
+    wrong = [
+        f"student.template_kwargs has {text!r}; expected name=value, as in enable_thinking=false"
+        for text in variables
+        if "=" not in str(text) or not _VARIABLE.fullmatch(str(text).partition("=")[0])
+    ]
+    if not _DAY.fullmatch(date) or not _is_day(date):
+        wrong.append(f"student.template_date={date!r} must be a day such as {DATE}")
+    return wrong
+
+
+def _is_day(text: str) -> bool:
+    try:
+        datetime.date.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
+
+
+def with_choice(own: str | None, choice: TemplateChoice) -> str | None:
+    """The template's text with the choice written into it, so that it goes where the text goes."""
+    template = own
+    if choice.file in READY:
+        template = READY[choice.file]
+    elif choice.file:
+        try:
+            template = as_path(choice.file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DcodError(
+                f"student.chat_template={choice.file}: {error}; expected a Jinja file, or one of "
+                f"{', '.join(READY)}"
+            ) from error
+    lead = "".join(map(_assignment, choice.variables))
+    if choice.date != DATE:
+        lead = f"{{# dcod_jax: date {choice.date} #}}{lead}"
+    if lead and not template:
+        raise DcodError(
+            "student.template_kwargs and .template_date need a chat template, and the tokenizer "
+            "has none; set student.chat_template"
+        )
+    return template if not template or template.startswith(lead) else lead + template
+
+
+def clock(template: str) -> dict[str, Any]:
+    """The names under which a template finds the date, as transformers would give them."""
+    day = datetime.datetime.fromisoformat(_date(template))
+    return {"strftime_now": day.strftime, "date_string": day.strftime("%d %b %Y")}
+
+
+def _date(template: str) -> str:
+    return dated[1] if (dated := _DATED.match(template)) else DATE
+
+
+def _assignment(text: str) -> str:
+    """enable_thinking=false as Jinja that a caller's own value still overrides."""
+    name, _, value = text.partition("=")
+    words = {"true": "true", "false": "false", "none": "none", "null": "none"}
+    plain = words.get(value.lower()) or (value if re.fullmatch(r"-?\d+(\.\d+)?", value) else None)
+    literal = json.dumps(value) if plain is None else plain
+    return f"{{% set {name} = {name} if {name} is defined else {literal} +%}}"
+
+
 def render(
     template: str, messages: Sequence[dict[str, Any]], names: dict[str, Any]
 ) -> tuple[str, list[tuple[int, int]]]:
     """(text, the characters [start, end) in generation markers) of messages.
 
-    names are further variables of the template, such as add_generation_prompt. Raises TemplateError
-    when the template refuses the messages, fails, or passes its limits of time, memory and length.
+    names are further variables of the template, such as add_generation_prompt; its clock shows
+    DATE, or the date that `with_choice` wrote into it. Raises TemplateError when the template
+    refuses the messages, fails, or passes its limits of time, memory and length.
     """
     reply = _renderer(os.getpid()).ask(
-        {"template": template, "messages": list(messages), "names": names}
+        {
+            "template": template,
+            "messages": list(messages),
+            "names": names,
+            "date": _date(template),
+        }
     )
     if "limit" in reply:
         raise TemplateError(

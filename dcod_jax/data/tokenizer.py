@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import pathlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
@@ -14,17 +15,19 @@ from transformers.utils.hub import cached_file
 
 from dcod_jax.bounds import Bound, array, check, either, flag, mapping, optional, text, whole
 from dcod_jax.copies import local_directory
+from dcod_jax.data.templates import OWN, TemplateChoice, template_of, with_choice
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Location, Path, as_path, file_size, read_json
-from dcod_jax.models.config import ModelConfig
+from dcod_jax.files import Location, as_path, read_json, why_no_hub_id
 
 Tokenizer: TypeAlias = PreTrainedTokenizerFast
+# In tokenizer_config.json of an export: the eos token that its tokenizer was made with.
+MADE_WITH_EOS = "made_with_eos_token"
 
 
-def load_tokenizer(path: Location, *, chat_template: str = "") -> Tokenizer:
+def load_tokenizer(path: Location, *, template: TemplateChoice = OWN) -> Tokenizer:
     """The tokenizer of an HF directory, a .gguf file or a hub id, exactly as the file defines it.
 
-    `chat_template` names a Jinja file that replaces the tokenizer's own template.
+    `template` may replace the tokenizer's own chat template and set its variables.
     """
     source = as_path(path)
     if source.suffix == ".gguf":
@@ -32,17 +35,22 @@ def load_tokenizer(path: Location, *, chat_template: str = "") -> Tokenizer:
 
         with tempfile.TemporaryDirectory() as directory:
             export_tokenizer(source, directory)
-            return load_tokenizer(directory, chat_template=chat_template)
+            return load_tokenizer(directory, template=template)
     if source.is_dir() and not (source / "tokenizer.json").is_file():
         found = ", ".join(sorted(p.name for p in source.iterdir())[:12]) or "nothing"
         raise DcodError(
             f"{source} has no tokenizer.json (it holds {found}); set student.tokenizer, or "
             "convert with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
+    if not source.exists() and (why := why_no_hub_id(str(path))):
+        raise DcodError(
+            f"no tokenizer at {path!s}: there is no such directory ({why}); expected a directory "
+            "with tokenizer.json, or a hub id that can be reached"
+        )
     try:
         with _library_errors():
             home = local_directory(source, wanted=_is_tokenizer_file)
-            _check_files(home if home.is_dir() else downloaded(home))
+            _check_files(home if home.is_dir() else _downloaded(home))
             # The generic class: family classes rebuild the pre-tokenizer instead of reading it.
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(home))
     except _Unreadable as error:
@@ -52,11 +60,9 @@ def load_tokenizer(path: Location, *, chat_template: str = "") -> Tokenizer:
         ) from error
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
-    if chat_template:
-        try:
-            tokenizer.chat_template = as_path(chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DcodError(f"student.chat_template={chat_template}: {error}") from error
+    if template.given:
+        own = None if template.file else chat_template(tokenizer)
+        tokenizer.chat_template = with_choice(own, template)
     return tokenizer
 
 
@@ -78,9 +84,9 @@ def _library_errors() -> Iterator[None]:
         raise
 
 
-def downloaded(name: Path) -> Path:
+def _downloaded(name: pathlib.Path) -> pathlib.Path:
     """The local directory with tokenizer.json of a hub id."""
-    return as_path(str(cached_file(str(name), "tokenizer.json"))).parent
+    return pathlib.Path(str(cached_file(str(name), "tokenizer.json"))).parent
 
 
 # What is checked before the library allocates for it. A vocabulary of today has 3e5 ids.
@@ -109,14 +115,14 @@ _BOUNDS: dict[str, dict[str, Bound]] = {
 }
 
 
-def _check_files(home: Path) -> None:
+def _check_files(home: pathlib.Path) -> None:
     """Refuse a tokenizer whose files would exhaust the machine, or whose ids have a hole."""
     for name, bounds in _BOUNDS.items():
         file = home / name
         if not file.is_file():
             continue
-        if (size := file_size(file)) > _LONGEST:
-            raise DcodError(f"{file}: has {size} bytes, more than {_LONGEST}")
+        if file.stat().st_size > _LONGEST:
+            raise DcodError(f"{file}: has {file.stat().st_size} bytes, more than {_LONGEST}")
         values = read_json(file)
         check(values, bounds, source=file)
         if name == "tokenizer.json":
@@ -125,7 +131,7 @@ def _check_files(home: Path) -> None:
             check({added: int(added) if added.isdecimal() else added}, {added: _ID}, source=file)
 
 
-def _check_ids(file: Path, values: dict[str, Any]) -> None:
+def _check_ids(file: pathlib.Path, values: dict[str, Any]) -> None:
     """The ids must be 0 to n - 1: logits above the number of tokens are masked as padding."""
     vocab = values["model"]["vocab"]
     ids = set(vocab.values() if isinstance(vocab, dict) else range(len(vocab)))
@@ -152,21 +158,7 @@ def student_tokenizer(student: Any) -> Tokenizer:
         )
     path = as_path(home)
     path = path.parent if path.name == "config.json" else path
-    return load_tokenizer(path, chat_template=student.chat_template)
-
-
-def stop_ids(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Ids that end a completion: those of the model's config and the tokenizer's eos."""
-    found = set(config.eos_token_ids)
-    eos: Any = tokenizer.eos_token_id
-    if eos is not None:
-        found.add(int(eos))
-    if not found:
-        raise DcodError(
-            "neither the model's config.json (eos_token_id) nor its tokenizer (eos_token) names a "
-            "stop token; add one, or every completion would run to the length limit"
-        )
-    return tuple(sorted(found))
+    return load_tokenizer(path, template=template_of(student))
 
 
 def decode(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
@@ -204,14 +196,19 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
             "pre_tokenizer": backend["pre_tokenizer"],
             "added_tokens": sorted(backend["added_tokens"], key=lambda token: token["id"]),
             "bos": tokenizer.bos_token,
-            "eos": tokenizer.eos_token,
+            "eos": _made_with_eos(tokenizer),
         }
     )
 
 
 def template_fingerprint(tokenizer: Tokenizer) -> str:
     """Content hash of the chat template and of the special tokens it can name."""
-    return _digest([chat_template(tokenizer), tokenizer.bos_token, tokenizer.eos_token])
+    return _digest([chat_template(tokenizer), tokenizer.bos_token, _made_with_eos(tokenizer)])
+
+
+def _made_with_eos(tokenizer: Tokenizer) -> str | None:
+    """The eos token before an export put the template's end-of-turn token in its place."""
+    return tokenizer.init_kwargs.get(MADE_WITH_EOS, tokenizer.eos_token)
 
 
 def _digest(value: object) -> str:

@@ -6,26 +6,25 @@ callback for bad records, is handed over and the stream goes on.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import gzip
+import difflib
 import hashlib
-import io
 import json
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from dcod_jax.copies import local_copy, local_directory
+from dcod_jax.data import lines, schema
 from dcod_jax.data.forms import is_request, read_record
+from dcod_jax.data.lines import Content, TooLong
 from dcod_jax.data.raw import BadRecordError, Fields, RawTrace
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Path, as_path, find
+from dcod_jax.files import NO_HUB_ID, Path, as_path, find, why_no_hub_id
 
-JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
-_SUFFIXES = (*JSONL_SUFFIXES, ".parquet")
+_SUFFIXES = f"{', '.join(lines.SUFFIXES)}, each of them also .gz, .bz2, .xz or .zst, or .parquet"
 _SAVED = ("dataset_info.json", "dataset_dict.json")  # what save_to_disk leaves
-_HINT = "mend the record, or set prepare.on_bad_record=quarantine to go on without such records"
+LONGEST = 8 << 20  # bytes of a record
+HINT = "mend the record, or set prepare.on_bad_record=quarantine to go on without such records"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +37,7 @@ class Source:
 
 
 OnBad = Callable[[RawTrace, str], None]  # source and text of a record that cannot be read; why
+OnDrop = Callable[[RawTrace, str, str], None]  # the same of one that is no mistake; its reason
 
 
 def find_sources(source: str, *, split: str = "train", key: str = "data.traces") -> list[Source]:
@@ -61,34 +61,52 @@ def _find_part(part: str, *, split: str, key: str) -> list[Source]:
         return [_file(path, key=key)]
     if path.is_dir():
         return _directory(path, split=split, key=key)
-    if part.endswith(_SUFFIXES) or part.startswith(("/", ".", "~")) or "://" in part:
-        raise DcodError(f"{key}: no such file or directory: {part}")
-    if part.count("/") > 1:
-        raise DcodError(f"{key}: {part!r} is neither a file, a directory nor a hub id (owner/name)")
+    if lines.is_records(part) or (why := why_no_hub_id(part)) == NO_HUB_ID:
+        raise DcodError(
+            f"{key}: no such file or directory: {part} (neither a file, a directory nor a hub id, "
+            f"owner/name){_near(path)}"
+        )
+    if why:
+        raise DcodError(
+            f"{key}: there is no file or directory {part!r} here, and the hub is not asked: {why}"
+        )
     return [Source("hub", part, split)]
 
 
+def _near(path: Path) -> str:
+    """What is there in place of a file that is not."""
+    home = path.parent
+    if not home.is_dir():
+        return f"; the directory {home} is not there either"
+    names = sorted(other.name for other in home.iterdir())
+    close = difflib.get_close_matches(path.name, names, n=1)
+    if close:
+        return f"; {home / close[0]} is there"
+    return f"; {home} holds {', '.join(names[:8]) or 'nothing'}"
+
+
 def _file(path: Path, *, key: str) -> Source:
-    if path.name.endswith(JSONL_SUFFIXES):
+    if lines.is_records(path.name):
         return Source("jsonl", str(path))
     if path.suffix == ".parquet":
         return Source("parquet", str(path))
-    inner = as_path(path.stem).suffix if path.suffix == ".gz" else ""
-    raise DcodError(
-        f"{key}: {path} has the suffix {inner + path.suffix!r}; expected "
-        f"{', '.join(JSONL_SUFFIXES)} (one object a line) or .parquet"
-    )
+    inner = as_path(path.stem).suffix if path.suffix in lines.PACKED else ""
+    raise DcodError(f"{key}: {path} has the suffix {inner + path.suffix!r}; expected {_SUFFIXES}")
 
 
 def _directory(path: Path, *, split: str, key: str) -> list[Source]:
     if any((path / name).is_file() for name in _SAVED):
         return [Source("saved", str(path), split)]
-    files = sorted(p for p in path.rglob("*") if p.name.endswith(_SUFFIXES) and p.is_file())
+    files = sorted(
+        p
+        for p in path.rglob("*")
+        if (lines.is_records(p.name) or p.suffix == ".parquet") and p.is_file()
+    )
     named = [p for p in files if p.stem.startswith(split) or p.parent.name == split]
     if not files:
         raise DcodError(
-            f"{key}: {path} holds no traces: expected an HF dataset (save_to_disk), or "
-            f"{', '.join(_SUFFIXES)} files"
+            f"{key}: {path} holds no traces: expected an HF dataset (save_to_disk), or files of "
+            f"{_SUFFIXES}"
         )
     return [_file(p, key=key) for p in (named or files)]
 
@@ -109,14 +127,14 @@ def _describe(source: Source) -> dict[str, Any]:
         return {"path": source.path, "kind": "hub", "split": source.split, "records": count}
     path = as_path(source.path)
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    digest, size, lines = hashlib.sha256(), 0, 0
+    digest, size = hashlib.sha256(), 0
     for file in files:
-        with _open_file(file) as stream:
-            while block := stream.read(1 << 20):
+        with lines.open_file(file) as stream:
+            while block := stream.read(lines.PIECE):
                 digest.update(block)
                 size += len(block)
-                lines += block.count(b"\n")
-    records = lines if source.kind == "jsonl" else len(_open_rows(source))
+    plain = source.kind == "jsonl"
+    records = lines.count_records(source.path) if plain else len(_open_rows(source))
     found = {"path": source.path, "kind": source.kind, "bytes": size, "sha256": digest.hexdigest()}
     return (
         found | {"records": records} | ({"split": source.split} if source.kind == "saved" else {})
@@ -127,74 +145,62 @@ def read_traces(
     sources: Sequence[Source],
     fields: Fields,
     *,
+    longest: int = LONGEST,
     on_bad: OnBad | None = None,
+    on_drop: OnDrop | None = None,
     on_record: Callable[[int], None] | None = None,
 ) -> Iterator[RawTrace]:
     """The traces of all sources, in order, one record in memory at a time.
 
-    `on_bad` is given what cannot be read, and the stream goes on; without it such a record
-    raises DcodError "file:line: what is wrong". `on_record(1)` is called for every record.
+    `on_bad` is given what cannot be read, `on_drop` records of more than `longest` bytes and
+    requests that failed, and the stream goes on; without it such a record raises DcodError
+    "file:line: what is wrong". `on_record(1)` is called for every record.
     """
     requests: dict[str, Any] = {}  # the prompts of batch outputs that come later
     for source in sources:
-        rows = _read_lines(source) if source.kind == "jsonl" else _read_rows(source)
+        plain = source.kind == "jsonl"
+        rows = lines.read_contents(source.path, limit=longest) if plain else _read_rows(source)
         for where, content in rows:
             try:
-                record = _parse(content) if isinstance(content, bytes) else content
-                if isinstance(record, dict) and is_request(record):
-                    requests[str(record["custom_id"])] = record
-                else:
-                    yield from read_record(record, fields, source=where, requests=requests)
+                for trace in _traces_of(content, fields, where, requests, longest=longest):
+                    if not trace.failed:
+                        yield trace
+                    elif on_drop is None:
+                        raise BadRecordError(trace.failed)
+                    else:
+                        reason = "too_long" if isinstance(content, TooLong) else "failed_request"
+                        on_drop(trace, trace.failed, reason)
             except BadRecordError as error:
                 if on_bad is None:
-                    raise DcodError(f"{where}: {error}; {_HINT}") from error
+                    raise DcodError(f"{where}: {error}; {HINT}") from error
                 on_bad(RawTrace([], source=where, record=_as_text(content)), str(error))
             if on_record:
                 on_record(1)
 
 
+def _traces_of(
+    content: Content, fields: Fields, where: str, requests: dict[str, Any], *, longest: int
+) -> list[RawTrace]:
+    """The traces of one record; a request is remembered for the outputs that follow."""
+    if isinstance(content, TooLong):
+        why = f"{content.size:,} bytes, prepare.record_bytes={longest:,}"
+        return [RawTrace([], failed=why, source=where, record=_as_text(content))]
+    if isinstance(content, BadRecordError):
+        raise content
+    record = lines.parse(content) if isinstance(content, bytes) else content
+    if isinstance(record, dict) and is_request(record):
+        schema.check(record, {"body": schema.ASKED})
+        requests[str(record["custom_id"])] = record
+        return []
+    return read_record(record, fields, source=where, requests=requests)
+
+
 def _as_text(content: object) -> str:
+    if isinstance(content, TooLong):
+        content = content.begins[:1000]
     if isinstance(content, bytes):
         return content.decode("utf-8", "backslashreplace").rstrip("\r\n")
     return json.dumps(content, ensure_ascii=False, default=str)
-
-
-@contextlib.contextmanager
-def _open_file(path: Path) -> Iterator[io.BufferedIOBase]:
-    """The file's bytes, unpacked where its name ends in .gz."""
-    if path.suffix != ".gz":
-        with path.open("rb") as file:
-            yield file
-        return
-    try:
-        with path.open("rb") as packed, gzip.open(packed, "rb") as file:
-            yield file
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DcodError(f"{path} is not a whole gzip file: {error}; pack it again") from error
-
-
-def _read_lines(source: Source) -> Iterator[tuple[str, bytes]]:
-    with _open_file(as_path(source.path)) as file:
-        for number, line in enumerate(file, 1):
-            content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if content.strip():
-                yield f"{source.path}:{number}", content
-
-
-def _parse(line: bytes) -> Any:
-    try:
-        text = line.decode("utf-8").rstrip()
-    except UnicodeDecodeError as error:
-        raise BadRecordError(f"invalid UTF-8 at byte {error.start} ({error.reason})") from error
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        ends = text[-30:]
-        cut = error.pos >= len(text) or error.msg.startswith("Unterminated")
-        what = f"truncated JSON (the line ends {ends!r})" if cut else "invalid JSON"
-        raise BadRecordError(f"{what}: {error.msg} at column {error.colno}") from error
-    except (RecursionError, ValueError) as error:  # nesting, numbers of thousands of digits
-        raise BadRecordError(f"invalid JSON: {error}") from error
 
 
 def _read_rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -22,8 +22,9 @@ from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
-from dcod_jax.data import chat
-from dcod_jax.data.tokenizer import chat_template, load_tokenizer, stop_ids, tokenizer_fingerprint
+from dcod_jax.data.templates import TemplateChoice, clock
+from dcod_jax.data.tokenizer import chat_template, load_tokenizer, tokenizer_fingerprint
+from dcod_jax.data.turns import stop_ids
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.generations import Sampling, sample_options, text_of
 from dcod_jax.files import as_path
@@ -69,7 +70,7 @@ class DcodLM(TemplateLM):
         self.path = as_path(pretrained)
         self.dtype, self.seed, self.max_gen_toks = dtype, seed, max_gen_toks
         self.mesh = make_mesh(data, fsdp, tensor=tensor)
-        self.tokenizer = load_tokenizer(self.path, chat_template=chat_template)
+        self.tokenizer = load_tokenizer(self.path, template=TemplateChoice(chat_template))
         self.config, self.params = load_model(self.path, dtype=jnp.dtype(dtype), mesh=self.mesh)
         limit = self.config.max_position_embeddings
         if not 0 <= max_length <= limit:
@@ -112,14 +113,15 @@ class DcodLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        if chat_template(self.tokenizer) is None:
+        template = chat_template(self.tokenizer)
+        if template is None:
             raise DcodError(f"{self.path} has no chat template; give model_args chat_template=FILE")
         text = self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
-            date_string=chat.TEMPLATE_DATE,
+            **clock(template),
         )
         return cast(str, text)
 

@@ -22,8 +22,10 @@ from jax.sharding import Mesh
 
 from dcod_jax.data import chat
 from dcod_jax.data.blocks import BlockFiles
-from dcod_jax.data.forms import PROMPT_FIELDS
-from dcod_jax.data.tokenizer import stop_ids, template_fingerprint, tokenizer_fingerprint
+from dcod_jax.data.presets import PROMPT_FIELDS
+from dcod_jax.data.templates import template_of
+from dcod_jax.data.tokenizer import template_fingerprint, tokenizer_fingerprint
+from dcod_jax.data.turns import stop_ids
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.generations import sample_options, sampling_of, text_of
 from dcod_jax.evaluate.grading import REJECTED_AS, Grader
@@ -62,7 +64,7 @@ def generate_traces(config: Any) -> Path:
         answer_field=config.prepare.answer_field,
         need_answer=False,
     )
-    teacher = open_teacher(config.teacher, chat_template=config.student.chat_template)
+    teacher = open_teacher(config.teacher, template=template_of(config.student))
     path = traces_path(config)
     path.parent.mkdir(parents=True, exist_ok=True)
     files = BlockFiles([path, path.with_name(REJECTED)], _request(config, teacher))

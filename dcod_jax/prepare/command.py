@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dcod_jax.config import dataset_dir
+from dcod_jax.configs.base import get_config
 from dcod_jax.data import chat
 from dcod_jax.data.dataset import MANIFEST, DatasetWriter, read_manifest
 from dcod_jax.data.raw import RawTrace
@@ -43,6 +44,7 @@ LAST = f"train/{MANIFEST}"  # makes the directory a prepared dataset
 # What decides the result, beside the content of the files and the tokenizer.
 _SETTINGS = (
     "data.split data.eval_fraction data.max_length prepare.prompt_field prepare.completion_field "
+    "prepare.form prepare.reasoning prepare.reasoning_field prepare.record_bytes "
     "prepare.answer_field prepare.system_prompt prepare.filter_correct prepare.grade_timeout "
     "prepare.deduplicate prepare.overlap_ngram prepare.logprobs prepare.on_bad_record "
     "prepare.shard_records"
@@ -114,6 +116,9 @@ def _identity(
 
 def _compare(root: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Refuse a dataset that was made from something else, naming what differs."""
+    base = get_config().to_dict()  # a key that came later had its default's effect before
+    known = {key: base[key.split(".")[0]][key.split(".")[1]] for key in _SETTINGS}
+    found = known | found
     differ = []
     for key in (key for key in wanted if key not in found or found[key] != wanted[key]):
         plain = not isinstance(wanted[key], list) and key not in ("tokenizer", "chat template")
@@ -199,6 +204,9 @@ def _write_dataset(config: Any, root: Path) -> None:
                 )
     publish(work, root, last=LAST)  # what is there is empty, as checked above
     _print_counts(root, counts)
+    if run.unread:
+        told = ", ".join(f"{name} ({count:,})" for name, count in sorted(run.unread.items()))
+        print(f"columns that nothing read, with the number of traces: {told}")
 
 
 def _write_splits(

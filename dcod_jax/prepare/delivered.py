@@ -8,15 +8,14 @@ trace one by one, and every value must be a finite number not above 0.
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from dcod_jax.data.raw import RawTrace
-from dcod_jax.data.tokenizer import Tokenizer
+from dcod_jax.data.tokenizer import Tokenizer, decode
 from dcod_jax.errors import DcodError
 
 _OTHERWISE = (
@@ -76,6 +75,32 @@ def _check_ids(tokenizer: Tokenizer, ours: list[int], theirs: list[Any]) -> None
             )
 
 
+def as_sampled(
+    tokenizer: Tokenizer, trace: RawTrace, ids: Int[np.ndarray, " n"], mask: Bool[np.ndarray, " n"]
+) -> tuple[Int[np.ndarray, " m"], Bool[np.ndarray, " m"]]:
+    """(ids, mask) with the completion's ids as they were sampled, where they spell the same text.
+
+    A teacher may sample a text in other tokens than the tokenizer gives it, and its log-probs are
+    of those.
+    """
+    given = trace.token_ids
+    first, last = int(mask.argmax()), len(mask) - int(mask[::-1].argmax())
+    if not given or not mask[first:last].all() or not all(_is_id(tokenizer, id) for id in given):
+        return ids, mask
+    ours = ids[first:last].tolist()
+    if given == ours or decode(tokenizer, given) != decode(tokenizer, ours):
+        return ids, mask
+    whole = np.concatenate([ids[:first], np.asarray(given, np.int32), ids[last:]])
+    supervised = np.zeros(len(whole), bool)
+    supervised[first : first + len(given)] = True
+    return whole, supervised
+
+
+def _is_id(tokenizer: Tokenizer, value: Any) -> bool:
+    plain = isinstance(value, int) and not isinstance(value, bool)
+    return plain and 0 <= value < len(tokenizer)
+
+
 def delivered_logprobs(
     tokenizer: Tokenizer, trace: RawTrace, completion_ids: Int[np.ndarray, " C"]
 ) -> Float[np.ndarray, " C"]:
@@ -85,7 +110,7 @@ def delivered_logprobs(
     """
     if trace.logprobs is None:
         raise DcodError("no logprobs, and prepare.logprobs=require asks for them")
-    if sum(m["role"] == "assistant" for m in trace.messages[trace.first_completion :]) > 1:
+    if len(trace.supervised()) > 1:
         raise DcodError(
             "log-probs cover one completion, but several assistant messages are supervised; give "
             "the earlier ones as the prompt and the last one as the completion"
@@ -108,9 +133,9 @@ def delivered_logprobs(
         name = f"logprobs[{position}] is"
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise DcodError(f"{name} {value!r}; expected a number")
-        if math.isnan(value):
+        if value != value:
             raise DcodError(f"{name} NaN")
-        if math.isinf(value):
+        if not -1e300 < value < 1e300:
             raise DcodError(f"{name} {value}; a sampled token has a finite log-prob")
         if value > 0:  # a log-softmax in float32 never exceeds 0
             raise DcodError(f"{name} {value}, above 0: not a log-probability")

@@ -1,9 +1,11 @@
 """What is kept of raw traces, and under which reason the rest is dropped.
 
 A trace is dropped for the first of these that holds, counted and written to the quarantine:
-bad_record (with prepare.on_bad_record=quarantine; otherwise it stops the run), truncated,
-wrong_answer, no_answer, grading_timeout, grading_stalled, grading_error (with a reference answer),
-held_out_prompt, duplicate, overlap, too_long.
+bad_record (with prepare.on_bad_record=quarantine; otherwise it stops the run), failed_request,
+truncated, no_reasoning (with prepare.reasoning=keep), wrong_answer, no_answer, grading_timeout,
+grading_stalled, grading_error (with a reference answer or the record's own verdict),
+held_out_prompt, duplicate, overlap, too_long. What could not be tokenised for its length is
+too_long at once.
 """
 
 from __future__ import annotations
@@ -16,13 +18,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from dcod_jax.data import chat
-from dcod_jax.data.raw import Fields, RawTrace
+from dcod_jax.data.presets import fields_of
+from dcod_jax.data.raw import RawTrace
+from dcod_jax.data.reasoning import has_reasoning
 from dcod_jax.data.tokenizer import Tokenizer
-from dcod_jax.data.traces import Source, read_traces
+from dcod_jax.data.traces import HINT, Source, read_traces
+from dcod_jax.data.turns import reasoning_rule
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.grading import REJECTED_AS, Grader
 from dcod_jax.prepare import overlap
-from dcod_jax.prepare.delivered import delivered_logprobs
+from dcod_jax.prepare.delivered import as_sampled, delivered_logprobs
 from dcod_jax.types import Trace
 
 
@@ -53,12 +58,7 @@ class Filter:
         self.config, self.tokenizer, self.quarantine = config, tokenizer, quarantine
         self.grader, self.advance = grader, advance
         prepare = config.prepare
-        self.fields = Fields(
-            prompt=prepare.prompt_field,
-            completion=prepare.completion_field,
-            answer=prepare.answer_field,
-            system_prompt=prepare.system_prompt,
-        )
+        self.fields = fields_of(prepare, reasoning_rule(tokenizer, prepare.reasoning))
         self.index = overlap.build_index(
             prepare.overlap_files, size=prepare.overlap_ngram, prompt_field=prepare.prompt_field
         )
@@ -69,6 +69,7 @@ class Filter:
         self.models: set[str] = set()
         self.temperatures: set[float] = set()
         self.unused_logprobs = 0
+        self.unread: collections.Counter[str] = collections.Counter()  # columns, by their traces
 
     def _drop(self, trace: RawTrace, detail: str, reason: str = "bad_record") -> None:
         self.counts.dropped[reason] += 1
@@ -94,14 +95,23 @@ class Filter:
         """(whole trace, completion, reference answer where it is graded)."""
         settings = self.config.prepare
         on_bad = self._drop if settings.on_bad_record == "quarantine" else None
-        for trace in read_traces(sources, self.fields, on_bad=on_bad, on_record=self.advance):
-            if trace.finish_reason == "length":
-                self._drop(
-                    trace, "finish_reason is length: it would teach a false end", "truncated"
-                )
+        limit = self.config.data.max_length
+        longest = settings.record_bytes or max(1 << 20, 4096 * limit)
+        options: Any = {"on_bad": on_bad, "on_drop": self._drop, "on_record": self.advance}
+        for trace in read_traces(sources, self.fields, longest=longest, **options):
+            self.unread.update(trace.extras)
+            text = trace.completion_text()
+            whole = [message["content"] for message in trace.messages]
+            if trace.unfinished:
+                self._drop(trace, f"{trace.unfinished}: it would teach a false end", "truncated")
+            elif settings.reasoning == "keep" and not has_reasoning(text):
+                self._drop(trace, "prepare.reasoning=keep, and it has none", "no_reasoning")
+            elif count := chat.tokens_above(self.tokenizer, whole, limit):
+                self._drop(trace, f"over {count:,} tokens, data.max_length={limit}", "too_long")
+            elif settings.filter_correct and trace.verdict is False:
+                self._drop(trace, "the record's own verdict is false", "wrong_answer")
             else:
-                answer = trace.answer if settings.filter_correct else None
-                yield trace, trace.completion_text(), answer
+                yield trace, text, trace.answer if settings.filter_correct else None
 
     def _known(self, trace: RawTrace) -> tuple[str, str] | None:
         """(detail, reason) where this text is held out, came before or is in an evaluation set."""
@@ -120,8 +130,14 @@ class Filter:
         limit = self.config.data.max_length
         try:
             ids, mask = chat.encode(
-                self.tokenizer, trace.messages, first_completion=trace.first_completion
+                self.tokenizer,
+                trace.messages,
+                first_completion=trace.first_completion,
+                unsupervised=trace.unsupervised,
+                tools=trace.tools,
             )
+            if self.config.prepare.logprobs == "require":
+                ids, mask = as_sampled(self.tokenizer, trace, ids, mask)
             if len(ids) > limit:
                 self._drop(trace, f"{len(ids)} tokens, data.max_length={limit}", "too_long")
                 return None
@@ -130,7 +146,7 @@ class Filter:
                 logprobs = delivered_logprobs(self.tokenizer, trace, ids[mask])
         except DcodError as error:
             if self.config.prepare.on_bad_record == "error":
-                raise DcodError(f"{trace.source}: {error}") from error
+                raise DcodError(f"{trace.source}: {error}; {HINT}") from error
             self._drop(trace, str(error))
             return None
         self.unused_logprobs += trace.logprobs is not None and logprobs is None
@@ -149,6 +165,7 @@ class Filter:
         models = sorted(self.models)
         fields: dict[str, Any] = {
             "sampled_by": {"models": models, "temperatures": sorted(self.temperatures)},
+            "unread_columns": dict(sorted(self.unread.items())),
             "delivered_logprobs": {"policy": policy, "traces_ignored": self.unused_logprobs},
         }
         if policy == "require":

@@ -11,12 +11,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import json
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dcod_jax.data.forms import PROMPT_FIELDS
+from dcod_jax.data.presets import PROMPT_FIELDS
 from dcod_jax.data.raw import RawTrace
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.problems import read_records
@@ -36,9 +37,10 @@ def prompt_key(trace: RawTrace) -> bytes:
 
 
 def trace_key(trace: RawTrace) -> bytes:
-    """Equal for traces whose prompt and completions differ in white space and form only."""
-    completions = [m["content"] for m in trace.messages if m["role"] == "assistant"]
-    return _key(trace.prompt_text(), *completions)
+    """Equal for traces whose messages and tools differ in white space and form only."""
+    parts = [text for m in trace.messages for text in (m["role"], m["content"])]
+    turns = ",".join(map(str, trace.supervised()))
+    return _key(*parts, turns, json.dumps(trace.tools, sort_keys=True, default=str))
 
 
 def _key(*texts: str) -> bytes:

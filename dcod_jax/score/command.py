@@ -14,6 +14,7 @@ from dcod_jax.config import dataset_dir
 from dcod_jax.data.codec import bytes_per_token
 from dcod_jax.data.dataset import TraceDataset, check_fingerprints, read_manifest
 from dcod_jax.data.scores import add_scores, score_blocks, scored_shards
+from dcod_jax.data.templates import template_of
 from dcod_jax.data.tokenizer import tokenizer_fingerprint
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Path, as_path
@@ -37,7 +38,7 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
     if not splits:
         read_manifest(root)  # a dataset of one split, or the error that says what is missing
         splits = [root]
-    teacher = open_teacher(config.teacher, chat_template=config.student.chat_template)
+    teacher = open_teacher(config.teacher, template=template_of(config.student))
     for split in splits:
         _check_tokenizer(split, teacher)
     stored = {"top_k": config.score.top_k}

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from dcod_jax.data.templates import OWN, TemplateChoice
 from dcod_jax.data.tokenizer import load_tokenizer
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Path, as_path
@@ -39,7 +40,7 @@ class Teacher:
         return load_model(self.path, dtype=jnp.dtype(self.dtype), mesh=mesh)
 
 
-def open_teacher(settings: Any, *, chat_template: str = "") -> Teacher:
+def open_teacher(settings: Any, *, template: TemplateChoice = OWN) -> Teacher:
     """The teacher of config.teacher (path, name, revision, dtype): an HF directory or .gguf."""
     if not settings.path:
         raise DcodError("teacher.path is empty; expected an HF directory or a .gguf file")
@@ -50,5 +51,5 @@ def open_teacher(settings: Any, *, chat_template: str = "") -> Teacher:
         revision=settings.revision,
         fingerprint=weights_fingerprint(path),
         dtype=settings.dtype,
-        tokenizer=load_tokenizer(path, chat_template=chat_template),
+        tokenizer=load_tokenizer(path, template=template),
     )

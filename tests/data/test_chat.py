@@ -16,6 +16,7 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from dcod_jax.data import chat
+from dcod_jax.data.templates import TemplateChoice
 from dcod_jax.data.tokenizer import (
     chat_template,
     load_tokenizer,
@@ -221,9 +222,7 @@ OPENS_THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (DROPS_REASONING, "changes the completion"),
         (COUNTS_TURNS, "not prefix-stable"),
-        (OPENS_THINKING, "not prefix-stable"),
         (HEADER_NOT_IN_PROMPT, "not in its generation prompt"),
         (NO_END, "could not learn to stop"),
         (MARKS_WITHOUT_END, "leaves out the end-of-turn token"),
@@ -235,6 +234,23 @@ def test_a_template_that_cannot_be_exact_is_refused(template, message) -> None:
     tokenizer = build(template)
     with pytest.raises(DcodError, match=message):
         chat.encode(tokenizer, conversation("hi", "<think>so</think>one"))
+
+
+@pytest.mark.parametrize("template", [DROPS_REASONING, OPENS_THINKING])
+def test_reasoning_that_a_template_strips_or_opens_is_trained_as_it_is_sampled(template) -> None:
+    tokenizer = build(template)
+    messages = conversation("hi", "<think>\nso</think>one")
+    ids, _ = chat.encode(tokenizer, messages)
+    prompt = chat.encode_prompt(tokenizer, messages[:1])
+    assert ids[: len(prompt)].tolist() == prompt
+    text = tokenizer.decode(ids)
+    assert text.count("<think>\nso</think>one<|im_end|>") == 1
+    assert text.count("<think>") == 1
+    earlier = conversation("hi", "<think>so</think>one", "and", "<think>so</think>two")
+    with pytest.raises(DcodError, match=r"changes the completion|not prefix-stable"):
+        chat.encode(tokenizer, earlier)
+    assert len(supervised(tokenizer, earlier, first_completion=3)) == 1
+    assert len(supervised(tokenizer, earlier, unsupervised=[1])) == 1
 
 
 def test_an_empty_or_full_mask_is_refused() -> None:
@@ -303,9 +319,9 @@ def test_load_refuses_what_is_not_a_tokenizer(tmp_path) -> None:
         load_tokenizer(tmp_path / "absent")
     build().save_pretrained(tmp_path)
     with pytest.raises(DcodError, match=r"student\.chat_template"):
-        load_tokenizer(tmp_path, chat_template=str(tmp_path / "none.jinja"))
+        load_tokenizer(tmp_path, template=TemplateChoice(str(tmp_path / "none.jinja")))
     (tmp_path / "own.jinja").write_text(LLAMA3)
-    loaded = load_tokenizer(tmp_path, chat_template=str(tmp_path / "own.jinja"))
+    loaded = load_tokenizer(tmp_path, template=TemplateChoice(str(tmp_path / "own.jinja")))
     assert chat_template(loaded) == LLAMA3
 
 

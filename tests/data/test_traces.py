@@ -200,7 +200,7 @@ GOOD = b'{"prompt": "p", "completion": "c"}\n'
             r"completion holds '\\ud83d' at character 1",
         ),
         (b'{"prompt": 5, "completion": "c"}', r"t.jsonl:2: prompt must be a string, found int"),
-        (b'{"prompt": "p", "completion": null}', r"completion must be a string, found null"),
+        (b'{"prompt": "p", "completion": null}', r"no completion: .*, completion \(null\); prep"),
         (b'{"prompt": "p", "completion": []}', r"completion must be a non-empty list"),
         (b'{"prompt": "p", "completion": "c", "answer": [1]}', r"answer must be a string or a num"),
         (b'{"prompt": "p", "completion": "c", "logprobs": 3}', r"logprobs must be a list"),
@@ -212,8 +212,8 @@ GOOD = b'{"prompt": "p", "completion": "c"}\n'
             r"conversations\[0\] must have from and value, found from",
         ),
         (
-            b'{"conversations": [{"from": "user", "value": "x"}]}',
-            r"conversations\[0\] is from 'user'; expected system, human, gpt",
+            b'{"conversations": [{"from": "users", "value": "x"}]}',
+            r"conversations\[0\] is from 'users'; expected system, .*, human, gpt",
         ),
         (
             b'{"conversations": [{"from": ["gpt"], "value": "x"}]}',
@@ -232,7 +232,8 @@ GOOD = b'{"prompt": "p", "completion": "c"}\n'
             r"conversations has no prompt before its first assistant message",
         ),
         (
-            b'{"system": "s", "conversations": [{"from": "system", "value": "t"}]}',
+            b'{"system": "s", "conversations": [{"from": "system", "value": "t"}, '
+            b'{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}',
             r"one inside conversations, one in the field system",
         ),
         (b'{"messages": [{"role": "bot", "content": "x"}]}', r"has the role 'bot'; expected"),
@@ -241,8 +242,8 @@ GOOD = b'{"prompt": "p", "completion": "c"}\n'
             r"part of type 'image'",
         ),
         (
-            b'{"prompt": "p", "choices": [{"message": {"content": "c", "reasoning": "r"}}]}',
-            r"carries reasoning beside",
+            b'{"prompt": "p", "choices": [{"message": {"content": "c", "tool_calls": [1]}}]}',
+            r"carries tool_calls beside",
         ),
         (
             b'{"custom_id": "a", "response": {"status_code": 500, "body": {"error": "busy"}}}',
@@ -343,18 +344,18 @@ def test_globs_lists_and_directories(tmp_path) -> None:
         ("", "data.traces is empty"),
         ("{tmp}/x.jsonl", "no such file or directory"),
         ("{tmp}/*.jsonl", "matches no file"),
-        ("{tmp}/t.csv", "has the suffix '.csv'"),
+        ("{tmp}/t.txt", "has the suffix '.txt'"),
         ("{tmp}/x.jsonl.gz", "no such file or directory"),
         ("traces.jsonl.gz", "no such file or directory"),
-        ("{tmp}/t.csv.gz", "has the suffix '.csv.gz'"),
+        ("{tmp}/t.txt.gz", "has the suffix '.txt.gz'"),
         ("{tmp}/empty", "holds no traces"),
         ("a/b/c", "neither a file, a directory nor a hub id"),
     ],
 )
 def test_sources_that_are_not_there(tmp_path, source: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "t.csv").write_text("a,b")
-    (tmp_path / "t.csv.gz").write_text("a,b")
+    (tmp_path / "t.txt").write_text("a,b")
+    (tmp_path / "t.txt.gz").write_text("a,b")
     with pytest.raises(DcodError, match=message):
         find_sources(source.format(tmp=tmp_path))
 

@@ -353,7 +353,10 @@ def test_token_texts_of_an_api_are_compared_by_bytes(config, tokenizer_dir) -> N
         (lambda r: r.update(logprobs=r["logprobs"][:-1]), r"end-of-turn token '<\|im_end\|>'"),
         (lambda r: r.update(token_ids=[*r["token_ids"], 5]), r"17 token_ids for the 16 tokens"),
         (lambda r: r["token_ids"].__setitem__(4, 7), r"token_ids\[4\] is 7 \('\(?.'\), our token"),
-        (lambda r: r["token_ids"].__setitem__(4, "7"), r"token_ids\[4\] is '7'; expected an int"),
+        (
+            lambda r: r["token_ids"].__setitem__(4, "7"),
+            r"token_ids\[4\] must be a token id, found '7'",
+        ),
         (lambda r: r["logprobs"].__setitem__(2, math.nan), r"logprobs\[2\] is NaN"),
         (lambda r: r["logprobs"].__setitem__(2, 0.001), r"logprobs\[2\] is 0.001, above 0"),
         (lambda r: r["logprobs"].__setitem__(2, -math.inf), r"logprobs\[2\] is -inf"),

@@ -11,7 +11,7 @@ import tiny
 import torch
 import transformers
 
-from dcod_jax.data.tokenizer import stop_ids
+from dcod_jax.data.turns import stop_ids
 from dcod_jax.errors import DcodError
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import from_hf

@@ -1,0 +1,296 @@
+"""Which columns of a record hold what: chosen names, else synonyms; and what nothing reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dcod_jax.data import presets, raw, schema
+from dcod_jax.data.presets import CONVERSATIONS, Fields
+from dcod_jax.data.raw import BadRecordError, Message, Record, Turns
+from dcod_jax.data.reasoning import is_switch
+
+# Columns that may hold a teacher's text under a name of their own: `solution` is then not taken.
+_SUSPECTS = re.compile(
+    r"attempt|generat|solution|respon|complet|output|trajector|reason|thought|think|rationale|cot$",
+    re.IGNORECASE,
+)
+_SHARED = {"id", "custom_id", "model", "temperature"}  # read in every form
+
+
+def find(record: Record, names: Sequence[str]) -> str | None:
+    """The record's own spelling of the first of the names that it has a value for."""
+    for name in names:
+        if record.get(name) is not None:
+            return name
+    own = {str(key).lower(): key for key, value in record.items() if value is not None}
+    return next((own[name.lower()] for name in names if name.lower() in own), None)
+
+
+def _numbered(record: Record, pattern: str) -> list[str]:
+    """The columns that a name with a * stands for, those of lower numbers first."""
+    parts = map(re.escape, pattern.split("*"))
+    wanted = re.compile("(.*)".join(parts), re.IGNORECASE)
+    found = [name for name, value in record.items() if wanted.fullmatch(name) and value is not None]
+    return sorted(found, key=lambda name: ([int(n) for n in re.findall(r"\d+", name)], name))
+
+
+def ends_with_answer(record: Record, name: str, fields: Fields) -> bool:
+    """Whether a column is a whole conversation, to be taken as it is."""
+    value = record.get(name)
+    if not (isinstance(value, list) and value and isinstance(value[0], dict)):
+        return False
+    chosen = name in (fields.completion, fields.prompt) or name in CONVERSATIONS
+    first, last = (m.get("role", m.get("from")) for m in (value[0], _dict(value[-1])))
+    asked = first not in ("assistant", "gpt", "model") and (
+        "role" in value[0] or "from" in value[0]
+    )
+    answered = last in ("assistant", "gpt", "model")
+    return chosen and (name in CONVERSATIONS or (asked and answered))
+
+
+def _dict(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _answered(record: Record, name: str) -> bool:
+    value = record.get(name)
+    last = _dict(value[-1]) if isinstance(value, list) and value else {}
+    return last.get("role", last.get("from")) in ("assistant", "gpt", "model")
+
+
+def completion_columns(record: Record, fields: Fields) -> list[str]:
+    """The columns with the teacher's text; [] where none is known.
+
+    Raises BadRecordError where several may be it and their texts differ.
+    """
+    if fields.completion:
+        if "*" in fields.completion:
+            return _numbered(record, fields.completion)
+        name = find(record, [fields.completion])
+        return [name] if name else []
+    if fields.prompt and _answered(record, fields.prompt):
+        return [fields.prompt]
+    talks = [name for name in CONVERSATIONS if record.get(name) is not None]
+    found = [name for name in talks if _answered(record, name)]
+    found += [own for name in presets.COMPLETIONS if (own := find(record, [name])) is not None]
+    found = list(dict.fromkeys(found))
+    texts = {name: _texts(record[name]) for name in found}
+    if any(texts.values()):
+        found = [name for name in found if texts[name]]
+    if len({tuple(texts[name]) for name in found}) > 1:
+        raise BadRecordError(
+            f"{len(found)} columns may be the completion, and their texts differ: "
+            f"{', '.join(found)}; {_choose(record)}"
+        )
+    if found:
+        return found[:1]
+    return talks[:1] or _human(record)
+
+
+def _human(record: Record) -> list[str]:
+    """A column that may hold a person's solution, where no other text can be the teacher's."""
+    name = find(record, presets.HUMAN)
+    if name is None:
+        return []
+    others = [
+        key
+        for key, value in record.items()
+        if key != name and _SUSPECTS.search(key) and any(" " in text for text in _texts(value))
+    ]
+    if others:
+        raise BadRecordError(
+            f"{name} may be a person's text, and {', '.join(others)} the teacher's; "
+            f"{_choose(record)}"
+        )
+    return [name]
+
+
+def _choose(record: Record) -> str:
+    found = presets.propose(record)
+    preset = f" (or prepare.form={found[0]}, whose columns these are)" if found else ""
+    return f"set prepare.completion_field to the one that is meant{preset}"
+
+
+def _texts(value: object) -> list[str]:
+    """The texts of a column, to compare columns; [] where it holds none."""
+    if isinstance(value, str):
+        return [value.strip()] if value.strip() else []
+    items = value if isinstance(value, list) else []
+    if items and isinstance(items[-1], dict):
+        text = items[-1].get("content", items[-1].get("value"))
+        return [text.strip()] if isinstance(text, str) else []
+    return [item.strip() for item in items if isinstance(item, str)]
+
+
+def missing(record: Record, fields: Fields, part: str) -> BadRecordError:
+    """The error for a record without a prompt or completion."""
+    chosen: str = getattr(fields, part)
+    names = [chosen] if chosen else list({"prompt": presets.PROMPTS}.get(part, presets.COMPLETIONS))
+    known = " or ".join(names[:6]) + (" (docs/data.md names all)" if len(names) > 6 else "")
+    given = [name for name, value in record.items() if value is not None]
+    close = [m for n in names for m in difflib.get_close_matches(n, given, n=1, cutoff=0.7)]
+    hint = f" (the nearest is {close[0]!r})" if close else ""
+    have = [name if value is not None else f"{name} (null)" for name, value in record.items()]
+    looks = presets.propose(record)
+    if looks and not chosen:
+        hint += f"; these are the columns of prepare.form={looks[0]}"
+    elif len(several := _siblings(record)) > 1 and part == "completion":
+        stem = re.sub(r"\d+$", "*", several[0])
+        hint += f"; for {', '.join(several)} set prepare.completion_field={stem}"
+    elif "chosen" in record and part == "completion":
+        hint += "; of a preference pair the better one is prepare.completion_field=chosen"
+    elif list(record) == ["text"]:
+        hint += "; in one text prompt and completion cannot be told apart: write messages"
+    return BadRecordError(
+        f"no {part}: expected the field {known}, found "
+        f"{', '.join(have) or 'nothing'}{hint}; prepare.{part}_field names another one"
+    )
+
+
+def _siblings(record: Record) -> list[str]:
+    """Columns of text that differ in a number at their end: answer_1, answer_2."""
+    found = [n for n, value in record.items() if re.search(r"\d$", n) and isinstance(value, str)]
+    stems = [re.sub(r"\d+$", "", name) for name in found]
+    return [n for n, stem in zip(found, stems, strict=True) if stems.count(stem) > 1]
+
+
+class Row:
+    """A record being read, with the names of the columns that were."""
+
+    def __init__(self, record: Record, fields: Fields):
+        self.record, self.fields = record, fields
+        self.used = set(_SHARED)
+        self.tools: list[Any] | None = None
+
+    def get(self, name: str) -> Any:
+        self.used.add(name)
+        return self.record.get(name)
+
+    def unread(self) -> frozenset[str]:
+        return frozenset(map(str, self.record)) - self.used
+
+    def prompt(self, *, first: str = "") -> list[Message]:
+        """The prompt of the record; the column `first` is preferred where the record has it."""
+        chosen = self.fields.prompt
+        name = first if self.record.get(first) is not None else None
+        name = name or find(self.record, [chosen] if chosen else presets.PROMPTS)
+        name = name or (None if chosen else find(self.record, CONVERSATIONS))
+        if name is None:
+            raise missing(self.record, self.fields, "prompt")
+        value = self.get(name)
+        earlier = self._history()
+        if isinstance(value, list):
+            return [*earlier, *raw.read_messages(value, name, self.fields).messages]
+        text = raw.read_text(value, name)
+        more = self.get("input") if name.lower() == "instruction" else None
+        if isinstance(more, str) and more.strip():
+            text = f"{text}\n\n{more}"  # Alpaca
+        return [*earlier, {"role": "user", "content": text}]
+
+    def _history(self) -> list[Message]:
+        """Earlier turns in a column of their own: [[question, answer], ...] or messages."""
+        value = self.get("history")
+        if not value:
+            return []
+        if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
+            return raw.read_messages(value, "history", self.fields).messages
+        found: list[Message] = []
+        for index, pair in enumerate(value if isinstance(value, list) else [value]):
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise BadRecordError(
+                    f"history[{index}] must be [question, answer], found {raw.kind_of(pair)}"
+                )
+            for role, text in zip(("user", "assistant"), pair, strict=True):
+                found.append({"role": role, "content": raw.read_text(text, f"history[{index}]")})
+        return found
+
+    def system(self, messages: list[Message]) -> list[Message]:
+        """The system message to put first: the record's, else prepare.system_prompt."""
+        own = messages[0]["content"] if messages[0]["role"] == "system" else None
+        texts: list[str] = []
+        for name in presets.SYSTEMS:
+            value = self.get(name)
+            if value is None or (isinstance(value, str) and not value.strip()):
+                continue
+            text = raw.read_text(value, name)
+            if own is not None and own.strip() != text.strip():
+                inside = find(self.record, CONVERSATIONS) or "the messages"
+                raise BadRecordError(
+                    f"two system messages: one inside {inside}, one in the field {name}"
+                )
+            texts.append(text)
+        if len(set(texts)) > 1:
+            raise BadRecordError("system and system_prompt differ; leave one")
+        text = texts[0] if texts else self.fields.system_prompt
+        return [{"role": "system", "content": text}] if text and own is None else []
+
+    def reasoning(self) -> list[str]:
+        """The texts of a column of reasoning, one for each completion."""
+        chosen = self.fields.reasoning_field
+        for name in [chosen] if chosen else presets.REASONINGS:
+            own = find(self.record, [name])
+            value = self.record[own] if own else None
+            if own is None or is_switch(value) or not isinstance(value, str | list):
+                continue
+            self.used.add(own)
+            if isinstance(value, list) and value and isinstance(value[0], dict):
+                return ["".join(raw.parts(value, own))]
+            texts = value if isinstance(value, list) else [value]
+            if not all(isinstance(text, str) for text in texts):
+                raise BadRecordError(
+                    f"{own} must be a string or strings, found {raw.kind_of(value)}"
+                )
+            if any(text.strip() for text in texts):
+                return texts
+        return []
+
+    def with_reasoning(self, turns: Turns) -> Turns:
+        """A conversation whose last message has its reasoning in a column beside it."""
+        texts, last = self.reasoning(), turns.messages[-1]
+        if not texts or last["role"] != "assistant":
+            return turns
+        if len(texts) > 1:
+            raise BadRecordError(f"{len(texts)} texts of reasoning for one conversation")
+        content = raw.fold(last["content"], texts[0], "the last message", self.fields)
+        messages = [*turns.messages[:-1], last | {"content": content}]
+        return dataclasses.replace(turns, messages=messages)
+
+    def answer(self, known: Record) -> str | None:
+        """The reference answer, from `known` or the record."""
+        chosen = self.fields.answer
+        names = presets.ANSWERS if chosen == "answer" else [chosen]
+        name = find(known, names) if chosen else None
+        if name is None or name in self.used - _SHARED or known.get(name) == "":
+            return None
+        value = known[name]
+        self.used.add(name)
+        if not isinstance(value, str) and schema.number(value):
+            raise BadRecordError(
+                f"{name} must be a string or a number, found {raw.kind_of(value)}; "
+                "prepare.answer_field names another field"
+            )
+        return str(value)
+
+    def place_of(self, text: str, index: int, count: int) -> tuple[int, int] | None:
+        """(index, length) of the record's lists that tell of this completion."""
+        if count > 1:
+            return index, count
+        for value in self.record.values():
+            if isinstance(value, list) and len(value) > 1 and text in value:
+                return value.index(text), len(value)
+        return 0, 1
+
+    def beside(self, names: Sequence[str], at: tuple[int, int] | None, kind: Any) -> Any:
+        """What the first of the columns that tells of this completion says of it."""
+        for name in names:
+            value = self.record.get(name)
+            if isinstance(value, list) and at is not None and len(value) == at[1]:
+                value = value[at[0]]
+            if isinstance(value, kind):
+                self.used.add(name)
+                return value
+        return None

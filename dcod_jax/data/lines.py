@@ -1,0 +1,295 @@
+"""Files of records, one at a time: JSONL, JSON arrays and CSV, packed or not.
+
+A record of more bytes than a limit is never held: it is read in pieces and told as TooLong.
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import csv
+import dataclasses
+import gzip
+import io
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import pyarrow
+
+from dcod_jax.data.raw import BadRecordError, check_unicode
+from dcod_jax.errors import DcodError
+from dcod_jax.files import Path, as_path
+
+PACKED = (".gz", ".bz2", ".xz", ".zst")
+_TABLES = {".csv": ",", ".tsv": "\t"}
+SUFFIXES = (".jsonl", ".ndjson", ".json", *_TABLES)
+PIECE = 1 << 18  # bytes read at a time
+_DEEPEST = 200  # levels of nesting in a record
+_BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{\]}]', re.DOTALL)
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+_OUTSIDE, _INSIDE = re.compile(rb'["\[\]{},]'), re.compile(rb'["\\]')
+
+
+@dataclasses.dataclass(frozen=True)
+class TooLong:
+    """A record beyond the limit: how it begins, and its bytes."""
+
+    begins: bytes
+    size: int
+
+
+# What a file holds at one place: JSON text, a row, or why there is none.
+Content: TypeAlias = bytes | dict[str, Any] | TooLong | BadRecordError
+
+
+def is_records(name: str) -> bool:
+    """Whether a file of this name is read here."""
+    packed = next((end for end in PACKED if name.endswith(end)), "")
+    return name.removesuffix(packed).endswith(SUFFIXES)
+
+
+@contextlib.contextmanager
+def open_file(path: Path) -> Iterator[io.BufferedReader]:
+    """The file's bytes, unpacked where its name ends in .gz, .bz2, .xz or .zst."""
+    with path.open("rb") as packed, contextlib.ExitStack() as stack:
+        try:
+            stream = _unpacked(path.suffix, packed)
+            yield stack.enter_context(io.BufferedReader(stream, PIECE))
+        except (
+            EOFError,
+            zlib.error,
+            lzma.LZMAError,
+            gzip.BadGzipFile,
+            pyarrow.ArrowException,
+        ) as e:
+            raise _damaged(path, e) from e
+        except OSError as error:  # bz2 and zstd tell of damage by an OSError without a number
+            if path.suffix not in PACKED or error.errno is not None:
+                raise
+            raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> DcodError:
+    kind = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix, path.suffix[1:])
+    why = str(error) or type(error).__name__
+    return DcodError(f"{path} is not a whole {kind} file: {why}; pack it again")
+
+
+def _unpacked(suffix: str, packed: Any) -> Any:
+    if suffix == ".gz":
+        return gzip.open(packed, "rb")
+    if suffix == ".bz2":
+        return bz2.open(packed, "rb")
+    if suffix == ".xz":
+        return lzma.open(packed, "rb")
+    return _Zstd(packed) if suffix == ".zst" else packed
+
+
+class _Zstd(io.RawIOBase):
+    """A zstd file's content, by pyarrow; one that ends in the middle raises EOFError."""
+
+    def __init__(self, packed: Any):
+        self.stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(packed, "r"), "zstd")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self.stream.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+
+def read_contents(location: str, *, limit: int) -> Iterator[tuple[str, Content]]:
+    """("file:line", what is there) of every record; nothing above `limit` bytes is held."""
+    path = as_path(location)
+    with open_file(path) as file:
+        table = _TABLES.get(as_path(path.stem).suffix if path.suffix in PACKED else path.suffix)
+        start = file.peek(4096)[:4096]
+        if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise DcodError(
+                f"{path}: UTF-16, where UTF-8 is expected; convert it: iconv -f UTF-16 -t UTF-8"
+            )
+        if start.startswith(b"\xef\xbb\xbf"):
+            file.read(3)
+        if table:
+            found = _rows(file, table, limit=limit, name=location)
+        elif start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            found = _elements(file, limit=limit)
+        else:
+            found = ((n, line) for n, line in _lines(file, limit=limit) if not _blank(line))
+        for number, content in found:
+            yield f"{location}:{number}", content
+
+
+def _blank(line: bytes | TooLong) -> bool:
+    return isinstance(line, bytes) and not line.strip()
+
+
+def count_records(location: str) -> int:
+    """Records of a JSON array or a table; lines of a JSONL file, empty ones included."""
+    path = as_path(location)
+    with open_file(path) as file:
+        start = file.peek(4096)[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
+        plain = as_path(path.stem).suffix if path.suffix in PACKED else path.suffix
+        if plain not in _TABLES and not start.startswith(b"["):
+            return sum(block.count(b"\n") for block in iter(lambda: file.read(PIECE), b""))
+    return sum(1 for _ in read_contents(location, limit=PIECE))
+
+
+def _lines(file: io.BufferedReader, *, limit: int) -> Iterator[tuple[int, bytes | TooLong]]:
+    number = 0
+    while line := file.readline(limit + 1):
+        number += 1
+        if len(line) <= limit or line.endswith(b"\n"):
+            yield number, line
+            continue
+        begins, size, piece = line[:PIECE], len(line), b""
+        del line  # not held beside the pieces
+        while not piece.endswith(b"\n") and (piece := file.readline(PIECE)):
+            size += len(piece)
+        yield number, TooLong(begins, size)
+
+
+def _elements(file: io.BufferedReader, *, limit: int) -> Iterator[tuple[int, bytes | TooLong]]:
+    """(line, text) of the elements of a JSON array."""
+    element, depth, string, escaped, given = _Element(limit), 0, False, False, False
+    for chunk in iter(lambda: file.read(PIECE), b""):
+        place = taken = 0
+        if escaped:
+            place, escaped = 1, False
+        while found := (_INSIDE if string else _OUTSIDE).search(chunk, place):
+            place, mark = found.end(), found.group()
+            if string:
+                string = mark != b'"'
+                escaped = string and place == len(chunk)
+                place += string
+                continue
+            string = mark == b'"'
+            depth += (mark in b"[{") - (mark in b"]}")
+            if depth == 1 and mark == b"[" and not given:
+                given, taken = True, place
+                element.line += chunk[:place].count(b"\n")
+            elif (depth == 1 and mark == b",") or depth == 0:
+                element.add(chunk[taken : found.start()])
+                taken = place
+                if mark == b"," or not element.blank:
+                    yield element.take()
+                if depth == 0:
+                    break
+        if depth == 0:
+            rest = chunk[taken:] + file.read(PIECE)
+            if rest.strip():
+                yield element.line, b"what follows the array: " + rest.strip()[:30]
+            return
+        element.add(chunk[taken:])
+    yield element.take()  # the array does not end: its last element is cut off
+
+
+class _Element:
+    """One element of an array as it is read, never more than `limit` bytes of it."""
+
+    def __init__(self, limit: int):
+        self.limit, self.text, self.size = limit, bytearray(), 0
+        self.line, self.after = 1, 0  # of its beginning; line breaks inside it
+
+    @property
+    def blank(self) -> bool:
+        return not self.text.strip()
+
+    def add(self, piece: bytes) -> None:
+        self.size += len(piece)
+        if not self.text:  # white space before it is not of it
+            kept = piece.lstrip()
+            self.line += piece[: len(piece) - len(kept)].count(b"\n")
+            piece, self.size = kept, len(kept)
+            self.after = 0
+        self.after += piece.count(b"\n")
+        self.text += piece[: max(0, self.limit + 1 - len(self.text))]
+
+    def take(self) -> tuple[int, bytes | TooLong]:
+        text, size, line = bytes(self.text), self.size, self.line
+        self.line += self.after if text else 0
+        self.text, self.size = bytearray(), 0
+        return line, text if size <= self.limit else TooLong(text[:PIECE], size)
+
+
+def _rows(
+    file: io.BufferedReader, comma: str, *, limit: int, name: str
+) -> Iterator[tuple[int, Content]]:
+    """(line, row) of a table with a header; an empty cell is an absent field."""
+    csv.field_size_limit(limit)
+    number = 0
+
+    def lines() -> Iterator[str]:
+        for _, line in _lines(file, limit=limit):
+            if isinstance(line, TooLong):
+                raise csv.Error(f"a line of {line.size:,} bytes")
+            yield line.decode("utf-8")
+
+    rows = csv.reader(lines(), delimiter=comma, strict=True)
+    header: list[str] = []
+    try:
+        for row in rows:
+            if not header:
+                header = row
+            elif len(row) != len(header):
+                yield (
+                    rows.line_num,
+                    BadRecordError(f"{len(row)} cells, where the header names {len(header)}"),
+                )
+            else:
+                yield rows.line_num, {n: v for n, v in zip(header, row, strict=True) if v}
+            number = rows.line_num
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DcodError(
+            f"{name}:{number + 1}: not a readable table ({error}); write it as UTF-8 JSONL"
+        ) from error
+
+
+def parse(line: bytes) -> Any:
+    """The value of a JSON text; BadRecordError for what is none or no Unicode."""
+    try:
+        text = line.decode("utf-8").rstrip()
+    except UnicodeDecodeError as error:
+        raise BadRecordError(f"invalid UTF-8 at byte {error.start} ({error.reason})") from error
+    _check_depth(line)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        ends = text[-30:]
+        cut = error.pos >= len(text) or error.msg.startswith("Unterminated")
+        what = f"truncated JSON (the line ends {ends!r})" if cut else "invalid JSON"
+        raise BadRecordError(f"{what}: {error.msg} at column {error.colno}") from error
+    except ValueError as error:  # numbers of thousands of digits
+        raise BadRecordError(f"invalid JSON: {error}") from error
+    if _HALF.search(line):
+        _check_text(value, "")
+    return value
+
+
+def _check_depth(line: bytes) -> None:
+    if line.count(b"[") + line.count(b"{") <= _DEEPEST:
+        return
+    depth = 0
+    for found in _BRACKETS.finditer(line):
+        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(found.group(), 0)
+        if depth > _DEEPEST:
+            raise BadRecordError(f"invalid JSON: nested more than {_DEEPEST} deep")
+
+
+def _check_text(value: Any, name: str) -> None:
+    """Refuse half of a surrogate pair anywhere in the record, names included."""
+    if isinstance(value, str):
+        check_unicode(value, name or "the record")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _check_text(item, f"{name}[{index}]")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            check_unicode(key, f"a name in {name or 'the record'}")
+            _check_text(item, f"{name}.{key}" if name else key)

@@ -1,0 +1,101 @@
+"""Reasoning and answer: the marks between them, and how a template writes them.
+
+Reasoning comes inside a completion, between marks, or in a field of its own; `Reasoning.fold`
+makes the first of the second, in the form of the student's template.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from dcod_jax.errors import DcodError
+
+# What begins a part of a completion, and what must end it.
+MARKS = {
+    "<think>": "</think>",
+    "<thinking>": "</thinking>",
+    "<thought>": "</thought>",
+    "<reasoning>": "</reasoning>",
+    "[THINK]": "[/THINK]",
+    "<|begin_of_thought|>": "<|end_of_thought|>",
+}
+_ANSWERS = {"<|begin_of_solution|>": "<|end_of_solution|>", "<answer>": "</answer>"}
+_SWITCHES = "on off true false yes no none low medium high auto enabled disabled".split()
+
+
+@dataclasses.dataclass(frozen=True)
+class Reasoning:
+    """What becomes of reasoning, and how the template writes it.
+
+    `policy`: auto (kept), keep (kept, and a trace without it refused), drop (left out).
+    """
+
+    policy: str = "auto"
+    opening: str = "<think>\n"
+    closing: str = "\n</think>\n\n"
+    in_prompt: bool = False  # the generation prompt has the opening already
+
+    def fold(self, text: str, reasoning: str) -> str:
+        """A completion and its reasoning as one text.
+
+        ("so", "4") -> "<think>\\nso\\n</think>\\n\\n4". Raises DcodError where the completion has
+        other reasoning of its own.
+        """
+        text = self.complete(text)
+        own, answer = split(text)
+        if reasoning.strip() and own.strip() and own.split() != reasoning.split():
+            raise DcodError(
+                "the completion holds reasoning, and so does a field beside it, and they differ; "
+                "set prepare.reasoning_field to the one that is meant, or take one out"
+            )
+        if self.policy == "drop":
+            return answer if own or reasoning.strip() else text
+        if own.strip() or not reasoning.strip():
+            return text
+        return f"{self.opening}{reasoning.strip()}{self.closing}{answer.lstrip()}"
+
+    def complete(self, text: str) -> str:
+        """With the opening mark where a completion begins after it: "so</think>4" and its kind."""
+        for mark, end in MARKS.items():
+            if end in text and mark not in text.partition(end)[0]:
+                opening = self.opening if self.opening.strip() == mark else f"{mark}\n"
+                return opening + text.lstrip("\n")
+        return text
+
+
+def split(text: str) -> tuple[str, str]:
+    """(reasoning, answer) of a completion: "<think>so</think>4" -> ("so", "4")."""
+    for mark, end in MARKS.items():
+        if text.lstrip().startswith(mark) and end in text:
+            inside, _, answer = text.lstrip().removeprefix(mark).partition(end)
+            return inside, answer.lstrip()
+    return "", text
+
+
+def has_reasoning(text: str) -> bool:
+    """Whether a completion holds reasoning that is begun and ended."""
+    return any(end in text for end in MARKS.values())
+
+
+def unfinished(text: str) -> str:
+    """Why a completion is not whole, or "": a part that is begun and not ended, or no answer."""
+    place, parts = 0, MARKS | _ANSWERS
+    while True:
+        rest = text[place:].lstrip()
+        mark = next((mark for mark in parts if rest.startswith(mark)), None)
+        if mark is None:
+            break
+        found = text.find(parts[mark], place)
+        if found < 0:
+            return f"{mark} is not ended by {parts[mark]}"
+        place = found + len(parts[mark])
+        if mark in MARKS and not text[place:].strip():
+            return f"nothing follows {parts[mark]}"
+    return ""
+
+
+def is_switch(value: object) -> bool:
+    """Whether a field named like reasoning only turns it on: {"reasoning": "on"}."""
+    return isinstance(value, bool) or (
+        isinstance(value, str) and value.strip().lower() in _SWITCHES
+    )

@@ -1,0 +1,123 @@
+"""What a chat template writes around a completion: its end, and the form of reasoning.
+
+Both are read off a rendered probe, so that sampling stops at the token that training ends with.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from dcod_jax.data.reasoning import MARKS, Reasoning
+from dcod_jax.data.templates import TemplateError, render
+from dcod_jax.data.tokenizer import Tokenizer, chat_template
+from dcod_jax.errors import DcodError
+from dcod_jax.models.config import ModelConfig
+
+Message = dict[str, Any]  # {"role": ..., "content": ...}
+Text = tuple[str, list[tuple[int, int]]]  # and spans of it: characters [start, end)
+
+
+@functools.lru_cache(maxsize=4)
+def special_tokens(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """Any special token, as text."""
+    added = tokenizer.added_tokens_decoder.values()
+    names = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+    longest_first = sorted((name for name in names if name.strip()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def render_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    template: str,
+    prompt: bool = False,
+    tools: Sequence[Any] | None = None,
+) -> Text:
+    """Rendered text, and the spans of the template's generation markers."""
+    names: dict[str, Any] = dict(tokenizer.special_tokens_map)
+    names |= {"add_generation_prompt": prompt, "tools": list(tools) if tools else None}
+    try:
+        return render(template, messages, names)
+    except TemplateError as error:
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        raise DcodError(f"messages of the roles ({roles}): {error}") from error
+
+
+def shared_prefix(left: str, right: str) -> int:
+    differ = (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
+    return next(differ, min(len(left), len(right)))
+
+
+def opened(prompt: str) -> str:
+    """The mark of reasoning that a generation prompt ends with, or ""."""
+    return next((mark for mark in MARKS if prompt.rstrip().endswith(mark)), "")
+
+
+_PROBE = "7q3x"  # a text that no template writes
+
+
+@functools.lru_cache(maxsize=8)
+def end_text(tokenizer: Tokenizer, template: str) -> str:
+    """The end-of-turn token that the template writes behind a completion."""
+    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
+    text, _ = render_chat(tokenizer, probe, template=template)
+    found = special_tokens(tokenizer).search(text, text.rfind(_PROBE) + len(_PROBE))
+    if found is None:
+        raise DcodError("the chat template does not end an assistant turn with a special token")
+    return found.group(0)
+
+
+def _eos(tokenizer: Tokenizer) -> int | None:
+    eos: Any = tokenizer.eos_token_id
+    return None if eos is None else int(eos)
+
+
+def end_of_turn(tokenizer: Tokenizer) -> int | None:
+    """The id of the token that ends a supervised turn; None where the template tells of none."""
+    template = chat_template(tokenizer)
+    if template is None:
+        return _eos(tokenizer)
+    try:
+        text = end_text(tokenizer, template)
+    except DcodError:  # such a template cannot be trained with; its prompts can be answered
+        return None
+    return tokenizer.backend_tokenizer.token_to_id(text)
+
+
+def stop_ids(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids that end a completion: the model's, the tokenizer's eos, the template's end of turn."""
+    found = set(config.eos_token_ids)
+    found |= {end for end in (_eos(tokenizer), end_of_turn(tokenizer)) if end is not None}
+    if not found:
+        raise DcodError(
+            "neither the model's config.json (eos_token_id) nor its tokenizer (eos_token, chat "
+            "template) names a stop token; add one, or every completion would run to the length "
+            "limit"
+        )
+    return tuple(sorted(found))
+
+
+def reasoning_rule(tokenizer: Tokenizer, policy: str) -> Reasoning:
+    """How the tokenizer's template writes the reasoning of a message; <think> where it does not."""
+    rule, template = Reasoning(policy), chat_template(tokenizer)
+    if template is None:
+        return rule
+    asked = [{"role": "user", "content": "a"}]
+    answer = {"role": "assistant", "content": _PROBE, "reasoning_content": _PROBE[::-1]}
+    try:
+        prompt, _ = render_chat(tokenizer, asked, template=template, prompt=True)
+        text, _ = render_chat(tokenizer, [*asked, answer], template=template)
+    except DcodError:  # named where the first trace is encoded
+        return rule
+    before, thought, rest = text.partition(_PROBE[::-1])
+    closing, answered, _ = rest.partition(_PROBE)
+    opening = before[shared_prefix(before, prompt) :]
+    if mark := opened(prompt):
+        opening = prompt[prompt.rindex(mark) :]
+    if not thought or not answered or not opening.strip() or not closing.strip():
+        return rule
+    return Reasoning(policy, opening, closing)
