@@ -1,10 +1,13 @@
-# Everything a fresh machine needs is Python 3.11 or newer and the package index.
+# Everything a fresh machine needs is Python 3.11, 3.12 or 3.13 and the package index.
 PYTHON ?= python3.11
+NEWEST ?= python3.13
 VENV ?= .venv
 BIN := $(VENV)/bin
+LOCK ?=# requirements.lock: install the versions of CI in place of today's
+PIP = $(BIN)/pip install --quiet $(LOCK:%=-c %)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help quickstart quickstart-smollm2 test test-long test-lowest lint bench clean
+.PHONY: help quickstart quickstart-smollm2 test test-long test-lowest test-newest lock audit lint bench clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 22
@@ -13,11 +16,11 @@ help: ## this list
 $(VENV)/.run: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -e '.[gguf]'
+	$(PIP) -e '.[gguf]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.run
-	$(BIN)/pip install --quiet -e '.[test]'
+	$(PIP) -e '.[test]'
 	@touch $@
 
 quickstart: $(VENV)/.run ## distil the embedded student on two CPU cores (minutes, no downloads)
@@ -37,10 +40,25 @@ test-long: $(VENV)/.test models/SmolLM2-135M-Instruct-24L ## the long forms: the
 
 test-lowest: ## the suite on the lowest versions that pyproject.toml allows
 	$(PYTHON) -m venv $(VENV)-lowest
-	$(VENV)-lowest/bin/pip install --quiet --upgrade pip
-	$(PYTHON) tools/lowest.py > $(VENV)-lowest/constraints.txt
-	$(VENV)-lowest/bin/pip install --quiet -e '.[test]' -c $(VENV)-lowest/constraints.txt
+	$(VENV)-lowest/bin/pip install --quiet uv
+	$(VENV)-lowest/bin/uv pip install --quiet --python $(VENV)-lowest --resolution lowest-direct -e '.[test]'
 	$(VENV)-lowest/bin/python -m pytest -n 2 --dist loadfile
+
+test-newest: ## the suite on Python 3.13 and today's versions; in a Debian 13 root where 3.13 is not here
+	@$(NEWEST) --version || exec tools/debian13.sh make test-newest NEWEST=python3; \
+	set -ex; $(NEWEST) -m venv $(VENV)-newest; \
+	$(VENV)-newest/bin/pip install --quiet --upgrade pip; \
+	$(VENV)-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager -e '.[test]'; \
+	$(VENV)-newest/bin/python -m pytest -n 2 --dist loadfile
+
+lock: $(VENV)/.test ## write the versions of CI, today's for Python 3.11 to 3.13, to requirements.lock
+	$(BIN)/pip install --quiet uv
+	$(BIN)/uv pip compile --quiet pyproject.toml --extra test --universal --python-version 3.11 \
+	  --upgrade --no-annotate --custom-compile-command 'make lock' --output-file requirements.lock
+
+audit: $(VENV)/.test ## known vulnerabilities in the versions of CI; needs the index's advisories
+	$(BIN)/pip install --quiet pip-audit
+	$(BIN)/pip-audit --strict --disable-pip --no-deps -r requirements.lock
 
 lint: $(VENV)/.test ## ruff and pyright
 	$(BIN)/ruff check .
@@ -48,4 +66,4 @@ lint: $(VENV)/.test ## ruff and pyright
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pyright
 
 clean: ## remove the environment and everything the quickstart wrote
-	rm -rf $(VENV) $(VENV)-lowest runs models
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest runs models

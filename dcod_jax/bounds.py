@@ -46,6 +46,19 @@ class Bound:
                 return f"{name}{found[0]}", found[1], found[2]
         return None
 
+    def kept(self, value: Any) -> Any:
+        """A value that holds, without the fields of objects that the bound does not name."""
+        for other in self.others:
+            if type(value) in other.types:
+                return other.kept(value)
+        if isinstance(value, dict) and self.fields is not None:
+            return {key: of.kept(value[key]) for key, of in self.fields.items() if key in value}
+        if self.items is None or value is None:
+            return value
+        if isinstance(value, dict):
+            return {key: self.items.kept(part) for key, part in value.items()}
+        return [self.items.kept(part) for part in value]
+
     def _parts(self, value: Any) -> list[tuple[str, Any, Bound]]:
         found = []
         if self.items is not None:

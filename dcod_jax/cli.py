@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import importlib
 import os
+import pathlib
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 from dcod_jax import __version__, logs
 from dcod_jax import config as configs
-from dcod_jax.errors import DcodError, nearest
+from dcod_jax.errors import EXIT_INTERRUPTED, DcodError, nearest
+from dcod_jax.files import as_path
 
 ALONE = ("drift", "report", "plan")  # verbs of one process
 OWN = ("hosts.process_id", "train.progress", "log_level")  # keys that each process has for itself
@@ -54,11 +60,7 @@ VERBS: dict[str, Verb] = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry of `dcod`."""
-    with _readable_end():
-        _main(sys.argv[1:] if argv is None else list(argv))
-
-
-def _main(words: list[str]) -> None:
+    words = sys.argv[1:] if argv is None else list(argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(overview())
     elif words[0] in ("-V", "--version"):
@@ -86,7 +88,12 @@ def overview() -> str:
 
 def run(verb: str, argv: Sequence[str] | None = None) -> None:
     """Entry of `dcod <verb>` and `python -m dcod_jax.<verb>`."""
-    entry, words = VERBS[verb], sys.argv[1:] if argv is None else list(argv)
+    with _readable_end():
+        _run(verb, sys.argv[1:] if argv is None else list(argv))
+
+
+def _run(verb: str, words: list[str]) -> None:
+    entry = VERBS[verb]
     if verb == "doctor":
         from dcod_jax.doctor import doctor
 
@@ -117,21 +124,77 @@ def _readable_end() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
         raise SystemExit(141) from None  # as a shell says of SIGPIPE
+
+
+class _Terminated(SystemExit):
+    """SIGTERM came where no state but that on disk is needed to go on."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated(EXIT_INTERRUPTED)
 
 
 @contextlib.contextmanager
 def _reported(verb: str) -> Iterator[None]:
-    """A DcodError is printed as it is, with exit code 1; Ctrl-C ends with 130."""
+    """An error that a user can mend is printed as it is, with exit code 1.
+
+    Ctrl-C ends with 130, SIGTERM with EXIT_INTERRUPTED; `train` saves first while it trains.
+    """
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminate) if main_thread else None
     try:
         yield
-    except DcodError as error:
-        print(f"dcod_jax.{verb}: error: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        raise  # of `| head`, see _readable_end
+    except (DcodError, OSError) as error:
+        print(f"dcod_jax.{verb}: error: {_message(error)}", file=sys.stderr)
         raise SystemExit(1) from None
+    except _Terminated:
+        print(f"dcod_jax.{verb}: terminated; the same command goes on", file=sys.stderr)
+        raise
     except KeyboardInterrupt:
         print(f"dcod_jax.{verb}: interrupted; the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _message(error: DcodError | OSError) -> str:
+    """A DcodError's own text; of the system's refusal the file, the reason and what to do."""
+    if isinstance(error, DcodError):
+        return str(error)
+    if error.errno is None:
+        return f"{error}; the same command goes on once it is mended"
+    names = " and ".join(str(name) for name in (error.filename, error.filename2) if name)
+    hint = _HINTS.get(error.errno, "the same command goes on once it is mended")
+    return f"{names}{': ' if names else ''}{error.strerror}; {hint}"
+
+
+_HINTS = {
+    errno.ENOSPC: "free space and start the same command again",
+    errno.EDQUOT: "free space and start the same command again",
+    errno.EROFS: "the disk is read-only: set the path to another one",
+    errno.EACCES: "set the path to one that you may read and write",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ELOOP: "a symbolic link leads to itself: set the path to another one",
+    errno.ENOTDIR: "a part of this path is a file: set the path to another one",
+    errno.EISDIR: "this is a directory: set the path to a file",
+}
+
+
+def _check_run_dir(directory: str) -> None:
+    """Raise DcodError where run_dir is a file, below one, or a link that leads to itself."""
+    path = as_path(directory)
+    while isinstance(path, pathlib.Path) and not path.is_dir():
+        if path.is_symlink() or path.exists():
+            what = "a link that leads nowhere" if path.is_symlink() else "no directory"
+            raise DcodError(f"run_dir={directory}: {path} is {what}; set run_dir to another place")
+        path = path.parent
 
 
 def run_config_verb(
@@ -146,6 +209,7 @@ def run_config_verb(
         config = configs.load(sys.argv[1:] if argv is None else argv, verb=verb)
         from dcod_jax.parallel import hosts
 
+        _check_run_dir(config.run_dir)
         logs.configure(config.log_level)
         if verb in ALONE:
             hosts.refuse_peers(config.hosts, verb)

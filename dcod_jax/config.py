@@ -37,6 +37,11 @@ def load(argv: Sequence[str], *, verb: str) -> Any:
     """
     recipe, overrides, wants_help = _parse(argv)
     config = load_recipe(recipe or (STUDY if verb == "study" else BASE))
+    if lacking := [key for key in keys(load_recipe(BASE)) if key not in keys(config)]:
+        raise DcodError(
+            f"{recipe}: get_config() returned a config without {lacking[0]!r}; begin with "
+            "`from dcod_jax.configs.base import get_config` and change what it returns"
+        )
     for key, text in overrides:
         assign(config, key, text)
     if wants_help:
@@ -88,7 +93,8 @@ def load_recipe(path: Location) -> Any:
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
-    except (AttributeError, KeyError, TypeError, ValueError, ImportError, SyntaxError) as error:
+    # A recipe is the user's own code and may raise anything.
+    except (Exception, SystemExit) as error:
         raise DcodError(_recipe_error(path, error)) from error
     finally:
         sys.path.remove(str(path.parent))
@@ -116,14 +122,16 @@ def shipped_recipes() -> list[str]:
     return sorted(file.stem for file in BASE.parent.glob("[a-z]*.py") if file != BASE)
 
 
-def _recipe_error(path: Path, error: Exception) -> str:
+def _recipe_error(path: Path, error: BaseException) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if as_path(f.filename) == path]
-    line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else 0
-    text = str(error)
+    line = frames[-1].lineno if frames else None
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        line = error.lineno
+    text = f"{error} ({type(error).__name__})"
     unknown = re.search(r'Key "(\w+)" does not exist', text)
     if unknown:
         text = f"unknown key {unknown[1]!r}{nearest(unknown[1], comments())}"
-    return f"{path}:{line}: {text}"
+    return f"{path}{f':{line}' if line else ''}: {text}"
 
 
 def assign(config: Any, key: str, text: str) -> None:

@@ -20,6 +20,7 @@ from dcod_jax.train.optim import DECAYS
 CHOICES = {
     "log_level": ("debug", "info", "warning", "error"),
     "student.compute_dtype": ("bfloat16", "float32"),
+    "train.gradient_dtype": ("float32", "bfloat16"),
     "student.remat": ("none", "dots", "full", "offload", "auto"),
     "teacher.dtype": ("bfloat16", "float32"),
     "export.dtype": ("bfloat16", "float32", "float16"),
@@ -51,7 +52,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "drift.samples drift.max_new_tokens drift.batch_size drift.resamples "
         "report.points report.histogram_traces plan.slices "
         "study.seeds study.tuning_seeds study.width study.layers study.start_learning_rate "
-        "study.start_problems study.traces study.problems",
+        "study.start_problems study.traces study.problems study.drift_length",
     ),
     "not be negative": (
         lambda x: x >= 0,
@@ -61,6 +62,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "train.eval_batches train.save_every train.local_every generate.temperature "
         "generate.top_k evaluate.limit evaluate.temperature evaluate.top_k evaluate.shots "
         "data.head_tokens on_policy.temperature drift.limit report.traces plan.hbm_gib "
+        "hosts.processes "
         "study.start_steps study.noise study.drift_prompts",
     ),
     "be a finite number > 0": (
@@ -79,8 +81,15 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "loss.alpha loss.beta loss.taid_end loss.taid_alpha on_policy.fraction",
     ),
     "be in (0, 1]": (lambda x: 0 < x <= 1, "generate.top_p evaluate.top_p"),
+    "be -1 or at least 1": (
+        lambda x: x == -1 or x >= 1,
+        "mesh.data mesh.fsdp mesh.tensor mesh.context mesh.slices",
+    ),
+    "be -1 or more": (lambda x: x >= -1, "export.step hosts.process_id"),
     "be between 0 and 1": (lambda x: 0 < x < 1, "loss.skew loss.weights.target_mean"),
 }
+LARGEST = 2**31 - 1  # of a whole number: steps and sizes are int32 on the device
+NAME = re.compile(r"\w[\w.+%=-]{0,99}")  # of a directory that a variant or a problem set gets
 BECAUSE = {
     "loss.skew": "at the ends skew KL is a plain KL (loss.divergence=forward_kl or reverse_kl) or "
     "nothing",
@@ -102,6 +111,49 @@ def _range_errors(flat: dict[str, Any]) -> list[str]:
                 continue
             why = f"; {BECAUSE[key]}" if key in BECAUSE else ""
             wrong.append(f"{key}={value} must {must}{why}")
+    return wrong
+
+
+def _value_errors(flat: dict[str, Any]) -> list[str]:
+    """Values that no key can have: not finite, beyond int32, no text of a path, mixed tuples."""
+    wrong = []
+    for key, value in flat.items():
+        parts = value if isinstance(value, tuple) else (value,)
+        texts = all(isinstance(part, str) for part in parts)
+        numbers = key.startswith("study.") and all(type(part) in (int, float) for part in parts)
+        fault = ""
+        if isinstance(value, tuple) and not texts and not numbers:
+            fault = "hold texts"
+        for part in parts:
+            if isinstance(part, float) and not math.isfinite(part):
+                fault = "be a finite number"
+            elif isinstance(part, int) and not -LARGEST <= part <= LARGEST:
+                fault = f"be a whole number from {-LARGEST} to {LARGEST}"
+            elif isinstance(part, str) and (
+                "\0" in part or part != part.encode(errors="ignore").decode()
+            ):
+                fault = "be a text without NUL characters and half surrogates"
+        if fault:
+            wrong.append(f"{key}={str(value)[:80]!r} must {fault}")
+    return wrong
+
+
+def _variant_errors(flat: dict[str, Any]) -> list[str]:
+    """Variants of `compare` that would not get a directory of their own in run_dir."""
+    wrong, names = [], []
+    for text in flat["compare"]:
+        name, *changes = text.split() or [""]
+        names.append(name)
+        if not NAME.fullmatch(name):
+            wrong.append(
+                f"compare: {text[:80]!r} must begin with a name of letters, digits and ._+-%, "
+                'which is its directory in run_dir: "sft loss.weights.name=uniform"'
+            )
+        for change in changes:
+            if change.partition("=")[0] in ("run_dir", "compare"):
+                wrong.append(f"compare: {name} must not change {change}; its directory is its name")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        wrong.append(f"compare: {', '.join(twice)} is named more than once")
     return wrong
 
 
@@ -195,9 +247,13 @@ def _sampling_errors(flat: dict[str, Any]) -> list[str]:
     names = []
     for entry in flat["evaluate.sets"]:
         try:
-            names.append(parse_set(str(entry))[0])
+            name, place, *_ = parse_set(entry)
         except ValueError as error:
             wrong.append(str(error))
+            continue
+        names.append(name)
+        if place and not NAME.fullmatch(name):
+            wrong.append(f"evaluate.sets: {name!r} must be of letters, digits and ._+-%")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         wrong.append(f"evaluate.sets: {', '.join(twice)} is named more than once")
@@ -206,7 +262,9 @@ def _sampling_errors(flat: dict[str, Any]) -> list[str]:
 
 def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
     """What is wrong in {dotted key: value} and its loss record; empty if all is well."""
-    wrong: list[str] = []
+    if wrong := _value_errors(flat):
+        return wrong  # the other checks compute with the values
+    wrong += _variant_errors(flat)
     for key, allowed in CHOICES.items():
         if flat[key] not in allowed:
             hint = nearest(str(flat[key]), allowed)
@@ -236,6 +294,11 @@ def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
         wrong.append(
             f"data.batch_size={flat['data.batch_size']} must be a multiple of "
             f"train.microbatches={flat['train.microbatches']}"
+        )
+    if flat["train.gradient_dtype"] == "bfloat16" != flat["student.compute_dtype"]:
+        wrong.append(
+            "train.gradient_dtype=bfloat16 needs student.compute_dtype=bfloat16: float32 gradients "
+            "are not rounded for their sum"
         )
     if flat["student.path"] and flat["student.config"]:
         wrong.append("student.path and student.config are both set: weights from one or none")

@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 
 from dcod_jax.errors import DcodError
 
+_ENDS = 1 << 16  # bytes that are read of a file to see whose it is
 UPLOADING = ".dcod_jax-uploading"  # object in a directory whose publication has not ended
 
 
@@ -268,6 +269,27 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise DcodError(f"{path}: expected a JSON object, found {type(found).__name__}")
     return found
+
+
+def check_own(path: Path, *marks: str) -> Path:
+    """The path, where nothing is there yet or a file whose two ends hold all marks.
+
+    Raises DcodError for anything else: only what the program wrote itself is ever replaced.
+    """
+    if not (path.exists() or (isinstance(path, pathlib.Path) and path.is_symlink())):
+        return path
+    seen = b""
+    if path.is_file():
+        with path.open("rb") as file:
+            seen = file.read(_ENDS)
+            file.seek(max(file_size(path) - _ENDS, 0))
+            seen += file.read(_ENDS)
+        if not seen or all(mark.encode() in seen for mark in marks):
+            return path
+    raise DcodError(
+        f"{path} exists and was not written by this program (it lacks {', '.join(marks)}); it is "
+        "left as it is: move it away, or set the path to another place"
+    )
 
 
 @contextlib.contextmanager

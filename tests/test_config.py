@@ -6,6 +6,7 @@ import pytest
 
 from dcod_jax import config, config_checks
 from dcod_jax.errors import DcodError
+from dcod_jax.train import settings
 
 BASE = ["--config", str(config.BASE)]
 
@@ -100,6 +101,92 @@ def test_a_mistake_in_a_recipe_is_named_with_its_line(tmp_path, body, said):
     with pytest.raises(DcodError) as caught:
         config.load(recipe(tmp_path, body), verb="train")
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (["1 / 0"], "mine.py:5: division by zero (ZeroDivisionError)"),
+        (["raise RuntimeError('no disk')"], "mine.py:5: no disk (RuntimeError)"),
+        (["open('/no/such/file')"], "mine.py:5: [Errno 2] No such file"),
+        (["raise SystemExit(3)"], "mine.py:5: 3 (SystemExit)"),
+        (["assert c.seed == 7"], "mine.py:5:  (AssertionError)"),
+        (["def f(): return f()", "f()"], "(RecursionError)"),
+        (
+            ["from ml_collections import ConfigDict", "c = ConfigDict()"],
+            "returned a config without",
+        ),
+        (["return 3"], "get_config() returned int, not a ConfigDict"),
+        (["c.run_dir = 'a\\0b'"], "must be a text without NUL characters"),
+    ],
+)
+def test_a_recipe_may_raise_anything(tmp_path, body, said):
+    with pytest.raises(DcodError) as caught:
+        config.load(recipe(tmp_path, body), verb="train")
+    assert said in str(caught.value)
+    assert "mine.py" in str(caught.value) or "run_dir" in str(caught.value)
+
+
+def test_a_recipe_without_get_config_or_with_a_broken_import_is_named(tmp_path):
+    file = tmp_path / "mine.py"
+    for text, said in (("", "get_config"), ("\0", "null bytes"), ("import nowhere", "nowhere")):
+        file.write_text(text)
+        with pytest.raises(DcodError, match=rf"mine\.py.*{said}"):
+            config.load(["--config", str(file)], verb="train")
+
+
+NO_NUMBERS = (float("nan"), float("inf"), -float("inf"))
+NO_NAMES = ("../../x", "..", ".", "a/b", "/a", "a\\b", ".hidden", "", "x" * 200)
+
+
+def test_every_number_of_the_config_has_a_range_and_refuses_nonsense():
+    flat = config.keys(config.load_recipe(config.STUDY))
+    ranged = {key for _, keys in config_checks.RANGES.values() for key in keys.split()}
+    for key, value in flat.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        assert key in ranged, f"{key} is in no range of config_checks.RANGES"
+        wrong = NO_NUMBERS if isinstance(value, float) else (10**20, -(10**20), 2**31)
+        for one in wrong:
+            assert any(key in text for text in errors(flat, {key: one})), (key, one)
+    for key in ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", "mesh.slices"):
+        assert errors(flat, {key: 0}) == [f"{key}=0 must be -1 or at least 1"]
+        assert errors(flat, {key: -2})
+    assert errors(flat, {"export.step": -2})
+    assert not errors(flat, {})
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_names_of_directories_are_names(name):
+    flat = config.keys(config.load_recipe(config.STUDY))
+    assert any("compare" in text for text in errors(flat, {"compare": (name,)}))
+    assert any("sets" in text for text in errors(flat, {"evaluate.sets": (f"{name}=f.jsonl",)}))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"compare": ("a seed=1", "a seed=2")}, "compare: a is named more than once"),
+        ({"compare": ("a run_dir=/etc",)}, "a must not change run_dir=/etc"),
+        ({"compare": (3,)}, ""),
+        ({"report.runs": (["a"],)}, "report.runs"),
+        ({"evaluate.stop": ("a", 3)}, "hold texts"),
+        ({"prepare.overlap_files": ("a\0",)}, "prepare.overlap_files"),
+        ({"student.path": "a\ud800"}, "half surrogates"),
+    ],
+)
+def test_texts_and_lists_of_texts_are_checked(change, said):
+    flat = config.keys(config.load_recipe(config.STUDY))
+    found = errors(flat, change)
+    assert found
+    assert said in found[0]
+
+
+def errors(flat, change):
+    return config_checks.config_errors(
+        flat | change,
+        settings.loss_config(config.to_config(config.load_recipe(config.BASE).to_dict())),
+    )
 
 
 def test_help_lists_every_key_with_its_comment(capsys):

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dcod_jax"
 # A file imports from files before it in this order only; a line is a level of docs/design.md.
 LEVELS = """
     configs.base configs.study
-    errors bounds types files copies
+    errors bounds types seeds files copies
     parallel.mesh parallel.collectives parallel.exit_report parallel.monitor parallel.hosts logs
     models.config models.layers models.attention models.transformer models.cached models.tensors
     losses.head losses.events losses.distributions losses.divergences losses.weights
@@ -30,7 +30,7 @@ LEVELS = """
     prepare.delivered prepare.overlap prepare.filters
     generate_traces.command prepare.command score.command inspect.arguments inspect.command
     drift.curves drift.scores
-    train.setup train.on_policy export.command evaluate.command
+    train.setup train.on_policy export.card export.command evaluate.command
     evaluate.lm_eval_model drift.command report.arguments report.data report.traces report.command
     plan.chips plan.hlo plan.programs plan.estimate plan.command
     train.telemetry train.loop train.command

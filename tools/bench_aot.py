@@ -60,6 +60,7 @@ LONG = {"data.seq_len": 32768, "data.max_length": 32768}
 ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "nll": (QWEN_1B, {}),
     "nll-plain": (QWEN_1B, PLAIN),
+    "nll-bfloat16-sums": (QWEN_1B, {"train.gradient_dtype": "bfloat16"}),
     "topk": (QWEN_1B, TOP_K),
     "live": (QWEN_1B, LIVE),
     "nll-256": (QWEN_1B, {"data.batch_size": 256}),

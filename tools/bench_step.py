@@ -131,7 +131,7 @@ def our_step(args: argparse.Namespace, model_config: Any, loss: Any) -> tuple[An
     )  # fmt: skip
     optimizer, schedule = make_optimizer(optim, 1000)
     teacher = TeacherModel(model_config, jnp.float32) if loss.config.teacher == "live" else None
-    forward = Forward(model_config, loss, jnp.float32, args.remat, teacher)
+    forward = Forward(model_config, loss, jnp.float32, remat=args.remat, teacher=teacher)
     step = make_train_step(forward, optimizer, schedule, batch_size=BATCH)
     params = jax.jit(init_params, static_argnums=0)(model_config, jax.random.key(0))
     return step, init_state(params, optimizer, mesh=loss.head.mesh, model_config=model_config)

@@ -24,6 +24,7 @@ from scipy import stats
 
 from dcod_jax.configs.study import study_keys
 from dcod_jax.errors import DcodError
+from dcod_jax.evaluate.statistics import equal, unanimous
 from dcod_jax.study.conditions import MAIN, from_hex, read_results
 from dcod_jax.study.domain import SETS
 
@@ -43,13 +44,15 @@ class Estimate(NamedTuple):
     high: float
 
 
-def crossed_mean(values: np.ndarray) -> Estimate:
-    """Mean of [seeds, problems] and its 95 % interval for new seeds and new problems.
+def crossed_mean(values: np.ndarray, least: float = 0.0) -> Estimate:
+    """Mean of [seeds, problems], in [least, 1], and its 95 % interval for new seeds and problems.
 
     Two-way crossed random effects without replication: with MS_s, MS_p, MS_e the mean squares of
     seeds, problems and the rest, Var(mean) = (MS_s + MS_p - MS_e) / (S P), in which neither of the
     first two counts for less than MS_e; Student's t with Satterthwaite's degrees of freedom
-    (Satterthwaite 1946). A single seed or problem gives no interval.
+    (Satterthwaite 1946). A single seed or problem gives no interval. Where every value is the same
+    the interval is that of as many equal values as there are seeds, or problems where they are
+    fewer (dcod_jax.evaluate.statistics.unanimous).
     """
     seeds, problems = values.shape
     mean = float(values.mean())
@@ -66,16 +69,16 @@ def crossed_mean(values: np.ndarray) -> Estimate:
     )
     total = squares[0] + squares[1] - squares[2]
     if total <= 0:  # every value is the same
-        return Estimate(mean, mean, mean)
+        return Estimate(mean, *unanimous(mean, min(seeds, problems), (least, 1.0)))
     freedom = total**2 / sum(s**2 / f for s, f in zip(squares, free, strict=True))
     spread = float(stats.t.ppf(0.975, freedom)) * math.sqrt(total / (seeds * problems))
     return Estimate(mean, mean - spread, mean + spread)
 
 
 def seed_mean(values: Sequence[float]) -> Estimate:
-    """Mean over seeds with Student's 95 % interval."""
+    """Mean over seeds with Student's 95 % interval; equal values, or a single one, have none."""
     mean = float(np.mean(values))
-    if len(values) < 2:
+    if equal(np.asarray(values)):
         return Estimate(mean, math.nan, math.nan)
     spread = float(stats.t.ppf(0.975, len(values) - 1)) * float(stats.sem(values))
     return Estimate(mean, mean - spread, mean + spread)
@@ -147,13 +150,13 @@ class Study:
     def difference(self, one: Arm, base: Arm, name: str) -> Estimate:
         """Accuracy of one arm minus that of another."""
         first, second = zip(*self.pairs(one, base), strict=True)
-        return crossed_mean(self.correct(one, name, first) - self.correct(base, name, second))
+        return crossed_mean(self.correct(one, name, first) - self.correct(base, name, second), -1.0)
 
     def gain(self, arm: Arm, name: str) -> Estimate:
         """Accuracy minus that of the start that each run began from."""
         lines = self.runs[arm].values()
         starts = self.correct(arm, name, lines, of="start")
-        return crossed_mean(self.correct(arm, name, lines) - starts)
+        return crossed_mean(self.correct(arm, name, lines) - starts, -1.0)
 
     def starts(self, condition: str, name: str) -> np.ndarray:
         """Accuracy of the condition's starts, one for each seed."""

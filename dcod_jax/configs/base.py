@@ -121,6 +121,7 @@ def get_config() -> Any:
     c.train = ConfigDict()
     c.train.steps = 1000  # optimizer steps
     c.train.microbatches = 1  # pieces a batch is split into for gradient accumulation
+    c.train.gradient_dtype = "float32"  # float32 | bfloat16: of sums of gradients between devices
     c.train.log_every = 10  # steps between metric lines
     c.train.eval_every = 100  # steps between held-out losses; 0: never
     c.train.eval_batches = 0  # held-out batches; 0: all
@@ -171,7 +172,7 @@ def get_config() -> Any:
 
     c.evaluate = ConfigDict()
     c.evaluate.problems = ""  # held-out problems JSONL (prompt, answer)
-    c.evaluate.sets = ()  # benchmarks: gsm8k, math500, ... (docs/evaluation.md), or name=FILE.jsonl
+    c.evaluate.sets = ()  # benchmarks (docs/evaluation.md), "name=FILE [prompt_field=…] …"
     c.evaluate.limit = 0  # problems to take of each; 0: all
     c.evaluate.samples = 1  # answers for each problem: pass@1 is their mean, pass@k, maj@k
     c.evaluate.temperature = 0.0  # sampling temperature; 0: greedy
@@ -183,6 +184,7 @@ def get_config() -> Any:
     c.evaluate.shots = 0  # worked examples before each problem
     c.evaluate.exemplars = ""  # JSONL of worked {prompt, completion}; empty: eight built in
     c.evaluate.instruction = "auto"  # text after each problem; auto: the benchmark's own
+    c.evaluate.grade_truncated = False  # the last number of an answer that was cut off counts
     c.evaluate.max_new_tokens = 256  # longest answer
     c.evaluate.batch_size = 64  # sequences decoded together
 

@@ -60,7 +60,9 @@ class BlockFiles(Blocks):
     def finished(self) -> tuple[dict[str, Any] | None, str]:
         """(manifest, "") of a finished result of this request; (None, what is there or "")."""
         if not self.paths[0].exists():
-            return None, ""
+            others = [path.name for path in self.paths[1:] if path.exists()]
+            own = self.manifest.exists() or self.directory.is_dir()  # of an interrupted start
+            return None, "" if own or not others else f"beside a {others[0]} of something else"
         if not self.manifest.exists():
             return None, "by something else (it has no manifest)"
         found = read_json(self.manifest)

@@ -104,7 +104,11 @@ def encode(trace: Trace) -> bytes:
 
 def _parts(record: bytes) -> list[bytes]:
     """The bytes of each array (absent ones are empty), of the mask, the id and the meta."""
-    _, flags, name, n, C, K, meta = _HEADER.unpack_from(record)
+    if len(record) < _HEADER.size:
+        raise DcodError(f"a record of {len(record)} bytes is shorter than its header")
+    version, flags, name, n, C, K, meta = _HEADER.unpack_from(record)
+    if version != RECORD_VERSION:
+        raise DcodError(f"record version {version}, expected {RECORD_VERSION}")
     top = C if flags & _TOPK else 0
     sizes = (4 * n, 4 * C * (flags & _LOGPROBS), 4 * top, 4 * top * K, 2 * top * K)
     parts, start = [], _HEADER.size
@@ -113,6 +117,9 @@ def _parts(record: bytes) -> list[bytes]:
         start += size
     if start != len(record):
         raise DcodError(f"a record of {len(record)} bytes, expected {start} by its header")
+    mask = int.from_bytes(parts[5], "little")
+    if mask.bit_count() != C or mask.bit_length() > n:
+        raise DcodError(f"a record whose mask does not have the {C} tokens of its header")
     return parts
 
 
@@ -121,20 +128,21 @@ def decode(record: bytes) -> Trace:
 
     Raises DcodError when the record has another version or its sizes do not add up.
     """
-    if len(record) < _HEADER.size:
-        raise DcodError(f"a record of {len(record)} bytes is shorter than its header")
-    version, flags, _, n, C, K, _ = _HEADER.unpack_from(record)
-    if version != RECORD_VERSION:
-        raise DcodError(f"record version {version}, expected {RECORD_VERSION}")
     *arrays, mask, name, meta = _parts(record)
+    _, flags, _, n, C, K, _ = _HEADER.unpack_from(record)
     fields: dict[str, Any] = {}
     for (field, (dtype, flag)), content in zip(_ARRAYS.items(), arrays, strict=True):
         if flag & flags == flag:
             array = np.frombuffer(content, dtype)
             fields[field] = array.reshape(C, K) if field.startswith("topk") else array
     bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=n, bitorder="little")
-    meta = json.loads(meta) if meta else {}
-    return Trace(name.decode(), completion_mask=bits.astype(bool), meta=meta, **fields)
+    try:
+        own, identity = json.loads(meta) if meta else {}, name.decode()
+    except (ValueError, RecursionError) as error:
+        raise DcodError(f"a record whose id or meta cannot be read: {error}") from error
+    if not isinstance(own, dict):
+        raise DcodError(f"a record whose meta is a {type(own).__name__}, not an object")
+    return Trace(identity, completion_mask=bits.astype(bool), meta=own, **fields)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,6 +31,7 @@ import numpy as np
 # The compiled reader and writer; they come without type stubs.
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
+from dcod_jax.bounds import array, check, flag, mapping, optional, text, whole
 from dcod_jax.copies import local_copy
 from dcod_jax.data.codec import decode, encode, score_kind
 from dcod_jax.errors import DcodError
@@ -52,7 +53,18 @@ FORMAT = "dcod_jax.traces"
 VERSION = 1
 MANIFEST = "manifest.json"
 LENGTHS = "lengths.npy"
-_FIELDS = {"shards": list, "lengths": dict, "totals": dict, "scored": bool, "top_k": int}
+_SIZE = whole(0, 1 << 53)
+_FILE = {"file": text(255), "bytes": _SIZE, "sha256": text(64)}
+_TOTALS = ("records", "tokens", "completion_tokens")
+_MADE_BY = optional(mapping({"fingerprint": optional(text()), "weights": optional(text())}))
+_FIELDS = {
+    "shards": array(mapping({**_FILE, **dict.fromkeys(_TOTALS, _SIZE)}), fewest=1, most=1 << 20),
+    "lengths": mapping(_FILE),
+    "totals": mapping(dict.fromkeys(_TOTALS, _SIZE)),
+    "scored": flag(),
+    "top_k": whole(0, 1 << 24),
+    **dict.fromkeys(("tokenizer", "template", "teacher"), _MADE_BY),
+}
 _OWN_FILES = (
     "traces-*.array_record scored-*.array_record *.array_record.tmp *.json.tmp lengths.npy*"
 )
@@ -92,18 +104,25 @@ def read_manifest(directory: Location) -> dict[str, Any]:
         manifest = from_json(path.read_bytes())
     except ValueError as error:
         raise DcodError(f"{path} is not valid JSON ({error}); prepare the dataset again") from error
+    if not isinstance(manifest, dict):
+        raise DcodError(f"{path}: expected a JSON object, found {type(manifest).__name__}")
     found = (manifest.get("format"), manifest.get("version"))
     if found != (FORMAT, VERSION):
         raise DcodError(
-            f"{path}: expected format {FORMAT} version {VERSION}, found {found[0]} "
-            f"version {found[1]}; prepare the dataset again with this version of dcod_jax"
+            f"{path}: expected format {FORMAT} version {VERSION}, found {str(found[0])[:80]} "
+            f"version {str(found[1])[:80]}; prepare the dataset again with this version of dcod_jax"
         )
-    wrong = [name for name, kind in _FIELDS.items() if not isinstance(manifest.get(name), kind)]
-    if wrong or not manifest["shards"]:
-        raise DcodError(
-            f"{path}: {', '.join(wrong) or 'shards'} missing or of a wrong type; the file was "
-            "edited or damaged: restore it, or prepare the dataset again"
-        )
+    check(manifest, _FIELDS, source=path)
+    shards = manifest["shards"]
+    for entry in (*shards, manifest["lengths"]):
+        if not entry["file"] or set(entry["file"]) & set("/\\\0") or entry["file"] == "..":
+            raise DcodError(f"{path}: {entry['file']!r} is no file beside it; {_MEND}")
+    for name in _TOTALS:
+        if (total := sum(shard[name] for shard in shards)) != manifest["totals"][name]:
+            raise DcodError(
+                f"{path}: totals.{name}={manifest['totals'][name]}, the shards have {total}; the "
+                f"file was edited or damaged: {_MEND}"
+            )
     return manifest
 
 
@@ -247,17 +266,39 @@ class DatasetWriter:
         lengths = io.BytesIO()
         np.save(lengths, np.asarray(self._lengths, "<i4"))
         replace_file(self._directory / LENGTHS, lengths.getvalue())
-        totals = ("records", "tokens", "completion_tokens")
         own = {
             "format": FORMAT,
             "version": VERSION,
             "shards": self._shards,
             "lengths": file_entry(self._directory / LENGTHS),
-            "totals": {name: sum(shard[name] for shard in self._shards) for name in totals},
+            "totals": {name: sum(shard[name] for shard in self._shards) for name in _TOTALS},
             "scored": self._kind[0],
             "top_k": self._kind[1],
         }
         write_manifest(self._directory, self.manifest | own)
+
+
+def _read_lengths(path: Path, records: int) -> np.ndarray:
+    """int32 [records, 2]; the announced shape is compared before anything is allocated for it."""
+    content = path.read_bytes()
+    file = io.BytesIO(content)
+    try:
+        np.lib.format.read_magic(file)
+        announced = np.lib.format.read_array_header_1_0(file)
+    except (ValueError, SyntaxError, TypeError, RecursionError) as error:
+        raise DcodError(
+            f"{path}: not what the dataset's writer writes ({error}); {_MEND}"
+        ) from error
+    expected = ((records, 2), False, np.dtype("<i4"))
+    if announced != expected or len(content) - file.tell() != 8 * records:
+        raise DcodError(
+            f"{path}: {len(content)} bytes of {announced}, expected {expected}; {_MEND}"
+        )
+    lengths = np.frombuffer(content, "<i4", offset=file.tell()).reshape(records, 2)
+    tokens, completion = lengths.T
+    if not ((completion >= 1) & (completion < tokens)).all():
+        raise DcodError(f"{path}: a trace without a prompt or a completion token; {_MEND}")
+    return lengths
 
 
 class TraceDataset:
@@ -274,8 +315,10 @@ class TraceDataset:
         _check_file(self.directory, lengths, verify=True)
         for shard in self._shards:
             _check_file(self.directory, shard, verify=verify)
-        content = (self.directory / lengths["file"]).read_bytes()
-        self.lengths: np.ndarray = np.load(io.BytesIO(content))  # [N, 2]: tokens, completion tokens
+        # [N, 2]: tokens, completion tokens
+        self.lengths = _read_lengths(
+            self.directory / lengths["file"], self.manifest["totals"]["records"]
+        )
         self.scored: bool = self.manifest["scored"]
         self.top_k: int = self.manifest["top_k"]
         self.starts = np.cumsum([0, *(shard["records"] for shard in self._shards)])  # of shards
@@ -289,9 +332,14 @@ class TraceDataset:
         if shard not in self._readers:
             entry = self._shards[shard]
             path = local_copy(self.directory / entry["file"], sha256=entry["sha256"])
-            self._readers[shard] = array_record_module.ArrayRecordReader(
+            reader = array_record_module.ArrayRecordReader(
                 str(path), _READER_OPTIONS, file_reader_buffer_size=1 << 12
             )
+            if (count := reader.num_records()) != entry["records"]:
+                raise DcodError(
+                    f"{path} has {count} records, {MANIFEST} says {entry['records']}; {_MEND}"
+                )
+            self._readers[shard] = reader
         return self._readers[shard]
 
     def read_records(self, indices: Sequence[int] | np.ndarray) -> list[bytes]:

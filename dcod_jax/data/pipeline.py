@@ -12,9 +12,11 @@ batch, and a position is two numbers, the same on every host and for every numbe
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import functools
 import hashlib
+import weakref
 from typing import Any
 
 import grain
@@ -22,6 +24,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dcod_jax import seeds
 from dcod_jax.data import packing
 from dcod_jax.data.codec import decode_columns
 from dcod_jax.data.dataset import TraceDataset
@@ -71,8 +74,8 @@ class RowStream(grain.IterDataset):
         order = np.arange(len(lengths))
         if self.shuffle is not None:
             # Raw bits and a stable sort: NumPy promises both to stay the same across versions.
-            bits = np.random.Philox(np.random.SeedSequence((self.shuffle, epoch)))
-            order = np.argsort(bits.random_raw(len(lengths)), kind="stable")
+            raw = seeds.bits(self.shuffle, "shuffle", epoch).random_raw(len(lengths))
+            order = np.argsort(raw, kind="stable")
         rows = packing.first_fit(
             lengths[order, 0],
             self.reading.seq_len,
@@ -155,7 +158,15 @@ def _open(dataset: TraceDataset, reading: Reading, seed: int | None) -> grain.Da
     ahead = grain.experimental.ThreadPrefetchIterDataset(
         RowStream(dataset, reading, seed), prefetch_buffer_size=reading.prefetch
     )
-    return iter(ahead)
+    batches = iter(ahead)
+    atexit.register(_end_thread, weakref.ref(batches))
+    return batches
+
+
+def _end_thread(reference: weakref.ref[grain.DatasetIterator]) -> None:
+    """From Python 3.13 on, a thread in native code when the interpreter ends aborts the process."""
+    if (batches := reference()) is not None:
+        batches.close()
 
 
 def train_batches(dataset: TraceDataset, *, seed: int, **reading: Any) -> grain.DatasetIterator:

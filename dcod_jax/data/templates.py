@@ -8,7 +8,6 @@ import datetime
 import functools
 import json
 import os
-import pathlib
 import re
 import signal
 import subprocess
@@ -96,10 +95,10 @@ def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
 
 
 def _start() -> subprocess.Popen[bytes]:
-    file = pathlib.Path(template_process.__file__)
+    file = str(template_process.__file__)
     return subprocess.Popen(
         # -P: this directory hides no module of the library.
-        [sys.executable, "-P", str(file), str(CPU_SECONDS), str(WALL_SECONDS)],
+        [sys.executable, "-P", file, str(CPU_SECONDS), str(WALL_SECONDS)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

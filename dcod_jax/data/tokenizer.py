@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import pathlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
@@ -17,7 +16,7 @@ from dcod_jax.bounds import Bound, array, check, either, flag, mapping, optional
 from dcod_jax.copies import local_directory
 from dcod_jax.data.templates import OWN, TemplateChoice, template_of, with_choice
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Location, as_path, read_json, why_no_hub_id
+from dcod_jax.files import Location, Path, as_path, file_size, read_json, why_no_hub_id
 
 Tokenizer: TypeAlias = PreTrainedTokenizerFast
 # In tokenizer_config.json of an export: the eos token that its tokenizer was made with.
@@ -50,7 +49,7 @@ def load_tokenizer(path: Location, *, template: TemplateChoice = OWN) -> Tokeniz
     try:
         with _library_errors():
             home = local_directory(source, wanted=_is_tokenizer_file)
-            _check_files(home if home.is_dir() else _downloaded(home))
+            _check_files(home if home.is_dir() else downloaded(home))
             # The generic class: family classes rebuild the pre-tokenizer instead of reading it.
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(home))
     except _Unreadable as error:
@@ -84,9 +83,9 @@ def _library_errors() -> Iterator[None]:
         raise
 
 
-def _downloaded(name: pathlib.Path) -> pathlib.Path:
+def downloaded(name: Path) -> Path:
     """The local directory with tokenizer.json of a hub id."""
-    return pathlib.Path(str(cached_file(str(name), "tokenizer.json"))).parent
+    return as_path(str(cached_file(str(name), "tokenizer.json"))).parent
 
 
 # What is checked before the library allocates for it. A vocabulary of today has 3e5 ids.
@@ -115,14 +114,14 @@ _BOUNDS: dict[str, dict[str, Bound]] = {
 }
 
 
-def _check_files(home: pathlib.Path) -> None:
+def _check_files(home: Path) -> None:
     """Refuse a tokenizer whose files would exhaust the machine, or whose ids have a hole."""
     for name, bounds in _BOUNDS.items():
         file = home / name
         if not file.is_file():
             continue
-        if file.stat().st_size > _LONGEST:
-            raise DcodError(f"{file}: has {file.stat().st_size} bytes, more than {_LONGEST}")
+        if (size := file_size(file)) > _LONGEST:
+            raise DcodError(f"{file}: has {size} bytes, more than {_LONGEST}")
         values = read_json(file)
         check(values, bounds, source=file)
         if name == "tokenizer.json":
@@ -131,7 +130,7 @@ def _check_files(home: pathlib.Path) -> None:
             check({added: int(added) if added.isdecimal() else added}, {added: _ID}, source=file)
 
 
-def _check_ids(file: pathlib.Path, values: dict[str, Any]) -> None:
+def _check_ids(file: Path, values: dict[str, Any]) -> None:
     """The ids must be 0 to n - 1: logits above the number of tokens are masked as padding."""
     vocab = values["model"]["vocab"]
     ids = set(vocab.values() if isinstance(vocab, dict) else range(len(vocab)))

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import math
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
+from dcod_jax import seeds
 from dcod_jax.copies import local_copy
 from dcod_jax.data import chat
 from dcod_jax.data.templates import template_of
@@ -46,7 +48,7 @@ from dcod_jax.evaluate.command import exported_students
 from dcod_jax.evaluate.metrics import number_table, show
 from dcod_jax.evaluate.problems import read_problems
 from dcod_jax.export.command import export_path
-from dcod_jax.files import Path, as_path, atomic_write, replace_file, to_json
+from dcod_jax.files import Path, as_path, atomic_write, check_own, replace_file, to_json
 from dcod_jax.logs import track
 from dcod_jax.models import hf
 from dcod_jax.parallel.mesh import make_mesh
@@ -66,6 +68,7 @@ def drift(config: Any) -> dict[str, Any]:
     """Measure every student that exists; returns what drift.json holds."""
     if jax.process_count() > 1:
         raise DcodError("drift runs on one process; start it on one host")
+    results = check_own(as_path(config.run_dir) / RESULT, '"baseline"', '"models"')
     teacher = open_teacher(config.teacher, template=template_of(config.student))
     tokenizer = student_tokenizer(config.student)
     students = _students(config)
@@ -80,9 +83,9 @@ def drift(config: Any) -> dict[str, Any]:
     run = _Run(config, teacher, tokenizer, prompts, folder)
     measured = {name: run.student(name, path) for name, path in students.items()}
     result = summary(config, measured, prompts=len(prompts), teacher=teacher.name)
-    replace_file(as_path(config.run_dir) / RESULT, to_json(result))
+    replace_file(results, to_json(result))
     show(table(result))
-    log.info("curves: %s; every sequence: %s", as_path(config.run_dir) / RESULT, folder)
+    log.info("curves: %s; every sequence: %s", results, folder)
     return result
 
 
@@ -213,7 +216,7 @@ class _Run:
         drawing = DriftSettings(
             mesh=self.mesh,
             max_new_tokens=settings.max_new_tokens,
-            seed=self.config.seed,
+            seed=seeds.key_seed(self.config.seed, "drift"),
             eos_ids=sorted(stops),
             valid_vocab=len(self.tokenizer),
             samples=settings.samples,
@@ -249,7 +252,7 @@ class _Run:
             "student": hf.weights_fingerprint(path),
             "compute_dtype": self.config.student.compute_dtype,
             "prompts": hashlib.sha256(ids).hexdigest(),
-            "seed": self.config.seed,
+            "seed": seeds.key_seed(self.config.seed, "drift"),
             "samples": settings.samples,
             "max_new_tokens": settings.max_new_tokens,
             "stops": stop_ids(hf.read_config(path), self.tokenizer),
@@ -289,9 +292,12 @@ def _read(path: Path, request: dict[str, Any]) -> Measured | None:
     """What _write wrote; None where there is nothing, or another request's answer (said so)."""
     if not path.is_file():
         return None
-    with np.load(local_copy(path)) as file:
-        if str(file["request"]) == to_json(request).decode():
-            return _measured(file)
+    try:
+        with np.load(local_copy(path)) as file:
+            if str(file["request"]) == to_json(request).decode():
+                return _measured(file)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DcodError(f"{path}: not what drift wrote ({error}); move it away") from error
     log.info("%s is of other models or settings: measured anew", path)
     return None
 

@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from dcod_jax.errors import DcodError
+from dcod_jax.evaluate.statistics import equal
 
 QUANTILES = (0.025, 0.975)
 UNDEFINED_SHARE = 0.01  # of the resamples: with more of them undefined there is no interval
@@ -115,11 +116,13 @@ def interval(
     """95 % percentile interval over resamples.
 
     Resamples in which the number is undefined (NaN: no sequence of that length was drawn) are left
-    out; where they are more than 1 % there is no interval.
+    out; where they are more than 1 % there is no interval. Nor is there one where all resamples are
+    equal, as those of a single prompt are: a KL has no upper bound that could stand in for it.
     """
     low = np.full(drawn.shape[1], np.nan)
     high = np.full(drawn.shape[1], np.nan)
     enough = np.isnan(drawn).mean(axis=0) <= UNDEFINED_SHARE
+    enough[enough] = [not equal(column[~np.isnan(column)]) for column in drawn[:, enough].T]
     if enough.any():
         low[enough], high[enough] = np.nanquantile(drawn[:, enough], QUANTILES, axis=0)
     return low, high

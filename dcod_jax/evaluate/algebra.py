@@ -28,9 +28,10 @@ def load_algebra() -> Algebra:
 
     def same(predicted: str, reference: str, tolerance: float) -> bool:
         random.seed(0)  # simplification tries random numbers; equal inputs give equal verdicts
-        left, right = (
+        parsed: list[Any] = [
             parse_latex_cached(normalize_latex(text, spelling)) for text in (predicted, reference)
-        )
+        ]
+        left, right = parsed
         first, second = _numeric(left), _numeric(right)
         if first is not None and second is not None:
             if abs(first - second) <= tolerance:

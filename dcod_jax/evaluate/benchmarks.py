@@ -7,6 +7,8 @@ the published sets. A local JSONL copy has the same fields or those of a problem
 from __future__ import annotations
 
 import dataclasses
+import re
+from typing import NamedTuple
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -27,6 +29,7 @@ class Benchmark:
     mark: str = ""
     name: str = ""  # field with the problem's id; empty: its position
     difficulty: str = ""  # field to group accuracy by
+    tolerance: str = ""  # field with how far a number may be off
     instruction: str = BOXED  # follows each problem in the chat form
 
 
@@ -51,25 +54,42 @@ BENCHMARKS = {
         answer="final_answer",
         mark="list",
         name="id",
+        tolerance="error",
     ),
     "omnimath": Benchmark("KbsdJames/Omni-MATH", "test", difficulty="difficulty"),
 }
 
 
-def parse_set(text: str) -> tuple[str, str]:
-    """(name, place) of an entry of evaluate.sets: "gsm8k" -> ("gsm8k", ""), "x=f.jsonl" -> ...
+class SetEntry(NamedTuple):
+    """An entry of evaluate.sets in its parts; "" for what it leaves to the benchmark."""
 
-    Raises ValueError for an entry without a name and for an unknown name without a place.
+    name: str
+    place: str = ""
+    prompt_field: str = ""
+    answer_field: str = ""
+
+
+def parse_set(text: str) -> SetEntry:
+    """The parts of "gsm8k", "x=f.jsonl" or "x=f.jsonl prompt_field=ask answer_field=gold".
+
+    Raises ValueError for an entry without a name, for an unknown name without a place and for an
+    unknown field key.
     """
-    name, _, place = text.partition("=")
-    name, place = name.strip(), place.strip()
+    head, *pairs = re.split(r"\s+(\w+)=", text.strip())
+    keys = dict(zip(pairs[::2], map(str.strip, pairs[1::2]), strict=True))
+    name, _, place = (part.strip() for part in head.partition("="))
     if not name or any(mark in name for mark in "/\\ "):
         raise ValueError(
             f"evaluate.sets: {text!r} has no name; expected name=FILE, such as mine=problems.jsonl"
+        )
+    if wrong := [key for key in keys if key not in SetEntry._fields[2:] or not keys[key]]:
+        raise ValueError(
+            f"evaluate.sets: {text!r} has {wrong[0]}={keys[wrong[0]]}; behind the file of a set "
+            "come prompt_field=NAME and answer_field=NAME"
         )
     if name not in BENCHMARKS and not place:
         raise ValueError(
             f"evaluate.sets: {name!r} is no benchmark ({', '.join(BENCHMARKS)}); "
             f"a set of your own is {name}=FILE.jsonl"
         )
-    return name, place
+    return SetEntry(name, place, **keys)

@@ -19,6 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from dcod_jax import config as configs
+from dcod_jax import seeds
 from dcod_jax.data.blocks import BlockFiles
 from dcod_jax.data.templates import template_of
 from dcod_jax.data.tokenizer import (
@@ -38,7 +39,7 @@ from dcod_jax.evaluate.generations import (
     sampling_of,
     to_line,
 )
-from dcod_jax.evaluate.grading import Grader
+from dcod_jax.evaluate.grading import RULES, Grader
 from dcod_jax.evaluate.metrics import (
     accuracy_table,
     detail_tables,
@@ -49,7 +50,7 @@ from dcod_jax.evaluate.metrics import (
 from dcod_jax.evaluate.problems import ProblemSet, problem_sets
 from dcod_jax.evaluate.prompts import PLAIN_STOP, PromptForm, prompt_form
 from dcod_jax.export.command import MARKER, export_path
-from dcod_jax.files import Path, as_path, rename, replace_file, to_json
+from dcod_jax.files import Path, as_path, check_own, rename, replace_file, to_json
 from dcod_jax.logs import track
 from dcod_jax.models import hf
 from dcod_jax.parallel import hosts
@@ -93,6 +94,8 @@ def compare(config: Any, paths: dict[str, str], *, detailed: bool = False) -> No
     """
     sets = problem_sets(config)
     folder = as_path(config.run_dir) / "evaluation"
+    for problem_set in sets:
+        check_own(folder / problem_set.name / "results.json", '"baseline"', '"models"')
     answers: dict[str, dict[str, tuple[list[Generation], float]]] = {s.name: {} for s in sets}
     with Grader(timeout=config.prepare.grade_timeout, workers=config.prepare.workers) as grader:
         for name, path in paths.items():
@@ -108,7 +111,7 @@ def compare(config: Any, paths: dict[str, str], *, detailed: bool = False) -> No
     for problem_set in sets:
         rows = compared_rows(answers[problem_set.name], baseline=baseline)
         if hosts.first():
-            results = {"baseline": baseline, "models": rows}
+            results = {"baseline": baseline, "skipped": problem_set.skipped, "models": rows}
             replace_file(folder / problem_set.name / "results.json", to_json(results))
         show(accuracy_table(_title(config, problem_set), rows, baseline=baseline))
         if detailed:
@@ -183,14 +186,15 @@ class _EvaluatedModel:
 def _sampling(config: Any) -> Sampling:
     """The plain form stops at the next question."""
     stop = (PLAIN_STOP,) if config.evaluate.form == "plain" else ()
-    return sampling_of(config.evaluate, seed=config.seed, stop=stop)
+    seed = seeds.key_seed(config.seed, "evaluate")
+    return sampling_of(config.evaluate, seed=seed, stop=stop)
 
 
 def _request(
     config: Any, model: _EvaluatedModel, problem_set: ProblemSet, form: PromptForm
 ) -> dict[str, Any]:
     """What the answers follow from; the batch size and the mesh are not in it."""
-    rows = [[p.id, p.messages, p.answer] for p in problem_set.problems]
+    rows = [[p.id, p.messages, p.answer, p.tolerance] for p in problem_set.problems]
     asked = json.dumps(rows, ensure_ascii=False, sort_keys=True)
     return {
         "problems": hashlib.sha256(asked.encode()).hexdigest(),
@@ -201,7 +205,7 @@ def _request(
         "sampling": dataclasses.asdict(_sampling(config)),
         "max_new_tokens": config.evaluate.max_new_tokens,
         "compute_dtype": config.student.compute_dtype,
-        "grade_timeout": config.prepare.grade_timeout,
+        "grading": [RULES, config.prepare.grade_timeout, config.evaluate.grade_truncated],
     }
 
 
@@ -267,6 +271,7 @@ def _answer_rest(
                 max_new_tokens=settings.max_new_tokens,
                 batch_size=settings.batch_size,
                 grader=grader,
+                grade_truncated=settings.grade_truncated,
                 on_batch=lambda sequences, tokens: bar(sequences),
             )
             if processes > 1 or hosts.first():

@@ -10,7 +10,7 @@ from typing import Any
 
 from dcod_jax.data.tokenizer import Tokenizer
 from dcod_jax.data.turns import stop_ids
-from dcod_jax.evaluate.grading import Grader
+from dcod_jax.evaluate.grading import Expected, Grader
 from dcod_jax.evaluate.problems import Problem, read_records
 from dcod_jax.files import Location, as_path
 from dcod_jax.sample.decoding import DecodingParams
@@ -68,12 +68,14 @@ def answer(
     max_new_tokens: int,
     batch_size: int,
     grader: Grader,
+    grade_truncated: bool = False,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> list[Generation]:
     """One graded answer for each (problem, number of the sample), in order.
 
     `indices` names the sequences for their random numbers: an answer depends on its index and
-    `sampling.seed` alone, so that a part asked again later comes out the same.
+    `sampling.seed` alone, so that a part asked again later comes out the same. The last number of
+    an answer that was cut off is its answer only with `grade_truncated`.
     """
     drawn = sample(
         model,
@@ -87,7 +89,11 @@ def answer(
     )
     texts = [text_of(tokenizer, one) for one in drawn]
     graded = grader.stream(
-        ((problem, number, one, text), text, problem.answer)
+        (
+            (problem, number, one, text),
+            text,
+            Expected(problem.answer, problem.tolerance, one.finished or grade_truncated),
+        )
         for (problem, number), one, text in zip(asked, drawn, texts, strict=True)
     )
     return [

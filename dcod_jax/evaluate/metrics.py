@@ -73,7 +73,7 @@ def paired_difference(
             "comparison needs the same ones"
         )
     change = [after[name] - before[name] for name in before]
-    return sum(change) / len(change), *bootstrap_interval(change, seed=seed)
+    return sum(change) / len(change), *bootstrap_interval(change, bounds=(-1.0, 1.0), seed=seed)
 
 
 def measure(generations: Sequence[Generation], *, seconds: float) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""Problems to ask: JSONL files in the fields people have, and the benchmarks of benchmarks.py."""
+"""Problems to ask: files in the fields people have, and the benchmarks of benchmarks.py."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -12,10 +13,15 @@ from typing import Any
 from dcod_jax.data.presets import PROMPT_FIELDS
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.answers import reference_answer
-from dcod_jax.evaluate.benchmarks import BENCHMARKS, Benchmark, parse_set
+from dcod_jax.evaluate.benchmarks import BENCHMARKS, Benchmark, SetEntry, parse_set
 from dcod_jax.files import Location, Path, as_path, from_json
 
+log = logging.getLogger(__name__)
+
 _MARKS = {"hash": "####", "boxed": "\\boxed"}
+# Where the field of a file is named.
+PREPARE_KEYS = "set prepare.{}"
+SET_KEYS = "write {}=NAME behind the file in evaluate.sets"
 Record = dict[str, Any]
 
 
@@ -29,6 +35,7 @@ class Problem:
     fields: Record  # the record as read
     source: str  # "file:line"
     difficulty: str = ""  # as the set has it; "" where it has none
+    tolerance: float = 0.0  # how far a number may be off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +45,13 @@ class ProblemSet:
     name: str
     problems: tuple[Problem, ...]
     instruction: str
+    skipped: int = 0  # problems whose reference answer is empty
 
 
 def problem_sets(config: Any) -> list[ProblemSet]:
     """evaluate.problems (named "") and every set of evaluate.sets, each at most evaluate.limit."""
     sets = []
+    skipped: list[str]
     system_prompt, limit = config.prepare.system_prompt, config.evaluate.limit
     if config.evaluate.problems:
         problems = read_problems(
@@ -51,13 +60,17 @@ def problem_sets(config: Any) -> list[ProblemSet]:
             prompt_field=config.prepare.prompt_field,
             answer_field=config.prepare.answer_field,
             limit=limit,
+            skipped=(skipped := []),
         )
-        sets.append(ProblemSet("", tuple(problems), ""))
-    for entry in config.evaluate.sets:
-        name, place = parse_set(entry)
-        problems = read_set(name, place, system_prompt=system_prompt, limit=limit)
-        instruction = BENCHMARKS[name].instruction if name in BENCHMARKS else ""
-        sets.append(ProblemSet(name, tuple(problems), instruction))
+        sets.append(ProblemSet("", tuple(problems), "", len(skipped)))
+    for text in config.evaluate.sets:
+        entry = parse_set(text)
+        problems = read_set(
+            entry, system_prompt=system_prompt, limit=limit, skipped=(skipped := [])
+        )
+        benchmark = BENCHMARKS.get(entry.name)
+        instruction = benchmark.instruction if benchmark else ""
+        sets.append(ProblemSet(entry.name, tuple(problems), instruction, len(skipped)))
     return sets
 
 
@@ -65,20 +78,22 @@ def problem_sets(config: Any) -> list[ProblemSet]:
 
 
 def read_records(path: Path) -> Iterator[tuple[str, Record]]:
-    """(file:line, record) of a JSONL file; raises DcodError for a line that is no JSON object."""
+    """(file:line, record) of a JSONL file, (file[i], record) of one JSON array.
+
+    Raises DcodError for what is no JSON object.
+    """
     if not path.is_file():
         raise DcodError(f"{path}: no such file; expected a JSONL file of problems")
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    for number, raw in enumerate(content.split(b"\n"), 1):
-        if not raw.strip():
-            continue
-        source = f"{path}:{number}"
-        try:
-            record = from_json(raw.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise DcodError(f"{source}: not UTF-8 at byte {error.start} of the line") from None
-        except ValueError as error:
-            raise DcodError(f"{source}: not JSON ({error}); is the line cut off?") from None
+    if content.lstrip()[:1] == b"[":
+        values = _from_json(content, str(path), "is the array cut off?")
+        rows: Iterable[tuple[str, Any]] = ((f"{path}[{i}]", v) for i, v in enumerate(values))
+    else:
+        lines = ((f"{path}:{i}", line) for i, line in enumerate(content.split(b"\n"), 1))
+        rows = (
+            (at, _from_json(raw, at, "is the line cut off?")) for at, raw in lines if raw.strip()
+        )
+    for source, record in rows:
         if not isinstance(record, dict):
             raise DcodError(f"{source}: expected a JSON object, got {type(record).__name__}")
         try:
@@ -89,20 +104,37 @@ def read_records(path: Path) -> Iterator[tuple[str, Record]]:
         yield source, record
 
 
+def _from_json(raw: bytes, source: str, advice: str) -> Any:
+    try:
+        return from_json(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DcodError(f"{source}: not UTF-8 at byte {error.start} of the line") from None
+    except ValueError as error:
+        raise DcodError(f"{source}: not JSON ({error}); {advice}") from None
+
+
 def _collect(
     rows: Iterable[tuple[str, Record]],
-    parse: Callable[[Record, str, str], Problem],
+    parse: Callable[[Record, str, str], Problem | None],
     *,
     system_prompt: str,
     limit: int,
     empty: str,
+    skipped: list[str] | None,
 ) -> list[Problem]:
-    """parse(record, source, default id) of at most `limit` rows; ids must differ."""
+    """parse(record, source, default id) of at most `limit` rows; ids must differ.
+
+    Where parse gives None the reference answer is empty: its source goes to `skipped`.
+    """
     found: dict[str, Problem] = {}
-    for source, record in rows:
+    without = [] if skipped is None else skipped
+    for number, (source, record) in enumerate(rows):
         if limit and len(found) == limit:
             break
-        problem = parse(record, source, str(len(found)))
+        problem = parse(record, source, str(number))
+        if problem is None:
+            without.append(source)
+            continue
         if problem.id in found:
             before = found[problem.id].source
             raise DcodError(f"{source}: id {problem.id!r} was used before at {before}")
@@ -110,8 +142,14 @@ def _collect(
             lead = {"role": "system", "content": system_prompt}
             problem = dataclasses.replace(problem, messages=[lead, *problem.messages])
         found[problem.id] = problem
+    if without:
+        log.warning(
+            "%d problems are skipped, as their reference answer is empty (the first: %s)",
+            len(without),
+            without[0],
+        )
     if not found:
-        raise DcodError(empty)
+        raise DcodError(f"{empty}; {len(without)} with an empty answer" if without else empty)
     return list(found.values())
 
 
@@ -126,22 +164,27 @@ def read_problems(
     answer_field: str = "answer",
     limit: int = 0,
     need_answer: bool = True,
+    skipped: list[str] | None = None,
+    keys: str = PREPARE_KEYS,
 ) -> list[Problem]:
-    """Problems of a JSONL file: {"prompt" | "question" | "problem" | "messages", "answer", "id"?}.
+    """Problems of a file: {"prompt" | "question" | "problem" | "messages", "answer", "id"?}.
 
     {"question": "1 + 1?", "answer": 2} -> one user message, answer "2". `prompt_field` replaces
-    the synonyms. Raises DcodError with file:line for a line that is not such a record and for an
-    id that occurs twice.
+    the synonyms. The places of problems without an answer go to `skipped`. `keys` says where the
+    fields are set. Raises DcodError with file:line for what is no such record and for an id that
+    occurs twice.
     """
 
-    def parse(record: Record, source: str, default: str) -> Problem:
-        messages = _messages(record, prompt_field=prompt_field, source=source)
-        answer = _text(record, answer_field, source=source)
-        if not answer and need_answer:
+    def parse(record: Record, source: str, default: str) -> Problem | None:
+        messages = _messages(record, prompt_field=prompt_field, source=source, keys=keys)
+        answer = _text(record, answer_field, source=source, keys=keys)
+        if need_answer and answer_field not in record:
             raise DcodError(
-                f"{source}: no field {answer_field!r} or an empty one; expected a reference "
-                f"answer, got {', '.join(record)}; set prepare.answer_field"
+                f"{source}: no field {answer_field!r}; expected a reference answer, got "
+                f"{', '.join(record)}; {keys.format('answer_field')}"
             )
+        if need_answer and not answer:
+            return None
         name = default if record.get("id") is None else str(record["id"])
         difficulty = difficulty_group(record.get("difficulty", record.get("level")))
         return Problem(name, messages, answer, record, source, difficulty)
@@ -152,10 +195,11 @@ def read_problems(
         system_prompt=system_prompt,
         limit=limit,
         empty=f"{path}: no problems; expected one JSON object a line",
+        skipped=skipped,
     )
 
 
-def _text(record: Record, field: str, *, source: str) -> str:
+def _text(record: Record, field: str, *, source: str, keys: str) -> str:
     """The reference answer; "" where there is none."""
     value = record.get(field)
     if value is None:
@@ -163,18 +207,18 @@ def _text(record: Record, field: str, *, source: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:
         raise DcodError(
             f"{source}: field {field!r} must be text or a number, got {str(value)[:60]}; several "
-            'answers are one text ("2, 3"); prepare.answer_field names another field'
+            f'answers are one text ("2, 3"); or {keys.format("answer_field")}'
         )
     return str(value).strip()
 
 
-def _messages(record: Record, *, prompt_field: str, source: str) -> list[dict[str, str]]:
+def _messages(record: Record, *, prompt_field: str, source: str, keys: str) -> list[dict[str, str]]:
     wanted = (prompt_field,) if prompt_field else (*PROMPT_FIELDS, "messages")
     name = next((field for field in wanted if record.get(field) is not None), None)
     if name is None:
         raise DcodError(
             f"{source}: no prompt; expected one of {', '.join(wanted)}, got {', '.join(record)}; "
-            "set prepare.prompt_field"
+            f"{keys.format('prompt_field')}"
         )
     value = record[name]
     if isinstance(value, str) and value.strip():
@@ -209,34 +253,51 @@ def difficulty_group(value: object) -> str:
 
 
 def read_set(
-    name: str, place: str = "", *, system_prompt: str = "", limit: int = 0
+    entry: SetEntry, *, system_prompt: str = "", limit: int = 0, skipped: list[str] | None = None
 ) -> list[Problem]:
-    """The problems of a benchmark, from a local JSONL file, a dataset directory or the hub.
+    """The problems of a benchmark, from a local file, a dataset directory or the hub.
 
-    `place` is the file, directory or hub id; "": the benchmark's own hub id. A file of a name that
-    is no benchmark has the fields of any problem file.
+    `entry.place` is the file, directory or hub id; "": the benchmark's own hub id. A file of a name
+    that is no benchmark has the fields of any problem file.
     """
+    name, place, prompt_field, answer_field = entry
     benchmark = BENCHMARKS.get(name)
     if benchmark is None:
-        return read_problems(place, system_prompt=system_prompt, limit=limit)
+        return read_problems(
+            place,
+            system_prompt=system_prompt,
+            prompt_field=prompt_field,
+            answer_field=answer_field or "answer",
+            limit=limit,
+            skipped=skipped,
+            keys=SET_KEYS,
+        )
+    if answer_field:  # no longer the published field: how it marks the answer is not known
+        benchmark = dataclasses.replace(benchmark, answer=answer_field, mark="")
     local = bool(place) and as_path(place).is_file()
     rows = read_records(as_path(place)) if local else _hub_rows(benchmark, name, place)
 
-    def parse(record: Record, source: str, default: str) -> Problem:
-        prompts, names = (benchmark.prompt, *PROMPT_FIELDS), (benchmark.name, "id")
+    def parse(record: Record, source: str, default: str) -> Problem | None:
+        prompts = (prompt_field,) if prompt_field else (benchmark.prompt, *PROMPT_FIELDS)
         texts = [record[n] for n in prompts if isinstance(record.get(n), str) and record[n].strip()]
         if not texts:
             raise DcodError(
                 f"{source}: no problem; expected text in one of "
-                f"{', '.join(dict.fromkeys(prompts))}, got {', '.join(record)}"
+                f"{', '.join(dict.fromkeys(prompts))}, got {', '.join(record)}; "
+                f"{SET_KEYS.format('prompt_field')}"
             )
+        answer = _benchmark_answer(benchmark, record, source, strict=bool(answer_field))
+        if not answer:
+            return None
+        names = (benchmark.name, "id")
         return Problem(
             id=next((str(record[n]) for n in names if record.get(n) is not None), default),
             messages=[{"role": "user", "content": texts[0]}],
-            answer=_benchmark_answer(benchmark, record, source),
+            answer=answer,
             fields=record,
             source=source,
             difficulty=difficulty_group(record.get(benchmark.difficulty)),
+            tolerance=_tolerance(record.get(benchmark.tolerance), source),
         )
 
     return _collect(
@@ -245,20 +306,30 @@ def read_set(
         system_prompt=system_prompt,
         limit=limit,
         empty=f"evaluate.sets: {name} has no problems in {place or benchmark.hub}",
+        skipped=skipped,
     )
 
 
-def _benchmark_answer(benchmark: Benchmark, record: Record, source: str) -> str:
-    """The reference answer, taken out of a worked solution where the benchmark has one."""
+def _benchmark_answer(
+    benchmark: Benchmark, record: Record, source: str, *, strict: bool = False
+) -> str:
+    """The reference answer, taken out of a worked solution where the benchmark has one.
+
+    "" where the field is there and empty. `strict`: no other field is tried.
+    """
     own = record.get(benchmark.answer)
-    value = record.get("answer") if own is None else own
+    value = record.get("answer") if own is None and not strict else own
     if benchmark.mark == "list":
         value = _joined(value)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if value is None or isinstance(value, bool | dict) or not str(value).strip():
+    there = benchmark.answer in record or (not strict and "answer" in record)
+    if there and (value is None or not str(value).strip()):
+        return ""
+    if value is None or isinstance(value, bool | dict):
         raise DcodError(
-            f"{source}: no answer; expected one in {benchmark.answer!r}, got {', '.join(record)}"
+            f"{source}: no answer; expected one in {benchmark.answer!r}, got {', '.join(record)}; "
+            f"{SET_KEYS.format('answer_field')}"
         )
     text = str(value)
     if benchmark.mark not in _MARKS or own is None:
@@ -269,6 +340,19 @@ def _benchmark_answer(benchmark: Benchmark, record: Record, source: str) -> str:
             "final answer of a worked solution is expected"
         )
     return reference_answer(text)
+
+
+def _tolerance(value: object, source: str) -> float:
+    """ "1e-1" -> 0.1; of several, one for each answer, the smallest; none is 0."""
+    if value is None or not str(value).strip():
+        return 0.0
+    try:
+        found = min(float(part) for part in str(value).split(","))
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < math.inf:
+        raise DcodError(f"{source}: expected numbers of at least 0 as tolerance, got {value!r}")
+    return found
 
 
 def _joined(value: Any) -> Any:

@@ -24,18 +24,40 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def bootstrap_interval(
-    values: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap of the mean of one value for each problem.
+def equal(values: np.ndarray) -> bool:
+    """Whether values differ by rounding only, so that resampling them shows no spread."""
+    return bool(np.ptp(values) <= 1e-12 * np.abs(values).max(initial=0.0))
 
-    Equal values give an interval without width.
+
+def unanimous(value: float, count: int, bounds: tuple[float, float]) -> tuple[float, float]:
+    """Interval of the mean of numbers within bounds, of which `count` drawn ones were all equal.
+
+    At most a share s = 1 - 0.025^(1/count) of all numbers is another one, the exact upper limit of
+    a proportion of which nothing was seen (Clopper and Pearson 1934; near 3.7/count, cf. the "rule
+    of three" of Hanley and Lippman-Hand 1983), and those lie anywhere within bounds:
+    0, 5, (-1, 1) -> (-0.522, 0.522).
+    """
+    share = stats.binomtest(0, count).proportion_ci(0.95, method="exact").high
+    low, high = (value + share * (bound - value) for bound in bounds)
+    return float(low), float(high)
+
+
+def bootstrap_interval(
+    values: Sequence[float],
+    *,
+    bounds: tuple[float, float] = (-np.inf, np.inf),
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap of the mean of one value for each problem; all are within bounds.
+
+    Equal values, of which every resample is the same, have the interval of `unanimous`.
     """
     data = np.asarray(values, np.float64)
     if data.ndim != 1 or not len(data):
         raise DcodError(f"an interval needs values of at least one problem, got {data.shape}")
-    if (data == data[0]).all():  # scipy refuses a single value
-        return float(data[0]), float(data[0])
+    if equal(data):
+        return unanimous(float(data[0]), len(data), bounds)
     found = stats.bootstrap(
         (data,),
         np.mean,
@@ -50,9 +72,9 @@ def bootstrap_interval(
 def share_interval(scores: Sequence[float]) -> tuple[float, float]:
     """Interval of the mean of shares in [0, 1], one for each problem.
 
-    Resampled, but Wilson's where all shares are 0 or all are 1: every resample would be the same,
-    and three problems without a right answer prove no 0: [0, 0, 0] -> (0.0, 0.562).
+    Resampled, but Wilson's where all shares are 0 or all are 1, as with one answer a problem:
+    three problems without a right answer prove no 0: [0, 0, 0] -> (0.0, 0.562).
     """
     if set(scores) in ({0.0}, {1.0}):
         return wilson(int(sum(scores)), len(scores))
-    return bootstrap_interval(scores)
+    return bootstrap_interval(scores, bounds=(0.0, 1.0))

@@ -8,9 +8,8 @@ a model card, the run's config, and what the check found.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-from collections.abc import Sequence
+import tempfile
 from typing import Any
 
 import jax
@@ -20,22 +19,28 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dcod_jax import __version__
+from dcod_jax.bounds import array, check, mapping, text, whole
 from dcod_jax.data.dataset import read_manifest
 from dcod_jax.data.templates import OWN, TemplateChoice, template_of
 from dcod_jax.data.tokenizer import (
     MADE_WITH_EOS,
     Tokenizer,
     chat_template,
+    downloaded,
     load_tokenizer,
     template_fingerprint,
     tokenizer_fingerprint,
 )
 from dcod_jax.data.turns import end_of_turn, stop_ids
 from dcod_jax.errors import DcodError
+from dcod_jax.export.card import RECIPE, card_text
 from dcod_jax.files import (
     Location,
     Path,
     as_path,
+    file_entry,
+    file_sha256,
+    file_size,
     publish,
     read_json,
     remove_tree,
@@ -54,7 +59,6 @@ from dcod_jax.types import Params
 log = logging.getLogger(__name__)
 
 MARKER = "dcod_jax.json"  # says that a directory is an export of ours, and what was checked
-RECIPE = "dcod_jax_config.json"  # the resolved config
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
     "merges.txt tokenizer.model chat_template.jinja"
@@ -71,6 +75,8 @@ def export(config: Any) -> Path:
     if not base_model:
         raise DcodError("no student: set student.path or student.config as in the training run")
     model_config = hf.read_config(as_path(base_model))
+    path, home = export_path(config), _tokenizer_home(config)
+    check_destination(path)
     hosts.check_joined()
     mesh = make_mesh(**config.mesh)
     hosts.doing(f"exporting {config.run_dir}")
@@ -81,13 +87,11 @@ def export(config: Any) -> Path:
     step = config.export.step if config.export.step >= 0 else checkpointer.best()
     params, record = checkpointer.restore_params(sharded_shapes(model_config, mesh), step=step)
     checkpointer.close()
-    path = export_path(config)
-    home = as_path(config.student.tokenizer or base_model)
     checks = export_model(
         params,
         model_config,
         path,
-        tokenizer_source=home.parent if home.name == "config.json" else home,
+        tokenizer_source=home,
         template=template_of(config.student),
         dtype=config.export.dtype,
         max_shard_bytes=int(config.export.max_shard_gb * 1e9),
@@ -109,6 +113,67 @@ def export(config: Any) -> Path:
         checks["max_logit_difference_from_float32"],
     )
     return path
+
+
+def rehearse(config: Any) -> None:
+    """Write and read back all of the export but its weights, and look at where it will be.
+
+    Raises DcodError for what an export after the training would fail at.
+    """
+    student = config.student
+    model_config = hf.read_config(as_path(student.path or student.config))
+    home = _tokenizer_home(config)
+    tokenizer = load_tokenizer(home, template=template_of(student))
+    check_destination(export_path(config))
+    with tempfile.TemporaryDirectory(prefix="dcod_jax-") as name:
+        _write_small(
+            as_path(name),
+            model_config,
+            home,
+            tokenizer,
+            template_of(student),
+            dtype=config.export.dtype,
+        )
+        _check_small(as_path(name), model_config, tokenizer)
+
+
+def _tokenizer_home(config: Any) -> Path:
+    home = as_path(config.student.tokenizer or config.student.path or config.student.config)
+    return home.parent if home.name == "config.json" else home
+
+
+def check_destination(path: Path) -> None:
+    """Raise DcodError where an export at `path` would replace what no export of ours wrote.
+
+    An earlier export may be replaced as long as each of its files is the one that it wrote.
+    """
+    if not path.exists() or unfinished(path, last=MARKER):
+        return
+    if not path.is_dir() or not (path / MARKER).is_file():
+        if path.is_dir() and not any(path.iterdir()):
+            return
+        raise DcodError(
+            f"{path} exists and is not an export of this program (no {MARKER} in it); it is "
+            "left as it is: set export.path to another directory"
+        )
+    marker = read_json(path / MARKER)
+    check(marker, {"files": _FILES}, source=path / MARKER)
+    written = {entry["file"]: entry for entry in marker["files"]}
+    for file in path.rglob("*"):
+        name = file.name
+        if file == path / MARKER or not file.is_file():
+            continue
+        own = file.parent == path and name in written and file_size(file) == written[name]["bytes"]
+        if own and file.suffix != ".safetensors":  # large, and of the same size
+            own = file_sha256(file) == written[name]["sha256"]
+        if not own:
+            raise DcodError(
+                f"{file} is not as an export of this program wrote it; {path} is left as it is: "
+                "move the file away, or set export.path to another directory"
+            )
+
+
+_FILES = array(mapping({"file": text(), "bytes": whole(0, 1 << 60), "sha256": text(64)}))
 
 
 def export_path(config: Any) -> Path:
@@ -140,7 +205,6 @@ def export_model(
     """
     path = as_path(path).resolve()
     home = as_path(tokenizer_source)
-    raw_config = to_hf(model_config, dtype=dtype)
     tokenizer = load_tokenizer(home, template=template)
     if len(tokenizer) > model_config.vocab_size:
         raise DcodError(
@@ -149,12 +213,7 @@ def export_model(
         )
     temporary = path.with_name(f".{path.name}.partial")
     if hosts.first():
-        ours = (path / MARKER).is_file() or unfinished(path, last=MARKER)
-        if path.exists() and not ours and (not path.is_dir() or any(path.iterdir())):
-            raise DcodError(
-                f"{path} exists and is not an export of this program (no {MARKER} in it); it is "
-                "left as it is: set export.path to another directory"
-            )
+        check_destination(path)
         remove_tree(temporary)
         temporary.mkdir(parents=True)
     hosts.barrier("export: directory")
@@ -162,9 +221,7 @@ def export_model(
         options: dict[str, Any] = {"dtype": jnp.dtype(dtype), "max_shard_bytes": max_shard_bytes}
         hf.save_params(temporary, model_config, params, **options)
         if hosts.first():
-            (temporary / "config.json").write_bytes(to_json(raw_config))
-            _write_tokenizer(temporary, home, tokenizer, template=template)
-            _write_generation_config(temporary, home, model_config, tokenizer)
+            _write_small(temporary, model_config, home, tokenizer, template, dtype=dtype)
         hosts.barrier("export: written")
         checks = verify(temporary, model_config, params, tokenizer, dtype=dtype, mesh=mesh)
         if hosts.first():
@@ -172,6 +229,7 @@ def export_model(
             (temporary / RECIPE).write_bytes(to_json(about.pop("config")))
             (temporary / "README.md").write_text(card_text(about | card), encoding="utf-8")
             about.pop("base_model")
+            about["files"] = [file_entry(file) for file in sorted(temporary.iterdir())]
             (temporary / MARKER).write_bytes(to_json(about))
             publish(temporary, path, last=MARKER)
         hosts.barrier("export: published")
@@ -181,6 +239,21 @@ def export_model(
     return checks
 
 
+def _write_small(
+    directory: Path,
+    model_config: ModelConfig,
+    home: Path,
+    tokenizer: Tokenizer,
+    template: TemplateChoice,
+    *,
+    dtype: str,
+) -> None:
+    """Write every file that a user's files give: all but weights, card and marker."""
+    (directory / "config.json").write_bytes(to_json(to_hf(model_config, dtype=dtype)))
+    _write_tokenizer(directory, home, tokenizer, template=template)
+    _write_generation_config(directory, home, model_config, tokenizer)
+
+
 def _write_tokenizer(
     directory: Path, home: Path, tokenizer: Tokenizer, *, template: TemplateChoice
 ) -> None:
@@ -188,6 +261,7 @@ def _write_tokenizer(
     if home.suffix == ".gguf":
         export_tokenizer(home, directory)
     else:
+        home = home if home.is_dir() else downloaded(home)
         for name in TOKENIZER_FILES:
             if (home / name).is_file():
                 (directory / name).write_bytes((home / name).read_bytes())
@@ -241,21 +315,8 @@ def verify(
     The logits of the re-opened tensors must equal those of `params` cast to dtype, bit for bit, on
     a row of text and on random rows; config, tokenizer and template must be the same.
     """
-    reopened_config, reopened = hf.load_model(directory, dtype=jnp.float32, mesh=mesh)
-    # generation_config.json adds the tokenizer's own stop token to those of the config.
-    stops = stop_ids(model_config, tokenizer)
-    if set(reopened_config.eos_token_ids) != set(stops):
-        raise DcodError(f"{directory}: stops at {reopened_config.eos_token_ids}, not at {stops}")
-    same_stops = dataclasses.replace(reopened_config, eos_token_ids=model_config.eos_token_ids)
-    if same_stops != model_config:
-        raise DcodError(f"{directory}: config.json reads back as {reopened_config}")
-    written = load_tokenizer(directory)
-    for fingerprint in (tokenizer_fingerprint, template_fingerprint):
-        if fingerprint(written) != fingerprint(tokenizer):
-            raise DcodError(
-                f"{directory}: the {fingerprint.__name__} of the written files differs from the "
-                "student's; are tokenizer.json and tokenizer_config.json of one model?"
-            )
+    _, reopened = hf.load_model(directory, dtype=jnp.float32, mesh=mesh)
+    _check_small(directory, model_config, tokenizer)
     tokens = _check_tokens(tokenizer, batch_shards(mesh))
     compute = jax.jit(lambda params: transformer.logits(model_config, params, tokens, mesh=mesh))
     cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), tree))
@@ -283,6 +344,25 @@ def verify(
     }
 
 
+def _check_small(directory: Path, model_config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Read config, stop ids, tokenizer and template back; DcodError with the first difference."""
+    reopened_config, _ = hf.load_config(directory)
+    # generation_config.json adds the tokenizer's own stop token to those of the config.
+    stops = stop_ids(model_config, tokenizer)
+    if set(reopened_config.eos_token_ids) != set(stops):
+        raise DcodError(f"{directory}: stops at {reopened_config.eos_token_ids}, not at {stops}")
+    same_stops = dataclasses.replace(reopened_config, eos_token_ids=model_config.eos_token_ids)
+    if same_stops != model_config:
+        raise DcodError(f"{directory}: config.json reads back as {reopened_config}")
+    written = load_tokenizer(directory)
+    for fingerprint in (tokenizer_fingerprint, template_fingerprint):
+        if fingerprint(written) != fingerprint(tokenizer):
+            raise DcodError(
+                f"{directory}: the {fingerprint.__name__} of the written files differs from the "
+                "student's; are tokenizer.json and tokenizer_config.json of one model?"
+            )
+
+
 def _check_tokens(tokenizer: Tokenizer, shards: int) -> jax.Array:
     """A row of text first, then random ids."""
     text = "Question: 12 + 30 = ? Answer: first 10 + 30 = 40, then 40 + 2 = 42.\n#### 42"
@@ -293,63 +373,3 @@ def _check_tokens(tokenizer: Tokenizer, shards: int) -> jax.Array:
     )
     rows = np.concatenate([real, random])
     return jnp.asarray(rows[: len(rows) // shards * shards])
-
-
-# ---------------------------------------------------------------- the card
-
-
-def card_text(about: dict[str, Any]) -> str:
-    """The model card: the start, the checkpoint, the data, the recipe and the results."""
-    checks, dtype = about["checks"], about["dtype"]
-    rows, length = checks["rows"]
-    data = "\n\n".join(
-        "\n".join([f"**{split}**", "", *_data_lines(manifest)])
-        for split, manifest in about["data"].items()
-    )
-    results = "".join(f"- {key}: {value:.6g}\n" for key, value in sorted(about["metrics"].items()))
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [distillation, dcod_jax]
----
-
-# Distilled student
-
-Made with dcod_jax {__version__} by offline distillation from the traces of a fixed teacher.
-
-- start: `{about["base_model"]}`
-- checkpoint: step {about["step"]}, tensors in {dtype}
-{results}- check: on {rows} rows of {length} tokens these files give the logits of the training
-  parameters in {dtype} bit for bit; the float32 parameters differ from that by at most
-  {checks["max_logit_difference_from_float32"]:.3g}
-
-## Data
-
-{data or "The trace dataset was not found when this card was written."}
-
-## Recipe
-
-The resolved config of the training run, also in `{RECIPE}`:
-
-```json
-{json.dumps(about["config"], indent=1, sort_keys=True)}
-```
-"""
-
-
-def _data_lines(manifest: dict[str, Any]) -> Sequence[str]:
-    totals, teacher = manifest["totals"], manifest.get("teacher")
-    lines = [
-        f"- {totals['records']:,} traces, {totals['tokens']:,} tokens, "
-        f"{totals['completion_tokens']:,} of them written by the teacher",
-    ]
-    if teacher:
-        lines.append("- teacher: " + ", ".join(f"{k} `{v}`" for k, v in teacher.items() if v))
-    if "mean_logprob" in manifest:
-        lines.append(f"- mean log-prob that the teacher gives them: {manifest['mean_logprob']:.4f}")
-    if "counts" in manifest:
-        lines.append(f"- counts: `{json.dumps(manifest['counts'], sort_keys=True)}`")
-    for name in ("tokenizer", "template"):
-        if name in manifest:
-            lines.append(f"- {name}: `{manifest[name]['fingerprint']}`")
-    return lines

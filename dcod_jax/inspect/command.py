@@ -19,7 +19,7 @@ from dcod_jax.data.codec import bytes_per_token
 from dcod_jax.data.dataset import MANIFEST, TraceDataset, check_fingerprints, read_manifest
 from dcod_jax.data.tokenizer import Tokenizer, decode, load_tokenizer, tokenizer_fingerprint
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Location, Path, as_path, atomic_write
+from dcod_jax.files import Location, Path, as_path, atomic_write, check_own
 from dcod_jax.types import Trace
 
 SPLITS = ("train", "eval")
@@ -224,6 +224,7 @@ def export(
     completion token logprobs, topk_ids, topk_logprobs, tail_logprobs, student_logprobs (null where
     there are none); meta as it was stored (JSON text in Parquet, whose columns have one type).
     """
+    check_own(path, "token_ids", "completion_mask")
     path.parent.mkdir(parents=True, exist_ok=True)
     write = _write_parquet if path.suffix == ".parquet" else _write_jsonl
     try:

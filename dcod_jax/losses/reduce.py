@@ -1,7 +1,8 @@
 """The only place that averages: sums over the global batch, divided once.
 
 The gradient is taken of the sum, micro-batches are added, and the division by the global
-divisor comes last; so the result cannot depend on packing, padding, micro-batching or devices.
+divisor comes last; so packing, padding, micro-batching and devices change the result by rounding
+only. All sums here are float32. Between devices gradients are summed in train.gradient_dtype.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from dcod_jax.models import layers
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.transformer import embed, gather_layer, graphs, logical_axes
+from dcod_jax.parallel.collectives import WeightDtypes
 from dcod_jax.parallel.mesh import is_names
 from dcod_jax.types import Params
 
@@ -116,11 +117,12 @@ def forward_with_cache(
     inside = (positions >= 0) & (positions < capacity)
     slots = jnp.where(inside, positions, capacity)
     chunks = 1 if chunk == capacity else jnp.max(jnp.where(inside, positions, 0)) // chunk + 1
+    dtypes = WeightDtypes(jnp.dtype(compute_dtype), jnp.dtype(compute_dtype))
     places = (jnp.arange(tokens.shape[0]) if rows is None else rows)[:, None]
 
     def block(carry: tuple[Array, Array, Array], xs: tuple[Params, Any]) -> tuple[Any, None]:
         (x, keys, values), (layer, index) = carry, xs
-        layer = gather_layer(layer, layer_axes, compute_dtype=compute_dtype, mesh=mesh)
+        layer = gather_layer(layer, layer_axes, dtypes=dtypes, mesh=mesh)
         module = nnx.merge(block_graph, layer)
         query, key, value = module.project(x, rope)
         # The whole cache is carried and written in place: stacking it anew would copy it.

@@ -237,11 +237,10 @@ def add_stop_ids(config: ModelConfig, value: Any, *, source: str) -> ModelConfig
 
 def _stop_ids(value: Any, source: str) -> Sequence[int]:
     ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
-    check(
-        {"eos_token_id": ids},
-        {"eos_token_id": array(whole(0, 2**24 - 1), most=1024)},
-        source=source,
-    )
+    if len(ids) > 1024 or any(_ID.fault(token) or token is None for token in ids):
+        raise DcodError(
+            f"{source}: eos_token_id={str(value)[:80]!r} must be a token id or a list of them"
+        )
     return ids
 
 

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from dcod_jax.bounds import check, mapping, text
 from dcod_jax.copies import local_copy
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Location, Path, RemotePath, as_path, atomic_write, from_json, rename
@@ -41,6 +42,7 @@ from dcod_jax.types import Params
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_INDEX = {"weight_map": mapping(items=text(255))}
 
 # Buffers that old exports wrote; their values follow from the config.
 _BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -75,12 +77,12 @@ def load_config(path: Location) -> tuple[ModelConfig, dict[str, Any]]:
     """
     directory = _directory(path)
     file = directory if directory.is_file() else directory / "config.json"
-    if not file.exists():
+    if not file.is_file():
         raise DcodError(f"{directory}: no config.json in it; expected an HF model directory")
     raw = _read_json(file)
     config = configs.from_hf(raw, source=str(file))
     generation = file.with_name("generation_config.json")
-    if generation.exists():
+    if generation.is_file():
         stops = _read_json(generation).get("eos_token_id")
         config = configs.add_stop_ids(config, stops, source=str(generation))
     return config, raw
@@ -95,16 +97,18 @@ def read_config(path: Location) -> ModelConfig:
 def _weight_map(directory: Path) -> dict[str, Path]:
     """Tensor name -> file that holds it."""
     single, index = directory / SINGLE, directory / INDEX
-    if single.exists():
+    if single.is_file():
         with _open(single) as file:
             return dict.fromkeys(file.keys(), single)
-    if index.exists():
+    if index.is_file():
         content = _read_json(index)
-        if not isinstance(content.get("weight_map"), dict):
-            raise DcodError(f"{index}: no weight_map in it; download or write it again")
+        check(content, _INDEX, source=index)
+        names = set(content["weight_map"].values())
+        if odd := sorted(name for name in names if "/" in name or "\\" in name or "\0" in name):
+            raise DcodError(f"{index}: weight_map names {odd[0]!r}, which is not beside it")
         files = {name: directory / file for name, file in content["weight_map"].items()}
         for name, file in files.items():
-            if not file.exists():
+            if not file.is_file():
                 raise DcodError(f"{index}: {name} should be in {file.name}, which is missing")
         return files
     if any(directory.glob("pytorch_model*.bin")):
@@ -121,7 +125,7 @@ def _open(file: Path) -> Iterator[Any]:
     try:
         with safe_open(local_copy(file), framework="np") as handle:
             yield handle
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise DcodError(
             f"{file}: not a whole safetensors file ({error}); download or write it again"
         ) from error

@@ -40,6 +40,43 @@ def transposed_matmul(x: Float[Array, "*B I"], weight: Float[Array, "O I"]) -> F
     return jnp.moveaxis(jax.lax.optimization_barrier(y), 0, -1)
 
 
+@jax.custom_vjp
+def affine(
+    x: Float[Array, "*B I"], kernel: Float[Array, "I O"], bias: Float[Array, " O"] | None
+) -> Float[Array, "*B O"]:
+    """x @ kernel (+ bias) in the dtype of x; their gradients are formed in the weights' own dtype.
+
+    A float32 weight is rounded to the dtype of x for the product, and its gradient, a sum over all
+    tokens, is not: so are the sums over devices that the partitioner makes of it.
+    """
+    y = x @ kernel.astype(x.dtype)
+    return y if bias is None else y + bias.astype(x.dtype)
+
+
+def _affine_forward(
+    x: Array, kernel: Array, bias: Array | None
+) -> tuple[Array, tuple[Array, Array, Array | None]]:
+    return affine(x, kernel, bias), (x, kernel, bias)
+
+
+def _affine_backward(
+    residuals: tuple[Array, Array, Array | None], gradient: Array
+) -> tuple[Array, Array, Array | None]:
+    x, kernel, bias = residuals
+    in_x = jnp.einsum("...o,io->...i", gradient, kernel.astype(x.dtype))
+    in_kernel = jnp.einsum("...i,...o->io", x, gradient, preferred_element_type=kernel.dtype)
+    if kernel.dtype != x.dtype:
+        # A transposition behind it must not become part of the product: XLA's CPU backend has no
+        # kernel for bfloat16 operands in that order.
+        in_kernel = jax.lax.optimization_barrier(in_kernel)
+    if bias is None:
+        return in_x, in_kernel, None
+    return in_x, in_kernel, gradient.sum(range(gradient.ndim - 1), dtype=bias.dtype)
+
+
+affine.defvjp(_affine_forward, _affine_backward)
+
+
 @dataclasses.dataclass(frozen=True)
 class Declaration:
     """What the mesh and the files know a parameter by; nnx metadata of the parameter."""
@@ -80,9 +117,11 @@ class Linear(nnx.Module):
         self.transposed = False
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        kernel = self.kernel[...].astype(x.dtype)
-        y = transposed_matmul(x, kernel).astype(x.dtype) if self.transposed else x @ kernel
-        return y + self.bias[...].astype(x.dtype) if self.has_bias else y
+        bias = self.bias[...] if self.has_bias else None
+        if not self.transposed:
+            return affine(x, self.kernel[...], bias)
+        y = transposed_matmul(x, self.kernel[...].astype(x.dtype)).astype(x.dtype)
+        return y if bias is None else y + bias.astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):

@@ -84,6 +84,7 @@ def assemble(
         host = np.empty([at.stop - at.start for at in index], jnp.dtype(dtype))
         for place, slot in enumerate(layers[index[0]] if stacked else layers):
             tensor = read(slot, part[::-1] if slot.transposed else part)
+            check_finite(slot.name, tensor)
             host[place if stacked else ...] = tensor.T if slot.transposed else tensor
         return host
 
@@ -94,6 +95,20 @@ def assemble(
         },
         sep=".",
     )
+
+
+def check_finite(name: str, tensor: np.ndarray) -> None:
+    """Raise DcodError for a tensor with a value that is no finite number."""
+    if tensor.dtype == jnp.bfloat16:  # by its bits, many times faster than numpy's own loop
+        exponent = tensor.view(np.uint16) & 0x7F80
+        odd = int(np.count_nonzero(exponent == 0x7F80))
+    else:
+        odd = tensor.size - int(np.count_nonzero(np.isfinite(tensor)))
+    if odd:
+        raise DcodError(
+            f"{name}: {odd} of {tensor.size} values are not finite numbers; the file is damaged or "
+            "of a training that diverged: use another one"
+        )
 
 
 def _place(

@@ -27,6 +27,7 @@ from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.layers import Declaration
 from dcod_jax.parallel import collectives
 from dcod_jax.parallel import mesh as meshes
+from dcod_jax.parallel.collectives import WeightDtypes
 from dcod_jax.types import Params
 
 BLOCK_INPUT = "block_input"
@@ -109,17 +110,18 @@ def num_params(config: ModelConfig) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(param_shapes(config)))
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Floating point operations of training on one token: 3 x forward, head included.
+def flops_per_row(config: ModelConfig, seq_len: int, head_tokens: int) -> float:
+    """Floating point operations of training on one row: 3 x forward.
 
-    Per token forward: 2 per matmul parameter, and 4 * N * H * (seq_len + 1) / 2 per layer for
-    causal attention scores and their weighted sum. Recomputation (remat) is not counted.
+    Per token forward: 2 per matmul parameter of the layers, and 4 * N * H * (seq_len + 1) / 2 per
+    layer for causal attention scores and their weighted sum. The head is counted at the
+    head_tokens positions that it is compiled for. Recomputation (remat) is not counted.
     """
     stacked = jax.tree.leaves(param_shapes(config)["layers"])
     matmul = sum(math.prod(leaf.shape) for leaf in stacked if leaf.ndim == 3)
-    matmul += config.vocab_size * config.hidden_size
     attention = config.num_layers * 4 * config.num_heads * config.head_dim * (seq_len + 1) / 2
-    return 3.0 * (2 * matmul + attention)
+    head = 2 * config.vocab_size * config.hidden_size
+    return 3.0 * (seq_len * (2 * matmul + attention) + head_tokens * head)
 
 
 def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
@@ -134,10 +136,8 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     meshes.check_divides(mesh, sizes)
 
 
-def gather_layer(
-    layer: Params, axes: Params, *, compute_dtype: DTypeLike, mesh: Mesh | None
-) -> Params:
-    """One layer's matrices and biases in compute dtype, whole along the FSDP axis.
+def gather_layer(layer: Params, axes: Params, *, dtypes: WeightDtypes, mesh: Mesh | None) -> Params:
+    """One layer's matrices and biases, rounded to dtypes.compute, whole along the FSDP axis.
 
     Called inside the rematerialised block: the weights are gathered once per layer and pass, in
     the narrow dtype, instead of every matmul turning into a loop over shards. The tensor axis
@@ -147,8 +147,7 @@ def gather_layer(
     def gather(names: tuple[str, ...], weight: Array) -> Array:
         if names[-1] == "norm":
             return weight
-        whole = tuple(None if name == "embed" else name for name in names[1:])
-        return meshes.constrain(weight.astype(compute_dtype), mesh, *whole)
+        return collectives.whole_weight(weight, mesh, names[1:], dtypes)
 
     return jax.tree.map(gather, axes, layer, is_leaf=meshes.is_names)
 
@@ -161,7 +160,7 @@ def _with_weights(
     arrays: tuple[tuple[tuple[str | None, ...], Array], ...],
     output: tuple[Any, ...],
     *,
-    compute_dtype: DTypeLike,
+    dtypes: WeightDtypes,
     mesh: Mesh | None,
 ) -> Any:
     """function(layer, *arrays), the matrices of the modules `used` as `gather_layer` has them.
@@ -171,16 +170,15 @@ def _with_weights(
     tensor axis, where the function needs collectives of its own, the partitioner does it all.
     """
     if mesh is None or mesh.size == 1 or meshes.parts(mesh, "heads") > 1:
-        layer = gather_layer(layer, axes, compute_dtype=compute_dtype, mesh=mesh)
+        layer = gather_layer(layer, axes, dtypes=dtypes, mesh=mesh)
         return function(layer, *(x for _, x in arrays))
 
     def gather(path: tuple[Any, ...], names: tuple[str, ...], weight: Array) -> Array:
         if names[-1] == "norm" or path[-2].key not in used:
             return weight
-        weight = weight.astype(compute_dtype)
         if "embed" not in names:
-            return weight
-        return collectives.gather_weight(weight, mesh, "embed", names.index("embed") - 1)
+            return weight.astype(dtypes.gradient)
+        return collectives.gather_weight(weight, mesh, names[1:], dtypes)
 
     def on_shard(layer: Params, *arrays: Array) -> Any:
         whole = jax.tree_util.tree_map_with_path(gather, axes, layer, is_leaf=meshes.is_names)
@@ -219,13 +217,16 @@ def hidden_states(
     segment_ids: Int[Array, "B T"] | None = None,
     positions: Int[Array, "B T"] | None = None,
     compute_dtype: DTypeLike = jnp.float32,
+    gradient_dtype: DTypeLike | None = None,
     remat: str = "none",
     mesh: Mesh | None = None,
 ) -> Float[Array, "B T D"]:
     """Final normed hidden states, in compute_dtype; attention is causal within a segment.
 
-    Positions default to 0..T-1, segments to one; segment 0 is padding, whose finite values nothing
-    else sees. Raises DcodError for a mesh that cannot split the model, or an unknown remat.
+    The gradients of the layers' matrices and biases are formed and summed over devices in
+    gradient_dtype (None: in compute_dtype), those of all other parameters in float32. Positions
+    default to 0..T-1, segments to one; segment 0 is padding, whose finite values nothing else sees.
+    Raises DcodError for a mesh that cannot split the model, or an unknown remat.
     """
     if remat not in ("none", *REMAT_POLICIES):
         raise DcodError(f"remat={remat!r} must be none, {' or '.join(REMAT_POLICIES)}")
@@ -240,7 +241,8 @@ def hidden_states(
     decoder_graph, block_graph = graphs(config)
     layer_axes = logical_axes(config)["layers"]
     rope = layers.rope_tables(config, positions)
-    run = functools.partial(_with_weights, compute_dtype=compute_dtype, mesh=mesh)
+    dtypes = WeightDtypes(jnp.dtype(compute_dtype), jnp.dtype(gradient_dtype or compute_dtype))
+    run = functools.partial(_with_weights, dtypes=dtypes, mesh=mesh)
 
     def block(x: Array, layer: Params) -> tuple[Array, None]:
         x = checkpoint_name(x, BLOCK_INPUT)

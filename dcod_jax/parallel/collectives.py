@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, PartitionSpec
 
-from dcod_jax.parallel.mesh import AXES, RULES, parts, platform, spec
+from dcod_jax.parallel.mesh import AXES, RULES, constrain, parts, platform, spec
 
 
 def per_shard(
@@ -116,16 +116,49 @@ def _scatter_parts(x: jax.Array, mesh: Mesh, axes: Sequence[str], *, dimension: 
     return jnp.moveaxis(done, 0, dimension)
 
 
+class WeightDtypes(NamedTuple):
+    """In which dtypes a float32 weight is used: hashable, static under jit."""
+
+    compute: Any  # operand of matrix products; it is gathered in this one
+    gradient: Any  # the weight's gradient, and its sum over devices
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def gather_weight(x: jax.Array, mesh: Mesh, logical: str, dimension: int) -> jax.Array:
-    """As `gather`; the gradient is scattered along one dimension of the torus after another."""
-    return gather(x, logical, dimension=dimension)
+def gather_weight(
+    x: jax.Array, mesh: Mesh, names: tuple[str, ...], dtypes: WeightDtypes
+) -> jax.Array:
+    """Inside per_shard: a weight rounded to dtypes.compute, whole along "embed".
+
+    The result has dtypes.gradient, in which its gradient arrives and is summed: scattered along one
+    dimension of the torus after another.
+    """
+    rounded = x.astype(dtypes.compute)
+    return gather(rounded, "embed", dimension=names.index("embed")).astype(dtypes.gradient)
 
 
 gather_weight.defvjp(
-    lambda x, mesh, logical, dimension: (gather(x, logical, dimension=dimension), None),
-    lambda mesh, logical, dimension, _, gradient: (
-        _scatter(gradient, mesh, RULES[logical], dimension=dimension),
+    lambda x, mesh, names, dtypes: (gather_weight(x, mesh, names, dtypes), None),
+    lambda mesh, names, dtypes, _, gradient: (
+        _scatter(gradient, mesh, RULES["embed"], dimension=names.index("embed")).astype(
+            jnp.float32
+        ),
+    ),
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def whole_weight(
+    x: jax.Array, mesh: Mesh | None, names: tuple[str, ...], dtypes: WeightDtypes
+) -> jax.Array:
+    """As `gather_weight`, outside of per_shard: the partitioner gathers and sums."""
+    whole = (None if name == "embed" else name for name in names)
+    return constrain(x.astype(dtypes.compute), mesh, *whole).astype(dtypes.gradient)
+
+
+whole_weight.defvjp(
+    lambda x, mesh, names, dtypes: (whole_weight(x, mesh, names, dtypes), None),
+    lambda mesh, names, dtypes, _, gradient: (
+        constrain(gradient, mesh, *names).astype(jnp.float32),
     ),
 )
 

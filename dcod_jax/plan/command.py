@@ -23,7 +23,7 @@ from rich.table import Table
 
 from dcod_jax import config as configs
 from dcod_jax.errors import DcodError
-from dcod_jax.files import as_path, replace_file
+from dcod_jax.files import as_path, check_own, replace_file
 from dcod_jax.models.transformer import num_params
 from dcod_jax.parallel.mesh import batch_shards, make_mesh
 from dcod_jax.plan import estimate, programs
@@ -42,6 +42,7 @@ def plan(config: Any) -> dict[str, Any]:
     """
     if not config.plan.topology:
         raise DcodError("plan.topology is empty: --topology v5e:4x4 (or v5p:2x2x4, ..., cpu:8)")
+    path = check_own(as_path(config.run_dir) / "plan.json", '"topology"', '"attempts"')
     jax.config.update("jax_platforms", "cpu")  # also on a TPU host: its chips are left alone
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot hold such programs
     target = programs.target(config)
@@ -72,7 +73,6 @@ def plan(config: Any) -> dict[str, Any]:
         result["score"] = _score(fitting, target)
         if config.plan.largest_batch:
             result["largest_batch"] = _largest(fitting, target, report)
-    path = as_path(config.run_dir) / "plan.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, (json.dumps(result, indent=1) + "\n").encode())
     log.info("written: %s", path)

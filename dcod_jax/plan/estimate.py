@@ -8,7 +8,7 @@ import jax
 
 from dcod_jax.models import hf
 from dcod_jax.models.config import ModelConfig
-from dcod_jax.models.transformer import flops_per_token
+from dcod_jax.models.transformer import flops_per_row
 from dcod_jax.plan import hlo, programs
 from dcod_jax.plan.programs import Program, Target
 
@@ -24,6 +24,19 @@ def attention_flops(model: ModelConfig, tokens: int, length: int) -> float:
     """Operations of one causal forward pass of attention over all layers: 4·N·H·(T+1)/2 a token."""
     per_layer = 4 * model.num_heads * model.head_dim * (length + 1) / 2
     return tokens * model.num_layers * per_layer
+
+
+def step_flops(config: Any, model: ModelConfig, head_tokens: int) -> float:
+    """Operations of the models in one train step: the student's, and a live teacher's forward pass.
+
+    head_tokens: positions of a row that the vocabulary head is compiled for.
+    """
+    rows, length = config.data.batch_size, config.data.seq_len
+    total = rows * flops_per_row(model, length, head_tokens)
+    if config.loss.teacher == "live":
+        teacher = hf.read_config(config.teacher.path)
+        total += rows * flops_per_row(teacher, length, head_tokens) / 3
+    return total
 
 
 def _seconds(
@@ -82,12 +95,11 @@ def train_numbers(
     model = programs.student_of(config)
     length = config.data.seq_len
     tokens = config.data.batch_size * length
-    model_flops = tokens * flops_per_token(model, length)
+    model_flops = step_flops(config, model, programs.head_tokens(config))
     again = FORWARD if config.student.remat != "none" else 0.0
     kernel_flops = attention_flops(model, tokens, length) * (FORWARD + again + BACKWARD)
     if config.loss.teacher == "live":
         teacher = hf.read_config(config.teacher.path)
-        model_flops += tokens * flops_per_token(teacher, length) / 3
         kernel_flops += attention_flops(teacher, tokens, length) * FORWARD
     timing = _timing(target, program, kernel_flops, tokens)
     seconds = timing["seconds"]

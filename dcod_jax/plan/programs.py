@@ -159,11 +159,15 @@ def _shapes(model: ModelConfig, dtype: DTypeLike, mesh: Mesh) -> Params:
     )
 
 
+def head_tokens(config: Any) -> int:
+    """Positions of a row that the head is compiled for; without data.head_tokens all of them."""
+    return min(config.data.head_tokens or config.data.seq_len, config.data.seq_len)
+
+
 def batch_shapes(config: Any, mesh: Mesh) -> Batch:
-    """A global batch as the pipeline makes it; without data.head_tokens all is supervised."""
+    """A global batch as the pipeline makes it."""
     layout = sharding(mesh, ("batch",))
-    rows, length = config.data.batch_size, config.data.seq_len
-    head = min(config.data.head_tokens or length, length)
+    rows, length, head = config.data.batch_size, config.data.seq_len, head_tokens(config)
 
     def shape(dtype: DTypeLike, *dims: int) -> Any:
         return jax.ShapeDtypeStruct((rows, *dims), dtype, sharding=layout)

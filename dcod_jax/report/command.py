@@ -27,13 +27,14 @@ from dcod_jax import __version__
 from dcod_jax import config as configs
 from dcod_jax.config import BASE, load_recipe
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Path, as_path, replace_file
+from dcod_jax.files import Path, as_path, check_own, replace_file
 from dcod_jax.report.data import Run, drifts, evaluations, find_runs, goodput, run_record
 from dcod_jax.report.traces import Seen, histogram, see, shown
 
 log = logging.getLogger(__name__)
 
 ASSETS = pathlib.Path(__file__).resolve().parents[1] / "assets" / "report"
+GENERATOR = 'content="dcod_jax report"'  # of page.html, which tells our pages from others
 VENDOR = "vendor/"  # the chart library, with its licence
 STYLES = (VENDOR + "uPlot.min.css", "style.css")
 SCRIPTS = (VENDOR + "uPlot.min.js", "charts.js", "tables.js", "traces.js", "main.js")
@@ -54,6 +55,7 @@ def report(config: Any) -> Path | None:
 
 def write(runs: Sequence[Run], path: Path, *, settings: Any) -> Path:
     """Write the page of these runs; settings is the report section of a config."""
+    check_own(path, GENERATOR)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, page(collect(runs, settings=settings)).encode())
     log.info("report: %s", path)
@@ -68,7 +70,7 @@ def collect(runs: Sequence[Run], *, settings: Any) -> dict[str, Any]:
     records, notes = [], []
     traces: dict[tuple[str, str], dict[str, Any]] = {}  # runs of one dataset share them
     for place, run in enumerate(runs):
-        record = run_record(run, points=settings.points)
+        record = run_record(run, notes, points=settings.points)
         record |= {"histogram": None, "seen": "", "goodput": goodput(run, notes)}
         records.append(record)
         if not settings.traces:

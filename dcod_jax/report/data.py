@@ -6,21 +6,80 @@ Numbers are those of the files, thinned and never averaged; what is missing is a
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from dcod_jax import config as configs
+from dcod_jax.bounds import Bound, array, check, either, mapping, number, optional, text, whole
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Path, read_json
-from dcod_jax.train.metrics import read_metrics
+from dcod_jax.files import Path, file_size
 from dcod_jax.train.profiling import GOODPUT
 
-POSITION = "weights/position_"  # prefix of the metrics by position bucket; the rest is its start
+POSITION = re.compile(r"weights/position_(\d{1,9})")  # metric of the bucket that starts there
 GOODPUT_PARTS = ("productive", "startup", "eval", "save", "lost", "wall")  # of goodput.json
 ALIVE = ("student_alive", "teacher_alive")
-DRIFT = (*ALIVE, "reach", "accumulated", "reference", "excess", "log_ratio")  # of each student
 CURVES = ("accumulated", "reference", "excess", "difference")
+LARGEST = 1 << 28  # bytes of a file that is read
+
+# What is shown of the files; the page's scripts rely on it.
+_NUMBER = optional(number(-1e308, 1e308))
+_SCALAR = optional(either(text(), number(-1e308, 1e308)))
+_TABLE = optional(array(mapping(items=_SCALAR), most=10_000))
+_AT_K = optional(mapping(items=array(_NUMBER, fewest=3, most=3)))
+_SCORES = (
+    "problems correct low high no_answer truncated tokens seconds samples difference "
+    "difference_low difference_high"
+).split()
+_RESULTS = {
+    "baseline": optional(text()),
+    "models": mapping(
+        items=mapping(
+            {
+                "accuracy": number(0, 1),
+                **dict.fromkeys(_SCORES, _NUMBER),
+                "details": optional(
+                    mapping(
+                        {
+                            "pass_at_k": _AT_K,
+                            "maj_at_k": _AT_K,
+                            "by_length": _TABLE,
+                            "by_difficulty": _TABLE,
+                            "degenerate": optional(mapping(items=_NUMBER)),
+                        }
+                    )
+                ),
+            }
+        )
+    ),
+}
+_LIST = array(_NUMBER, fewest=1)
+_CURVE = mapping(items=_LIST)
+_DRIFT = {
+    **dict.fromkeys("teacher baseline prompts samples least".split(), _SCALAR),
+    "models": mapping(
+        items=mapping(
+            {
+                "reach": whole(0, 1 << 24),
+                **dict.fromkeys(ALIVE, _LIST),
+                **dict.fromkeys(CURVES[:-1], _CURVE),
+                "difference": optional(_CURVE),
+                "log_ratio": mapping({"student": _CURVE, "teacher": _CURVE}),
+            }
+        )
+    ),
+}
+_GOODPUT = {
+    "attempts": array(),
+    "total": mapping(
+        {
+            "goodput": number(-1e308, 1e308),
+            **{f"{part}_seconds": number(-1e308, 1e308) for part in GOODPUT_PARTS},
+        }
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +114,7 @@ def find_runs(directories: Sequence[Path]) -> list[Run]:
                 "directories of its variants"
             )
         for home in homes:
-            runs.append(Run(home.name, home, configs.to_config(read_json(home / "config.json"))))
+            runs.append(Run(home.name, home, _config(home / "config.json")))
     for name in (lambda run: f"{run.path.parent.name}/{run.path.name}", lambda run: str(run.path)):
         names = [run.name for run in runs]
         runs = [
@@ -72,16 +131,17 @@ def _is_run(directory: Path) -> bool:
 # ---------------------------------------------------------------- metrics
 
 
-def run_record(run: Run, *, points: int) -> dict[str, Any]:
+def run_record(run: Run, notes: list[str], *, points: int) -> dict[str, Any]:
     """{"name", "directory", "config", "series", "positions"} of a run.
 
     series is {metric: {"steps": [...], "values": [...]}} of about `points` entries, without the
     position buckets; positions are the buckets at the first, a middle and the last step with them.
+    Lines and values that are no numbers of a step are left out with a note.
     """
-    lines = read_metrics(run.path / "metrics.jsonl")
+    lines = _metrics(run.path / "metrics.jsonl", notes)
     series = {}
     for name in dict.fromkeys(key for line in lines for key in line if key != "step"):
-        if not name.startswith(POSITION):
+        if not POSITION.fullmatch(name):
             found = [(line["step"], line[name]) for line in lines if name in line]
             steps, values = zip(*thin(found, points), strict=True)
             series[name] = {"steps": steps, "values": values}
@@ -94,6 +154,32 @@ def run_record(run: Run, *, points: int) -> dict[str, Any]:
     }
 
 
+_STEP = {"step": whole(0, 1 << 53)}
+
+
+def _metrics(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The lines with their finite numbers; one that a killed process wrote in part is left out."""
+    lines, odd = [], []
+    whole_file = _bytes(path)
+    for place, line in enumerate(whole_file[: whole_file.rfind(b"\n") + 1].splitlines(), 1):
+        try:
+            found = _parse(line, path)
+            check(found, _STEP, source=path)
+        except DcodError:
+            odd.append(place)
+            continue
+        kept = {key: value for key, value in found.items() if _NUMBER.fault(value) is None}
+        lines.append({key: value for key, value in kept.items() if value is not None})
+        if len(lines[-1]) < len(found):
+            odd.append(place)
+    if odd:
+        notes.append(
+            f"{path}: {len(odd)} lines, the first one line {odd[0]}, hold what is no finite number "
+            "of a step; that is left out"
+        )
+    return lines
+
+
 def goodput(run: Run, notes: list[str]) -> dict[str, Any] | None:
     """{"starts", "goodput", "seconds": {part: seconds}} of goodput.json, or None without one.
 
@@ -102,25 +188,22 @@ def goodput(run: Run, notes: list[str]) -> dict[str, Any] | None:
     path = run.path / GOODPUT
     if not path.is_file():
         return None
-    found = read_json(path)
-    try:
-        total = found["total"]
-        seconds = {part: total[f"{part}_seconds"] for part in GOODPUT_PARTS}
-        starts, share = len(found["attempts"]), total["goodput"]
-        return {"starts": starts, "goodput": share, "seconds": seconds}
-    except (KeyError, TypeError) as error:
-        notes.append(f"{path} is not shown: it has no {error}; it is not a run's goodput.json")
+    found = _checked(path, _GOODPUT, notes)
+    if found is None:
         return None
+    total = found["total"]
+    seconds = {part: total[f"{part}_seconds"] for part in GOODPUT_PARTS}
+    return {"starts": len(found["attempts"]), "goodput": total["goodput"], "seconds": seconds}
 
 
 def _positions(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """{"step", "first", "values"}: mean weight in the bucket that begins with token `first`."""
-    having = [line for line in lines if any(key.startswith(POSITION) for key in line)]
+    having = [line for line in lines if any(map(POSITION.fullmatch, line))]
     found = []
     for i in sorted({0, len(having) // 2, len(having) - 1} if having else ()):
-        buckets = sorted(key for key in having[i] if key.startswith(POSITION))
-        first = [int(key.removeprefix(POSITION)) for key in buckets]
-        values = [having[i][key] for key in buckets]
+        matches = sorted(filter(None, map(POSITION.fullmatch, having[i])), key=lambda m: m[0])
+        first = [int(match[1]) for match in matches]
+        values = [having[i][match[0]] for match in matches]
         found.append({"step": having[i]["step"], "first": first, "values": values})
     return found
 
@@ -154,7 +237,7 @@ def evaluations(runs: Sequence[Run], notes: list[str]) -> list[dict[str, Any]]:
     for root in dict.fromkeys(run.root for run in runs):
         folder = root / "evaluation"
         for path in (folder / "results.json", *sorted(folder.glob("*/results.json"))):
-            if result := _result(path, ("accuracy",), root, runs, notes):
+            if result := _result(path, _RESULTS, root, runs, notes):
                 found.append(result | {"set": "" if path.parent == folder else path.parent.name})
     return found
 
@@ -166,10 +249,25 @@ def drifts(runs: Sequence[Run], notes: list[str], *, points: int) -> list[dict[s
     """
     found = []
     for root in dict.fromkeys(run.root for run in runs):
-        if result := _result(root / "drift.json", DRIFT, root, runs, notes):
+        path = root / "drift.json"
+        if result := _result(path, _DRIFT, root, runs, notes):
+            if uneven := [name for name, row in result["models"].items() if _uneven(row)]:
+                notes.append(f"{path} is not shown: the curves of {uneven[0]} differ in length")
+                continue
             models = {name: _thin_drift(row, points) for name, row in result["models"].items()}
             found.append(result | {"models": models})
     return found
+
+
+def _uneven(row: dict[str, Any]) -> bool:
+    """Whether the lists of a row are not all of one length, or reach is beyond it."""
+
+    def lengths(values: Any) -> set[int]:
+        if isinstance(values, dict):
+            return set().union(*map(lengths, values.values()))
+        return {len(values)} if isinstance(values, list) else set()
+
+    return len(lengths(row)) != 1 or row["reach"] > len(row["student_alive"])
 
 
 def _thin_drift(row: dict[str, Any], points: int) -> dict[str, Any]:
@@ -190,24 +288,57 @@ def _thin_drift(row: dict[str, Any], points: int) -> dict[str, Any]:
 
 
 def _result(
-    path: Path, needed: Sequence[str], root: Path, runs: Sequence[Run], notes: list[str]
+    path: Path, bounds: dict[str, Bound], root: Path, runs: Sequence[Run], notes: list[str]
 ) -> dict[str, Any] | None:
     """A file of {"models": {name: row}} with {"source", "runs": {model: place of its run}}.
 
-    None without a file, and with a note of what a row lacks.
+    None without a file, and with a note of what is wrong in it.
     """
-    if not path.is_file():
+    if not path.is_file() or (result := _checked(path, bounds, notes)) is None:
         return None
-    result = read_json(path)
-    models = result.get("models")
-    if not isinstance(models, dict):
-        notes.append(f"{path} is not shown: it has no models; make it again")
-        return None
-    for name, row in models.items():
-        lacking = [key for key in needed if key not in row]
-        if lacking:
-            notes.append(f"{path} is not shown: {name} has no {', '.join(lacking)}; make it again")
-            return None
     names = ["student" if run.path == root else run.path.name for run in runs]
     places = {name: i for i, name in enumerate(names) if runs[i].root == root}
     return {"source": str(path), "runs": places} | result
+
+
+# ---------------------------------------------------------------- files
+
+
+def _checked(path: Path, bounds: dict[str, Bound], notes: list[str]) -> dict[str, Any] | None:
+    """What the bounds name of a JSON file, or None and a note that says what is wrong in it."""
+    try:
+        found = _parse(_bytes(path), path)
+        check(found, bounds, source=path)
+    except DcodError as error:
+        notes.append(f"{error}; it is not shown: make it again")
+        return None
+    return mapping(bounds).kept(found)
+
+
+def _config(path: Path) -> Any:
+    """The resolved config of a run."""
+    try:
+        return configs.to_config(_parse(_bytes(path), path))
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise DcodError(f"{path}: not a run's config ({error})") from error
+
+
+def _bytes(path: Path) -> bytes:
+    if (size := file_size(path)) > LARGEST:
+        raise DcodError(f"{path} has {size} bytes; at most {LARGEST} are read")
+    return path.read_bytes()
+
+
+def _parse(content: bytes, path: Path) -> dict[str, Any]:
+    """A JSON object, with null for NaN and the infinities; DcodError for anything else."""
+
+    def finite(digits: str) -> float | None:
+        return value if math.isfinite(value := float(digits)) else None
+
+    try:
+        found = json.loads(content, parse_constant=lambda name: None, parse_float=finite)
+    except (ValueError, RecursionError) as error:
+        raise DcodError(f"{path}: not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise DcodError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found

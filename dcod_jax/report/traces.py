@@ -128,7 +128,15 @@ def _check_config(run: Run) -> None:
     known, own = configs.keys(configs.load_recipe(configs.BASE)), configs.keys(run.config)
     sections = ("student.", "data.", "score.", "loss.", "train.", "export.")
     odd = [key for key in known | own if (key in known) != (key in own) if key.startswith(sections)]
-    if odd:
+    odd += [
+        key
+        for key in known.keys() & own.keys() - set(configs.AUTOMATIC)
+        if type(own[key]) is not type(known[key])
+        and {type(own[key]), type(known[key])} != {int, float}
+    ]
+    if not odd:
+        configs.check(run.config)
+    else:
         raise DcodError(
             f"{run.path}/config.json is of another version of dcod_jax, which differs in "
             f"{', '.join(odd[:3])}"
@@ -206,5 +214,7 @@ def shown(seen: Seen, *, count: int) -> list[dict[str, Any]]:
     ]
 
 
-def _rounded(values: np.ndarray | None) -> list[float] | None:
-    return None if values is None else [float(f"{x:.5g}") for x in values]
+def _rounded(values: np.ndarray | None) -> list[float | None] | None:
+    if values is None:
+        return None
+    return [float(f"{x:.5g}") if np.isfinite(x) else None for x in values]

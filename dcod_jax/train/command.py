@@ -22,7 +22,7 @@ from dcod_jax import config as configs
 from dcod_jax.data.dataset import read_manifest
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.command import compare
-from dcod_jax.export.command import export
+from dcod_jax.export.command import export, rehearse
 from dcod_jax.files import as_path
 from dcod_jax.generate_traces.command import generate_traces, traces_path
 from dcod_jax.parallel import hosts
@@ -41,6 +41,8 @@ def train(config: Any) -> None:
     runs = list(configs.variants(config))
     for _, variant in runs:
         preflight(variant)
+        if hosts.first():
+            rehearse(variant)
     make_inputs(config)
     for name, variant in runs:
         fit(variant, name=name)

@@ -35,6 +35,7 @@ class Forward:
     model: ModelConfig
     loss: DistillLoss
     compute_dtype: DTypeLike
+    gradient_dtype: DTypeLike = jnp.float32  # in which devices sum the gradients of the layers
     remat: str = "none"
     teacher: TeacherModel | None = None
 
@@ -67,7 +68,7 @@ class Forward:
             teacher = LiveTeacher(
                 *self._hidden(self.teacher.config, teacher_params, batch, compute_dtype=dtype)
             )
-        own = {"compute_dtype": self.compute_dtype, "remat": self.remat}
+        own = {key: getattr(self, key) for key in ("compute_dtype", "gradient_dtype", "remat")}
         return *self._hidden(self.model, params, batch, **own), teacher
 
     def __call__(
@@ -103,5 +104,11 @@ def make_forward(
 ) -> Forward:
     """The forward pass that a configuration asks for; remat replaces student.remat."""
     loss = DistillLoss(loss_config(config), VocabHead(config.loss.head_chunk, valid_vocab, mesh))
-    dtype = jnp.dtype(config.student.compute_dtype)
-    return Forward(model, loss, dtype, remat or config.student.remat, teacher)
+    return Forward(
+        model,
+        loss,
+        compute_dtype=jnp.dtype(config.student.compute_dtype),
+        gradient_dtype=jnp.dtype(config.train.gradient_dtype),
+        remat=remat or config.student.remat,
+        teacher=teacher,
+    )

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from dcod_jax import seeds
 from dcod_jax.data import packing
 from dcod_jax.data.codec import Columns
 from dcod_jax.data.pipeline import HostBatch, host_slice
@@ -41,7 +42,7 @@ class OnPolicy:
         """(the batch to train on, the trace of each position, metrics) of a batch of traces."""
         if not self.config.on_policy.fraction:
             return batch, trace_index, {}
-        drawn = _draws(self.config.seed, step)
+        drawn = seeds.bits(self.config.seed, "on_policy", step).random_raw(2)
         if drawn[0] / 2**64 >= self.config.on_policy.fraction:
             return *self._own_rows(batch, trace_index), self._metrics(on=False)
         start = time.monotonic()
@@ -82,11 +83,6 @@ class OnPolicy:
             "on_policy/tokens_generated": float(self.spent["tokens"]),
             "time/on_policy_seconds": self.spent["seconds"],
         }
-
-
-def _draws(seed: int, step: int) -> np.ndarray:
-    """Two uint64 that follow from (seed, step) alone."""
-    return np.random.Philox(np.random.SeedSequence((seed, step))).random_raw(2)
 
 
 def _prompts(batch: HostBatch, trace_index: np.ndarray) -> tuple[list[list[int]], list[int]]:

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from dcod_jax import config as configs
+from dcod_jax import seeds
 from dcod_jax.data.dataset import MANIFEST, TraceDataset, check_fingerprints
 from dcod_jax.data.templates import template_of
 from dcod_jax.data.tokenizer import (
@@ -21,7 +22,7 @@ from dcod_jax.data.tokenizer import (
     tokenizer_fingerprint,
 )
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Path, as_path
+from dcod_jax.files import Path, as_path, check_own
 from dcod_jax.losses.divergences import DIVERGENCES
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig
@@ -57,8 +58,18 @@ class Student:
     valid_vocab: int  # the tokenizer's real size; rows of the embedding above it are padding
 
 
+# File of run_dir -> what says that it is of an earlier start of this program.
+OWN_FILES = {
+    "config.json": ('"run_dir"', '"on_policy"'),
+    "metrics.jsonl": ('"step"',),
+    "goodput.json": ('"attempts"', '"total"'),
+}
+
+
 def preflight(config: Any) -> None:
     """Refuse what cannot train before hours go into sampling and scoring for it."""
+    for name, marks in OWN_FILES.items():
+        check_own(as_path(config.run_dir) / name, *marks)
     student = load_student(config)
     mesh = make_mesh(**config.mesh)
     check_batch(config.data.batch_size, config.train.microbatches, mesh)
@@ -202,7 +213,7 @@ def initial_snapshot(
 def random_params(model_config: ModelConfig, seed: int, shardings: Params) -> Params:
     """Initial parameters; they depend on the seed, not on the shardings."""
     init = jax.jit(lambda key: transformer.init_params(model_config, key), out_shardings=shardings)
-    return init(jax.random.key(seed))
+    return init(jax.random.key(seeds.key_seed(seed, "init")))
 
 
 def _check_same_run(config: Any, earlier: dict[str, Any], directory: Path) -> None:

@@ -15,12 +15,13 @@ import jax
 import numpy as np
 
 from dcod_jax.data.dataset import TraceDataset
+from dcod_jax.data.packing import head_capacity
 from dcod_jax.errors import DcodError
 from dcod_jax.files import as_path
 from dcod_jax.logs import track
-from dcod_jax.models.transformer import flops_per_token
 from dcod_jax.parallel import hosts
 from dcod_jax.plan import chips
+from dcod_jax.plan.estimate import step_flops
 from dcod_jax.train.checkpointer import Snapshot
 from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.train.metrics import MetricsWriter
@@ -73,8 +74,8 @@ class Telemetry:
             done=run.step,
             enabled=config.train.progress,
         )
-        positions = config.data.batch_size * config.data.seq_len
-        self.flops = positions * flops_per_token(student.config, config.data.seq_len)
+        row = (config.data.seq_len, config.data.head_tokens)
+        self.flops = step_flops(config, student.config, head_capacity(dataset.lengths, *row))
         peak = chips.peak_flops(jax.devices()[0].device_kind)
         self.peak = peak * jax.device_count() if peak else None
         self.pending: Pending | None = None

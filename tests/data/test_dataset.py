@@ -1,6 +1,7 @@
 """The dataset on disk: exact round trips, damage that is named, and scoring that survives kill."""
 
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -28,7 +29,7 @@ from dcod_jax.data.codec import bytes_per_token, decode, decode_columns, encode
 from dcod_jax.data.dataset import DatasetWriter, TraceDataset, check_fingerprints
 from dcod_jax.data.scores import add_scores
 from dcod_jax.errors import DcodError
-from dcod_jax.files import replace_file
+from dcod_jax.files import file_entry, replace_file
 from dcod_jax.types import Trace
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -272,11 +273,27 @@ def test_another_version_of_the_format_is_refused(tmp_path):
         TraceDataset(path.parent)
 
 
+ENTRY = dict.fromkeys("records tokens completion_tokens bytes".split(), 1)
+ENTRY |= {"file": "traces-00000.array_record", "sha256": "0"}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"shards": []}, "shards missing"),
-        ({"scored": "yes", "top_k": None}, "scored, top_k missing"),
+        ({"shards": []}, r"shards=\[\] must be a list of 1 to"),
+        ({"scored": "yes"}, "scored='yes' must be true or false"),
+        ({"top_k": None}, "top_k is missing"),
+        ({"top_k": 10**30}, "top_k=10+ must be a whole number"),
+        ({"shards": [3]}, r"shards\[0\]=3 must be an object"),
+        ({"shards": [ENTRY | {"file": "../x"}]}, "'../x' is no file beside it"),
+        ({"shards": [ENTRY | {"records": 1 << 60}]}, r"shards\[0\].records=\d+ must be"),
+        ({"shards": [ENTRY | {"records": 7}]}, "totals.records=3, the shards have 7"),
+        ({"lengths": {"file": 3}}, "lengths.file=3 must be a text"),
+        ({"lengths": ENTRY | {"file": "/etc/passwd"}}, "is no file beside it"),
+        ({"totals": {"records": 3}}, "totals.tokens is missing"),
+        ({"tokenizer": "abc"}, "tokenizer='abc' must be an object"),
+        ({"teacher": {"weights": 3}}, "teacher.weights=3 must be a text"),
+        ({"format": [1]}, "expected format"),
     ],
 )
 def test_an_edited_manifest_is_refused(tmp_path, change, words):
@@ -287,6 +304,42 @@ def test_an_edited_manifest_is_refused(tmp_path, change, words):
     path.write_text(path.read_text()[:-9])
     with pytest.raises(DcodError, match="is not valid JSON"):
         TraceDataset(path.parent)
+
+
+def test_a_lengths_file_or_a_shard_that_announces_more_than_it_has_is_refused(tmp_path):
+    """With a manifest that fits it: a stranger's dataset, not a damaged one."""
+    whole = write(tmp_path / "d", make_traces(3))
+    manifest = json.loads((whole / "manifest.json").read_text())
+    lengths = (whole / "lengths.npy").read_bytes()
+
+    def refused(words):
+        entry = file_entry(whole / "lengths.npy")
+        (whole / "manifest.json").write_text(json.dumps(manifest | {"lengths": entry}))
+        with pytest.raises(DcodError, match=words):
+            TraceDataset(whole)
+
+    for content in (
+        lengths.replace(b"(3, 2)", b"(1099511627776, 2)"),
+        lengths.replace(b"<i4", b"|O "),
+        lengths.replace(b"<i4", b"<i8"),
+        lengths[:-4],
+        lengths[:-24] + bytes(24),  # no completion token
+        b"",
+        b"\x93NUMPY\x01\x00\xff\xff",
+    ):
+        (whole / "lengths.npy").write_bytes(content)
+        refused(r"lengths\.npy: ")
+    (whole / "lengths.npy").write_bytes(lengths)
+    [shard] = manifest["shards"]
+    less = {"records": 2}
+    changed = {"shards": [shard | less], "totals": manifest["totals"] | less}
+    buffer = io.BytesIO()
+    np.save(buffer, np.frombuffer(lengths[-24:-8], "<i4").reshape(2, 2))
+    (whole / "lengths.npy").write_bytes(buffer.getvalue())
+    changed["lengths"] = file_entry(whole / "lengths.npy")
+    (whole / "manifest.json").write_text(json.dumps(manifest | changed))
+    with pytest.raises(DcodError, match=r"has 3 records, manifest\.json says 2"):
+        TraceDataset(whole).read([0])
 
 
 def test_another_tokenizer_template_or_teacher_is_refused(tmp_path):

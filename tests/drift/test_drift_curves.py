@@ -99,11 +99,22 @@ def test_the_interval_covers_a_known_expectation():
 def test_equal_models_have_no_excess_and_zero_error_is_absent():
     same = example(5)
     curves = curves_of(same, same, resamples=50)
-    for part in (curves.excess.value, curves.excess.low, curves.excess.high):
-        assert np.nanmax(np.abs(part)) < 1e-12
+    assert np.nanmax(np.abs(curves.excess.value)) < 1e-12
+    assert np.isnan([curves.excess.low, curves.excess.high]).all()  # nothing was seen to vary
     zero = Sequences(same.values * 0, same.mask)
     nothing = curves_of(zero, zero, resamples=5).excess
     assert np.isnan(nothing.value).all()
+
+
+def test_prompts_that_do_not_differ_give_no_interval():
+    """One prompt, and several of the same KLs, whose means differ by rounding."""
+    values, mask = np.full((4, 3), 0.1), np.ones((4, 3), bool)
+    for prompt in (np.zeros(4, int), np.arange(4)):
+        same = Sequences(values, mask, prompt)
+        curves = curves_of(same, Sequences(values / 3, mask, prompt), resamples=50)
+        for curve in (curves.student_kl, curves.accumulated, curves.excess):
+            assert np.isfinite(curve.value).all()
+            assert np.isnan([curve.low, curve.high]).all()
 
 
 def test_paired_difference_of_two_students():
@@ -117,7 +128,8 @@ def test_paired_difference_of_two_students():
     assert (found.low[:4] <= found.value[:4]).all()
     pair = (first, teacher[0])
     same = drift_curves.excess_difference(pair, pair, resamples=100)
-    assert np.nanmax(np.abs([same.low, same.high])) == 0  # what both share cancels
+    assert np.nanmax(np.abs(same.value)) == 0  # what both share cancels
+    assert np.isnan([same.low, same.high]).all()
     other = first._replace(prompt=first.prompt + 1)
     with pytest.raises(DcodError, match="same prompts"):
         drift_curves.excess_difference(pair, (other, teacher[1]))

@@ -14,6 +14,7 @@ from dcod_jax.evaluate.command import evaluate
 from dcod_jax.evaluate.generations import Generation, read_generations
 from dcod_jax.export.command import MARKER
 from dcod_jax.sample.sampler import Sample
+from dcod_jax.seeds import key_seed
 
 
 @pytest.fixture
@@ -140,7 +141,7 @@ def test_samples_of_a_set_are_counted_in_every_way(scripted, capsys):
     assert [(g.id, g.sample) for g in kept] == [(f"t/{p}", k) for p in range(2) for k in range(4)]
     assert [g.reason for g in kept[:4]] == ["correct", "no_answer", "wrong", "correct"]
     names = ("temperature", "top_p", "top_k", "min_p", "stop_strings", "seed")
-    assert [calls[0][1][n] for n in names] == [0.7, 0.9, 5, 0.1, ("z",), 0]
+    assert [calls[0][1][n] for n in names] == [0.7, 0.9, 5, 0.1, ("z",), key_seed(0, "evaluate")]
     assert calls[0][2] == "<user>0+1?\nthink<end><assistant>"
     printed = capsys.readouterr().out
     for text in ("math500: Temperature 0.7 pass@1 of 4 answers", "maj@k", "by difficulty", "loop"):

@@ -80,6 +80,12 @@ def test_a_scripted_model_gets_the_grade_it_earned(tmp_path, tokenizer, monkeypa
     kept = tmp_path / "generations.jsonl"
     kept.write_text("".join(map(generations.to_line, graded)))
     assert generations.read_generations(kept) == graded
+    # The last number of an answer that was cut off counts only where a key says so.
+    script["1+2?"] = ("1+2=3", False)
+    problems = read_problems(file, limit=1)
+    for key in ({}, {"grade_truncated": True}):
+        (cut,) = ask(config, params, tokenizer, problems, max_new_tokens=9, batch_size=1, **key)
+        assert (cut.correct, cut.extracted) == ((True, "3") if key else (False, None))
 
 
 def test_a_real_model_is_decoded_greedily_from_its_chat_prompt(tmp_path, tokenizer):

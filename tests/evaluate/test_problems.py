@@ -10,7 +10,8 @@ from dcod_jax import config as configs
 from dcod_jax.data import chat
 from dcod_jax.data.tokenizer import load_tokenizer
 from dcod_jax.errors import DcodError
-from dcod_jax.evaluate.benchmarks import BENCHMARKS, BOXED, parse_set
+from dcod_jax.evaluate.answers import reference_answer
+from dcod_jax.evaluate.benchmarks import BENCHMARKS, BOXED, SetEntry, parse_set
 from dcod_jax.evaluate.grading import grade
 from dcod_jax.evaluate.problems import (
     Problem,
@@ -69,7 +70,6 @@ def test_the_assistants_own_turn_is_not_part_of_the_question(tmp_path):
         (b'{"prompt": " ", "answer": "1"}', "non-empty text"),
         (b'{"prompt": [{"role": "user"}], "answer": "1"}', "non-empty text"),
         (b'{"id": "x", "prompt": "1", "answer": "1"}', "used before at .*:1"),
-        (b'{"prompt": "1", "answer": ""}', "no field 'answer' or an empty one"),
         (b'{"prompt": "1", "answer": ["1", "2"]}', "text or a number, got .*several answers"),
         (b'{"prompt": "1", "answer": true}', "text or a number, got True"),
         (b'{"prompt": "1", "answer": NaN}', "text or a number, got nan"),
@@ -130,7 +130,7 @@ EXPECTED = {
 @pytest.mark.parametrize("name", list(BENCHMARKS))
 def test_each_benchmark_is_read_in_its_own_fields(name, tmp_path):
     file = tiny.write_jsonl(tmp_path / "set.jsonl", [ROWS[name]])
-    (problem,) = read_set(name, str(file))
+    (problem,) = read_set(SetEntry(name, str(file)))
     assert (problem.id, problem.answer, problem.difficulty) == EXPECTED[name]
     assert problem.messages == [{"role": "user", "content": "q"}]
     assert problem.source == f"{file}:1"
@@ -139,13 +139,15 @@ def test_each_benchmark_is_read_in_its_own_fields(name, tmp_path):
 def test_a_list_written_as_text_and_plain_fields_are_read_too(tmp_path):
     rows = [{"id": 7, "question": "q", "final_answer": "['2', '3']"}, {"prompt": "q", "answer": 5}]
     file = tiny.write_jsonl(tmp_path / "set.jsonl", rows)
-    assert [p.answer for p in read_set("olympiadbench", str(file))] == ["2, 3", "5"]
-    assert [p.answer for p in read_set("math", str(tiny.write_jsonl(file, rows[1:])))] == ["5"]
+    assert [p.answer for p in read_set(SetEntry("olympiadbench", str(file)))] == ["2, 3", "5"]
+    assert [
+        p.answer for p in read_set(SetEntry("math", str(tiny.write_jsonl(file, rows[1:]))))
+    ] == ["5"]
 
 
 def test_a_directory_of_the_hubs_layout_is_read_by_split(tmp_path):
     tiny.write_jsonl(tmp_path / "test.jsonl", [ROWS["math500"]])
-    (problem,) = read_set("math500", str(tmp_path))
+    (problem,) = read_set(SetEntry("math500", str(tmp_path)))
     assert (problem.id, problem.answer, problem.difficulty) == ("t/1", "7", "3")
     assert problem.source == f"{tmp_path}[test]:1"
 
@@ -163,28 +165,119 @@ def test_a_directory_of_the_hubs_layout_is_read_by_split(tmp_path):
 def test_a_row_that_is_not_the_benchmarks_is_named(name, row, message, tmp_path):
     file = tiny.write_jsonl(tmp_path / "set.jsonl", [row])
     with pytest.raises(DcodError, match=f"set.jsonl:1: .*{message}"):
-        read_set(name, str(file))
+        read_set(SetEntry(name, str(file)))
 
 
 def test_a_set_that_cannot_be_opened_says_what_to_write(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DcodError, match=r"aime24 cannot be read from .*aime24=FILE\.jsonl"):
-        read_set("aime24", str(tmp_path / "empty"))
+        read_set(SetEntry("aime24", str(tmp_path / "empty")))
     file = tiny.write_jsonl(tmp_path / "twice.jsonl", [ROWS["amc23"], ROWS["amc23"]])
     with pytest.raises(DcodError, match=r"twice\.jsonl:2: id '4' was used before"):
-        read_set("amc23", str(file))
+        read_set(SetEntry("amc23", str(file)))
+
+
+FIELDS = {  # of sets that people have as files: (record, fields of the entry, reference answer)
+    "minerva": (
+        {"problem": "q", "solution": "so $\\boxed{9.6 \\text{ m}}$"},
+        {"answer_field": "solution"},
+        "9.6 \\text{ m}",
+    ),
+    "svamp": (
+        {"question_concat": "q", "Answer": 145.0},
+        {"prompt_field": "question_concat", "answer_field": "Answer"},
+        "145.0",
+    ),
+    "aqua": (
+        {"question": "q", "correct": "E"},
+        {"answer_field": "correct"},
+        "E",
+    ),
+    "gsm8k": (
+        {"ask": "q", "gold": "18"},
+        {"prompt_field": "ask", "answer_field": "gold"},
+        "18",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(FIELDS))
+def test_an_entry_of_the_sets_names_its_fields(name, tmp_path):
+    record, fields, answer = FIELDS[name]
+    file = tiny.write_jsonl(tmp_path / "set.jsonl", [record])
+    (problem,) = read_set(SetEntry(name, str(file), **fields))
+    assert problem.messages[-1]["content"] == "q"
+    assert reference_answer(problem.answer) == answer
+    with pytest.raises(DcodError, match=r"set\.jsonl:1: .*(answer|prompt)_field=NAME behind"):
+        read_set(SetEntry(name, str(file)))
+    with pytest.raises(
+        DcodError, match=r"write answer_field=NAME behind the file in evaluate\.sets"
+    ):
+        read_set(SetEntry(name, str(file), **(fields | {"answer_field": "absent"})))
+
+
+@pytest.mark.parametrize("name", ["mine", "aime24", "olympiadbench"])
+def test_problems_with_an_empty_answer_are_skipped_and_counted(name, tmp_path, caplog):
+    field = BENCHMARKS[name].answer if name in BENCHMARKS else "answer"
+    rows = [
+        {"question": f"q{i}", field: answer} for i, answer in enumerate(["1", "", None, " ", "2"])
+    ]
+    file = tiny.write_jsonl(tmp_path / "set.jsonl", rows)
+    skipped: list[str] = []
+    problems = read_set(SetEntry(name, str(file)), skipped=skipped)
+    assert [(p.id, p.answer) for p in problems] == [("0", "1"), ("4", "2")]
+    assert skipped == [f"{file}:2", f"{file}:3", f"{file}:4"]
+    assert f"3 problems are skipped, as their reference answer is empty (the first: {file}:2)" in (
+        caplog.text
+    )
+    with pytest.raises(DcodError, match="3 with an empty answer"):
+        read_set(SetEntry(name, str(tiny.write_jsonl(file, rows[1:4]))))
+
+
+def test_the_tolerance_of_olympiadbench(tmp_path):
+    errors = ["1e-1", None, "", "0.1,0.01"]
+    rows = [ROWS["olympiadbench"] | {"id": i, "error": e} for i, e in enumerate(errors)]
+    file = tiny.write_jsonl(tmp_path / "set.jsonl", rows)
+    read = read_set(SetEntry("olympiadbench", str(file)))
+    assert [problem.tolerance for problem in read] == [0.1, 0.0, 0.0, 0.01]
+    for wrong in ("much", "-1", "nan", "inf"):
+        tiny.write_jsonl(file, [rows[0] | {"error": wrong}])
+        with pytest.raises(DcodError, match=r"set\.jsonl:1: expected numbers of at least 0"):
+            read_set(SetEntry("olympiadbench", str(file)))
+
+
+def test_one_json_array_is_a_file_of_problems(tmp_path):
+    file = tmp_path / "p.json"
+    rows = [{"prompt": "1?", "answer": 1}, {"prompt": "2?", "answer": 2}]
+    file.write_bytes(
+        b"\xef\xbb\xbf\r\n" + json.dumps(rows, indent=1).encode().replace(b"\n", b"\r\n")
+    )
+    assert [(p.answer, p.source) for p in read_problems(file)] == [
+        ("1", f"{file}[0]"),
+        ("2", f"{file}[1]"),
+    ]
+    assert [p.answer for p in read_set(SetEntry("aime24", str(file)))] == ["1", "2"]
+    file.write_text('[{"prompt": "1?", "answer": 1}, 5]')
+    with pytest.raises(DcodError, match=r"p\.json\[1\]: expected a JSON object, got int"):
+        read_problems(file)
+    file.write_text('[{"prompt": "1?",')
+    with pytest.raises(DcodError, match=r"p\.json: not JSON .*is the array cut off"):
+        read_problems(file)
 
 
 def test_an_id_that_is_null_is_none(tmp_path):
     rows = [ROWS["aime25"] | {"id": None}] * 2
     file = tiny.write_jsonl(tmp_path / "null.jsonl", rows)
-    assert [problem.id for problem in read_set("aime25", str(file))] == ["0", "1"]
+    assert [problem.id for problem in read_set(SetEntry("aime25", str(file)))] == ["0", "1"]
 
 
 def test_entries_of_the_list_of_sets():
-    assert parse_set("gsm8k") == ("gsm8k", "")
-    assert parse_set("mine=a/b.jsonl") == ("mine", "a/b.jsonl")
-    for text in ("unknown", "a/b.jsonl", "=x"):
+    assert parse_set("gsm8k") == SetEntry("gsm8k")
+    assert parse_set("mine=a/my b.jsonl") == SetEntry("mine", "a/my b.jsonl")
+    text = "mine=a/b.jsonl  answer_field=gold prompt_field=my question"
+    assert parse_set(text) == SetEntry("mine", "a/b.jsonl", "my question", "gold")
+    assert parse_set("gsm8k answer_field=gold") == SetEntry("gsm8k", answer_field="gold")
+    for text in ("unknown", "a/b.jsonl", "=x", "x=f.jsonl field=a", "x=f.jsonl prompt_field="):
         with pytest.raises(ValueError, match=r"evaluate\.sets"):
             parse_set(text)
 
@@ -302,8 +395,8 @@ def test_a_difficulty_is_a_group():
 
 @pytest.mark.shared
 def test_the_real_files_are_read_whole(shared_data):
-    gsm8k = read_set("gsm8k", str(shared_data / "gsm8k" / "test.jsonl"))
-    math500 = read_set("math500", str(shared_data / "math500" / "test.jsonl"))
+    gsm8k = read_set(SetEntry("gsm8k", str(shared_data / "gsm8k" / "test.jsonl")))
+    math500 = read_set(SetEntry("math500", str(shared_data / "math500" / "test.jsonl")))
     assert (len(gsm8k), len(math500)) == (1319, 500)
     assert [p.answer for p in gsm8k[:3]] == ["18", "3", "70000"]
     levels = [p.difficulty for p in math500]

@@ -27,7 +27,7 @@ def test_bootstrap_has_the_width_of_the_mean():
     half = 1.96 * values.std() / 20
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.03)
     assert stats.bootstrap_interval(values.tolist()) == (low, high)
-    assert stats.bootstrap_interval([0.25] * 9) == (0.25, 0.25)
+    assert stats.bootstrap_interval([0.25] * 9) == (-np.inf, np.inf)  # without bounds: anything
     with pytest.raises(DcodError, match="at least one problem"):
         stats.bootstrap_interval([])
 
@@ -40,9 +40,25 @@ def test_a_share_that_is_the_same_everywhere_is_not_certain():
     )
     assert stats.share_interval([1.0] * 3) == stats.wilson(3, 3)
     for values in ([0.0, 0.5, 1.0], [0.5, 0.5], [0.0, 1.0]):
-        assert stats.share_interval(values) == stats.bootstrap_interval(values)
+        assert stats.share_interval(values) == stats.bootstrap_interval(values, bounds=(0.0, 1.0))
     with pytest.raises(DcodError, match="at least one problem"):
         stats.share_interval([])
+
+
+@pytest.mark.parametrize(
+    ("values", "bounds", "low", "high"),
+    [
+        ([0.0] * 5, (-1.0, 1.0), -0.5218, 0.5218),  # 1 - 0.025^(1/5)
+        ([1.0] * 3, (-1.0, 1.0), -0.4152, 1.0),  # 1 - 2 (1 - 0.025^(1/3))
+        ([-1.0] * 3, (-1.0, 1.0), -1.0, 0.4152),
+        ([0.5] * 10, (0.0, 1.0), 0.3458, 0.6542),  # Clopper and Pearson: 0 of 10 is below 0.3085
+        ([0.5], (0.0, 1.0), 0.0125, 0.9875),
+        ([0.3 - 0.1, 0.2] * 5, (-1.0, 1.0), -0.1702, 0.4468),  # equal but for rounding
+    ],
+)
+def test_equal_values_have_the_exact_interval_of_what_was_not_seen(values, bounds, low, high):
+    """A bootstrap of them would have no width."""
+    assert stats.bootstrap_interval(values, bounds=bounds) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_bootstrap_covers_the_truth_about_as_often_as_it_says():

@@ -1,6 +1,7 @@
 """Export: opens in transformers with equal logits, checked on writing, never half there."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -223,6 +224,64 @@ def test_what_is_there_is_replaced_only_when_it_is_ours(tmp_path, source, monkey
     write(path, source, model=(config, transformer.init_params(config, jax.random.key(10))))
     assert (path / "model.safetensors").read_bytes() != first
     assert [p.name for p in tmp_path.iterdir()] == ["export"]
+
+
+def test_a_file_of_the_user_in_an_export_is_never_replaced(tmp_path, source):
+    path = tmp_path / "export"
+    write(path, source)
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    for name, content in {
+        "my_notes.txt": b"mine",
+        "sub/notes.txt": b"mine",
+        "README.md": b"my own card",
+        "model.safetensors": b"other weights",
+        exports.MARKER: b"{}",
+    }.items():
+        file = path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(content)
+        with pytest.raises(DcodError, match=file.name):
+            exports.check_destination(path)
+        assert file.read_bytes() == content
+        file.unlink()
+        if name in before:
+            file.write_bytes(before[name])
+    exports.check_destination(path)
+
+
+def test_what_the_export_needs_is_checked_before_the_training(tmp_path, source):
+    config = load_recipe(BASE)
+    home = tmp_path / "student"
+    shutil.copytree(source, home)
+    config.run_dir, config.student.path = str(tmp_path / "run"), str(home)
+    template = tmp_path / "own.jinja"
+    template.write_text("{{ messages[0]['content'] }}<end>")
+    config.student.chat_template = str(template)
+    exports.rehearse(config)
+    bare = tmp_path / "bare"  # with tokenizer.json alone: no eos, so the model names the end
+    bare.mkdir()
+    shutil.copy(home / "tokenizer.json", bare)
+    config.student.tokenizer = str(bare)
+    exports.rehearse(config)
+    config.student.tokenizer = ""
+    for file, content in (
+        ("generation_config.json", "[1]"),
+        ("generation_config.json", '{"temperature": NaN}'),
+        ("generation_config.json", '{"eos_token_id": "x"}'),
+        ("tokenizer_config.json", "[" * 99_999),
+    ):
+        had = (home / file).read_bytes() if (home / file).exists() else None
+        (home / file).write_text(content)
+        with pytest.raises(DcodError):
+            exports.rehearse(config)
+        (home / file).unlink() if had is None else (home / file).write_bytes(had)
+    config.student.chat_template = str(tmp_path / "absent.jinja")
+    with pytest.raises(DcodError, match=r"absent\.jinja"):
+        exports.rehearse(config)
+    config.student.chat_template = ""
+    config.export.path = str(tmp_path)
+    with pytest.raises(DcodError, match="not an export of this program"):
+        exports.rehearse(config)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, source):

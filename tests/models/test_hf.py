@@ -211,7 +211,7 @@ def test_index_that_names_a_missing_file_or_tensor(model_dir):
     with pytest.raises(DcodError, match=f"{names[-1]} is not in model-00001"):
         _load(directory)
     (directory / hf.INDEX).write_text("{}")
-    with pytest.raises(DcodError, match="no weight_map"):
+    with pytest.raises(DcodError, match="weight_map is missing"):
         _load(directory)
 
 

@@ -207,14 +207,14 @@ def test_num_params_are_those_of_transformers(pair):
     assert transformer.num_params(pair.config) == pair.model.num_parameters()
 
 
-def test_flops_per_token_counts_what_the_compiler_counts():
+def test_flops_per_row_counts_what_the_compiler_counts():
     raw = {**LLAMA, "num_hidden_layers": 1, "hidden_size": 128, "intermediate_size": 256}
     config = configs.from_hf(raw)
     params = transformer.init_params(config, jax.random.key(0))
     tokens = np.zeros((1, 64), np.int32)
     lowered = jax.jit(lambda p, t: transformer.logits(config, p, t)).lower(params, tokens)
     analysis = lowered.compile().cost_analysis()
-    forward = transformer.flops_per_token(config, 64) * 64 / 3
+    forward = transformer.flops_per_row(config, 64, 64) / 3
     # The compiler also counts norms, rotations and softmax, and the whole score square.
     assert forward < analysis["flops"] < 1.25 * forward
 
@@ -233,4 +233,4 @@ def test_qwen2_5_1_5b_costs_what_is_published():
         }
     )
     assert transformer.num_params(config) == 1_543_714_304  # the model card's 1.54B
-    assert transformer.flops_per_token(config, 4096) == pytest.approx(10.3e9, rel=0.01)
+    assert transformer.flops_per_row(config, 4096, 4096) == pytest.approx(4096 * 10.3e9, rel=0.01)

@@ -14,7 +14,7 @@ import tiny
 from dcod_jax import config as configs
 from dcod_jax.errors import DcodError
 from dcod_jax.models.config import from_hf
-from dcod_jax.models.transformer import flops_per_token
+from dcod_jax.models.transformer import flops_per_row
 from dcod_jax.plan import chips, estimate, hlo, programs
 from dcod_jax.plan import command as plan
 
@@ -71,7 +71,7 @@ def test_a_plan_reads_a_config_only_and_writes_what_it_returns(whole):
 def test_operations_are_the_formula_s_and_the_program_s(whole):
     _, result = whole
     train = result["train"]
-    assert train["model_flops"] == 16 * 64 * flops_per_token(from_hf(tiny.raw_config()), 64)
+    assert train["model_flops"] == 16 * flops_per_row(from_hf(tiny.raw_config()), 64, 64)
     # Recomputation adds a forward pass of the layers; the head has none.
     assert 1.0 < train["executed_flops"] / train["model_flops"] < 2.0
 

@@ -77,24 +77,45 @@ def test_a_model_belongs_to_the_run_beside_its_results(tmp_path):
     assert [one["runs"] for one in found] == [{"sft": 0}, {"discord": 1, "sft": 2}, {"student": 3}]
 
 
+CURVE = {"value": [1.0, 2.0]}
+DRIFT = {"reach": 2, "student_alive": [2, 2], "teacher_alive": [2, 1], "accumulated": CURVE}
+DRIFT |= {"reference": CURVE, "excess": CURVE, "log_ratio": {"student": CURVE, "teacher": CURVE}}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "note"),
     [
-        ("evaluation/results.json", {"accuracy": 1}, "it has no models"),
-        ("evaluation/set/results.json", {"models": {"sft": {}}}, "sft has no accuracy"),
-        ("drift.json", {"a": 1}, "it has no models"),
-        ("drift.json", {"models": {"sft": {"reach": 1}}}, "sft has no student_alive, teacher_al"),
+        ("evaluation/results.json", {"accuracy": 1}, "models is missing"),
+        ("evaluation/set/results.json", {"models": {"sft": {}}}, "['sft'].accuracy is missing"),
+        ("evaluation/results.json", {"models": {"a": {"accuracy": math.nan}}}, "is missing"),
+        ("evaluation/results.json", {"models": {"a": {"accuracy": "1"}}}, "accuracy='1' must be"),
+        ("evaluation/results.json", {"models": [1]}, "models=[1] must be an object"),
+        ("evaluation/results.json", {"models": {"a": {"accuracy": 1, "low": []}}}, "low=[] must"),
+        (
+            "evaluation/results.json",
+            {"models": {"a": {"accuracy": 1, "details": {"pass_at_k": {"1": 3}}}}},
+            "details.pass_at_k['1']=3 must be a list",
+        ),
+        ("evaluation/results.json", [1], "expected a JSON object, found list"),
+        ("evaluation/results.json", "[" * 100_000, "not JSON"),
+        ("drift.json", {"a": 1}, "models is missing"),
+        ("drift.json", {"models": {"sft": {"reach": 1}}}, "['sft'].student_alive is missing"),
+        ("drift.json", {"models": {"sft": {**DRIFT, "reach": 7}}}, "sft differ in length"),
+        ("drift.json", {"models": {"sft": {**DRIFT, "teacher_alive": [1]}}}, "differ in length"),
+        ("drift.json", {"models": {"sft": {**DRIFT, "excess": {"value": ["x"]}}}}, "['value'][0]="),
     ],
 )
 def test_results_of_another_form_are_left_out_with_a_note(tmp_path, name, content, note):
     run, path = report_data.Run("sft", tmp_path, {}), tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
     notes = []
     assert report_data.evaluations([run], notes) == []
     assert report_data.drifts([run], notes, points=10) == []
     [found] = notes
-    assert f"{path} is not shown: {note}" in found
+    assert found.startswith(str(path))
+    assert note in found
+    assert "not shown" in found
 
 
 def test_goodput_is_what_the_loop_wrote(tmp_path):
@@ -121,30 +142,61 @@ def test_goodput_of_another_form_is_left_out_with_a_note(tmp_path):
     run, notes = report_data.Run("sft", tmp_path, {}), []
     assert report_data.goodput(run, notes) is None
     assert notes == []
-    for content, lacking in (({"total": {}}, "productive_seconds"), ({}, "total")):
+    for content, lacking in (({"total": {}, "attempts": []}, "total.goodput"), ({}, "attempts")):
         (tmp_path / "goodput.json").write_text(json.dumps(content))
         notes = []
         assert report_data.goodput(run, notes) is None
-        assert f"goodput.json is not shown: it has no '{lacking}'" in notes[0]
+        assert f"goodput.json: {lacking} is missing" in notes[0]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("config.json", b"[1]", "config.json: expected a JSON object, got list"),
+        ("config.json", b"[1]", "config.json: expected a JSON object, found list"),
         ("config.json", b"\xff", "config.json: not JSON"),
-        ("metrics.jsonl", b'{"step": 1}\n{"loss": 1}\n', "metrics.jsonl:2: expected .* with step"),
-        ("metrics.jsonl", b'{"step": 1}\n{"st\n{}\n', "metrics.jsonl:2: expected a JSON object"),
+        ("config.json", b'{"a.b": 3}', "not a run's config"),
+        ("config.json", b'{"a": [1, [2]], "": {"": NaN}, "x": {"y": 1e999}}', None),
     ],
 )
 def test_a_run_that_cannot_be_read_is_named(tmp_path, name, content, message):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st')  # killed in its second line
     [run] = report_data.find_runs([tmp_path])
-    assert report_data.run_record(run, points=10)["series"] == {}
+    notes = []
+    assert report_data.run_record(run, notes, points=10)["series"] == {}
+    assert notes == []
     (tmp_path / name).write_bytes(content)
+    if message is None:  # odd, and shown
+        [run] = report_data.find_runs([tmp_path])
+        report.embedded(report_data.run_record(run, notes, points=10))
+        return
     with pytest.raises(DcodError, match=message):
-        report_data.run_record(*report_data.find_runs([tmp_path]), points=10)
+        report_data.find_runs([tmp_path])
+
+
+def test_junk_among_the_metrics_is_left_out_with_a_note(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    lines = [
+        '{"step": 1, "loss": 2.0, "weights/position_0000": 1.0, "weights/position_x": 1.0}',
+        '{"step": 2, "loss": NaN, "nll": 1e999, "a": "text", "b": [1], "weights/ess": 0.5}',
+        '{"loss": 3.0}',
+        "junk",
+        "[1]",
+        '{"step": "4", "loss": 3.0}',
+        '{"step": 1e400, "loss": 3.0}',
+        "[" * 100_000,
+        "\xff",
+        '{"step": 9, "loss": 4.0}',
+    ]
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join([*lines, ""]).encode("latin-1"))
+    [run], notes = report_data.find_runs([tmp_path]), []
+    record = report_data.run_record(run, notes, points=10)
+    assert record["series"]["loss"] == {"steps": (1, 9), "values": (2.0, 4.0)}
+    assert set(record["series"]) == {"loss", "weights/position_x", "weights/ess"}
+    assert record["positions"] == [{"step": 1, "first": [0], "values": [1.0]}]
+    [note] = notes
+    assert "8 lines, the first one line 2" in note
+    report.embedded(record)
 
 
 def test_embedding_round_trips():

@@ -18,13 +18,19 @@ import pytest
 import tiny
 
 from dcod_jax import config as configs
+from dcod_jax.data import pipeline
 from dcod_jax.errors import EXIT_INTERRUPTED, DcodError
+from dcod_jax.losses import adaptive
 from dcod_jax.models import hf, transformer
+from dcod_jax.parallel.mesh import make_mesh
+from dcod_jax.plan.estimate import step_flops
 from dcod_jax.train import command, setup
 from dcod_jax.train import loop as train
-from dcod_jax.train.checkpointer import Checkpointer
+from dcod_jax.train.checkpointer import Checkpointer, Snapshot
 from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.train.settings import optim_config
+from dcod_jax.train.telemetry import Telemetry
+from dcod_jax.types import TrainState
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """
@@ -163,6 +169,29 @@ def test_the_steps_asked_for_are_traced(reference):
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     steps = [e["args"]["step_num"] for e in events if e.get("name") == "train" and "args" in e]
     assert sorted(map(int, steps)) == [3, 4]
+
+
+def test_mfu_counts_the_head_where_it_is_compiled_and_a_live_teachers_forward_pass(place):
+    """A live teacher that is the student: 3 + 1 forward passes, of the head for 32 of 64."""
+    config = load(place, place / "mfu", "--config.data.head_tokens=32")
+    student = setup.load_student(config)
+    dataset, _ = setup.open_datasets(config, student)
+    batches = pipeline.train_batches(dataset, seed=0, **train.reading(config, make_mesh()))
+    batch, _ = next(batches)
+    assert batch["head_positions"].shape == (16, 32)
+    run = Snapshot(state=TrainState(jnp.int32(0), {}, (), adaptive.initial()), step=0)
+    checkpoints = Checkpoints(config, best_metric="")
+    told = {"name": "", "entered": 0.0}
+    with Telemetry(config, run, student, dataset, checkpoints, **told) as telemetry:
+        model = student.config
+        linear = sum(p.size for p in jax.tree.leaves(transformer.param_shapes(model)["layers"]))
+        linear -= 2 * 2 * model.hidden_size  # scales of the norms
+        attention = 2 * 4 * model.hidden_size * 65 / 2
+        head = 32 * 2 * model.vocab_size * model.hidden_size
+        assert telemetry.flops == 3 * 16 * (64 * (2 * linear + attention) + head)
+    changes = {"loss.teacher": "live", "teacher.path": str(place / "student")}
+    live = step_flops(configs.replace(config, changes), model, 32)
+    assert live == pytest.approx(telemetry.flops * 4 / 3)
 
 
 def test_goodput_says_where_the_time_went(reference):
