@@ -232,6 +232,12 @@ def dataset_dir(config: Any) -> str:
     return config.data.dataset or str(as_path(config.run_dir) / "dataset")
 
 
+def dataset_lock(config: Any) -> Path:
+    """Held shared by who reads the dataset for long, and alone by who writes it."""
+    path = as_path(dataset_dir(config))
+    return path.with_name(f".{path.name}.lock")
+
+
 def to_json(config: Any) -> str:
     """The resolved config, one key a line, for storing beside what it made."""
     return json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n"

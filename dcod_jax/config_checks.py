@@ -34,6 +34,7 @@ CHOICES = {
     "loss.weights.scope": ("token", "prefix", "sequence"),
     "loss.weights.normalize": ("mean", "none", "sequence"),
     "optim.schedule": tuple(DECAYS),
+    "train.on_damaged_checkpoint": ("stop", "previous"),
     "hosts.cluster": ("auto", "none", "slurm", "ompi", "mpi4py", "k8s"),
     "hosts.collectives": ("gloo", "mpi"),
     "evaluate.form": ("chat", "plain"),

@@ -92,6 +92,18 @@ class RemotePath:
         found = sorted(map(self._of, self._run("list", lambda store, path: store.find(path))))
         yield from (path for path in found if fnmatch.fnmatchcase(path.name, pattern))
 
+    def checksums(self) -> dict[str, list[int | str]]:
+        """{name below this directory: [bytes, the store's own checksums]} of the objects."""
+        found = self._run("list", lambda store, path: store.find(path, detail=True))
+        kinds = ("crc32c", "md5Hash")  # a file that ends with its own CRC has that of any other
+        return {
+            self._of(key).relative_to(self): [
+                int(info["size"]),
+                " ".join(info[kind] for kind in kinds if kind in info),
+            ]
+            for key, info in found.items()
+        }
+
     def glob(self, pattern: str) -> Iterator[RemotePath]:
         yield from sorted(map(self._of, (self / pattern)._run("list", lambda s, p: s.glob(p))))
 
@@ -344,6 +356,20 @@ def rename(path: Path, name: Path) -> None:
         os.replace(path, name)
     else:
         raise DcodError(f"{path} and {name} must be in one place")
+
+
+def move_tree(path: Path, name: Path) -> None:
+    """Give a directory another name in its place; in a store object by object, the last one first.
+
+    Where an object is last written as a marker that the directory is whole, it must not outlive
+    the others.
+    """
+    if isinstance(path, pathlib.Path):
+        name.parent.mkdir(parents=True, exist_ok=True)
+        rename(path, name)
+        return
+    for file in sorted(path.rglob("*"), key=lambda file: file.name != "commit_success.txt"):
+        rename(file, name / file.relative_to(path))
 
 
 def remove_tree(path: Path) -> None:

@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dcod_jax"
 LEVELS = """
     configs.base configs.study
     errors bounds types seeds files copies
-    parallel.mesh parallel.collectives parallel.exit_report parallel.monitor parallel.hosts logs
+    parallel.mesh parallel.collectives parallel.exit_report parallel.monitor parallel.hosts
+    locks logs
     models.config models.layers models.attention models.transformer models.cached models.tensors
     losses.head losses.events losses.distributions losses.divergences losses.weights
     losses.adaptive losses.reduce losses.distill
@@ -25,12 +26,13 @@ LEVELS = """
     evaluate.benchmarks evaluate.grading evaluate.problems evaluate.prompts
     evaluate.generations evaluate.statistics evaluate.metrics
     train.optim train.metrics train.profiling train.settings config_checks config doctor cli
-    train.checkpointer train.local_checkpoints train.checkpoints train.forward train.step
+    train.checksums train.checkpointer train.checkpoint_reader train.local_checkpoints
+    train.checkpoints train.forward train.step
     score.teacher score.scoring
     prepare.delivered prepare.overlap prepare.filters
     generate_traces.command prepare.command score.command inspect.arguments inspect.command
     drift.curves drift.scores
-    train.setup train.on_policy export.card export.command evaluate.command
+    train.learned_from train.setup train.on_policy export.card export.command evaluate.command
     evaluate.lm_eval_model drift.command report.arguments report.data report.traces report.command
     plan.chips plan.hlo plan.programs plan.estimate plan.command
     train.telemetry train.loop train.command

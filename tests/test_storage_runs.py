@@ -25,6 +25,7 @@ from dcod_jax.losses.adaptive import initial
 from dcod_jax.models import hf
 from dcod_jax.prepare.command import prepare
 from dcod_jax.train import metrics
+from dcod_jax.train.checkpoint_reader import read_params
 from dcod_jax.train.checkpointer import Checkpointer, Snapshot
 from dcod_jax.train.local_checkpoints import LocalCheckpoints
 from dcod_jax.types import TrainState
@@ -190,17 +191,17 @@ def test_checkpoints_are_saved_and_restored_in_cloud_storage(gcs):
     checkpointer.close()
     again = Checkpointer(run, keep=2, best_metric="eval/nll")
     assert again.steps() == [2, 3, 4]  # the newest two and the best
-    assert again.best() == 2
     restored = again.restore(state_of(0))
     jax.tree.map(np.testing.assert_array_equal, restored.state, state_of(4))
     assert restored.iterator == {"row": 4}
-    params, _ = again.restore_params(state_of(0).params, step=2)
+    params, _ = read_params(run, state_of(0).params, step=2)
     jax.tree.map(np.testing.assert_array_equal, params, state_of(2).params)
+    assert read_params(run, state_of(0).params, best_metric="eval/nll")[1].step == 2
     wrong = {"layers": {"kernel": jnp.zeros((3, 5))}}
     with pytest.raises(
         DcodError, match=r"\['kernel'\] has shape \(3, 4\), the model needs \(3, 5\)"
     ):
-        again.restore_params(wrong)
+        read_params(run, wrong, best_metric="eval/nll")
     again.close()
 
 

@@ -279,10 +279,11 @@ def bench_memory(args: argparse.Namespace) -> None:
 
 
 def bench_checkpoint(args: argparse.Namespace) -> None:
-    """Seconds for which saving 135M parameters and their Adam moments blocks the loop."""
+    """Seconds for which a save of 135M parameters and moments blocks the loop, and of checksums."""
     import jax
 
-    from dcod_jax.train.checkpointer import Checkpointer, Snapshot
+    from dcod_jax.train import checksums
+    from dcod_jax.train.checkpointer import ITEMS, Checkpointer, Snapshot
 
     model_config, loss = our_config("sigmoid", head_chunk=512, num_hidden_layers=30)
     _, state = our_step(args, model_config, loss)
@@ -296,7 +297,15 @@ def bench_checkpoint(args: argparse.Namespace) -> None:
             blocked = time.perf_counter() - start
             checkpointer.wait()
             total = time.perf_counter() - start
-            print(f"save {number}: {size:.2f} GB, blocked {blocked:.3f} s, on disk {total:.1f} s")
+            home, start = checkpointer.directory, time.perf_counter()
+            checksums.write(home / str(number), number)
+            made, start = time.perf_counter() - start, time.perf_counter()
+            checksums.verify(home, number, ITEMS)
+            compared = time.perf_counter() - start
+            print(
+                f"save {number}: {size:.2f} GB, blocked {blocked:.3f} s, on disk {total:.1f} s; "
+                f"checksums made again in {made:.1f} s, compared in {compared:.1f} s"
+            )
         checkpointer.close()
 
 

@@ -130,7 +130,13 @@ def get_config() -> Any:
     c.train.local_dir = ""  # also save to this directory of each host's own disk; empty: do not
     c.train.local_every = 0  # steps between checkpoints in train.local_dir, less than save_every
     c.train.best_metric = "eval/nll"  # lower is better; empty: keep by age only
-    c.train.init_from = ""  # run directory or checkpoint whose parameters to start from
+    # A run directory, or one checkpoint in it: runs/x/checkpoints/8
+    c.train.init_from = ""  # run or checkpoint whose parameters to start from
+    # stop: name the damaged file and the newest whole checkpoint. previous: go on from that one and
+    # move the damaged one to run_dir/damaged
+    c.train.on_damaged_checkpoint = "stop"  # stop | previous
+    # What a run learns from is in its checkpoints: shards, teacher, top-k, tokenizer, template.
+    c.train.accept_changed_data = False  # resume although these differ, and record the change
     c.train.progress = True  # progress bars
 
     c.profile = ConfigDict()

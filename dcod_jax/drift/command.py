@@ -49,6 +49,7 @@ from dcod_jax.evaluate.metrics import number_table, show
 from dcod_jax.evaluate.problems import read_problems
 from dcod_jax.export.command import export_path
 from dcod_jax.files import Path, as_path, atomic_write, check_own, replace_file, to_json
+from dcod_jax.locks import locked
 from dcod_jax.logs import track
 from dcod_jax.models import hf
 from dcod_jax.parallel.mesh import make_mesh
@@ -79,9 +80,9 @@ def drift(config: Any) -> dict[str, Any]:
             own = load_tokenizer(path, template=template_of(config.student))
             _check_tokenizer(name, path, own, tokenizer)
     folder = as_path(config.run_dir) / "drift"
-    folder.mkdir(parents=True, exist_ok=True)
-    run = _Run(config, teacher, tokenizer, prompts, folder)
-    measured = {name: run.student(name, path) for name, path in students.items()}
+    with locked(folder / ".lock", what=str(folder)):
+        run = _Run(config, teacher, tokenizer, prompts, folder)
+        measured = {name: run.student(name, path) for name, path in students.items()}
     result = summary(config, measured, prompts=len(prompts), teacher=teacher.name)
     replace_file(results, to_json(result))
     show(table(result))

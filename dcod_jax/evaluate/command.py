@@ -51,6 +51,7 @@ from dcod_jax.evaluate.problems import ProblemSet, problem_sets
 from dcod_jax.evaluate.prompts import PLAIN_STOP, PromptForm, prompt_form
 from dcod_jax.export.command import MARKER, export_path
 from dcod_jax.files import Path, as_path, check_own, rename, replace_file, to_json
+from dcod_jax.locks import locked
 from dcod_jax.logs import track
 from dcod_jax.models import hf
 from dcod_jax.parallel import hosts
@@ -97,7 +98,11 @@ def compare(config: Any, paths: dict[str, str], *, detailed: bool = False) -> No
     for problem_set in sets:
         check_own(folder / problem_set.name / "results.json", '"baseline"', '"models"')
     answers: dict[str, dict[str, tuple[list[Generation], float]]] = {s.name: {} for s in sets}
-    with Grader(timeout=config.prepare.grade_timeout, workers=config.prepare.workers) as grader:
+    with (
+        locked(folder / ".lock", what=str(folder)),
+        Grader(timeout=config.prepare.grade_timeout, workers=config.prepare.workers) as grader,
+    ):
+        hosts.barrier("the lock of evaluation")
         for name, path in paths.items():
             model = _EvaluatedModel(config, name, path)
             for problem_set in sets:

@@ -47,12 +47,14 @@ from dcod_jax.files import (
     to_json,
     unfinished,
 )
+from dcod_jax.locks import locked
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig, to_hf
 from dcod_jax.models.gguf import export_tokenizer
 from dcod_jax.parallel import hosts
 from dcod_jax.parallel.mesh import batch_shards, make_mesh
-from dcod_jax.train.checkpointer import Checkpointer, sharded_shapes
+from dcod_jax.train.checkpoint_reader import read_params
+from dcod_jax.train.checkpointer import sharded_shapes
 from dcod_jax.train.setup import dataset_splits
 from dcod_jax.types import Params
 
@@ -80,30 +82,33 @@ def export(config: Any) -> Path:
     hosts.check_joined()
     mesh = make_mesh(**config.mesh)
     hosts.doing(f"exporting {config.run_dir}")
-    directory = as_path(config.run_dir) / "checkpoints"
-    if not directory.is_dir():
-        raise DcodError(f"{directory} does not exist; expected the checkpoints of a training run")
-    checkpointer = Checkpointer(config.run_dir, best_metric=config.train.best_metric)
-    step = config.export.step if config.export.step >= 0 else checkpointer.best()
-    params, record = checkpointer.restore_params(sharded_shapes(model_config, mesh), step=step)
-    checkpointer.close()
-    checks = export_model(
-        params,
-        model_config,
-        path,
-        tokenizer_source=home,
-        template=template_of(config.student),
-        dtype=config.export.dtype,
-        max_shard_bytes=int(config.export.max_shard_gb * 1e9),
-        card={
-            "base_model": base_model,
-            "step": record.step,
-            "metrics": record.metrics,
-            "data": {name: read_manifest(split) for name, split in dataset_splits(config).items()},
-            "config": record.config,  # of the run that wrote the checkpoint
-        },
-        mesh=mesh,
+    params, record = read_params(
+        config.run_dir,
+        sharded_shapes(model_config, mesh),
+        step=config.export.step if config.export.step >= 0 else None,
+        best_metric=config.train.best_metric,
     )
+    with locked(path.with_name(f".{path.name}.lock"), what=f"export.path={path}"):
+        checks = export_model(
+            params,
+            model_config,
+            path,
+            tokenizer_source=home,
+            template=template_of(config.student),
+            dtype=config.export.dtype,
+            max_shard_bytes=int(config.export.max_shard_gb * 1e9),
+            card={
+                "base_model": base_model,
+                "step": record.step,
+                "metrics": record.metrics,
+                "data_changes": record.data.get("changes", []),  # that the run was told to accept
+                "data": {
+                    name: read_manifest(split) for name, split in dataset_splits(config).items()
+                },
+                "config": record.config,  # of the run that wrote the checkpoint
+            },
+            mesh=mesh,
+        )
     log.info(
         "%s: step %d in %s, re-opened; its logits equal those of the training parameters in %s bit "
         "for bit, and differ from those of the float32 parameters by at most %.3g",

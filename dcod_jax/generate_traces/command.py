@@ -31,6 +31,7 @@ from dcod_jax.evaluate.generations import sample_options, sampling_of, text_of
 from dcod_jax.evaluate.grading import REJECTED_AS, Grader
 from dcod_jax.evaluate.problems import Problem, read_problems
 from dcod_jax.files import Path, as_path, file_sha256
+from dcod_jax.locks import locked
 from dcod_jax.logs import track
 from dcod_jax.models import hf
 from dcod_jax.parallel import hosts
@@ -74,8 +75,10 @@ def generate_traces(config: Any) -> Path:
     if manifest:
         log.info("%s: these traces were sampled before; nothing to do", path)
         return path
-    _sample_rest(config, teacher, problems, files)
-    manifest = files.finish()
+    with locked(path.with_name(f".{path.name}.lock"), what=str(path)):
+        hosts.barrier(f"the lock of {path.name}")
+        _sample_rest(config, teacher, problems, files)
+        manifest = files.finish()
     rejected = ", ".join(f"{count} {name}" for name, count in manifest["rejected"].items())
     log.info(
         f"{path}: {manifest['traces']} traces of {len(problems)} prompts, {manifest['tokens']} "

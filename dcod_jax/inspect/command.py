@@ -114,19 +114,12 @@ def _student(args: argparse.Namespace, datasets: Sequence[TraceDataset]) -> Scor
 def _read_checkpoint(run_dir: str) -> tuple[Any, Any, Path]:
     """(model config, parameters, tokenizer directory) of a run's newest checkpoint."""
     from dcod_jax.models import hf, transformer
-    from dcod_jax.train.checkpointer import Checkpointer, read_record
+    from dcod_jax.train.checkpoint_reader import read_params, read_record
 
-    if not (as_path(run_dir) / "checkpoints").is_dir():
-        raise DcodError(f"--checkpoint {run_dir}: expected a run directory with checkpoints/ in it")
-    checkpointer = Checkpointer(run_dir)
-    steps = checkpointer.steps()
-    if not steps:
-        raise DcodError(f"--checkpoint {run_dir}: it holds no finished checkpoint")
-    student = read_record(run_dir, steps[-1]).config["student"]
+    student = read_record(run_dir, key="--checkpoint").config["student"]
     source = as_path(student["path"] or student["config"])
     config = hf.read_config(source)
-    params, _ = checkpointer.restore_params(transformer.param_shapes(config), step=steps[-1])
-    checkpointer.close()
+    params, _ = read_params(run_dir, transformer.param_shapes(config), key="--checkpoint")
     return config, params, as_path(student["tokenizer"] or source)
 
 

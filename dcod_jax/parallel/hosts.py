@@ -197,6 +197,11 @@ def process_index() -> int | None:
     return _joined[0].process if _joined else None
 
 
+def count() -> int:
+    """How many processes the run has."""
+    return jax.process_count() if _joined else 1
+
+
 def check_joined() -> None:
     """Raise DcodError where JAX knows several processes and this one did not join them."""
     if jax.process_count() > 1 and not _joined:

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dcod_jax.config import dataset_dir
+from dcod_jax.config import dataset_dir, dataset_lock
 from dcod_jax.configs.base import get_config
 from dcod_jax.data import chat
 from dcod_jax.data.dataset import MANIFEST, DatasetWriter, read_manifest
@@ -32,6 +32,7 @@ from dcod_jax.data.traces import Source, describe, find_sources
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.grading import Grader
 from dcod_jax.files import Path, as_path, file_sha256, publish, remove_tree, unfinished
+from dcod_jax.locks import locked
 from dcod_jax.logs import track
 from dcod_jax.parallel import hosts
 from dcod_jax.prepare import overlap
@@ -61,7 +62,8 @@ def prepare(config: Any) -> Path:
         if is_prepared(config):
             log.info("%s: already prepared from these inputs; nothing to do", root)
         else:
-            _write_dataset(config, root)
+            with locked(dataset_lock(config), what=f"data.dataset={root}"):
+                _write_dataset(config, root)
     hosts.barrier("prepare on process 0")
     return root
 

@@ -24,7 +24,8 @@ from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.report.data import Run
 from dcod_jax.score.scoring import ScoreSettings, score_traces
-from dcod_jax.train.checkpointer import Checkpointer, finished, sharded_shapes
+from dcod_jax.train.checkpoint_reader import read_params
+from dcod_jax.train.checkpointer import finished, sharded_shapes
 from dcod_jax.train.metrics import read_metrics
 from dcod_jax.train.settings import loss_config
 from dcod_jax.types import Params, Trace
@@ -164,15 +165,12 @@ def _student(run: Run, export: Path | None) -> tuple[str, ModelConfig, Params, M
     mesh = make_mesh(1, -1)
     if export:
         return f"export {export}", *hf.load_model(export, dtype=jnp.float32, mesh=mesh), mesh
-    steps = finished(run.path / "checkpoints")
-    if not steps:
+    if not finished(run.path / "checkpoints"):
         raise DcodError(f"{run.path} has neither an export nor a finished checkpoint")
     settings = run.config.student
     model_config = hf.read_config(as_path(settings.path or settings.config))
-    checkpointer = Checkpointer(run.path)
-    params, _ = checkpointer.restore_params(sharded_shapes(model_config, mesh), step=steps[-1])
-    checkpointer.close()
-    return f"checkpoint of step {steps[-1]}", model_config, params, mesh
+    params, record = read_params(run.path, sharded_shapes(model_config, mesh))
+    return f"checkpoint of step {record.step}", model_config, params, mesh
 
 
 # ---------------------------------------------------------------- for the page

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from dcod_jax.config import dataset_dir
+from dcod_jax.config import dataset_dir, dataset_lock
 from dcod_jax.data.codec import bytes_per_token
 from dcod_jax.data.dataset import TraceDataset, check_fingerprints, read_manifest
 from dcod_jax.data.scores import add_scores, score_blocks, scored_shards
@@ -18,6 +18,7 @@ from dcod_jax.data.templates import template_of
 from dcod_jax.data.tokenizer import tokenizer_fingerprint
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Path, as_path
+from dcod_jax.locks import locked
 from dcod_jax.logs import track
 from dcod_jax.parallel import hosts
 from dcod_jax.score.scoring import ScoreSettings, score_traces
@@ -50,33 +51,35 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
             done[split.name] = manifest
     if len(done) == len(splits):
         return done
-    mesh, process, processes = hosts.share(config)
-    model_config, params = teacher.load(mesh)
-    settings = ScoreSettings(
-        top_k=config.score.top_k,
-        batch_tokens=config.score.batch_tokens,
-        head_chunk=config.loss.head_chunk,
-        compute_dtype=config.teacher.dtype,
-        valid_vocab=len(teacher.tokenizer),
-    )
-    for split in splits:
-        if split.name in done:
-            continue
-        work = _work(config, split, teacher, stored, process=process, processes=processes)
-        label = f"scoring {split.name}"
-        with track(label, work[0], done=work[1], enabled=config.train.progress) as advance:
-            options = {"settings": settings, "mesh": mesh, "on_tokens": advance}
-            done[split.name] = add_scores(
-                split,
-                teacher=teacher.provenance(),
-                settings=stored,
-                score_shard=functools.partial(score_traces, model_config, params, **options),
-                overwrite=config.score.overwrite,
-                write=processes > 1 or hosts.first(),
-                process=process,
-                processes=processes,
-            )
-        _report(split, done[split.name])
+    with locked(dataset_lock(config), what=f"data.dataset={root}"):
+        hosts.barrier("the lock of data.dataset")
+        mesh, process, processes = hosts.share(config)
+        model_config, params = teacher.load(mesh)
+        settings = ScoreSettings(
+            top_k=config.score.top_k,
+            batch_tokens=config.score.batch_tokens,
+            head_chunk=config.loss.head_chunk,
+            compute_dtype=config.teacher.dtype,
+            valid_vocab=len(teacher.tokenizer),
+        )
+        for split in splits:
+            if split.name in done:
+                continue
+            work = _work(config, split, teacher, stored, process=process, processes=processes)
+            label = f"scoring {split.name}"
+            with track(label, work[0], done=work[1], enabled=config.train.progress) as advance:
+                options = {"settings": settings, "mesh": mesh, "on_tokens": advance}
+                done[split.name] = add_scores(
+                    split,
+                    teacher=teacher.provenance(),
+                    settings=stored,
+                    score_shard=functools.partial(score_traces, model_config, params, **options),
+                    overwrite=config.score.overwrite,
+                    write=processes > 1 or hosts.first(),
+                    process=process,
+                    processes=processes,
+                )
+            _report(split, done[split.name])
     return done
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dcod_jax.errors import DcodError
+from dcod_jax.locks import locked
 from dcod_jax.logs import track
 from dcod_jax.study.conditions import Results, conditions, pending, schedule
 from dcod_jax.study.lab import Lab
@@ -31,22 +32,25 @@ def study(config: Any) -> None:
             "c.study = study_keys() of dcod_jax.configs.study"
         )
     directory = Path(config.run_dir)
-    results = Results(directory / "results.jsonl")
-    lab = Lab(config, directory, wanted_starts(config))
-    runs = [run.key[:4] for *_, own in schedule(config) for run in own]  # without the rate
-    done = sum(key[:4] in runs for key in results.done)
-    shown = config.train.progress
-    with track("study", len(runs), unit="runs", done=done, enabled=shown) as advance:
-        for run, own in pending(config, results):
-            if run.condition not in results.references:
-                line = {"kind": "reference", "condition": run.condition}
-                results.append(line | lab.reference(own))
-            if run.kind == "test":
-                results.check_start(run, lab.start_correct(own, run.seed))
-            measured = lab.run(own, kind=run.kind, rate=run.rate, seed=run.seed)
-            results.append(dataclasses.asdict(run) | measured)
-            note = f"{run.kind} {run.condition} {run.arm} seed {run.seed} {measured['accuracy']}"
-            advance(1, note)
+    with locked(directory / ".study.lock", what=f"run_dir={directory}"):
+        results = Results(directory / "results.jsonl")
+        lab = Lab(config, directory, wanted_starts(config))
+        runs = [run.key[:4] for *_, own in schedule(config) for run in own]  # without the rate
+        done = sum(key[:4] in runs for key in results.done)
+        shown = config.train.progress
+        with track("study", len(runs), unit="runs", done=done, enabled=shown) as advance:
+            for run, own in pending(config, results):
+                if run.condition not in results.references:
+                    line = {"kind": "reference", "condition": run.condition}
+                    results.append(line | lab.reference(own))
+                if run.kind == "test":
+                    results.check_start(run, lab.start_correct(own, run.seed))
+                measured = lab.run(own, kind=run.kind, rate=run.rate, seed=run.seed)
+                results.append(dataclasses.asdict(run) | measured)
+                note = (
+                    f"{run.kind} {run.condition} {run.arm} seed {run.seed} {measured['accuracy']}"
+                )
+                advance(1, note)
 
 
 def wanted_starts(config: Any) -> dict[tuple[int, int], set[int]]:

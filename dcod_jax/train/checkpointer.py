@@ -1,17 +1,18 @@
 """One directory of checkpoints, written asynchronously by Orbax, and the record that they hold.
 
-Layout: <run>/checkpoints/<step>/{params,opt_state,run,metrics}; opt_state includes the loss's
-state, and metrics is there where best_metric was measured. A step directory gets its name when
-all of it is on disk, so a half-written one is never read. A missing or damaged piece is an error.
+Layout: <run>/checkpoints/<step>/{params,opt_state,run,metrics,checksums.json}; opt_state includes
+the loss's state, and metrics is there where best_metric was measured. A step directory gets its
+name when all of it is on disk, so a half-written one is never read. A missing or damaged piece is
+an error (checksums.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -23,10 +24,11 @@ from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers as policies
 
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Location, Path, RemotePath, as_path, from_json
+from dcod_jax.files import Location, Path, RemotePath, as_path
 from dcod_jax.models import transformer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import put, tree_shardings
+from dcod_jax.train import checksums
 from dcod_jax.types import Params, TrainState
 
 ITEMS = ("params", "opt_state", "run")
@@ -42,6 +44,7 @@ class Record:
     iterator: dict[str, Any] = dataclasses.field(default_factory=dict)  # position in the data
     tokens_seen: int = 0
     on_policy: dict[str, Any] = dataclasses.field(default_factory=dict)  # what sampling has cost
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)  # learned_from.py
     config: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the run that wrote it
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # held-out, at this step
 
@@ -93,13 +96,16 @@ class Checkpointer:
                 )
             )
         options["preservation_policy"] = policies.AnyPreservationPolicy(kept)
-        if local or beside_local:
-            # Orbax waits for directories made in the background under a number that counts the
-            # saves of a process. A process that gave up its local checkpoints has another number
-            # than process 0: it would write before the directory is made, and lose its part.
-            options["async_options"] = ocp.options.AsyncOptions(
-                create_directories_asynchronously=False
-            )
+        self._saving, asynchronous = 0, ocp.options.AsyncOptions()
+        asynchronous.post_finalization_callback = self._add_checksums
+        if jax.process_count() > 1 and not local:
+            self._all_written = ocp.multihost.get_barrier_sync_fn()
+            asynchronous.barrier_sync_fn = self._barrier
+        # Orbax waits for directories made in the background under a number that counts the saves
+        # of a process. A process that gave up its local checkpoints has another number than
+        # process 0: it would write before the directory is made, and lose its part.
+        asynchronous.create_directories_asynchronously = not (local or beside_local)
+        options["async_options"] = asynchronous
         logging.getLogger("absl").addFilter(_unexpected)
         with self._explained("open"):
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -116,26 +122,45 @@ class Checkpointer:
         """Steps that can be restored, oldest first."""
         return sorted(self.manager.all_steps())
 
-    def best(self) -> int | None:
-        """Step with the lowest best_metric; None when no checkpoint has it."""
-        return self.manager.best_step() if self.best_metric else None
-
     def save(self, snapshot: Snapshot) -> None:
         """Start writing a checkpoint; returns as soon as the state may be donated.
 
         A snapshot without best_metric takes no part in the choice of the best. An error of this or
         the save before it, such as a full disk, is raised as DcodError here or in wait().
         """
-        progress = {key: getattr(snapshot, key) for key in ("iterator", "tokens_seen", "on_policy")}
+        names = ("iterator", "tokens_seen", "on_policy", "data")
+        progress = {key: getattr(snapshot, key) for key in names}
         run = {key: getattr(snapshot, key) for key in ("step", "config", "metrics")}
+        run[checksums.PROMISED] = checksums.NAME
         items = ocp.args.Composite(
-            params=self._saving(snapshot.state.params),
-            opt_state=self._saving(_moments(snapshot.state)),
+            params=self._args_to_save(snapshot.state.params),
+            opt_state=self._args_to_save(_moments(snapshot.state)),
             run=ocp.args.JsonSave(run | {"progress": progress}),
         )
         ranked = snapshot.metrics if self.best_metric in snapshot.metrics else None
         with self._explained("save"):
+            self.manager.wait_until_finished()  # its checksums are those of the step before
+            self._saving = snapshot.step
             self.manager.save(snapshot.step, args=items, metrics=ranked, force=True)
+
+    def _unnamed(self) -> Path:
+        """The directory that is being written; in a store it has its name from the beginning."""
+        unnamed = list(self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
+        return unnamed[0] if unnamed else self.directory / str(self._saving)
+
+    def _add_checksums(self) -> None:
+        """Called by Orbax on the first process when all is written and nothing has its name."""
+        checksums.write(self._unnamed(), self._saving)
+
+    def _barrier(self, *, key: str, timeout_ms: int) -> None:
+        """Called by Orbax on each process; before the barrier behind its arrays it hashes them."""
+        if "async_write_complete" in key and not isinstance(self.directory, RemotePath):
+            checksums.write_part(self._unnamed(), jax.process_index())
+        self._all_written(key=key, timeout_ms=timeout_ms)
+
+    def reload(self) -> None:
+        """Look at the directory again, where something else changed it."""
+        self.manager.reload()
 
     def wait(self) -> None:
         """Until everything started is on disk; raises DcodError when it could not be written."""
@@ -153,89 +178,100 @@ class Checkpointer:
 
         Raises DcodError when there is no checkpoint, when it is damaged, or when a shape differs.
         """
-        trees = {"params": like.params, "opt_state": _moments(like)}
-        step, found = self._read(step, trees)
-        state = TrainState(
-            step=put(jnp.int32(step), getattr(like.step, "sharding", None)),
-            params=found["params"],
-            opt_state=found["opt_state"]["optimizer"],
-            loss_state=found["opt_state"]["loss"],
-        )
-        return Snapshot(state=state, **_record(found["run"]))
-
-    def restore_params(self, like: Params, *, step: int | None = None) -> tuple[Params, Record]:
-        """The parameters alone, laid out as the arrays or shapes of `like`, and the record."""
-        _, found = self._read(step, {"params": like})
-        return found["params"], Record(**_record(found["run"]))
-
-    def _read(self, step: int | None, trees: dict[str, PyTree]) -> tuple[int, Any]:
-        """(step, the items named by `trees` and the record)."""
         steps = self.steps()
         if step is None and steps:
             step = steps[-1]
         elif step is None or step not in steps:
             asked = "a checkpoint" if step is None else f"step {step}"
             raise DcodError(f"{self.directory}: {asked} was expected, but it holds steps {steps}")
+        trees = {"params": like.params, "opt_state": _moments(like)}
         items = {name: self._restoring(tree) for name, tree in trees.items()}
+        checksums.verify(self.directory, step, ITEMS, steps=steps, alone=self.local)
         with self._explained("restore", step):
-            self._check_shapes(step, trees["params"])
+            check_shapes(self.place / str(step) / "params", like.params)
             args = ocp.args.Composite(**items, run=ocp.args.JsonRestore())
-            return step, self.manager.restore(step, args=args)
+            found: Any = self.manager.restore(step, args=args)
+        state = TrainState(
+            step=put(jnp.int32(step), getattr(like.step, "sharding", None)),
+            params=found["params"],
+            opt_state=found["opt_state"]["optimizer"],
+            loss_state=found["opt_state"]["loss"],
+        )
+        return Snapshot(state=state, **record_of(found["run"]))
 
-    def _saving(self, tree: PyTree) -> ocp.args.CheckpointArgs:
+    def _args_to_save(self, tree: PyTree) -> ocp.args.CheckpointArgs:
         return ocp.args.PyTreeSave(tree) if self.local else ocp.args.StandardSave(tree)
 
     def _restoring(self, like: PyTree) -> ocp.args.CheckpointArgs:
-        # Without a layout Orbax would take that of the run that saved: another host's devices.
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here
-            ),
-            like,
-        )
+        like = restoring(like)
         if not self.local:
             return ocp.args.StandardRestore(like)
         how = ocp.checkpoint_utils.construct_restore_args(like)
         return ocp.args.PyTreeRestore(like, restore_args=how)
 
-    def _check_shapes(self, step: int, like: Params) -> None:
-        """Name the first parameter that differs; the error that Orbax raises does not."""
-        reader = ocp.PyTreeCheckpointHandler()
-        stored: Any = reader.metadata(self.place / str(step) / "params")
-        reader.close()
-        there = _shapes(stored.tree)
-        for path, shape in _shapes(like).items():
-            if there.get(path) != shape:
-                raise ValueError(f"{path} has shape {there.get(path)}, the model needs {shape}")
+    def _explained(
+        self, what: str, step: int | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        return explain(self.directory, step, what=what, local=self.local)
 
-    @contextmanager
-    def _explained(self, what: str, step: int | None = None) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            where = self.directory / (str(step) if step is not None else "")
-            text = " ".join(str(error).split())[:400] or type(error).__name__
-            if self.local:  # the caller says what follows from it
-                text = "no space left on the disk" if "space left" in str(error) else text
-                raise DcodError(f"{where}: cannot {what} a local checkpoint: {text}") from error
-            there = finished(self.place)
-            others = [other for other in there if other != step]
-            if "space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error):
-                hint = "free disk space and run the same command again"
-            elif what == "restore":
-                hint = (
-                    "the directory is damaged or of another model; move it away to go on from "
-                    + (f"step {others[-1]}" if others else "the beginning")
-                )
-            else:
-                hint = "see that the directory can be written, and run the same command again"
-            kept = f"; finished checkpoints {there} are untouched" if what == "save" else ""
-            raise DcodError(f"{where}: cannot {what} a checkpoint: {text}{kept}; {hint}") from error
+
+@contextlib.contextmanager
+def explain(
+    directory: Path, step: int | None = None, *, what: str = "restore", local: bool = False
+) -> Iterator[None]:
+    """Errors of Orbax and of the disk become DcodErrors that name what is left and what to do."""
+    try:
+        yield
+    except Exception as error:
+        known = (OSError, ValueError, KeyError, TypeError, RuntimeError)
+        # Orbax wraps what tensorstore finds while it reads an array in a bare Exception.
+        if not isinstance(error, known) and type(error) is not Exception:
+            raise
+        where = directory / str(step) if step is not None else directory
+        text = " ".join(str(error).split())[:400] or type(error).__name__
+        full = "space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
+        if local:  # the caller says what follows from it
+            text = "no space left on the disk" if "space left" in str(error) else text
+            raise DcodError(f"{where}: cannot {what} a local checkpoint: {text}") from error
+        there = finished(directory)
+        others = [other for other in there if other != step]
+        if full:
+            hint = "free disk space and run the same command again"
+        elif what == "restore":
+            hint = "the directory is damaged or of another model; move it away to go on from " + (
+                f"step {others[-1]}" if others else "the beginning"
+            )
+        else:
+            hint = "see that the directory can be written, and run the same command again"
+        kept = f"; finished checkpoints {there} are untouched" if what == "save" else ""
+        raise DcodError(f"{where}: cannot {what} a checkpoint: {text}{kept}; {hint}") from error
+
+
+def restoring(like: PyTree) -> PyTree:
+    """The shapes of `like` with a layout for each."""
+    # Without a layout Orbax would take that of the run that saved: another host's devices.
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here
+        ),
+        like,
+    )
+
+
+def check_shapes(place: epath.Path, like: Params) -> None:
+    """Name the first parameter that differs; the error that Orbax raises does not."""
+    reader = ocp.PyTreeCheckpointHandler()
+    stored: Any = reader.metadata(place)
+    reader.close()
+    there = _shapes(stored.tree)
+    for path, shape in _shapes(like).items():
+        if there.get(path) != shape:
+            raise ValueError(f"{path} has shape {there.get(path)}, the model needs {shape}")
 
 
 def sharded_shapes(model_config: ModelConfig, mesh: Mesh) -> Params:
-    """A model's parameters as shapes with shardings, for restore_params."""
+    """A model's parameters as shapes with shardings, for read_params."""
     return jax.tree.map(
         lambda shape, layout: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=layout),
         transformer.param_shapes(model_config),
@@ -243,21 +279,22 @@ def sharded_shapes(model_config: ModelConfig, mesh: Mesh) -> Params:
     )
 
 
-def finished(directory: Path | epath.Path) -> list[int]:
+def finished(directory: Path) -> list[int]:
     """Steps whose checkpoints are whole, oldest first; none where there is no directory."""
-    return sorted(ocp.utils.checkpoint_steps(str(directory)))
-
-
-def read_record(run_dir: Location, step: int) -> Record:
-    """The record of a checkpoint, without its arrays."""
-    path = as_path(run_dir) / "checkpoints" / str(step) / "run" / "metadata"
     try:
-        return Record(**_record(from_json(path.read_text())))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DcodError(f"{path}: expected a finished checkpoint's record: {error}") from error
+        found = [path for path in directory.iterdir() if path.name.isdigit()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    stored = isinstance(directory, RemotePath)  # which has no rename: a marker comes last
+    return sorted(
+        int(path.name)
+        for path in found
+        if ((path / "commit_success.txt").is_file() if stored else path.is_dir())
+    )
 
 
-def _record(run: dict[str, Any]) -> dict[str, Any]:
+def record_of(run: dict[str, Any]) -> dict[str, Any]:
+    """The fields of Record from a checkpoint's item `run`."""
     return {key: run[key] for key in ("step", "config", "metrics")} | run["progress"]
 
 

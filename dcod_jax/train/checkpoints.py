@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from typing import Any
 
-from dcod_jax.train.checkpointer import Checkpointer, Snapshot
+from dcod_jax.files import Path, as_path
+from dcod_jax.train import checksums
+from dcod_jax.train.checkpointer import Checkpointer, Snapshot, finished
+from dcod_jax.train.checksums import DamagedCheckpointError
 from dcod_jax.train.local_checkpoints import LocalCheckpoints
 from dcod_jax.types import TrainState
+
+log = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -16,6 +24,11 @@ class Checkpoints:
         """best_metric: the held-out metric whose lowest checkpoint is kept; "" keeps the newest."""
         settings = config.train
         self.every = settings.save_every
+        self.previous = settings.on_damaged_checkpoint == "previous"
+        home = as_path(config.run_dir).resolve() / "checkpoints"
+        for step in finished(home) if best_metric else []:  # which Orbax reads as it opens them
+            with self._damage_allowed(home, steps := finished(home), step):
+                checksums.verify(home, step, ("metrics",), steps=steps)
         self.shared = Checkpointer(
             config.run_dir,
             keep=settings.keep,
@@ -30,7 +43,22 @@ class Checkpoints:
         """The run at its newest checkpoint, or None; a local one's step must be below `before`."""
         if found := self.local.restore(like, before=before):
             return found
-        return self.shared.restore(like) if self.shared.steps() else None
+        while steps := self.shared.steps():
+            with self._damage_allowed(self.shared.directory, steps, steps[-1]):
+                return self.shared.restore(like)
+            self.shared.reload()
+        return None
+
+    @contextlib.contextmanager
+    def _damage_allowed(self, home: Path, steps: list[int], step: int) -> Iterator[None]:
+        """Set a damaged checkpoint aside, if the config says so and it is not the only one."""
+        try:
+            yield
+        except DamagedCheckpointError as error:
+            if not self.previous or len(steps) == 1:
+                raise
+            log.warning("%s; set aside", error)
+            checksums.set_aside(home, step)
 
     def due(self, step: int, *, stop: bool) -> bool:
         """Whether to save at this step; `stop`: the loop ends here."""

@@ -10,6 +10,7 @@ directory for each variant. Exit codes: 0 done, 1 error, 75 interrupted after sa
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import logging
@@ -25,6 +26,7 @@ from dcod_jax.evaluate.command import compare
 from dcod_jax.export.command import export, rehearse
 from dcod_jax.files import as_path
 from dcod_jax.generate_traces.command import generate_traces, traces_path
+from dcod_jax.locks import locked
 from dcod_jax.parallel import hosts
 from dcod_jax.prepare.command import is_prepared, prepare
 from dcod_jax.report.command import report
@@ -43,12 +45,17 @@ def train(config: Any) -> None:
         preflight(variant)
         if hosts.first():
             rehearse(variant)
-    make_inputs(config)
-    for name, variant in runs:
-        fit(variant, name=name)
-        _return_freed_memory()
-        hosts.stop_if_noticed()
-    finish(config, runs)
+    with contextlib.ExitStack() as locks:
+        for _, variant in runs:
+            path = as_path(variant.run_dir) / ".train.lock"
+            locks.enter_context(locked(path, what=f"run_dir={variant.run_dir}"))
+        hosts.barrier("the lock of run_dir")
+        make_inputs(config)
+        for name, variant in runs:
+            fit(variant, name=name)
+            _return_freed_memory()
+            hosts.stop_if_noticed()
+        finish(config, runs)
 
 
 def _return_freed_memory() -> None:

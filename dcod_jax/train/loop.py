@@ -17,12 +17,13 @@ from dcod_jax.data import chat, pipeline
 from dcod_jax.data.dataset import TraceDataset
 from dcod_jax.errors import EXIT_INTERRUPTED
 from dcod_jax.files import as_path, replace_file
+from dcod_jax.locks import check_held, locked
 from dcod_jax.losses import reduce
 from dcod_jax.losses.reduce import Sums
 from dcod_jax.parallel import hosts
 from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.plan.programs import choose_remat
-from dcod_jax.train import settings
+from dcod_jax.train import learned_from, settings
 from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.train.forward import make_forward
 from dcod_jax.train.on_policy import OnPolicy
@@ -46,6 +47,11 @@ def fit(config: Any, *, name: str = "") -> int:
     entered = time.monotonic()
     hosts.check_joined()
     student = load_student(config)
+    with locked(configs.dataset_lock(config), what="data.dataset", shared=True):
+        return _fit(config, name, student, entered)
+
+
+def _fit(config: Any, name: str, student: Student, entered: float) -> int:
     train_set, eval_set = open_datasets(config, student)
     run_dir = as_path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -53,12 +59,14 @@ def fit(config: Any, *, name: str = "") -> int:
     mesh = make_mesh(**config.mesh)
     optimizer, train_step, eval_step = _make_steps(config, student, mesh)
     eval_every = config.train.eval_every if eval_set else 0
-    run = initial_snapshot(config, student, optimizer, mesh, checkpoints)
+    learns_from = learned_from.parts(config, student.tokenizer, train_set, eval_set)
+    run = initial_snapshot(config, student, optimizer, mesh, checkpoints, learns_from)
     batches = pipeline.train_batches(
         train_set, seed=config.seed, **reading(config, mesh, whole=config.on_policy.fraction > 0)
     )
     if run.iterator:
-        batches.set_state(run.iterator)
+        own, accept = batches.get_state()["stream"], config.train.accept_changed_data
+        batches.set_state(learned_from.position(run.iterator, own, accept=accept))
     elif hosts.first():
         replace_file(run_dir / "config.json", configs.to_json(config).encode())
     if run.step >= config.train.steps:
@@ -86,6 +94,7 @@ def fit(config: Any, *, name: str = "") -> int:
                 telemetry.held_out()
             if save:
                 with telemetry.timed("save", f"saving step {run.step}"):
+                    check_held(run_dir / ".train.lock", what=f"run_dir={run_dir}")
                     telemetry.writer.sync()  # a resumed run needs the lines up to its checkpoint
                     run.iterator = batches.get_state()
                     checkpoints.save(run, stop=stop)

@@ -28,7 +28,9 @@ from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import check_divides, make_mesh, tree_shardings
 from dcod_jax.score.teacher import open_teacher
-from dcod_jax.train.checkpointer import Checkpointer, Snapshot, sharded_shapes
+from dcod_jax.train import learned_from
+from dcod_jax.train.checkpoint_reader import find_run, read_params
+from dcod_jax.train.checkpointer import Snapshot, finished, sharded_shapes
 from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.train.forward import TeacherModel
 from dcod_jax.train.settings import loss_config
@@ -44,7 +46,8 @@ FREE = (
     "train.keep train.local_ train.best_metric train.progress train.microbatches "
     "optim.offload loss.head data.prefetch data.verify_checksums data.traces data.eval data.split "
     "data.dataset teacher. prepare. score. generate. evaluate. drift. report. export. plan. "
-    "student.path student.config student.tokenizer train.init_from hosts. profile."
+    "student.path student.config student.tokenizer train.init_from train.accept_changed_data "
+    "train.on_damaged_checkpoint hosts. profile."
 ).split()
 LIVE = ("teacher.path", "teacher.dtype")  # not free where the teacher is part of the step
 
@@ -70,6 +73,8 @@ def preflight(config: Any) -> None:
     """Refuse what cannot train before hours go into sampling and scoring for it."""
     for name, marks in OWN_FILES.items():
         check_own(as_path(config.run_dir) / name, *marks)
+    if config.train.init_from and not finished(as_path(config.run_dir) / "checkpoints"):
+        find_run(config.train.init_from, key="train.init_from")
     student = load_student(config)
     mesh = make_mesh(**config.mesh)
     check_batch(config.data.batch_size, config.train.microbatches, mesh)
@@ -175,6 +180,7 @@ def initial_snapshot(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     checkpoints: Checkpoints,
+    learns_from: dict[str, Any],
 ) -> Snapshot:
     """The run that the loop continues, with parameters from the first of these that exists.
 
@@ -195,9 +201,16 @@ def initial_snapshot(
         local = checkpoints.local.newest  # 0 unless the run was restored from there
         where = f", from the local checkpoints in {config.train.local_dir}" if local else ""
         log.info("resuming %s at step %d%s", config.run_dir, found.step, where)
-        return dataclasses.replace(found, config=config.to_dict())
+        data = learned_from.goes_on_with(
+            learns_from,
+            found,
+            checkpoints.shared.directory,
+            accept=config.train.accept_changed_data,
+            steps=config.train.steps,
+        )
+        return dataclasses.replace(found, config=config.to_dict(), data=data)
     if config.train.init_from:
-        params, record = Checkpointer(config.train.init_from).restore_params(shapes)
+        params, record = read_params(config.train.init_from, shapes, key="train.init_from")
         log.info("parameters from %s, step %d", config.train.init_from, record.step)
     elif config.student.path:
         _, params = hf.load_model(config.student.path, dtype=jnp.float32, mesh=mesh)
@@ -207,7 +220,8 @@ def initial_snapshot(
         params = random_params(student.config, config.seed, shardings)
         log.info("random parameters for %s, seed %d", config.student.config, config.seed)
     state = init_state(params, optimizer, **options)
-    return Snapshot(state=state, step=0, config=config.to_dict())
+    data = {"parts": learns_from, "changes": []}
+    return Snapshot(state=state, step=0, config=config.to_dict(), data=data)
 
 
 def random_params(model_config: ModelConfig, seed: int, shardings: Params) -> Params:

@@ -22,8 +22,10 @@ from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.parallel.monitor import EXIT_PEER
 from dcod_jax.prepare.command import prepare
 from dcod_jax.score.command import score
+from dcod_jax.train import checksums
 from dcod_jax.train import loop as train
-from dcod_jax.train.checkpointer import Checkpointer
+from dcod_jax.train.checkpoint_reader import read_params
+from dcod_jax.train.checkpointer import ITEMS, Checkpointer
 from dcod_jax.train.local_checkpoints import LocalCheckpoints
 
 RECIPE = """
@@ -110,9 +112,7 @@ def metrics(run_dir):
 
 def params(place, run_dir):
     shapes = transformer.param_shapes(hf.read_config(place / "student"))
-    checkpointer = Checkpointer(run_dir)
-    found, restored = checkpointer.restore_params(shapes)
-    checkpointer.close()
+    found, restored = read_params(run_dir, shapes)
     return jax.tree.map(np.asarray, found), restored.step
 
 
@@ -168,6 +168,18 @@ def test_two_processes_train_as_one(place, one, two):
             np.testing.assert_allclose(a[key], b[key], rtol=2e-5, err_msg=key)
     mine, other = params(place, two[0] / "a")[0], params(place, one / "a")[0]
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), mine, other)
+
+
+def test_each_process_hashes_its_own_files_of_a_checkpoint(two):
+    step = two[0] / "a" / "checkpoints" / "6"
+    assert not list(step.glob(f"{checksums.NAME}.*"))  # the parts were joined
+    listed = json.loads((step / checksums.NAME).read_text())["files"]
+    arrays = [name for name in listed if "/d/" in name]
+    assert all(any(f"process_{i}/" in name for name in arrays) for i in (0, 1))
+    assert set(listed) == {
+        name for name in files(step) if name not in (*checksums.LATER, checksums.NAME)
+    }
+    checksums.verify(step.parent, 6, ITEMS)
 
 
 def test_the_first_process_speaks_for_all(two):

@@ -1,6 +1,10 @@
 """Checkpoints: exact, asynchronous, never half-read, and clear when the disk is not."""
 
+import dataclasses
+import json
 import shutil
+import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +15,10 @@ import pytest
 from dcod_jax.errors import DcodError
 from dcod_jax.losses.adaptive import initial
 from dcod_jax.parallel import mesh as meshes
-from dcod_jax.train.checkpointer import Checkpointer, Snapshot, read_record
+from dcod_jax.train import checksums
+from dcod_jax.train.checkpoint_reader import read_params, read_record
+from dcod_jax.train.checkpointer import ITEMS, Checkpointer, Snapshot, finished
+from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.types import TrainState
 
 OPTIMIZER = optax.adamw(1e-2)
@@ -58,6 +65,11 @@ def write(run_dir, losses, *, keep=2, best_metric="eval/nll"):
     return checkpointer, copies
 
 
+def best(run_dir):
+    """The step that a reader takes for the best of those that are there."""
+    return read_params(run_dir, make_state().params, best_metric="eval/nll")[1].step
+
+
 def assert_equal(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
@@ -71,17 +83,17 @@ def test_restore_gives_the_bits_that_were_saved_although_the_state_was_donated(t
     assert run.config == {"seed": 7}
     older = checkpointer.restore(make_state(seed=1), step=2)
     assert_equal(older.state, copies[1])
-    params, run = checkpointer.restore_params(make_state(seed=1).params, step=2)
+    params, run = read_params(tmp_path, make_state(seed=1).params, step=2)
     assert_equal(params, copies[1].params)
-    assert read_record(tmp_path, 2).metrics == {"eval/nll": 2.0}
+    assert read_record(tmp_path, step=2).metrics == {"eval/nll": 2.0}
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
     checkpointer, _ = write(tmp_path, [3.0, 1.0, 2.0, None, 4.0])
     assert checkpointer.steps() == [2, 4, 5]
-    assert checkpointer.best() == 2
+    assert best(tmp_path) == 2
     again = Checkpointer(tmp_path, keep=2, best_metric="eval/nll")
-    assert (again.steps(), again.best()) == ([2, 4, 5], 2)
+    assert (again.steps(), best(tmp_path)) == ([2, 4, 5], 2)
 
 
 def test_a_restart_keeps_the_best_of_the_checkpoints_before_it(tmp_path):
@@ -91,7 +103,7 @@ def test_a_restart_keeps_the_best_of_the_checkpoints_before_it(tmp_path):
     for step in (4, 5, 6):
         again.save(Snapshot(state=make_state(), step=step, metrics={"eval/nll": 5.0}))
     again.close()
-    assert (again.steps(), again.best()) == ([2, 5, 6], 2)
+    assert (again.steps(), best(tmp_path)) == ([2, 5, 6], 2)
 
 
 def test_a_checkpoint_without_metrics_is_no_warning(tmp_path, caplog):
@@ -102,7 +114,7 @@ def test_a_checkpoint_without_metrics_is_no_warning(tmp_path, caplog):
 
 def test_without_a_best_metric_only_age_decides(tmp_path):
     checkpointer, _ = write(tmp_path, [1.0, 2.0, 3.0], best_metric="")
-    assert (checkpointer.steps(), checkpointer.best()) == ([2, 3], None)
+    assert (checkpointer.steps(), best(tmp_path)) == ([2, 3], 2)
 
 
 def test_restores_onto_another_mesh(tmp_path):
@@ -122,17 +134,166 @@ def test_restores_onto_another_mesh(tmp_path):
     assert_equal(state, copies[-1])
 
 
+# ---------------------------------------------------------------- damage
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """(a run with steps 1 and 2, their states); tests damage a copy."""
+    place = tmp_path_factory.mktemp("whole") / "run"
+    checkpointer, copies = write(place, [2.0, 1.0])
+    checkpointer.close()
+    return place, copies
+
+
+@pytest.fixture
+def damaged(two_steps, tmp_path):
+    return shutil.copytree(two_steps[0], tmp_path / "run")
+
+
+def largest(directory):
+    return max(filter(Path.is_file, directory.rglob("*")), key=lambda file: file.stat().st_size)
+
+
+def truncate(file, other):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(file, other):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def of_step_1(file, other):
+    shutil.copy(other, file)
+
+
+def missing(file, other):
+    file.unlink()
+
+
 @pytest.mark.parametrize("item", ["params", "opt_state", "run"])
-def test_a_damaged_checkpoint_is_refused_and_the_older_one_named(tmp_path, item):
-    _, copies = write(tmp_path, [2.0, 1.0])
-    for file in (tmp_path / "checkpoints" / "2" / item).rglob("*"):
-        if file.is_file():
-            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(DcodError, match=r"checkpoints/2: .*to go on from step 1"):
-        Checkpointer(tmp_path).restore(make_state())
-    shutil.rmtree(tmp_path / "checkpoints" / "2")
-    state = Checkpointer(tmp_path).restore(make_state()).state
-    assert_equal(state, copies[0])
+@pytest.mark.parametrize("damage", [truncate, flip, missing, of_step_1])
+def test_a_damaged_file_is_named_and_the_whole_step_offered(damaged, item, damage):
+    home = damaged / "checkpoints"
+    new, old = largest(home / "2" / item), largest(home / "1" / item)
+    damage(new, old)
+    said = (
+        rf"checkpoints/2 is damaged: {new.relative_to(home / '2')} .*; step 1 is whole: train.on_"
+    )
+    with pytest.raises(DcodError, match=said):
+        Checkpointer(damaged).restore(make_state())
+    if item != "opt_state":
+        with pytest.raises(DcodError, match=said):
+            read_params(damaged, make_state().params)
+    assert_equal(read_params(damaged, make_state().params, step=1)[1].step, 1)
+
+
+def test_one_flipped_bit_in_any_file_is_found(damaged):
+    step = damaged / "checkpoints" / "2"
+    files = [f for f in step.rglob("*") if f.is_file() and f.parent != step]
+    assert len(files) > 15
+    for file in files:
+        whole = file.read_bytes()
+        flip(file, None)
+        with pytest.raises(checksums.DamagedCheckpointError, match=f"{file.relative_to(step)} has"):
+            checksums.verify(step.parent, 2, [*ITEMS, "metrics"])
+        file.write_bytes(whole)
+    checksums.verify(step.parent, 2, [*ITEMS, "metrics"])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "checksums.json is missing"),
+        ("", "checksums.json or run/metadata cannot be read"),
+        ("[]", "checksums.json or run/metadata cannot be read"),
+        ('{"step": 1, "files": {}}', "checksums.json is of step 1"),
+    ],
+)
+def test_checksums_that_are_no_longer_these_are_refused(damaged, content, said):
+    path = damaged / "checkpoints" / "2" / checksums.NAME
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(DcodError, match=said):
+        Checkpointer(damaged).restore(make_state())
+
+
+def test_a_checkpoint_under_another_number_is_refused(damaged):
+    shutil.move(damaged / "checkpoints" / "1", damaged / "checkpoints" / "9")
+    with pytest.raises(DcodError, match=r"checksums\.json is of step 1; step 2 is whole"):
+        Checkpointer(damaged).restore(make_state())
+
+
+def test_a_checkpoint_of_before_is_restored_and_told(damaged, caplog):
+    caplog.set_level("INFO", logger="dcod_jax")
+    step = damaged / "checkpoints" / "2"
+    (step / checksums.NAME).unlink()
+    record = json.loads((step / "run" / "metadata").read_text())
+    del record[checksums.PROMISED], record["progress"]["data"]
+    (step / "run" / "metadata").write_text(json.dumps(record))
+    assert Checkpointer(damaged).restore(make_state()).step == 2
+    [line] = caplog.messages
+    assert line == f"{step} has no checksums (an earlier version saved it)"
+    truncate(largest(step / "params"), None)
+    with pytest.raises(DcodError, match="damaged or of another model"):
+        Checkpointer(damaged).restore(make_state())
+
+
+def policy(run_dir, what):
+    train = {"save_every": 1, "keep": 2, "local_dir": "", "local_every": 0}
+    settings = types.SimpleNamespace(**train, on_damaged_checkpoint=what)
+    config = types.SimpleNamespace(run_dir=run_dir, train=settings)
+    return Checkpoints(config, best_metric="eval/nll")
+
+
+def test_a_run_goes_on_from_the_whole_step_where_it_may(two_steps, damaged, caplog):
+    flip(damaged / "checkpoints" / "2" / "run" / "metadata", None)
+    with pytest.raises(DcodError, match="step 1 is whole"):
+        policy(damaged, "stop").restore(make_state(), before=9)
+    checkpoints = policy(damaged, "previous")
+    found = checkpoints.restore(make_state(), before=9)
+    assert_equal(found.state, two_steps[1][0])
+    assert "run/metadata has checksum" in caplog.text
+    assert (damaged / "damaged" / "2" / "run" / "metadata").is_file()
+    assert checkpoints.due(2, stop=False)
+    checkpoints.save(dataclasses.replace(found, step=2), stop=False)
+    checkpoints.close()
+    assert policy(damaged, "stop").restore(make_state(), before=9).step == 2
+
+
+def test_damaged_metrics_are_named_before_orbax_reads_them(damaged):
+    truncate(damaged / "checkpoints" / "1" / "metrics" / "metrics", None)
+    with pytest.raises(DcodError, match=r"checkpoints/1 is damaged: metrics/metrics has 8 bytes"):
+        policy(damaged, "stop")
+    assert policy(damaged, "previous").restore(make_state(), before=9).step == 2
+    assert (damaged / "damaged" / "1").is_dir()
+
+
+def test_the_only_checkpoint_is_never_set_aside(damaged):
+    shutil.rmtree(damaged / "checkpoints" / "1")
+    flip(damaged / "checkpoints" / "2" / "run" / "metadata", None)
+    with pytest.raises(DcodError, match="no other checkpoint is whole"):
+        policy(damaged, "previous").restore(make_state(), before=9)
+    assert finished(damaged / "checkpoints") == [2]
+
+
+def test_a_save_that_fails_keeps_the_one_before_it(tmp_path, monkeypatch):
+    checkpointer, copies = write(tmp_path, [1.0], keep=1)
+
+    def refuse(directory, step):
+        raise OSError("the disk is bad")
+
+    monkeypatch.setattr(checksums, "write", refuse)
+    checkpointer.save(Snapshot(state=make_state(), step=2))
+    with pytest.raises(DcodError, match=r"disk is bad; finished checkpoints \[1\] are untouched"):
+        checkpointer.wait()
+    assert_equal(Checkpointer(tmp_path).restore(make_state()).state, copies[0])
+
+
+# ---------------------------------------------------------------- what else is refused
 
 
 def test_a_half_written_directory_is_not_a_checkpoint(tmp_path):
@@ -151,7 +312,7 @@ def test_another_model_is_refused(tmp_path):
     ):
         checkpointer.restore(make_state(rows=65))
     with pytest.raises(DcodError, match="of another model"):
-        checkpointer.restore_params({"other": {"kernel": jnp.zeros((64, 16))}})
+        read_params(tmp_path, {"other": {"kernel": jnp.zeros((64, 16))}})
 
 
 def test_a_step_that_is_not_there_is_refused(tmp_path):

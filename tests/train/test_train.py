@@ -1,5 +1,6 @@
 """The loop: exact resumption after kill -9, signals, NaN, held-out loss, and settings kept."""
 
+import dataclasses
 import gzip
 import json
 import math
@@ -16,16 +17,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from fake_store import contents
 
 from dcod_jax import config as configs
 from dcod_jax.data import pipeline
+from dcod_jax.data.dataset import read_manifest
+from dcod_jax.data.scores import add_scores
+from dcod_jax.drift.command import drift
 from dcod_jax.errors import EXIT_INTERRUPTED, DcodError
+from dcod_jax.evaluate.command import evaluate
+from dcod_jax.export.command import export
+from dcod_jax.files import as_path
+from dcod_jax.generate_traces.command import generate_traces
+from dcod_jax.locks import locked
 from dcod_jax.losses import adaptive
 from dcod_jax.models import hf, transformer
 from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.plan.estimate import step_flops
-from dcod_jax.train import command, setup
+from dcod_jax.prepare.command import prepare
+from dcod_jax.score.command import score
+from dcod_jax.train import command, learned_from, setup
 from dcod_jax.train import loop as train
+from dcod_jax.train.checkpoint_reader import read_params
 from dcod_jax.train.checkpointer import Checkpointer, Snapshot
 from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.train.settings import optim_config
@@ -116,8 +129,7 @@ def metrics(run_dir):
 def final_params(run_dir, place):
     config, _ = hf.load_config(place / "student")
     shapes = transformer.param_shapes(config)
-    params, _ = Checkpointer(run_dir).restore_params(shapes)
-    return params
+    return read_params(run_dir, shapes)[0]
 
 
 def assert_same_run(place, run_dir, reference):
@@ -225,7 +237,11 @@ def kill_after(run, path, step, how):
 def test_sigterm_then_kill_9_then_the_same_command_is_bit_identical(place, reference):
     run_dir = place / "stopped"
     first = start(place, run_dir, "--config.train.steps=8")
-    kill_after(first, run_dir / "metrics.jsonl", 2, signal.SIGTERM)
+    kill_after(first, run_dir / "metrics.jsonl", 2, signal.SIGSTOP)
+    with pytest.raises(DcodError, match=rf"run_dir=\S+stopped is in use by process {first.pid} on"):
+        command.train(load(place, run_dir))
+    first.send_signal(signal.SIGTERM)
+    first.send_signal(signal.SIGCONT)
     output = first.communicate(timeout=300)[0]
     if first.returncode == 0:
         pytest.skip("the run was over before the signal came")
@@ -255,9 +271,70 @@ def test_sigterm_then_kill_9_then_the_same_command_is_bit_identical(place, refer
         assert killed["lost"] == pytest.approx(steps - killed["steps_at_save"].get("4", 0.0))
 
 
+VERBS = {
+    "train": (command.train, "{run}/.train.lock", ["train.steps=9"]),
+    "score": (score, "{place}/.dataset.lock", ["score.overwrite=true", "score.top_k=2"]),
+    "prepare": (prepare, "{run}/.other.lock", ["data.dataset={run}/other"]),
+    "export": (export, "{run}/.export.lock", []),
+    "generate_traces": (
+        generate_traces,
+        "{run}/.traces.jsonl.lock",
+        ["generate.prompts={place}/traces.jsonl"],
+    ),
+    "evaluate": (evaluate, "{run}/evaluation/.lock", ["evaluate.problems={place}/traces.jsonl"]),
+    "drift": (
+        drift,
+        "{run}/drift/.lock",
+        ["drift.prompts={place}/traces.jsonl", "drift.max_new_tokens=8"],
+    ),
+}
+
+
+def without_locks(directory):
+    return {k: v for k, v in contents(directory).items() if not k.endswith(".lock")}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_two_at_a_time_on_one_directory_refuse(place, reference, verb):
+    function, lock, changes = VERBS[verb]
+    names = {"place": place, "run": reference}
+    words = [f"--config.{change.format(**names)}" for change in changes]
+    before = without_locks(reference)
+    path = as_path(lock.format(**names))
+    with (
+        locked(path, what="", shared=verb == "score"),  # a training reads the dataset
+        pytest.raises(DcodError, match=rf"is in use by process {os.getpid()} on"),
+    ):
+        function(load(place, reference, *words))
+    assert without_locks(reference) == before
+
+
 def test_another_seed_is_another_run(place, reference):
     with pytest.raises(DcodError, match=r"other settings:\n  seed: 0 then, 1 now"):
         train.fit(load(place, reference, "--config.seed=1"))
+
+
+def test_other_scores_of_the_same_traces_are_another_run(place, reference, tmp_path):
+    """As after scoring them anew: the traces, the teacher and the position are the same."""
+
+    def scored(traces):
+        counts = [int(np.count_nonzero(trace.completion_mask)) for trace in traces]
+        pairs = zip(traces, counts, strict=True)
+        return [dataclasses.replace(t, logprobs=np.full(n, -1, np.float32)) for t, n in pairs]
+
+    shutil.copytree(place / "dataset", tmp_path / "dataset")
+    teacher = read_manifest(place / "dataset" / "train")["teacher"]
+    options = {"settings": {"top_k": 0, "made": "up"}, "score_shard": scored, "overwrite": True}
+    add_scores(tmp_path / "dataset" / "train", teacher=teacher, **options)
+    run_dir = tmp_path / "run"
+    shutil.copytree(reference, run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "8")
+    other = f"--config.data.dataset={tmp_path / 'dataset'}"
+    with pytest.raises(DcodError, match=r"up to step 4:\n  training traces: \w{64} then, \w{64} n"):
+        train.fit(load(place, run_dir, other))
+    run = first_snapshot(load(place, run_dir, other, "--config.train.accept_changed_data=true"))
+    assert run.step == 4
+    assert "training traces" in [change["part"] for change in run.data["changes"]]
 
 
 def test_a_finished_run_is_left_alone(place, reference):
@@ -325,13 +402,23 @@ def test_no_student_is_refused(place, tmp_path):
         train.fit(load(place, tmp_path / "run", "--config.student.path="))
 
 
+def first_snapshot(config):
+    """What the loop would begin or go on with."""
+    student = train.load_student(config)
+    datasets = setup.open_datasets(config, student)
+    optimizer, _ = train.make_optimizer(optim_config(config), 8)
+    return setup.initial_snapshot(
+        config,
+        student,
+        optimizer,
+        train.make_mesh(),
+        Checkpoints(config, best_metric=""),
+        learned_from.parts(config, student.tokenizer, *datasets),
+    )
+
+
 def test_parameters_from_another_run_and_from_a_config(place, reference, tmp_path):
-    first = load(place, tmp_path / "a", f"--config.train.init_from={reference}")
-    mesh = train.make_mesh()
-    student = train.load_student(first)
-    optimizer, _ = train.make_optimizer(optim_config(first), 8)
-    checkpoints = Checkpoints(first, best_metric="")
-    run = setup.initial_snapshot(first, student, optimizer, mesh, checkpoints)
+    run = first_snapshot(load(place, tmp_path / "a", f"--config.train.init_from={reference}"))
     state = run.state
     jax.tree.map(np.testing.assert_array_equal, state.params, final_params(reference, place))
     assert int(state.step) == run.step == 0
@@ -342,7 +429,6 @@ def test_parameters_from_another_run_and_from_a_config(place, reference, tmp_pat
         "--config.student.path=",
         f"--config.student.config={place / 'student' / 'config.json'}",
     )
-    checkpoints = Checkpoints(scratch, best_metric="")
-    run = setup.initial_snapshot(scratch, student, optimizer, mesh, checkpoints)
+    run = first_snapshot(scratch)
     embedding = np.asarray(run.state.params["embed_tokens"]["embedding"])
     np.testing.assert_allclose(embedding.std(), 0.1, rtol=0.1)

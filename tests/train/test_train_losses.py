@@ -14,7 +14,7 @@ from dcod_jax.errors import DcodError
 from dcod_jax.models import hf, transformer
 from dcod_jax.train import command
 from dcod_jax.train import loop as train
-from dcod_jax.train.checkpointer import Checkpointer
+from dcod_jax.train.checkpoint_reader import read_params
 from dcod_jax.train.setup import preflight
 from dcod_jax.train.telemetry import Telemetry
 
@@ -80,7 +80,7 @@ def fit(place, name, *changes):
 
 def params(place, name):
     config, _ = hf.load_config(place / "student")
-    return Checkpointer(place / name).restore_params(transformer.param_shapes(config))[0]
+    return read_params(place / name, transformer.param_shapes(config))[0]
 
 
 @pytest.mark.parametrize(
