@@ -35,6 +35,7 @@ CHOICES = {
     "loss.weights.normalize": ("mean", "none", "sequence"),
     "optim.schedule": tuple(DECAYS),
     "train.on_damaged_checkpoint": ("stop", "previous"),
+    "optim.on_nonfinite": ("stop", "skip"),
     "hosts.cluster": ("auto", "none", "slurm", "ompi", "mpi4py", "k8s"),
     "hosts.collectives": ("gloo", "mpi"),
     "evaluate.form": ("chat", "plain"),
@@ -58,7 +59,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "not be negative": (
         lambda x: x >= 0,
         "seed prepare.workers prepare.record_bytes score.top_k loss.weights.warmup_steps "
-        "optim.warmup_steps "
+        "optim.warmup_steps optim.max_skipped "
         "optim.weight_decay optim.clip_norm optim.final_fraction train.eval_every "
         "train.eval_batches train.save_every train.local_every generate.temperature "
         "generate.top_k evaluate.limit evaluate.temperature evaluate.top_k evaluate.shots "
@@ -81,6 +82,10 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda x: 0 <= x <= 1,
         "loss.alpha loss.beta loss.taid_end loss.taid_alpha on_policy.fraction",
     ),
+    "be 0 or a finite number > 1": (
+        lambda x: x == 0 or (x > 1 and math.isfinite(x)),
+        "optim.spike_factor",
+    ),
     "be in (0, 1]": (lambda x: 0 < x <= 1, "generate.top_p evaluate.top_p"),
     "be -1 or at least 1": (
         lambda x: x == -1 or x >= 1,
@@ -92,6 +97,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 LARGEST = 2**31 - 1  # of a whole number: steps and sizes are int32 on the device
 NAME = re.compile(r"\w[\w.+%=-]{0,99}")  # of a directory that a variant or a problem set gets
 BECAUSE = {
+    "optim.spike_factor": "0: no step is skipped for its size",
     "loss.skew": "at the ends skew KL is a plain KL (loss.divergence=forward_kl or reverse_kl) or "
     "nothing",
     "loss.weights.target_loss": "0: it is not what is aimed at",
@@ -295,6 +301,13 @@ def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
         wrong.append(
             f"data.batch_size={flat['data.batch_size']} must be a multiple of "
             f"train.microbatches={flat['train.microbatches']}"
+        )
+    if "study.seeds" in flat and (
+        flat["optim.on_nonfinite"] != "stop" or flat["optim.spike_factor"]
+    ):
+        wrong.append(
+            "study compares runs that take every step: leave optim.on_nonfinite=stop and "
+            "optim.spike_factor=0"
         )
     if flat["train.gradient_dtype"] == "bfloat16" != flat["student.compute_dtype"]:
         wrong.append(

@@ -25,7 +25,8 @@ LEVELS = """
     evaluate.spelling evaluate.units evaluate.equality evaluate.algebra evaluate.answers
     evaluate.benchmarks evaluate.grading evaluate.problems evaluate.prompts
     evaluate.generations evaluate.statistics evaluate.metrics
-    train.optim train.metrics train.profiling train.settings config_checks config doctor cli
+    train.metrics train.guard train.optim train.profiling train.settings
+    config_checks config doctor cli
     train.checksums train.checkpointer train.checkpoint_reader train.local_checkpoints
     train.checkpoints train.forward train.step
     score.teacher score.scoring

@@ -116,6 +116,11 @@ def get_config() -> Any:
     c.optim.b2 = 0.95  # AdamW second moment
     c.optim.eps = 1e-8  # AdamW epsilon
     c.optim.clip_norm = 1.0  # global gradient norm; 0: no clipping
+    c.optim.on_nonfinite = "stop"  # stop | skip: a step whose loss or gradient is not finite
+    # skip a step whose gradient norm is more than this times the 0.95 quantile of those of the
+    # last 100 steps; 0: never
+    c.optim.spike_factor = 0.0  # docs/method.md
+    c.optim.max_skipped = 20  # skipped steps after which the run stops
     c.optim.offload = False  # AdamW's moments wait in host memory between steps
 
     c.train = ConfigDict()

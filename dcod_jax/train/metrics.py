@@ -31,7 +31,7 @@ SYNC_SECONDS = 60.0  # between two copies of a growing file to a store
 QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
 
 
-def _quantile(ordered: Array, count: Array, quantile: float) -> Array:
+def quantile_of(ordered: Array, count: Array, quantile: float) -> Array:
     """Linear interpolation among the first `count` values, as numpy does it; NaN without any."""
     place = quantile * (count - 1.0)
     low = jnp.floor(place)
@@ -66,7 +66,7 @@ def weight_statistics(
     statistics = {
         "mean": average,
         "std": jnp.sqrt(mean(jnp.square(weights - average))),
-        **{name: _quantile(ordered, count, q) for name, q in QUANTILES.items()},
+        **{name: quantile_of(ordered, count, q) for name, q in QUANTILES.items()},
         "ess": jnp.square(average) / mean(jnp.square(weights)),
         "saturated_low": mean(raw_weights < 0.01),
         "saturated_high": mean(raw_weights > 0.99),

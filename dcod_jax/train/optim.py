@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from dcod_jax.train.guard import guarded
 from dcod_jax.types import Params
 
 Schedule = Callable[[Any], Array]
@@ -40,6 +41,9 @@ class OptimConfig:
     eps: float
     clip_norm: float
     offload: bool = False
+    on_nonfinite: str = "stop"
+    spike_factor: float = 0.0
+    max_skipped: int = 0
 
 
 def make_schedule(cfg: OptimConfig, steps: int) -> Schedule:
@@ -80,4 +84,7 @@ def make_optimizer(
         mask=decay_mask,
     )
     clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm > 0 else optax.identity()
-    return optax.chain(clip, adamw), schedule
+    optimizer = optax.chain(clip, adamw)
+    if cfg.on_nonfinite == "skip" or cfg.spike_factor:
+        optimizer = guarded(optimizer, cfg.spike_factor)
+    return optimizer, schedule

@@ -25,7 +25,7 @@ from dcod_jax.parallel.mesh import (
     sharding,
     tree_shardings,
 )
-from dcod_jax.train import metrics
+from dcod_jax.train import guard, metrics
 from dcod_jax.train.forward import Forward
 from dcod_jax.train.optim import Schedule
 from dcod_jax.types import Batch, LossState, Params, TrainState
@@ -178,6 +178,32 @@ def _temper_now(
     return dataclasses.replace(state, loss_state=loss_state)
 
 
+def _update(
+    state: TrainState,
+    gradients: Params,
+    moments: Any,
+    loss: Array,
+    *,
+    optimizer: optax.GradientTransformationExtraArgs,
+    schedule: Schedule,
+) -> tuple[Params, Any, dict[str, Array]]:
+    """(parameters, optimizer state, metrics) after one update, or as before where it is skipped."""
+    norm = optax.tree.norm(gradients)
+    measured = {"grad_norm": norm, "nonfinite": ~(jnp.isfinite(loss) & jnp.isfinite(norm))}
+    opt_state: Any
+    updates, opt_state = optimizer.update(gradients, moments, state.params, loss=loss, norm=norm)
+    params: Any = optax.apply_updates(state.params, updates)
+    count = state.step
+    if isinstance(opt_state, guard.Guarded):
+        measured["skipped"] = opt_state.skipped > moments.skipped
+        measured["skipped_total"] = opt_state.skipped
+        # Of parameters, too: adding an update of 0 would make a 0 of -0.
+        params = guard.choose(measured["skipped"], state.params, params)
+        count -= moments.skipped
+    measured["learning_rate"] = schedule(count)
+    return params, opt_state, measured
+
+
 def make_train_step(
     forward: Forward,
     optimizer: optax.GradientTransformation,
@@ -196,6 +222,7 @@ def make_train_step(
     be split.
     """
     mesh, loss = forward.mesh, forward.loss
+    optimizer = optax.with_extra_args_support(optimizer)
     check_batch(batch_size, microbatches, mesh)
     transformer.check_mesh(forward.model, mesh)
     pieces = {"microbatches": microbatches}
@@ -205,6 +232,7 @@ def make_train_step(
     def train_step(
         state: TrainState, batch: Batch, teacher_params: Params | None = None
     ) -> tuple[TrainState, dict[str, Array]]:
+        before = state
         if adaptive.same_step(loss.config.weights):
             state = _temper_now(forward, state, batch, teacher_params, **pieces)
         gradients, sums, stats = _accumulate(forward, state, batch, teacher_params, **pieces)
@@ -216,15 +244,14 @@ def make_train_step(
             # What is done to the moments alone (a TPU lays the embedding's out anew) would else be
             # done first, and lie beside the activations of the whole step.
             gradients, moments = jax.lax.optimization_barrier((gradients, state.opt_state))
-        updates, opt_state = optimizer.update(gradients, moments, state.params)
-        params = optax.apply_updates(state.params, updates)
-        measured = metrics.measure(loss.config, small, sums, stats, state.loss_state)
+        params, opt_state, changed = _update(
+            state, gradients, moments, sums.loss, optimizer=optimizer, schedule=schedule
+        )
+        measured = metrics.measure(loss.config, small, sums, stats, state.loss_state) | changed
         measured["tokens/total"] = (batch.segment_ids > 0).sum()
         loss_state = loss.learned(state.loss_state, state.step, small, sums, stats)
-        measured["grad_norm"] = optax.tree.norm(gradients)
-        measured["learning_rate"] = schedule(state.step)
-        finite = jnp.isfinite(sums.loss) & jnp.isfinite(measured["grad_norm"])
-        measured["nonfinite"] = ~finite
+        if "skipped" in changed:
+            loss_state = guard.choose(changed["skipped"], before.loss_state, loss_state)
         scalars = {key: value.astype(jnp.float32) for key, value in measured.items()}
         return TrainState(state.step + 1, params, opt_state, loss_state), scalars  # pyright: ignore
 

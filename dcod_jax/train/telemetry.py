@@ -133,7 +133,9 @@ class Telemetry:
             fetched = jax.device_get(done.values)
         self.goodput.started()
         values = {key: float(value) for key, value in fetched.items()}
-        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+        if values.get("skipped"):
+            self._skipped(done, values)
+        elif not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
             raise DcodError(self._not_finite(done, values))
         values |= done.cost
         self._warn(done.step, values)
@@ -181,18 +183,37 @@ class Telemetry:
         self._begin_line(step)
         return pace
 
-    def _not_finite(self, done: Pending, values: dict[str, float]) -> str:
+    def _skipped(self, done: Pending, values: dict[str, float]) -> None:
+        """Log a step that changed nothing; raises DcodError when there were too many."""
+        count, most = int(values["skipped_total"]), self.config.optim.max_skipped
+        what = (
+            f"step {done.step} was skipped: loss={values['loss']}, grad_norm={values['grad_norm']};"
+            f" {count} skipped so far, optim.max_skipped={most}. Traces of the batch: "
+            f"{self._traces(done)}"
+        )
+        if count > most:
+            raise DcodError(
+                f"{what}. Look at them with dcod_jax.inspect; lower optim.learning_rate, or raise "
+                "optim.max_skipped or optim.spike_factor"
+            )
+        log.warning(what)
+
+    def _traces(self, done: Pending) -> str:
+        """Ids of the traces of a batch, on all processes."""
         traces = np.unique(done.trace_index[done.trace_index >= 0])
         own = json.dumps([trace.id for trace in self.dataset.read(traces)])
         everyone = hosts.exchange("the traces of the batch", own)  # the loss is the same on all
-        ids = dict.fromkeys(name for text in everyone for name in json.loads(text))
+        return ", ".join(dict.fromkeys(name for text in everyone for name in json.loads(text)))
+
+    def _not_finite(self, done: Pending, values: dict[str, float]) -> str:
+        ids = self._traces(done)
         shared = self.checkpoints.shared
         shared.wait()
         steps = shared.steps()
         good = f"step {steps[-1]} in {shared.directory}" if steps else "none"
         return (
             f"step {done.step}: loss={values['loss']}, grad_norm={values['grad_norm']}; the state "
-            f"was not saved. Last good checkpoint: {good}. Traces of the batch: {', '.join(ids)}. "
+            f"was not saved. Last good checkpoint: {good}. Traces of the batch: {ids}. "
             "Look at them with dcod_jax.inspect; lower optim.learning_rate or set optim.clip_norm "
             "if they are as they should be"
         )
