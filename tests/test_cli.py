@@ -1,7 +1,11 @@
 """The command line: verbs, their help without array libraries, exit codes."""
 
+import errno
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -71,3 +75,74 @@ def test_output_whose_reader_left_ends_without_a_traceback():
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert "Traceback" not in done.stderr
     assert done.stdout.startswith("Distil a student")
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_module_whose_reader_left_ends_without_a_traceback(stream):
+    """As `python -m dcod_jax.prepare ... | head -1`, with a reader that is gone from the start."""
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-m", "dcod_jax.prepare", *(["--help"] if stream == "stdout" else [])]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {stream: write}
+    done = subprocess.run(words, text=True, **options)
+    os.close(write)
+    assert done.returncode == 141
+    assert not (done.stderr or "") + (done.stdout or "")
+
+
+# ---------------------------------------------------------------- how every verb ends
+
+RUNNING = [verb for verb in cli.VERBS if verb != "doctor"]
+
+
+@pytest.fixture
+def ends(monkeypatch, tmp_path, capsys):
+    """Runs a verb whose work is the given function; returns (exit code, what is on stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(verb, work, *words):
+        monkeypatch.setattr(cli, "_command", lambda *_: work)
+        own = ["x"] if verb == "inspect" else ["--config", str(config.BASE), *words]
+        before = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(SystemExit) as ended:
+            cli.run(verb, own)
+        assert signal.getsignal(signal.SIGTERM) == before
+        return ended.value.code, capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize("verb", RUNNING)
+def test_sigterm_ends_every_verb_with_75(verb, ends):
+    def work(_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        raise AssertionError("the signal was not seen")
+
+    code, said = ends(verb, work)
+    assert code == 75
+    assert said == f"dcod_jax.{verb}: terminated; the same command goes on\n"
+
+
+@pytest.mark.parametrize("name", ["ENOSPC", "EROFS", "EACCES", "EMFILE", "ELOOP", "ENOTDIR", "EIO"])
+def test_what_the_system_refuses_is_one_line_with_the_file(name, ends):
+    def work(_):
+        number = getattr(errno, name)
+        raise OSError(number, os.strerror(number), "runs/default/goodput.json")
+
+    code, said = ends("train", work)
+    assert code == 1
+    assert said.startswith("dcod_jax.train: error: runs/default/goodput.json: ")
+    assert said.count("\n") == 1
+
+
+def test_a_run_dir_that_can_be_none_is_refused_before_the_work(ends, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "gone").symlink_to("nowhere")
+    for name in ("file", "file/run", "loop", "loop/run", "gone"):
+        code, said = ends("train", lambda _: None, f"--config.run_dir={tmp_path / name}")
+        assert code == 1
+        assert f"run_dir={tmp_path / name}: " in said
+        assert said.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"

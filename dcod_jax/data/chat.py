@@ -25,7 +25,7 @@ from jaxtyping import Bool, Int
 
 from dcod_jax.data.reasoning import MARKS
 from dcod_jax.data.templates import READY
-from dcod_jax.data.tokenizer import Tokenizer, chat_template, decode
+from dcod_jax.data.tokenizer import Tokenizer, chat_template, decode, library_errors
 from dcod_jax.data.turns import (
     Message,
     Text,
@@ -201,7 +201,11 @@ def _bos(tokenizer: Tokenizer) -> str:
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    try:
+        with library_errors():
+            return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    except ValueError as error:
+        raise DcodError(f"the tokenizer cannot encode {text[:60]!r}: {error}") from error
 
 
 def _cut(tokenizer: Tokenizer, text: str, border: int, whole: list[int]) -> int | None:

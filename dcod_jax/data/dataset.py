@@ -24,6 +24,7 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Sequence
+from tokenize import TokenError  # of numpy, which reads a header as Python text
 from typing import Any
 
 import numpy as np
@@ -285,7 +286,7 @@ def _read_lengths(path: Path, records: int) -> np.ndarray:
     try:
         np.lib.format.read_magic(file)
         announced = np.lib.format.read_array_header_1_0(file)
-    except (ValueError, SyntaxError, TypeError, RecursionError) as error:
+    except (ValueError, SyntaxError, TypeError, RecursionError, TokenError) as error:
         raise DcodError(
             f"{path}: not what the dataset's writer writes ({error}); {_MEND}"
         ) from error

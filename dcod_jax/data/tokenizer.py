@@ -47,7 +47,7 @@ def load_tokenizer(path: Location, *, template: TemplateChoice = OWN) -> Tokeniz
             "with tokenizer.json, or a hub id that can be reached"
         )
     try:
-        with _library_errors():
+        with library_errors():
             home = local_directory(source, wanted=_is_tokenizer_file)
             _check_files(home if home.is_dir() else downloaded(home))
             # The generic class: family classes rebuild the pre-tokenizer instead of reading it.
@@ -73,7 +73,7 @@ _Unreadable = (
 
 
 @contextlib.contextmanager
-def _library_errors() -> Iterator[None]:
+def library_errors() -> Iterator[None]:
     """An error of the tokenizers package, a panic of its Rust code included, as ValueError."""
     try:
         yield

@@ -57,7 +57,7 @@ def write(runs: Sequence[Run], path: Path, *, settings: Any) -> Path:
     """Write the page of these runs; settings is the report section of a config."""
     check_own(path, GENERATOR)
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, page(collect(runs, settings=settings)).encode())
+    replace_file(path, page(collect(runs, settings=settings)).encode(errors="backslashreplace"))
     log.info("report: %s", path)
     return path
 

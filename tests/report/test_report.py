@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from test_report_data import ESCAPES
 
 from dcod_jax import cli
 from dcod_jax import config as configs
@@ -396,6 +397,23 @@ def browse(page, tmp_path, *options):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in done.stderr, done.stderr  # no error, no refused script
     return done.stdout
+
+
+@pytest.mark.long
+@browser
+def test_a_browser_runs_nothing_of_a_page_full_of_escapes(page, tmp_path):
+    data = data_of(page)
+    for trace in data["traces"]:
+        trace["id"] = ESCAPES[0]
+        trace["texts"] = [ESCAPES[i % len(ESCAPES)] for i in range(len(trace["texts"]))]
+    data["notes"] = [*ESCAPES, HOSTILE]
+    for run in data["runs"]:
+        run["name"] += ESCAPES[1]
+    drawn = browse(report.page(data), tmp_path, "--dump-dom")
+    assert "<title>dcod_jax report: run</title>" in drawn
+    assert 'class="token"' in drawn
+    assert drawn.count("<script") == 2
+    assert "<svg onload" not in drawn
 
 
 @browser

@@ -3,10 +3,12 @@
 import json
 import math
 import time
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
+from dcod_jax.config import BASE, load_recipe
 from dcod_jax.errors import DcodError
 from dcod_jax.report import command as report
 from dcod_jax.report import data as report_data
@@ -197,6 +199,66 @@ def test_junk_among_the_metrics_is_left_out_with_a_note(tmp_path):
     [note] = notes
     assert "8 lines, the first one line 2" in note
     report.embedded(record)
+
+
+ESCAPES = (
+    "</script>",
+    "</SCRIPT\t><script>document.title='owned'</script>",
+    "<!--<script>",
+    "--></style></title><svg onload=alert(1)>",
+    "]]><![CDATA[",
+    "\\u003c/script>",
+    "%data% %script% %policy%",
+    "\u2028\u2029\ud800\0",
+    "<plaintext><textarea><xmp><noscript>",
+)
+
+
+class Tags(HTMLParser):
+    """Every tag of a page, and the text of its data element."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=False)
+        self.tags, self.data, self.inside = [], "", False
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.inside = ("id", "data") in attrs
+        self.tags.append((tag, sorted(name for name, _ in attrs)))
+
+    def handle_endtag(self, tag):
+        self.inside = False
+        self.tags.append(f"/{tag}")
+
+    def handle_data(self, data):
+        self.data += data if self.inside else ""
+
+    def handle_comment(self, data):
+        self.tags.append("comment")
+
+    handle_decl = unknown_decl = handle_comment
+
+
+def test_nothing_that_a_model_wrote_leaves_the_data_of_the_page():
+    plain = Tags(report.page({"title": "a", "texts": ["b"]}))
+    for escape in ESCAPES:
+        content = {"title": escape, "texts": [escape * 1000], escape: {escape: [None, escape]}}
+        page = Tags(report.page(content))
+        assert page.tags == plain.tags, escape
+        assert json.loads(page.data) == content
+
+
+def test_a_report_replaces_a_report_and_nothing_else(tmp_path):
+    target, settings = tmp_path / "page.html", load_recipe(BASE).report
+    target.write_text("my thesis")
+    with pytest.raises(DcodError, match=r"page\.html exists and was not written by this program"):
+        report.write([], target, settings=settings)
+    assert target.read_text() == "my thesis"
+    target.unlink()
+    report.write([], target, settings=settings)
+    report.write([], target, settings=settings)
+    assert target.read_text().startswith("<!DOCTYPE html>")
 
 
 def test_embedding_round_trips():
