@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -83,7 +84,8 @@ class _Renderer:
             self.process.kill()
             self.process.wait()
             for pipe in _pipes(self.process):
-                pipe.close()
+                with contextlib.suppress(BrokenPipeError):  # of what was not sent to it
+                    pipe.close()
             self.process = None
 
 
