@@ -1,16 +1,27 @@
 """Eight fake CPU devices, checked shapes, and the benchmark files where they exist."""
 
+import atexit
 import logging
 import os
+import shutil
 import subprocess
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# The last two halve the time of compiling; tests/test_end_to_end.py runs without them.
 os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    "--xla_force_host_platform_device_count=8"
+    " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# All processes of one run of the suite share their compiled programs.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dcod-programs-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 from pathlib import Path
 
@@ -25,8 +36,34 @@ MODULES = [
     for path in (ROOT / "dcod_jax").iterdir()
     if path.stem not in ("__init__", "__main__", "__pycache__", "types", "assets", "configs")
 ]
+# Measured; the others are shorter or have many tests.
+LONGEST = [
+    "test_hosts.py",
+    "test_tutorial.py",
+    "test_end_to_end.py",
+    "test_notebook.py",
+    "test_train_losses.py",
+    "test_train.py",
+    "test_train_step_teachers.py",
+    "test_study.py",
+    "test_train_step.py",
+]
 install_import_hook(MODULES, "beartype.beartype")
 logging.getLogger("dcod_jax").setLevel(logging.INFO)  # for caplog, as the verbs set it
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that both workers end together."""
+    first = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(item.path.name, len(first)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _without_torch():
+    """The tests' own processes may use torch; the verbs they start must do without."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT / "tests" / "no_torch"), prepend=os.pathsep)
+        yield
 
 
 @pytest.fixture(scope="session")

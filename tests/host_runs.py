@@ -17,15 +17,17 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def launch(count, command, place, *, devices=1, own=()):
+def xla_flags(devices):
+    """The suite's own flags, for another number of fake devices."""
+    return re.sub(r"(?<=device_count=)\d+", str(devices), os.environ["XLA_FLAGS"])
+
+
+def launch(count, command, *, devices=1, own=()):
     """`count` processes of one run on CPU, joined over gloo; returns them."""
     address = f"127.0.0.1:{free_port()}"
     environment = os.environ | {
-        "XLA_FLAGS": re.sub(r"(?<=device_count=)\d+", str(devices), os.environ["XLA_FLAGS"]),
-        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        "JAX_COMPILATION_CACHE_DIR": str(place / "programs"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": xla_flags(devices),
+        "PYTHONPATH": os.pathsep.join((os.environ["PYTHONPATH"], str(ROOT), str(ROOT / "tests"))),
     }
     where = [f"--config.hosts.coordinator={address}", f"--config.hosts.processes={count}"]
     return [

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from host_runs import xla_flags
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dcod_jax.evaluate.problems import read_problems
@@ -62,9 +63,10 @@ def quickstart(tmp_path_factory, installed):
     return place / "run", command, call(command, place / "empty", site=installed)
 
 
-def call(command, place, *, site=ROOT):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    environment["PYTHONPATH"] = str(site)
+def call(command, place, *, site=ROOT, flags=None):
+    """What the command printed; without `flags`, XLA compiles as it does for users."""
+    environment = os.environ | {"PYTHONPATH": f"{site}:{os.environ['PYTHONPATH']}"}
+    environment["XLA_FLAGS"] = flags or ""
     done = subprocess.run(
         command, cwd=place, env=environment, capture_output=True, text=True, timeout=500
     )
@@ -178,7 +180,7 @@ def test_the_real_models_recipe_on_a_tiny_one(tmp_path):
         "--config.train.steps=4",
         "--config.train.eval_every=2",
     ]
-    output = call(command, tmp_path)
+    output = call(command, tmp_path, flags=xla_flags(1))
     manifest = json.loads((tmp_path / "run" / "traces.jsonl.manifest.json").read_text())
     assert manifest["sampled"] == 160
     assert 0 < manifest["rejected"]["truncated"] < 120

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
-from tensorboardX import SummaryWriter
 
 from dcod_jax.copies import Mirror
 from dcod_jax.errors import DcodError
@@ -146,6 +145,8 @@ class MetricsWriter:
         self._start = start
         replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.file = path.open("a", encoding="utf-8")
+        from tensorboardX import SummaryWriter  # imports torch where it is installed: seconds
+
         # purge_step hides what an interrupted run wrote after its last checkpoint.
         # The suffix keeps a restart within the same second from replacing the file in a store.
         self.board = SummaryWriter(

@@ -1,11 +1,13 @@
 """docs/quickstart.ipynb, executed from top to bottom on a few prompts and steps."""
 
 import json
+import os
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
+from host_runs import xla_flags
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,16 +20,15 @@ def executed(tmp_path_factory):
     """The notebook after all its cells, run in an empty folder."""
     place = tmp_path_factory.mktemp("notebook")
     lines = (ASSETS / "prompts.jsonl").read_text().splitlines(keepends=True)
-    (place / "prompts.jsonl").write_text("".join(lines[:32]))
+    (place / "prompts.jsonl").write_text("".join(lines[:48]))
     flags = {
         "generate.prompts": place / "prompts.jsonl",
         "generate.batch_size": 32,
-        "data.eval_fraction": 0.2,
         "train.steps": 2,
         "train.log_every": 1,
         "train.eval_every": 2,
-        "evaluate.limit": 8,
-        "evaluate.batch_size": 8,
+        "evaluate.limit": 24,
+        "evaluate.batch_size": 24,
         "report.traces": 2,
     }
     notebook = nbformat.read(NOTEBOOK, as_version=4)
@@ -36,9 +37,9 @@ def executed(tmp_path_factory):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DCOD_NOTEBOOK_FLAGS", " ".join(f"--config.{k}={v}" for k, v in flags.items()))
-        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
         patch.setenv("IPYTHONDIR", str(place / "ipython"))
-        patch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiles faster
+        patch.setenv("XLA_FLAGS", xla_flags(1))
         client.execute()
     return place, notebook
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from host_runs import xla_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT / "dcod_jax" / "assets" / "quickstart"
@@ -80,8 +81,12 @@ def place(tmp_path_factory):
     gsm8k(place / "data" / "gsm8k_test.jsonl", ASSETS / "eval.jsonl", 24)
     commands = [block for cloud, block in BLOCKS if not cloud]
     flags = " ".join(f"--config.{key}={value}" for key, value in REDUCED.items())
-    environment = dict(os.environ, PYTHON=sys.executable, REDUCED=flags, PYTHONPATH=str(ROOT))
-    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # one device, compiles faster
+    environment = os.environ | {
+        "PYTHON": sys.executable,
+        "REDUCED": flags,
+        "PYTHONPATH": f"{os.environ['PYTHONPATH']}:{ROOT}",
+        "XLA_FLAGS": xla_flags(1),
+    }
     done = subprocess.run(
         ["bash", "-c", PRELUDE + "\n".join(commands)],
         cwd=place,

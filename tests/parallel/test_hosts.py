@@ -94,7 +94,7 @@ def load(place, **changes):
 def tasks(place, what, *more, count=2, devices=2):
     script = str(ROOT / "tests" / "host_tasks.py")
     command = [sys.executable, script, what, "--config", str(place / "recipe.py"), *more]
-    return launch(count, command, place, devices=devices)
+    return launch(count, command, devices=devices)
 
 
 def files(directory):
@@ -383,7 +383,7 @@ def test_the_commands_themselves_from_traces_to_a_graded_export(place, tmp_path)
 
     def verb(name, *own):
         command = [sys.executable, "-m", f"dcod_jax.{name}"]
-        return launch(2, [*command, "--config", str(place / "recipe.py"), *more, *own], place)
+        return launch(2, [*command, "--config", str(place / "recipe.py"), *more, *own])
 
     early = finish(verb("train"))
     assert [end[0] for end in early] == [1, 1]

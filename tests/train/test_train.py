@@ -4,7 +4,6 @@ import dataclasses
 import gzip
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -103,17 +102,9 @@ def load(place, run_dir, *more):
 
 def start(place, run_dir, *more):
     command = [sys.executable, "-m", "dcod_jax.train", *words(place, run_dir, *more)]
-    # Programs compiled by the first run serve the others. jaxlib 0.10.0 logs a page for each of
-    # them, which would fill the pipe and stop the run before it is read.
-    cache = {
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        "JAX_COMPILATION_CACHE_DIR": str(place / "programs"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
     return subprocess.Popen(
         command,
         cwd=ROOT,
-        env=os.environ | cache,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -21,21 +21,6 @@ from dcod_jax.train.telemetry import Telemetry
 VOCABULARY = len(tiny.SPECIAL) + len(tiny.ALPHABET)  # K = V: the cache holds everything, in bf16
 
 
-@pytest.fixture(scope="module", autouse=True)
-def programs(tmp_path_factory):
-    """Runs of one configuration share their compiled programs."""
-    wanted = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in wanted}
-    for name, value in wanted.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A recipe whose dataset holds the teacher's whole distribution as top-k."""
