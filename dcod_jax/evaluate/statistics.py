@@ -38,6 +38,8 @@ def unanimous(value: float, count: int, bounds: tuple[float, float]) -> tuple[fl
     of three" of Hanley and Lippman-Hand 1983), and those lie anywhere within bounds:
     0, 5, (-1, 1) -> (-0.522, 0.522).
     """
+    from scipy import stats
+
     share = stats.binomtest(0, count).proportion_ci(0.95, method="exact").high
     low, high = (value + share * (bound - value) for bound in bounds)
     return float(low), float(high)

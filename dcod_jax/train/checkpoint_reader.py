@@ -71,7 +71,7 @@ def read_params(
 
     def read(path: Path) -> tuple[Params, Record]:
         record = _checked_record(path, "run", "params")
-        place = epath.Path(str(path)) / "params"
+        place = epath.Path(str(path.resolve())) / "params"
         with explain(path.parent, int(path.name)):
             check_shapes(place, like)
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:

@@ -66,6 +66,12 @@ def test_reading_leaves_a_save_in_progress_alone(run):
     assert contents(run) == before
 
 
+def test_a_relative_place_is_read(run, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    assert read("run") == 8
+    assert read("run/checkpoints/4") == 4
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
