@@ -232,14 +232,24 @@ def random_params(model_config: ModelConfig, seed: int, shardings: Params) -> Pa
 
 
 def _check_same_run(config: Any, earlier: dict[str, Any], directory: Path) -> None:
-    """Refuse to continue a run with other settings: the result would be neither run."""
+    """Refuse to continue a run with other settings: the result would be neither run.
+
+    A key that the run's version did not have is another setting only if it is not at its default.
+    """
     before = configs.keys(configs.to_config(earlier))
     endless = config.optim.schedule == "constant" and config.loss.divergence != "taid"
     free = FREE + (["train.steps"] if endless else [])
+    defaults = configs.keys(configs.load_recipe(configs.BASE))
+    now = configs.keys(config)
+    new = [key for key in now.keys() - before.keys() if now[key] == defaults.get(key)]
+    new = [key for key in new if not key.startswith(tuple(free))]
+    if new:
+        log.info("%s is of an earlier version, without %s", directory, ", ".join(sorted(new)))
     changed = [
-        f"{key}: {before.get(key)!r} then, {value!r} now"
-        for key, value in configs.keys(config).items()
-        if before.get(key) != value
+        f"{key}: {before.get(key, 'unknown')!r} then, {value!r} now"
+        for key, value in now.items()
+        if key not in new
+        and before.get(key) != value
         and (not key.startswith(tuple(free)) or (config.loss.teacher == "live" and key in LIVE))
     ]
     if changed:

@@ -35,7 +35,7 @@ from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.plan.estimate import step_flops
 from dcod_jax.prepare.command import prepare
 from dcod_jax.score.command import score
-from dcod_jax.train import command, learned_from, setup
+from dcod_jax.train import checksums, command, learned_from, setup
 from dcod_jax.train import loop as train
 from dcod_jax.train.checkpoint_reader import read_params
 from dcod_jax.train.checkpointer import Checkpointer, Snapshot
@@ -305,6 +305,21 @@ def test_another_seed_is_another_run(place, reference):
         train.fit(load(place, reference, "--config.seed=1"))
 
 
+def test_a_key_of_a_later_version_is_another_setting_where_it_is_not_at_its_default(
+    place, reference, tmp_path, caplog
+):
+    caplog.set_level("INFO", logger="dcod_jax")
+    step = shutil.copytree(reference, tmp_path / "run") / "checkpoints" / "8"
+    record = json.loads((step / "run" / "metadata").read_text())
+    del record["config"]["optim"]["b1"]
+    (step / "run" / "metadata").write_text(json.dumps(record))
+    checksums.write(step, 8)
+    first_snapshot(load(place, tmp_path / "run"))
+    assert f"{step.parent} is of an earlier version, without optim.b1\n" in caplog.text
+    with pytest.raises(DcodError, match=r"optim\.b1: 'unknown' then, 0\.5 now"):
+        first_snapshot(load(place, tmp_path / "run", "--config.optim.b1=0.5"))
+
+
 def test_other_scores_of_the_same_traces_are_another_run(place, reference, tmp_path):
     """As after scoring them anew: the traces, the teacher and the position are the same."""
 
@@ -391,6 +406,13 @@ def test_another_teachers_scores_are_refused(place, tmp_path):
 def test_no_student_is_refused(place, tmp_path):
     with pytest.raises(DcodError, match=r"set student\.path"):
         train.fit(load(place, tmp_path / "run", "--config.student.path="))
+
+
+def test_a_misspelt_run_to_start_from_is_refused_before_anything_is_made(place, tmp_path):
+    typo = f"--config.train.init_from={tmp_path / 'typo'}"
+    with pytest.raises(DcodError, match=r"train\.init_from=\S+typo: expected a run directory"):
+        command.train(load(place, tmp_path / "run", typo))
+    assert not any(tmp_path.iterdir())
 
 
 def first_snapshot(config):
