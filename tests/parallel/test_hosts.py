@@ -358,6 +358,21 @@ def test_a_notice_between_two_loops_stops_before_the_next(place, two):
 
 
 @pytest.mark.long
+def test_one_two_and_four_processes_stay_within_the_bound_that_the_page_states(place):
+    """Four devices in all three; docs/hosts.md, Exactness."""
+    for count in (1, 2, 4):
+        succeed(tasks(place, f"score; fit of{count}", count=count, devices=4 // count))
+    lines = {n: metrics(place / "two" / f"of{n}") for n in (1, 2, 4)}
+    ends = {n: jax.tree.leaves(params(place, place / "two" / f"of{n}")[0]) for n in (1, 2, 4)}
+    for n in (2, 4):
+        loss = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(lines[n], lines[1], strict=True))
+        far = max(np.abs(a - b).max() for a, b in zip(ends[n], ends[1], strict=True))
+        print(f"{n} processes: loss {loss:.1e}, weights {far:.1e}")
+        assert loss <= 2e-5
+        assert far <= 2e-5
+
+
+@pytest.mark.long
 def test_on_policy_batches_of_two_processes_are_those_of_one(place, two):
     more = [
         "--config.loss.teacher=live",

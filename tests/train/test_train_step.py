@@ -265,6 +265,27 @@ def test_training_learns_compiles_once_donates_and_is_bit_deterministic():
     assert step._cache_size() == 1
 
 
+def test_four_devices_stay_within_the_bound_that_the_page_states():
+    """Of one device, over six AdamW steps; docs/hosts.md, Exactness."""
+    ends, losses = [], []
+    for devices in (1, 4):
+        step, fresh = step_of(sizes=(1, devices, 1), optim="adamw", microbatches=2)
+        state, own = fresh(), []
+        for _ in range(6):
+            state, values = step(state, packed())
+            own.append(float(values["loss"]))
+        ends.append(jax.device_get(state.params))
+        losses.append(own)
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-6)
+    changes = [
+        np.concatenate(
+            [(new - old).ravel() for new, old in zip(*map(jax.tree.leaves, pair), strict=True)]
+        )
+        for pair in ((ends[0], params()), (ends[1], ends[0]))
+    ]
+    assert np.linalg.norm(changes[1]) <= 1e-5 * np.linalg.norm(changes[0])
+
+
 def test_a_batch_without_completion_tokens_has_loss_zero_and_changes_nothing():
     batch = packed()
     empty = Batch(
