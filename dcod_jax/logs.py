@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from typing import Protocol
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 log = logging.getLogger(__name__)
 
+LIBRARY_CHARACTERS = 400  # shown of a library's warning
 LINE_SECONDS = 15.0  # between two progress lines where there is no bar
 
 
@@ -44,15 +46,18 @@ class _Stderr(logging.Handler):
         self.seen: set[tuple[str, str]] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        source = ""
         if record.name.partition(".")[0] != "dcod_jax":
-            message = (record.name, str(record.msg))
+            message = (record.name, str(record.msg)[:40])
             if record.levelno < logging.WARNING or message in self.seen:
                 return
             self.seen.add(message)
-            source = f"{record.name}: "
+            # Without a traceback: an error of a library comes out of the verb as well.
+            short = textwrap.shorten(record.getMessage(), LIBRARY_CHARACTERS, placeholder=" …")
+            text = f"{record.name}: {short}"
+        else:
+            text = self.format(record)
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        print(f"{self.prefix}{level}{source}{self.format(record)}", file=sys.stderr, flush=True)
+        print(f"{self.prefix}{level}{text}", file=sys.stderr, flush=True)
 
 
 class Advance(Protocol):

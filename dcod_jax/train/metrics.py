@@ -5,10 +5,12 @@ A value that is not available is NaN on the device and absent in the files, neve
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -119,6 +121,34 @@ def available(values: Mapping[str, Any]) -> dict[str, float]:
     return {key: value for key, value in floats.items() if math.isfinite(value)}
 
 
+class Board:
+    """TensorBoard's file of events, written where they are added.
+
+    The package's own writer has a thread for it: on a full disk that one dies, and its queue, once
+    full, stops the run.
+    """
+
+    def __init__(self, folder: pathlib.Path, start: int, *, suffix: str):
+        # Imported here: that imports torch where it is installed, which takes seconds.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+        from tensorboardX.summary import scalar
+
+        folder.mkdir(exist_ok=True)
+        self._file, self._scalar = EventsWriter(str(folder / "events"), suffix), scalar
+        # Of a module that is made at run time.
+        self._event, session = (getattr(event_pb2, name) for name in ("Event", "SessionLog"))
+        # A session that begins hides what an interrupted run wrote after its last checkpoint.
+        begins = session(status=session.START)
+        self._file.write_event(self._event(step=start + 1, session_log=begins))
+        self.flush, self.close = self._file.flush, self._file.close
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            summary = self._scalar(key, value)
+            self._file.write_event(self._event(step=step, wall_time=time.time(), summary=summary))
+
+
 class MetricsWriter:
     """Appends to run_dir/metrics.jsonl and run_dir/tensorboard, one line for each write.
 
@@ -145,13 +175,8 @@ class MetricsWriter:
         self._start = start
         replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.file = path.open("a", encoding="utf-8")
-        from tensorboardX import SummaryWriter  # imports torch where it is installed: seconds
-
-        # purge_step hides what an interrupted run wrote after its last checkpoint.
         # The suffix keeps a restart within the same second from replacing the file in a store.
-        self.board = SummaryWriter(
-            str(run_dir / "tensorboard"), purge_step=start + 1, filename_suffix=f".{start}"
-        )
+        self.board = Board(run_dir / "tensorboard", start, suffix=f".{start}")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One line {"step": step, key: value, ...} of the values that are available."""
@@ -159,25 +184,38 @@ class MetricsWriter:
         line = {"step": step, **found}
         if not self.enabled or (step == self._start and line.keys() in self._written):
             return
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
-        for key, value in found.items():
-            self.board.add_scalar(key, value, step)
+        with self._told():
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+            self.board.write(step, found)
         if time.monotonic() - self._sent > SYNC_SECONDS:
             self.sync()
 
     def sync(self) -> None:
         """Send what has grown to the store; nothing where run_dir is local."""
         if self.enabled:
-            self.board.flush()
-            self.mirror.send()
+            with self._told():
+                self.board.flush()
+                self.mirror.send()
             self._sent = time.monotonic()
 
     def close(self) -> None:
         if self.enabled:
-            self.file.close()
-            self.board.close()
-            self.mirror.close()
+            with self._told():
+                self.file.close()
+                self.board.close()
+                self.mirror.close()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """The system's refusal names no file where it comes late: that is added."""
+        try:
+            yield
+        except OSError as error:
+            raise DcodError(
+                f"cannot write {self.file.name} or the events beside it: {error}; free space and "
+                "start the same command again"
+            ) from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -98,11 +99,21 @@ class Telemetry:
         return self
 
     def __exit__(self, *details: Any) -> None:
-        self.tracer.close()
-        self.bar.__exit__(*details)
-        self.writer.close()
-        self.goodput.finish(failed=details[0] is not None)
-        if details[0] is None:
+        failed = details[0] is not None
+        for end in (
+            self.tracer.close,
+            functools.partial(self.bar.__exit__, *details),
+            self.writer.close,
+            functools.partial(self.goodput.finish, failed=failed),
+        ):
+            try:
+                end()
+            except (DcodError, OSError) as error:
+                if not failed:
+                    raise
+                # The error that came first is told: on a full disk each of these fails, too.
+                log.debug("while the run ended: %s", error)
+        if not failed:
             log.info(self.goodput.text())
 
     @contextmanager

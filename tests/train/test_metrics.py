@@ -4,16 +4,20 @@ import contextlib
 import json
 import math
 import re
+import struct
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from dcod_jax.errors import DcodError
 from dcod_jax.plan import chips
 from dcod_jax.train import metrics, step
 from dcod_jax.train.metrics import MetricsWriter
+from dcod_jax.train.telemetry import Telemetry
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -107,6 +111,65 @@ def test_a_restarted_runs_file_equals_an_uninterrupted_one(tmp_path, killed, sta
     assert [line["step"] for line in broken] == sorted(line["step"] for line in broken)
     assert not any("nll" in line for line in broken), "NaN is absent"
     assert list((tmp_path / "broken" / "tensorboard").iterdir())
+
+
+def events(folder):
+    """(step, tag, value) of each event, and START for a session that begins."""
+    found = []
+    for file in sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime):
+        content = file.read_bytes()
+        while content:
+            [size] = struct.unpack_from("<Q", content)
+            event = Event.FromString(content[12 : 12 + size])
+            content = content[16 + size :]
+            if event.session_log.status == SessionLog.START:
+                found.append((event.step, "START", None))
+            found += [(event.step, one.tag, one.simple_value) for one in event.summary.value]
+    return found
+
+
+def test_tensorboard_has_the_numbers_of_the_file(tmp_path):
+    run(tmp_path, steps=2)
+    found = events(tmp_path / "tensorboard")
+    assert found[0] == (1, "START", None)
+    assert (2, "loss", 0.25) in found
+    written = [(line["step"], key) for line in lines(tmp_path) for key in line if key != "step"]
+    assert [(step, tag) for step, tag, _ in found[1:]] == written
+
+
+def test_a_full_disk_is_told_with_the_file_and_never_waited_for(small_disk, monkeypatch):
+    monkeypatch.setattr(metrics, "SYNC_SECONDS", 0.0)
+    writer = MetricsWriter(small_disk)
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(1 << 14))
+
+    def fill():
+        for number in range(10_000):
+            writer.write(number, dict.fromkeys(map(str, range(20)), 1.0))
+
+    with pytest.raises(DcodError, match=r"cannot write .*metrics\.jsonl.*No space left"):
+        fill()
+    (small_disk / "filler").unlink()
+    writer.close()
+
+
+def test_the_error_that_came_first_is_told(tmp_path):
+    """What is closed after it fails as well, on a full disk."""
+
+    class Closing:
+        def close(self, *_, **__):
+            raise OSError("No space left on device")
+
+        __enter__ = lambda self: None  # noqa: E731
+        __exit__ = finish = close
+
+    telemetry = object.__new__(Telemetry)
+    telemetry.tracer = telemetry.writer = telemetry.bar = telemetry.goodput = Closing()
+    with pytest.raises(DcodError, match="checkpoints/40 could not be written"), telemetry:
+        raise DcodError("checkpoints/40 could not be written")
+    with pytest.raises(OSError, match="No space"), telemetry:
+        pass
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
