@@ -116,12 +116,13 @@ _BOUNDS: dict[str, dict[str, Bound]] = {
 
 def _check_files(home: Path) -> None:
     """Refuse a tokenizer whose files would exhaust the machine, or whose ids have a hole."""
+    for file in filter(lambda file: _is_tokenizer_file(file.name), home.iterdir()):
+        if file.is_file() and (size := file_size(file)) > _LONGEST:
+            raise DcodError(f"{file}: has {size} bytes, more than {_LONGEST}")
     for name, bounds in _BOUNDS.items():
         file = home / name
         if not file.is_file():
             continue
-        if (size := file_size(file)) > _LONGEST:
-            raise DcodError(f"{file}: has {size} bytes, more than {_LONGEST}")
         values = read_json(file)
         check(values, bounds, source=file)
         if name == "tokenizer.json":
