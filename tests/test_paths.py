@@ -25,6 +25,7 @@ LOCAL = {
     "gzip.open(packed, 'rb')": "a stream that as_path(...).open gave",
     "glob.glob('/dev/accel[0-9]*')": "devices",
     "open(os.devnull, 'w')": "nowhere",
+    "pathlib.Path(tempfile.gettempdir())": "locks of what is in a store, of this machine",
     "glob.glob('/dev/vfio/[0-9]*')": "devices",
 }
 

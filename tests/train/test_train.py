@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
