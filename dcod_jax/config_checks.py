@@ -107,6 +107,9 @@ BECAUSE = {
 }
 
 
+_FREE = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context")
+
+
 def _range_errors(flat: dict[str, Any]) -> list[str]:
     wrong = []
     for must, (holds, names) in RANGES.items():
@@ -290,6 +293,12 @@ def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
         wrong.append(
             f"data.max_length={flat['data.max_length']} must not exceed "
             f"data.seq_len={flat['data.seq_len']}: a trace has to fit into one packed row"
+        )
+    free = [name for name in _FREE if flat[name] == -1]
+    if len(free) > 1:
+        wrong.append(
+            f"{' and '.join(f'{name}=-1' for name in free)}: only one may take the devices that "
+            "are left; give the others a number"
         )
     if flat["mesh.context"] > 1 and flat["data.seq_len"] % (2 * flat["mesh.context"]):
         wrong.append(

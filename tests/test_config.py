@@ -51,6 +51,9 @@ def test_values_are_read_as_the_type_of_their_key(text, expected):
         (["--config.loss.weights.temprature=2"], "did you mean 'loss.weights.temperature'?"),
         (["--config.learning_rate=2"], "did you mean 'optim.learning_rate'?"),
         (["--config.train.steps=many"], "expected int, such as 1000"),
+        (["--config.mesh.fsdp=-1"], "mesh.data=-1 and mesh.fsdp=-1: only one may take"),
+        (["--config.student.template_kwargs=x"], "expected name=value"),
+        (["--config.prepare.form=openr2"], "prepare.form='openr2' must be one of auto, openr1"),
         (["--config.train.steps=1.5"], "expected int"),
         (["--config.train.progress=maybe"], "expected bool"),
         (

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 PROMPT_FIELDS = ("prompt", "question", "problem", "instruction")
+REASONING = ("reasoning_content", "reasoning", "thinking")  # beside a content that may be null
 AGAIN = (408, 409, 425, 429)  # and every 5xx: the server may answer the same request later
 REFUSED = (401, 403, 404, 405)  # the same for every request
 LONGEST_PAUSE = 60.0  # seconds between two attempts, whatever the server asks for
@@ -224,8 +225,9 @@ def ask(options: argparse.Namespace, body: dict[str, Any]) -> dict[str, Any]:
 def _check(choice: Any, body: dict[str, Any]) -> None:
     """Refuse what prepare could not read, before a night of it is on the disk."""
     message = choice.get("message") if isinstance(choice, dict) else None
-    text = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(text, str):
+    said = message if isinstance(message, dict) else {}
+    text = said.get("content")
+    if not isinstance(text, str | list) and not any(said.get(key) for key in REASONING):
         raise BadRequestError(f"an answer without text: {str(choice)[:200]}")
     if body.get("logprobs") and text and not choice.get("logprobs"):
         raise RefusedError("its answers have no log-probs; leave --logprobs out and run score")

@@ -41,15 +41,16 @@ def _numbered(record: Record, pattern: str) -> list[str]:
 def ends_with_answer(record: Record, name: str, fields: Fields) -> bool:
     """Whether a column is a whole conversation, to be taken as it is."""
     value = record.get(name)
+    if name in CONVERSATIONS:
+        return True
     if not (isinstance(value, list) and value and isinstance(value[0], dict)):
         return False
-    chosen = name in (fields.completion, fields.prompt) or name in CONVERSATIONS
     first, last = (m.get("role", m.get("from")) for m in (value[0], _dict(value[-1])))
     asked = first not in ("assistant", "gpt", "model") and (
         "role" in value[0] or "from" in value[0]
     )
     answered = last in ("assistant", "gpt", "model")
-    return chosen and (name in CONVERSATIONS or (asked and answered))
+    return name in (fields.completion, fields.prompt) and asked and answered
 
 
 def _dict(value: object) -> Mapping[str, Any]:

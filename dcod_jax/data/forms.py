@@ -43,7 +43,7 @@ def _read_completion(row: Row) -> Parsed:
         texts = value if isinstance(value, list) else [value]
         if not texts:
             raise BadRecordError(f"{name} must be a non-empty list, found an empty one")
-        if isinstance(texts[0], dict):  # messages, or the parts of one
+        if isinstance(value, list) and isinstance(texts[0], dict):  # messages, or parts of one
             completions.append(_trace(row, _messages(row, value, name)))
             continue
         alone = len(texts) == 1

@@ -49,7 +49,7 @@ class Reasoning:
                 "set prepare.reasoning_field to the one that is meant, or take one out"
             )
         if self.policy == "drop":
-            return answer if own or reasoning.strip() else text
+            return answer.lstrip("\n") if own or reasoning.strip() else text
         if own.strip() or not reasoning.strip():
             return text
         return f"{self.opening}{reasoning.strip()}{self.closing}{answer.lstrip()}"

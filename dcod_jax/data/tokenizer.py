@@ -20,7 +20,7 @@ from dcod_jax.files import Location, Path, as_path, file_size, read_json, why_no
 
 Tokenizer: TypeAlias = PreTrainedTokenizerFast
 # In tokenizer_config.json of an export: the eos token that its tokenizer was made with.
-MADE_WITH_EOS = "made_with_eos_token"
+MADE_WITH_EOS = "eos_before_export"
 
 
 def load_tokenizer(path: Location, *, template: TemplateChoice = OWN) -> Tokenizer:

@@ -1,5 +1,6 @@
 """Masks are exact for the templates in use, and what cannot be exact is refused."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -16,16 +17,23 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from dcod_jax.data import chat
-from dcod_jax.data.templates import TemplateChoice
+from dcod_jax.data.templates import DATE, READY, TemplateChoice, choice_errors
 from dcod_jax.data.tokenizer import (
     chat_template,
     load_tokenizer,
     template_fingerprint,
     tokenizer_fingerprint,
 )
+from dcod_jax.data.turns import end_of_turn, reasoning_rule, stop_ids
 from dcod_jax.errors import DcodError
+from dcod_jax.models import config as model_configs
 from dcod_jax.types import Trace
 
+TINY = model_configs.from_hf(
+    {"model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64}
+    | {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    | {"max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "hidden_act": "silu"}
+)
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}"
@@ -251,6 +259,122 @@ def test_reasoning_that_a_template_strips_or_opens_is_trained_as_it_is_sampled(t
         chat.encode(tokenizer, earlier)
     assert len(supervised(tokenizer, earlier, first_completion=3)) == 1
     assert len(supervised(tokenizer, earlier, unsupervised=[1])) == 1
+
+
+QWEN3 = (  # drops the reasoning of turns before the last question, as Qwen3 does
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% if tools %}<|im_start|>system\n"
+    "{{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{% set said = m.content.split('</think>')[-1].lstrip('\n') %}"
+    "{% set thought = m.reasoning_content if m.reasoning_content is defined else "
+    "(m.content.split('</think>')[0].split('<think>')[-1].strip('\n') "
+    "if '</think>' in m.content else '') %}"
+    "{% if loop.index0 > ns.last and thought %}<think>\n{{ thought }}\n</think>\n\n{% endif %}"
+    "{{ said }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and "
+    "enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+THOUGHTFUL = "<think>\nso\n</think>\n\nhell"
+
+
+def test_only_supervised_turns_must_survive_the_template() -> None:
+    tokenizer = build(QWEN3)
+    messages = conversation("hi", THOUGHTFUL, "and", THOUGHTFUL)
+    with pytest.raises(DcodError, match=r"changes the completion.*chatml or deepseek_r1.*weight 0"):
+        chat.encode(tokenizer, messages)
+    assert supervised(tokenizer, messages, first_completion=3) == [THOUGHTFUL + "<|im_end|>"]
+    assert supervised(tokenizer, messages, unsupervised={1}) == [THOUGHTFUL + "<|im_end|>"]
+    assert supervised(build(READY["chatml"]), messages) == [THOUGHTFUL + "<|im_end|>"] * 2
+
+
+@pytest.mark.parametrize("template", [QWEN3, CHATML, None])
+def test_reasoning_takes_the_form_of_the_template(template) -> None:
+    rule = reasoning_rule(build(template), "auto")
+    assert rule.fold("hell", "so") == THOUGHTFUL
+    own = QWEN3.replace("<think>\n", "<thought>").replace("\n</think>\n\n", "</thought>")
+    assert reasoning_rule(build(own), "auto").fold("hell", "so") == "<thought>so</thought>hell"
+
+
+def test_a_completion_behind_opened_reasoning_needs_its_end() -> None:
+    tokenizer = build(OPENS_THINKING)
+    assert supervised(tokenizer, conversation("hi", "so</think>one")) == ["so</think>one<|im_end|>"]
+    with pytest.raises(DcodError, match=r"opens <think> .*enable_thinking=false"):
+        chat.encode(tokenizer, conversation("hi", "one"))
+
+
+def test_a_generation_block_around_the_header_is_trimmed() -> None:
+    around = (
+        "{% for message in messages %}{% if message['role'] == 'assistant' %}{% generation %}"
+        "<|im_start|>assistant\n{{ message['content'] }}<|im_end|>\n{% endgeneration %}{% else %}"
+        "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    messages = conversation("hi", "one", "and", "two")
+    assert supervised(build(around), messages) == supervised(build(MARKED), messages)
+    other = around.replace("assistant\n{% endif %}", "bot\n{% endif %}")
+    with pytest.raises(DcodError, match="training would see another prompt than sampling"):
+        chat.encode(build(other), messages)
+
+
+def test_tools_are_shown_or_refused() -> None:
+    tools = [{"name": "add"}]
+    ids, _ = chat.encode(build(QWEN3), conversation("hi", "one"), tools=tools)
+    assert '[{"name": "add"}]' in build(QWEN3).decode(ids)
+    with pytest.raises(DcodError, match="the chat template does not show them"):
+        chat.encode(build(), conversation("hi", "one"), tools=tools)
+
+
+def test_another_models_end_is_not_trained_as_text() -> None:
+    with pytest.raises(DcodError, match=r"ends with '<eos>', another model's end-of-turn"):
+        chat.encode(build(), conversation("hi", "one<eos>\n"))
+
+
+def test_variables_and_date_go_with_the_template(tmp_path) -> None:
+    tokenizer = build(QWEN3 + "{{ strftime_now('%d %B %Y') if add_generation_prompt }}")
+    tokenizer.save_pretrained(tmp_path)
+    plain = load_tokenizer(tmp_path)
+    prompt = plain.decode(chat.encode_prompt(plain, conversation("hi")))
+    assert prompt.endswith("assistant\n26 July 2024")
+    choice = TemplateChoice("", ("enable_thinking=false", "n=3"), "2026-01-31")
+    chosen = load_tokenizer(tmp_path, template=choice)
+    prompt = chosen.decode(chat.encode_prompt(chosen, conversation("hi")))
+    assert prompt.endswith("assistant\n<think>\n\n</think>\n\n31 January 2026")
+    assert template_fingerprint(chosen) != template_fingerprint(plain)
+    chosen.save_pretrained(tmp_path)  # the choice is in the text, and is not written twice
+    again = load_tokenizer(tmp_path, template=choice)
+    assert template_fingerprint(again) == template_fingerprint(chosen)
+    theirs = chosen.apply_chat_template(
+        conversation("hi"), enable_thinking=True, add_generation_prompt=True, tokenize=False
+    )
+    assert "<think>" not in theirs  # a caller's own value is stronger
+
+
+@pytest.mark.parametrize(
+    ("variables", "date", "message"),
+    [(("x",), DATE, "name=value"), (("1=2",), DATE, "name=value"), ((), "2026-02-30", "a day")],
+)
+def test_a_choice_that_cannot_be_is_refused(variables, date, message) -> None:
+    [error] = choice_errors(variables, date)
+    assert message in error
+    assert choice_errors(("a=b", "c="), DATE) == []
+
+
+def test_the_end_that_training_has_is_a_stop() -> None:
+    """A base model's eos differs from the token that its chat template ends turns with."""
+    tokenizer = build()
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ids, mask = chat.encode(tokenizer, conversation("hi", "one"))
+    assert end_of_turn(tokenizer) == end == ids[mask][-1]
+    config = dataclasses.replace(TINY, eos_token_ids=())
+    assert stop_ids(config, tokenizer) == tuple(sorted({end, tokenizer.eos_token_id}))
+    assert end_of_turn(build(None)) == tokenizer.eos_token_id
+    assert end_of_turn(build(NO_END)) is None
+
+
+@pytest.mark.parametrize(("count", "sure"), [(10, False), (60_000, False), (200_000, True)])
+def test_long_texts_are_counted_in_pieces(count, sure) -> None:
+    tokenizer = build()
+    assert (chat.tokens_above(tokenizer, ["h " * (count // 2)], 1000) > 1000) == sure
 
 
 def test_an_empty_or_full_mask_is_refused() -> None:

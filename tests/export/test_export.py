@@ -14,7 +14,11 @@ import transformers
 
 from dcod_jax.config import BASE, load_recipe, to_json
 from dcod_jax.data.templates import TemplateChoice
-from dcod_jax.data.tokenizer import load_tokenizer
+from dcod_jax.data.tokenizer import (
+    load_tokenizer,
+    template_fingerprint,
+    tokenizer_fingerprint,
+)
 from dcod_jax.errors import DcodError
 from dcod_jax.export import command as exports
 from dcod_jax.export.command import export, export_model
@@ -112,6 +116,26 @@ def test_a_bfloat16_export_in_shards_says_how_far_it_is_from_float32(tmp_path, s
     rounded = np.asarray(transformer.logits(config, cast, tokens))
     np.testing.assert_allclose(their_logits(path, np.asarray(tokens)), rounded, atol=2e-4)
     assert 0 < report["max_logit_difference_from_float32"] < 0.2
+
+
+def test_a_base_model_is_exported_with_the_end_that_its_template_writes(tmp_path, source):
+    """transformers, and every verb that opens the export, stops where training ended a turn."""
+    home, path = tmp_path / "base", tmp_path / "export"
+    shutil.copytree(source, home)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (home / name).is_file():
+            named = json.loads((home / name).read_text())
+            (home / name).write_text(json.dumps(named | {"eos_token": "<system>"}))
+    start = load_tokenizer(home)
+    assert start.eos_token == "<system>"
+    write(path, home)
+    theirs = transformers.AutoTokenizer.from_pretrained(path)
+    assert theirs.eos_token == "<end>"
+    generation = transformers.GenerationConfig.from_pretrained(path)
+    assert set(generation.eos_token_id) >= {1, start.eos_token_id}
+    again = load_tokenizer(path)
+    assert tokenizer_fingerprint(again) == tokenizer_fingerprint(start)
+    assert template_fingerprint(again) == template_fingerprint(start)
 
 
 def test_tokenizer_template_and_generation_config_come_along(tmp_path, source):

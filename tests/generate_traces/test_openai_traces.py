@@ -33,6 +33,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, tokenizer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.tokenizer, self.failing, self.scores = tokenizer, True, True
+        self.dialect = lambda text: {"content": text}  # how a message says it
         self.attempts, self.bodies = collections.Counter(), []
         self.busy = self.most_busy = self.patience = 0
         self.together = threading.Event()  # two requests at once: the first waits for the second
@@ -88,7 +89,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         logprobs = {"content": [{"token": "x", "logprob": -0.5} for _ in ids]}
         choice = {
             "index": 0,
-            "message": {"role": "assistant", "content": text, "tool_calls": []},
+            "message": {"role": "assistant", "tool_calls": [], **self.server.dialect(text)},
             "finish_reason": "stop",
             "token_ids": ids if body.get("return_token_ids") else None,
             "logprobs": logprobs if body.get("logprobs") and self.server.scores else None,
@@ -163,6 +164,31 @@ def test_a_server_that_fails_is_asked_again_until_everything_is_answered(
         assert trace.completion_text() == f"#### {source['answer']}"
         assert (trace.answer, trace.temperature) == (source["answer"], 1.0)
         assert (trace.model, trace.finish_reason) == ("tiny", "stop")
+
+
+DIALECTS = {
+    "deepseek": lambda text: {"content": text, "reasoning_content": "so"},
+    "vllm": lambda text: {"content": f"\n\n{text}", "reasoning": "so", "reasoning_content": "so"},
+    "sglang": lambda text: {"content": text, "reasoning_content": "so\n"},
+    "ollama": lambda text: {"content": text, "thinking": "so"},
+    "inline": lambda text: {"content": f"<think>\nso\n</think>\n\n{text}"},
+    "parts": lambda text: {
+        "content": [{"type": "thinking", "thinking": "so"}, {"type": "text", "text": text}]
+    },
+    "unfinished": lambda text: {"content": None, "reasoning_content": "so"},
+}
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_the_reasoning_of_every_dialect_comes_through(server, tmp_path, name):
+    server.failing, server.dialect = False, DIALECTS[name]
+    prompts, output = write_prompts(tmp_path / "p.jsonl", 1), tmp_path / "out.jsonl"
+    assert call(server, prompts, output) == 0
+    traces = list(read_traces(find_sources(str(output)), Fields()))
+    assert [bool(trace.unfinished) for trace in traces] == [name == "unfinished"] * 3
+    if name != "unfinished":
+        text = f"<think>\nso\n</think>\n\n#### {tiny.sums(1)[0]['answer']}"
+        assert {trace.completion_text() for trace in traces} == {text}
 
 
 def test_what_is_answered_is_not_asked_again_and_a_cut_line_is_mended(server, tmp_path, capsys):
