@@ -61,11 +61,10 @@ def _turn_end(tokenizer: Tokenizer, text: str, start: int, *, content: str) -> i
     Refuses a template that alters a completion or puts supervised text before it.
     """
     place = text.find(content.strip(), start)
-    if place >= 0 and special_tokens(tokenizer).search(text, start, place):
-        lead = _squeeze(text[start:place])  # a later turn's text, unless the template opens so
-        place = place if lead == _EMPTY_THINKING else -1
     content_end = start if place < 0 else place + len(content.strip())
     found = special_tokens(tokenizer).search(text, content_end)
+    if found is not None and found.group(0) in text[start : max(place, start)]:
+        found = special_tokens(tokenizer).search(text, start)  # the content is a later turn's
     if found is None:
         raise DcodError(
             "the chat template does not end an assistant turn with a special token, so a student "
