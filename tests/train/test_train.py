@@ -316,7 +316,7 @@ def test_a_key_of_a_later_version_is_another_setting_where_it_is_not_at_its_defa
     (step / "run" / "metadata").write_text(json.dumps(record))
     checksums.write(step, 8)
     first_snapshot(load(place, tmp_path / "run"))
-    assert f"{step.parent} is of an earlier version, without optim.b1\n" in caplog.text
+    assert f"{step.parent} is of an earlier version, without optim.b1" in caplog.text
     with pytest.raises(DcodError, match=r"optim\.b1: 'unknown' then, 0\.5 now"):
         first_snapshot(load(place, tmp_path / "run", "--config.optim.b1=0.5"))
 
