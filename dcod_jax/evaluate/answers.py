@@ -28,11 +28,14 @@ _CALCULATION = re.compile(r"<<[^<>\n]{0,100}>>")  # GSM8K's own: 2+2=<<2+2=4>>4
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
 # What parts two boxes of one answer: "$\boxed{3}$ and $y = \boxed{4}$", "(a) \boxed{3} (b) ...".
 _GLUE = re.compile(
-    r"(?:[\s$&*.]|(?P<joint>[,;•]|\n\s*-|\b(?:and|or)\b|\(?\b(?:[a-h]|[ivx]{1,4}|\d)[).:](?=\s))"
-    r"|\\[()\[\]\\,;! ]|\\q?quad|\\text\{\s*|\}|\\?[A-Za-z]\w?(?:_\{?\w\}?)?\s*=)*"
+    r"(?:[\s$&*.]|(?P<joint>[,;•]|\\q?quad|\n\s*-|\b(?:and|or)\b|\(?\b(?:[a-h]|[ivx]{1,4}|\d)[).:](?=\s))"
+    r"|\\[()\[\]\\,;! ]|\\text\{\s*|\}|\\?[A-Za-z]\w?(?:_\{?\w\}?)?\s*=)*"
 )
 # "and the perimeter is \boxed{14}" goes on with the answer, "and so it is \boxed{14}" corrects.
-_GOES_ON = re.compile(r"[\s$\\)\]]*,?\s*(?:and|or)\b[^\n.!?]{0,80}")
+_GOES_ON = re.compile(
+    r"[\s$\\)\]]*,?\s*(?:and|or)\b[^\n.!?]{0,80}"
+    r"|[ $\\)\]*]*[,;\n][\s*•-]*[A-Za-z][\w ]{0,40}:[*$\\(\[\s]*(?:\\?[A-Za-z]\w?\s*=\s*)?"
+)
 _CORRECTS = re.compile(
     r"\b(?:so|thus|hence|therefore|then|answer|final(?:ly)?|no|not|wait|actually|which|giv\w+|equal\w*"
     r"|simplif\w+|because|since|where|get|obtain|have|substitut\w+)\b",
@@ -53,19 +56,26 @@ _ANSWER_IS = re.compile(
 _TAG = re.compile(r"<(answer|final_answer|solution)>(?=\s*\S)", re.IGNORECASE)
 _JSON = re.compile(r"""["'](?:final[_ ]?|the[_ ]?|correct[_ ]?)?answer["']\s*:\s*""", re.IGNORECASE)
 _CHOICE = re.compile(
-    r"(?i:\b(?:option|choice|alternative|choose|pick|select)(?: would be| is)?:?"
-    r"|故?选(?:项|择)?[:：]?)\s{0,3}(?:\\text(?:bf)?\{)?[*_$(\"']{0,4}"
+    r"(?i:\b(?:option|choice|alternative|choose|pick|select|go with)(?: would be| is)?:?"
+    r"|故?选(?:项|择)?[是为]?[:：]?)\s{0,3}(?:\\text(?:bf)?\{)?[*_$(\"']{0,4}"
     r"([A-J])(?![A-Za-z'])(?! [a-z]+ing)"
+)
+# "B" as the last line, and "B is the correct answer".
+_BARE = re.compile(
+    r"^[ \t>*_(]{0,6}([A-J])[ \t)*_.]{0,6}\s{0,9}\Z"
+    r"|(?<![A-Za-z])([A-J])[)*_]{0,3} is (?:the )?(?:correct|right|best|answer)[^\n]{0,40}\Z",
+    re.MULTILINE,
 )
 _OPTION_LINE = re.compile(r"^[ \t>*#_]{0,6}\(?([B-J])[*_]{0,2}[.):][*_]{0,2}[ \t]+\S", re.MULTILINE)
 _STOP = re.compile(
-    r"(?P<math>\$(?:\\.|[^$\\\n]){1,300}\$|\\\(.{1,300}?\\\))|(?P<short>\b(?:Mr|Mrs|Ms|Dr|St|Prof|Jr|Sr|Mt|vs|"
+    r"(?P<math>\$(?!\d[\d.,]*\s+[a-z]{2,}\s)(?:\\.|[^$\\\n]){1,300}\$|\\\(.{1,300}?\\\))|(?P<short>\b(?:Mr|Mrs|Ms|Dr|St|Prof|Jr|Sr|Mt|vs|"
     r"No|a\.m|p\.m|A\.M|P\.M|U\.S|e\.g|i\.e|etc|approx|ft|in|oz|lb|sq|cu)\.)|(?P<end>"
     r"[!?](?=\s|$|[*\"'])|\.(?=\s|$|[*\"')])|[。．！？])"
 )
-_SPAN = r"(?<!\\)\$(?:\\.|[^$\\\n]){1,200}\$|\\\([^\n]{1,200}?\\\)"
+_SPAN = r"(?<!\\)\$(?!\d[\d.,]*\s+[a-z]{2,}\s)(?:\\.|[^$\\\n]){1,200}\$|\\\([^\n]{1,200}?\\\)"
 _VALUE = (
-    rf"(?:[-+−–]\s?)?(?:\\?[$€£¥₹]\s?)?(?:{_NUMBER})(?:/(?:{_NUMBER})|:\d\d(?!\d))?(?:\s?\\?%|°)?"
+    rf"(?:[-+−–]\s?)?(?:\\?[$€£¥₹]\s?)?(?:{_NUMBER})(?:/(?:{_NUMBER})|:\d\d(?!\d))?"
+    r"(?:\s?\\?%|°|\s?[apAP]\.?[mM]\b\.?)?"
 )
 _LEADING = re.compile(rf"((?:{_SPAN}|{_VALUE})(?:\s*(?:,|;|and|or)\s*(?:{_SPAN}|{_VALUE}))*)(.*)")
 _LEAD = re.compile(
@@ -75,7 +85,7 @@ _LEAD = re.compile(
 )
 _CLAUSE = re.compile(
     r"(?<=\S)(?:,\s*|\s+)(?:because|since|so that|so|which|when|where|if|as|but|not|after|"
-    r"assuming|given that|while|whereas|rather)\b.*",
+    r"assuming|given that|while|whereas|rather)\b.*|，?因为.*",
     re.IGNORECASE | re.DOTALL,
 )
 _VERB = re.compile(
@@ -86,8 +96,8 @@ _VERB = re.compile(
 )  # fmt: skip
 _UNIT_WORDS = re.compile(rf"[*$]{{0,3}}({_NUMBER})[*$]{{0,3}}((?: [A-Za-z]{{1,20}}){{1,4}})\**")
 _MULTIPLIER = re.compile(
-    r"\s*\b(?:dozen|hundred|thousand|million|billion|trillion|percent|or|and|to|times|half|over|plus|"
-    r"minus|squared|cubed|[ap]\.?m)\b",
+    r"\s*\b(?:dozen|hundred|thousand|million|billion|trillion|percent|times|half|over|plus|"
+    r"(?:or|and|to) (?:\D?\d|a|half)|minus|squared|cubed|[ap]\.?m)\b",
     re.IGNORECASE,
 )
 _TERM = (
@@ -100,11 +110,14 @@ _EXPRESSION = re.compile(
     rf"(?P<span>{_SPAN})"
     rf"|(?P<long>{_SIGN}{_TERM}(?:(?:\s?[-+−–*/^×÷·]\s?|(?=[√\\])){_TERM}){{1,20}})"
     rf"|(?P<ordinal>\bthe (?:{_NUMBER})(?:st|nd|rd|th)\b)"
-    rf"|(?P<time>(?<![A-Za-z0-9_.^])\d{{1,2}}:\d\d(?!\d))"
+    rf"|(?P<time>(?<![A-Za-z0-9_.^])\d{{1,3}}:\d{{1,2}}(?!\d))"
     rf"|(?P<number>{_SIGN}[€£¥₹]?(?<![A-Za-z0-9_.^])(?:{_NUMBER})(?:\s?\\?%)?)"
 )
 _RESULT = re.compile(r"[=≈]\s*(?:\\?[$€£¥₹]\s?)?(?=[-−–]?[\d.])")
-_REVISED = re.compile(r"\b(?:which (?:is|means|rounds|equals)|or|that is|round\w*)\b")
+_JOINS = re.compile(r"\s*(?:,|,?\s*\b(?:and|or)\b)\s*(?:[a-z]\s*=\s*)?")
+_COMPARED = re.compile(r"(?<![A-Za-z])[a-z]\s*(?:[<>]=?|≤|≥)\s*$")
+_DISPLAY = re.compile(r"\\\[\s*([^\[\]]{1,300}?)\s*\\\]|\$\$\s*([^$]{1,300}?)\s*\$\$")
+_REVISED = re.compile(r"\b(?:which (?:is|means|rounds|equals)|or|that is|round(?:s|ed))\b")
 _PHRASE = re.compile(
     r"\b(?:infinitely many(?: \w+)?|no (?:\w+ )?(?:solutions?|values?|roots?|answer)|"
     r"do(?:es)? not exist|undefined|impossible|cannot be determined)\b",
@@ -179,7 +192,7 @@ def _json_value(text: str) -> str:
 
 def _value(text: str) -> str:
     """The answer that a text behind a mark begins with, without the words around it."""
-    text = text.strip()
+    text = re.split(r"</\w{1,20}>", text.strip(), maxsplit=1)[0]
     if fence := re.match(r"```[A-Za-z]*\s*\n?", text):
         text = text[fence.end() :].partition("```")[0].strip()
     if match := _JSON.search(text[:_READ]):
@@ -190,6 +203,8 @@ def _value(text: str) -> str:
     for _ in range(3):
         words = _LEAD.sub("", words, count=1) if _LEAD.match(words) else words
     words = _right_side(_CLAUSE.sub("", words, count=1).strip().strip("*_"))
+    if re.search("[\u4e00-\u9fff]", words) and (numbers := list(re.finditer(_VALUE, words))):
+        return numbers[-1].group(0).strip()
     if match := _UNIT_WORDS.fullmatch(words):
         units = set(match.group(2).lower().split())
         if not units & NOT_UNITS and not _MULTIPLIER.match(match.group(2)):
@@ -220,6 +235,8 @@ def _before_words(text: str) -> str | None:
     if match is None or _MULTIPLIER.match(match.group(2)):
         return None
     after = match.group(2)
+    if re.search(r"\band\s+\D?\d", after):  # "5 apples and 6 oranges"
+        return None
     return match.group(1).strip() if re.match(r"[*_]{0,2}(?:,?\s+\(?[A-Za-z]|$)", after) else None
 
 
@@ -249,6 +266,8 @@ def _marked(text: str, *, complete: bool) -> Extraction | None:
     for rule, (pattern, ended) in _MARKS.items():
         for match in reversed(collections.deque(pattern.finditer(text), _TRIED)):
             behind = text[match.end() : match.end() + _READ]
+            if "\n" in match.group(0):  # an item of a list, no minus
+                behind = re.sub(r"^[-*•] ", "", behind)
             if found and match.end() <= found[0]:
                 break
             if not complete and not re.search(ended, behind):
@@ -265,6 +284,9 @@ def _marked(text: str, *, complete: bool) -> Extraction | None:
             if answer:
                 found = match.end(), Extraction(answer, rule)
                 break
+    bare = _BARE.search(text)
+    if bare and complete and (found is None or found[0] < bare.start()):
+        return Extraction(bare.group(1) or bare.group(2), "choice")
     options = list(itertools.islice(_OPTION_LINE.finditer(text), 2))
     if len(options) == 1 and complete and (found is None or found[0] < options[0].start()):
         return Extraction(options[0].group(1), "choice")
@@ -276,6 +298,7 @@ def _marked(text: str, *, complete: bool) -> Extraction | None:
 
 def _last_expression(text: str) -> str:
     """The last number with the expression that it stands in: "is 16/9." -> "16/9"."""
+    text = _DISPLAY.sub(lambda m: f" ${' '.join((m.group(1) or m.group(2)).split())}$ ", text)
     for line in reversed(text.splitlines()):
         line = line[-_LINE:]
         found = [m for m in _EXPRESSION.finditer(line)
@@ -290,11 +313,29 @@ def _last_expression(text: str) -> str:
             behind = _EXPRESSION.match(line, results[-1].end())
             if behind and best.lastgroup != "span" and not _REVISED.search(line, behind.end()):
                 best = behind
-        answer = best.group(0).removeprefix("the ")
-        if best.lastgroup == "span":
-            answer = _right_side(answer[1:-1] if answer[0] == "$" else answer[2:-2])
-        return re.sub(r"(?<=\d)(?:st|nd|rd|th)$", "", answer).strip()
+        return _with_neighbours(line, found, best)
     return ""
+
+
+def _with_neighbours(line: str, found: list[re.Match[str]], best: re.Match[str]) -> str:
+    """An expression with the list, the brackets or the relation that it is a part of."""
+    items, start = [_bare(best)], best.start()
+    before = [match for match in found if match.end() <= best.start()]
+    while before and _JOINS.fullmatch(line[before[-1].end() : start]):
+        start = before[-1].start()
+        items.insert(0, _bare(before.pop()))
+    opening, closing = line[:start][-1:], line[best.end() : best.end() + 1]
+    if len(items) > 1 and opening and closing and opening in "([" and closing in ")]":
+        return f"{opening}{', '.join(items)}{closing}"
+    relation = _COMPARED.search(line[:start])
+    return f"{relation.group(0)}{items[0]}" if relation and len(items) == 1 else ", ".join(items)
+
+
+def _bare(match: re.Match[str]) -> str:
+    answer = match.group(0).removeprefix("the ")
+    if match.lastgroup == "span":
+        answer = _right_side(answer[1:-1] if answer[0] == "$" else answer[2:-2])
+    return re.sub(r"(?<=\d)(?:st|nd|rd|th)$", "", answer).strip().rstrip(".,")
 
 
 def extract_answer(text: str, *, complete: bool = True) -> Extraction | None:

@@ -36,7 +36,7 @@ _CHOICE = re.compile(
     r"(?:\\text\{)?\s*(?:\(([A-Za-z])\)[.:]?|([A-J])\s*[.):])\s*\}?\s*(?P<rest>.*)", re.DOTALL
 )
 _LEAD = re.compile(
-    r"(?:\\text\{)?\s*(?:the )?(?:final |correct )?answer is:?\s*\}?\s*", re.IGNORECASE
+    r"(?:\\text\{)?\s*(?:the )?(?:final |correct )?answer(?: is:?|:)\s*\}?\s*", re.IGNORECASE
 )
 _LABEL = re.compile(
     r"([^=<>+*/^\d,;(-][^=<>+*/^,;(]*(?:\([^()=]*\))?|\([^()=]*\))\s*(?:=|\\equiv|\\approx)(?!=)"
@@ -45,10 +45,10 @@ _SET_BUILDER = re.compile(
     r"\\\{\s*([A-Za-z])\s*(?:\\in\s*(?:\\mathbb\{R\}|R))?\s*(?:\||:)\s*(.*)\\\}", re.DOTALL
 )
 _MEMBER = re.compile(r"[A-Za-z]\s*\\in\s*(?=[(\[]|\\mathbb|\\\{)")
-_RELATION = re.compile(r"\s*(\\le|\\ge|<|>)\s*")
+_RELATION = re.compile(r"\s*(\\le|\\ge|\\ne|<|>)\s*")
 _VARIABLE = re.compile(r"[A-Za-z](?:_\{?\w\}?)?")
 _SEPARATOR = re.compile(
-    r"[,;]\s*(?:(?:and|or)\b)?|\\text\{\s*,?\s*(?:and|or)\s*\}|(?:and|or)\b", re.IGNORECASE
+    r"[,;]\s*(?:(?:and|or)\b)?|\\text\{\s*,?\s*(?:and|or)\s*\}|(?:and|or)\b|或|和", re.IGNORECASE
 )
 _EQUATION = re.compile(r"(?<![<>!=])=(?!=)")
 _UNION = re.compile(r"\\cup(?![A-Za-z])")
@@ -105,6 +105,11 @@ def _relation(text: str) -> _Parsed | None:
     r"""x<3 or 1\le x<4 as an interval; None where it is no such relation of one variable."""
     parts = _RELATION.split(text)
     terms, signs = parts[::2], parts[1::2]
+    if signs == ["\\ne"] and _VARIABLE.fullmatch(terms[0]):
+        below, above = (_relation(f"{terms[0]}{sign}{terms[1]}") for sign in "<>")
+        return _Parsed(text, "∪", (below, above), terms[0]) if below and above else None
+    if "\\ne" in signs:
+        return None
     if len(terms) not in (2, 3):
         return None
     if all(sign in (">", "\\ge") for sign in signs):
@@ -125,7 +130,7 @@ def _parse(text: str) -> _Parsed:
     text = text.strip()
     while braced(text, 0, len(text)) == text[1:-1] and text[:1] == "{":
         text = text[1:-1].strip()
-    squeezed = re.sub(r"\\text\{([^{}]*)\}|\s", r"\1", text)
+    squeezed = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).replace(" ", "")
     if squeezed.lower() in ("\\mathbb{r}", "allrealnumbers"):
         return _Parsed(text, "()", (_Parsed("-\\infty"), _Parsed("\\infty")))
     if squeezed.lower() in ("\\{\\}", "\\emptyset", "emptyset", "theemptyset"):
@@ -139,7 +144,7 @@ def _parse(text: str) -> _Parsed:
     text = _MEMBER.sub("", text, count=1) if _MEMBER.match(text) else text
     if len(parts := _split(text, _SEPARATOR)) > 1:
         items = tuple(map(_parse, parts))
-        if all(item.variable for item in items) and re.search(r"\bor\b", text):
+        if all(item.variable for item in items) and not re.search(r"\band\b", text):
             return _Parsed(text, "∪", items)
         flat = (i for item in items for i in (item.items if item.ends == "," else (item,)))
         return _Parsed(text, ",", tuple(flat))
@@ -239,8 +244,8 @@ class _Comparison:
         if brackets and brackets != {"{}"}:  # the order counts
             if len(left.items) != len(right.items):
                 return False
-            if len(brackets) == 2 and len(left.items) == 2 and "{}" not in brackets:
-                return False  # intervals that differ at an end
+            if len(brackets) == 2 and len(left.items) == 2 and brackets != {"()", "{}"}:
+                return False  # intervals that differ at an end; (1, 2) may be a pair
             return _all(map(self.same, left.items, right.items))
         return self._as_sets(left.items or (left,), right.items or (right,))
 
@@ -256,6 +261,10 @@ class _Comparison:
             return False
         texts = [left.text, right.text]
         equations = [bool(_EQUATION.search(text)) for text in texts]
+        if equations[0] != equations[1] and (label := left.label or right.label):
+            wholes = [text if one else f"{label} = {text}"
+                      for text, one in zip(texts, equations, strict=True)]  # fmt: skip
+            return self._leaf(*wholes)  # 2x + y = 3 and y = 3 - 2x
         if equations[0] != equations[1]:  # "x + y = 5" for 5
             texts = [text.rpartition("=")[2] if one else text
                      for text, one in zip(texts, equations, strict=True)]  # fmt: skip
@@ -269,8 +278,9 @@ class _Comparison:
     def _value(self, left: Quantity, right: Quantity) -> bool | None:
         if _squeeze(left.value) == _squeeze(right.value):
             return left.factor == right.factor
-        if all(_TIME.fullmatch(one.value) for one in (left, right)):
-            return _clock(left) == _clock(right)
+        clocks = [_clock(one) for one in (left, right)]
+        if all(clocks):
+            return clocks[0] == clocks[1]
         words = [_words(one.value) for one in (left, right)]
         if all(words):
             return words[0] == words[1]
@@ -311,11 +321,18 @@ def _times(value: str, factor: fractions.Fraction | int) -> str:
     return f"({value}) \\cdot {factor}" if number is None else str(number * factor)
 
 
-def _clock(one: Quantity) -> tuple[int, int]:
-    hours, minutes = map(int, one.value.split(":"))
-    if one.measure == "p.m.^1" and hours < 12:
+def _clock(one: Quantity) -> tuple[int, int] | None:
+    """(hour, minute) of a time of day."""
+    half = one.measure.partition("^")[0]
+    if _TIME.fullmatch(one.value):
+        hours, minutes = map(int, one.value.split(":"))
+    elif half in ("a.m.", "p.m.") and one.value.isdecimal():
+        hours, minutes = int(one.value), 0
+    else:
+        return None
+    if half == "p.m." and hours < 12:
         hours += 12
-    return (0 if one.measure == "a.m.^1" and hours == 12 else hours), minutes
+    return (0 if half == "a.m." and hours == 12 else hours), minutes
 
 
 def _words(text: str) -> str:
@@ -326,14 +343,14 @@ def _words(text: str) -> str:
     if len(plain) == 1:
         return plain
     words = re.findall("[a-z]+", plain.lower())
-    return "".join(word for word in words if word not in ("the", "a", "an")) or plain
+    return "".join(w.removesuffix("s") for w in words if w not in ("the", "a", "an")) or plain
 
 
 def _choice(text: str) -> tuple[str, str]:
     r"""("B", "12") of "\text{(B)} 12", ("", text) of what names no choice."""
     match = _CHOICE.fullmatch(text)
     if match is None:
-        bare = re.fullmatch(r"(?:\\text\{)?\s*([A-J])\s*\}?", text)
+        bare = re.fullmatch(r"(?:\\text\{)?\s*(?:[Oo]ption |[Cc]hoice )?\s*([A-J])\s*\}?", text)
         return (bare.group(1), "") if bare else ("", text)
     return (match.group(1) or match.group(2)).upper(), match.group("rest").strip()
 

@@ -20,11 +20,20 @@ _UNICODE = {
     **dict.fromkeys("⟨〈", r"\langle "),
     **dict.fromkeys("⟩〉", r"\rangle "),
     **dict.fromkeys("，、", ", "),
+    **dict.fromkeys("【［", "["),
+    **dict.fromkeys("】］", "]"),
     **{"×": r"\times ", "÷": "/", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge "},
     **{"≦": r"\le ", "≧": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "≡": r"\equiv "},
     **{"∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset "},
     **{"±": r"\pm ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}"},
-    **{"ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}", "°": r"^\circ ", "℃": r"^\circ C", "℉": r"^\circ F"},
+    **{
+        "ℚ": r"\mathbb{Q}",
+        "ℂ": r"\mathbb{C}",
+        "°": r"^\circ ",
+        "º": r"^\circ ",
+        "℃": r"^\circ C",
+        "℉": r"^\circ F",
+    },
     **{"∛": r"\sqrt[3]√", "∜": r"\sqrt[4]√", "…": r"\ldots ", "。": ".", "’": "'", "′": "'"},
 }
 # Commands with one meaning: the pattern is without its backslash.
@@ -51,6 +60,8 @@ _COMMANDS = [
     (r"(?:[lc]?dots)(?![A-Za-z])", "..."),
     (r"degrees?(?![A-Za-z])", r"^\\circ "),
     (r"colon(?![A-Za-z])", ":"),
+    (r"pounds(?![A-Za-z])", "£"),
+    (r"euros?(?![A-Za-z])", "€"),
     (r"[()\[\]]", ""),
     (r"%", "%"),
     (r"#", "#"),
@@ -64,7 +75,7 @@ _THOUSANDS = [
 _COMMA_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _SPACE_THOUSANDS = re.compile(r"(?<![\d.,/^_} ])(?<!\d )\d{1,3}(?: \d{3})+(?![\d/]| \d)")
 _ROOT = re.compile(
-    r"(?<![A-Za-z\\])(?:√|sqrt)\s*(\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z])|\\pi|\(([^()]*)\)|\{([^{}]*)\})"
+    r"(?:√|(?<![A-Za-z\\])sqrt)\s*(\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z])|\\pi|\(([^()]*)\)|\{([^{}]*)\})"
 )
 _INDEXED_ROOT = re.compile(r"\^\{(\d)\}√")
 _ARGUMENT = re.compile(r"\s*(\{|\\[A-Za-z]+|[^\s{}\\])")
@@ -80,6 +91,20 @@ _REPEATING = re.compile(
     r"(\d{1,30})\.(\d{0,30})(?:\\(?:overline|bar|dot)\s*\{?(\d{1,20})\}?|\((\d{1,20})\))"
     r"|(\d{1,30})\.(\d{0,20}?)(\d{1,6}?)\7{2,20}\s*\.\.\."
 )
+_REWRITTEN = [  # (what is written in this way, its one spelling)
+    (re.compile(r"\\text\{\s*([￥€£¥₹])\s*\}"), r"\1"),
+    (re.compile(r"(?<![A-Za-z])(?:US|USD)\s*(?=￥)"), ""),
+    (re.compile(r"(?<![A-Za-z])USD\s*(?=\d)"), "￥"),
+    (re.compile(r"(?<![A-Za-z])Rs\.?\s*(?=\d)"), "₹"),
+    (re.compile(r"^(?:#|No\.)\s*(?=\d)"), ""),
+    (
+        re.compile(r"^(?:about|approximately|roughly|around|nearly|\\approx|\\sim)\s*(?=[\d.\\-])"),
+        "",
+    ),
+    (re.compile(r"\\frac\{\\text\{([^{}]*)\}\}\{\\text\{([^{}]*)\}\}"), r"\\text{ \1/\2}"),
+    (re.compile(r"(\\text\{[^{}]*\})\s*\\cdot\s*(?=\\text)"), r"\1 "),
+    (re.compile(r"_\{\s*\\text\{\s*base\s*\}\s*"), "_{"),
+]
 _BASES = "two three four five six seven eight nine ten eleven twelve".split()
 _BASE_WORD = re.compile(
     rf"_\s*\{{?\s*(?:\\text\{{)?\s*\(?({'|'.join(_BASES)}|\d{{1,2}})\)?\s*\}}{{0,2}}"
@@ -184,6 +209,8 @@ def canonical(answer: str) -> str:
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))", "", text)
     text = _ORDINAL.sub("", text)
     text = re.sub(r"\s+", " ", _with_braces(text)).strip()
+    for pattern, new in _REWRITTEN:
+        text = pattern.sub(new, text)
     text = _REPEATING.sub(_repeating, text)
     text = _SPACE_THOUSANDS.sub(lambda m: m.group(0).replace(" ", ""), text)
     text = _MIXED.sub(_mixed, text)
