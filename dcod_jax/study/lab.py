@@ -341,7 +341,10 @@ def _shares(correct: dict[str, np.ndarray]) -> dict[str, float]:
 def _summary(curves: dict[str, np.ndarray]) -> dict[str, float]:
     """Means over the last tenth of the steps (at least one), and of the weights over all steps."""
     last = max(len(curves["loss"]) // 10, 1)
-    found = {"nll": curves["nll"][-last:].mean(), "ess": curves["weights/ess"].mean()}
+    found: dict[str, float] = {
+        "nll": curves["nll"][-last:].mean(),
+        "ess": curves["weights/ess"].mean(),
+    }
     if "weights/temperature" in curves:
         found["temperature"] = np.exp(np.log(curves["weights/temperature"][1:]).mean())
     unknown = 1 - curves["weights/confident_tokens"]
