@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import time
@@ -229,7 +230,9 @@ def grade_set(
     if manifest is None:
         hosts.barrier(f"look for the answers of {model.name}")
         if other and hosts.first():
-            previous = folder / f"{model.name}.previous.jsonl"
+            numbers = itertools.chain([""], itertools.count(2))
+            names = (folder / f"{model.name}.previous{number}.jsonl" for number in numbers)
+            previous = next(path for path in names if not path.exists())
             rename(path, previous)
             log.info("%s was written %s: kept as %s, asked again", path, other, previous.name)
         _answer_rest(config, model, problem_set, form, files, grader)

@@ -169,6 +169,11 @@ def _write_dataset(config: Any, root: Path) -> None:
     sources, files = _inputs(config)
     identity = _identity(config, tokenizer, files)
     work = root.with_name(root.name + ".partial")
+    if work.exists() and {path.name for path in work.iterdir()} - {QUARANTINE, "train", "eval"}:
+        raise DcodError(
+            f"{work} is where prepare works, and holds what prepare does not write; it is left as "
+            "it is: move it away, or set data.dataset to another directory"
+        )
     remove_tree(work)  # what an interrupted run left is not resumed
     work.mkdir(parents=True)
     dropped = work / QUARANTINE

@@ -175,11 +175,14 @@ def test_an_interrupted_evaluation_goes_on_and_a_finished_one_is_not_repeated(
     evaluate(config)
     assert len(calls) == 2
     assert path.read_bytes() == content
+    kept = path.with_name("start.previous.jsonl")
+    kept.write_text("of an earlier change")
     config.evaluate.top_k = 6
     evaluate(config)
     assert len(calls) == 4
-    assert path.with_name("start.previous.jsonl").read_bytes() == content
-    assert "with other sampling: kept as start.previous.jsonl" in caplog.text
+    assert kept.read_text() == "of an earlier change"
+    assert path.with_name("start.previous2.jsonl").read_bytes() == content
+    assert "with other sampling: kept as start.previous2.jsonl" in caplog.text
 
 
 def test_few_shot_plain_prompts_stop_at_the_next_question(scripted, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from dcod_jax.config import dataset_dir
 from dcod_jax.configs.base import get_config
 from dcod_jax.data import chat
 from dcod_jax.data.dataset import TraceDataset, read_manifest
@@ -138,6 +139,18 @@ def test_the_traces_at_rest(config, tokenizer_dir) -> None:
     assert dataset.manifest["tokenizer"]["fingerprint"] == tokenizer_fingerprint(tokenizer)
     assert dataset.manifest["template"]["fingerprint"] == template_fingerprint(tokenizer)
     assert not dataset.scored
+
+
+def test_a_users_file_where_prepare_works_is_left(config) -> None:
+    work = Path(f"{dataset_dir(config)}.partial")
+    (work / "train").mkdir(parents=True)
+    (work / "notes.txt").write_text("mine")
+    with pytest.raises(DcodError, match=r"partial is where prepare works.*left as it is"):
+        prepare(config)
+    assert (work / "notes.txt").read_text() == "mine"
+    (work / "notes.txt").unlink()
+    assert prepare(config).is_dir()  # what an interrupted run left is no user's
+    assert not work.exists()
 
 
 def test_without_the_filters_everything_stays(config) -> None:
