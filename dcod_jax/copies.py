@@ -10,7 +10,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Path, RemotePath, file_sha256
+from dcod_jax.files import Path, file_sha256
+from dcod_jax.stores import RemotePath
 
 CACHE = "DCOD_CACHE_DIR"  # environment variable: where copies of remote files are kept
 

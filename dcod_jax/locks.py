@@ -21,9 +21,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Path, RemotePath, from_json
+from dcod_jax.files import Path, from_json
 from dcod_jax.parallel import hosts
 from dcod_jax.parallel.monitor import HOST
+from dcod_jax.stores import RemotePath
 
 log = logging.getLogger(__name__)
 _WHO = "process {process} on {host} since {since}"

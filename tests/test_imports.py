@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dcod_jax"
 # A file imports from files before it in this order only; a line is a level of docs/design.md.
 LEVELS = """
     configs.base configs.study
-    errors bounds types seeds files copies
+    errors bounds types seeds stores files copies
     parallel.mesh parallel.collectives parallel.exit_report parallel.monitor parallel.hosts
     locks logs
     models.config models.layers models.attention models.transformer models.cached models.tensors

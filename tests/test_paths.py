@@ -11,7 +11,8 @@ import pytest
 
 from dcod_jax import files
 from dcod_jax.errors import DcodError
-from dcod_jax.files import RemotePath, as_path, find, rename
+from dcod_jax.files import as_path, find, rename
+from dcod_jax.stores import RemotePath
 
 PACKAGE = pathlib.Path(files.__file__).parent
 # Where paths are told apart, and a verb about this machine alone.

@@ -10,7 +10,8 @@ from dcod_jax.copies import Mirror, local_copy
 from dcod_jax.data.dataset import TraceDataset
 from dcod_jax.data.scores import add_scores
 from dcod_jax.errors import DcodError
-from dcod_jax.files import RemotePath, as_path, publish, replace_file, unfinished
+from dcod_jax.files import as_path, publish, replace_file, unfinished
+from dcod_jax.stores import RemotePath
 
 pytestmark = pytest.mark.usefixtures("copy_cache")
 

@@ -20,10 +20,10 @@ from dcod_jax.data.traces import describe, find_sources, read_traces
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.generations import Generation, read_generations, to_line
 from dcod_jax.evaluate.problems import read_problems
-from dcod_jax.files import RemotePath
 from dcod_jax.losses.adaptive import initial
 from dcod_jax.models import hf
 from dcod_jax.prepare.command import prepare
+from dcod_jax.stores import RemotePath
 from dcod_jax.train import metrics
 from dcod_jax.train.checkpoint_reader import read_params
 from dcod_jax.train.checkpointer import Checkpointer, Snapshot

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from dcod_jax.bounds import check, mapping, text
 from dcod_jax.copies import local_copy
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Location, Path, RemotePath, as_path, atomic_write, from_json, rename
+from dcod_jax.files import Location, Path, as_path, atomic_write, from_json, rename
 from dcod_jax.models import config as configs
 from dcod_jax.models import gguf
 from dcod_jax.models.config import ModelConfig
@@ -38,6 +38,7 @@ from dcod_jax.models.tensors import (
 from dcod_jax.models.transformer import check_mesh, logical_axes
 from dcod_jax.parallel import hosts
 from dcod_jax.parallel import mesh as meshes
+from dcod_jax.stores import RemotePath
 from dcod_jax.types import Params
 
 SINGLE = "model.safetensors"

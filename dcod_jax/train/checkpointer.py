@@ -24,10 +24,11 @@ from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers as policies
 
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Location, Path, RemotePath, as_path
+from dcod_jax.files import Location, Path, as_path
 from dcod_jax.models import transformer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import put, tree_shardings
+from dcod_jax.stores import RemotePath
 from dcod_jax.train import checksums
 from dcod_jax.types import Params, TrainState
 

@@ -16,7 +16,6 @@ import xxhash
 from dcod_jax.errors import DcodError
 from dcod_jax.files import (
     Path,
-    RemotePath,
     file_size,
     from_json,
     move_tree,
@@ -25,6 +24,7 @@ from dcod_jax.files import (
     to_json,
 )
 from dcod_jax.parallel import hosts
+from dcod_jax.stores import RemotePath
 
 log = logging.getLogger(__name__)
 
