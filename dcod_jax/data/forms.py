@@ -68,8 +68,8 @@ def _messages(row: Row, value: list[Any], name: str) -> Turns:
     other = next((m["role"] for m in turns.messages if m["role"] not in ("assistant", "tool")), "")
     if other:
         raise BadRecordError(
-            f"{name} is a completion and holds a message by {other!r}; name a whole conversation "
-            f"with prepare.completion_field={name}, or leave its prompt out"
+            f"{name} is read as the completion and holds a message by {other!r}; name a whole "
+            f"conversation with prepare.completion_field={name}, or leave its prompt out"
         )
     return turns
 

@@ -81,6 +81,8 @@ def propose(columns: object) -> list[str]:
     have = {str(name).lower() for name in columns} if isinstance(columns, dict) else set()
     found = []
     for name, fields in PRESETS.items():
+        if fields.completion in HUMAN:  # told apart by no column from a person's text
+            continue
         parts = (fields.prompt, fields.completion, fields.reasoning_field)
         named = [part.lower() for part in parts if part]
         named += [fields.answer] if fields.answer not in ("", "answer") else []

@@ -378,6 +378,16 @@ def test_hf_datasets_by_path(tmp_path) -> None:
         list(read_traces(find_sources(str(tmp_path / "dict"), split="test"), Fields()))
 
 
+def test_only_a_name_that_can_be_one_is_looked_up_on_the_hub(monkeypatch) -> None:
+    for name in ("runs/qwen", "traces/mine", "one_name", "tests/absent"):
+        with pytest.raises(DcodError, match=f"no such file or directory: {name} "):
+            find_sources(name)
+    with pytest.raises(DcodError, match="the hub is not asked: HF_HUB_OFFLINE is set"):
+        find_sources("nobody/nothing")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert find_sources("nobody/nothing")[0].kind == "hub"
+
+
 def test_an_unreachable_hub_says_what_was_tried() -> None:
     with pytest.raises(DcodError, match="no file or directory 'nobody/nothing' here, and the hub"):
         describe(find_sources("nobody/nothing"))

@@ -168,6 +168,10 @@ def test_another_persons_text_is_not_taken_for_the_teachers() -> None:
         row |= {"generations": [WHOLE, SAID]} if name == "openr1" else {}
         with pytest.raises(DcodError, match=rf"prepare\.form={name}"):
             read_record(row, Fields(), source="x:1", requests={})
+    row = {"question": ASKED, "my_attempt": "a b", "solution": "By hand."}
+    with pytest.raises(DcodError, match=r"solution may be .* my_attempt the teacher's") as error:
+        read_record(row, Fields(), source="x:1", requests={})
+    assert "limo" not in str(error.value)
     row = {"prompt": ASKED, "response_1": "a b", "response_2": "c d"}
     with pytest.raises(DcodError, match=r"prepare\.completion_field=response_\*"):
         read_record(row, Fields(), source="x:1", requests={})
