@@ -16,7 +16,15 @@ from dcod_jax.bounds import Bound, array, check, either, flag, mapping, optional
 from dcod_jax.copies import local_directory
 from dcod_jax.data.templates import OWN, TemplateChoice, template_of, with_choice
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Location, Path, as_path, file_size, read_json, why_no_hub_id
+from dcod_jax.files import (
+    NO_HUB_ID,
+    Location,
+    Path,
+    as_path,
+    file_size,
+    read_json,
+    why_no_hub_id,
+)
 
 Tokenizer: TypeAlias = PreTrainedTokenizerFast
 # In tokenizer_config.json of an export: the eos token that its tokenizer was made with.
@@ -41,10 +49,10 @@ def load_tokenizer(path: Location, *, template: TemplateChoice = OWN) -> Tokeniz
             f"{source} has no tokenizer.json (it holds {found}); set student.tokenizer, or "
             "convert with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
-    if not source.exists() and (why := why_no_hub_id(str(path))):
+    if not source.exists() and why_no_hub_id(str(path)) == NO_HUB_ID:  # offline: the hub's cache
         raise DcodError(
-            f"no tokenizer at {path!s}: there is no such directory ({why}); expected a directory "
-            "with tokenizer.json, or a hub id that can be reached"
+            f"no tokenizer at {path!s}: there is no such directory, and {NO_HUB_ID}; expected a "
+            "directory with tokenizer.json, or a hub id that can be reached"
         )
     try:
         with library_errors():
