@@ -8,15 +8,11 @@ from dcod_jax.evaluate import problems
 from dcod_jax.files import read_json
 from dcod_jax.models import hf
 from dcod_jax.study import conditions
-from dcod_jax.train import checkpointer, metrics
+from dcod_jax.train import metrics
 
 
 def _manifest(path):
     return dataset.read_manifest(path.parent)
-
-
-def _record(path):
-    return checkpointer.read_record(path.parents[3], 8)
 
 
 @pytest.mark.parametrize(
@@ -28,7 +24,6 @@ def _record(path):
         ("problems.jsonl", lambda path: list(problems.read_records(path))),
         ("metrics.jsonl", metrics.read_metrics),
         ("results.jsonl", conditions.read_results),
-        ("run/checkpoints/8/run/metadata", _record),
     ],
 )
 def test_deep_nesting_is_named(tmp_path, name, read) -> None:
