@@ -33,7 +33,7 @@ quickstart-smollm2: models/SmolLM2-135M-Instruct-24L ## the same path on the rea
 	$(BIN)/python -m dcod_jax.train --config quickstart_smollm2
 
 test: $(VENV)/.test lint ## environment and the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: $(VENV)/.test models/SmolLM2-135M-Instruct-24L ## the long forms: the real SmolLM2-135M, whole data files
 	$(BIN)/python -m pytest -m long
@@ -42,14 +42,14 @@ test-lowest: ## the suite on the lowest versions that pyproject.toml allows
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/pip install --quiet uv
 	$(VENV)-lowest/bin/uv pip install --quiet --python $(VENV)-lowest --resolution lowest-direct -e '.[test]'
-	$(VENV)-lowest/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)-lowest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-newest: ## the suite on Python 3.13 and today's versions; in a Debian 13 root where 3.13 is not here
 	@$(NEWEST) --version || exec tools/debian13.sh make test-newest NEWEST=python3; \
 	set -ex; $(NEWEST) -m venv $(VENV)-newest; \
 	$(VENV)-newest/bin/pip install --quiet --upgrade pip; \
 	$(VENV)-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager -e '.[test]'; \
-	$(VENV)-newest/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)-newest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lock: $(VENV)/.test ## write the versions of CI, today's for Python 3.11 to 3.13, to requirements.lock
 	$(BIN)/pip install --quiet uv
