@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 NEWEST ?= python3.13
 VENV ?= .venv
 BIN := $(VENV)/bin
-LOCK ?=# requirements.lock: install the versions of CI in place of today's
+LOCK ?=# .ci/requirements.lock: install the versions of CI in place of today's
 PIP = $(BIN)/pip install --quiet $(LOCK:%=-c %)
 export HF_HUB_OFFLINE ?= 1
 
@@ -51,14 +51,14 @@ test-newest: ## the suite on Python 3.13 and today's versions; in a Debian 13 ro
 	$(VENV)-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager -e '.[test]'; \
 	$(VENV)-newest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-lock: $(VENV)/.test ## write the versions of CI, today's for Python 3.11 to 3.13, to requirements.lock
+lock: $(VENV)/.test ## write the versions of CI, today's for Python 3.11 to 3.13, to .ci/requirements.lock
 	$(BIN)/pip install --quiet uv
 	$(BIN)/uv pip compile --quiet pyproject.toml --extra test --universal --python-version 3.11 \
-	  --upgrade --no-annotate --custom-compile-command 'make lock' --output-file requirements.lock
+	  --upgrade --no-annotate --custom-compile-command 'make lock' --output-file .ci/requirements.lock
 
 audit: $(VENV)/.test ## known vulnerabilities in the versions of CI; needs the index's advisories
 	$(BIN)/pip install --quiet pip-audit
-	$(BIN)/pip-audit --strict --disable-pip --no-deps -r requirements.lock
+	$(BIN)/pip-audit --strict --disable-pip --no-deps -r .ci/requirements.lock
 
 lint: $(VENV)/.test ## ruff and pyright
 	$(BIN)/ruff check .

@@ -40,6 +40,7 @@ MODULES = [
     for path in (ROOT / "dcod_jax").iterdir()
     if path.stem not in ("__init__", "__main__", "__pycache__", "types", "assets", "configs")
 ]
+
 # Measured; the others are shorter or have many tests.
 LONGEST = [
     "test_hosts.py",
