@@ -6,17 +6,11 @@ import os
 import shutil
 import subprocess
 import tempfile
-from importlib.metadata import version
-
-from packaging.version import Version
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Two of them halve the time of compiling; tests/test_end_to_end.py runs without them.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
-if Version(version("jaxlib")) < Version("0.11"):  # a flag that XLA does not know ends the process
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

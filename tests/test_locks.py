@@ -89,7 +89,14 @@ def test_a_child_does_not_hold_its_parents_lock(tmp_path):
             time.sleep(60)
             os._exit(0)
     try:
-        try_to_hold(path)
+        end = time.monotonic() + 20
+        while True:  # until the child has begun to run, and closed its copy
+            try:
+                try_to_hold(path)
+                break
+            except DcodError:
+                assert time.monotonic() < end
+                time.sleep(0.05)
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

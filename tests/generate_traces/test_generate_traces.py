@@ -204,6 +204,7 @@ def test_killed_and_started_again_gives_the_same_bytes(place, whole, tmp_path, c
     for name in ("traces.jsonl", verb.REJECTED):
         assert (tmp_path / name).read_bytes() == (whole.parent / name).read_bytes()
     assert sorted(p.name for p in path.parent.iterdir()) == [
+        ".traces.jsonl.lock",
         "traces.jsonl",
         "traces.jsonl.manifest.json",
         "traces.rejected.jsonl",

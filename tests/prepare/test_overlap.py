@@ -70,7 +70,7 @@ def test_a_named_prompt_field_comes_first(tmp_path) -> None:
     [
         ("{", r"eval.jsonl:1: not JSON"),
         ('{"text": "x"}', r"eval.jsonl:1: no prompt; expected one of prompt, .*found text"),
-        ("[1]", r"eval.jsonl:1: expected a JSON object, got list"),
+        ("[1]", r"eval.jsonl\[0\]: expected a JSON object, got int"),
         ('{"prompt": 5}', r"eval.jsonl:1: prompt must be a string"),
         ('{"messages": []}', r"eval.jsonl:1: messages must be a string or messages"),
     ],
