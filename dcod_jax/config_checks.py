@@ -32,6 +32,7 @@ CHOICES = {
     "loss.teacher": ("cached", "live"),
     "loss.weights.name": tuple(WEIGHTS),
     "loss.weights.scope": ("token", "prefix", "sequence"),
+    "loss.weights.span": ("mean", "sum", "token"),
     "loss.weights.normalize": ("mean", "none", "sequence"),
     "optim.schedule": tuple(DECAYS),
     "train.on_damaged_checkpoint": ("stop", "previous"),

@@ -34,6 +34,9 @@ class Batch:
     segment_ids: Int[Array, "B T"]  # 1, 2, ... within a row; 0 is padding
     positions: Int[Array, "B T"]  # restart at 0 in each segment
     teacher_logprobs: Float[Array, "B T"]  # log p(targets[t]), nats; 0 where loss_mask is False
+    # Runs of equal numbers are spans: where the teacher has another tokenizer, the targets that
+    # stand for the same text as some of its tokens. A span's log p is spread evenly over them.
+    span_ids: Int[Array, "B T"] | None = None
     head_positions: Int[Array, "B C"] | None = None
     topk_ids: Int[Array, "B C K"] | None = None  # the teacher's top-k at the head's positions
     topk_logprobs: Float[Array, "B C K"] | None = None  # bfloat16
@@ -77,4 +80,5 @@ class Trace:
     topk_ids: np.ndarray | None = None  # int32 [C, K], most probable first
     topk_logprobs: np.ndarray | None = None  # bfloat16 [C, K]
     tail_logprobs: np.ndarray | None = None  # float32 [C], log(1 - sum of the K probabilities)
+    span_starts: np.ndarray | None = None  # bool [C], see Batch.span_ids; None: each token does
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)  # answer, source, ...

@@ -98,6 +98,9 @@ def get_config() -> Any:
     c.loss.weights.smoothing = 0.9  # auto: memory over steps; 0: solved in this step (a pass more)
     c.loss.weights.clip = 2.0  # upper bound of clip and power
     c.loss.weights.scope = "token"  # token | prefix | sequence: where the log-ratio is averaged
+    # what each token of a span has as its log-ratio, where the teacher has another tokenizer: the
+    # span's mean, the whole span's, or its own log q minus the span's mean log p
+    c.loss.weights.span = "mean"  # mean | sum | token: log-ratio of a teacher's other tokens
     c.loss.weights.normalize = "mean"  # mean | none | sequence
     c.loss.weights.warmup_steps = 0  # steps over which the weights rise from 1 to their value
 

@@ -2,7 +2,7 @@
 
 A record, little endian, no padding (n tokens, C completion tokens, K of the top-k):
 
-    header           version u8, flags u8 (1: log-probs, 2: top-k), id bytes u16,
+    header           version u8, flags u8 (1: log-probs, 2: top-k, 4: spans), id bytes u16,
                      n u32, C u32, K u32, meta bytes u32
     token_ids        int32 [n]
     logprobs         float32 [C]          with flag 1
@@ -10,6 +10,7 @@ A record, little endian, no padding (n tokens, C completion tokens, K of the top
     topk_ids         int32 [C, K]         with flag 2
     topk_logprobs    bfloat16 [C, K]      with flag 2
     completion_mask  bits [n], first token in the lowest bit, filled up to a whole byte
+    span_starts      bits [C], likewise       with flag 4
     id, meta         UTF-8, JSON
 
 Traces are stored unshifted, so packing and sequence length stay load-time choices.
@@ -33,7 +34,7 @@ from dcod_jax.types import Trace
 
 RECORD_VERSION = 1
 _HEADER = struct.Struct("<BBHIIII")
-_LOGPROBS, _TOPK = 1, 2
+_LOGPROBS, _TOPK, _SPANS = 1, 2, 4
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # In the order of a record; the mask follows.
 _ARRAYS: dict[str, tuple[DTypeLike, int]] = {  # name -> type, flag of a record that has it
@@ -66,12 +67,15 @@ def _check(trace: Trace) -> tuple[int, int, int]:
         "topk_ids": (completion, width),
         "topk_logprobs": (completion, width),
         "tail_logprobs": (completion,),
+        "span_starts": (completion,),
     }
     arrays = {n: getattr(trace, n) for n in shapes if getattr(trace, n) is not None}
-    if set(arrays) not in (set(), {"logprobs"}, set(shapes)):
+    if set(arrays) - {"span_starts"} not in (set(), {"logprobs"}, set(shapes) - {"span_starts"}):
         raise DcodError(
             f"trace {trace.id!r}: logprobs, topk_ids, topk_logprobs and tail_logprobs go together"
         )
+    if "span_starts" in arrays and (set(arrays) != {"span_starts", "logprobs"}):
+        raise DcodError(f"trace {trace.id!r}: spans go with log-probs and without a top-k")
     for name, array in arrays.items():
         if array.shape != shapes[name]:
             raise DcodError(
@@ -89,8 +93,10 @@ def encode(trace: Trace) -> bytes:
     arrays = [(getattr(trace, name), dtype) for name, (dtype, _) in _ARRAYS.items()]
     body = [np.asarray(array, dtype).tobytes() for array, dtype in arrays if array is not None]
     flags = _LOGPROBS * (trace.logprobs is not None) | _TOPK * (trace.topk_ids is not None)
-    mask = np.asarray(trace.completion_mask, bool)
-    body.append(np.packbits(mask, bitorder="little").tobytes())
+    flags |= _SPANS * (trace.span_starts is not None)
+    for bits in (trace.completion_mask, trace.span_starts):
+        if bits is not None:
+            body.append(np.packbits(np.asarray(bits, bool), bitorder="little").tobytes())
     name = trace.id.encode()
     try:
         meta = json.dumps(trace.meta, ensure_ascii=False).encode() if trace.meta else b""
@@ -103,7 +109,7 @@ def encode(trace: Trace) -> bytes:
 
 
 def _parts(record: bytes) -> list[bytes]:
-    """The bytes of each array (absent ones are empty), of the mask, the id and the meta."""
+    """The bytes of each array (absent ones are empty), of mask and spans, id and meta."""
     if len(record) < _HEADER.size:
         raise DcodError(f"a record of {len(record)} bytes is shorter than its header")
     version, flags, name, n, C, K, meta = _HEADER.unpack_from(record)
@@ -112,7 +118,7 @@ def _parts(record: bytes) -> list[bytes]:
     top = C if flags & _TOPK else 0
     sizes = (4 * n, 4 * C * (flags & _LOGPROBS), 4 * top, 4 * top * K, 2 * top * K)
     parts, start = [], _HEADER.size
-    for size in (*sizes, -(-n // 8), name, meta):
+    for size in (*sizes, -(-n // 8), -(-C // 8) if flags & _SPANS else 0, name, meta):
         parts.append(record[start : start + size])
         start += size
     if start != len(record):
@@ -128,13 +134,15 @@ def decode(record: bytes) -> Trace:
 
     Raises DcodError when the record has another version or its sizes do not add up.
     """
-    *arrays, mask, name, meta = _parts(record)
+    *arrays, mask, spans, name, meta = _parts(record)
     _, flags, _, n, C, K, _ = _HEADER.unpack_from(record)
     fields: dict[str, Any] = {}
     for (field, (dtype, flag)), content in zip(_ARRAYS.items(), arrays, strict=True):
         if flag & flags == flag:
             array = np.frombuffer(content, dtype)
             fields[field] = array.reshape(C, K) if field.startswith("topk") else array
+    if flags & _SPANS:
+        fields["span_starts"] = _span_starts(spans, C)
     bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=n, bitorder="little")
     try:
         own, identity = json.loads(meta) if meta else {}, name.decode()
@@ -143,6 +151,15 @@ def decode(record: bytes) -> Trace:
     if not isinstance(own, dict):
         raise DcodError(f"a record whose meta is a {type(own).__name__}, not an object")
     return Trace(identity, completion_mask=bits.astype(bool), meta=own, **fields)
+
+
+def _span_starts(content: bytes, count: int) -> Bool[np.ndarray, " C"]:
+    """Of a record's bits; without bits each token is a span of its own."""
+    if not content:
+        return np.ones(count, bool)
+    return np.unpackbits(np.frombuffer(content, np.uint8), count=count, bitorder="little").view(
+        bool
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,12 +173,13 @@ class Columns:
     topk_ids: Int[np.ndarray, "C K"] | None = None  # of each completion token, traces end to end
     topk_logprobs: Float[np.ndarray, "C K"] | None = None  # bfloat16
     tail_logprobs: Float[np.ndarray, " C"] | None = None
+    span_starts: Bool[np.ndarray, " C"] | None = None
 
 
-def decode_columns(records: Sequence[bytes], *, top_k: int = 0) -> Columns:
+def decode_columns(records: Sequence[bytes], *, top_k: int = 0, spans: bool = False) -> Columns:
     """What training reads of the records, without a Python object per trace.
 
-    top_k: the K that all records hold, when it is wanted.
+    top_k: the K that all records hold, when it is wanted. spans: whether those are.
     """
     parts = [_parts(record) for record in records]
     size = np.asarray([len(part[0]) // 4 for part in parts], np.int64)
@@ -176,6 +194,10 @@ def decode_columns(records: Sequence[bytes], *, top_k: int = 0) -> Columns:
     scored = np.repeat(np.asarray([len(part[1]) > 0 for part in parts], bool), size)
     logprobs[mask & scored] = np.frombuffer(scores, "<f4")
     columns = Columns(np.frombuffer(ids, "<i4"), mask, logprobs, size)
+    if spans:
+        counts = [_HEADER.unpack_from(record)[4] for record in records]
+        starts = [_span_starts(p[6], c) for p, c in zip(parts, counts, strict=True)]
+        columns = dataclasses.replace(columns, span_starts=np.concatenate(starts))
     if not top_k:
         return columns
     return dataclasses.replace(

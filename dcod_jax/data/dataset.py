@@ -14,6 +14,7 @@ kill -9 included, the directory is a complete dataset or recognisably none. The 
     scored, top_k          whether every trace has teacher log-probs; K of the stored top-k, or 0
     tokenizer, template    {fingerprint, source, ...}: what made the token ids and the mask
     teacher                {name, revision, weights, ...} or absent; weights is a content hash
+    alignment              of a teacher with another tokenizer: spans, tokens and bytes, or absent
     counts, config, ...    whatever else the writing verb reports (kept and dropped by reason, ...)
 
 It holds no time stamps and no absolute order of work, so equal traces give equal bytes.
@@ -64,6 +65,7 @@ _FIELDS = {
     "totals": mapping(dict.fromkeys(_TOTALS, _SIZE)),
     "scored": flag(),
     "top_k": whole(0, 1 << 24),
+    "alignment": optional(mapping({"longest_span": whole(0, 1 << 31)})),
     **dict.fromkeys(("tokenizer", "template", "teacher"), _MADE_BY),
 }
 _OWN_FILES = (
@@ -322,6 +324,8 @@ class TraceDataset:
         )
         self.scored: bool = self.manifest["scored"]
         self.top_k: int = self.manifest["top_k"]
+        # Whether the teacher's log-probs are of spans of several tokens (score/alignment.py).
+        self.spans: bool = (self.manifest.get("alignment") or {}).get("longest_span", 1) > 1
         self.starts = np.cumsum([0, *(shard["records"] for shard in self._shards)])  # of shards
         self._readers: dict[int, Any] = {}
         self._lock = threading.Lock()

@@ -88,6 +88,7 @@ def first_fit(
 def shift(columns: Columns) -> dict[str, np.ndarray]:
     """Flat per-position fields [S]: entry t speaks about predicting the token after t.
 
+    "span_ids" are still 1 where a span starts, 0 elsewhere; `fill_rows` counts them.
     The last position of each trace has target 0 and loss_mask False, and a trace's first token is
     never a target. For one trace [5 6 7 8] with completion [7 8] and log-probs [a b]:
     targets [6 7 8 0], loss_mask [F T T F], teacher_logprobs [0 a b 0].
@@ -99,8 +100,13 @@ def shift(columns: Columns) -> dict[str, np.ndarray]:
         "loss_mask": np.append(columns.completion_mask[1:], False),
         "teacher_logprobs": np.append(columns.logprobs[1:], np.float32(0)),
     }
-    for name in ("targets", "loss_mask", "teacher_logprobs"):
-        fields[name][last] = 0
+    if columns.span_starts is not None:
+        starts = np.zeros(len(columns.token_ids), np.int32)
+        starts[columns.completion_mask] = columns.span_starts
+        fields["span_ids"] = np.append(starts[1:], np.int32(0))
+    for name in ("targets", "loss_mask", "teacher_logprobs", "span_ids"):
+        if name in fields:
+            fields[name][last] = 0
     return fields
 
 
@@ -132,6 +138,8 @@ def fill_rows(
         for row, (end, size) in enumerate(zip(ends, tokens.tolist(), strict=True)):
             rows[row, :size] = values[end - size : end]
         batch[name] = rows
+    if "span_ids" in batch:  # each turn of each trace starts a span, so none crosses a border
+        batch["span_ids"] = np.cumsum(batch["span_ids"], axis=1, dtype=np.int32)
     if capacity:
         batch |= head_fields(columns, batch["loss_mask"], capacity)
     return batch

@@ -88,7 +88,8 @@ class RowStream(grain.IterDataset):
         """(HostBatch, trace_index) of these rows."""
         traces = np.concatenate(rows)
         top_k = self.dataset.top_k if self.reading.require_top_k else 0
-        columns = decode_columns(self.dataset.read_records(traces), top_k=top_k)
+        spans = self.dataset.spans and self.reading.require_scores
+        columns = decode_columns(self.dataset.read_records(traces), top_k=top_k, spans=spans)
         counts = [len(row) for row in rows]
         batch = packing.fill_rows(columns, counts, self.reading.seq_len, capacity=self.capacity)
         index = np.append(traces, -1).astype(np.int32)  # -1, padding, picks the -1 at the end

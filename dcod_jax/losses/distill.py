@@ -93,6 +93,8 @@ def compact(batch: Batch) -> Batch:
 
     names = ("tokens", "targets", "loss_mask", "segment_ids", "positions", "teacher_logprobs")
     fields = {name: take(getattr(batch, name)) for name in names}
+    if batch.span_ids is not None:
+        fields["span_ids"] = take(batch.span_ids)
     return dataclasses.replace(batch, **fields, head_positions=None)
 
 
@@ -157,9 +159,10 @@ class DistillLoss:
         hidden, small = self._at_head(batch, hidden), compact(batch)
         known, teacher_matrix = self._known(batch, small, teacher, vocab=matrix.shape[0])
         weights_config = self.config.weights
-        if weights_config.needs_logprob_pass:
+        spans = small.span_ids is not None and weights_config.joins_spans
+        if weights_config.needs_logprob_pass or spans:
             observed = self._observe(hidden, matrix, small, known, teacher_matrix)
-            tokens = Tokens(*observed, small.loss_mask, small.segment_ids)
+            tokens = Tokens(*observed, small.loss_mask, small.segment_ids, small.span_ids)
             weight = weights.weigh(weights_config, tokens, step, loss_state)
             known = known._replace(weights=weight)
         shared = _Shared(teacher_matrix, jnp.asarray(step, jnp.int32), loss_state)
@@ -196,9 +199,8 @@ class DistillLoss:
         """The loss's state after a step on a compact batch."""
         cfg = self.config
         if not adaptive.same_step(cfg.weights):
-            tokens = Tokens(
-                stats.student_logprobs, stats.teacher_logprobs, small.loss_mask, small.segment_ids
-            )
+            logprobs = stats.student_logprobs, stats.teacher_logprobs
+            tokens = Tokens(*logprobs, small.loss_mask, small.segment_ids, small.span_ids)
             state = adaptive.retemper(cfg.weights, state, tokens)
         if not cfg.interpolates:
             return state

@@ -2,7 +2,7 @@
 
 Every weight is a bounded function of the log-ratio r_t = sg[log q(y_t) - log p(y_t)] (of
 log q(y_t) alone for `dft`), float32, and carries no gradient: stop_gradient lives here.
-Order: log-ratio -> scope -> bounded weight -> warmup -> sequence normalisation; the batch
+Order: log-ratio -> span -> scope -> bounded weight -> warmup -> sequence normalisation; the batch
 normalisation is the divisor in reduce.py. A temperature or offset "auto" is in the train state,
 where losses/adaptive.py keeps it. A new weight of r or of log q is one entry of WEIGHTS.
 """
@@ -33,6 +33,7 @@ class Tokens(NamedTuple):
     teacher_logprobs: Float[Array, "B T"]  # log p(y)
     loss_mask: Bool[Array, "B T"]
     segment_ids: Int[Array, "B T"]
+    span_ids: Int[Array, "B T"] | None = None  # of a teacher with another tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,7 @@ class WeightConfig:
     target_ess: float = 0.0
     target_mean: float = 0.5
     smoothing: float = 0.9
+    span: str = "mean"
 
     @property
     def automatic(self) -> bool:
@@ -71,6 +73,11 @@ class WeightConfig:
         """Whether a weight depends on other tokens, so that log q is needed before the loss."""
         across = self.scope != "token" or self.normalize == "sequence"
         return across and self.varies
+
+    @property
+    def joins_spans(self) -> bool:
+        """Whether the tokens of a span have one log-ratio, so that log q is needed before it."""
+        return self.needs_teacher and self.varies and self.span != "token"
 
 
 UNIFORM = WeightConfig("uniform", 1.0, 0.0, 1.0, scope="token", normalize="none", warmup_steps=0)
@@ -269,12 +276,28 @@ def segment_total(
     return jax.lax.associative_scan(combine, (ends, running), axis=1, reverse=True)[1]
 
 
+def span_log_ratio(cfg: WeightConfig, tokens: Tokens) -> Float[Array, "B T"]:
+    """The log-ratio of each token, or its mean or sum over the token's span where there are spans.
+
+    A span is the student's and the teacher's tokens of one text; the ratio of the text is the sum.
+    spans [1 1 2], r [-1 -3 -2] -> mean [-2 -2 -2], sum [-4 -4 -2], token [-1 -3 -2].
+    """
+    r = log_ratio(cfg, tokens.student_logprobs, tokens.teacher_logprobs)
+    if tokens.span_ids is None or not cfg.joins_spans:
+        return r
+    total = segment_total(jnp.where(tokens.loss_mask, r, 0.0), tokens.span_ids)
+    if cfg.span == "sum":
+        return total
+    count = segment_total(tokens.loss_mask.astype(jnp.float32), tokens.span_ids)
+    return total / jnp.maximum(count, 1.0)
+
+
 def scoped_log_ratio(cfg: WeightConfig, tokens: Tokens) -> Float[Array, "B T"]:
     """r itself, or its mean over the segment's completion tokens up to and with t, or over all.
 
     prefix, all in the mask, one segment: [-1 -3 -2] -> [-1 -2 -2].
     """
-    r = log_ratio(cfg, tokens.student_logprobs, tokens.teacher_logprobs)
+    r = span_log_ratio(cfg, tokens)
     if cfg.scope == "token":
         return r
     mean_over = {"prefix": segment_cumsum, "sequence": segment_total}[cfg.scope]

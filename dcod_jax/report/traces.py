@@ -96,13 +96,16 @@ def token_weights(
     """
     shape = (len(student), max(len(one) for one in student))
     log_q, log_p = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    mask = np.zeros(shape, bool)
+    mask, starts = np.zeros(shape, bool), np.ones(shape, np.int32)
     for row, (one, trace) in enumerate(zip(student, traces, strict=True)):
         log_q[row, : len(one)] = one
         if trace.logprobs is not None:
             log_p[row, : len(one)] = trace.logprobs
+        if trace.span_starts is not None:
+            starts[row, : len(one)] = trace.span_starts
         mask[row, : len(one)] = True
-    tokens = Tokens(*map(jnp.asarray, (log_q, log_p, mask, mask.astype(np.int32))))
+    parts = (log_q, log_p, mask, mask.astype(np.int32), starts.cumsum(axis=1, dtype=np.int32))
+    tokens = Tokens(*map(jnp.asarray, parts))
     found = np.asarray(_weigh(cfg, tokens, step, tempering))
     return [found[row, : len(one)] for row, one in enumerate(student)]
 

@@ -88,7 +88,8 @@ def measure(
 ) -> dict[str, Array]:
     """Metrics of one step on a compact batch that come from the loss: scalars, NaN without any."""
     mask, segments = small.loss_mask, small.segment_ids
-    tokens = Tokens(stats.student_logprobs, stats.teacher_logprobs, mask, segments)
+    logprobs = stats.student_logprobs, stats.teacher_logprobs
+    tokens = Tokens(*logprobs, mask, segments, small.span_ids)
     scoped = weights.scoped_log_ratio(cfg.weights, tokens)
     bounded = weights.raw(cfg.weights, scoped, loss_state)
     order = weights.segment_cumsum(mask.astype(jnp.float32), segments) - 1.0

@@ -173,7 +173,7 @@ def _temper_now(
         piece, None, batch, microbatches=microbatches, mesh=forward.mesh
     )
     small = distill.compact(batch)
-    tokens = Tokens(student, teacher, small.loss_mask, small.segment_ids)
+    tokens = Tokens(student, teacher, small.loss_mask, small.segment_ids, small.span_ids)
     loss_state = adaptive.retemper(forward.loss.config.weights, state.loss_state, tokens)
     return dataclasses.replace(state, loss_state=loss_state)
 

@@ -44,6 +44,10 @@ def bits(kind, shape):
     )
 
 
+def flags(count):
+    return st.lists(st.booleans(), min_size=count, max_size=count).map(lambda x: np.array(x, bool))
+
+
 @st.composite
 def traces(draw):
     mask = np.array(draw(st.lists(st.booleans(), max_size=20)), bool)
@@ -58,6 +62,8 @@ def traces(draw):
             "topk_logprobs": draw(bits(ml_dtypes.bfloat16, (count, top_k))),
             "tail_logprobs": draw(bits(np.float32, (count,))),
         }
+    elif scored and draw(st.booleans()):
+        topk = {"span_starts": draw(flags(count))}
     return Trace(
         draw(st.text(st.characters(exclude_categories=["Cs"]), max_size=20)),
         np.array(tokens, np.int32),
@@ -79,7 +85,12 @@ def test_a_record_gives_back_the_trace_bit_for_bit(trace):
 @given(st.lists(traces(), min_size=1, max_size=6))
 @settings(max_examples=60, deadline=None)
 def test_columns_hold_what_the_traces_hold(given):
-    columns = decode_columns([encode(trace) for trace in given])
+    columns = decode_columns([encode(trace) for trace in given], spans=True)
+    starts = [
+        np.ones(int(t.completion_mask.sum()), bool) if t.span_starts is None else t.span_starts
+        for t in given
+    ]
+    np.testing.assert_array_equal(columns.span_starts, np.concatenate(starts))
     start = 0
     for trace, length in zip(given, columns.lengths, strict=True):
         part = slice(start, start + length)
@@ -109,6 +120,7 @@ def test_scores_take_the_stated_bytes(top_k):
         ({"logprobs": None}, "go together"),
         ({"tail_logprobs": None}, "go together"),
         ({"topk_ids": np.zeros((7, 3), np.int32)}, "topk_logprobs has shape"),
+        ({"span_starts": np.ones(7, bool)}, "without a top-k"),
         ({"meta": {"x": {1, 2}}}, "meta must hold JSON"),
     ],
 )

@@ -1,5 +1,7 @@
 """Shifting and first-fit packing: every token once, its own target, nothing across a border."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from fake_traces import make_trace
@@ -12,8 +14,8 @@ from dcod_jax.errors import DcodError
 from dcod_jax.types import Trace
 
 
-def columns_of(traces: list[Trace]) -> Columns:
-    return decode_columns([encode(trace) for trace in traces])
+def columns_of(traces: list[Trace], *, spans: bool = False) -> Columns:
+    return decode_columns([encode(trace) for trace in traces], spans=spans)
 
 
 def test_shift_of_the_documented_example():
@@ -46,9 +48,10 @@ def by_loop(traces: list[Trace], rows: list[list[int]], seq_len: int) -> dict[st
     out["loss_mask"] = np.zeros(shape, bool)
     out["teacher_logprobs"] = np.zeros(shape, np.float32)
     out["trace_index"] = np.full(shape, -1, np.int32)
+    out["span_ids"] = np.zeros(shape, np.int32)
     number = 0
     for row, members in enumerate(rows):
-        at = 0
+        at = spans = 0
         for segment, member in enumerate(members, 1):
             trace = traces[member]
             ids, mask = trace.token_ids, trace.completion_mask
@@ -63,25 +66,34 @@ def by_loop(traces: list[Trace], rows: list[list[int]], seq_len: int) -> dict[st
                     if mask[t + 1] and trace.logprobs is not None:
                         entry = int(mask[: t + 1].sum())
                         out["teacher_logprobs"][row, at] = trace.logprobs[entry]
+                        spans += trace.span_starts is None or trace.span_starts[entry]
+                out["span_ids"][row, at] = spans
                 at += 1
             number += 1
+        out["span_ids"][row, at:] = spans
     return out
 
 
 lengths_lists = st.lists(st.integers(2, 12), min_size=1, max_size=30)
 
 
-@given(lengths_lists, st.integers(12, 40), st.integers(1, 5), st.booleans())
+@given(lengths_lists, st.integers(12, 40), st.integers(1, 5), st.booleans(), st.booleans())
 @settings(max_examples=100, deadline=None)
-def test_packed_rows_equal_a_loop_over_tokens(lengths, seq_len, open_bins, scored):
+def test_packed_rows_equal_a_loop_over_tokens(lengths, seq_len, open_bins, scored, spans):
     traces = [
         make_trace(number, length=length, prompt=1, scored=scored)
         for number, length in enumerate(lengths)
     ]
+    for number in range(0, len(traces), 2) if spans and scored else ():  # the others have none
+        starts = np.arange(int(traces[number].completion_mask.sum())) % 3 == 0
+        traces[number] = dataclasses.replace(traces[number], span_starts=starts)
     rows = first_fit(np.array(lengths), seq_len, open_bins=open_bins)
     ordered = [traces[member] for row in rows for member in row]
-    batch = fill_rows(columns_of(ordered), [len(row) for row in rows], seq_len)
+    columns = columns_of(ordered, spans=spans and scored)
+    batch = fill_rows(columns, [len(row) for row in rows], seq_len)
     expected = by_loop(traces, rows, seq_len)
+    if not (spans and scored):
+        del expected["span_ids"]
     assert set(batch) == set(expected)
     for name, values in expected.items():
         assert batch[name].dtype == values.dtype, name
