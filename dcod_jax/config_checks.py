@@ -15,12 +15,15 @@ from dcod_jax.losses import distill
 from dcod_jax.losses.distill import LossConfig
 from dcod_jax.losses.divergences import DIVERGENCES
 from dcod_jax.losses.weights import WEIGHTS
+from dcod_jax.models.attention import KINDS
 from dcod_jax.train.optim import DECAYS
 
 CHOICES = {
     "log_level": ("debug", "info", "warning", "error"),
     "student.compute_dtype": ("bfloat16", "float32"),
     "train.gradient_dtype": ("float32", "bfloat16"),
+    "train.gradient_sums": ("placed", "plain"),
+    "student.attention": KINDS,
     "student.remat": ("none", "dots", "full", "offload", "auto"),
     "teacher.dtype": ("bfloat16", "float32"),
     "export.dtype": ("bfloat16", "float32", "float16"),

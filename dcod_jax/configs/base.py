@@ -28,6 +28,8 @@ def get_config() -> Any:
     # none | dots | full: what the backward pass recomputes per layer | offload: as full, and the
     # layers' inputs wait in host memory | auto: the first of these that fits
     c.student.remat = "full"  # details: docs/scaling.md
+    # auto: the devices' kernel (docs/scaling.md) | splash (TPU) | cudnn (GPU) | scanned | blocked
+    c.student.attention = "auto"  # the teacher's too
 
     c.teacher = ConfigDict()
     c.teacher.path = ""  # HF directory or .gguf file of the teacher that scores the traces
@@ -130,6 +132,8 @@ def get_config() -> Any:
     c.train.steps = 1000  # optimizer steps
     c.train.microbatches = 1  # pieces a batch is split into for gradient accumulation
     c.train.gradient_dtype = "float32"  # float32 | bfloat16: of sums of gradients between devices
+    # placed: reduce-scatters placed by hand | plain: as XLA's partitioner sums them
+    c.train.gradient_sums = "placed"  # between devices
     c.train.log_every = 10  # steps between metric lines
     c.train.eval_every = 100  # steps between held-out losses; 0: never
     c.train.eval_batches = 0  # held-out batches; 0: all

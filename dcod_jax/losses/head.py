@@ -56,11 +56,13 @@ class VocabHead:
 
     chunk: tokens of one batch shard whose logits exist at one time (at least one of each row).
     valid_vocab: rows of the matrix from here on are padding; None: all rows are tokens.
+    placed: see collectives.sum_shards.
     """
 
     chunk: int
     valid_vocab: int | None = None
     mesh: Mesh | None = None
+    placed: bool = True
 
     def masked(self, logits: Float[Array, "*N V"]) -> Float[Array, "*N V"]:
         """The logits with probability 0 on padding rows of the vocabulary."""
@@ -236,7 +238,7 @@ def _head_forward(
     start = (jnp.zeros((), jnp.float32), partial_sums)
     carry, (hidden_gradient, stats) = jax.lax.scan(piece, start, (hidden, inputs))
     total, partial_sums = carry
-    gradient = sum_shards(partial_sums, mesh, "embed", "vocab").T
+    gradient = sum_shards(partial_sums, mesh, "embed", "vocab", placed=pieces.head.placed).T
     # The layers' backward pass waits for it: else it is put off, and every device keeps a whole
     # partial sum until the end.
     hidden_gradient, gradient = jax.lax.optimization_barrier((hidden_gradient, gradient))

@@ -2,12 +2,13 @@
 
     splash    TPU: the Pallas kernel of jax; scores never leave the chip (other devices interpret
               it: exact and very slow)
-    library   GPU: jax.nn.dot_product_attention with the mask as an array
+    cudnn     GPU: cuDNN's flash attention (cudnn.py), where it takes the dtype, heads and chip
+    scanned   other GPUs, dtypes and heads: one small block of queries at a time against all keys
     blocked   CPU, or no mesh: blocks of queries, each against the keys up to its end; half the
               work of a full square, less with a window
 
-All of them are causal within a segment, take N/G query heads per kv head without repeating keys,
-and sum and normalise in float32.
+All of them are causal within a segment, take N/G query heads per kv head, and sum and normalise in
+float32. A segment is contiguous. None holds the scores of all queries at once.
 
 Sequence parallelism. Where the mesh splits "length" into c pieces, a row is cut into 2c chunks and
 piece i holds chunks i and 2c-1-i (`to_pieces`): of a causal square every piece then has the same
@@ -30,13 +31,15 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from dcod_jax.errors import DcodError
+from dcod_jax.models import cudnn
 from dcod_jax.models.layers import attend
 from dcod_jax.parallel import collectives
 from dcod_jax.parallel import mesh as meshes
 
-KINDS = ("auto", "splash", "library", "blocked")
+KINDS = ("auto", "splash", "cudnn", "scanned", "blocked")
 MAX_QUERY_BLOCKS = 8
 MIN_QUERY_BLOCK = 64
+SCANNED_QUERIES = 128  # of a block of "scanned"
 LANES = 128  # the TPU kernel's tiles are multiples of it
 SPLASH_BLOCKS = (1024, 512, 256, LANES)
 
@@ -52,7 +55,7 @@ def choose(kind: str, mesh: Mesh | None) -> str:
     if kind != "auto":
         return kind
     where = "cpu" if mesh is None else meshes.platform(mesh)
-    return {"tpu": "splash", "cpu": "blocked"}.get(where, "library")
+    return {"tpu": "splash", "cpu": "blocked"}.get(where, "cudnn")
 
 
 def attention(
@@ -69,9 +72,10 @@ def attention(
 
     Position i of a row sees position j of its segment iff 0 <= i - j (< window). Scores are scaled
     by 1/sqrt(H). Where the mesh splits "length" the arguments are in the order of `to_pieces`, and
-    so is the result. Raises DcodError for a window below 1 or a length that cannot be cut so.
+    so is the result. Raises DcodError for a window below 1, a length that cannot be cut so, or a
+    kernel that was asked for and cannot take the arguments.
     """
-    kind = choose(kind, mesh)
+    asked, kind = kind, choose(kind, mesh)
     if window is not None and window < 1:
         raise DcodError(f"a sliding window of {window} positions must be at least 1")
     length = query.shape[1]
@@ -82,6 +86,10 @@ def attention(
         )
     if kind == "splash":
         return _splash(query, key, value, segment_ids, window=window, mesh=mesh)
+    if kind == "cudnn" and (why := cudnn.refusal(query.shape, query.dtype, mesh)):
+        if asked == "cudnn":
+            raise DcodError(f"attention=cudnn: {why}, or take attention=auto")
+        kind = "scanned"
     return _in_arrays(query, key, value, segment_ids, window=window, mesh=mesh, kind=kind)
 
 
@@ -111,12 +119,12 @@ def _natural(x: Array, pieces: int) -> Array:
     return jnp.concatenate([pairs[:, :, 0], jnp.flip(pairs[:, :, 1], 1)], 1).reshape(x.shape)
 
 
-def to_pieces(x: Int[Array, "B T"], mesh: Mesh | None) -> Int[Array, "B T2"]:
+def to_pieces(x: Int[Array, "B T"], mesh: Mesh | None, *, kind: str = "auto") -> Int[Array, "B T2"]:
     """Row order -> the order of pieces, padded with 0 and split over "length"; else x itself."""
     pieces = meshes.parts(mesh, "length")
     if pieces == 1:
         return x
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % length_multiple(mesh))))
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % length_multiple(mesh, kind))))
     return meshes.constrain(_shuffle(x, pieces), mesh, *_IDS)
 
 
@@ -193,6 +201,40 @@ def _blocked(
     return jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, S, N, H)
 
 
+def _scanned(
+    query: Array,
+    key: Array,
+    value: Array,
+    places: tuple[Array, Array],
+    segments: tuple[Array, Array],
+    *,
+    window: int | None,
+) -> Array:
+    """The same, one block of SCANNED_QUERIES queries after the other, against all keys."""
+    B, S, N, H = query.shape
+    G, block = key.shape[2], min(SCANNED_QUERIES, S)
+    padding = -S % block
+    keys, values = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)  # [B,G,M,H]
+
+    @jax.checkpoint
+    def one(inputs: tuple[Array, Array, Array]) -> Array:
+        queries, order, ids = inputs
+        visible = _visible(order, places[1], ids, segments[1], window)
+        return attend(queries, keys, values, visible)
+
+    def cut(x: Array, axis: int) -> Array:
+        """The axis of positions, padded, as blocks on a new first axis."""
+        widths = [(0, padding if i == axis else 0) for i in range(x.ndim)]
+        x = jnp.pad(x, widths)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :]), axis, 0)
+
+    queries = query.reshape(B, S, G, N // G, H).transpose(0, 2, 3, 1, 4)  # [B,G,R,S,H]
+    blocks = (cut(queries, 3), cut(places[0], 0), cut(segments[0], 1))
+    mixed = jnp.moveaxis(jax.lax.map(one, blocks), 0, 3)  # [B,G,R,blocks,block,H]
+    mixed = mixed.reshape(*mixed.shape[:3], -1, H)[:, :, :, :S]
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(B, S, N, H)
+
+
 def _in_arrays(
     query: Array,
     key: Array,
@@ -203,18 +245,24 @@ def _in_arrays(
     mesh: Mesh | None,
     kind: str,
 ) -> Array:
-    """`attention` in array operations ("blocked") or by jax.nn ("library")."""
+    """`attention` by cuDNN, or in array operations ("scanned", "blocked")."""
     pieces, length = meshes.parts(mesh, "length"), query.shape[1]
 
     def piece(query: Array, key: Array, value: Array, segments: Array, order: Array) -> Array:
         key, value, all_segments = (_whole(x, pieces) for x in (key, value, segments))
         places, ids = (order, jnp.arange(length)), (segments, all_segments)
-        if kind == "library":
-            visible = _visible(*places, *ids, window)
-            return jax.nn.dot_product_attention(query, key, value, mask=visible[:, None])
+        if kind == "cudnn":
+            return cudnn.attention(query, key, value, segments, window=window, otherwise=scanned)
+        if kind == "scanned":
+            return _scanned(query, key, value, places, ids, window=window)
         return _blocked(query, key, value, places, ids, window=window, ordered=pieces == 1)
 
-    if mesh is None or pieces == 1:
+    def scanned(query: Array, key: Array, value: Array, segments: Array) -> Array:
+        at = jnp.arange(length)
+        return _scanned(query, key, value, (at, at), (segments, segments), window=window)
+
+    alone = mesh is None or (mesh.size == 1 if kind == "cudnn" else pieces == 1)
+    if mesh is None or alone:
         return piece(query, key, value, segment_ids, jnp.arange(length))
     inputs = (_HEADS, _KV_HEADS, _KV_HEADS, _IDS, ("length",))
     order = jnp.asarray(_order(length, pieces))

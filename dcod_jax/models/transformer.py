@@ -162,14 +162,16 @@ def _with_weights(
     *,
     dtypes: WeightDtypes,
     mesh: Mesh | None,
+    placed: bool,
 ) -> Any:
     """function(layer, *arrays), the matrices of the modules `used` as `gather_layer` has them.
 
     Every device runs it on its own tokens, so that the gradient of a matrix is a partial sum on
     each, which one reduce-scatter adds up and splits; the partitioner would all-reduce it. With a
-    tensor axis, where the function needs collectives of its own, the partitioner does it all.
+    tensor axis, where the function needs collectives of its own, or without `placed`, the
+    partitioner does it all.
     """
-    if mesh is None or mesh.size == 1 or meshes.parts(mesh, "heads") > 1:
+    if mesh is None or mesh.size == 1 or meshes.parts(mesh, "heads") > 1 or not placed:
         layer = gather_layer(layer, axes, dtypes=dtypes, mesh=mesh)
         return function(layer, *(x for _, x in arrays))
 
@@ -220,8 +222,13 @@ def hidden_states(
     gradient_dtype: DTypeLike | None = None,
     remat: str = "none",
     mesh: Mesh | None = None,
+    kernel: str = "auto",
+    placed: bool = True,
 ) -> Float[Array, "B T D"]:
     """Final normed hidden states, in compute_dtype; attention is causal within a segment.
+
+    kernel: of attention.KINDS. placed: whether devices exchange weights and sums of gradients by
+    collectives placed by hand, or as the partitioner does it.
 
     The gradients of the layers' matrices and biases are formed and summed over devices in
     gradient_dtype (None: in compute_dtype), those of all other parameters in float32. Positions
@@ -237,12 +244,12 @@ def hidden_states(
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     length, inputs = tokens.shape[1], (tokens, segment_ids, positions)
-    tokens, segment_ids, positions = (attention.to_pieces(x, mesh) for x in inputs)
+    tokens, segment_ids, positions = (attention.to_pieces(x, mesh, kind=kernel) for x in inputs)
     decoder_graph, block_graph = graphs(config)
     layer_axes = logical_axes(config)["layers"]
     rope = layers.rope_tables(config, positions)
     dtypes = WeightDtypes(jnp.dtype(compute_dtype), jnp.dtype(gradient_dtype or compute_dtype))
-    run = functools.partial(_with_weights, dtypes=dtypes, mesh=mesh)
+    run = functools.partial(_with_weights, dtypes=dtypes, mesh=mesh, placed=placed)
 
     def block(x: Array, layer: Params) -> tuple[Array, None]:
         x = checkpoint_name(x, BLOCK_INPUT)
@@ -254,7 +261,7 @@ def hidden_states(
             tuple((_TOKENS, value) for value in (x, *rope)),
             (_HEADS, _KV_HEADS, _KV_HEADS),
         )
-        mixed = attention.attention(query, key, value, segment_ids, mesh=mesh)
+        mixed = attention.attention(query, key, value, segment_ids, mesh=mesh, kind=kernel)
         x = run(
             lambda layer, x, mixed: nnx.merge(block_graph, layer).finish(x, mixed),
             layer,

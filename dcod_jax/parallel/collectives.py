@@ -163,14 +163,16 @@ whole_weight.defvjp(
 )
 
 
-def sum_shards(partials: jax.Array, mesh: Mesh | None, *logical: str) -> jax.Array:
+def sum_shards(
+    partials: jax.Array, mesh: Mesh | None, *logical: str, placed: bool = True
+) -> jax.Array:
     """[S, ...], a partial sum of each of the "shards" -> their sum [...], split as `logical` says.
 
     An explicit reduce-scatter: the partitioner would all-reduce later, and keep a whole partial sum
-    on every device until then.
+    on every device until then (which not placed leaves it to).
     """
-    if mesh is None or mesh.size == 1:
-        return partials.sum(axis=0)
+    if mesh is None or mesh.size == 1 or not placed:
+        return constrain(partials.sum(axis=0), mesh, *logical)
     shards = RULES["shards"]
     own = [tuple(axis for axis in RULES.get(name, ()) if axis in shards) for name in logical]
     kept = [tuple(axis for axis in RULES.get(name, ()) if axis not in shards) for name in logical]

@@ -238,6 +238,7 @@ def score_program(
         head_chunk=config.loss.head_chunk,
         compute_dtype=config.teacher.dtype,
         valid_vocab=model.vocab_size,
+        kernel=config.student.attention,
     )
     layout = sharding(mesh, ("batch", None))
     ids = jax.ShapeDtypeStruct((batch.rows, batch.length), jnp.int32, sharding=layout)

@@ -61,6 +61,7 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
             head_chunk=config.loss.head_chunk,
             compute_dtype=config.teacher.dtype,
             valid_vocab=len(teacher.tokenizer),
+            kernel=config.student.attention,
         )
         for split in splits:
             if split.name in done:

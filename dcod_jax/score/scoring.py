@@ -35,6 +35,7 @@ class ScoreSettings:
     head_chunk: int  # tokens whose logits exist at one time
     compute_dtype: str
     valid_vocab: int  # the tokenizer's real size; rows above it are padding
+    kernel: str = "auto"  # of attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +206,7 @@ def score_step(
         segment_ids=segment_ids,
         compute_dtype=jnp.dtype(settings.compute_dtype),
         mesh=mesh,
+        kernel=settings.kernel,
     )
     head = VocabHead(settings.head_chunk, settings.valid_vocab, mesh)
 

@@ -38,6 +38,7 @@ class Forward:
     gradient_dtype: DTypeLike = jnp.float32  # in which devices sum the gradients of the layers
     remat: str = "none"
     teacher: TeacherModel | None = None
+    kernel: str = "auto"  # of attention, the teacher's too
 
     def __post_init__(self) -> None:
         asked = self.loss.config.teacher
@@ -55,6 +56,7 @@ class Forward:
     ) -> tuple[Array, Array]:
         """(final hidden states [B,T,D], matrix of the head [V,D]) of a model."""
         options |= {"segment_ids": batch.segment_ids, "positions": batch.positions}
+        options |= {"kernel": self.kernel, "placed": self.loss.head.placed}
         hidden = transformer.hidden_states(model, params, batch.tokens, mesh=self.mesh, **options)
         return hidden, transformer.head_weight(model, params)
 
@@ -103,7 +105,9 @@ def make_forward(
     remat: str = "",
 ) -> Forward:
     """The forward pass that a configuration asks for; remat replaces student.remat."""
-    loss = DistillLoss(loss_config(config), VocabHead(config.loss.head_chunk, valid_vocab, mesh))
+    placed = config.train.gradient_sums == "placed"
+    head = VocabHead(config.loss.head_chunk, valid_vocab, mesh, placed)
+    loss = DistillLoss(loss_config(config), head)
     return Forward(
         model,
         loss,
@@ -111,4 +115,5 @@ def make_forward(
         gradient_dtype=jnp.dtype(config.train.gradient_dtype),
         remat=remat or config.student.remat,
         teacher=teacher,
+        kernel=config.student.attention,
     )

@@ -42,10 +42,10 @@ log = logging.getLogger(__name__)
 # Keys that may differ between a run and its continuation: they change what is learned only by the
 # order of floating-point sums.
 FREE = (
-    "run_dir compare log_level mesh. student.remat train.log_every train.eval train.save_every "
-    "train.keep train.local_ train.best_metric train.progress train.microbatches "
-    "optim.offload optim.max_skipped loss.head data.prefetch data.verify_checksums data.traces "
-    "data.eval data.split "
+    "run_dir compare log_level mesh. student.remat student.attention train.gradient_sums "
+    "train.log_every train.eval train.save_every train.keep train.local_ train.best_metric "
+    "train.progress train.microbatches optim.offload optim.max_skipped loss.head data.prefetch "
+    "data.verify_checksums data.traces data.eval data.split "
     "data.dataset teacher. prepare. score. generate. evaluate. drift. report. export. plan. "
     "student.path student.config student.tokenizer train.init_from train.accept_changed_data "
     "train.on_damaged_checkpoint hosts. profile."

@@ -104,8 +104,10 @@ def test_padded_vocabulary_rows_have_no_probability_and_no_gradient():
     assert_close(logprobs, stats["logprobs"])
 
 
-@pytest.mark.parametrize(("vocab", "valid"), [(104, None), (104, 99)])
-def test_batch_and_vocabulary_sharded_over_eight_devices(vocab, valid):
+@pytest.mark.parametrize(
+    ("vocab", "valid", "by_hand"), [(104, None, True), (104, 99, True), (104, 99, False)]
+)
+def test_batch_and_vocabulary_sharded_over_eight_devices(vocab, valid, by_hand):
     inputs = example(vocab=vocab)
     inputs["targets"] = inputs["targets"] % (valid or vocab)
     wanted = both(naive, inputs, valid_vocab=valid)
@@ -115,7 +117,7 @@ def test_batch_and_vocabulary_sharded_over_eight_devices(vocab, valid):
         key: jax.device_put(value, sharding(mesh, ("vocab", "embed")) if "weight" in key else rows)
         for key, value in inputs.items()
     }
-    got = both(chunked, placed, chunk=12, mesh=mesh, valid_vocab=valid)
+    got = both(chunked, placed, chunk=12, mesh=mesh, valid_vocab=valid, placed=by_hand)
     assert_close(got, wanted)
     split = sharding(mesh, ("vocab", "embed"))
     assert got[1][1].sharding.is_equivalent_to(split, 2), got[1][1].sharding

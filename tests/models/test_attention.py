@@ -83,7 +83,7 @@ def computed(length: int, window: int | None, *, kind: str, mesh=None):
 
 
 @pytest.mark.parametrize(
-    ("kind", "window"), [("splash", 37), ("library", 37), ("blocked", 37), ("blocked", None)]
+    ("kind", "window"), [("splash", 37), ("scanned", 37), ("blocked", 37), ("blocked", None)]
 )
 def test_every_kernel_is_the_written_out_one(kind, window):
     got = computed(300, window, kind=kind)  # 300: the TPU kernel pads to its tiles
@@ -97,7 +97,7 @@ def test_every_kernel_is_the_written_out_one(kind, window):
         ("splash", None, {"data": 2, "context": 2, "tensor": 2}),
         ("splash", 150, {"data": 1, "context": 2, "fsdp": 2, "tensor": 2}),
         ("blocked", 37, {"data": 1, "context": 4, "tensor": 2}),
-        ("library", None, {"slices": 2, "context": 4, "tensor": 1}),
+        ("scanned", None, {"slices": 2, "context": 4, "tensor": 1}),
     ],
 )
 def test_split_over_a_mesh_it_is_the_written_out_one(kind, window, sizes):
@@ -108,7 +108,7 @@ def test_split_over_a_mesh_it_is_the_written_out_one(kind, window, sizes):
 
 def test_the_kernel_is_that_of_the_meshs_devices(monkeypatch):
     mesh = meshes.make_mesh()
-    for platform, kind in {"tpu": "splash", "gpu": "library", "cpu": "blocked"}.items():
+    for platform, kind in {"tpu": "splash", "gpu": "cudnn", "cpu": "blocked"}.items():
         monkeypatch.setattr(meshes, "platform", lambda _, platform=platform: platform)
         assert attention.choose("auto", mesh) == kind
     assert attention.choose("auto", None) == "blocked"

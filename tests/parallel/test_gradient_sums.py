@@ -30,7 +30,7 @@ def arrays() -> tuple[jax.Array, jax.Array]:
     return x, g
 
 
-def gradients(mesh, dtype: str) -> dict[str, np.ndarray]:
+def gradients(mesh, dtype: str, *, placed: bool) -> dict[str, np.ndarray]:
     """Of sum(g · affine(x, weights)) in the weights, through the layers' own path."""
     x, g = arrays()
     zeros = {"q_proj": {"kernel": jnp.zeros((INNER, OUTER)), "bias": jnp.zeros(OUTER)}}
@@ -46,6 +46,7 @@ def gradients(mesh, dtype: str) -> dict[str, np.ndarray]:
             ("batch", None, "heads"),
             dtypes=dtypes,
             mesh=mesh,
+            placed=placed,
         )
         return (y * g).sum(dtype=jnp.float32)
 
@@ -56,14 +57,24 @@ def gradients(mesh, dtype: str) -> dict[str, np.ndarray]:
     return jax.device_get(step(*inputs))["q_proj"]
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (4, 2, 1), (2, 2, 2), (1, 1, 1)], ids=str)
-def test_float32_sums_are_exact_to_float32_and_bfloat16_sums_to_bfloat16(sizes):
+@pytest.mark.parametrize(
+    ("sizes", "placed"),
+    [
+        ((1, 8, 1), True),
+        ((1, 8, 1), False),
+        ((4, 2, 1), True),
+        ((2, 2, 2), True),
+        ((1, 1, 1), True),
+    ],
+    ids=str,
+)
+def test_float32_sums_are_exact_to_float32_and_bfloat16_sums_to_bfloat16(sizes, placed):
     """Against float64, on every path of the weights: own shards, the partitioner's, one device."""
     x, g = (np.asarray(a, np.float64).reshape(ROWS * LENGTH, -1) for a in arrays())
     wanted = {"kernel": x.T @ g, "bias": g.sum(0)}
     size = {"kernel": np.abs(x).T @ np.abs(g), "bias": np.abs(g).sum(0)}
     mesh = meshes.make_mesh(*sizes[:2], tensor=sizes[2], devices=jax.devices()[: np.prod(sizes)])
-    wide, narrow = gradients(mesh, "float32"), gradients(mesh, "bfloat16")
+    wide, narrow = (gradients(mesh, t, placed=placed) for t in ("float32", "bfloat16"))
     for name in wanted:
         float32 = ROWS * LENGTH * 2.0**-24 * size[name]
         assert (np.abs(wide[name] - wanted[name]) <= float32).all(), name
@@ -72,19 +83,24 @@ def test_float32_sums_are_exact_to_float32_and_bfloat16_sums_to_bfloat16(sizes):
         assert error.max() > 30 * float32.max(), name  # or the choice chose nothing
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "plain"])
 def test_the_program_sums_the_layers_in_the_chosen_dtype(dtype):
-    """Seven matrices a layer, in one scan."""
+    """Seven matrices a layer, in one scan; train.gradient_sums=plain leaves all to the partitioner.
+
+    Its sums come when it compiles, so the program names none.
+    """
+    placed, dtype = dtype != "plain", "float32" if dtype == "plain" else dtype
     mesh = meshes.make_mesh(1, 8)
     tokens = jnp.zeros((8, 16), jnp.int32)
 
     def loss(params):
         options = {"compute_dtype": jnp.bfloat16, "gradient_dtype": jnp.dtype(dtype)}
-        return transformer.hidden_states(MODEL, params, tokens, mesh=mesh, **options).sum()
+        options |= {"mesh": mesh, "placed": placed}
+        return transformer.hidden_states(MODEL, params, tokens, **options).sum()
 
     program = str(jax.make_jaxpr(jax.grad(loss))(transformer.param_shapes(MODEL)))
     found = re.findall(r":(\w+)\[[\d,]*\]\S* = reduce_scatter\[", program)
-    assert found == [{"float32": "f32", "bfloat16": "bf16"}[dtype]] * 7
+    assert found == [{"float32": "f32", "bfloat16": "bf16"}[dtype]] * 7 * placed
 
 
 def test_the_config_chooses_and_refuses_what_would_not_be_done():
@@ -93,7 +109,14 @@ def test_the_config_chooses_and_refuses_what_would_not_be_done():
         config = configs.replace(configs.load_recipe(configs.BASE), changes)
         forward = make_forward(config, MODEL, mesh=meshes.make_mesh(), valid_vocab=None)
         assert forward.gradient_dtype == jnp.dtype(dtype)
+        assert forward.kernel == "auto"
+        assert forward.loss.head.placed
         assert not config_errors(configs.keys(config), loss_config(config))
+    other = {"train.gradient_sums": "plain", "student.attention": "blocked"}
+    forward = make_forward(
+        configs.replace(config, other), MODEL, mesh=meshes.make_mesh(), valid_vocab=None
+    )
+    assert (forward.kernel, forward.loss.head.placed) == ("blocked", False)
     config = configs.replace(config, {"student.compute_dtype": "float32"})
     wrong = config_errors(configs.keys(config), loss_config(config))
     assert wrong[0].startswith("train.gradient_dtype=bfloat16 needs student.compute_dtype=bfloat16")
