@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from dcod_jax.data.presets import PRESETS
+from dcod_jax.data.teachers import DIALECTS
+from dcod_jax.data.teachers import config_errors as teacher_errors
 from dcod_jax.data.templates import choice_errors
 from dcod_jax.errors import nearest
 from dcod_jax.evaluate.benchmarks import parse_set
@@ -27,6 +29,7 @@ CHOICES = {
     "student.remat": ("none", "dots", "full", "offload", "auto"),
     "teacher.dtype": ("bfloat16", "float32"),
     "export.dtype": ("bfloat16", "float32", "float16"),
+    "score.dialect": DIALECTS,
     "prepare.form": ("auto", *PRESETS),
     "prepare.reasoning": ("auto", "keep", "drop"),
     "prepare.logprobs": ("ignore", "require"),
@@ -50,7 +53,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "be greater than 0": (
         lambda x: x > 0,
         "data.max_length data.seq_len data.batch_size data.prefetch prepare.grade_timeout "
-        "prepare.overlap_ngram prepare.shard_records score.batch_tokens loss.head_chunk "
+        "prepare.overlap_ngram prepare.shard_records score.batch_tokens score.concurrency "
+        "score.timeout loss.head_chunk "
         "optim.learning_rate optim.eps train.steps train.microbatches train.log_every train.keep "
         "generate.samples generate.max_new_tokens generate.batch_size evaluate.samples "
         "evaluate.max_new_tokens evaluate.batch_size export.max_shard_gb on_policy.max_new_tokens "
@@ -62,7 +66,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "not be negative": (
         lambda x: x >= 0,
-        "seed prepare.workers prepare.record_bytes score.top_k loss.weights.warmup_steps "
+        "seed prepare.workers prepare.record_bytes score.top_k score.retries "
+        "loss.weights.warmup_steps "
         "optim.warmup_steps optim.max_skipped "
         "optim.weight_decay optim.clip_norm optim.final_fraction train.eval_every "
         "train.eval_batches train.save_every train.local_every generate.temperature "
@@ -287,6 +292,7 @@ def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
         wrong += distill.config_errors(loss)
         wrong += _teacher_errors(flat, loss)
     wrong += _range_errors(flat)
+    wrong += teacher_errors(flat)
     wrong += _hosts_errors(flat)
     wrong += _profile_errors(flat["profile.steps"], flat["train.steps"])
     wrong += _sampling_errors(flat)

@@ -41,6 +41,7 @@ class Batch:
     topk_ids: Int[Array, "B C K"] | None = None  # the teacher's top-k at the head's positions
     topk_logprobs: Float[Array, "B C K"] | None = None  # bfloat16
     tail_logprobs: Float[Array, "B C"] | None = None  # log of the mass of all other tokens
+    trace_weights: Float[Array, "B T"] | None = None  # of each trace in the loss; None: 1
 
 
 @jax.tree_util.register_dataclass

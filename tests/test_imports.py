@@ -17,7 +17,7 @@ LEVELS = """
     models.tensors
     losses.head losses.events losses.distributions losses.divergences losses.weights
     losses.adaptive losses.reduce losses.distill
-    data.codec data.dataset data.blocks data.scores data.packing
+    data.teachers data.codec data.dataset data.blocks data.scores data.packing
     data.reasoning data.presets data.raw data.lines data.schema data.columns data.forms
     data.traces data.pipeline
     models.gguf models.hf data.template_process data.templates data.tokenizer
@@ -30,7 +30,7 @@ LEVELS = """
     config_checks config doctor cli
     train.checksums train.checkpointer train.checkpoint_reader train.local_checkpoints
     train.checkpoints train.forward train.step
-    score.teacher score.scoring
+    score.teacher score.scoring score.dialects score.server
     prepare.delivered prepare.overlap prepare.filters
     generate_traces.command prepare.command score.command inspect.arguments inspect.command
     drift.curves drift.scores

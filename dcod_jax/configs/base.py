@@ -57,6 +57,8 @@ def get_config() -> Any:
     c.prepare.answer_field = "answer"  # name of the reference answer field
     c.prepare.reasoning = "auto"  # auto (kept) | keep (a trace without any is dropped) | drop
     c.prepare.reasoning_field = ""  # where it is; empty: the usual names
+    c.prepare.teacher_field = "teacher"  # field with the name of a trace's teacher (score.teachers)
+    c.prepare.weight_field = ""  # field with a trace's weight in the loss; empty: none
     c.prepare.system_prompt = ""  # system message put before traces that have none
     c.prepare.filter_correct = True  # drop traces whose final answer is wrong (where answer exists)
     c.prepare.grade_timeout = 5.0  # seconds of processor time for one answer comparison
@@ -68,11 +70,21 @@ def get_config() -> Any:
     c.prepare.record_bytes = 0  # longest record read; 0: 4096 bytes a token of data.max_length
     c.prepare.on_bad_record = "error"  # error | quarantine: a record that is malformed
     c.prepare.shard_records = 8192  # traces in a shard
+    # Prepare again over a dataset of other inputs; score keeps the scores of unchanged traces
+    c.prepare.replace = False  # docs/teachers.md
 
     c.score = ConfigDict()
     c.score.top_k = 0  # also store the teacher's top-k distribution; 0: the trace token only
     c.score.batch_tokens = 16384  # tokens in a scoring batch, padding included
     c.score.overwrite = False  # replace log-probs that another teacher wrote
+    # URL of a server that scores in place of teacher.path and knows the model as teacher.name
+    c.score.server = ""  # http://host:8000 (docs/teachers.md)
+    c.score.dialect = "vllm"  # vllm | sglang | llama_cpp: how score.server is asked
+    c.score.concurrency = 16  # requests to a server at one time
+    c.score.retries = 8  # attempts after the first one at a request that failed
+    c.score.timeout = 600.0  # seconds after which a request has failed
+    # Several teachers, each of its own traces: ("a path=models/A", "b server=http://... model=B")
+    c.score.teachers = ()  # docs/teachers.md
 
     c.loss = ConfigDict()
     # nll | forward_kl | reverse_kl | jsd | todi | skew_kl | skew_reverse_kl | taid
@@ -87,6 +99,7 @@ def get_config() -> Any:
     c.loss.taid_end = 1.0  # taid: the interpolation to end with; 1 is the teacher
     c.loss.taid_alpha = 5e-4  # taid: how fast the interpolation may run ahead of its schedule
     c.loss.taid_beta = 0.99  # taid: memory of the loss's relative change
+    c.loss.teacher_weights = ()  # of traces in the loss by their teacher: ("a=0.5",); others 1
     c.loss.head_chunk = 480  # tokens whose logits exist at one time in the vocabulary head
     c.loss.weights = ConfigDict()
     c.loss.weights.name = "sigmoid"  # uniform | sigmoid (DisCorD) | clip | power | dft

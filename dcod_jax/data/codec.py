@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -29,6 +29,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy.typing import DTypeLike
 
+from dcod_jax.data.teachers import TEACHER, WEIGHT
 from dcod_jax.errors import DcodError
 from dcod_jax.types import Trace
 
@@ -174,12 +175,21 @@ class Columns:
     topk_logprobs: Float[np.ndarray, "C K"] | None = None  # bfloat16
     tail_logprobs: Float[np.ndarray, " C"] | None = None
     span_starts: Bool[np.ndarray, " C"] | None = None
+    weights: Float[np.ndarray, " R"] | None = None  # of each trace in the loss
 
 
-def decode_columns(records: Sequence[bytes], *, top_k: int = 0, spans: bool = False) -> Columns:
+def decode_columns(
+    records: Sequence[bytes],
+    *,
+    top_k: int = 0,
+    spans: bool = False,
+    teacher_weights: Mapping[str, float] | None = None,
+) -> Columns:
     """What training reads of the records, without a Python object per trace.
 
-    top_k: the K that all records hold, when it is wanted. spans: whether those are.
+    top_k: the K that all records hold, when it is wanted. spans: whether those are. With
+    teacher_weights, a trace's weight is its own (1 without one) times its teacher's (1 where the
+    mapping has none).
     """
     parts = [_parts(record) for record in records]
     size = np.asarray([len(part[0]) // 4 for part in parts], np.int64)
@@ -194,6 +204,10 @@ def decode_columns(records: Sequence[bytes], *, top_k: int = 0, spans: bool = Fa
     scored = np.repeat(np.asarray([len(part[1]) > 0 for part in parts], bool), size)
     logprobs[mask & scored] = np.frombuffer(scores, "<f4")
     columns = Columns(np.frombuffer(ids, "<i4"), mask, logprobs, size)
+    if teacher_weights is not None:
+        metas = [json.loads(part[-1]) if part[-1] else {} for part in parts]
+        weights = [m.get(WEIGHT, 1.0) * teacher_weights.get(m.get(TEACHER, ""), 1) for m in metas]
+        columns = dataclasses.replace(columns, weights=np.asarray(weights, np.float32))
     if spans:
         counts = [_HEADER.unpack_from(record)[4] for record in records]
         starts = [_span_starts(p[6], c) for p, c in zip(parts, counts, strict=True)]

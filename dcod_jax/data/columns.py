@@ -276,6 +276,36 @@ class Row:
             )
         return str(value)
 
+    def teacher(self, known: Record, index: int, count: int) -> str:
+        """The name of a completion's teacher: the record's, or in a list with one for each."""
+        value = self._own(known, self.fields.teacher, index, count)
+        if value is None or isinstance(value, str):
+            return (value or "").strip()
+        raise BadRecordError(
+            f"{self.fields.teacher} must be the name of a teacher, found {raw.kind_of(value)}; "
+            "prepare.teacher_field names another field, or none where it is empty"
+        )
+
+    def weight(self, known: Record, index: int, count: int) -> float | None:
+        """The weight of a completion, as `teacher`; None without prepare.weight_field."""
+        name = self.fields.weight
+        if not name:
+            return None
+        value = self._own(known, name, index, count)
+        if value is None or schema.number(value) or value < 0:
+            raise BadRecordError(
+                f"{name} must be a finite number >= 0, found {str(value)[:30]!r}; it is the weight "
+                "that prepare.weight_field asks for (1 leaves a trace as it is)"
+            )
+        return float(value)
+
+    def _own(self, known: Record, name: str, index: int, count: int) -> Any:
+        value = known.get(name) if name else None
+        self.used.add(name)
+        if isinstance(value, list) and len(value) == count:
+            return value[index]
+        return value
+
     def place_of(self, text: str, index: int, count: int) -> tuple[int, int] | None:
         """(index, length) of the record's lists that tell of this completion."""
         if count > 1:

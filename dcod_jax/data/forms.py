@@ -328,6 +328,8 @@ def read_record(
     }
     traces = []
     for index, completion in enumerate(completions):
+        about["teacher"] = row.teacher(known, index, len(completions))
+        about["weight"] = row.weight(known, index, len(completions))
         about["id"] = base if len(completions) == 1 else f"{base}/{index}"
         if completion.failed:
             traces.append(dataclasses.replace(completion, **about))

@@ -132,6 +132,8 @@ def fill_rows(
     }
     tokens = np.bincount(row_of_trace, weights=lengths, minlength=len(traces)).astype(np.int64)
     ends = np.cumsum(tokens).tolist()
+    if columns.weights is not None:
+        flat["trace_weights"] = np.repeat(columns.weights, lengths)
     batch = {}
     for name, values in flat.items():
         rows = np.full((len(traces), seq_len), -1 if name == "trace_index" else 0, values.dtype)

@@ -45,6 +45,7 @@ class Reading:
     prefetch: int = 4  # batches that a thread reads ahead; 0: none
     require_scores: bool = True  # refuse a dataset without log-probs
     require_top_k: bool = False  # refuse one without the teacher's top-k, and read it
+    teacher_weights: tuple[tuple[str, float], ...] = ()  # of traces in the loss, by their teacher
     process_index: int = 0
     process_count: int = 1
 
@@ -88,8 +89,13 @@ class RowStream(grain.IterDataset):
         """(HostBatch, trace_index) of these rows."""
         traces = np.concatenate(rows)
         top_k = self.dataset.top_k if self.reading.require_top_k else 0
-        spans = self.dataset.spans and self.reading.require_scores
-        columns = decode_columns(self.dataset.read_records(traces), top_k=top_k, spans=spans)
+        weighted = self.dataset.manifest.get("weighted") or self.reading.teacher_weights
+        columns = decode_columns(
+            self.dataset.read_records(traces),
+            top_k=top_k,
+            spans=self.dataset.spans and self.reading.require_scores,
+            teacher_weights=dict(self.reading.teacher_weights) if weighted else None,
+        )
         counts = [len(row) for row in rows]
         batch = packing.fill_rows(columns, counts, self.reading.seq_len, capacity=self.capacity)
         index = np.append(traces, -1).astype(np.int32)  # -1, padding, picks the -1 at the end
@@ -144,6 +150,13 @@ def _open(dataset: TraceDataset, reading: Reading, seed: int | None) -> grain.Da
         )
     if seed is not None and seed < 0:
         raise DcodError(f"seed={seed} must not be negative")
+    known = dataset.manifest.get("teachers") or []
+    unknown = [name for name, _ in reading.teacher_weights if name not in known]
+    if unknown and seed is not None:  # the held-out traces may be of fewer teachers
+        raise DcodError(
+            f"loss.teacher_weights names {', '.join(unknown)}; the traces of {dataset.directory} "
+            f"are of {', '.join(known) or 'no named teacher'}"
+        )
     if reading.require_scores and not dataset.scored:
         raise DcodError(
             f"{dataset.directory} holds no teacher log-probs, which the loss needs; run "

@@ -41,6 +41,8 @@ class Fields:
     system_prompt: str = ""  # the text of a system message for traces that have none
     reasoning_field: str = ""
     reasoning: Reasoning = _AS_WRITTEN
+    teacher: str = "teacher"
+    weight: str = ""  # empty: traces have no weights
 
 
 def _preset(prompt: str, completion: str, answer: str = "answer", reasoning: str = "") -> Fields:
@@ -104,4 +106,6 @@ def fields_of(prepare: Any, reasoning: Reasoning) -> Fields:
         system_prompt=prepare.system_prompt,
         reasoning_field=prepare.reasoning_field or preset.reasoning_field,
         reasoning=reasoning,
+        teacher=prepare.teacher_field,
+        weight=prepare.weight_field,
     )

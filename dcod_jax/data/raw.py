@@ -59,6 +59,8 @@ class RawTrace:
     answer: str | None = None
     model: str = ""  # the teacher's name and sampling temperature where the record tells
     temperature: float | None = None
+    teacher: str = ""  # the name in score.teachers of the one that scores it
+    weight: float | None = None  # of its tokens in the loss
     tools: list[Any] | None = None  # definitions that the template shows
 
     def supervised(self) -> list[int]:

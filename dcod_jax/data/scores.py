@@ -7,6 +7,8 @@ notes are removed. Until then the directory is the old dataset.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,12 +18,14 @@ import numpy as np
 from dcod_jax.data.blocks import Blocks
 from dcod_jax.data.codec import encode, score_kind
 from dcod_jax.data.dataset import (
+    MANIFEST,
     TraceDataset,
     read_manifest,
     remove_unlisted,
     write_manifest,
     write_shard,
 )
+from dcod_jax.data.teachers import TEACHER
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Location, Path, file_sha256, read_json, remove_tree, to_json
 from dcod_jax.parallel import hosts
@@ -59,6 +63,47 @@ def scored_shards(directory: Path, blocks: Blocks, *, overwrite: bool) -> dict[i
         if (shard := directory / note["shard"]["file"]).is_file()
         and file_sha256(shard) == note["shard"]["sha256"]
     }
+
+
+def _content(trace: Trace) -> bytes:
+    """Hash of all that its scores follow from, beside the teachers."""
+    parts = (
+        np.asarray(trace.token_ids, "<i4").tobytes(),
+        np.packbits(np.asarray(trace.completion_mask, bool)).tobytes(),
+        str(trace.meta.get(TEACHER, "")).encode(),
+    )
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
+
+
+class KnownScores:
+    """Scores of an earlier dataset, found by a trace's tokens, mask and teacher."""
+
+    def __init__(self, datasets: Sequence[TraceDataset]):
+        self._datasets = datasets
+        self._places: dict[bytes, tuple[int, int]] = {}
+        for number, dataset in enumerate(datasets):
+            for index in range(len(dataset)):
+                self._places[_content(dataset.read([index])[0])] = number, index
+
+    def of(self, trace: Trace) -> Trace | None:
+        """The trace with its scores; None where they are not known."""
+        place = self._places.get(_content(trace)) if self._places else None
+        if place is None:
+            return None
+        old = self._datasets[place[0]].read([place[1]])[0]
+        names = ("logprobs", "topk_ids", "topk_logprobs", "tail_logprobs", "span_starts")
+        return dataclasses.replace(trace, **{name: getattr(old, name) for name in names})
+
+
+def known_scores(
+    directories: Sequence[Path], *, teacher: dict[str, Any], settings: dict[str, Any]
+) -> KnownScores:
+    """What this teacher with these settings scored in the datasets that are there."""
+    found = [TraceDataset(path) for path in directories if (path / MANIFEST).is_file()]
+    wanted = json.loads(to_json([teacher, settings]))
+    return KnownScores(
+        [d for d in found if [d.manifest.get("teacher"), d.manifest.get("score")] == wanted]
+    )
 
 
 def add_scores(
@@ -133,13 +178,30 @@ def _check_scored(given: Sequence[Trace], scored: Sequence[Trace], *, shard: str
 
 
 def _sums(traces: Sequence[Trace]) -> dict[str, Any]:
-    """A shard's sums over completion tokens: log-probs, and the mass inside the top-k."""
+    """A shard's sums over completion tokens: log-probs, the mass inside the top-k, by teacher."""
     logprob = mass = 0.0
+    teachers: dict[str, list[float]] = {}
     for trace in traces:
-        logprob += float(np.sum(np.asarray(trace.logprobs), dtype=np.float64))
+        own = float(np.sum(np.asarray(trace.logprobs), dtype=np.float64))
+        logprob += own
         if trace.tail_logprobs is not None:
             mass -= float(np.sum(np.expm1(trace.tail_logprobs.astype(np.float64))))
-    return {"logprob": logprob, "mass": mass, "top_k": score_kind(traces[0])[1]}
+        sums = teachers.setdefault(str(trace.meta.get(TEACHER, "")), [0, 0, 0.0])
+        sums[:] = sums[0] + 1, sums[1] + len(np.asarray(trace.logprobs)), sums[2] + own
+    found = {"logprob": logprob, "mass": mass, "top_k": score_kind(traces[0])[1]}
+    return found | {"teachers": teachers}
+
+
+def _by_teacher(notes: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{name: {traces, completion_tokens, mean_logprob}} of several teachers' shards."""
+    names = sorted({name for note in notes for name in note["teachers"]})
+    found = {}
+    for name in names:
+        sums = [note["teachers"][name] for note in notes if name in note["teachers"]]
+        traces, tokens, logprob = (sum(column) for column in zip(*sums, strict=True))
+        mean = logprob / tokens
+        found[name] = {"traces": traces, "completion_tokens": tokens, "mean_logprob": mean}
+    return found
 
 
 def _publish(
@@ -162,7 +224,10 @@ def _publish(
         "top_k": top_k,
         "mean_logprob": sum(note["logprob"] for note in notes) / tokens,
     }
-    new.pop("captured_mass", None)
+    for name in ("captured_mass", "by_teacher"):
+        new.pop(name, None)
+    if "teachers" in new["teacher"]:
+        new["by_teacher"] = _by_teacher(notes)
     if top_k:
         new["captured_mass"] = sum(note["mass"] for note in notes) / tokens
     write_manifest(directory, new)

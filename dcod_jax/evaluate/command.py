@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from dcod_jax import config as configs
 from dcod_jax import seeds
 from dcod_jax.data.blocks import BlockFiles
+from dcod_jax.data.teachers import teacher_paths
 from dcod_jax.data.templates import template_of
 from dcod_jax.data.tokenizer import (
     Tokenizer,
@@ -71,7 +72,7 @@ def evaluate(config: Any) -> None:
             "evaluate.problems is empty (expected a JSONL file of {prompt, answer}), and so is "
             f"evaluate.sets (expected names: {', '.join(BENCHMARKS)})"
         )
-    paths = {"teacher": config.teacher.path, "start": config.student.path}
+    paths = teacher_paths(config) | {"start": config.student.path}
     paths |= {name: str(path) for name, path in exported_students(config).items()}
     paths = {name: path for name, path in paths.items() if path}
     if not paths:
@@ -112,7 +113,7 @@ def compare(config: Any, paths: dict[str, str], *, detailed: bool = False) -> No
                 answers[problem_set.name][name] = grade_set(
                     config, model, problem_set, home, grader
                 )
-    students = [name for name in paths if name not in ("teacher", "start")]
+    students = [name for name in paths if name not in {"start", *teacher_paths(config)}]
     baseline = students[0] if len(students) > 1 else "start"
     for problem_set in sets:
         rows = compared_rows(answers[problem_set.name], baseline=baseline)

@@ -1,6 +1,6 @@
 """The distillation loss: divergence x teacher x weights on the vocabulary head, as sums of a batch.
 
-    per token: w · ((1 − α) nll + α d)
+    per token: w · v · ((1 − α) nll + α d), v the weight of its trace
 
 Where the teacher's distribution comes from is decided in one place, `DistillLoss._known`: cached
 top-k, or a live teacher's hidden states and head, whose logits exist for one piece at a time like
@@ -91,7 +91,8 @@ def compact(batch: Batch) -> Batch:
     def take(x: Array) -> Array:
         return jnp.where(used, _at_head(batch, x), jnp.zeros((), x.dtype))
 
-    names = ("tokens", "targets", "loss_mask", "segment_ids", "positions", "teacher_logprobs")
+    names = ["tokens", "targets", "loss_mask", "segment_ids", "positions", "teacher_logprobs"]
+    names += ["trace_weights"] if batch.trace_weights is not None else []
     fields = {name: take(getattr(batch, name)) for name in names}
     if batch.span_ids is not None:
         fields["span_ids"] = take(batch.span_ids)
@@ -122,6 +123,7 @@ class _Known(NamedTuple):
     top_k: TopK | None = None
     teacher_hidden: Array | None = None
     weights: Array | None = None
+    trace_weights: Array | None = None
 
 
 class _Shared(NamedTuple):
@@ -240,7 +242,7 @@ class DistillLoss:
         self, batch: Batch, small: Batch, teacher: LiveTeacher | None, *, vocab: int
     ) -> tuple[_Known, Array | None]:
         """What is read of the teacher, piece by piece and whole; vocab: rows of the student."""
-        known = _Known(small.teacher_logprobs)
+        known = _Known(small.teacher_logprobs, trace_weights=small.trace_weights)
         if teacher is None and not self.config.needs_distribution:
             return known, None
         if teacher is None:
@@ -315,6 +317,8 @@ class DistillLoss:
             r = weights.log_ratio(cfg.weights, logprobs, teacher_logprobs)
             weight = weights.raw(cfg.weights, r, shared.loss_state)
             weight = weights.warm(cfg.weights, weight, shared.step)
+        if known.trace_weights is not None:
+            weight = weight * known.trace_weights
         divergence = loss = -logprobs
         if pair is not None:
             divergence = loss = self._divergence(*pair, shared.loss_state)

@@ -22,6 +22,7 @@ from dcod_jax.configs.base import get_config
 from dcod_jax.data import chat
 from dcod_jax.data.dataset import MANIFEST, DatasetWriter, read_manifest
 from dcod_jax.data.raw import RawTrace
+from dcod_jax.data.teachers import teacher_entries
 from dcod_jax.data.tokenizer import (
     Tokenizer,
     student_tokenizer,
@@ -31,7 +32,15 @@ from dcod_jax.data.tokenizer import (
 from dcod_jax.data.traces import Source, describe, find_sources
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.grading import Grader
-from dcod_jax.files import Path, as_path, file_sha256, publish, remove_tree, unfinished
+from dcod_jax.files import (
+    Path,
+    as_path,
+    file_sha256,
+    move_tree,
+    publish,
+    remove_tree,
+    unfinished,
+)
 from dcod_jax.locks import locked
 from dcod_jax.logs import track
 from dcod_jax.parallel import hosts
@@ -48,7 +57,7 @@ _SETTINGS = (
     "prepare.form prepare.reasoning prepare.reasoning_field prepare.record_bytes "
     "prepare.answer_field prepare.system_prompt prepare.filter_correct prepare.grade_timeout "
     "prepare.deduplicate prepare.overlap_ngram prepare.logprobs prepare.on_bad_record "
-    "prepare.shard_records"
+    "prepare.shard_records prepare.teacher_field prepare.weight_field"
 ).split()
 
 
@@ -99,12 +108,10 @@ def _identity(
         raise DcodError(
             "data.eval_traces and data.eval_fraction are both set; held-out traces come from one"
         )
-    values = config.to_dict()
-    settings = {key: values[key.split(".")[0]][key.split(".")[1]] for key in _SETTINGS}
     for name in config.prepare.overlap_files:
         if not as_path(name).is_file():
             raise DcodError(f"prepare.overlap_files: no such file: {name}")
-    identity = settings | {
+    identity = _settings(config) | {
         "prepare.overlap_files": [file_sha256(name) for name in config.prepare.overlap_files],
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "chat template": template_fingerprint(tokenizer),
@@ -114,6 +121,29 @@ def _identity(
             {k: file[k] for k in file if k != "path" or "sha256" not in file} for file in found
         ]
     return json.loads(json.dumps(identity))
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """The values of _SETTINGS, and which teacher the traces of which files are of."""
+    values = config.to_dict()
+    found = {key: values[key.split(".")[0]][key.split(".")[1]] for key in _SETTINGS}
+    files = {entry.name: entry.files for entry in teacher_entries(config) if entry.files}
+    return found | ({"files of score.teachers": files} if files else {})
+
+
+def check_settings(config: Any, split: Path) -> None:
+    """Refuse a prepared split that has other settings than the config, with both values.
+
+    A config without raw traces takes the dataset as it is.
+    """
+    found = read_manifest(split).get("prepared_from")
+    if found and traces_source(config):
+        _compare(split.parent, found, json.loads(json.dumps(_settings(config))))
+
+
+def earlier_dataset(root: Path) -> Path:
+    """Where the scored dataset waits that prepare.replace replaced, until score has run again."""
+    return root.with_name(f"{root.name}.before")
 
 
 def _compare(root: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -129,7 +159,8 @@ def _compare(root: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     if differ:
         raise DcodError(
             f"{root} was prepared with other inputs; different: {', '.join(differ)}. Remove it, "
-            "or set data.dataset (or run_dir) to a new directory"
+            "set data.dataset (or run_dir) to a new directory, or set prepare.replace=True, which "
+            "keeps the scores of traces that do not change"
         )
 
 
@@ -160,7 +191,13 @@ def is_prepared(config: Any) -> bool:
     except DcodError as error:
         log.warning("%s: taken as it is, the raw traces cannot be compared (%s)", root, error)
     wanted = _identity(config, student_tokenizer(config.student), files)
-    _compare(root, manifest.get("prepared_from", {}), wanted)
+    try:
+        _compare(root, manifest.get("prepared_from", {}), wanted)
+    except DcodError as error:
+        if not config.prepare.replace:
+            raise
+        log.info("%s", error)
+        return False
     return True
 
 
@@ -209,7 +246,10 @@ def _write_dataset(config: Any, root: Path) -> None:
                 counts |= _write_splits(
                     run, key, name, sources=sources[key], writer=writer, quarantine=dropped
                 )
-    publish(work, root, last=LAST)  # what is there is empty, as checked above
+    if (root / LAST).is_file() and "score" in read_manifest(root / "train"):
+        remove_tree(earlier_dataset(root))
+        move_tree(root, earlier_dataset(root))
+    publish(work, root, last=LAST)  # what is there is empty or may be replaced, as checked above
     _print_counts(root, counts)
     if run.unread:
         told = ", ".join(f"{name} ({count:,})" for name, count in sorted(run.unread.items()))

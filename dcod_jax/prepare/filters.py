@@ -21,6 +21,7 @@ from dcod_jax.data import chat
 from dcod_jax.data.presets import fields_of
 from dcod_jax.data.raw import RawTrace
 from dcod_jax.data.reasoning import has_reasoning
+from dcod_jax.data.teachers import TEACHER, WEIGHT, teacher_entries, teacher_of_file
 from dcod_jax.data.tokenizer import Tokenizer
 from dcod_jax.data.traces import HINT, Source, read_traces
 from dcod_jax.data.turns import reasoning_rule
@@ -67,6 +68,8 @@ class Filter:
         self.ids: collections.Counter[str] = collections.Counter()
         self.counts = Counts()
         self.models: set[str] = set()
+        self.entries = teacher_entries(config)
+        self.teachers: set[str] = set()
         self.temperatures: set[float] = set()
         self.unused_logprobs = 0
         self.unread: collections.Counter[str] = collections.Counter()  # columns, by their traces
@@ -156,7 +159,12 @@ class Filter:
         self.ids[trace.id] += 1
         again = self.ids[trace.id]
         name = trace.id if again == 1 else f"{trace.id}#{again}"
-        meta = {"source": trace.source} | ({"answer": trace.answer} if trace.answer else {})
+        meta: dict[str, Any] = {"source": trace.source}
+        teacher = trace.teacher or teacher_of_file(self.entries, trace.source)
+        for key, value in (("answer", trace.answer), (TEACHER, teacher)):
+            meta |= {key: value} if value else {}
+        meta |= {} if trace.weight is None else {WEIGHT: trace.weight}
+        self.teachers |= {teacher} - {""}
         return Trace(name, ids, mask, logprobs=logprobs, meta=meta)
 
     def provenance(self) -> dict[str, Any]:
@@ -166,6 +174,8 @@ class Filter:
         fields: dict[str, Any] = {
             "sampled_by": {"models": models, "temperatures": sorted(self.temperatures)},
             "unread_columns": dict(sorted(self.unread.items())),
+            "teachers": sorted(self.teachers),
+            "weighted": bool(self.fields.weight),
             "delivered_logprobs": {"policy": policy, "traces_ignored": self.unused_logprobs},
         }
         if policy == "require":

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from dcod_jax import config as configs
 from dcod_jax.data.dataset import MANIFEST, TraceDataset, check_fingerprints
+from dcod_jax.data.teachers import TEACHER
 from dcod_jax.data.tokenizer import load_tokenizer, student_tokenizer, tokenizer_fingerprint
 from dcod_jax.errors import DcodError
 from dcod_jax.export.command import MARKER, export_path
@@ -201,7 +202,7 @@ def shown(seen: Seen, *, count: int) -> list[dict[str, Any]]:
     decode = seen.tokenizer.backend_tokenizer.decode
     return [
         {
-            "id": trace.id,
+            "id": " of ".join(filter(None, (trace.id, str(trace.meta.get(TEACHER, ""))))),
             "split": seen.split,
             "texts": [
                 decode([token], skip_special_tokens=False) for token in trace.token_ids.tolist()

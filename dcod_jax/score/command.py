@@ -1,93 +1,166 @@
 """Add the teacher's log-probability of each completion token to a trace dataset.
 
-Reads teacher.path and data.dataset (train/ and, where there is one, eval/); an interrupted run goes
-on behind the finished shards and ends with the same bytes. Of several processes each scores every
-n-th shard with the teacher on its own devices, where it fits there; the first writes the manifest.
+Reads data.dataset (train/ and, where there is one, eval/). The teacher is teacher.path, or a server
+(score.server), or several of both, each for its own traces (score.teachers); those with a path are
+in memory together. An interrupted run goes on behind the finished shards and ends with the same
+bytes. Of several processes each scores every n-th shard with the teacher on its own devices, where
+it fits there; the first writes the manifest.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from jax.sharding import Mesh
 
 from dcod_jax.config import dataset_dir, dataset_lock
 from dcod_jax.data.codec import bytes_per_token
 from dcod_jax.data.dataset import TraceDataset, check_fingerprints, read_manifest
-from dcod_jax.data.scores import add_scores, score_blocks, scored_shards
+from dcod_jax.data.scores import (
+    KnownScores,
+    add_scores,
+    known_scores,
+    score_blocks,
+    scored_shards,
+)
+from dcod_jax.data.teachers import teacher_entries, teacher_of_trace
 from dcod_jax.data.templates import template_of
-from dcod_jax.data.tokenizer import tokenizer_fingerprint
+from dcod_jax.data.tokenizer import student_tokenizer, tokenizer_fingerprint
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Path, as_path
+from dcod_jax.files import Path, as_path, remove_tree
 from dcod_jax.locks import locked
 from dcod_jax.logs import track
 from dcod_jax.parallel import hosts
+from dcod_jax.prepare.command import check_settings, earlier_dataset
 from dcod_jax.score.scoring import ScoreSettings, score_traces
-from dcod_jax.score.teacher import Teacher, open_teacher
+from dcod_jax.score.server import ServedTeacher, open_server
+from dcod_jax.score.teacher import Teacher, joint_provenance, open_teacher
+from dcod_jax.types import Trace
 
 SPLITS = ("train", "eval")
+Scorer: TypeAlias = Callable[..., list[Trace]]
 
 
 def score(config: Any) -> dict[str, dict[str, Any]]:
     """Score every split of the dataset; returns their manifests.
 
-    Traces that this teacher scored with these settings before are left as they are. Raises
-    DcodError when the teacher's tokenizer is another one than the dataset's, and when another
-    teacher's log-probs are there and score.overwrite is not set.
+    Traces that these teachers scored with these settings before are left as they are. Raises
+    DcodError when a teacher's tokenizer is another one than the dataset's, when the dataset was
+    prepared with other settings than the config's, and when another teacher's log-probs are there
+    and score.overwrite is not set.
     """
     root = as_path(dataset_dir(config))
     splits = [root / name for name in SPLITS if (root / name).is_dir()]
     if not splits:
         read_manifest(root)  # a dataset of one split, or the error that says what is missing
         splits = [root]
-    teacher = open_teacher(config.teacher, template=template_of(config.student))
-    for split in splits:
-        _check_tokenizer(split, teacher)
+    check_settings(config, splits[0])
+    teachers = _open_teachers(config, splits)
+    about = joint_provenance({name: teacher.provenance() for name, teacher in teachers.items()})
     stored = {"top_k": config.score.top_k}
     done = {}
     for split in splits:
         manifest = read_manifest(split)
-        if (manifest.get("teacher"), manifest.get("score")) == (teacher.provenance(), stored):
-            print(f"{split}: {teacher.name} scored these traces before; nothing to do")
+        if (manifest.get("teacher"), manifest.get("score")) == (about, stored):
+            print(f"{split}: {about['name']} scored these traces before; nothing to do")
             done[split.name] = manifest
     if len(done) == len(splits):
         return done
     with locked(dataset_lock(config), what=f"data.dataset={root}"):
         hosts.barrier("the lock of data.dataset")
         mesh, process, processes = hosts.share(config)
-        model_config, params = teacher.load(mesh)
-        settings = ScoreSettings(
-            top_k=config.score.top_k,
-            batch_tokens=config.score.batch_tokens,
-            head_chunk=config.loss.head_chunk,
-            compute_dtype=config.teacher.dtype,
-            valid_vocab=len(teacher.tokenizer),
-            kernel=config.student.attention,
-        )
+        scorers = {name: _scorer(config, teacher, mesh) for name, teacher in teachers.items()}
+        before = earlier_dataset(root)
+        known = known_scores([before / s.name for s in splits], teacher=about, settings=stored)
         for split in splits:
             if split.name in done:
                 continue
-            work = _work(config, split, teacher, stored, process=process, processes=processes)
+            work = _work(config, split, about, stored, process=process, processes=processes)
             label = f"scoring {split.name}"
             with track(label, work[0], done=work[1], enabled=config.train.progress) as advance:
-                options = {"settings": settings, "mesh": mesh, "on_tokens": advance}
                 done[split.name] = add_scores(
                     split,
-                    teacher=teacher.provenance(),
+                    teacher=about,
                     settings=stored,
-                    score_shard=functools.partial(score_traces, model_config, params, **options),
+                    score_shard=functools.partial(
+                        _score_shard, scorers, known=known, on_tokens=advance
+                    ),
                     overwrite=config.score.overwrite,
                     write=processes > 1 or hosts.first(),
                     process=process,
                     processes=processes,
                 )
             _report(split, done[split.name])
+        if hosts.first():
+            remove_tree(before)
     return done
+
+
+def _open_teachers(config: Any, splits: Sequence[Path]) -> dict[str, Teacher | ServedTeacher]:
+    """{name: teacher}, "" for one of all traces; each can score the splits' token ids."""
+    entries = teacher_entries(config)
+    if not entries:
+        raise DcodError(
+            "teacher.path is empty; expected an HF directory or a .gguf file, or a server in "
+            "score.server, or several teachers in score.teachers"
+        )
+    found: dict[str, Teacher | ServedTeacher] = {}
+    for entry in entries:
+        if entry.server:
+            tokenizer = student_tokenizer(config.student)
+            found[entry.name] = open_server(entry, config.score, tokenizer)
+        else:
+            named = entry if entry.name else config.teacher
+            found[entry.name] = open_teacher(named, template=template_of(config.student))
+        for split in splits:
+            _check_tokenizer(split, found[entry.name])
+    return found
+
+
+def _scorer(config: Any, teacher: Teacher | ServedTeacher, mesh: Mesh) -> Scorer:
+    """(traces, on_tokens) -> the traces with their log-probs."""
+    if isinstance(teacher, ServedTeacher):
+        return functools.partial(teacher.score, top_k=config.score.top_k)
+    model_config, params = teacher.load(mesh)
+    settings = ScoreSettings(
+        top_k=config.score.top_k,
+        batch_tokens=config.score.batch_tokens,
+        head_chunk=config.loss.head_chunk,
+        compute_dtype=teacher.dtype,
+        valid_vocab=len(teacher.tokenizer),
+        kernel=config.student.attention,
+    )
+    return functools.partial(score_traces, model_config, params, settings=settings, mesh=mesh)
+
+
+def _score_shard(
+    scorers: Mapping[str, Scorer],
+    traces: Sequence[Trace],
+    *,
+    known: KnownScores,
+    on_tokens: Callable[[int], None],
+) -> list[Trace]:
+    """The traces in their order, each scored by its own teacher, or with the scores it had."""
+    found = {place: known.of(trace) for place, trace in enumerate(traces)}
+    left: dict[str, list[int]] = {}
+    for place, trace in enumerate(traces):
+        if found[place] is None:
+            name = "" if "" in scorers else teacher_of_trace(trace.id, trace.meta, tuple(scorers))
+            left.setdefault(name, []).append(place)
+        else:
+            on_tokens(len(trace.token_ids))
+    for name, places in sorted(left.items()):
+        scored = scorers[name]([traces[place] for place in places], on_tokens=on_tokens)
+        found |= dict(zip(places, scored, strict=True))
+    return [trace for _, trace in sorted(found.items()) if trace is not None]
 
 
 def _work(
     config: Any,
     split: Path,
-    teacher: Teacher,
+    teacher: dict[str, Any],
     settings: dict[str, Any],
     *,
     process: int,
@@ -96,7 +169,7 @@ def _work(
     """Tokens of this process's shards, and those that an interrupted run has behind it."""
     manifest = read_manifest(split)
     shards = manifest["shards"]
-    blocks = score_blocks(split, manifest, teacher.provenance(), settings)
+    blocks = score_blocks(split, manifest, teacher, settings)
     finished = scored_shards(split, blocks, overwrite=config.score.overwrite)
     if finished:
         print(f"{split}: going on behind {len(finished)} of {len(shards)} shards")
@@ -105,7 +178,7 @@ def _work(
     return total, sum(shards[number]["tokens"] for number in own if number in finished)
 
 
-def _check_tokenizer(split: Path, teacher: Teacher) -> None:
+def _check_tokenizer(split: Path, teacher: Teacher | ServedTeacher) -> None:
     """Only the padded vocabulary may differ; token ids must mean the same."""
     dataset = TraceDataset(split, verify=False)  # extend verifies
     try:
@@ -127,3 +200,8 @@ def _report(path: Path, manifest: dict[str, Any]) -> None:
     if manifest["top_k"]:
         text += f", top-{manifest['top_k']} hold {manifest['captured_mass']:.2%} of the mass"
     print(text)
+    for name, own in manifest.get("by_teacher", {}).items():
+        print(
+            f"  {name}: {own['traces']:,} traces, {own['completion_tokens']:,} completion tokens, "
+            f"mean log-prob {own['mean_logprob']:.4f}"
+        )

@@ -1,17 +1,20 @@
-"""The teacher of a configuration: where it is, and what a manifest says about it."""
+"""The teachers of a configuration: where they are, and what a manifest says about them."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from dcod_jax.data.teachers import TeacherEntry
 from dcod_jax.data.templates import OWN, TemplateChoice
 from dcod_jax.data.tokenizer import load_tokenizer
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Path, as_path
+from dcod_jax.files import Path, as_path, to_json
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.hf import load_model, weights_fingerprint
 from dcod_jax.types import Params
@@ -53,3 +56,36 @@ def open_teacher(settings: Any, *, template: TemplateChoice = OWN) -> Teacher:
         dtype=settings.dtype,
         tokenizer=load_tokenizer(path, template=template),
     )
+
+
+def entry_weights(entry: TeacherEntry) -> str:
+    """The hash of a teacher's tensor files; of a served model, which nobody here can hash, a name.
+
+    Neither reads a network: training compares it with the manifest while the server may be off.
+    """
+    if not entry.server:
+        return weights_fingerprint(as_path(entry.path))
+    return f"served: {entry.model}" + (f"@{entry.revision}" if entry.revision else "")
+
+
+def joint_weights(weights: Mapping[str, str]) -> str:
+    """One value for the weights of {name: weights}; the only teacher's own."""
+    if list(weights) == [""]:
+        return weights[""]
+    return hashlib.sha256(to_json(dict(sorted(weights.items())))).hexdigest()
+
+
+def expected_weights(entries: Sequence[TeacherEntry]) -> str:
+    """What a manifest of a dataset that these teachers scored has as its teacher's weights."""
+    return joint_weights({entry.name: entry_weights(entry) for entry in entries})
+
+
+def joint_provenance(found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """What a manifest says of the teachers {name: provenance}; of the only one, its own."""
+    if list(found) == [""]:
+        return found[""]
+    return {
+        "name": ", ".join(found),
+        "weights": joint_weights({name: about["weights"] for name, about in found.items()}),
+        "teachers": dict(found),
+    }

@@ -21,6 +21,7 @@ import jax
 
 from dcod_jax import config as configs
 from dcod_jax.data.dataset import read_manifest
+from dcod_jax.data.teachers import teacher_paths
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.command import compare
 from dcod_jax.export.command import export, rehearse
@@ -142,7 +143,7 @@ def finish(config: Any, runs: Sequence[tuple[str, Any]]) -> None:
     """Export every run, grade teacher, start and students on the same problems, print the table."""
     exported = {name: export(variant) for name, variant in runs}
     if config.evaluate.problems or config.evaluate.sets:
-        models = {"teacher": config.teacher.path, "start": config.student.path}
+        models = teacher_paths(config) | {"start": config.student.path}
         models |= {name or "student": str(path) for name, path in exported.items()}
         compare(config, {name: path for name, path in models.items() if path})
     for name, variant in runs:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from dcod_jax import config as configs
 from dcod_jax.data import chat, pipeline
 from dcod_jax.data.dataset import TraceDataset
+from dcod_jax.data.teachers import parse_weight
 from dcod_jax.errors import EXIT_INTERRUPTED
 from dcod_jax.files import as_path, replace_file
 from dcod_jax.locks import check_held, locked
@@ -164,6 +165,7 @@ def reading(config: Any, mesh: Mesh, *, whole: bool = False) -> dict[str, Any]:
         "prefetch": config.data.prefetch,
         "require_scores": loss_config.needs_cache,
         "require_top_k": loss_config.needs_top_k,
+        "teacher_weights": tuple(map(parse_weight, config.loss.teacher_weights)),
         "process_index": process,
         "process_count": processes,
     }

@@ -129,5 +129,7 @@ def _pack(
     )
     per_row = [len(row) for row in packed] + [0] * (rows - len(packed))
     batch = packing.fill_rows(columns, per_row, seq_len, capacity=capacity)
+    if "trace_weights" in like:  # they are of the traces, not of the student's own text
+        batch["trace_weights"] = np.ones_like(like["trace_weights"])
     names = np.array([sources[i] for i in order] + [-1], np.int32)  # -1 picks the -1 at the end
     return batch, names[batch.pop("trace_index")], len(prompts) - len(order)

@@ -14,6 +14,7 @@ def loss_config(config: Any) -> LossConfig:
     """loss.* as the frozen record that DistillLoss takes."""
     values = config.loss.to_dict()
     del values["head_chunk"]  # of the vocabulary head (losses/head.py)
+    del values["teacher_weights"]  # of the pipeline, which weighs traces (data/pipeline.py)
     taid = {key: values.pop(f"taid_{key}") for key in ("start", "end", "alpha", "beta")}
     records = {
         "weights": WeightConfig(**values["weights"]),

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from dcod_jax import config as configs
 from dcod_jax import seeds
 from dcod_jax.data.dataset import MANIFEST, TraceDataset, check_fingerprints
+from dcod_jax.data.teachers import teacher_entries
 from dcod_jax.data.templates import template_of
 from dcod_jax.data.tokenizer import (
     Tokenizer,
@@ -27,7 +28,7 @@ from dcod_jax.losses.divergences import DIVERGENCES
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import check_divides, make_mesh, tree_shardings
-from dcod_jax.score.teacher import open_teacher
+from dcod_jax.score.teacher import expected_weights, open_teacher
 from dcod_jax.train import learned_from
 from dcod_jax.train.checkpoint_reader import find_run, read_params
 from dcod_jax.train.checkpointer import Snapshot, finished, sharded_shapes
@@ -112,9 +113,10 @@ def load_student(config: Any) -> Student:
 def expected_teacher(config: Any) -> str | None:
     """Hash of the teacher whose log-probs the loss needs in the dataset; None: of any, or none."""
     needed = loss_config(config).needs_cache
-    if not needed or not config.teacher.path or config.prepare.logprobs == "require":
+    entries = teacher_entries(config)
+    if not needed or not entries or config.prepare.logprobs == "require":
         return None
-    return hf.weights_fingerprint(config.teacher.path)
+    return expected_weights(entries)
 
 
 def dataset_splits(config: Any) -> dict[str, Path]:

@@ -1,5 +1,6 @@
 """The row stream: complete epochs, exact restoration anywhere, the same for any number of hosts."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from fake_traces import make_traces, write
 
 from dcod_jax.data import pipeline
-from dcod_jax.data.dataset import TraceDataset
+from dcod_jax.data.dataset import DatasetWriter, TraceDataset
 from dcod_jax.errors import DcodError
 from dcod_jax.parallel.mesh import make_mesh
 
@@ -40,6 +41,30 @@ def assert_equal(a, b):
         assert batch.keys() == other.keys()
         for name in batch:
             np.testing.assert_array_equal(batch[name], other[name], err_msg=name)
+
+
+def test_weights_follow_their_traces(tmp_path, dataset):
+    """A trace's own weight times its teacher's; absent where neither is named."""
+    assert "trace_weights" not in take(pipeline.eval_batches(dataset, **OPTIONS), 1)[0][0]
+    traces, wanted = [], []
+    for number, trace in enumerate(TRACES):
+        own = {} if number % 3 == 0 else {"weight": number / 7}
+        teacher = {} if number % 4 == 0 else {"teacher": "ab"[number % 2]}
+        traces.append(dataclasses.replace(trace, meta=trace.meta | own | teacher))
+        wanted.append(own.get("weight", 1.0) * (0.5 if teacher.get("teacher") == "a" else 1.0))
+    manifest = {"weighted": True, "teachers": ["a", "b"]}
+    with DatasetWriter(tmp_path / "d", shard_records=8, manifest=manifest) as writer:
+        for trace in traces:
+            writer.write(trace)
+    options = OPTIONS | {"teacher_weights": (("a", 0.5),)}
+    weighted = TraceDataset(tmp_path / "d")
+    for batch, index in take(pipeline.train_batches(weighted, seed=3, **options), 5):
+        expected = np.append(np.float32(wanted), np.float32(0))[index]
+        np.testing.assert_array_equal(batch["trace_weights"], expected)
+    with pytest.raises(DcodError, match=r"teacher_weights names c; the traces of .* are of a, b"):
+        pipeline.train_batches(weighted, seed=3, **OPTIONS, teacher_weights=(("c", 1.0),))
+    with pytest.raises(DcodError, match=r"names a; .* are of no named teacher"):
+        pipeline.train_batches(dataset, seed=3, **options)
 
 
 def test_an_epoch_holds_every_token_of_every_trace_once(dataset):

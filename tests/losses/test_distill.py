@@ -1,5 +1,6 @@
 """The composed loss against a naive one, gradients against finite differences, two passes."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 
 from dcod_jax import config as configs
+from dcod_jax.data.codec import Columns
+from dcod_jax.data.packing import fill_rows
 from dcod_jax.errors import DcodError
 from dcod_jax.losses import reduce, weights
 from dcod_jax.losses.distill import DistillLoss, LossConfig
@@ -184,6 +187,47 @@ def test_padded_vocabulary_and_row_order_and_padding_content():
         )
         noisy = jnp.where(empty[..., None], 3.0, hidden)
         np.testing.assert_array_equal(loss_of(cfg, noisy, head_weight, other)[0], loss)
+
+
+@pytest.mark.parametrize(("scope", "normalize"), [("token", "mean"), ("sequence", "sequence")])
+def test_weights_of_traces_multiply_their_tokens_in_any_packing(scope, normalize):
+    """Four traces of their own hidden states, in two rows and in three, each against float64."""
+    generator = np.random.default_rng(5)
+    own = np.array([0.5, 0.0, 2.0, 1.25], np.float32)
+    lengths = np.array([6, 4, 5, 3])
+    hidden = [generator.normal(size=(n, D)).astype(np.float32) for n in lengths]
+    logprobs = [-3 * generator.random(n).astype(np.float32) for n in lengths]
+    ids = [generator.integers(0, V, n).astype(np.int32) for n in lengths]
+    matrix = generator.normal(size=(V, D)).astype(np.float32)
+    cfg = config(scope=scope, normalize=normalize)
+    found = []
+    for order, counts in (([0, 1, 2, 3], [2, 2]), ([3, 1, 0, 2], [2, 1, 1])):
+        columns = Columns(
+            token_ids=np.concatenate([ids[i] for i in order]),
+            completion_mask=np.concatenate([np.arange(lengths[i]) >= 2 for i in order]),
+            logprobs=np.concatenate([logprobs[i] for i in order]),
+            lengths=lengths[order],
+            weights=own[order],
+        )
+        fields = fill_rows(columns, counts, T, capacity=T)
+        index = fields.pop("trace_index")
+        states = np.zeros((*index.shape, D), np.float32)
+        for place, number in enumerate(order):
+            states[index == place] = hidden[number]
+        batch = Batch(**{name: jnp.asarray(value) for name, value in fields.items()})
+        _, (sums, stats) = loss_of(cfg, jnp.asarray(states), jnp.asarray(matrix), batch)
+        bare = dataclasses.replace(batch, trace_weights=None)
+        _, (_, unweighted) = loss_of(cfg, jnp.asarray(states), jnp.asarray(matrix), bare)
+        at = np.minimum(np.asarray(batch.head_positions), T - 1)
+        number = np.take_along_axis(np.where(index >= 0, np.array(order)[index], 0), at, 1)
+        factor = own[number].astype(np.float64)
+        wanted = np.asarray(unweighted.weights, np.float64) * factor
+        np.testing.assert_allclose(stats.weights, wanted, rtol=1e-6)
+        picked = np.asarray(unweighted.student_logprobs, np.float64)
+        np.testing.assert_allclose(sums.loss, -(wanted * picked).sum(), rtol=1e-5)
+        np.testing.assert_allclose(sums.weight, wanted.sum(), rtol=1e-5)
+        found.append([float(x) for x in (sums.loss, sums.weight, sums.count, sums.nll)])
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
 
 
 def test_extreme_logits_stay_finite():

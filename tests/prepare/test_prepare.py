@@ -226,6 +226,63 @@ def test_held_out_settings_that_cannot_be(config) -> None:
         prepare(config)
 
 
+# ---------------------------------------------------------------- teachers and weights
+
+
+def metas(config) -> list[tuple]:
+    dataset = TraceDataset(Path(dataset_dir(config)) / "train")
+    traces = dataset.read(range(len(dataset)))
+    return [(t.meta.get("teacher"), t.meta.get("weight")) for t in traces]
+
+
+def test_teachers_and_weights_of_traces(config, tmp_path) -> None:
+    texts = [record(7, completion=f"Sample {k}.\n#### 8")["completion"] for k in range(2)]
+    several = {"prompt": "What is 7 + 1?", "answer": "8", "generations": texts}
+    conversation = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]
+    records = [
+        record(1, teacher="org/a", w=0.5),
+        record(2, teacher=None, w=2),
+        several | {"teacher": ["org/a", "c"], "w": [0, 1.5]},
+        several | {"teacher": "d", "w": 3, "prompt": "And 7 + 1?"},
+        {"messages": conversation, "teacher": "e", "w": 1},
+    ]
+    write(Path(config.data.traces), records)
+    config.prepare.weight_field = "w"
+    config.score.teachers = ("f path=models/f files=*/traces.jsonl",)
+    manifest = read_manifest(prepare(config) / "train")
+    named = [("org/a", 0.5), ("f", 2.0), ("org/a", 0.0), ("c", 1.5), ("d", 3.0), ("d", 3.0)]
+    assert metas(config) == [*named, ("e", 1.0)]
+    assert manifest["teachers"] == ["c", "d", "e", "f", "org/a"]
+    assert manifest["weighted"] is True
+    assert manifest["unread_columns"] == {}
+    config.prepare.weight_field = config.prepare.teacher_field = ""
+    config.score.teachers = ()
+    config.run_dir = str(tmp_path / "without")
+    manifest = read_manifest(prepare(config) / "train")
+    assert set(metas(config)) == {(None, None)}
+    assert (manifest["teachers"], manifest["weighted"]) == ([], False)
+    assert manifest["unread_columns"] == {"teacher": 6, "w": 7}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "w must be a finite number >= 0, found 'None'; it is the weight that"),
+        ({"w": -1}, "w must be a finite number >= 0, found '-1'"),
+        ({"w": "2"}, "w must be a finite number >= 0, found '2'"),
+        ({"w": True}, "w must be a finite number"),
+        ({"w": math.nan}, "w must be a finite number >= 0, found 'nan'"),
+        ({"w": [1, 2]}, "w must be a finite number"),
+        ({"w": 1, "teacher": 7}, "teacher must be the name of a teacher, found int"),
+    ],
+)
+def test_wrong_weights_and_teachers_are_refused(config, changes, message) -> None:
+    write(Path(config.data.traces), [record(1) | changes])
+    config.prepare.weight_field = "w"
+    with pytest.raises(DcodError, match=f"traces.jsonl:1: {message}"):
+        prepare(config)
+
+
 # ---------------------------------------------------------------- again
 
 

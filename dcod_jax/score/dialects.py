@@ -1,0 +1,270 @@
+"""How servers are asked for the log-probs of a prompt, and what their answers must be.
+
+A dialect is one entry of DIALECTS: the request for a trace, and where the answer says what. An
+answer is somebody else's data: its form, ids, texts and numbers are checked (`scored`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from dcod_jax.data.tokenizer import Tokenizer, decode
+from dcod_jax.errors import DcodError
+from dcod_jax.score.scoring import TAIL_FLOOR
+from dcod_jax.types import Trace
+
+_IMPOSSIBLE = -1000.0  # servers write -inf, which JSON has not, as a number below this
+_LEAST_TAIL = math.log(2.0**-24)  # of 1 minus a sum of float32 probabilities
+
+
+class Candidate(NamedTuple):
+    """A token at one position, and what the server says of it."""
+
+    token_id: int
+    logprob: Any
+    text: Any
+
+
+class Position(NamedTuple):
+    """What the server says at a completion token."""
+
+    own: Candidate
+    top: list[Candidate]
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A trace, and how it is scored."""
+
+    trace: Trace
+    places: list[int]  # of its completion tokens
+    top_k: int
+    model: str
+    tokenizer: Tokenizer
+
+    @property
+    def ids(self) -> list[int]:
+        return self.trace.token_ids.tolist()
+
+
+# ---------------------------------------------------------------- dialects
+
+
+def _vllm_body(asked: Asked) -> dict[str, Any]:
+    # What is sampled behind the prompt is not read; the settings keep an older server, whose
+    # prompt log-probs follow them, at the model's own distribution.
+    return {
+        "model": asked.model,
+        "prompt": asked.ids,
+        "max_tokens": 1,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "repetition_penalty": 1.0,
+        "prompt_logprobs": max(asked.top_k, 1),
+    }
+
+
+def _vllm_read(answer: Any, asked: Asked) -> list[Position]:
+    """prompt_logprobs: null, then for each token {id: {logprob, rank, decoded_token}}."""
+    entries = answer["choices"][0]["prompt_logprobs"]
+    _length(entries, len(asked.ids), "prompt_logprobs")
+    found = []
+    for place in asked.places:
+        given = {
+            int(key): Candidate(int(key), value["logprob"], value.get("decoded_token"))
+            for key, value in entries[place].items()
+        }
+        own = asked.ids[place]
+        if own not in given:
+            raise DcodError(f"prompt_logprobs[{place}] does not have the trace's token {own}")
+        found.append(Position(given[own], list(given.values())))
+    return found
+
+
+def _sglang_body(asked: Asked) -> dict[str, Any]:
+    return {
+        "input_ids": asked.ids,
+        "sampling_params": {"max_new_tokens": 1, "temperature": 1.0, "top_p": 1.0},
+        "return_logprob": True,
+        "logprob_start_len": asked.places[0] - 1,  # the first one it speaks of is null
+        "top_logprobs_num": asked.top_k,
+        "return_text_in_logprobs": True,
+    }
+
+
+def _sglang_read(answer: Any, asked: Asked) -> list[Position]:
+    """meta_info.input_token_logprobs and input_top_logprobs: [log-prob, id, text]."""
+    about, first = answer["meta_info"], asked.places[0] - 1
+    _length(about["input_token_logprobs"], len(asked.ids) - first, "input_token_logprobs")
+    tops = about["input_top_logprobs"] if asked.top_k else about["input_token_logprobs"]
+    _length(tops, len(asked.ids) - first, "input_top_logprobs")
+    found = []
+    for place in asked.places:
+        own = _listed(about["input_token_logprobs"][place - first])
+        if own.token_id != asked.ids[place]:
+            raise DcodError(
+                f"token {place} of the trace is {asked.ids[place]}, the server has {own.token_id}"
+            )
+        top = [_listed(entry) for entry in tops[place - first]] if asked.top_k else []
+        found.append(Position(own, top))
+    return found
+
+
+def _listed(entry: Any) -> Candidate:
+    logprob, token_id, text = entry
+    return Candidate(token_id, logprob, text)
+
+
+def _llama_body(asked: Asked) -> dict[str, Any]:
+    return {
+        "model": asked.model,
+        "prompt": decode(asked.tokenizer, asked.ids),  # it takes no ids
+        "max_tokens": 1,
+        "temperature": 0.0,
+        "echo": True,
+        "logprobs": 1,
+    }
+
+
+def _llama_read(answer: Any, asked: Asked) -> list[Position]:
+    """logprobs.tokens (texts, without those of bos tokens), token_logprobs and top_logprobs.
+
+    llama-cpp-python gives a text that does not begin with bos the log-probs of the position before.
+    The greedy token behind the text tells: it must be the most probable one at its own position.
+    """
+    count, given = answer["usage"]["prompt_tokens"], answer["choices"][0]["logprobs"]
+    texts, bos = given["tokens"], asked.tokenizer.bos_token_id
+    kept = [place for place, token_id in enumerate(asked.ids) if token_id != bos]
+    for place, text in zip(kept, texts, strict=False):
+        _check_candidate(asked, Candidate(asked.ids[place], None, text), place)
+    sampled = len(texts) - len(kept)
+    if count != len(asked.ids) or sampled not in (0, 1):
+        raise DcodError(
+            f"it splits the text into {count} tokens, the trace has {len(asked.ids)}: another "
+            "tokenizer, or a bos token that it puts before the text"
+        )
+    _length(given["token_logprobs"], len(texts), "token_logprobs")
+    _length(given["top_logprobs"], len(texts), "top_logprobs")
+    if asked.ids[0] != bos or sampled:
+        greedy = given["token_logprobs"][-1] if sampled else -math.inf
+        if greedy < max(given["top_logprobs"][-1].values()):
+            raise DcodError(
+                "its log-probs are of the position before: the greedy token behind the text is not "
+                "the most probable one there. llama-cpp-python does this for texts that do not "
+                "begin with the tokenizer's bos token"
+            )
+    found = [
+        Position(Candidate(asked.ids[place], given["token_logprobs"][at], texts[at]), [])
+        for at, place in enumerate(kept)
+        if asked.trace.completion_mask[place]
+    ]
+    if len(found) != len(asked.places):
+        raise DcodError("the completion holds the bos token, which it gives no log-prob")
+    return found
+
+
+class Dialect(NamedTuple):
+    """How a kind of server is asked, and its answer read."""
+
+    path: str  # of the request, below the server's URL
+    about: str  # where the server tells of itself; empty: nowhere
+    body: Callable[[Asked], dict[str, Any]]
+    read: Callable[[Any, Asked], list[Position]]
+
+
+DIALECTS = {
+    "vllm": Dialect("/v1/completions", "/version", _vllm_body, _vllm_read),
+    "sglang": Dialect("/generate", "/get_model_info", _sglang_body, _sglang_read),
+    "llama_cpp": Dialect("/v1/completions", "", _llama_body, _llama_read),
+}
+
+
+# ---------------------------------------------------------------- what an answer must be
+
+
+def _length(values: Any, count: int, name: str) -> None:
+    if not isinstance(values, list) or len(values) != count:
+        found = f"{len(values)} entries" if isinstance(values, list) else type(values).__name__
+        raise DcodError(f"{name} must be a list of {count} entries, found {found}")
+
+
+def _number(value: Any, place: int) -> float:
+    """A log-probability; what rounding left just above 0 becomes 0."""
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    if not plain or not -math.inf < value <= 1e-3:
+        raise DcodError(
+            f"the log-probability at token {place} is {str(value)[:40]}; expected a finite number "
+            "<= 0"
+        )
+    if value <= _IMPOSSIBLE:
+        raise DcodError(f"it gives token {place} the probability 0 (log-probability {value})")
+    return min(float(value), 0.0)
+
+
+@functools.lru_cache(maxsize=1 << 18)
+def _same_text(tokenizer: Tokenizer, token_id: int, text: str) -> bool:
+    """Whether a server's text of a token is ours; parts of a character cannot be compared."""
+    ours = decode(tokenizer, [token_id])
+    if "\ufffd" in ours or "\ufffd" in text:
+        return True
+    if not text and token_id in tokenizer.added_tokens_decoder:  # llama.cpp shows none
+        return True
+    raw = tokenizer.convert_ids_to_tokens(token_id)
+    return text == raw or ours.strip() == text.replace("\u2581", " ").strip()
+
+
+def _check_candidate(asked: Asked, candidate: Candidate, place: int) -> None:
+    token_id, text, valid = candidate.token_id, candidate.text, len(asked.tokenizer)
+    if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < valid:
+        raise DcodError(
+            f"a token at {place} has the id {str(token_id)[:40]}, our tokenizer has {valid}"
+        )
+    if text is not None and not (
+        isinstance(text, str) and _same_text(asked.tokenizer, token_id, text)
+    ):
+        raise DcodError(
+            f"it has another tokenizer: the first difference is at token {place}, where id "
+            f"{token_id} is {str(text)[:40]!r} there and {decode(asked.tokenizer, [token_id])!r} "
+            "in ours"
+        )
+
+
+def scored(asked: Asked, positions: Sequence[Position]) -> Trace:
+    """The trace with the server's log-probs, of which every one is checked."""
+    k, rows = asked.top_k, []
+    for place, position in zip(asked.places, positions, strict=True):
+        _check_candidate(asked, position.own, place)
+        own, top = _number(position.own.logprob, place), []
+        if k:
+            for candidate in position.top:
+                _check_candidate(asked, candidate, place)
+                top.append((-_number(candidate.logprob, place), candidate.token_id))
+            if len({token_id for _, token_id in top}) != len(top) or len(top) < k:
+                raise DcodError(
+                    f"{len(top)} top tokens at token {place}; score.top_k={k} asks for {k} "
+                    "different ones (vLLM: start it with --max-logprobs)"
+                )
+        rows.append((own, sorted(top)[:k]))
+    logprobs = np.array([own for own, _ in rows], np.float32)
+    if not k:
+        return dataclasses.replace(asked.trace, logprobs=logprobs)
+    values = -np.array([[value for value, _ in top] for _, top in rows])
+    mass = np.exp(values).sum(-1)
+    if mass.max() > 1 + 1e-3:
+        place = asked.places[int(mass.argmax())]
+        raise DcodError(f"the top-{k} probabilities at token {place} add up to {mass.max():.4f}")
+    tail = np.log(np.maximum(1 - mass, math.exp(_LEAST_TAIL)))
+    return dataclasses.replace(
+        asked.trace,
+        logprobs=logprobs,
+        topk_ids=np.array([[token_id for _, token_id in top] for _, top in rows], np.int32),
+        topk_logprobs=values.astype(ml_dtypes.bfloat16),
+        tail_logprobs=np.where(k == len(asked.tokenizer), TAIL_FLOOR, tail).astype(np.float32),
+    )

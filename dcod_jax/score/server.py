@@ -1,0 +1,185 @@
+"""The client of a server that scores traces (vLLM, SGLang, llama.cpp): requests and attempts.
+
+dialects.py says what is asked and what an answer must be.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import http.client
+import json
+import os
+import random
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dcod_jax.data.teachers import TeacherEntry
+from dcod_jax.data.tokenizer import Tokenizer
+from dcod_jax.errors import DcodError
+from dcod_jax.score.dialects import DIALECTS, Asked, scored
+from dcod_jax.score.teacher import entry_weights
+from dcod_jax.types import Trace
+
+KEY = "OPENAI_API_KEY"  # environment variable; sent where it is set
+_AGAIN = (408, 409, 425, 429)  # and every 5xx: the server may answer the same request later
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 60.0  # seconds between attempts
+_ENTRY_BYTES = 600  # of an answer, for one token of one position
+
+
+class _UnavailableError(Exception):
+    """An attempt that failed; the same request may succeed later."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedTeacher:
+    """A model behind a server, as it described itself when it was opened."""
+
+    entry: TeacherEntry
+    url: str
+    tokenizer: Tokenizer
+    about: dict[str, Any]  # what the server says of itself and of the model
+    longest: int  # tokens that it reads; 0: it does not say
+    concurrency: int
+    retries: int
+    timeout: float  # seconds
+
+    @property
+    def name(self) -> str:
+        return self.entry.model
+
+    def provenance(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "revision": self.entry.revision,
+            "weights": entry_weights(self.entry),
+            "server": self.about | {"dialect": self.entry.dialect, "temperature": 1.0},
+        }
+
+    def score(
+        self,
+        traces: Sequence[Trace],
+        *,
+        top_k: int,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> list[Trace]:
+        """The traces with their log-probs; the first that fails ends the others."""
+        stopped, found = threading.Event(), []
+        pool = concurrent.futures.ThreadPoolExecutor(self.concurrency)
+        try:
+            waiting = [pool.submit(self._score_one, t, top_k, stopped) for t in traces]
+            for trace, future in zip(traces, waiting, strict=True):
+                found.append(future.result())
+                if on_tokens is not None:
+                    on_tokens(len(trace.token_ids))
+        finally:
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+        return found
+
+    def _score_one(self, trace: Trace, top_k: int, stopped: threading.Event) -> Trace:
+        count = len(trace.token_ids)
+        if self.longest and count >= self.longest:
+            raise DcodError(
+                f"trace {trace.id!r} has {count} tokens, {self.url} reads {self.longest - 1} of "
+                f"{self.name}; lower data.max_length and prepare again"
+            )
+        places = np.flatnonzero(trace.completion_mask).tolist()
+        asked = Asked(trace, places, top_k, self.name, self.tokenizer)
+        dialect = DIALECTS[self.entry.dialect]
+        what = f"{self.url}{dialect.path}, trace {trace.id!r}"
+        limit = (1 << 20) + count * (top_k + 2) * _ENTRY_BYTES
+        answer = self._answer(dialect.path, dialect.body(asked), limit, what, stopped)
+        try:
+            return scored(asked, dialect.read(answer, asked))
+        except DcodError as error:
+            raise DcodError(f"{what}: {error}") from None
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise DcodError(
+                f"{what}: not an answer of the dialect {self.entry.dialect} with the prompt's "
+                f"log-probs ({type(error).__name__}: {str(error)[:80]}): {str(answer)[:200]}"
+            ) from None
+
+    def _answer(
+        self,
+        path: str,
+        body: dict[str, Any] | None,
+        limit: int,
+        what: str,
+        stopped: threading.Event,
+    ) -> Any:
+        """Attempts with pauses that double, each shortened at random by up to a half."""
+        for attempt in range(self.retries + 1):
+            try:
+                return _ask(self.url + path, body, limit=limit, timeout=self.timeout, what=what)
+            except _UnavailableError as error:
+                if attempt == self.retries or stopped.is_set():
+                    raise DcodError(
+                        f"{what}: no answer in {attempt + 1} attempts ({error}); finished shards "
+                        "are kept, so run the same command again when the server is well"
+                    ) from None
+                pause = min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
+                stopped.wait(pause)
+        raise AssertionError("unreachable")
+
+
+def _ask(url: str, body: dict[str, Any] | None, *, limit: int, timeout: float, what: str) -> Any:
+    """One attempt. Raises _UnavailableError where another may succeed, else DcodError."""
+    headers = {"Content-Type": "application/json"}
+    if os.environ.get(KEY):
+        headers["Authorization"] = f"Bearer {os.environ[KEY]}"
+    data = None if body is None else json.dumps(body).encode()
+    try:
+        request = urllib.request.Request(url, data, headers)
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            content = response.read(limit + 1)
+    except urllib.error.HTTPError as error:
+        said = f"{error.code} {error.read(500).decode('utf-8', 'replace')}"
+        if error.code in _AGAIN or error.code >= 500:
+            raise _UnavailableError(said) from None
+        raise DcodError(f"{what}: the server refuses: {said}") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise _UnavailableError(f"{type(error).__name__}: {error}") from None
+    except ValueError as error:
+        raise DcodError(f"{what}: {error}; expected a URL such as http://host:8000") from None
+    if len(content) > limit:
+        raise DcodError(f"{what}: an answer of more than {limit} bytes, which no such trace needs")
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise _UnavailableError(f"an answer that is no JSON: {str(error)[:80]}") from None
+
+
+def open_server(entry: TeacherEntry, settings: Any, tokenizer: Tokenizer) -> ServedTeacher:
+    """The teacher behind entry.server; settings: score.* (concurrency, retries, timeout).
+
+    Raises DcodError when the server cannot be reached or does not have the model.
+    """
+    url = entry.server.rstrip("/").removesuffix("/v1")
+    about: dict[str, Any] = {}
+    options = (settings.concurrency, settings.retries, settings.timeout)
+    teacher = ServedTeacher(entry, url, tokenizer, about, 0, *options)
+
+    def get(path: str) -> Any:
+        return teacher._answer(path, None, 1 << 20, url + path, threading.Event())
+
+    try:
+        cards = {card["id"]: card for card in get("/v1/models")["data"]}
+    except (KeyError, TypeError) as error:
+        raise DcodError(f"{url}/v1/models: not a list of models ({error!r})") from None
+    if entry.model not in cards:
+        raise DcodError(
+            f"{url} has the models {', '.join(map(str, cards)) or 'none'}, not {entry.model!r}; "
+            "set teacher.name (model= in score.teachers) to one of them"
+        )
+    told = {key: cards[entry.model].get(key) for key in ("root", "max_model_len")}
+    if path := DIALECTS[entry.dialect].about:
+        told |= get(path)
+    about |= {k: v for k, v in told.items() if isinstance(v, str | int | float) and k != "id"}
+    longest = about.get("max_model_len", 0)
+    return dataclasses.replace(teacher, longest=longest if isinstance(longest, int) else 0)

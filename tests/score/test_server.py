@@ -1,0 +1,295 @@
+"""Traces scored by a server: exact, in each dialect; what it says is checked, and asked again."""
+
+import types
+
+import fake_servers
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny
+from fake_servers import serve
+
+from dcod_jax.data.teachers import TeacherEntry
+from dcod_jax.data.tokenizer import load_tokenizer
+from dcod_jax.errors import DcodError
+from dcod_jax.score import scoring, server
+from dcod_jax.types import Trace
+
+BOS = 2  # <user>: the tiny template begins with it, as SmolLM2's does with <|im_start|>
+DIALECTS = ("vllm", "sglang", "llama_cpp")
+MODEL = fake_servers.table(49)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    found = load_tokenizer(tiny.write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+    found.bos_token = "<user>"
+    return found
+
+
+def make_traces(count=5, *, first=BOS) -> list[Trace]:
+    """Prompts that begin with <user>; the last trace has two turns."""
+    generator = np.random.default_rng(7)
+    traces = []
+    for number in range(count):
+        ids = np.concatenate([[first], generator.integers(5, 49, 6 + 5 * number), [1]])
+        mask = np.arange(len(ids)) >= 3 + number
+        if number == count - 1:
+            mask[-6:-3] = False
+        traces.append(Trace(f"t{number}", ids.astype(np.int32), mask))
+    return traces
+
+
+def open_server(fake, tokenizer, **changes):
+    settings = {"concurrency": 2, "retries": 3, "timeout": 20.0} | changes
+    entry = TeacherEntry("", server=fake.url, model="big", dialect=fake.dialect)
+    return server.open_server(entry, types.SimpleNamespace(**settings), tokenizer)
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(server, "_FIRST_PAUSE", 0.01)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "top_k"),
+    [*((dialect, k) for dialect in ("vllm", "sglang") for k in (0, 3, 49)), ("llama_cpp", 0)],
+)
+def test_scores_are_the_servers(tokenizer, dialect, top_k):
+    traces = make_traces()
+    with serve(dialect, MODEL, tokenizer) as fake:
+        scored = open_server(fake, tokenizer).score(traces, top_k=top_k)
+    for before, after in zip(traces, scored, strict=True):
+        places = np.flatnonzero(before.completion_mask)
+        rows = MODEL[before.token_ids[places - 1]]
+        own = rows[np.arange(len(places)), before.token_ids[places]]
+        np.testing.assert_array_equal(after.logprobs, own.astype(np.float32))
+        np.testing.assert_array_equal(after.token_ids, before.token_ids)
+        if not top_k:
+            assert after.topk_ids is None
+            continue
+        order = np.argsort(-rows, axis=-1)[:, :top_k]
+        best = np.take_along_axis(rows, order, axis=-1)
+        np.testing.assert_array_equal(after.topk_ids, order)
+        np.testing.assert_array_equal(after.topk_logprobs, best.astype(ml_dtypes.bfloat16))
+        tail = np.log1p(-np.exp(best).sum(-1)) if top_k < 49 else scoring.TAIL_FLOOR
+        np.testing.assert_allclose(after.tail_logprobs, tail, rtol=1e-5)
+
+
+def test_token_ids_are_sent_where_the_dialect_takes_them(tokenizer, monkeypatch):
+    monkeypatch.setenv(server.KEY, "secret")
+    [trace] = make_traces(1)
+    ids, asked = trace.token_ids.tolist(), {}
+    for dialect in DIALECTS:
+        with serve(dialect, MODEL, tokenizer) as fake:
+            open_server(fake, tokenizer).score([trace], top_k=2 * (dialect != "llama_cpp"))
+            asked[dialect] = fake.bodies
+            assert fake.keys == ["Bearer secret"]
+    [(path, body)] = asked["vllm"]
+    assert (path, body["prompt"], body["prompt_logprobs"]) == ("/v1/completions", ids, 2)
+    [(path, body)] = asked["sglang"]
+    assert (path, body["input_ids"], body["logprob_start_len"]) == ("/generate", ids, 4)
+    [(path, body)] = asked["llama_cpp"]
+    assert (path, body["echo"]) == ("/v1/completions", True)
+    assert tokenizer.encode(body["prompt"], add_special_tokens=False) == ids
+
+
+def test_failed_attempts_are_repeated_and_a_refusal_is_not(tokenizer):
+    traces = make_traces()
+    with serve("vllm", MODEL, tokenizer) as fake:
+        teacher = open_server(fake, tokenizer)
+        wanted = teacher.score(traces, top_k=0)
+        fake.faults, fake.bodies = [429, 500, "dropped", b'{"choices": [', b"\xff"], []
+        found = teacher.score(traces, top_k=0)
+        assert len(fake.bodies) == len(traces) + 5
+        for left, right in zip(wanted, found, strict=True):
+            np.testing.assert_array_equal(left.logprobs, right.logprobs)
+        fake.faults = [503] * 20
+        with pytest.raises(DcodError, match=r"'t0'.*in 4 attempts \(503 .*same command again"):
+            teacher.score(traces[:1], top_k=0)
+        fake.faults, fake.bodies = [400], []
+        with pytest.raises(DcodError, match=r"'t0': the server refuses: 400 .*fault 400"):
+            teacher.score(traces[:1], top_k=0)
+        assert len(fake.bodies) == 1
+    with pytest.raises(DcodError, match=r"/v1/models: no answer in 4 attempts \(URLError"):
+        open_server(fake, tokenizer)
+
+
+def test_requests_run_together_up_to_the_limit(tokenizer):
+    with serve("vllm", MODEL, tokenizer) as fake:
+        fake.patience = 20.0
+        open_server(fake, tokenizer, concurrency=2).score(make_traces(8), top_k=0)
+    assert fake.most_busy == 2
+
+
+def test_what_the_server_is_and_reads(tokenizer):
+    with serve("vllm", MODEL, tokenizer) as fake:
+        about = open_server(fake, tokenizer).provenance()
+        assert about == {
+            "name": "big",
+            "revision": "",
+            "weights": "served: big",
+            "server": {
+                "dialect": "vllm",
+                "temperature": 1.0,
+                "max_model_len": 512,
+                "version": "0.11.0",
+            },
+        }
+        fake.longest = 8
+        with pytest.raises(DcodError, match=r"'t0' has 8 tokens.* reads 7 of big.*data.max_length"):
+            open_server(fake, tokenizer).score(make_traces(), top_k=0)
+        fake.name = "other"
+        with pytest.raises(DcodError, match=r"has the models other, not 'big'; set teacher.name"):
+            open_server(fake, tokenizer)
+    with serve("sglang", MODEL, tokenizer) as fake:
+        about = open_server(fake, tokenizer).provenance()["server"]
+        assert about["model_path"] == "org/big"
+        fake.dialect = "vllm"  # asked for SGLang's path, which it does not have
+        entry = TeacherEntry("", server=fake.url, model="big", dialect="sglang")
+        settings = types.SimpleNamespace(concurrency=1, retries=0, timeout=5.0)
+        fake.faults = [404]
+        with pytest.raises(DcodError, match=r"/generate, trace 't0': the server refuses: 404"):
+            server.open_server(entry, settings, tokenizer).score(make_traces(1), top_k=0)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_another_tokenizer_is_refused_with_the_first_difference(tokenizer, dialect, tmp_path):
+    alphabet = tiny.ALPHABET.replace("7", "X").replace("8", "7").replace("X", "8")
+    other = load_tokenizer(tiny.write_tokenizer(tmp_path, alphabet=alphabet))
+    other.bos_token = "<user>"
+    seven = 5 + tiny.ALPHABET.index("7")
+    ids = np.array([BOS, 6, 7, seven, seven + 1, 1], np.int32)
+    trace = Trace("t", ids, np.arange(6) >= 2)
+    with serve(dialect, MODEL, other) as fake:
+        teacher = open_server(fake, tokenizer)
+        if dialect == "llama_cpp":  # it gets the text, in which its ids are not ours
+            assert teacher.score([trace], top_k=0)[0].logprobs is not None
+            fake.tokenizer = tokenizer
+            fake.change = lambda answer: _text_at(answer, 2, "8")
+            place = f"at token 3, where id {seven} is '8' there and '7'"
+        else:
+            place = f"at token 3, where id {seven} is '8' there and '7'"
+        with pytest.raises(DcodError, match=rf"'t': it has another tokenizer.*{place} in ours"):
+            teacher.score([trace], top_k=0)
+
+
+def _text_at(answer, place, text):
+    answer["choices"][0]["logprobs"]["tokens"][place] = text
+    return answer
+
+
+def test_llama_cpp_is_refused_where_its_log_probs_are_shifted_or_its_tokens_others(tokenizer):
+    traces = make_traces(1, first=4)  # no bos before the text
+    with serve("llama_cpp", MODEL, tokenizer) as fake:
+        teacher = open_server(fake, tokenizer)
+        with pytest.raises(DcodError, match="log-probs are of the position before"):
+            teacher.score(traces, top_k=0)
+        fake.shifts = False
+        scored = teacher.score(traces, top_k=0)[0]
+        places = np.flatnonzero(scored.completion_mask)
+        ids = scored.token_ids
+        wanted = MODEL[ids[places - 1], ids[places]].astype(np.float32)
+        np.testing.assert_array_equal(scored.logprobs, wanted)
+        inside = Trace("t", np.array([BOS, 6, BOS, 7], np.int32), np.arange(4) >= 2)
+        with pytest.raises(DcodError, match="the completion holds the bos token"):
+            teacher.score([inside], top_k=0)
+        fake.tokens = lambda text: [BOS, *tokenizer.encode(text, add_special_tokens=False)]
+        with pytest.raises(DcodError, match="splits the text into 9 tokens, the trace has 8"):
+            teacher.score(make_traces(1), top_k=0)
+
+
+def vllm_entry(change):
+    """An answer whose entry of the last token is changed."""
+
+    def spoil(answer):
+        entries = answer["choices"][0]["prompt_logprobs"]
+        entries[-1] = change(entries[-1])
+        return answer
+
+    return spoil
+
+
+def of_each(**changes):
+    return vllm_entry(lambda entry: {key: value | changes for key, value in entry.items()})
+
+
+HOSTILE = {
+    "no list": (lambda a: [], "not an answer of the dialect vllm"),
+    "no choices": (lambda a: {"choices": []}, "not an answer of the dialect vllm"),
+    "null": (lambda a: {"choices": [{"prompt_logprobs": None}]}, "list of 8 entries, found None"),
+    "an error inside": (lambda a: {"error": {"message": "busy"}}, "KeyError.*busy"),
+    "short": (
+        lambda a: {"choices": [{"prompt_logprobs": a["choices"][0]["prompt_logprobs"][:-1]}]},
+        "list of 8 entries, found 7 entries",
+    ),
+    "a position is null": (vllm_entry(lambda entry: None), "not an answer of the dialect"),
+    "own token is missing": (
+        vllm_entry(lambda entry: {k: v for k, v in entry.items() if k != "1"}),
+        r"prompt_logprobs\[7\] does not have the trace's token 1",
+    ),
+    "NaN": (of_each(logprob=float("nan")), "at token 7 is nan; expected a finite number"),
+    "infinite": (of_each(logprob=float("-inf")), "at token 7 is -inf"),
+    "positive": (of_each(logprob=0.5), "at token 7 is 0.5"),
+    "text": (of_each(logprob="-0.5"), "at token 7 is -0.5; expected a finite number"),
+    "true": (of_each(logprob=True), "at token 7 is True"),
+    "vLLM's -inf": (of_each(logprob=-9999.0), "gives token 7 the probability 0"),
+    "too few": (
+        vllm_entry(lambda entry: dict(sorted(entry.items(), key=lambda e: e[0] != "1")[:2])),
+        "2 top tokens at token 7; score.top_k=3 asks for 3.*--max-logprobs",
+    ),
+    "no distribution": (of_each(logprob=-0.01), "top-3 probabilities at token 7 add up to 2.9"),
+    "an id beyond": (
+        vllm_entry(lambda entry: entry | {"49": {"logprob": -0.1}}),
+        "a token at 7 has the id 49, our tokenizer has 49",
+    ),
+    "an id that is none": (
+        vllm_entry(lambda entry: entry | {"x": {"logprob": -0.1}}),
+        "not an answer of the dialect vllm.*ValueError",
+    ),
+    "a text that is none": (of_each(decoded_token=7), "another tokenizer.*is '7' there"),
+    "too long": (lambda a: a | {"pad": "x" * (1 << 21)}, "an answer of more than .* bytes"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_wrong_answer_is_refused_by_trace_and_token(tokenizer, name):
+    change, message = HOSTILE[name]
+    [trace] = make_traces(1)
+    with serve("vllm", MODEL, tokenizer) as fake:
+        fake.change = change
+        with pytest.raises(DcodError, match=rf"(?s)trace 't0': .*{message}"):
+            open_server(fake, tokenizer, retries=0).score([trace], top_k=3)
+
+
+def sglang_answer(change):
+    def spoil(answer):
+        change(answer["meta_info"])
+        return answer
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda info: info.pop("input_token_logprobs"), "KeyError"),
+        (lambda info: info["input_token_logprobs"].pop(), "list of 4 entries, found 3"),
+        (lambda info: info["input_top_logprobs"].pop(), "input_top_logprobs must be a list of 4"),
+        (lambda info: info["input_token_logprobs"][1].pop(), "not an answer.*ValueError"),
+        (lambda info: info["input_token_logprobs"][1].__setitem__(1, 48), "the server has 48"),
+        (lambda info: info["input_top_logprobs"][2].pop(), "2 top tokens at token 6"),
+        (
+            lambda info: info["input_top_logprobs"][2].__setitem__(
+                0, info["input_top_logprobs"][2][1]
+            ),
+            "3 top tokens at token 6; score.top_k=3 asks for 3 different ones",
+        ),
+        (lambda info: info["input_top_logprobs"][2][0].__setitem__(1, True), "has the id True"),
+    ],
+)
+def test_a_wrong_answer_of_sglang_is_refused(tokenizer, change, message):
+    with serve("sglang", MODEL, tokenizer) as fake:
+        fake.change = sglang_answer(change)
+        with pytest.raises(DcodError, match=rf"trace 't0': .*{message}"):
+            open_server(fake, tokenizer).score(make_traces(1), top_k=3)
