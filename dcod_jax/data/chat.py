@@ -29,6 +29,8 @@ from dcod_jax.data.tokenizer import Tokenizer, chat_template, decode, library_er
 from dcod_jax.data.turns import (
     Message,
     Text,
+    calls_end,
+    check_calls,
     end_text,
     opened,
     render_chat,
@@ -102,7 +104,7 @@ def _template_spans(
     try:
         return _whole_spans(tokenizer, messages, template, supervised, tools)
     except _StrippedError:
-        if list(supervised) != [last]:
+        if list(supervised) != [last] or "tool_calls" in messages[last]:
             raise
     prompt, _ = render_chat(tokenizer, messages[:last], template=template, prompt=True, tools=tools)
     content = _behind(prompt, messages[last]["content"])
@@ -142,6 +144,9 @@ def _whole_spans(
                     "{% generation %} and not in its generation prompt; move it into one of them"
                 )
         end = _turn_end(tokenizer, text, start, content=content)
+        if "tool_calls" in messages[index]:
+            until, _ = render_chat(tokenizer, messages[: index + 1], template=template, tools=tools)
+            end = calls_end(tokenizer, text, until, end)
         if end > last:
             raise DcodError(
                 f"the chat template's {{% generation %}} block leaves out the end-of-turn token "
@@ -300,6 +305,7 @@ def encode(
     """
     _check_content(tokenizer, messages)
     template = chat_template(tokenizer)
+    check_calls(tokenizer, messages, template, tools)
     supervised = [
         index
         for index, message in enumerate(messages)

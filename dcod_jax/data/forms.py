@@ -248,7 +248,8 @@ def _judged(row: Row, trace: RawTrace, text: str, index: int, count: int) -> Raw
 def _finished(trace: RawTrace) -> RawTrace:
     """With `unfinished` from all signs of it."""
     text = trace.completion_text()
-    why = trace.unfinished or unfinished(text)
+    calls = "tool_calls" in trace.messages[trace.supervised()[-1]]
+    why = trace.unfinished or ("" if calls else unfinished(text))  # a call is an answer
     if trace.finish_reason in CUT_OFF:
         why = f"finish_reason is {trace.finish_reason}"
     return dataclasses.replace(trace, unfinished=why)

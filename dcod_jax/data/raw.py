@@ -29,7 +29,7 @@ _PLAIN_KEYS |= {
     "loss",
 }
 
-Message = dict[str, str]
+Message = dict[str, Any]  # role and content, and where there are some tool_calls
 Record: TypeAlias = Mapping[str, Any]  # one JSON object
 
 
@@ -159,7 +159,7 @@ def read_messages(value: object, name: str, fields: Fields) -> Turns:
     for index, item in enumerate(value):
         message = read_message(item, f"{name}[{index}]", fields)
         extras |= {f"{name}[].{k}" for k, v in item.items() if k not in _PLAIN_KEYS and v}
-        if not message["content"].strip():
+        if not message["content"].strip() and "tool_calls" not in message:
             continue
         if message["role"] == "assistant" and not _is_supervised(item, f"{name}[{index}]"):
             skipped.add(len(messages))
@@ -190,21 +190,45 @@ def read_message(value: object, name: str, fields: Fields) -> Message:
         told = "is from" if by == "from" else "has the role"
         expected = ", ".join([*ROLES, *_OTHERS])
         raise BadRecordError(f"{name} {told} {value[by]!r}; expected {expected}")
-    for extra in ("tool_calls", "function_call"):
-        if value.get(extra):
-            raise BadRecordError(
-                f"{name} carries {extra} beside its content, which would be lost; write it into "
-                "content in the form that the student is to produce"
-            )
+    calls = _read_calls(value, name)
+    if calls and role != "assistant":
+        raise BadRecordError(f"{name} has tool calls, and the role {role!r}")
     reasoning = _reasoning_of(value, name, fields) if role == "assistant" else ""
-    if not text and not reasoning:
+    if not text and not reasoning and not calls:
         raise BadRecordError(f"{name} must have {by} and {texts[0]}, found {', '.join(value)}")
     content, thought = parts(value[text], f"{name}.{text}") if text else ("", "")
     if role == "system" and not content.strip():
         return {"role": role, "content": ""}
     if role != "assistant":
         return {"role": role, "content": read_text(value[text], f"{name}.{text}")}
-    return {"role": role, "content": fold(content, reasoning or thought, f"{name}.{text}", fields)}
+    reasoning = reasoning or thought
+    if calls and not content.strip() and not reasoning.strip():
+        return {"role": role, "content": "", **calls}
+    return {"role": role, "content": fold(content, reasoning, f"{name}.{text}", fields), **calls}
+
+
+def _read_calls(message: Record, name: str) -> dict[str, Any]:
+    """{"tool_calls": [...]} with arguments as objects, the form that templates read, or {}."""
+    given, legacy = message.get("tool_calls"), message.get("function_call")
+    calls, found = given or ([legacy] if legacy else []), []
+    for index, call in enumerate(calls if isinstance(calls, list) else [calls]):
+        inner = call.get("function", call) if isinstance(call, dict) else {}
+        inner = inner if isinstance(inner, dict) else {}
+        arguments = inner.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError):
+                arguments = None
+        if not isinstance(inner.get("name"), str) or not isinstance(arguments, dict):
+            raise BadRecordError(
+                f"{name}: tool call {index} must have a name and arguments, an object or its JSON "
+                f"text, found {str(call)[:80]}"
+            )
+        function = {"name": inner["name"], "arguments": arguments}
+        own = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        found.append({"type": "function", "function": function, **own})
+    return {"tool_calls": found} if found else {}
 
 
 def _reasoning_of(message: Record, name: str, fields: Fields) -> str:

@@ -6,6 +6,7 @@ Both are read off a rendered probe, so that sampling stops at the token that tra
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -121,3 +122,43 @@ def reasoning_rule(tokenizer: Tokenizer, policy: str) -> Reasoning:
     if not thought or not answered or not opening.strip() or not closing.strip():
         return rule
     return Reasoning(policy, opening, closing)
+
+
+# ---------------------------------------------------------------- tool calls
+
+
+def check_calls(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    template: str | None,
+    tools: Sequence[Any] | None,
+) -> None:
+    """Refuse a template that does not write each turn's tool calls, or writes one as a token."""
+    for index, message in enumerate(messages):
+        if "tool_calls" not in message:
+            continue
+        spelled = json.dumps(message["tool_calls"], ensure_ascii=False)
+        if found := special_tokens(tokenizer).search(spelled):
+            raise DcodError(f"a tool call holds the special token {found.group(0)!r} as text")
+        bare = [*messages[:index], {"role": "assistant", "content": message["content"]}]
+        texts = {
+            render_chat(tokenizer, turns, template=template, tools=tools)[0]
+            for turns in (messages[: index + 1], bare)
+            if template is not None
+        }
+        if len(texts) < 2:
+            raise DcodError(
+                "the record has tool calls, and the chat template does not write them; give a "
+                "template that does (student.chat_template), or write them into the content in "
+                "the form that the student is to produce"
+            )
+
+
+def calls_end(tokenizer: Tokenizer, text: str, until: str, end: int) -> int:
+    """The end of a turn with tool calls, which may hold special tokens: its last special token."""
+    if not text.startswith(until):
+        raise DcodError(
+            "the chat template writes a turn with tool calls otherwise when other turns follow; "
+            "give a template that keeps it (student.chat_template)"
+        )
+    return max([end, *(found.end() for found in special_tokens(tokenizer).finditer(until, end))])

@@ -37,10 +37,11 @@ def prompt_key(trace: RawTrace) -> bytes:
 
 
 def trace_key(trace: RawTrace) -> bytes:
-    """Equal for traces whose messages and tools differ in white space and form only."""
+    """Equal for traces whose messages, tools and tool calls differ in white space and form only."""
     parts = [text for m in trace.messages for text in (m["role"], m["content"])]
-    turns = ",".join(map(str, trace.supervised()))
-    return _key(*parts, turns, json.dumps(trace.tools, sort_keys=True, default=str))
+    parts.append(",".join(map(str, trace.supervised())))
+    beside = [trace.tools, *(message.get("tool_calls") for message in trace.messages)]
+    return _key(*parts, json.dumps(beside, sort_keys=True, default=str))
 
 
 def _key(*texts: str) -> bytes:

@@ -17,6 +17,7 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from dcod_jax.data import chat
+from dcod_jax.data.raw import Fields, read_messages
 from dcod_jax.data.templates import DATE, READY, TemplateChoice, choice_errors
 from dcod_jax.data.tokenizer import (
     chat_template,
@@ -322,6 +323,44 @@ def test_tools_are_shown_or_refused() -> None:
     assert '[{"name": "add"}]' in build(QWEN3).decode(ids)
     with pytest.raises(DcodError, match="the chat template does not show them"):
         chat.encode(build(), conversation("hi", "one"), tools=tools)
+
+
+CALLS = (  # Qwen2.5's form of a turn with tool calls
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.content or not m.tool_calls %}"
+    "{{ '\n' + m.content }}{% endif %}{% for call in m.tool_calls or [] %}{{ '\n' }}<tool_call>\n"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
+    "{{ '\n' }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("call", ["<tool_call>", "<|im_start|>"])
+def test_tool_calls_are_written_by_the_template_or_refused(call) -> None:
+    """Also where the template begins them with a special token."""
+    asked = {"name": "add", "arguments": '{"a": [1, 2]}'}
+    messages = [
+        {"role": "user", "content": "1+2?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "x", "function": asked}]},
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": "so", "function_call": asked},
+        {"role": "assistant", "content": "It is 3."},
+    ]
+    turns = read_messages(messages, "messages", Fields()).messages
+    tokenizer = build(CALLS.replace("<tool_call>", call, 1))
+    calls = f'{call}\n{{"name": "add", "arguments": {{"a": [1, 2]}}}}\n</tool_call><|im_end|>'
+    assert supervised(tokenizer, turns) == [calls, f"so\n{calls}", "It is 3.<|im_end|>"]
+    with pytest.raises(DcodError, match="has tool calls, and the chat template does not write"):
+        chat.encode(build(), turns)
+    spelled = {"name": "<|im_end|>", "arguments": {}}
+    turns[1]["tool_calls"][0]["function"] = spelled
+    with pytest.raises(DcodError, match=r"tool call holds the special token '<\|im_end\|>'"):
+        chat.encode(tokenizer, turns)
+    for wrong in ([1], [{"function": {"name": "f", "arguments": "no"}}], {"name": "f"}):
+        messages[1]["tool_calls"] = wrong
+        with pytest.raises(DcodError, match=r"messages\[1\]: tool call 0 must have a name"):
+            read_messages(messages, "messages", Fields())
+    with pytest.raises(DcodError, match="has tool calls, and the role 'user'"):
+        read_messages([{"role": "user", "content": "", "function_call": asked}], "m", Fields())
 
 
 def test_another_models_end_is_not_trained_as_text() -> None:

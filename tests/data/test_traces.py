@@ -243,7 +243,7 @@ GOOD = b'{"prompt": "p", "completion": "c"}\n'
         ),
         (
             b'{"prompt": "p", "choices": [{"message": {"content": "c", "tool_calls": [1]}}]}',
-            r"carries tool_calls beside",
+            r"choices\[0\].message: tool call 0 must have a name and arguments.*found 1",
         ),
         (
             b'{"custom_id": "a", "response": {"status_code": 500, "body": {"error": "busy"}}}',
