@@ -68,7 +68,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda x: x >= 0,
         "seed prepare.workers prepare.record_bytes score.top_k score.retries "
         "loss.weights.warmup_steps "
-        "optim.warmup_steps optim.max_skipped "
+        "optim.warmup_steps optim.max_skipped student.lora.rank "
         "optim.weight_decay optim.clip_norm optim.final_fraction train.eval_every "
         "train.eval_batches train.save_every train.local_every generate.temperature "
         "generate.top_k evaluate.limit evaluate.temperature evaluate.top_k evaluate.shots "
@@ -78,7 +78,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "be a finite number > 0": (
         lambda x: math.isfinite(x) and x > 0,
-        "loss.temperature loss.weights.temperature loss.weights.clip",
+        "loss.temperature loss.weights.temperature loss.weights.clip student.lora.alpha",
     ),
     "be a finite number": (math.isfinite, "loss.weights.offset"),
     "be in [0, 1)": (
@@ -252,6 +252,25 @@ def _local_errors(directory: str, every: int, save_every: int) -> list[str]:
     return []
 
 
+def _lora_errors(flat: dict[str, Any]) -> list[str]:
+    """student.lora.* that names no adapters, or adapters without a base."""
+    wrong, targets = [], flat["student.lora.targets"]
+    for target in targets:
+        try:
+            re.compile(target)
+        except re.error as error:
+            wrong.append(f"student.lora.targets: {target!r} is no regular expression ({error})")
+    if not flat["student.lora.rank"]:
+        return wrong
+    if not targets:
+        wrong.append("student.lora.targets is empty; name linear maps, such as ('.*_proj',)")
+    if not flat["student.path"]:
+        wrong.append("student.lora.rank > 0 needs student.path: the frozen base of the adapters")
+    if "study.seeds" in flat:
+        wrong.append("study trains all parameters of its students: leave student.lora.rank=0")
+    return wrong
+
+
 def _sampling_errors(flat: dict[str, Any]) -> list[str]:
     """Of generate.* and evaluate.*: stop strings, greedy samples, and sets that are not known."""
     wrong: list[str] = []
@@ -295,6 +314,7 @@ def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
     wrong += teacher_errors(flat)
     wrong += _hosts_errors(flat)
     wrong += _profile_errors(flat["profile.steps"], flat["train.steps"])
+    wrong += _lora_errors(flat)
     wrong += _sampling_errors(flat)
     wrong += choice_errors(flat["student.template_kwargs"], flat["student.template_date"])
     local = (flat["train.local_dir"], flat["train.local_every"])

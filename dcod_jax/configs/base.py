@@ -30,6 +30,11 @@ def get_config() -> Any:
     c.student.remat = "full"  # details: docs/scaling.md
     # auto: the devices' kernel (docs/scaling.md) | splash (TPU) | cudnn (GPU) | scanned | blocked
     c.student.attention = "auto"  # the teacher's too
+    c.student.lora = ConfigDict()
+    c.student.lora.rank = 0  # train adapters of this rank beside a frozen student.path; 0: all
+    c.student.lora.alpha = 16.0  # their product is scaled by alpha / rank
+    c.student.lora.rslora = False  # scale by alpha / sqrt(rank) instead
+    c.student.lora.targets = (".*_proj",)  # linear maps of a layer: names or regular expressions
 
     c.teacher = ConfigDict()
     c.teacher.path = ""  # HF directory or .gguf file of the teacher that scores the traces

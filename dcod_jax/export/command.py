@@ -53,8 +53,7 @@ from dcod_jax.models.config import ModelConfig, to_hf
 from dcod_jax.models.gguf import export_tokenizer
 from dcod_jax.parallel import hosts
 from dcod_jax.parallel.mesh import batch_shards, make_mesh
-from dcod_jax.train.checkpoint_reader import read_params
-from dcod_jax.train.checkpointer import sharded_shapes
+from dcod_jax.train.checkpoint_reader import read_student
 from dcod_jax.train.setup import dataset_splits
 from dcod_jax.types import Params
 
@@ -76,15 +75,15 @@ def export(config: Any) -> Path:
     base_model = config.student.path or config.student.config
     if not base_model:
         raise DcodError("no student: set student.path or student.config as in the training run")
-    model_config = hf.read_config(as_path(base_model))
     path, home = export_path(config), _tokenizer_home(config)
     check_destination(path)
     hosts.check_joined()
     mesh = make_mesh(**config.mesh)
     hosts.doing(f"exporting {config.run_dir}")
-    params, record = read_params(
+    model_config, params, record = read_student(
         config.run_dir,
-        sharded_shapes(model_config, mesh),
+        base_model,
+        mesh=mesh,
         step=config.export.step if config.export.step >= 0 else None,
         best_metric=config.train.best_metric,
     )

@@ -113,13 +113,11 @@ def _student(args: argparse.Namespace, datasets: Sequence[TraceDataset]) -> Scor
 
 def _read_checkpoint(run_dir: str) -> tuple[Any, Any, Path]:
     """(model config, parameters, tokenizer directory) of a run's newest checkpoint."""
-    from dcod_jax.models import hf, transformer
-    from dcod_jax.train.checkpoint_reader import read_params, read_record
+    from dcod_jax.train.checkpoint_reader import read_record, read_student
 
     student = read_record(run_dir, key="--checkpoint").config["student"]
     source = as_path(student["path"] or student["config"])
-    config = hf.read_config(source)
-    params, _ = read_params(run_dir, transformer.param_shapes(config), key="--checkpoint")
+    config, params, _ = read_student(run_dir, source, mesh=None, key="--checkpoint")
     return config, params, as_path(student["tokenizer"] or source)
 
 

@@ -105,8 +105,8 @@ def forward_with_cache(
     decoder_graph, block_graph = graphs(config, transposed=transposed)
     layer_axes = logical_axes(config)["layers"]
     if transposed:  # (layers, in, out) -> (layers, out, in); scales and biases have one axis beside
-        layer_axes = jax.tree.map(
-            lambda names: (names[0], *names[:0:-1]),
+        layer_axes = jax.tree_util.tree_map_with_path(
+            lambda path, names: (names[0], *names[:0:-1]) if path[-1].key == "kernel" else names,
             layer_axes,
             is_leaf=is_names,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,28 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Adapters of low rank beside frozen linear maps: x·W + scale·(x·A)·B (Hu, arXiv 2106.09685).
+
+    scale is alpha / rank, with rslora alpha / sqrt(rank) (Kalajdzievski, arXiv 2312.03732).
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]  # linear maps of a layer: names or regular expressions
+    rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def adapts(self, name: str) -> bool:
+        """Whether a map, "self_attn.q_proj" or for short "q_proj", has an adapter."""
+        names = (name, name.rpartition(".")[2])
+        return any(re.fullmatch(target, one) for target in self.targets for one in names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +70,7 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
+    lora: Lora | None = None  # of a student in training; files know nothing of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,6 +318,7 @@ def from_hf(raw: Raw, source: str = "config.json") -> ModelConfig:
         bos_token_id=raw.get("bos_token_id"),
         eos_token_ids=tuple(_stop_ids(raw.get("eos_token_id"), source)),
         pad_token_id=raw.get("pad_token_id"),
+        lora=None,
     )
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from dcod_jax.models.config import ModelConfig, rope_frequencies
+from dcod_jax.models.config import Lora, ModelConfig, rope_frequencies
 
 # Finite, so that a row that may see nothing has a uniform softmax instead of NaN.
 MASKED = -0.7 * float(np.finfo(np.float32).max)
@@ -93,7 +93,10 @@ def _declare(value: Array, axes: tuple[str, ...], hf: str, gguf: str, **more: An
 
 
 class Linear(nnx.Module):
-    """y = x @ kernel (+ bias), in the dtype of x; a transposed one has its kernel as [out, in]."""
+    """y = x @ kernel (+ bias), in the dtype of x; a transposed one has its kernel as [out, in].
+
+    With an adapter (config.Lora): y + scale·(x @ lora_a) @ lora_b, without ever forming A·B.
+    """
 
     def __init__(
         self,
@@ -106,6 +109,7 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         bias: bool = False,
         rope_heads: int = 0,
+        lora: Lora | None = None,
     ):
         value = std * jax.random.normal(rngs.params(), width)
         names, more = (f"{hf}.weight", f"{gguf}.weight"), {"rope_heads": rope_heads}
@@ -115,13 +119,27 @@ class Linear(nnx.Module):
             self.bias = _declare(value, axes[1:], f"{hf}.bias", f"{gguf}.bias", **more)
         self.has_bias = bias
         self.transposed = False
+        self.lora_scale = lora.scale if lora is not None and lora.adapts(hf) else None
+        if lora is not None and self.lora_scale is not None:
+            # PEFT's start: the first product is 0, and the gradient of B is not.
+            bound = 1.0 / math.sqrt(width[0])
+            value = jax.random.uniform(rngs.params(), (width[0], lora.rank), minval=-1.0)
+            names, ends = [(f"{hf}.lora_{x}.weight", "") for x in "AB"], (axes[0], "rank", axes[1])
+            self.lora_a = _declare(value * bound, ends[:2], *names[0], transposed=True)
+            value = jnp.zeros((lora.rank, width[1]))
+            self.lora_b = _declare(value, ends[1:], *names[1], transposed=True)
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         bias = self.bias[...] if self.has_bias else None
         if not self.transposed:
-            return affine(x, self.kernel[...], bias)
-        y = transposed_matmul(x, self.kernel[...].astype(x.dtype)).astype(x.dtype)
-        return y if bias is None else y + bias.astype(x.dtype)
+            y = affine(x, self.kernel[...], bias)
+        else:
+            y = transposed_matmul(x, self.kernel[...].astype(x.dtype)).astype(x.dtype)
+            y = y if bias is None else y + bias.astype(x.dtype)
+        if self.lora_scale is None:
+            return y
+        low = affine(x, self.lora_a[...], None)
+        return y + self.lora_scale * affine(low, self.lora_b[...], None)
 
 
 class RMSNorm(nnx.Module):
@@ -258,7 +276,8 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         D, N, G, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-        linear = functools.partial(Linear, std=config.initializer_range, rngs=rngs)
+        common = {"std": config.initializer_range, "rngs": rngs, "lora": config.lora}
+        linear = functools.partial(Linear, **common)
         inward = functools.partial(linear, bias=config.qkv_bias)
         q_axes, kv_axes = ("embed", "heads"), ("embed", "kv_heads")
         self.q_proj = inward((D, N * H), q_axes, "self_attn.q_proj", "attn_q", rope_heads=N)
@@ -298,7 +317,8 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         D, F = config.hidden_size, config.intermediate_size
-        linear = functools.partial(Linear, std=config.initializer_range, rngs=rngs)
+        common = {"std": config.initializer_range, "rngs": rngs, "lora": config.lora}
+        linear = functools.partial(Linear, **common)
         self.gate_proj = linear((D, F), ("embed", "mlp"), "mlp.gate_proj", "ffn_gate")
         self.up_proj = linear((D, F), ("embed", "mlp"), "mlp.up_proj", "ffn_up")
         self.down_proj = linear((F, D), ("mlp", "embed"), "mlp.down_proj", "ffn_down")

@@ -106,22 +106,27 @@ def logical_axes(config: ModelConfig) -> Params:
 
 
 def num_params(config: ModelConfig) -> int:
-    """Trained parameters; a tied head is counted once."""
+    """Parameters, adapters included; a tied head is counted once."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(param_shapes(config)))
 
 
 def flops_per_row(config: ModelConfig, seq_len: int, head_tokens: int) -> float:
-    """Floating point operations of training on one row: 3 x forward.
+    """Floating point operations of training on one row: 3 x forward, frozen matrices 2 x.
 
     Per token forward: 2 per matmul parameter of the layers, and 4 * N * H * (seq_len + 1) / 2 per
     layer for causal attention scores and their weighted sum. The head is counted at the
     head_tokens positions that it is compiled for. Recomputation (remat) is not counted.
     """
-    stacked = jax.tree.leaves(param_shapes(config)["layers"])
-    matmul = sum(math.prod(leaf.shape) for leaf in stacked if leaf.ndim == 3)
+    frozen = config.lora is not None  # then a matrix without adapter has no gradient of its own
+    matmul = sum(
+        math.prod(leaf.shape) * (2 if frozen and path[-1].key == "kernel" else 3)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(config)["layers"])
+        if leaf.ndim == 3
+    )
     attention = config.num_layers * 4 * config.num_heads * config.head_dim * (seq_len + 1) / 2
     head = 2 * config.vocab_size * config.hidden_size
-    return 3.0 * (seq_len * (2 * matmul + attention) + head_tokens * head)
+    head *= 2 if frozen else 3
+    return 1.0 * seq_len * (2 * matmul + 3 * attention) + head_tokens * head
 
 
 def check_mesh(config: ModelConfig, mesh: Mesh) -> None:

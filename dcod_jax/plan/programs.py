@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 
 from dcod_jax import config as configs
 from dcod_jax.errors import DcodError
-from dcod_jax.models import hf
+from dcod_jax.models import hf, lora
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import make_mesh, sharding
 from dcod_jax.plan import chips, hlo
@@ -143,7 +143,7 @@ def student_of(config: Any) -> ModelConfig:
     source = config.student.config or config.student.path
     if not source:
         raise DcodError("no student: set student.config (config.json) or student.path")
-    return hf.read_config(source)
+    return lora.with_adapter(hf.read_config(source), config.student.lora)
 
 
 def models_of(config: Any) -> list[ModelConfig]:
@@ -199,11 +199,14 @@ def train_program(config: Any, devices: Sequence[Any], *, valid_vocab: int | Non
     mesh = make_mesh(**config.mesh, devices=devices)
     model = student_of(config)
     optimizer, schedule = make_optimizer(optim_config(config), config.train.steps)
-    teacher, teacher_shapes = None, ()
+    teacher, frozen = None, ()
     if config.loss.teacher == "live":
         architecture = hf.read_config(config.teacher.path)
         teacher = TeacherModel(architecture, jnp.dtype(config.teacher.dtype))
-        teacher_shapes = (_shapes(architecture, teacher.compute_dtype, mesh),)
+        frozen = (_shapes(architecture, teacher.compute_dtype, mesh),)
+    if model.lora is not None:
+        dtype = jnp.dtype(config.student.compute_dtype)
+        frozen += (_shapes(lora.without_adapter(model), dtype, mesh),)
     vocab = valid_vocab or model.vocab_size
     step: Any = make_train_step(
         make_forward(config, model, mesh=mesh, valid_vocab=vocab, teacher=teacher),
@@ -216,7 +219,7 @@ def train_program(config: Any, devices: Sequence[Any], *, valid_vocab: int | Non
     params = _shapes(model, jnp.float32, mesh)
     options: dict[str, Any] = {"model_config": model, "offload": config.optim.offload}
     state = init_state(params, optimizer, mesh=mesh, abstract=True, **options)
-    return step.trace(state, batch_shapes(config, mesh), *teacher_shapes)
+    return step.trace(state, batch_shapes(config, mesh), *frozen)
 
 
 def score_program(

@@ -25,8 +25,8 @@ from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.report.data import Run
 from dcod_jax.score.scoring import ScoreSettings, score_traces
-from dcod_jax.train.checkpoint_reader import read_params
-from dcod_jax.train.checkpointer import finished, sharded_shapes
+from dcod_jax.train.checkpoint_reader import read_student
+from dcod_jax.train.checkpointer import finished
 from dcod_jax.train.metrics import read_metrics
 from dcod_jax.train.settings import loss_config
 from dcod_jax.types import Params, Trace
@@ -172,8 +172,8 @@ def _student(run: Run, export: Path | None) -> tuple[str, ModelConfig, Params, M
     if not finished(run.path / "checkpoints"):
         raise DcodError(f"{run.path} has neither an export nor a finished checkpoint")
     settings = run.config.student
-    model_config = hf.read_config(as_path(settings.path or settings.config))
-    params, record = read_params(run.path, sharded_shapes(model_config, mesh))
+    source = settings.path or settings.config
+    model_config, params, record = read_student(run.path, source, mesh=mesh)
     return f"checkpoint of step {record.step}", model_config, params, mesh
 
 

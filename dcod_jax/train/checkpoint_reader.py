@@ -7,13 +7,16 @@ that it listed is removed meanwhile.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.sharding import Mesh
 
 from dcod_jax.errors import DcodError, nearest
 from dcod_jax.files import Location, Path, as_path, from_json
+from dcod_jax.models import hf, lora
+from dcod_jax.models.config import ModelConfig
 from dcod_jax.train import checksums
 from dcod_jax.train.checkpointer import (
     Record,
@@ -22,10 +25,12 @@ from dcod_jax.train.checkpointer import (
     finished,
     record_of,
     restoring,
+    sharded_shapes,
 )
 from dcod_jax.types import Params
 
 Found = TypeVar("Found")
+BASE = "base of the adapters"  # among what a run learned from (learned_from.py)
 
 
 def find_run(place: Location, *, key: str) -> tuple[Path, int | None]:
@@ -78,6 +83,43 @@ def read_params(
                 return reader.restore(place, args=ocp.args.StandardRestore(restoring(like))), record
 
     return _read(place, key, step, read, best_metric=best_metric)
+
+
+def read_student(
+    place: Location,
+    source: Location,
+    *,
+    mesh: Mesh | None,
+    step: int | None = None,
+    best_metric: str = "",
+    key: str = "run_dir",
+) -> tuple[ModelConfig, Params, Record]:
+    """(architecture, float32 parameters, record) of a run's student, adapters merged.
+
+    source: student.path or student.config of the run; the base of adapters is read from it. Raises
+    DcodError as `read_params` does, and where the base is not the one that the run had.
+    """
+    model = hf.read_config(source)
+    run = read_record(place, key=key)
+    whole = lora.with_adapter(model, run.config["student"].get("lora"))
+    which: dict[str, Any] = {"step": step, "best_metric": best_metric, "key": key}
+    params, record = read_params(place, sharded_shapes(whole, mesh), **which)
+    if whole.lora is None:
+        return model, params, record
+    check_base(run, source, hf.weights_fingerprint(source))
+    dtype = run.config["student"]["compute_dtype"]
+    base = hf.load_model(source, dtype=dtype, mesh=mesh)[1]
+    return model, lora.merge(whole, params, base), record
+
+
+def check_base(run: Record, source: Location, found: str) -> None:
+    """Raise DcodError where the base at `source` is not the one that a run's adapters belong to."""
+    expected = run.data["parts"].get(BASE)
+    if found != expected:
+        raise DcodError(
+            f"student.path={source}: its weights have the hash {found}, but the adapters were "
+            f"trained beside {expected}; set student.path to that base"
+        )
 
 
 def _read(

@@ -25,7 +25,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Location, Path, as_path
-from dcod_jax.models import transformer
+from dcod_jax.models import lora, transformer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import put, tree_shardings
 from dcod_jax.stores import RemotePath
@@ -271,12 +271,15 @@ def check_shapes(place: epath.Path, like: Params) -> None:
             raise ValueError(f"{path} has shape {there.get(path)}, the model needs {shape}")
 
 
-def sharded_shapes(model_config: ModelConfig, mesh: Mesh) -> Params:
-    """A model's parameters as shapes with shardings, for read_params."""
+def sharded_shapes(model_config: ModelConfig, mesh: Mesh | None) -> Params:
+    """A model's trained parameters as shapes with shardings (if a mesh is given)."""
+    shapes = lora.trained(model_config, transformer.param_shapes(model_config))
+    if mesh is None:
+        return shapes
     return jax.tree.map(
         lambda shape, layout: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=layout),
-        transformer.param_shapes(model_config),
-        tree_shardings(mesh, transformer.logical_axes(model_config)),
+        shapes,
+        tree_shardings(mesh, lora.trained(model_config, transformer.logical_axes(model_config))),
     )
 
 

@@ -14,7 +14,7 @@ from dcod_jax.errors import DcodError
 from dcod_jax.losses.distill import DistillLoss, LiveTeacher
 from dcod_jax.losses.head import VocabHead
 from dcod_jax.losses.reduce import Sums, TokenStats
-from dcod_jax.models import transformer
+from dcod_jax.models import lora, transformer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.train.settings import loss_config
 from dcod_jax.types import Batch, LossState, Params
@@ -51,6 +51,13 @@ class Forward:
         assert self.loss.head.mesh is not None
         return self.loss.head.mesh
 
+    def frozen_axes(self) -> tuple[Params, ...]:
+        """Logical axes of the frozen parameters: a live teacher's, then the base of adapters."""
+        axes = transformer.logical_axes
+        teacher = () if self.teacher is None else (axes(self.teacher.config),)
+        base = () if self.model.lora is None else (lora.frozen(self.model, axes(self.model)),)
+        return teacher + base
+
     def _hidden(
         self, model: ModelConfig, params: Params, batch: Batch, **options: Any
     ) -> tuple[Array, Array]:
@@ -61,15 +68,17 @@ class Forward:
         return hidden, transformer.head_weight(model, params)
 
     def _both(
-        self, params: Params, batch: Batch, teacher_params: Params | None
+        self, params: Params, batch: Batch, frozen: tuple[Params, ...]
     ) -> tuple[Array, Array, LiveTeacher | None]:
         """The student's hidden states and head, and those of a live teacher."""
         teacher = None
-        if self.teacher is not None and teacher_params is not None:
+        if self.teacher is not None:
             dtype = self.teacher.compute_dtype
             teacher = LiveTeacher(
-                *self._hidden(self.teacher.config, teacher_params, batch, compute_dtype=dtype)
+                *self._hidden(self.teacher.config, frozen[0], batch, compute_dtype=dtype)
             )
+        if self.model.lora is not None:
+            params = lora.join(params, frozen[-1])
         own = {key: getattr(self, key) for key in ("compute_dtype", "gradient_dtype", "remat")}
         return *self._hidden(self.model, params, batch, **own), teacher
 
@@ -79,19 +88,19 @@ class Forward:
         batch: Batch,
         step: Array,
         loss_state: LossState,
-        teacher_params: Params | None,
+        frozen: tuple[Params, ...],
     ) -> tuple[Array, tuple[Sums, TokenStats]]:
         """The loss sum of one (micro-)batch, and its sums and per-token statistics."""
-        hidden, head, teacher = self._both(params, batch, teacher_params)
+        hidden, head, teacher = self._both(params, batch, frozen)
         state = {"step": step, "loss_state": loss_state}
         sums, stats = self.loss(hidden, head, batch, teacher=teacher, **state)
         return sums.loss, (sums, stats)
 
     def observe(
-        self, params: Params, batch: Batch, teacher_params: Params | None
+        self, params: Params, batch: Batch, frozen: tuple[Params, ...]
     ) -> tuple[Array, Array]:
         """(log q, log p) at the head's positions, values only."""
-        hidden, head, teacher = self._both(params, batch, teacher_params)
+        hidden, head, teacher = self._both(params, batch, frozen)
         return self.loss.observe(hidden, head, batch, teacher=teacher)
 
 

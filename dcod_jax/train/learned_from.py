@@ -15,6 +15,7 @@ from dcod_jax.data.tokenizer import Tokenizer, template_fingerprint, tokenizer_f
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Path
 from dcod_jax.models import hf
+from dcod_jax.train.checkpoint_reader import BASE
 from dcod_jax.train.checkpointer import Record
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ def parts(
     }
     if config.loss.teacher == "live":
         found["live teacher"] = hf.weights_fingerprint(config.teacher.path)
+    if config.student.lora.rank:
+        found[BASE] = hf.weights_fingerprint(config.student.path)
     return found
 
 
@@ -75,8 +78,8 @@ def goes_on_with(
     if not accept:
         raise DcodError(
             f"{directory}: the run learned from other data up to step {found.step}:{lines}\n"
-            "set data.dataset, teacher.path and student.tokenizer to what they were, or choose "
-            "another run_dir (train.init_from starts from this one); "
+            "set data.dataset, teacher.path, student.path and student.tokenizer to what they were, "
+            "or choose another run_dir (train.init_from starts from this one); "
             "train.accept_changed_data=True goes on with the new data and records the change"
         )
     log.warning("%s: going on from step %d with other data:%s", directory, found.step, lines)

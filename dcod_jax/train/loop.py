@@ -32,13 +32,14 @@ from dcod_jax.train.optim import make_optimizer
 from dcod_jax.train.setup import (
     Student,
     initial_snapshot,
+    load_base,
     load_live_teacher,
     load_student,
     open_datasets,
 )
 from dcod_jax.train.step import make_eval_step, make_train_step
 from dcod_jax.train.telemetry import Pending, Telemetry
-from dcod_jax.types import TrainState
+from dcod_jax.types import Params, TrainState
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,8 @@ def _fit(config: Any, name: str, student: Student, entered: float) -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(config, best_metric=config.train.best_metric if eval_set else "")
     mesh = make_mesh(**config.mesh)
-    optimizer, train_step, eval_step = _make_steps(config, student, mesh)
+    base = load_base(config, student, mesh)
+    optimizer, train_step, eval_step = _make_steps(config, student, mesh, base)
     eval_every = config.train.eval_every if eval_set else 0
     learns_from = learned_from.parts(config, student.tokenizer, train_set, eval_set)
     run = initial_snapshot(config, student, optimizer, mesh, checkpoints, learns_from)
@@ -77,7 +79,7 @@ def _fit(config: Any, name: str, student: Student, entered: float) -> int:
     sample = train_set.read([0])[0]
     print(f"one trace, supervised part marked:\n{chat.render_sample(student.tokenizer, sample)}\n")
 
-    policy = OnPolicy(config, student, mesh, spent=run.on_policy)
+    policy = OnPolicy(config, student, mesh, base=base, spent=run.on_policy)
     telemetry = Telemetry(config, run, student, train_set, checkpoints, name=name, entered=entered)
     with hosts.interruption() as interrupted, telemetry:
         # The order is part of exactness: evaluate -> save -> advance the iterator -> step.
@@ -125,7 +127,7 @@ def _fit(config: Any, name: str, student: Student, entered: float) -> int:
 
 
 def _make_steps(
-    config: Any, student: Student, mesh: Mesh
+    config: Any, student: Student, mesh: Mesh, base: tuple[Params, ...]
 ) -> tuple[optax.GradientTransformation, Callable[..., Any], Callable[..., Sums]]:
     """(optimizer, train step, held-out step); the steps are of (state, batch) alone."""
     optimizer, schedule = make_optimizer(settings.optim_config(config), config.train.steps)
@@ -149,8 +151,8 @@ def _make_steps(
     eval_step = make_eval_step(forward)
     return (
         optimizer,
-        lambda state, batch: train_step(state, batch, *teacher_params),
-        lambda state, batch: eval_step(state, batch, *teacher_params),
+        lambda state, batch: train_step(state, batch, *teacher_params, *base),
+        lambda state, batch: eval_step(state, batch, *teacher_params, *base),
     )
 
 

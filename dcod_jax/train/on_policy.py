@@ -20,17 +20,29 @@ from dcod_jax.data import packing
 from dcod_jax.data.codec import Columns
 from dcod_jax.data.pipeline import HostBatch, host_slice
 from dcod_jax.data.turns import stop_ids
+from dcod_jax.models import lora
 from dcod_jax.sample.sampler import decoding_params, sample
 from dcod_jax.train.setup import Student
-from dcod_jax.types import TrainState
+from dcod_jax.types import Params, TrainState
 
 
 class OnPolicy:
     """Replaces a batch of traces by one of student samples with probability on_policy.fraction."""
 
-    def __init__(self, config: Any, student: Student, mesh: Mesh, *, spent: dict[str, Any]):
-        """spent: the cost so far, which is counted on here; {} for a new run."""
-        self.config, self.student, self.mesh = config, student, mesh
+    def __init__(
+        self,
+        config: Any,
+        student: Student,
+        mesh: Mesh,
+        *,
+        spent: dict[str, Any],
+        base: tuple[Params, ...] = (),
+    ):
+        """spent: the cost so far, which is counted on here; {} for a new run.
+
+        base: the frozen parameters beside those of a state, if there are any.
+        """
+        self.config, self.student, self.mesh, self.base = config, student, mesh, base
         self.host, self.hosts = host_slice(mesh, config.data.batch_size)
         self.spent = spent
         spent.setdefault("tokens", 0)
@@ -51,7 +63,7 @@ class OnPolicy:
         samples = sample(
             decoding_params(
                 self.student.config,
-                state.params,
+                lora.join(state.params, *self.base) if self.base else state.params,
                 valid_vocab=self.student.valid_vocab,
                 compute_dtype=self.config.student.compute_dtype,
                 mesh=self.mesh,

@@ -25,13 +25,19 @@ from dcod_jax.data.tokenizer import (
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Path, as_path, check_own
 from dcod_jax.losses.divergences import DIVERGENCES
-from dcod_jax.models import hf, transformer
+from dcod_jax.models import hf, lora, transformer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import check_divides, make_mesh, tree_shardings
 from dcod_jax.score.teacher import expected_weights, open_teacher
 from dcod_jax.train import learned_from
-from dcod_jax.train.checkpoint_reader import find_run, read_params
-from dcod_jax.train.checkpointer import Snapshot, finished, sharded_shapes
+from dcod_jax.train.checkpoint_reader import (
+    check_base,
+    find_run,
+    read_params,
+    read_record,
+    read_student,
+)
+from dcod_jax.train.checkpointer import Record, Snapshot, finished, sharded_shapes
 from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.train.forward import TeacherModel
 from dcod_jax.train.settings import loss_config
@@ -100,7 +106,7 @@ def load_student(config: Any) -> Student:
             "no student: set student.path (HF directory or .gguf) or student.config (config.json)"
         )
     path = as_path(source)
-    model_config = hf.read_config(path)
+    model_config = lora.with_adapter(hf.read_config(path), config.student.lora)
     tokenizer = student_tokenizer(config.student)
     if len(tokenizer) > model_config.vocab_size:
         raise DcodError(
@@ -177,6 +183,14 @@ def load_live_teacher(
     return TeacherModel(model_config, jnp.dtype(config.teacher.dtype)), (params,)
 
 
+def load_base(config: Any, student: Student, mesh: Mesh) -> tuple[Params, ...]:
+    """The frozen parameters that adapters are trained beside, in the compute dtype; () without."""
+    if student.config.lora is None:
+        return ()
+    dtype = jnp.dtype(config.student.compute_dtype)
+    return (hf.load_model(config.student.path, dtype=dtype, mesh=mesh)[1],)
+
+
 def initial_snapshot(
     config: Any,
     student: Student,
@@ -189,8 +203,9 @@ def initial_snapshot(
 
     1. run_dir's newest checkpoint, or a newer one on the processes' own disks: the whole run;
     2. train.init_from: the parameters of another run's newest checkpoint, at step 0;
-    3. student.path: HF or GGUF weights;
-    4. student.config: random parameters.
+    3. student.lora: new adapters;
+    4. student.path: HF or GGUF weights;
+    5. student.config: random parameters.
     """
     shapes = sharded_shapes(student.config, mesh)
     options: dict[str, Any] = {
@@ -213,8 +228,12 @@ def initial_snapshot(
         )
         return dataclasses.replace(found, config=config.to_dict(), data=data)
     if config.train.init_from:
-        params, record = read_params(config.train.init_from, shapes, key="train.init_from")
+        params, record = _from_run(config, student, shapes, mesh)
         log.info("parameters from %s, step %d", config.train.init_from, record.step)
+    elif student.config.lora is not None:
+        key = jax.random.key(seeds.key_seed(config.seed, "init"))
+        params = lora.init_adapter(student.config, key, mesh)
+        log.info("new adapters of rank %d, seed %d", student.config.lora.rank, config.seed)
     elif config.student.path:
         _, params = hf.load_model(config.student.path, dtype=jnp.float32, mesh=mesh)
         log.info("parameters from %s", config.student.path)
@@ -225,6 +244,16 @@ def initial_snapshot(
     state = init_state(params, optimizer, **options)
     data = {"parts": learns_from, "changes": []}
     return Snapshot(state=state, step=0, config=config.to_dict(), data=data)
+
+
+def _from_run(config: Any, student: Student, shapes: Params, mesh: Mesh) -> tuple[Params, Record]:
+    """Parameters of train.init_from: those of its student, or adapters of the same base."""
+    place, source = config.train.init_from, config.student.path or config.student.config
+    if student.config.lora is None:
+        return read_student(place, source, mesh=mesh, key="train.init_from")[1:]
+    run = read_record(place, key="train.init_from")
+    check_base(run, source, hf.weights_fingerprint(source))
+    return read_params(place, shapes, key="train.init_from")
 
 
 def random_params(model_config: ModelConfig, seed: int, shardings: Params) -> Params:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from dcod_jax.errors import DcodError
 from dcod_jax.losses import adaptive, distill, reduce
 from dcod_jax.losses.reduce import Sums, TokenStats
 from dcod_jax.losses.weights import Tokens
-from dcod_jax.models import transformer
+from dcod_jax.models import lora, transformer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import (
     batch_shards,
@@ -53,8 +54,9 @@ def state_shardings(
 
     offload: the moments live in host memory between steps.
     """
-    params = tree_shardings(mesh, transformer.logical_axes(model_config))
-    shapes = jax.eval_shape(optimizer.init, transformer.param_shapes(model_config))
+    trained = functools.partial(lora.trained, model_config)
+    params = tree_shardings(mesh, trained(transformer.logical_axes(model_config)))
+    shapes = jax.eval_shape(optimizer.init, trained(transformer.param_shapes(model_config)))
     replicated = sharding(mesh, ())
     moments = optax.tree_utils.tree_map_params(
         optimizer,
@@ -130,7 +132,7 @@ def _accumulate(
     forward: Forward,
     state: TrainState,
     batch: Batch,
-    teacher_params: Params | None,
+    frozen: tuple[Params, ...],
     *,
     microbatches: int,
 ) -> tuple[Params, Sums, TokenStats]:
@@ -138,7 +140,7 @@ def _accumulate(
     gradient_of = jax.grad(forward, has_aux=True)
 
     def gradients_of(piece: Batch) -> tuple[Params, Sums, TokenStats]:
-        extra = (state.step, state.loss_state, teacher_params)
+        extra = (state.step, state.loss_state, frozen)
         gradients, (sums, stats) = gradient_of(state.params, piece, *extra)
         return gradients, sums, stats
 
@@ -160,14 +162,14 @@ def _temper_now(
     forward: Forward,
     state: TrainState,
     batch: Batch,
-    teacher_params: Params | None,
+    frozen: tuple[Params, ...],
     *,
     microbatches: int,
 ) -> TrainState:
     """The state with the automatic temperature of this very batch: one more forward pass."""
 
     def piece(carry: None, piece: Batch) -> tuple[None, tuple[Array, Array]]:
-        return None, forward.observe(state.params, piece, teacher_params)
+        return None, forward.observe(state.params, piece, frozen)
 
     _, (student, teacher) = _microbatches(
         piece, None, batch, microbatches=microbatches, mesh=forward.mesh
@@ -215,8 +217,8 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Jitted (state, batch) -> (next state, metrics as device scalars); the state is donated.
 
-    With a live teacher: (state, batch, teacher_params), whose parameters are sharded like the
-    student's and belong to neither the state nor the gradient. Gradients are sums over completion
+    What is frozen comes behind them (`Forward.frozen_axes`): it is sharded like the student's
+    parameters and belongs to neither the state nor the gradient. Gradients are sums over completion
     tokens, added over micro-batches in float32 and divided once by the global divisor. offload: the
     optimizer's moments live in host memory between steps. Raises DcodError where batch_size cannot
     be split.
@@ -230,12 +232,12 @@ def make_train_step(
     on_device = state_shardings(forward.model, optimizer, mesh).opt_state
 
     def train_step(
-        state: TrainState, batch: Batch, teacher_params: Params | None = None
+        state: TrainState, batch: Batch, *frozen: Params
     ) -> tuple[TrainState, dict[str, Array]]:
         before = state
         if adaptive.same_step(loss.config.weights):
-            state = _temper_now(forward, state, batch, teacher_params, **pieces)
-        gradients, sums, stats = _accumulate(forward, state, batch, teacher_params, **pieces)
+            state = _temper_now(forward, state, batch, frozen, **pieces)
+        gradients, sums, stats = _accumulate(forward, state, batch, frozen, **pieces)
         small = jax.tree.map(lambda x: constrain(x, mesh, "batch"), distill.compact(batch))
         gradients = reduce.mean_gradients(gradients, sums, loss.config.weights.normalize)
         if offload:
@@ -257,37 +259,37 @@ def make_train_step(
 
     return jax.jit(
         train_step,
-        in_shardings=(layout, sharding(mesh, ("batch",)), *_teacher_layout(forward)),
+        in_shardings=(layout, sharding(mesh, ("batch",)), *_frozen_layout(forward)),
         out_shardings=(layout, sharding(mesh, ())),
         donate_argnums=0,
     )
 
 
-def _teacher_layout(forward: Forward) -> tuple[Params, ...]:
-    if forward.teacher is None:
-        return ()
-    transformer.check_mesh(forward.teacher.config, forward.mesh)
-    return (tree_shardings(forward.mesh, transformer.logical_axes(forward.teacher.config)),)
+def _frozen_layout(forward: Forward) -> tuple[Params, ...]:
+    if forward.teacher is not None:
+        transformer.check_mesh(forward.teacher.config, forward.mesh)
+    return tuple(tree_shardings(forward.mesh, axes) for axes in forward.frozen_axes())
 
 
 def make_eval_step(forward: Forward) -> Callable[..., Sums]:
-    """Jitted (state, batch[, teacher_params]) -> held-out sums; add them, then finish."""
+    """Jitted (state, batch, *frozen) -> held-out sums; add them, then finish."""
 
     mesh, replicated = forward.mesh, sharding(forward.mesh, ())
-    params = tree_shardings(mesh, transformer.logical_axes(forward.model))
+    axes = lora.trained(forward.model, transformer.logical_axes(forward.model))
+    params = tree_shardings(mesh, axes)
     layout = TrainState(replicated, params, None, replicated)  # pyright: ignore
 
-    def eval_step(state: TrainState, batch: Batch, teacher_params: Params | None = None) -> Sums:
-        inputs = (state.params, batch, state.step, state.loss_state, teacher_params)
+    def eval_step(state: TrainState, batch: Batch, *frozen: Params) -> Sums:
+        inputs = (state.params, batch, state.step, state.loss_state, frozen)
         return forward(*inputs)[1][0]
 
     jitted = jax.jit(
         eval_step,
-        in_shardings=(layout, sharding(mesh, ("batch",)), *_teacher_layout(forward)),
+        in_shardings=(layout, sharding(mesh, ("batch",)), *_frozen_layout(forward)),
         out_shardings=replicated,
     )
 
-    def run(state: TrainState, batch: Batch, *teacher_params: Params) -> Sums:
-        return jitted(dataclasses.replace(state, opt_state=None), batch, *teacher_params)
+    def run(state: TrainState, batch: Batch, *frozen: Params) -> Sums:
+        return jitted(dataclasses.replace(state, opt_state=None), batch, *frozen)
 
     return run
