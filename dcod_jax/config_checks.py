@@ -42,6 +42,7 @@ CHOICES = {
     "loss.weights.normalize": ("mean", "none", "sequence"),
     "optim.schedule": tuple(DECAYS),
     "train.on_damaged_checkpoint": ("stop", "previous"),
+    "train.best_metric": ("", "eval/nll", "eval/loss", "eval/accuracy", "nll", "loss", "accuracy"),
     "optim.on_nonfinite": ("stop", "skip"),
     "hosts.cluster": ("auto", "none", "slurm", "ompi", "mpi4py", "k8s"),
     "hosts.collectives": ("gloo", "mpi"),
@@ -70,6 +71,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "loss.weights.warmup_steps "
         "optim.warmup_steps optim.max_skipped student.lora.rank "
         "optim.weight_decay optim.clip_norm optim.final_fraction train.eval_every "
+        "train.eval_problems_every "
         "train.eval_batches train.save_every train.local_every generate.temperature "
         "generate.top_k evaluate.limit evaluate.temperature evaluate.top_k evaluate.shots "
         "data.head_tokens on_policy.temperature drift.limit report.traces plan.hbm_gib "
@@ -298,6 +300,38 @@ def _sampling_errors(flat: dict[str, Any]) -> list[str]:
     return wrong
 
 
+def _held_out_errors(flat: dict[str, Any]) -> list[str]:
+    """train.best_metric that is not measured or not where a checkpoint is; problems never asked."""
+    best, path, own = (
+        flat[f"train.{key}"] for key in ("best_metric", "eval_problems", "eval_problems_every")
+    )
+    key = "train.eval_problems_every" if own else "train.eval_every"
+    wrong = []
+    if path and not flat[key]:
+        wrong.append(
+            f"train.eval_problems={path} is never asked: set train.eval_problems_every, the steps "
+            "between two rounds (0: train.eval_every, which is 0 too)"
+        )
+    if own and not path:
+        wrong.append(
+            f"train.eval_problems_every={own} needs train.eval_problems, a JSONL file of "
+            "{prompt, answer}"
+        )
+    if best.endswith("accuracy") and not path:
+        wrong.append(
+            f"train.best_metric={best} needs train.eval_problems, a JSONL file of "
+            "{prompt, answer}"
+        )
+    key = key if best.endswith("accuracy") else "train.eval_every"
+    save, every = flat["train.save_every"], flat[key]
+    if save and every and best and save % every:
+        wrong.append(
+            f"train.save_every={save} must be a multiple of {key}={every}, or the best checkpoint "
+            f"by {best} could not be told; or set train.best_metric=''"
+        )
+    return wrong
+
+
 def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
     """What is wrong in {dotted key: value} and its loss record; empty if all is well."""
     if wrong := _value_errors(flat):
@@ -355,11 +389,4 @@ def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
         )
     if flat["student.path"] and flat["student.config"]:
         wrong.append("student.path and student.config are both set: weights from one or none")
-    save, evaluate = flat["train.save_every"], flat["train.eval_every"]
-    if save and evaluate and flat["train.best_metric"] and save % evaluate:
-        wrong.append(
-            f"train.save_every={save} must be a multiple of train.eval_every={evaluate}, or the "
-            f"best checkpoint by {flat['train.best_metric']} could not be told; or set "
-            "train.best_metric=''"
-        )
-    return wrong
+    return wrong + _held_out_errors(flat)

@@ -34,7 +34,8 @@ LEVELS = """
     prepare.delivered prepare.overlap prepare.filters
     generate_traces.command prepare.command score.command inspect.arguments inspect.command
     drift.curves drift.scores
-    train.learned_from train.setup train.on_policy export.card export.command evaluate.command
+    train.learned_from train.held_out train.setup train.on_policy export.card export.command
+    evaluate.command
     evaluate.lm_eval_model drift.command report.arguments report.data report.traces report.command
     plan.chips plan.hlo plan.programs plan.estimate plan.command
     train.telemetry train.loop train.command

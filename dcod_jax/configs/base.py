@@ -155,11 +155,15 @@ def get_config() -> Any:
     c.train.log_every = 10  # steps between metric lines
     c.train.eval_every = 100  # steps between held-out losses; 0: never
     c.train.eval_batches = 0  # held-out batches; 0: all
+    c.train.eval_problems = ""  # JSONL of problems answered greedily as it trains (evaluate.*)
+    c.train.eval_problems_every = 0  # steps between two rounds of them; 0: train.eval_every
     c.train.save_every = 100  # steps between checkpoints; 0: only at the end
     c.train.keep = 2  # newest checkpoints kept, beside the best
     c.train.local_dir = ""  # also save to this directory of each host's own disk; empty: do not
     c.train.local_every = 0  # steps between checkpoints in train.local_dir, less than save_every
-    c.train.best_metric = "eval/nll"  # lower is better; empty: keep by age only
+    # eval/nll | eval/loss | accuracy (of train.eval_problems): chooses the checkpoint that is kept
+    # and exported; empty: the newest
+    c.train.best_metric = "eval/nll"  # the better of two equal ones is the later
     # A run directory, or one checkpoint in it: runs/x/checkpoints/8
     c.train.init_from = ""  # run or checkpoint whose parameters to start from
     # stop: name the damaged file and the newest whole checkpoint. previous: go on from that one and

@@ -37,8 +37,8 @@ from dcod_jax.evaluate.generations import (
     Generation,
     Sampling,
     answer,
+    evaluation_sampling,
     read_generations,
-    sampling_of,
     to_line,
 )
 from dcod_jax.evaluate.grading import RULES, Grader
@@ -50,7 +50,7 @@ from dcod_jax.evaluate.metrics import (
     show,
 )
 from dcod_jax.evaluate.problems import ProblemSet, problem_sets
-from dcod_jax.evaluate.prompts import PLAIN_STOP, PromptForm, prompt_form
+from dcod_jax.evaluate.prompts import PromptForm, encode_prompts, prompt_form
 from dcod_jax.export.command import MARKER, export_path
 from dcod_jax.files import Path, as_path, check_own, rename, replace_file, to_json
 from dcod_jax.locks import locked
@@ -58,7 +58,7 @@ from dcod_jax.logs import track
 from dcod_jax.models import hf
 from dcod_jax.parallel import hosts
 from dcod_jax.sample.decoding import DecodingParams
-from dcod_jax.sample.sampler import check_room, decoding_params
+from dcod_jax.sample.sampler import decoding_params
 
 log = logging.getLogger(__name__)
 
@@ -191,10 +191,7 @@ class _EvaluatedModel:
 
 
 def _sampling(config: Any) -> Sampling:
-    """The plain form stops at the next question."""
-    stop = (PLAIN_STOP,) if config.evaluate.form == "plain" else ()
-    seed = seeds.key_seed(config.seed, "evaluate")
-    return sampling_of(config.evaluate, seed=seed, stop=stop)
+    return evaluation_sampling(config, seed=seeds.key_seed(config.seed, "evaluate"))
 
 
 def _request(
@@ -251,13 +248,12 @@ def _answer_rest(
 ) -> None:
     settings, sampling = config.evaluate, _sampling(config)
     asked = [(p, k) for p in problem_set.problems for k in range(sampling.samples)]
-    prompts = [form.prompt(model.tokenizer, problem) for problem in problem_set.problems]
-    check_room(
+    prompts = encode_prompts(
+        form,
+        problem_set,
+        model.tokenizer,
         hf.read_config(model.path),
-        prompts,
-        [f"{problem.source}: the prompt" for problem in problem_set.problems],
         max_new_tokens=settings.max_new_tokens,
-        key="evaluate.max_new_tokens",
     )
     _, process, processes = model.share
     most = -(-len(asked) // processes)  # so that no process is left without any

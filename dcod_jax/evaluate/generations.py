@@ -12,6 +12,7 @@ from dcod_jax.data.tokenizer import Tokenizer
 from dcod_jax.data.turns import stop_ids
 from dcod_jax.evaluate.grading import Expected, Grader
 from dcod_jax.evaluate.problems import Problem, read_records
+from dcod_jax.evaluate.prompts import PLAIN_STOP
 from dcod_jax.files import Location, as_path
 from dcod_jax.sample.decoding import DecodingParams
 from dcod_jax.sample.sampler import Sample, sample
@@ -120,6 +121,12 @@ def sampling_of(settings: Any, *, seed: int, stop: tuple[str, ...] = ()) -> Samp
         name: settings[name] for name in ("temperature", "samples", "top_p", "top_k", "min_p")
     }
     return Sampling(seed=seed, stop=(*settings.stop, *stop), **values)
+
+
+def evaluation_sampling(config: Any, *, seed: int = 0) -> Sampling:
+    """How evaluate.* draws answers; the plain form stops at the next question."""
+    stop = (PLAIN_STOP,) if config.evaluate.form == "plain" else ()
+    return sampling_of(config.evaluate, seed=seed, stop=stop)
 
 
 def sample_options(sampling: Sampling, tokenizer: Tokenizer) -> dict[str, Any]:

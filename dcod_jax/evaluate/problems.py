@@ -48,21 +48,27 @@ class ProblemSet:
     skipped: int = 0  # problems whose reference answer is empty
 
 
+def problem_file(config: Any, path: Location, *, limit: int = 0) -> ProblemSet:
+    """A file of problems in the fields of prepare.*, named ""."""
+    skipped: list[str] = []
+    problems = read_problems(
+        path,
+        system_prompt=config.prepare.system_prompt,
+        prompt_field=config.prepare.prompt_field,
+        answer_field=config.prepare.answer_field,
+        limit=limit,
+        skipped=skipped,
+    )
+    return ProblemSet("", tuple(problems), "", len(skipped))
+
+
 def problem_sets(config: Any) -> list[ProblemSet]:
     """evaluate.problems (named "") and every set of evaluate.sets, each at most evaluate.limit."""
     sets = []
     skipped: list[str]
     system_prompt, limit = config.prepare.system_prompt, config.evaluate.limit
     if config.evaluate.problems:
-        problems = read_problems(
-            config.evaluate.problems,
-            system_prompt=system_prompt,
-            prompt_field=config.prepare.prompt_field,
-            answer_field=config.prepare.answer_field,
-            limit=limit,
-            skipped=(skipped := []),
-        )
-        sets.append(ProblemSet("", tuple(problems), "", len(skipped)))
+        sets.append(problem_file(config, config.evaluate.problems, limit=limit))
     for text in config.evaluate.sets:
         entry = parse_set(text)
         problems = read_set(

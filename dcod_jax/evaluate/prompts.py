@@ -11,6 +11,8 @@ from dcod_jax.data.tokenizer import Tokenizer
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.problems import Problem, ProblemSet, read_records
 from dcod_jax.files import as_path
+from dcod_jax.models.config import ModelConfig
+from dcod_jax.sample.sampler import check_room
 
 EXEMPLARS = pathlib.Path(__file__).parents[1] / "assets" / "evaluate" / "exemplars.jsonl"
 PLAIN_STOP = "\nQuestion:"  # a base model in the plain form goes on with the next question
@@ -53,6 +55,22 @@ class PromptForm:
             raise DcodError("evaluate.form=plain asks one question, this is a conversation")
         pairs = [f"Question: {self._ask(q)}\nAnswer: {a}\n\n" for q, a in self.exemplars]
         return lead + "".join(pairs) + f"Question: {self._ask(talk[0]['content'])}\nAnswer:"
+
+
+def encode_prompts(
+    form: PromptForm,
+    problem_set: ProblemSet,
+    tokenizer: Tokenizer,
+    model: ModelConfig,
+    *,
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Token ids of every prompt; raises DcodError where one leaves no room for its answer."""
+    prompts = [form.prompt(tokenizer, problem) for problem in problem_set.problems]
+    names = [f"{problem.source}: the prompt" for problem in problem_set.problems]
+    key = "evaluate.max_new_tokens"
+    check_room(model, prompts, names, max_new_tokens=max_new_tokens, key=key)
+    return prompts
 
 
 def prompt_form(config: Any, problem_set: ProblemSet) -> PromptForm:

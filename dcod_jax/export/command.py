@@ -54,6 +54,7 @@ from dcod_jax.models.gguf import export_tokenizer
 from dcod_jax.parallel import hosts
 from dcod_jax.parallel.mesh import batch_shards, make_mesh
 from dcod_jax.train.checkpoint_reader import read_student
+from dcod_jax.train.settings import best_metric
 from dcod_jax.train.setup import dataset_splits
 from dcod_jax.types import Params
 
@@ -85,7 +86,7 @@ def export(config: Any) -> Path:
         base_model,
         mesh=mesh,
         step=config.export.step if config.export.step >= 0 else None,
-        best_metric=config.train.best_metric,
+        best_metric=best_metric(config),
     )
     with locked(path.with_name(f".{path.name}.lock"), what=f"export.path={path}"):
         checks = export_model(

@@ -34,7 +34,7 @@ from dcod_jax.study import domain
 from dcod_jax.study.conditions import to_hex
 from dcod_jax.study.domain import SETS, StudyModel
 from dcod_jax.train.forward import TeacherModel, make_forward
-from dcod_jax.train.loop import reading
+from dcod_jax.train.held_out import reading
 from dcod_jax.train.on_policy import OnPolicy
 from dcod_jax.train.optim import OptimConfig, Schedule, make_optimizer
 from dcod_jax.train.settings import optim_config

@@ -6,6 +6,7 @@ that it listed is removed meanwhile.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from dcod_jax.train.checkpointer import (
     check_shapes,
     explain,
     finished,
+    rank,
     record_of,
     restoring,
     sharded_shapes,
@@ -147,13 +149,14 @@ def _read(
 
 
 def _best(home: Path, steps: list[int], metric: str) -> int:
-    """The step whose held-out metric is lowest, the later one of two; without any the newest."""
+    """The step whose held-out metric is best, the later one of two; without any the newest."""
     found = {}
     for step in steps if metric else []:
         try:
-            found[step] = _record(home / str(step)).metrics[metric]
-        except (DcodError, KeyError):  # it was removed meanwhile, or not evaluated
+            found[step] = rank(_record(home / str(step)).metrics, metric)
+        except DcodError:  # it was removed meanwhile
             continue
+    found = {step: value for step, value in found.items() if value < math.inf}
     return min(found, key=lambda step: (found[step], -step), default=steps[-1])
 
 

@@ -57,6 +57,12 @@ class Snapshot(Record):
     state: TrainState
 
 
+def rank(metrics: dict[str, float], name: str) -> float:
+    """The held-out metric such that lower is better; +inf where it was not measured."""
+    value = metrics.get(name, math.inf)
+    return -value if name == "eval/accuracy" and value < math.inf else value
+
+
 class Checkpointer:
     """The checkpoints of one directory: the newest `keep`, and the best by best_metric."""
 
@@ -85,7 +91,7 @@ class Checkpointer:
         options: dict[str, Any] = {"cleanup_tmp_directories": not local}
         if best_metric:
             options |= {
-                "best_fn": lambda metrics: metrics.get(best_metric, math.inf),
+                "best_fn": lambda metrics: rank(metrics, best_metric),
                 "best_mode": "min",
             }
             kept.append(

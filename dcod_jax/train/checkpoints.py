@@ -21,7 +21,7 @@ class Checkpoints:
     """When a run saves, where it saves, and what it restores."""
 
     def __init__(self, config: Any, *, best_metric: str):
-        """best_metric: the held-out metric whose lowest checkpoint is kept; "" keeps the newest."""
+        """best_metric: the held-out metric whose best checkpoint is kept; "" keeps the newest."""
         settings = config.train
         self.every = settings.save_every
         self.previous = settings.on_damaged_checkpoint == "previous"

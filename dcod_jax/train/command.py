@@ -148,10 +148,12 @@ def finish(config: Any, runs: Sequence[tuple[str, Any]]) -> None:
         compare(config, {name: path for name, path in models.items() if path})
     for name, variant in runs:
         lines = read_metrics(as_path(variant.run_dir) / "metrics.jsonl")
-        if found := [(line["eval/nll"], line["step"]) for line in lines if "eval/nll" in line]:
-            (before, first), (after, last) = found[0], found[-1]
-            change = f"{before:.4f} -> {after:.4f} (steps {first} to {last})"
-            print(f"held-out nll{f' {name}' if name else ''}: {change}")
+        for metric, form in (("nll", ".4f"), ("accuracy", ".1%")):
+            found = [(x[key], x["step"]) for x in lines if (key := f"eval/{metric}") in x]
+            if found:
+                (before, first), (after, last) = found[0], found[-1]
+                change = f"{before:{form}} -> {after:{form}} (steps {first} to {last})"
+                print(f"held-out {metric}{f' {name}' if name else ''}: {change}")
     for name, path in exported.items():
         print(f"exported{f' {name}' if name else ''}: {path}")
     if config.report.at_end and jax.process_count() == 1:

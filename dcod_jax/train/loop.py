@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import optax
@@ -14,21 +12,20 @@ from jax.sharding import Mesh
 
 from dcod_jax import config as configs
 from dcod_jax.data import chat, pipeline
-from dcod_jax.data.dataset import TraceDataset
-from dcod_jax.data.teachers import parse_weight
 from dcod_jax.errors import EXIT_INTERRUPTED
 from dcod_jax.files import as_path, replace_file
 from dcod_jax.locks import check_held, locked
-from dcod_jax.losses import reduce
 from dcod_jax.losses.reduce import Sums
 from dcod_jax.parallel import hosts
 from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.plan.programs import choose_remat
-from dcod_jax.train import learned_from, settings
+from dcod_jax.train import learned_from
 from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.train.forward import make_forward
+from dcod_jax.train.held_out import HeldOut, reading
 from dcod_jax.train.on_policy import OnPolicy
 from dcod_jax.train.optim import make_optimizer
+from dcod_jax.train.settings import best_metric, optim_config
 from dcod_jax.train.setup import (
     Student,
     initial_snapshot,
@@ -39,7 +36,7 @@ from dcod_jax.train.setup import (
 )
 from dcod_jax.train.step import make_eval_step, make_train_step
 from dcod_jax.train.telemetry import Pending, Telemetry
-from dcod_jax.types import Params, TrainState
+from dcod_jax.types import Params
 
 log = logging.getLogger(__name__)
 
@@ -57,11 +54,12 @@ def _fit(config: Any, name: str, student: Student, entered: float) -> int:
     train_set, eval_set = open_datasets(config, student)
     run_dir = as_path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(config, best_metric=config.train.best_metric if eval_set else "")
     mesh = make_mesh(**config.mesh)
     base = load_base(config, student, mesh)
     optimizer, train_step, eval_step = _make_steps(config, student, mesh, base)
-    eval_every = config.train.eval_every if eval_set else 0
+    of = (student.config, student.tokenizer, mesh)
+    held_out = HeldOut(config, *of, dataset=eval_set, eval_step=eval_step, base=base)
+    checkpoints = Checkpoints(config, best_metric=held_out.known(best_metric(config)))
     learns_from = learned_from.parts(config, student.tokenizer, train_set, eval_set)
     run = initial_snapshot(config, student, optimizer, mesh, checkpoints, learns_from)
     batches = pipeline.train_batches(
@@ -87,13 +85,13 @@ def _fit(config: Any, name: str, student: Student, entered: float) -> int:
             began = time.monotonic()
             last = run.step == config.train.steps
             stop = interrupted(run.step) or last
-            evaluate = eval_every and not run.metrics and (last or run.step % eval_every == 0)
+            evaluate = held_out.due(run.step, run.metrics, last=last)
             save = checkpoints.due(run.step, stop=stop)
             if evaluate or save:
                 telemetry.settle()
-            if evaluate and eval_set:
-                with telemetry.timed("eval", f"held-out loss at step {run.step}"):
-                    run.metrics = held_out_loss(config, eval_set, eval_step, run.state, mesh)
+            if evaluate:
+                with telemetry.timed("eval", f"{', '.join(evaluate)} at step {run.step}"):
+                    run.metrics = run.metrics | held_out.measure(evaluate, run.state)
                 telemetry.held_out()
             if save:
                 with telemetry.timed("save", f"saving step {run.step}"):
@@ -130,7 +128,7 @@ def _make_steps(
     config: Any, student: Student, mesh: Mesh, base: tuple[Params, ...]
 ) -> tuple[optax.GradientTransformation, Callable[..., Any], Callable[..., Sums]]:
     """(optimizer, train step, held-out step); the steps are of (state, batch) alone."""
-    optimizer, schedule = make_optimizer(settings.optim_config(config), config.train.steps)
+    optimizer, schedule = make_optimizer(optim_config(config), config.train.steps)
     teacher, teacher_params = load_live_teacher(config, student, mesh)
     forward = make_forward(
         config,
@@ -154,43 +152,3 @@ def _make_steps(
         lambda state, batch: train_step(state, batch, *teacher_params, *base),
         lambda state, batch: eval_step(state, batch, *teacher_params, *base),
     )
-
-
-def reading(config: Any, mesh: Mesh, *, whole: bool = False) -> dict[str, Any]:
-    """The fields of pipeline.Reading for this host's rows, or for all rows of the batch."""
-    loss_config = settings.loss_config(config)
-    process, processes = (0, 1) if whole else pipeline.host_slice(mesh, config.data.batch_size)
-    return {
-        "seq_len": config.data.seq_len,
-        "batch_size": config.data.batch_size,
-        "head_tokens": config.data.head_tokens,
-        "prefetch": config.data.prefetch,
-        "require_scores": loss_config.needs_cache,
-        "require_top_k": loss_config.needs_top_k,
-        "teacher_weights": tuple(map(parse_weight, config.loss.teacher_weights)),
-        "process_index": process,
-        "process_count": processes,
-    }
-
-
-def held_out_loss(
-    config: Any,
-    dataset: TraceDataset,
-    eval_step: Callable[..., Sums],
-    state: TrainState,
-    mesh: Mesh,
-) -> dict[str, float]:
-    """nll per token and the weighted objective, on every trace of the held-out split."""
-
-    def parts() -> Iterator[Sums]:
-        batches = pipeline.eval_batches(dataset, **reading(config, mesh))
-        for host_batch, _ in itertools.islice(batches, config.train.eval_batches or None):
-            yield eval_step(state, pipeline.to_device(host_batch, mesh))
-            hosts.moved()
-
-    total = functools.reduce(reduce.add, parts())
-    return {
-        "eval/nll": float(reduce.mean_nll(total)),
-        "eval/loss": float(reduce.finish(total, config.loss.weights.normalize)),
-        "eval/tokens": float(total.count),
-    }

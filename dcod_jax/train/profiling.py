@@ -22,7 +22,7 @@ GOODPUT = "goodput.json"
 PHASES = ("data_wait", "dispatch", "device")
 PARTS = {  # of an attempt's time that is not in steps which count: its key, and its name in text
     "startup": "start-up",
-    "eval": "held-out loss",
+    "eval": "evaluation",
     "save": "saves",
     "lost": "steps done again after a restart",
 }

@@ -26,3 +26,14 @@ def loss_config(config: Any) -> LossConfig:
 def optim_config(config: Any) -> OptimConfig:
     """optim.* as the frozen record that make_optimizer takes."""
     return OptimConfig(**config.optim.to_dict())
+
+
+def problems_every(config: Any) -> int:
+    """Steps between two rounds of train.eval_problems."""
+    return config.train.eval_problems_every or config.train.eval_every
+
+
+def best_metric(config: Any) -> str:
+    """train.best_metric as metrics.jsonl names it; "" where checkpoints are kept by age only."""
+    name = config.train.best_metric
+    return f"eval/{name.removeprefix('eval/')}" if name else ""

@@ -40,6 +40,7 @@ from dcod_jax.train.checkpoint_reader import (
 from dcod_jax.train.checkpointer import Record, Snapshot, finished, sharded_shapes
 from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.train.forward import TeacherModel
+from dcod_jax.train.held_out import questions
 from dcod_jax.train.settings import loss_config
 from dcod_jax.train.step import check_batch, init_state
 from dcod_jax.types import Params
@@ -85,6 +86,7 @@ def preflight(config: Any) -> None:
         find_run(config.train.init_from, key="train.init_from")
     student = load_student(config)
     mesh = make_mesh(**config.mesh)
+    questions(config, student.config, student.tokenizer)
     check_batch(config.data.batch_size, config.train.microbatches, mesh)
     transformer.check_mesh(student.config, mesh)
     check_divides(mesh, {"data.seq_len": ("length", config.data.seq_len)})

@@ -161,7 +161,12 @@ class Telemetry:
     def held_out(self) -> None:
         """Write the held-out metrics of the run's step, and show them beside the bar."""
         self.writer.write(self.run.step, self.run.metrics)
-        self.note = f" held-out nll {self.run.metrics['eval/nll']:.4f} (step {self.run.step})"
+        found = self.run.metrics
+        texts = [f"nll {found['eval/nll']:.4f}"] if "eval/nll" in found else []
+        if "eval/accuracy" in found:
+            low, high = found["eval/accuracy_low"], found["eval/accuracy_high"]
+            texts.append(f"accuracy {found['eval/accuracy']:.1%} ({low:.1%} to {high:.1%})")
+        self.note = f" held-out {', '.join(texts)} (step {self.run.step})"
 
     def _warn(self, step: int, values: dict[str, float]) -> None:
         """Once: when the tokens that the student does not know yet have too little weight."""

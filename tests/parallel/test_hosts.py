@@ -381,10 +381,20 @@ def test_on_policy_batches_of_two_processes_are_those_of_one(place, two):
         "--config.loss.weights.name=uniform",
         "--config.on_policy.fraction=0.6",
         "--config.on_policy.max_new_tokens=16",
+        f"--config.train.eval_problems={place / 'problems.jsonl'}",
+        "--config.train.eval_problems_every=3",
+        "--config.evaluate.grade_truncated=true",
     ]
+    # The last number of a few tokens: some start writes a 1.
+    asked = [{"prompt": f"{i}+1?", "answer": "1"} for i in range(9)]
+    tiny.write_jsonl(place / "problems.jsonl", asked)
     succeed(tasks(place, "fit own2", *more))
     succeed(tasks(place, "fit own1", *more, count=1, devices=4))
     ours, theirs = metrics(two[0] / "own2"), metrics(two[0] / "own1")
+    answered = [[line for line in run if "eval/accuracy" in line] for run in (ours, theirs)]
+    assert [line["step"] for line in answered[0]] == [0, 3, 6]
+    assert answered[0] == answered[1]
+    ours, theirs = ([line for line in run if "loss" in line] for run in (ours, theirs))
     assert {line["on_policy/batch"] for line in ours} == {0.0, 1.0}
     for a, b in zip(ours, theirs, strict=True):
         assert a["on_policy/tokens_generated"] == b["on_policy/tokens_generated"]

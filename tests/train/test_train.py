@@ -41,6 +41,7 @@ from dcod_jax.train import loop as train
 from dcod_jax.train.checkpoint_reader import read_params
 from dcod_jax.train.checkpointer import Checkpointer, Snapshot
 from dcod_jax.train.checkpoints import Checkpoints
+from dcod_jax.train.held_out import reading
 from dcod_jax.train.settings import optim_config
 from dcod_jax.train.telemetry import Telemetry
 from dcod_jax.types import TrainState
@@ -180,7 +181,7 @@ def test_mfu_counts_the_head_where_it_is_compiled_and_a_live_teachers_forward_pa
     config = load(place, place / "mfu", "--config.data.head_tokens=32")
     student = setup.load_student(config)
     dataset, _ = setup.open_datasets(config, student)
-    batches = pipeline.train_batches(dataset, seed=0, **train.reading(config, make_mesh()))
+    batches = pipeline.train_batches(dataset, seed=0, **reading(config, make_mesh()))
     batch, _ = next(batches)
     assert batch["head_positions"].shape == (16, 32)
     run = Snapshot(state=TrainState(jnp.int32(0), {}, (), adaptive.initial()), step=0)

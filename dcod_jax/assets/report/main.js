@@ -58,7 +58,10 @@ function main() {
   const legend = document.getElementById("legend");
   legend.append(...RUNS.map((run, i) => named(run.name, runColor(i), "span")));
   section("Runs", ABOUT_RUNS, runsTable(), ...DATA.notes.map((text) => el("p", { class: "dim", text })));
-  section("Accuracy", "", ...DATA.evaluations.flatMap(accuracy));
+  const asked = metric("eval/accuracy", "Held-out accuracy while training, band: 95 % interval", {
+    band: ["eval/accuracy_low", "eval/accuracy_high"],
+  });
+  section("Accuracy", "", grid([asked]), ...DATA.evaluations.flatMap(accuracy));
   section(
     "Loss",
     "",

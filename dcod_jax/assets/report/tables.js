@@ -96,7 +96,7 @@ function runsTable() {
 
 // Where the wall time of a run went, over all its starts.
 function goodputTable() {
-  const heads = "run,starts,goodput,steps that count: s,start-up,held-out loss,saves";
+  const heads = "run,starts,goodput,steps that count: s,start-up,evaluation,saves";
   const parts = ["productive", "startup", "eval", "save", "lost", "wall"];
   const rows = RUNS.flatMap((run, i) =>
     run.goodput

@@ -1,0 +1,184 @@
+"""What a run measures on held-out data as it goes: the loss on traces, and answers to problems.
+
+Nothing here touches the train state, the data's position or random numbers of the training, so a
+run with these measurements has the bits of one without them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jax.sharding import Mesh
+
+from dcod_jax.data import pipeline
+from dcod_jax.data.dataset import TraceDataset
+from dcod_jax.data.teachers import parse_weight
+from dcod_jax.data.tokenizer import Tokenizer
+from dcod_jax.evaluate.generations import Sampling, answer, evaluation_sampling
+from dcod_jax.evaluate.grading import Grader
+from dcod_jax.evaluate.problems import Problem, problem_file
+from dcod_jax.evaluate.prompts import encode_prompts, prompt_form
+from dcod_jax.evaluate.statistics import wilson
+from dcod_jax.losses import reduce
+from dcod_jax.losses.reduce import Sums
+from dcod_jax.models import lora
+from dcod_jax.models.config import ModelConfig
+from dcod_jax.parallel import hosts
+from dcod_jax.sample.sampler import decoding_params
+from dcod_jax.train.settings import loss_config, problems_every
+from dcod_jax.types import Params, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """train.eval_problems as the student is asked them."""
+
+    problems: tuple[Problem, ...]
+    prompts: list[list[int]]
+    sampling: Sampling  # greedy
+
+
+def questions(config: Any, model: ModelConfig, tokenizer: Tokenizer) -> Questions | None:
+    """What train.eval_problems asks in the form of evaluate.*; None where it is empty.
+
+    Raises DcodError for a file or field that is not there, and for a prompt that leaves no room for
+    evaluate.max_new_tokens.
+    """
+    if not config.train.eval_problems:
+        return None
+    found = problem_file(config, config.train.eval_problems)
+    most = config.evaluate.max_new_tokens
+    form = prompt_form(config, found)
+    prompts = encode_prompts(form, found, tokenizer, model, max_new_tokens=most)
+    greedy = Sampling(stop=evaluation_sampling(config).stop)
+    return Questions(found.problems, prompts, greedy)
+
+
+class HeldOut:
+    """The measurements of one run; each is taken at its own steps and at the last one."""
+
+    def __init__(
+        self,
+        config: Any,
+        model: ModelConfig,
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+        *,
+        dataset: TraceDataset | None,
+        eval_step: Callable[..., Sums],
+        base: tuple[Params, ...] = (),
+    ):
+        """dataset: the held-out traces, or None where there are none.
+
+        base: the frozen parameters beside those of a state, if there are any.
+        """
+        self.config, self.model, self.tokenizer, self.mesh = config, model, tokenizer, mesh
+        self.base = base
+        self.eval_step = eval_step
+        self._measures: dict[str, tuple[int, Callable[[TrainState], dict[str, float]]]] = {}
+        if dataset is not None and config.train.eval_every:
+            self._measures["eval/nll"] = (
+                config.train.eval_every,
+                functools.partial(self._loss, dataset),
+            )
+        if asked := questions(config, model, tokenizer):
+            self._measures["eval/accuracy"] = (
+                problems_every(config),
+                functools.partial(self._accuracy, asked),
+            )
+
+    def known(self, name: str) -> str:
+        """The metric's name where the run measures it (eval/loss with eval/nll), else ""."""
+        return name if name.replace("loss", "nll") in self._measures else ""
+
+    def due(self, step: int, found: dict[str, float], *, last: bool) -> list[str]:
+        """The metrics to measure at this step, without those that were found at it before."""
+        return [
+            name
+            for name, (every, _) in self._measures.items()
+            if name not in found and (last or step % every == 0)
+        ]
+
+    def measure(self, names: list[str], state: TrainState) -> dict[str, float]:
+        """These metrics and what is measured with them, such as an interval."""
+        found: dict[str, float] = {}
+        for name in names:
+            found |= self._measures[name][1](state)
+        return found
+
+    def _loss(self, dataset: TraceDataset, state: TrainState) -> dict[str, float]:
+        """nll per token and the weighted objective, on the traces of the held-out split."""
+        config = self.config
+
+        def parts() -> Iterator[Sums]:
+            batches = pipeline.eval_batches(dataset, **reading(config, self.mesh))
+            for host_batch, _ in itertools.islice(batches, config.train.eval_batches or None):
+                yield self.eval_step(state, pipeline.to_device(host_batch, self.mesh))
+                hosts.moved()
+
+        total = functools.reduce(reduce.add, parts())
+        return {
+            "eval/nll": float(reduce.mean_nll(total)),
+            "eval/loss": float(reduce.finish(total, config.loss.weights.normalize)),
+            "eval/tokens": float(total.count),
+        }
+
+    def _accuracy(self, asked: Questions, state: TrainState) -> dict[str, float]:
+        """Share of right greedy answers with its 95 % interval (Wilson), and of unfinished ones.
+
+        All processes decode together on the run's mesh. A copy of the parameters in the compute
+        dtype lives meanwhile.
+        """
+        settings, prepare, count = self.config.evaluate, self.config.prepare, len(asked.problems)
+        with Grader(timeout=prepare.grade_timeout, workers=prepare.workers) as grader:
+            given = answer(
+                decoding_params(
+                    self.model,
+                    lora.join(state.params, *self.base) if self.base else state.params,
+                    valid_vocab=len(self.tokenizer),
+                    compute_dtype=self.config.student.compute_dtype,
+                    mesh=self.mesh,
+                ),
+                self.tokenizer,
+                [(problem, 0) for problem in asked.problems],
+                asked.prompts,
+                indices=range(count),
+                sampling=asked.sampling,
+                max_new_tokens=settings.max_new_tokens,
+                batch_size=settings.batch_size,
+                grader=grader,
+                grade_truncated=settings.grade_truncated,
+                on_batch=lambda sequences, tokens: hosts.moved(),
+            )
+        # A comparison is bounded in time, so the grades of the first process hold for all.
+        own = json.dumps([sum(g.correct for g in given), sum(not g.finished for g in given)])
+        correct, unfinished = json.loads(hosts.exchange("the grades", own)[0])
+        low, high = wilson(correct, count)
+        return {
+            "eval/accuracy": correct / count,
+            "eval/accuracy_low": low,
+            "eval/accuracy_high": high,
+            "eval/unfinished": unfinished / count,
+        }
+
+
+def reading(config: Any, mesh: Mesh, *, whole: bool = False) -> dict[str, Any]:
+    """The fields of pipeline.Reading for this host's rows, or for all rows of the batch."""
+    loss = loss_config(config)
+    process, processes = (0, 1) if whole else pipeline.host_slice(mesh, config.data.batch_size)
+    return {
+        "seq_len": config.data.seq_len,
+        "batch_size": config.data.batch_size,
+        "head_tokens": config.data.head_tokens,
+        "prefetch": config.data.prefetch,
+        "require_scores": loss.needs_cache,
+        "require_top_k": loss.needs_top_k,
+        "teacher_weights": tuple(map(parse_weight, config.loss.teacher_weights)),
+        "process_index": process,
+        "process_count": processes,
+    }
