@@ -20,11 +20,17 @@ from typing import Any
 
 from dcod_jax import __version__, logs
 from dcod_jax import config as configs
+from dcod_jax.compilation_cache import keep_programs
 from dcod_jax.errors import EXIT_INTERRUPTED, DcodError, nearest
 from dcod_jax.files import as_path
 
 ALONE = ("drift", "report", "plan")  # verbs of one process
-OWN = ("hosts.process_id", "train.progress", "log_level")  # keys that each process has for itself
+OWN = (
+    "hosts.process_id",
+    "train.progress",
+    "log_level",
+    "compilation_cache",
+)  # keys that each process has for itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +217,7 @@ def run_config_verb(
 
         _check_run_dir(config.run_dir)
         logs.configure(config.log_level)
+        keep_programs(config.compilation_cache)
         if verb in ALONE:
             hosts.refuse_peers(config.hosts, verb)
         with hosts.session(config.hosts, notices=verb == "train"):

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dcod_jax"
 # A file imports from files before it in this order only; a line is a level of docs/design.md.
 LEVELS = """
     configs.base configs.study
-    errors bounds types seeds stores files copies
+    errors bounds types seeds stores files copies compilation_cache
     parallel.mesh parallel.collectives parallel.exit_report parallel.monitor parallel.hosts
     locks logs
     models.config models.layers models.cudnn models.attention models.transformer models.lora
@@ -38,7 +38,7 @@ LEVELS = """
     evaluate.command
     evaluate.lm_eval_model drift.command report.arguments report.data report.traces report.command
     plan.chips plan.hlo plan.programs plan.estimate plan.command
-    train.telemetry train.loop train.command
+    train.trace_weights train.telemetry train.loop train.command
     study.arithmetic study.domain study.conditions study.lab study.command
 """
 ORDER = LEVELS.split()

@@ -17,6 +17,9 @@ def get_config() -> Any:
     c.seed = 0  # shuffling, initialisation and sampling follow from it
     c.log_level = "info"  # debug | info | warning | error: messages on stderr from this level on
 
+    # auto: $XDG_CACHE_HOME/dcod_jax/programs (~/.cache/...) | a directory | empty: none
+    c.compilation_cache = "auto"  # compiled programs are kept here for the next start
+
     c.student = ConfigDict()
     c.student.path = ""  # HF directory or .gguf file: architecture and initial weights
     c.student.config = ""  # HF config.json (or its directory): random initial weights instead

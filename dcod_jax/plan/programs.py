@@ -215,6 +215,9 @@ def train_program(config: Any, devices: Sequence[Any], *, valid_vocab: int | Non
         batch_size=config.data.batch_size,
         microbatches=config.train.microbatches,
         offload=config.optim.offload,
+        log_every=config.train.log_every,
+        steps=config.train.steps,
+        token_weights=loss_config(config).weights.varies,
     )
     params = _shapes(model, jnp.float32, mesh)
     options: dict[str, Any] = {"model_config": model, "offload": config.optim.offload}

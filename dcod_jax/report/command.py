@@ -25,10 +25,20 @@ import jax
 
 from dcod_jax import __version__
 from dcod_jax import config as configs
+from dcod_jax.compilation_cache import keep_programs
 from dcod_jax.config import BASE, load_recipe
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Path, as_path, check_own, replace_file
-from dcod_jax.report.data import Run, drifts, evaluations, find_runs, goodput, run_record
+from dcod_jax.report.data import (
+    Run,
+    drifts,
+    evaluations,
+    find_runs,
+    goodput,
+    run_record,
+    skipped,
+    weighed,
+)
 from dcod_jax.report.traces import Seen, histogram, see, shown
 
 log = logging.getLogger(__name__)
@@ -72,6 +82,8 @@ def collect(runs: Sequence[Run], *, settings: Any) -> dict[str, Any]:
     for place, run in enumerate(runs):
         record = run_record(run, notes, points=settings.points)
         record |= {"histogram": None, "seen": "", "goodput": goodput(run, notes)}
+        record |= {"weighed": weighed(run, notes)}
+        notes += skipped(record)
         records.append(record)
         if not settings.traces:
             continue
@@ -144,6 +156,8 @@ def _hash(text: str) -> str:
 
 def report_runs(args: argparse.Namespace) -> None:
     """The verb with --runs: a page of these directories, whatever their configs."""
-    settings = load_recipe(BASE).report
+    recipe = load_recipe(BASE)
+    keep_programs(recipe.compilation_cache)
+    settings = recipe.report
     settings.traces = args.traces if args.traces is not None else settings.traces
     write(find_runs(args.runs), args.output or args.runs[0] / "report.html", settings=settings)

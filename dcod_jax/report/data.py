@@ -16,6 +16,7 @@ from dcod_jax import config as configs
 from dcod_jax.bounds import Bound, array, check, either, mapping, number, optional, text, whole
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Path, file_size
+from dcod_jax.train.metrics import TRACES
 from dcod_jax.train.profiling import GOODPUT
 
 POSITION = re.compile(r"weights/position_(\d{1,9})")  # metric of the bucket that starts there
@@ -71,6 +72,8 @@ _DRIFT = {
         )
     ),
 }
+_NAMED = optional(array(array(either(text(), _NUMBER), fewest=2, most=2), most=100))
+_WEIGHED = {"step": whole(0, 1 << 53), "most": _NAMED, "least": _NAMED}
 _GOODPUT = {
     "attempts": array(),
     "total": mapping(
@@ -196,6 +199,27 @@ def goodput(run: Run, notes: list[str]) -> dict[str, Any] | None:
     return {"starts": len(found["attempts"]), "goodput": total["goodput"], "seconds": seconds}
 
 
+def weighed(run: Run, notes: list[str]) -> dict[str, Any] | None:
+    """{"step", "most", "least"}: the traces of most and of least weight in the last line with any.
+
+    None without such a line; one of another form is left out with a note.
+    """
+    path = run.path / TRACES
+    lines = _bytes(path).splitlines() if path.is_file() else []
+    return _checked(path, _WEIGHED, notes, content=lines[-1]) if lines else None
+
+
+def skipped(run: dict[str, Any]) -> list[str]:
+    """A note where steps of the run were skipped (optim.on_nonfinite, optim.spike_factor)."""
+    counts = run["series"].get("skipped_total", {"values": (0,)})["values"]
+    if not counts[-1]:
+        return []
+    return [
+        f"{run['name']}: {counts[-1]:g} steps were skipped, as loss or gradient was not finite or "
+        "the gradient far larger than before; they changed nothing, and the log names their traces"
+    ]
+
+
 def _positions(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """{"step", "first", "values"}: mean weight in the bucket that begins with token `first`."""
     having = [line for line in lines if any(map(POSITION.fullmatch, line))]
@@ -304,10 +328,15 @@ def _result(
 # ---------------------------------------------------------------- files
 
 
-def _checked(path: Path, bounds: dict[str, Bound], notes: list[str]) -> dict[str, Any] | None:
-    """What the bounds name of a JSON file, or None and a note that says what is wrong in it."""
+def _checked(
+    path: Path, bounds: dict[str, Bound], notes: list[str], *, content: bytes | None = None
+) -> dict[str, Any] | None:
+    """What the bounds name of a JSON file, or None and a note that says what is wrong in it.
+
+    content: the part of the file that is read, if not all of it.
+    """
     try:
-        found = _parse(_bytes(path), path)
+        found = _parse(_bytes(path) if content is None else content, path)
         check(found, bounds, source=path)
     except DcodError as error:
         notes.append(f"{error}; it is not shown: make it again")

@@ -109,8 +109,9 @@ def _fit(config: Any, name: str, student: Student, entered: float) -> int:
             with telemetry.timed("dispatch", f"starting step {step}"), telemetry.tracer.step(step):
                 run.state, values = train_step(run.state, batch)
             run.step, run.metrics = step, {}
-            # Step n is running on the device; only now are the numbers of step n-1 fetched.
-            telemetry.dispatched(Pending(step, values, trace_index, cost))
+            # Step n is running on the device; only now is step n-1 waited for.
+            places = host_batch["head_positions"]
+            telemetry.dispatched(Pending(step, values, trace_index, cost, places))
         with telemetry.timed("save"):
             checkpoints.close()
     if not last:
@@ -145,6 +146,9 @@ def _make_steps(
         batch_size=config.data.batch_size,
         microbatches=config.train.microbatches,
         offload=config.optim.offload,
+        log_every=config.train.log_every,
+        steps=config.train.steps,
+        token_weights=forward.loss.config.weights.varies,
     )
     eval_step = make_eval_step(forward)
     return (

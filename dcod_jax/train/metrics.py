@@ -6,11 +6,12 @@ A value that is not available is NaN on the device and absent in the files, neve
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -28,8 +29,59 @@ from dcod_jax.types import Batch, LossState
 
 # First position within the completion of each bucket: [0,16), [16,32), ..., [1024, ∞).
 POSITION_BUCKETS = (0, 16, 32, 64, 128, 256, 512, 1024)
+TRACES = "trace_weights.jsonl"  # of a run: the traces of most and of least weight
 SYNC_SECONDS = 60.0  # between two copies of a growing file to a store
 QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
+
+
+def is_logged(step: Any, every: int, steps: int) -> Any:
+    """Whether the numbers of a step (from 1 on, a number or traced) go into metrics.jsonl."""
+    whole = step % every == 0
+    return whole | (step == steps) if steps % every else whole
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class StepMetrics(Mapping[str, Any]):
+    """{name: scalar} of a step, in one float32 array on every device: one transfer fetches it."""
+
+    array: Any  # float32 [N], on the device or fetched
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    token_weights: Any = None  # [B, C] of a compact batch, sharded by rows; log steps fetch it
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.array[self.names.index(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def pack(measured: Mapping[str, Array]) -> Float[Array, " N"]:
+    """The values as one float32 array, in their order."""
+    return jnp.stack([value.astype(jnp.float32) for value in measured.values()])
+
+
+def packed_where(
+    wanted: Bool[Array, ""] | bool, measure: Callable[[], dict[str, Array]]
+) -> tuple[tuple[str, ...], Float[Array, " N"]]:
+    """(names, values) of measure(), which a device computes only where wanted; else NaN."""
+    if wanted is True:
+        found = measure()
+        return tuple(found), pack(found)
+    names: list[str] = []
+
+    def packed() -> Array:
+        found = measure()
+        names[:] = found  # traced by the next line, and in the branch
+        return pack(found)
+
+    nothing = jnp.full(jax.eval_shape(packed).shape, jnp.nan, jnp.float32)
+    return tuple(names), jax.lax.cond(wanted, packed, lambda: nothing)
 
 
 def quantile_of(ordered: Array, count: Array, quantile: float) -> Array:
@@ -86,7 +138,7 @@ def weight_statistics(
 def measure(
     cfg: LossConfig, small: Batch, sums: Sums, stats: TokenStats, loss_state: LossState
 ) -> dict[str, Array]:
-    """Metrics of one step on a compact batch that come from the loss: scalars, NaN without any."""
+    """Metrics of a compact batch that only log steps need: scalars, NaN where there is none."""
     mask, segments = small.loss_mask, small.segment_ids
     logprobs = stats.student_logprobs, stats.teacher_logprobs
     tokens = Tokens(*logprobs, mask, segments, small.span_ids)
@@ -94,9 +146,7 @@ def measure(
     bounded = weights.raw(cfg.weights, scoped, loss_state)
     order = weights.segment_cumsum(mask.astype(jnp.float32), segments) - 1.0
     measured = {
-        "loss": reduce.finish(sums, cfg.weights.normalize),
         "nll": reduce.mean_nll(sums),
-        "tokens/completion": sums.count,
         **weight_statistics(bounded, stats.weights, stats.student_logprobs, mask, order),
     }
     if cfg.needs_distribution:
@@ -153,6 +203,8 @@ class Board:
 class MetricsWriter:
     """Appends to run_dir/metrics.jsonl and run_dir/tensorboard, one line for each write.
 
+    The names of traces, which are no numbers, go into run_dir/trace_weights.jsonl in the same way.
+
     Opened for a run that goes on from step `start`: lines of later steps are dropped, and a line of
     `start` itself is not written again; step 0 begins anew. So a restarted run's file equals an
     uninterrupted one but for the clock's fields. Only the first process writes.
@@ -165,22 +217,26 @@ class MetricsWriter:
         self.enabled = jax.process_index() == 0
         if not self.enabled:
             return
-        self.mirror = Mirror(as_path(run_dir), fetch=("metrics.jsonl",))
+        self.mirror = Mirror(as_path(run_dir), fetch=("metrics.jsonl", TRACES))
         self._sent = time.monotonic()
         run_dir = self.mirror.directory
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / "metrics.jsonl"
-        kept = read_metrics(path) if start and path.exists() else []
-        kept = [line for line in kept if line["step"] <= start]
+        kept = _keep_lines(path := run_dir / "metrics.jsonl", start)
         self._written = [line.keys() for line in kept if line["step"] == start]
         self._start = start
-        replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.file = path.open("a", encoding="utf-8")
+        _keep_lines(path := run_dir / TRACES, start)
+        self.traces = path.open("a", encoding="utf-8")
         # The suffix keeps a restart within the same second from replacing the file in a store.
         self.board = Board(run_dir / "tensorboard", start, suffix=f".{start}")
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """One line {"step": step, key: value, ...} of the values that are available."""
+    def write(
+        self, step: int, values: Mapping[str, Any], traces: Mapping[str, Any] | None = None
+    ) -> None:
+        """One line {"step": step, key: value, ...} of the values that are available.
+
+        traces: what a line of trace_weights.jsonl says; without any there is none.
+        """
         found = available(values)
         line = {"step": step, **found}
         if not self.enabled or (step == self._start and line.keys() in self._written):
@@ -189,6 +245,9 @@ class MetricsWriter:
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
             self.board.write(step, found)
+            if traces:
+                self.traces.write(json.dumps({"step": step, **traces}) + "\n")
+                self.traces.flush()
         if time.monotonic() - self._sent > SYNC_SECONDS:
             self.sync()
 
@@ -204,6 +263,7 @@ class MetricsWriter:
         if self.enabled:
             with self._told():
                 self.file.close()
+                self.traces.close()
                 self.board.close()
                 self.mirror.close()
 
@@ -217,6 +277,14 @@ class MetricsWriter:
                 f"cannot write {self.file.name} or the events beside it: {error}; free space and "
                 "start the same command again"
             ) from error
+
+
+def _keep_lines(path: Path, start: int) -> list[dict[str, Any]]:
+    """The lines up to a step, which alone stay in the file; step 0 begins anew."""
+    kept = read_metrics(path) if start and path.exists() else []
+    kept = [line for line in kept if line["step"] <= start]
+    replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    return kept
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -41,6 +41,7 @@ from dcod_jax.train.checkpointer import Record, Snapshot, finished, sharded_shap
 from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.train.forward import TeacherModel
 from dcod_jax.train.held_out import questions
+from dcod_jax.train.metrics import TRACES
 from dcod_jax.train.settings import loss_config
 from dcod_jax.train.step import check_batch, init_state
 from dcod_jax.types import Params
@@ -50,8 +51,9 @@ log = logging.getLogger(__name__)
 # Keys that may differ between a run and its continuation: they change what is learned only by the
 # order of floating-point sums.
 FREE = (
-    "run_dir compare log_level mesh. student.remat student.attention train.gradient_sums "
-    "train.log_every train.eval train.save_every train.keep train.local_ train.best_metric "
+    "run_dir compare log_level compilation_cache mesh. student.remat student.attention "
+    "train.gradient_sums train.log_every train.eval train.save_every train.keep train.local_ "
+    "train.best_metric "
     "train.progress train.microbatches optim.offload optim.max_skipped loss.head data.prefetch "
     "data.verify_checksums data.traces data.eval data.split "
     "data.dataset teacher. prepare. score. generate. evaluate. drift. report. export. plan. "
@@ -74,6 +76,7 @@ class Student:
 OWN_FILES = {
     "config.json": ('"run_dir"', '"on_policy"'),
     "metrics.jsonl": ('"step"',),
+    TRACES: ('"step"', '"most"'),
     "goodput.json": ('"attempts"', '"total"'),
 }
 

@@ -28,6 +28,7 @@ from dcod_jax.parallel.mesh import (
 )
 from dcod_jax.train import guard, metrics
 from dcod_jax.train.forward import Forward
+from dcod_jax.train.metrics import StepMetrics
 from dcod_jax.train.optim import Schedule
 from dcod_jax.types import Batch, LossState, Params, TrainState
 
@@ -214,14 +215,19 @@ def make_train_step(
     batch_size: int,
     microbatches: int = 1,
     offload: bool = False,
-) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    """Jitted (state, batch) -> (next state, metrics as device scalars); the state is donated.
+    log_every: int = 1,
+    steps: int = 0,
+    token_weights: bool = False,
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """Jitted (state, batch) -> (next state, metrics on the device); the state is donated.
 
     What is frozen comes behind them (`Forward.frozen_axes`): it is sharded like the student's
     parameters and belongs to neither the state nor the gradient. Gradients are sums over completion
     tokens, added over micro-batches in float32 and divided once by the global divisor. offload: the
-    optimizer's moments live in host memory between steps. Raises DcodError where batch_size cannot
-    be split.
+    optimizer's moments live in host memory between steps. Statistics of the batch are computed in
+    steps that metrics.is_logged by log_every and steps, and are NaN in others: a branch on the
+    device of the one program. token_weights: the metrics hold them. Raises DcodError where
+    batch_size cannot be split.
     """
     mesh, loss = forward.mesh, forward.loss
     optimizer = optax.with_extra_args_support(optimizer)
@@ -233,7 +239,7 @@ def make_train_step(
 
     def train_step(
         state: TrainState, batch: Batch, *frozen: Params
-    ) -> tuple[TrainState, dict[str, Array]]:
+    ) -> tuple[TrainState, StepMetrics]:
         before = state
         if adaptive.same_step(loss.config.weights):
             state = _temper_now(forward, state, batch, frozen, **pieces)
@@ -249,18 +255,30 @@ def make_train_step(
         params, opt_state, changed = _update(
             state, gradients, moments, sums.loss, optimizer=optimizer, schedule=schedule
         )
-        measured = metrics.measure(loss.config, small, sums, stats, state.loss_state) | changed
-        measured["tokens/total"] = (batch.segment_ids > 0).sum()
+        always = changed | {
+            "loss": reduce.finish(sums, loss.config.weights.normalize),
+            "tokens/completion": sums.count,
+            "tokens/total": (batch.segment_ids > 0).sum(),
+        }
+        names, values = metrics.packed_where(
+            log_every == 1 or metrics.is_logged(state.step + 1, log_every, steps),
+            lambda: metrics.measure(loss.config, small, sums, stats, state.loss_state),
+        )
         loss_state = loss.learned(state.loss_state, state.step, small, sums, stats)
         if "skipped" in changed:
             loss_state = guard.choose(changed["skipped"], before.loss_state, loss_state)
-        scalars = {key: value.astype(jnp.float32) for key, value in measured.items()}
-        return TrainState(state.step + 1, params, opt_state, loss_state), scalars  # pyright: ignore
+        measured = StepMetrics(
+            constrain(jnp.concatenate([metrics.pack(always), values]), mesh),
+            (*always, *names),
+            constrain(stats.weights, mesh, "batch") if token_weights else None,
+        )
+        state = TrainState(state.step + 1, params, opt_state, loss_state)  # pyright: ignore
+        return state, measured
 
     return jax.jit(
         train_step,
         in_shardings=(layout, sharding(mesh, ("batch",)), *_frozen_layout(forward)),
-        out_shardings=(layout, sharding(mesh, ())),
+        out_shardings=(layout, None),  # of the metrics as constrained
         donate_argnums=0,
     )
 

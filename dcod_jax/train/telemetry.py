@@ -8,9 +8,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -23,17 +23,23 @@ from dcod_jax.logs import track
 from dcod_jax.parallel import hosts
 from dcod_jax.plan import chips
 from dcod_jax.plan.estimate import step_flops
+from dcod_jax.train import trace_weights
 from dcod_jax.train.checkpointer import Snapshot
 from dcod_jax.train.checkpoints import Checkpoints
-from dcod_jax.train.metrics import MetricsWriter
+from dcod_jax.train.metrics import MetricsWriter, StepMetrics, is_logged
 from dcod_jax.train.profiling import PHASES, Goodput, Tracer
 from dcod_jax.train.setup import Student
 
 log = logging.getLogger(__name__)
 
+Fetched = TypeVar("Fetched")
 # The loop warns when the tokens that the student gives q <= 0.9 have less than this share of the
 # average weight. Evidence: docs/auto_temperature.md.
 UNKNOWN_WEIGHT = 0.6
+
+
+class DivergedError(DcodError):
+    """Numbers that are not finite, or too many skipped steps: of the training, not the set-up."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +47,10 @@ class Pending:
     """A step that was dispatched and whose numbers are still on the device."""
 
     step: int
-    values: dict[str, jax.Array]
+    values: StepMetrics
     trace_index: np.ndarray  # [B / hosts, T], -1 in padding
     cost: dict[str, float]  # of sampling from the student
+    head_positions: np.ndarray | None = None  # [B / hosts, C]
 
 
 class Telemetry:
@@ -79,8 +86,8 @@ class Telemetry:
         self.flops = step_flops(config, student.config, head_capacity(dataset.lengths, *row))
         peak = chips.peak_flops(jax.devices()[0].device_kind)
         self.peak = peak * jax.device_count() if peak else None
-        self.pending: Pending | None = None
-        self.note = ""
+        self.pending: list[Pending] = []  # not fetched yet, oldest first
+        self.note = self.shown = ""
         self.warned = False
         self._begin_line(run.step)
 
@@ -129,34 +136,66 @@ class Telemetry:
             self.goodput.paused(part, seconds)
 
     def dispatched(self, started: Pending) -> None:
-        """Settle the step before this one, which has just been started."""
+        """Wait for the step before this one, which has just been started; settle a log step."""
         self.tracer.after(started.step, started.values)
-        self.settle()
-        self.pending = started
+        if self.pending:
+            before = self.pending[-1]
+            if self._is_logged(before.step):
+                self.settle()
+            else:  # so that neither steps nor batches pile up, and a signal is answered in time
+                self._wait(before.step, lambda: jax.block_until_ready(before.values.array))
+                self.advance(1, self.shown + self.note)
+        self.pending.append(started)
+
+    def _is_logged(self, step: int) -> bool:
+        return bool(is_logged(step, self.config.train.log_every, self.config.train.steps))
+
+    def _wait(self, step: int, until: Callable[[], Fetched]) -> Fetched:
+        hosts.doing(f"the numbers of step {step}", waiting=True)
+        with self.timed("device"):
+            found = until()
+        self.goodput.started()
+        return found
 
     def settle(self) -> None:
-        """Fetch the pending step's numbers, stop if they are not finite, count and write them."""
-        if self.pending is None:
+        """Fetch the numbers of the steps since the last time; count them, and write a log step's.
+
+        Raises DcodError for the first step whose loss or gradient is not finite.
+        """
+        if not self.pending:
             return
-        done, self.pending = self.pending, None
-        hosts.doing(f"the numbers of step {done.step}", waiting=True)
-        with self.timed("device"):
-            fetched = jax.device_get(done.values)
-        self.goodput.started()
-        values = {key: float(value) for key, value in fetched.items()}
+        steps, self.pending = self.pending, []
+        last = steps[-1].step
+        arrays = [done.values.array for done in steps]
+        fetched = self._wait(last, lambda: jax.device_get(arrays))
+        for done, numbers in zip(steps, fetched, strict=True):
+            self._count(done, dict(zip(done.values.names, numbers.tolist(), strict=True)))
+        self.advance(1, self.shown + self.note)
+
+    def _count(self, done: Pending, values: dict[str, float]) -> None:
+        """Stop where the numbers are not finite; add them up, and write those of a log step."""
         if values.get("skipped"):
             self._skipped(done, values)
         elif not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
-            raise DcodError(self._not_finite(done, values))
-        values |= done.cost
-        self._warn(done.step, values)
+            raise DivergedError(self._not_finite(done, values))
         self.run.tokens_seen += int(values["tokens/completion"])
         self.line_tokens += int(values["tokens/total"])
         pace = f"{self.line_tokens / self._stepping():,.0f} tokens/s"
-        self.advance(1, f"step {done.step} loss {values['loss']:.4f} {pace}{self.note}")
-        if done.step % self.config.train.log_every == 0 or done.step == self.config.train.steps:
-            values |= {"tokens_seen": self.run.tokens_seen} | self._pace(done.step)
-            self.writer.write(done.step, values)
+        self.shown = f"step {done.step} loss {values['loss']:.4f} {pace}"
+        if self._is_logged(done.step):
+            values |= done.cost
+            self._warn(done.step, values)
+            found, traces = self._trace_weights(done)
+            values |= found | {"tokens_seen": self.run.tokens_seen} | self._pace(done.step)
+            self.writer.write(done.step, values, traces)
+
+    def _trace_weights(self, done: Pending) -> tuple[dict[str, float], dict[str, Any]]:
+        """trace_weights.summary of a step; nothing where the traces have none of their own."""
+        weights, places = done.values.token_weights, done.head_positions
+        if weights is None or places is None or done.cost.get("on_policy/batch"):
+            return {}, {}
+        own = trace_weights.trace_weights(trace_weights.own_rows(weights), done.trace_index, places)
+        return trace_weights.summary(own, self.dataset)
 
     def held_out(self) -> None:
         """Write the held-out metrics of the run's step, and show them beside the bar."""
@@ -208,7 +247,7 @@ class Telemetry:
             f"{self._traces(done)}"
         )
         if count > most:
-            raise DcodError(
+            raise DivergedError(
                 f"{what}. Look at them with dcod_jax.inspect; lower optim.learning_rate, or raise "
                 "optim.max_skipped or optim.spike_factor"
             )

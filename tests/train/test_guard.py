@@ -13,6 +13,7 @@ from dcod_jax.config_checks import config_errors
 from dcod_jax.errors import DcodError
 from dcod_jax.train import guard
 from dcod_jax.train.checkpointer import Checkpointer, Snapshot
+from dcod_jax.train.metrics import StepMetrics
 from dcod_jax.train.optim import OptimConfig, make_optimizer
 from dcod_jax.train.settings import loss_config
 from dcod_jax.train.step import init_state, make_train_step
@@ -107,7 +108,7 @@ def test_skipped_steps_are_told_with_their_traces_and_too_many_stop(caplog):
     telemetry = Telemetry.__new__(Telemetry)
     telemetry.dataset = Traces()
     telemetry.config = configs.replace(configs.load_recipe(configs.BASE), {"optim.max_skipped": 2})
-    pending = Pending(7, {}, np.array([[3, 3, -1], [1, 1, 1]]), {})
+    pending = Pending(7, StepMetrics(jnp.zeros(0), ()), np.array([[3, 3, -1], [1, 1, 1]]), {})
     values = {"loss": float("nan"), "grad_norm": 2.0, "skipped_total": 2.0}
     telemetry._skipped(pending, values)
     assert caplog.messages == [

@@ -187,7 +187,7 @@ def test_peak_flops_where_known():
 def test_the_page_names_every_metric_of_a_step():
     code = Path(metrics.__file__).read_text() + Path(step.__file__).read_text()
     assigned = re.findall(r'measured\["([\w/]+)"\]', code)
-    assigned += ["grad_norm", "nonfinite"]
+    assigned += ["grad_norm", "nonfinite", "tokens/completion", "tokens/total"]
     ours = {f"weights/{name}" for name in statistics([1.0], [1])} | {"loss", "nll", *assigned}
     ours = {name for name in ours if "position_" not in name} | {"weights/position_0000"}
     page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")

@@ -128,6 +128,7 @@ def step_of(
         values = (3e-3, "cosine", 0, 0.1, 0.01, 0.9, 0.95, 1e-8, 1.0)
         optimizer, schedule = make_optimizer(OptimConfig(*values), 100)
     offload = {"offload": more.pop("offload", False)}
+    logging = {name: more.pop(name) for name in ("log_every", "token_weights") if name in more}
     step = make_train_step(
         forward_of(cfg or loss_config(), mesh, compute_dtype=jnp.dtype(dtype), **more),
         optimizer,
@@ -135,6 +136,7 @@ def step_of(
         batch_size=rows,
         microbatches=microbatches,
         **offload,
+        **logging,
     )
     return step, lambda: init_state(
         jax.tree.map(jnp.array, params()), optimizer, mesh=mesh, model_config=MODEL, **offload

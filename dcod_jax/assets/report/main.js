@@ -102,8 +102,11 @@ function main() {
         "Saturated weights, share of the tokens",
         { weights: true },
       ),
+      metric("weights/traces_effective", "Effective number of traces in a batch", { weights: true }),
       ...remaining("weights/", { weights: true }),
+      ...remaining("tokens/", { weights: true }),
     ]),
+    weighedTable(),
   );
   section("Drift", ABOUT_DRIFT, ...DATA.drifts.flatMap(drift));
   section("Traces", "", traces());

@@ -113,6 +113,24 @@ function goodputTable() {
   return table([...heads.split(","), "steps done again", "in all"], rows);
 }
 
+// The traces of most and of least weight in the last step that was logged.
+function weighedTable() {
+  const list = (traces) => traces.map(([id, weight]) => `${id}: ${format(weight)}`).join(", ");
+  const rows = RUNS.flatMap((run, i) =>
+    run.weighed?.most
+      ? [
+          [
+            named(run.name, runColor(i)),
+            format(run.weighed.step),
+            list(run.weighed.most),
+            list(run.weighed.least),
+          ],
+        ]
+      : [],
+  );
+  return table(["run", "step", "traces of most weight", "traces of least weight"], rows, "wide");
+}
+
 // ---------------------------------------------------------------- accuracy
 
 const ACCURACY = {
