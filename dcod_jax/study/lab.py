@@ -35,6 +35,7 @@ from dcod_jax.study.conditions import to_hex
 from dcod_jax.study.domain import SETS, StudyModel
 from dcod_jax.train.forward import TeacherModel, make_forward
 from dcod_jax.train.held_out import reading
+from dcod_jax.train.metrics import StepMetrics
 from dcod_jax.train.on_policy import OnPolicy
 from dcod_jax.train.optim import OptimConfig, Schedule, make_optimizer
 from dcod_jax.train.settings import optim_config
@@ -42,7 +43,7 @@ from dcod_jax.train.setup import Student
 from dcod_jax.train.step import init_state, make_train_step
 from dcod_jax.types import Params, TrainState
 
-TrainStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
 
 
 def adjustable_optimizer(
@@ -232,7 +233,7 @@ class Lab:
         student = Student(model_config, self.tokenizer, len(self.tokenizer))
         own = configs.replace(config, {"seed": seed})
         policy = OnPolicy(own, student, self.mesh, spent={})
-        history: list[dict[str, jax.Array]] = []
+        history: list[StepMetrics] = []
         jax.block_until_ready(state)
         before = time.process_time()
         for step in range(steps or config.train.steps):
