@@ -16,7 +16,7 @@ from dcod_jax.evaluate.benchmarks import parse_set
 from dcod_jax.losses import distill
 from dcod_jax.losses.distill import LossConfig
 from dcod_jax.losses.divergences import DIVERGENCES
-from dcod_jax.losses.weights import WEIGHTS
+from dcod_jax.losses.weights import RATIOS, UNITS, WEIGHTS
 from dcod_jax.models.attention import KINDS
 from dcod_jax.train.optim import DECAYS
 
@@ -37,6 +37,8 @@ CHOICES = {
     "loss.divergence": tuple(DIVERGENCES),
     "loss.teacher": ("cached", "live"),
     "loss.weights.name": tuple(WEIGHTS),
+    "loss.weights.ratio": RATIOS,
+    "loss.weights.unit": UNITS,
     "loss.weights.scope": ("token", "prefix", "sequence"),
     "loss.weights.span": ("mean", "sum", "token"),
     "loss.weights.normalize": ("mean", "none", "sequence"),
@@ -68,7 +70,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "not be negative": (
         lambda x: x >= 0,
         "seed prepare.workers prepare.record_bytes score.top_k score.retries "
-        "loss.weights.warmup_steps "
+        "loss.weights.warmup_steps loss.anchor "
         "optim.warmup_steps optim.max_skipped student.lora.rank "
         "optim.weight_decay optim.clip_norm optim.final_fraction train.eval_every "
         "train.eval_problems_every "
@@ -97,7 +99,10 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda x: x == 0 or (x > 1 and math.isfinite(x)),
         "optim.spike_factor",
     ),
-    "be in (0, 1]": (lambda x: 0 < x <= 1, "generate.top_p evaluate.top_p"),
+    "be in (0, 1]": (
+        lambda x: 0 < x <= 1,
+        "generate.top_p evaluate.top_p loss.weights.threshold",
+    ),
     "be -1 or at least 1": (
         lambda x: x == -1 or x >= 1,
         "mesh.data mesh.fsdp mesh.tensor mesh.context mesh.slices",
@@ -189,6 +194,17 @@ def _teacher_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
             "trace tokens (score.top_k=0) are not enough. Set score.top_k=64 in the recipe and run "
             "`python -m dcod_jax.score --config ... --config.score.overwrite=true`, or set "
             "loss.teacher=live"
+        )
+    if loss.weights.needs_start and (flat["train.init_from"] or not flat["student.path"]):
+        wrong.append(
+            f"loss.weights.ratio={loss.weights.ratio} compares with the start, student.path as "
+            f"score.student=True scored it; got student.path={flat['student.path']!r} and "
+            f"train.init_from={flat['train.init_from']!r}: the training must begin at student.path"
+        )
+    if loss.weights.needs_start and flat["on_policy.fraction"]:
+        wrong.append(
+            f"loss.weights.ratio={loss.weights.ratio} needs the start's log-probs, which are not "
+            "known of completions sampled on the way; set on_policy.fraction=0"
         )
     if flat["on_policy.fraction"] and (
         loss.teacher != "live" or loss.divergence == "nll" or loss.alpha != 1

@@ -42,6 +42,7 @@ class Batch:
     topk_logprobs: Float[Array, "B C K"] | None = None  # bfloat16
     tail_logprobs: Float[Array, "B C"] | None = None  # log of the mass of all other tokens
     trace_weights: Float[Array, "B T"] | None = None  # of each trace in the loss; None: 1
+    start_logprobs: Float[Array, "B T"] | None = None  # as teacher_logprobs, of the student's start
 
 
 @jax.tree_util.register_dataclass
@@ -54,6 +55,9 @@ class LossState:
     interpolation: Float[Array, ""]  # TAID's s; below taid_start before the first step
     momentum: Float[Array, ""]  # TAID's
     previous: Float[Array, ""]  # TAID's loss of the step before; +inf before the first
+    seen: Float[Array, ""]  # of the window over traces or tokens: how many, their mean log-ratio
+    mean: Float[Array, ""]
+    squares: Float[Array, ""]  # and the sum of its squared deviations
 
 
 @jax.tree_util.register_dataclass
@@ -82,4 +86,5 @@ class Trace:
     topk_logprobs: np.ndarray | None = None  # bfloat16 [C, K]
     tail_logprobs: np.ndarray | None = None  # float32 [C], log(1 - sum of the K probabilities)
     span_starts: np.ndarray | None = None  # bool [C], see Batch.span_ids; None: each token does
+    start_logprobs: np.ndarray | None = None  # float32 [C], log q of the student's start
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)  # answer, source, ...

@@ -15,8 +15,8 @@ LEVELS = """
     locks logs
     models.config models.layers models.cudnn models.attention models.transformer models.lora
     models.cached models.tensors
-    losses.head losses.events losses.distributions losses.divergences losses.weights
-    losses.adaptive losses.reduce losses.distill
+    losses.head losses.events losses.distributions losses.divergences losses.segments losses.weights
+    losses.weight_errors losses.adaptive losses.reduce losses.distill
     data.teachers data.codec data.dataset data.blocks data.scores data.packing
     data.reasoning data.presets data.raw data.lines data.schema data.columns data.forms
     data.traces data.pipeline

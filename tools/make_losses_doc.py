@@ -31,8 +31,16 @@ def _of_divergence(entry: Divergence) -> tuple[str, str]:
     return needs, _keys(f"loss.{name}") if name else "none"
 
 
+NEEDS = {
+    "ratio": "log p of the trace token",
+    "teacher": "log p of the trace token",
+    "student entropy": "nothing; the entropy of q",
+    "top_entropy": "nothing; the 20 largest logits of q",
+}
+
+
 def _of_weight(entry: Weight) -> tuple[str, str]:
-    needs = "log p of the trace token" if entry.needs_teacher else "nothing"
+    needs = NEEDS.get(entry.reads, "nothing")
     return needs, _keys(*(f"loss.weights.{name}" for name in entry.parameters))
 
 

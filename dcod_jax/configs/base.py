@@ -84,6 +84,7 @@ def get_config() -> Any:
     c.score = ConfigDict()
     c.score.top_k = 0  # also store the teacher's top-k distribution; 0: the trace token only
     c.score.batch_tokens = 16384  # tokens in a scoring batch, padding included
+    c.score.student = False  # also store log q of student.path, the start, of the trace token
     c.score.overwrite = False  # replace log-probs that another teacher wrote
     # URL of a server that scores in place of teacher.path and knows the model as teacher.name
     c.score.server = ""  # http://host:8000 (docs/teachers.md)
@@ -99,6 +100,7 @@ def get_config() -> Any:
     c.loss.divergence = "nll"  # nll: the trace token; the others need the teacher's distribution
     c.loss.teacher = "cached"  # cached: what score stored | live: teacher.path inside each step
     c.loss.alpha = 1.0  # share of the divergence; the rest is nll
+    c.loss.anchor = 0.0  # share of the divergence added outside the weights (ASFT)
     c.loss.temperature = 1.0  # both models' logits are divided by it (live teacher only)
     c.loss.temperature_squared = True  # multiply the divergence by temperature squared
     c.loss.beta = 0.5  # jsd: 0 is forward KL, 1 reverse KL
@@ -110,16 +112,23 @@ def get_config() -> Any:
     c.loss.teacher_weights = ()  # of traces in the loss by their teacher: ("a=0.5",); others 1
     c.loss.head_chunk = 480  # tokens whose logits exist at one time in the vocabulary head
     c.loss.weights = ConfigDict()
-    c.loss.weights.name = "sigmoid"  # uniform | sigmoid (DisCorD) | clip | power | dft
+    # uniform | sigmoid (DisCorD) | clip | power | dft | q_power | q_threshold | idft | eaft |
+    # drift_share | advantage
+    c.loss.weights.name = "sigmoid"  # docs/losses.md has their formulas
+    # What the log-ratio r compares; start: the student before training, scored by score.student
+    c.loss.weights.ratio = "student/teacher"  # student/teacher | start/teacher | student/start
     # The paper's temperature and offset are unknown to us; the defaults are ours.
     c.loss.weights.temperature = _or_auto(1.0)  # divides sigmoid's and power's log-ratio; or "auto"
+    # Of the temperature. spread: the deviation of r over the stream's traces, or its tokens
+    c.loss.weights.unit = "nats"  # nats | spread (of traces where scope is sequence)
     c.loss.weights.offset = _or_auto(0.0)  # added to the log-ratio inside the sigmoid, or "auto"
     # The automatic temperature aims at target_loss, target_ess or, where both are 0, target_mean
     c.loss.weights.target_loss = 0.9  # share of the loss that the weights leave; 0: another target
     c.loss.weights.target_ess = 0.0  # effective sample size of the weights; 0: another target
     c.loss.weights.target_mean = 0.5  # mean raw weight; also what the automatic offset aims at
     c.loss.weights.smoothing = 0.9  # auto: memory over steps; 0: solved in this step (a pass more)
-    c.loss.weights.clip = 2.0  # upper bound of clip and power
+    c.loss.weights.clip = 2.0  # upper bound of clip and power; of advantage on both sides
+    c.loss.weights.threshold = 0.1  # q_threshold: the lowest q(y) that counts
     c.loss.weights.scope = "token"  # token | prefix | sequence: where the log-ratio is averaged
     # what each token of a span has as its log-ratio, where the teacher has another tokenizer: the
     # span's mean, the whole span's, or its own log q minus the span's mean log p

@@ -2,13 +2,14 @@
 
 A record, little endian, no padding (n tokens, C completion tokens, K of the top-k):
 
-    header           version u8, flags u8 (1: log-probs, 2: top-k, 4: spans), id bytes u16,
-                     n u32, C u32, K u32, meta bytes u32
+    header           version u8, flags u8 (1: log-probs, 2: top-k, 4: spans, 8: start),
+                     id bytes u16, n u32, C u32, K u32, meta bytes u32
     token_ids        int32 [n]
     logprobs         float32 [C]          with flag 1
     tail_logprobs    float32 [C]          with flag 2
     topk_ids         int32 [C, K]         with flag 2
     topk_logprobs    bfloat16 [C, K]      with flag 2
+    start_logprobs   float32 [C]          with flag 8
     completion_mask  bits [n], first token in the lowest bit, filled up to a whole byte
     span_starts      bits [C], likewise       with flag 4
     id, meta         UTF-8, JSON
@@ -35,7 +36,7 @@ from dcod_jax.types import Trace
 
 RECORD_VERSION = 1
 _HEADER = struct.Struct("<BBHIIII")
-_LOGPROBS, _TOPK, _SPANS = 1, 2, 4
+_LOGPROBS, _TOPK, _SPANS, _START = 1, 2, 4, 8
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # In the order of a record; the mask follows.
 _ARRAYS: dict[str, tuple[DTypeLike, int]] = {  # name -> type, flag of a record that has it
@@ -44,6 +45,7 @@ _ARRAYS: dict[str, tuple[DTypeLike, int]] = {  # name -> type, flag of a record 
     "tail_logprobs": ("<f4", _TOPK),
     "topk_ids": ("<i4", _TOPK),
     "topk_logprobs": (_BFLOAT16, _TOPK),
+    "start_logprobs": ("<f4", _START),
 }
 
 
@@ -69,13 +71,15 @@ def _check(trace: Trace) -> tuple[int, int, int]:
         "topk_logprobs": (completion, width),
         "tail_logprobs": (completion,),
         "span_starts": (completion,),
+        "start_logprobs": (completion,),
     }
     arrays = {n: getattr(trace, n) for n in shapes if getattr(trace, n) is not None}
-    if set(arrays) - {"span_starts"} not in (set(), {"logprobs"}, set(shapes) - {"span_starts"}):
+    beside = {"span_starts", "start_logprobs"}
+    if set(arrays) - beside not in (set(), {"logprobs"}, set(shapes) - beside):
         raise DcodError(
             f"trace {trace.id!r}: logprobs, topk_ids, topk_logprobs and tail_logprobs go together"
         )
-    if "span_starts" in arrays and (set(arrays) != {"span_starts", "logprobs"}):
+    if "span_starts" in arrays and set(arrays) - {"start_logprobs"} != {"span_starts", "logprobs"}:
         raise DcodError(f"trace {trace.id!r}: spans go with log-probs and without a top-k")
     for name, array in arrays.items():
         if array.shape != shapes[name]:
@@ -83,8 +87,9 @@ def _check(trace: Trace) -> tuple[int, int, int]:
                 f"trace {trace.id!r}: {name} has shape {array.shape}, expected {shapes[name]} "
                 f"for its {completion} completion tokens"
             )
-    if trace.logprobs is not None and not np.all(np.isfinite(trace.logprobs)):
-        raise DcodError(f"trace {trace.id!r}: a teacher log-prob is NaN or infinite")
+    for of, values in (("teacher", trace.logprobs), ("start", trace.start_logprobs)):
+        if values is not None and not np.all(np.isfinite(values)):
+            raise DcodError(f"trace {trace.id!r}: a {of} log-prob is NaN or infinite")
     return tokens, completion, width
 
 
@@ -94,7 +99,7 @@ def encode(trace: Trace) -> bytes:
     arrays = [(getattr(trace, name), dtype) for name, (dtype, _) in _ARRAYS.items()]
     body = [np.asarray(array, dtype).tobytes() for array, dtype in arrays if array is not None]
     flags = _LOGPROBS * (trace.logprobs is not None) | _TOPK * (trace.topk_ids is not None)
-    flags |= _SPANS * (trace.span_starts is not None)
+    flags |= _SPANS * (trace.span_starts is not None) | _START * (trace.start_logprobs is not None)
     for bits in (trace.completion_mask, trace.span_starts):
         if bits is not None:
             body.append(np.packbits(np.asarray(bits, bool), bitorder="little").tobytes())
@@ -117,14 +122,15 @@ def _parts(record: bytes) -> list[bytes]:
     if version != RECORD_VERSION:
         raise DcodError(f"record version {version}, expected {RECORD_VERSION}")
     top = C if flags & _TOPK else 0
-    sizes = (4 * n, 4 * C * (flags & _LOGPROBS), 4 * top, 4 * top * K, 2 * top * K)
+    sizes = [4 * n, 4 * C * (flags & _LOGPROBS), 4 * top, 4 * top * K, 2 * top * K]
+    sizes.append(4 * C if flags & _START else 0)
     parts, start = [], _HEADER.size
     for size in (*sizes, -(-n // 8), -(-C // 8) if flags & _SPANS else 0, name, meta):
         parts.append(record[start : start + size])
         start += size
     if start != len(record):
         raise DcodError(f"a record of {len(record)} bytes, expected {start} by its header")
-    mask = int.from_bytes(parts[5], "little")
+    mask = int.from_bytes(parts[6], "little")
     if mask.bit_count() != C or mask.bit_length() > n:
         raise DcodError(f"a record whose mask does not have the {C} tokens of its header")
     return parts
@@ -176,6 +182,7 @@ class Columns:
     tail_logprobs: Float[np.ndarray, " C"] | None = None
     span_starts: Bool[np.ndarray, " C"] | None = None
     weights: Float[np.ndarray, " R"] | None = None  # of each trace in the loss
+    start_logprobs: Float[np.ndarray, " S"] | None = None  # as logprobs, of the student's start
 
 
 def decode_columns(
@@ -183,18 +190,19 @@ def decode_columns(
     *,
     top_k: int = 0,
     spans: bool = False,
+    start: bool = False,
     teacher_weights: Mapping[str, float] | None = None,
 ) -> Columns:
     """What training reads of the records, without a Python object per trace.
 
-    top_k: the K that all records hold, when it is wanted. spans: whether those are. With
+    top_k: the K that all records hold, when it is wanted. spans, start: whether those are. With
     teacher_weights, a trace's weight is its own (1 without one) times its teacher's (1 where the
     mapping has none).
     """
     parts = [_parts(record) for record in records]
     size = np.asarray([len(part[0]) // 4 for part in parts], np.int64)
-    ids, scores, tail, topk_ids, topk_logprobs, masks = (
-        b"".join(part[place] for part in parts) for place in range(6)
+    ids, scores, tail, topk_ids, topk_logprobs, own, masks = (
+        b"".join(part[place] for part in parts) for place in range(7)
     )
     bits = np.unpackbits(np.frombuffer(masks, np.uint8), bitorder="little")
     bytes_before = np.cumsum((size + 7) // 8) - (size + 7) // 8
@@ -208,9 +216,13 @@ def decode_columns(
         metas = [json.loads(part[-1]) if part[-1] else {} for part in parts]
         weights = [m.get(WEIGHT, 1.0) * teacher_weights.get(m.get(TEACHER, ""), 1) for m in metas]
         columns = dataclasses.replace(columns, weights=np.asarray(weights, np.float32))
+    if start:
+        start_logprobs = np.zeros(len(mask), np.float32)
+        start_logprobs[mask] = np.frombuffer(own, "<f4")
+        columns = dataclasses.replace(columns, start_logprobs=start_logprobs)
     if spans:
         counts = [_HEADER.unpack_from(record)[4] for record in records]
-        starts = [_span_starts(p[6], c) for p, c in zip(parts, counts, strict=True)]
+        starts = [_span_starts(p[7], c) for p, c in zip(parts, counts, strict=True)]
         columns = dataclasses.replace(columns, span_starts=np.concatenate(starts))
     if not top_k:
         return columns

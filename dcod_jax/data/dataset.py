@@ -14,6 +14,7 @@ kill -9 included, the directory is a complete dataset or recognisably none. The 
     scored, top_k          whether every trace has teacher log-probs; K of the stored top-k, or 0
     tokenizer, template    {fingerprint, source, ...}: what made the token ids and the mask
     teacher                {name, revision, weights, ...} or absent; weights is a content hash
+    start                  likewise, of the student whose log-probs every trace has beside them
     alignment              of a teacher with another tokenizer: spans, tokens and bytes, or absent
     counts, config, ...    whatever else the writing verb reports (kept and dropped by reason, ...)
 
@@ -66,7 +67,7 @@ _FIELDS = {
     "scored": flag(),
     "top_k": whole(0, 1 << 24),
     "alignment": optional(mapping({"longest_span": whole(0, 1 << 31)})),
-    **dict.fromkeys(("tokenizer", "template", "teacher"), _MADE_BY),
+    **dict.fromkeys(("tokenizer", "template", "teacher", "start"), _MADE_BY),
 }
 _OWN_FILES = (
     "traces-*.array_record scored-*.array_record *.array_record.tmp *.json.tmp lengths.npy*"
@@ -164,16 +165,19 @@ def check_fingerprints(
     tokenizer: str | None = None,
     template: str | None = None,
     teacher: str | None = None,
+    start: str | None = None,
 ) -> None:
-    """Refuse a dataset made with another tokenizer, chat template or teacher (None: not checked).
+    """Refuse a dataset made with another tokenizer, chat template, teacher or start (None: not
+    checked).
 
-    Compares with manifest["tokenizer"]["fingerprint"], ["template"]["fingerprint"] and
-    ["teacher"]["weights"].
+    Compares with manifest["tokenizer"]["fingerprint"], ["template"]["fingerprint"],
+    ["teacher"]["weights"] and ["start"]["weights"].
     """
     checks = (
         ("tokenizer", "fingerprint", tokenizer, "student.tokenizer or prepare the traces again"),
         ("template", "fingerprint", template, "student.chat_template or prepare them again"),
         ("teacher", "weights", teacher, "teacher.path, or score again with score.overwrite"),
+        ("start", "weights", start, "student.path, or score again with score.student=True"),
     )
     for name, key, expected, mend in checks:
         found = (dataset.manifest.get(name) or {}).get(key)

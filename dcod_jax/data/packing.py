@@ -100,11 +100,13 @@ def shift(columns: Columns) -> dict[str, np.ndarray]:
         "loss_mask": np.append(columns.completion_mask[1:], False),
         "teacher_logprobs": np.append(columns.logprobs[1:], np.float32(0)),
     }
+    if columns.start_logprobs is not None:
+        fields["start_logprobs"] = np.append(columns.start_logprobs[1:], np.float32(0))
     if columns.span_starts is not None:
         starts = np.zeros(len(columns.token_ids), np.int32)
         starts[columns.completion_mask] = columns.span_starts
         fields["span_ids"] = np.append(starts[1:], np.int32(0))
-    for name in ("targets", "loss_mask", "teacher_logprobs", "span_ids"):
+    for name in ("targets", "loss_mask", "teacher_logprobs", "start_logprobs", "span_ids"):
         if name in fields:
             fields[name][last] = 0
     return fields

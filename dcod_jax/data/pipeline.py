@@ -46,6 +46,7 @@ class Reading:
     require_scores: bool = True  # refuse a dataset without log-probs
     require_top_k: bool = False  # refuse one without the teacher's top-k, and read it
     teacher_weights: tuple[tuple[str, float], ...] = ()  # of traces in the loss, by their teacher
+    require_start: bool = False  # refuse one without the start's log-probs, and read them
     process_index: int = 0
     process_count: int = 1
 
@@ -94,6 +95,7 @@ class RowStream(grain.IterDataset):
             self.dataset.read_records(traces),
             top_k=top_k,
             spans=self.dataset.spans and self.reading.require_scores,
+            start=self.reading.require_start,
             teacher_weights=dict(self.reading.teacher_weights) if weighted else None,
         )
         counts = [len(row) for row in rows]
@@ -168,6 +170,12 @@ def _open(dataset: TraceDataset, reading: Reading, seed: int | None) -> grain.Da
             f"{dataset.directory} holds log-probs of the trace tokens only, the loss needs the "
             "teacher's distribution; run `python -m dcod_jax.score` with the same --config, "
             "--config.score.top_k=64 and --config.score.overwrite=true, or set loss.teacher=live"
+        )
+    if reading.require_start and "start" not in dataset.manifest:
+        raise DcodError(
+            f"{dataset.directory} holds no log-probs of the student's start, which the loss needs; "
+            "run `python -m dcod_jax.score` with the same --config, --config.score.student=true "
+            "and, where the teacher scored before, --config.score.overwrite=true"
         )
     ahead = grain.experimental.ThreadPrefetchIterDataset(
         RowStream(dataset, reading, seed), prefetch_buffer_size=reading.prefetch

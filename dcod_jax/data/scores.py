@@ -91,7 +91,7 @@ class KnownScores:
         if place is None:
             return None
         old = self._datasets[place[0]].read([place[1]])[0]
-        names = ("logprobs", "topk_ids", "topk_logprobs", "tail_logprobs", "span_starts")
+        names = "logprobs topk_ids topk_logprobs tail_logprobs span_starts start_logprobs".split()
         return dataclasses.replace(trace, **{name: getattr(old, name) for name in names})
 
 
@@ -224,10 +224,12 @@ def _publish(
         "top_k": top_k,
         "mean_logprob": sum(note["logprob"] for note in notes) / tokens,
     }
-    for name in ("captured_mass", "by_teacher"):
+    for name in ("captured_mass", "by_teacher", "start"):
         new.pop(name, None)
     if "teachers" in new["teacher"]:
         new["by_teacher"] = _by_teacher(notes)
+    if start := new["score"].get("start"):
+        new["start"] = start
     if top_k:
         new["captured_mass"] = sum(note["mass"] for note in notes) / tokens
     write_manifest(directory, new)

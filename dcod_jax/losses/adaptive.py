@@ -1,8 +1,8 @@
-"""What a loss learns on the way: the automatic temperature and offset, and TAID's interpolation.
+"""What a loss learns on the way: temperature and offset of the weights, and TAID's interpolation.
 
-The numbers of a step are solved from the log-ratios of the whole global batch, after its
-micro-batches were joined, so they depend on neither accumulation nor devices. They carry no
-gradient, and the train state keeps them (types.LossState).
+The numbers of a step come from the log-ratios of the whole global batch, after its micro-batches
+were joined, so they depend on neither accumulation nor devices. They carry no gradient, and the
+train state keeps them (types.LossState).
 """
 
 from __future__ import annotations
@@ -25,115 +25,143 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 0.02, 1e6
 # temperature, and must not be sharpened for that.
 SHARPEST_FOR_LOSS = 1.0
 FAINTEST = 1e-30  # mean weight; a temperature that makes them fainter could make all of them 0
-HALVINGS = 40  # of a bisection: the interval of log temperature ends at 2e-11 of its length
+# (points, passes) of a search: a pass evaluates all points at once, and the next one lies between
+# two of them. ALONE is for one unknown; NESTED where each point of the temperature has an offset.
+ALONE, NESTED_TEMPERATURE, NESTED_OFFSET = (128, 2), (32, 3), (32, 4)
 _REACH = 30.0  # sigmoid(±30) is 0 or 1 for every purpose
 
 
 def initial() -> LossState:
-    """State of step 0: uniform weights, TAID not begun."""
-    values = (MAX_TEMPERATURE, 0.0, 0.0, 0.0, jnp.inf)  # an array each: the state is donated
+    """State of step 0: uniform weights, TAID not begun, no trace seen."""
+    # An array each: the state is donated.
+    values = (MAX_TEMPERATURE, 0.0, 0.0, 0.0, jnp.inf, 0.0, 0.0, 0.0)
     return LossState(*(jnp.full((), value, jnp.float32) for value in values))
 
 
 # ---------------------------------------------------------------- automatic temperature
 
 
-def _bisect(
+def _crossing(
     f: Callable[[Array], Array],
     low: Array,
     high: Array,
     target: float,
     *,
+    size: tuple[int, int],
     rising: bool | Array | None = None,
 ) -> Array:
-    """x in [low, high] with f(x) = target for a monotone f; the nearer end when there is none."""
-    rising = f(high) >= f(low) if rising is None else rising
+    """x in [low, high] with f(x) = target for a monotone f; the nearer end when there is none.
 
-    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        middle = 0.5 * (low + high)
-        above = (f(middle) > target) == rising
-        return jnp.where(above, low, middle), jnp.where(above, middle, high)
-
-    low, high = jax.lax.fori_loop(0, HALVINGS, halve, (low, high))
-    return 0.5 * (low + high)
-
-
-def kept_loss(
-    w: Float[Array, "B T"],
-    r: Float[Array, "B T"],
-    nll: Float[Array, "B T"],
-    loss_mask: Bool[Array, "B T"],
-) -> Float[Array, ""]:
-    """Share of the plain loss left when the weights have discounted the student's lag.
-
-    1 - (Σ lag/n - Σ w lag/Σ w) / (Σ nll/n), lag = max(-r, 0), over the mask; -inf where the
-    weights are too faint. With an offset <= 0 it never falls as the temperature grows: of any two
-    tokens the one with the greater lag has the smaller slope of log w over 1/temperature, r (1 - w)
-    for the sigmoid, so the slope of Σ w lag/Σ w, their covariance under w, is never positive.
+    Each pass evaluates f at all its points at once, so on several devices it is one sum of a
+    vector. Between the last two points f is taken to be linear.
     """
-    count = jnp.maximum(loss_mask.sum(), 1)
-    w, lag, nll = (jnp.where(loss_mask, x, 0.0) for x in (w, jnp.maximum(-r, 0.0), nll))
-    tiny = jnp.finfo(jnp.float32).tiny
-    lost = lag.sum() / count - (w * lag).sum() / jnp.maximum(w.sum(), tiny)
-    kept = 1.0 - lost / jnp.maximum(nll.sum() / count, tiny)
-    return jnp.where(w.sum() > FAINTEST * count, kept, -jnp.inf)
+    points, passes = size
+    if rising is None:
+        ends = jax.vmap(f)(jnp.stack([low, high]))
+        rising = ends[1] >= ends[0]
+    sign = jnp.where(rising, 1.0, -1.0)
+
+    def narrow(_: Array, bounds: tuple[Array, ...]) -> tuple[Array, ...]:
+        low, high = bounds[:2]
+        x = low + (high - low) * jnp.linspace(0.0, 1.0, points)
+        y = jax.vmap(f)(x)
+        reached = sign * y >= sign * target
+        above = jnp.where(reached.any(), jnp.argmax(reached), points - 1)
+        below = jnp.where(reached.any(), jnp.maximum(above - 1, 0), points - 1)
+        return x[below], x[above], y[below], y[above]
+
+    start = (low, high, jnp.zeros_like(low), jnp.zeros_like(low))
+    low, high, first, last = jax.lax.fori_loop(0, passes, narrow, start)
+    step = last - first
+    usable = jnp.isfinite(step) & (step != 0)
+    part = jnp.where(usable, (target - first) / jnp.where(usable, step, 1.0), 1.0)
+    return low + (high - low) * jnp.clip(part, 0.0, 1.0)
+
+
+def _totals(*values: Float[Array, "B T"]) -> Float[Array, " N"]:
+    """The sum of each; the rows of all are added together, on several devices as one vector."""
+    return jnp.stack([value.sum(-1) for value in values]).sum(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sample:
+    """What a temperature is sought for: log-ratios, lags and how much each token counts."""
+
+    cfg: WeightConfig
+    r: Float[Array, "B T"]
+    counts: Float[Array, "B T"]  # 0 outside the mask
+    nll: Float[Array, "B T"]
+
+    def sums(self, tempering: Tempering) -> Array:
+        """Σ w/n, Σ w²/n, Σ w lag/n, Σ lag/n, Σ nll/n over the n that count."""
+        w, lag = weights.raw(self.cfg, self.r, tempering), jnp.maximum(-self.r, 0.0)
+        summed = _totals(*(self.counts * x for x in (w, w * w, w * lag, lag, self.nll)))
+        return summed / jnp.maximum(self.counts.sum(), jnp.finfo(jnp.float32).tiny)
+
+    def quantity(self, tempering: Tempering) -> Array:
+        """What the temperature's target is about."""
+        mean, second, lagging, lag, nll = self.sums(tempering)
+        tiny = jnp.finfo(jnp.float32).tiny
+        if self.cfg.target_loss:
+            kept = 1.0 - (lag - lagging / jnp.maximum(mean, tiny)) / jnp.maximum(nll, tiny)
+            return jnp.where(mean > FAINTEST, kept, -jnp.inf)
+        return jnp.square(mean) / jnp.maximum(second, tiny) if self.cfg.target_ess else mean
+
+    def with_offset(self, temperature: Scalar, size: tuple[int, int]) -> Tempering:
+        """The temperature and the offset of the configuration, or that of target_mean."""
+        if self.cfg.offset != AUTO:
+            return Tempering(temperature, self.cfg.offset)  # pyright: ignore[reportArgumentType]
+        lowest = jnp.where(self.counts > 0, self.r, jnp.inf).min()
+        highest = jnp.where(self.counts > 0, self.r, -jnp.inf).max()
+        low, high = -highest - _REACH * temperature, -lowest + _REACH * temperature
+
+        def mean_at(offset: Array) -> Array:
+            return self.sums(Tempering(temperature, offset))[0]
+
+        found = _crossing(mean_at, low, high, self.cfg.target_mean, size=size, rising=True)
+        return Tempering(temperature, found)
 
 
 def solve(
     cfg: WeightConfig,
     r: Float[Array, "B T"],
     nll: Float[Array, "B T"],
-    loss_mask: Bool[Array, "B T"],
+    counts: Float[Array, "B T"] | Bool[Array, "B T"],
+    temperature: Scalar | None = None,
 ) -> Tempering:
-    """The temperature and offset that meet the targets over the completion tokens given.
+    """The temperature and offset that meet the targets over the tokens that count.
 
-    r is the scoped log-ratio, nll = -log q. temperature "auto" aims at the kept loss target_loss,
-    else at the effective sample size target_ess, else (both 0) at the mean raw weight target_mean,
-    which is also what offset "auto" aims at. The last two grow with the temperature where the
-    student lags behind (r < 0). A target out of reach gives the nearer end.
+    r is the scoped log-ratio, nll = -log q; counts: how much each token counts (weights.shares).
+    temperature "auto" aims at the kept loss target_loss, else at the effective sample size
+    target_ess, else (both 0) at the mean raw weight target_mean, which is also what offset "auto"
+    aims at. The last two grow with the temperature where the student lags behind (r < 0). A target
+    out of reach gives the nearer end. `temperature`: the one in force, where it is not sought.
+
+    Kept loss: 1 - (Σ lag/n - Σ w lag/Σ w) / (Σ nll/n), lag = max(-r, 0), the share of the plain
+    loss left when the weights have discounted the student's lag. With an offset <= 0 it never falls
+    as the temperature grows: of any two tokens the one with the greater lag has the smaller slope
+    of log w over 1/temperature, r (1 - w) for the sigmoid, so the slope of Σ w lag/Σ w, their
+    covariance under w, is never positive.
     """
-    r = jax.lax.stop_gradient(jnp.where(loss_mask, r, 0.0))
-    nll = jax.lax.stop_gradient(nll)
-    count = jnp.maximum(loss_mask.sum(), 1)
-    lowest = jnp.where(loss_mask, r, jnp.inf).min()
-    highest = jnp.where(loss_mask, r, -jnp.inf).max()
-
-    def raw(tempering: Tempering) -> Array:
-        return jnp.where(loss_mask, weights.raw(cfg, r, tempering), 0.0)
-
-    def mean(tempering: Tempering) -> Array:
-        return raw(tempering).sum() / count
-
-    def ess(tempering: Tempering) -> Array:
-        second = jnp.square(raw(tempering)).sum() / count
-        return jnp.square(mean(tempering)) / jnp.maximum(second, jnp.finfo(jnp.float32).tiny)
-
-    def kept(tempering: Tempering) -> Array:
-        return kept_loss(raw(tempering), r, nll, loss_mask)
-
-    def with_offset(temperature: Scalar) -> Tempering:
-        if cfg.offset != AUTO:
-            return Tempering(temperature, cfg.offset)  # pyright: ignore[reportArgumentType]
-        low, high = -highest - _REACH * temperature, -lowest + _REACH * temperature
-
-        def mean_at(offset: Array) -> Array:
-            return mean(Tempering(temperature, offset))
-
-        return Tempering(temperature, _bisect(mean_at, low, high, cfg.target_mean))
-
+    r, nll = (jax.lax.stop_gradient(jnp.where(counts > 0, x, 0.0)) for x in (r, nll))
+    sample = _Sample(cfg, r, counts.astype(jnp.float32), nll)
     if cfg.temperature != AUTO:
-        return with_offset(cfg.temperature)  # pyright: ignore[reportArgumentType]
+        given = cfg.temperature if temperature is None else temperature
+        return sample.with_offset(given, (ALONE[0], ALONE[1] + 1))  # pyright: ignore
     if cfg.target_loss:
-        quantity, target, rising, least = kept, cfg.target_loss, True, SHARPEST_FOR_LOSS
+        target, rising, least = cfg.target_loss, True, SHARPEST_FOR_LOSS
     else:
-        quantity = ess if cfg.target_ess else mean
         target, rising, least = cfg.target_ess or cfg.target_mean, None, MIN_TEMPERATURE
     low, high = (jnp.log(jnp.float32(end)) for end in (least, MAX_TEMPERATURE))
-    log_temperature = _bisect(
-        lambda x: quantity(with_offset(jnp.exp(x))), low, high, target, rising=rising
+    found = _crossing(
+        lambda x: sample.quantity(sample.with_offset(jnp.exp(x), NESTED_OFFSET)),
+        low,
+        high,
+        target,
+        size=NESTED_TEMPERATURE if cfg.offset == AUTO else ALONE,
+        rising=rising,
     )
-    return with_offset(jnp.exp(log_temperature))
+    return sample.with_offset(jnp.exp(found), NESTED_OFFSET)
 
 
 def same_step(cfg: WeightConfig) -> bool:
@@ -141,32 +169,63 @@ def same_step(cfg: WeightConfig) -> bool:
     return cfg.automatic and cfg.smoothing == 0
 
 
-def retemper(cfg: WeightConfig, state: LossState, tokens: Tokens) -> LossState:
-    """The state with this batch's solution mixed in: log temperature and offset, smoothed.
+def _spread(
+    cfg: WeightConfig, state: LossState, r: Float[Array, "B T"], shares: Float[Array, "B T"]
+) -> LossState:
+    """The state with this batch in the decaying window over the stream's units (weights.shares).
 
-    The first solution is taken as it is, and so is every one with smoothing 0. A batch without a
-    completion token, or with a log-ratio that is not finite, changes nothing.
+    Count, mean and squared deviations of the scoped log-ratio, those of earlier steps times
+    `smoothing` for each step since; temperature <- cfg.temperature · deviation.
+    """
+    count, total = _totals(shares, shares * r)
+    mean = total / count
+    squares = (shares * jnp.square(r - mean)).sum()
+    before = cfg.smoothing * state.seen
+    seen, shift = before + count, mean - state.mean
+    squares += cfg.smoothing * state.squares + jnp.square(shift) * before * count / seen
+    deviation = jnp.float32(cfg.temperature) * jnp.sqrt(squares / seen)
+    return dataclasses.replace(
+        state,
+        temperature=jnp.clip(deviation, MIN_TEMPERATURE, MAX_TEMPERATURE),
+        seen=seen,
+        mean=state.mean + shift * count / seen,
+        squares=squares,
+    )
+
+
+def retemper(cfg: WeightConfig, state: LossState, tokens: Tokens) -> LossState:
+    """The state after this batch: its solution mixed in, log temperature and offset smoothed.
+
+    The first solution is taken as it is, and so is every one with smoothing 0. With unit "spread"
+    the temperature is that of the window over the stream. A batch without a completion token, or
+    with a log-ratio that is not finite, changes nothing.
     """
     if not cfg.automatic:
         return state
     mask = tokens.loss_mask
-    r = weights.log_ratio(cfg, tokens.student_logprobs, tokens.teacher_logprobs)
-    scoped = weights.scoped_log_ratio(cfg, tokens)
-    found = solve(cfg, scoped, -tokens.student_logprobs.astype(jnp.float32), mask)
+    r = weights.log_ratio(cfg, tokens.student_logprobs, tokens.teacher_logprobs, tokens.extra)
+    scoped = jnp.where(mask, weights.scoped_log_ratio(cfg, tokens), 0.0)
+    counts = weights.shares(cfg, tokens)
     first = (state.temperature >= MAX_TEMPERATURE) & (state.offset == 0.0)
     keep = jnp.where(first, 0.0, cfg.smoothing)
     useful = mask.any() & jnp.isfinite(r).all(where=mask)
+    after = _spread(cfg, state, scoped, counts) if cfg.unit == "spread" else state
+    if cfg.unit != "spread" or cfg.offset == AUTO:
+        by_tokens = cfg.temperature == AUTO and cfg.target_loss  # the loss is one of tokens
+        nll = -tokens.student_logprobs.astype(jnp.float32)
+        sought = mask if by_tokens else counts
+        found = solve(cfg, scoped, nll, sought, after.temperature if cfg.unit == "spread" else None)
 
-    def mixed(old: Array, new: Scalar) -> Array:
-        return keep * old + (1 - keep) * new
+        def mixed(old: Array, new: Scalar) -> Array:
+            return keep * old + (1 - keep) * new
 
-    temperature = jnp.exp(mixed(jnp.log(state.temperature), jnp.log(found.temperature)))
-    offset = mixed(state.offset, found.offset)
-    return dataclasses.replace(
-        state,
-        temperature=jnp.where(useful, temperature, state.temperature),
-        offset=jnp.where(useful, offset, state.offset),
-    )
+        temperature = jnp.exp(mixed(jnp.log(state.temperature), jnp.log(found.temperature)))
+        after = dataclasses.replace(
+            after,
+            temperature=after.temperature if cfg.unit == "spread" else temperature,
+            offset=mixed(state.offset, found.offset),
+        )
+    return jax.tree.map(lambda new, old: jnp.where(useful, new, old), after, state)
 
 
 # ---------------------------------------------------------------- TAID

@@ -1,6 +1,6 @@
 """The distillation loss: divergence x teacher x weights on the vocabulary head, as sums of a batch.
 
-    per token: w · v · ((1 − α) nll + α d), v the weight of its trace
+    per token: v · (w · ((1 − α) nll + α d) + anchor · d), v the weight of its trace
 
 Where the teacher's distribution comes from is decided in one place, `DistillLoss._known`: cached
 top-k, or a live teacher's hidden states and head, whose logits exist for one piece at a time like
@@ -18,11 +18,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dcod_jax.errors import DcodError
-from dcod_jax.losses import adaptive, distributions, reduce, weights
+from dcod_jax.losses import adaptive, distributions, reduce, weight_errors, weights
 from dcod_jax.losses.adaptive import TaidConfig
 from dcod_jax.losses.distributions import TopK
 from dcod_jax.losses.divergences import DIVERGENCES
-from dcod_jax.losses.head import VocabHead, target_logprobs
+from dcod_jax.losses.head import VocabHead, entropy, target_logprobs
 from dcod_jax.losses.reduce import Sums, TokenStats
 from dcod_jax.losses.weights import Tokens, WeightConfig
 from dcod_jax.parallel.mesh import constrain
@@ -37,6 +37,7 @@ class LossConfig:
     weights: WeightConfig
     teacher: str = "cached"
     alpha: float = 1.0
+    anchor: float = 0.0
     temperature: float = 1.0
     temperature_squared: bool = True
     beta: float = 0.5
@@ -79,7 +80,19 @@ def config_errors(cfg: LossConfig) -> list[str]:
             "tempered tail is spread is not in a top-k cache): set loss.teacher=live, or "
             "loss.temperature=1"
         )
-    return errors + weights.config_errors(cfg.weights)
+    uneven = cfg.weights.varies and cfg.weights.normalize == "mean"
+    if cfg.anchor > 0 and (cfg.divergence == "nll" or uneven):
+        errors.append(
+            f"loss.anchor={cfg.anchor} is a share of the divergence outside the weights: it needs "
+            "a loss.divergence other than nll, and loss.weights.normalize=none or sequence (the "
+            "divisor Σw of mean would scale it)"
+        )
+    if weights.WEIGHTS[cfg.weights.name].signed and cfg.divergence != "nll":
+        errors.append(
+            f"loss.weights.name={cfg.weights.name} weighs the log-prob of the sampled token, and "
+            f"loss.divergence={cfg.divergence} is about the others, too; set loss.divergence=nll"
+        )
+    return errors + weight_errors.config_errors(cfg.weights)
 
 
 def compact(batch: Batch) -> Batch:
@@ -92,11 +105,17 @@ def compact(batch: Batch) -> Batch:
         return jnp.where(used, _at_head(batch, x), jnp.zeros((), x.dtype))
 
     names = ["tokens", "targets", "loss_mask", "segment_ids", "positions", "teacher_logprobs"]
-    names += ["trace_weights"] if batch.trace_weights is not None else []
-    fields = {name: take(getattr(batch, name)) for name in names}
-    if batch.span_ids is not None:
-        fields["span_ids"] = take(batch.span_ids)
+    names += ("trace_weights", "span_ids", "start_logprobs")
+    fields = {name: take(x) for name in names if (x := getattr(batch, name)) is not None}
     return dataclasses.replace(batch, **fields, head_positions=None)
+
+
+def tokens_of(
+    small: Batch, logprobs: Array, teacher_logprobs: Array, extra: Array | None
+) -> Tokens:
+    """What weights read of a compact batch."""
+    own = (small.loss_mask, small.segment_ids, small.span_ids)
+    return Tokens(logprobs, teacher_logprobs, *own, extra)
 
 
 def _at_head(batch: Batch, x: Array) -> Array:
@@ -122,6 +141,7 @@ class _Known(NamedTuple):
     teacher_logprobs: Array
     top_k: TopK | None = None
     teacher_hidden: Array | None = None
+    start_logprobs: Array | None = None
     weights: Array | None = None
     trace_weights: Array | None = None
 
@@ -162,9 +182,8 @@ class DistillLoss:
         known, teacher_matrix = self._known(batch, small, teacher, vocab=matrix.shape[0])
         weights_config = self.config.weights
         spans = small.span_ids is not None and weights_config.joins_spans
-        if weights_config.needs_logprob_pass or spans:
-            observed = self._observe(hidden, matrix, small, known, teacher_matrix)
-            tokens = Tokens(*observed, small.loss_mask, small.segment_ids, small.span_ids)
+        if weights_config.across or spans:
+            tokens = self._tokens(hidden, matrix, small, known, teacher_matrix)
             weight = weights.weigh(weights_config, tokens, step, loss_state)
             known = known._replace(weights=weight)
         shared = _Shared(teacher_matrix, jnp.asarray(step, jnp.int32), loss_state)
@@ -188,8 +207,8 @@ class DistillLoss:
         batch: Batch,
         *,
         teacher: LiveTeacher | None = None,
-    ) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
-        """(log q, log p) of the targets at the head's positions, without gradient."""
+    ) -> Tokens:
+        """What weights read of the targets at the head's positions, without gradient."""
         small = compact(batch)
         known, teacher_matrix = self._known(batch, small, teacher, vocab=matrix.shape[0])
         hidden = self._at_head(batch, hidden)
@@ -201,9 +220,8 @@ class DistillLoss:
         """The loss's state after a step on a compact batch."""
         cfg = self.config
         if not adaptive.same_step(cfg.weights):
-            logprobs = stats.student_logprobs, stats.teacher_logprobs
-            tokens = Tokens(*logprobs, small.loss_mask, small.segment_ids, small.span_ids)
-            state = adaptive.retemper(cfg.weights, state, tokens)
+            read = (stats.student_logprobs, stats.teacher_logprobs, stats.extra)
+            state = adaptive.retemper(cfg.weights, state, tokens_of(small, *read))
         if not cfg.interpolates:
             return state
         mean = sums.divergence / jnp.maximum(sums.count, 1)
@@ -213,6 +231,21 @@ class DistillLoss:
 
     # ------------------------------------------------------------ per batch
 
+    def _tokens(
+        self,
+        hidden: Array,
+        matrix: Array,
+        small: Batch,
+        known: _Known,
+        teacher_matrix: Array | None,
+    ) -> Tokens:
+        """What weights read, before the loss: a pass over the logits where a model is read."""
+        cfg = self.config.weights
+        if cfg.moves or (teacher_matrix is not None and cfg.needs_teacher):
+            return self._observe(hidden, matrix, small, known, teacher_matrix)
+        unread = small.teacher_logprobs
+        return tokens_of(small, unread, small.teacher_logprobs, known.start_logprobs)
+
     def _observe(
         self,
         hidden: Array,
@@ -220,20 +253,22 @@ class DistillLoss:
         small: Batch,
         known: _Known,
         teacher_matrix: Array | None,
-    ) -> tuple[Array, Array]:
+    ) -> Tokens:
         def statistics(
             logits: Array, targets: Array, known: _Known, teacher_matrix: Array | None
-        ) -> tuple[Array, Array]:
+        ) -> tuple[Array, Array, Array | None]:
             logprobs = target_logprobs(self.head.masked(logits), targets)
             teacher_logits = self._teacher_logits(known, teacher_matrix)
+            extra = self._extra(logits, known)
             if teacher_logits is None:
-                return logprobs, known.teacher_logprobs
-            return logprobs, target_logprobs(teacher_logits, targets)
+                return logprobs, known.teacher_logprobs, extra
+            return logprobs, target_logprobs(teacher_logits, targets), extra
 
         known = known._replace(top_k=None)
-        return self.head.observe(
+        logprobs, teacher_logprobs, extra = self.head.observe(
             hidden, matrix, small.targets, statistics, aux=known, shared=teacher_matrix
         )
+        return tokens_of(small, logprobs, teacher_logprobs, extra)
 
     def _at_head(self, batch: Batch, hidden: Array) -> Array:
         return constrain(_at_head(batch, hidden), self.head.mesh, "batch", None, None)
@@ -243,6 +278,13 @@ class DistillLoss:
     ) -> tuple[_Known, Array | None]:
         """What is read of the teacher, piece by piece and whole; vocab: rows of the student."""
         known = _Known(small.teacher_logprobs, trace_weights=small.trace_weights)
+        if self.config.weights.needs_start:
+            if small.start_logprobs is None:
+                raise DcodError(
+                    f"loss.weights.ratio={self.config.weights.ratio} needs the log-probs of the "
+                    "student's start in the batch: score the dataset with score.student=True"
+                )
+            known = known._replace(start_logprobs=small.start_logprobs)
         if teacher is None and not self.config.needs_distribution:
             return known, None
         if teacher is None:
@@ -274,6 +316,13 @@ class DistillLoss:
         logits = self.head.logits(known.teacher_hidden, teacher_matrix)
         return jax.lax.stop_gradient(self.head.masked(logits))
 
+    def _extra(self, logits: Array, known: _Known) -> Array | None:
+        """What the weights read beside log q and log p."""
+        reads = self.config.weights.reads
+        if {"entropy", "top_entropy"} & reads:
+            return entropy(self.head.masked(logits), weights.TOP * ("top_entropy" in reads))
+        return known.start_logprobs
+
     def _divergence(self, log_p: Array, log_q: Array, loss_state: LossState) -> Float[Array, "*N"]:
         """The divergence of each token from its aligned distributions."""
         cfg, entry = self.config, DIVERGENCES[self.config.divergence]
@@ -294,8 +343,8 @@ class DistillLoss:
         shared: _Shared,
         gradient_dtype: DTypeLike,
     ) -> tuple[Array, TokenStats]:
-        """w · ((1−α) nll + α d) per token. Without weights in `known` they are formed here from
-        the piece's own log q, which costs nothing more.
+        """w · ((1−α) nll + α d) + anchor · d per token. Without weights in `known` they are formed
+        here from the piece's own log q, which costs nothing more.
         """
         cfg, teacher_logprobs = self.config, known.teacher_logprobs
         pair: tuple[Array, Array] | None = None
@@ -312,9 +361,9 @@ class DistillLoss:
             teacher_logprobs = target_logprobs(teacher_logits, targets)
             if cfg.needs_distribution:
                 pair = distributions.dense(teacher_logits, logits, cfg.temperature)
-        weight = known.weights
+        weight, extra = known.weights, self._extra(logits, known)
         if weight is None:
-            r = weights.log_ratio(cfg.weights, logprobs, teacher_logprobs)
+            r = weights.log_ratio(cfg.weights, logprobs, teacher_logprobs, extra)
             weight = weights.raw(cfg.weights, r, shared.loss_state)
             weight = weights.warm(cfg.weights, weight, shared.step)
         if known.trace_weights is not None:
@@ -324,4 +373,8 @@ class DistillLoss:
             divergence = loss = self._divergence(*pair, shared.loss_state)
             if cfg.alpha != 1:
                 loss = (1 - cfg.alpha) * -logprobs + cfg.alpha * divergence
-        return weight * loss, TokenStats(logprobs, teacher_logprobs, weight, divergence)
+        loss = weight * loss
+        if cfg.anchor:
+            trace = 1.0 if known.trace_weights is None else known.trace_weights
+            loss += cfg.anchor * trace * divergence
+        return loss, TokenStats(logprobs, teacher_logprobs, weight, divergence, extra)

@@ -50,6 +50,17 @@ def target_logprobs(logits: Float[Array, "*N V"], targets: Int[Array, "*N"]) -> 
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
+def entropy(logits: Float[Array, "*N V"], top: int = 0) -> Float[Array, "*N"]:
+    """−Σ q log q in nats, float32, without gradient; with `top` of that many most probable tokens,
+    their probabilities divided by their sum.
+    """
+    logits = jax.lax.stop_gradient(logits).astype(jnp.float32)
+    if top:
+        logits = jax.lax.top_k(logits, min(top, logits.shape[-1]))[0]
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    return -(jnp.exp(logprobs) * logprobs).sum(axis=-1)
+
+
 @dataclasses.dataclass(frozen=True)
 class VocabHead:
     """How hidden states become logits; static under jit. The matrix [V,D] comes with each call.

@@ -24,6 +24,7 @@ class TokenStats:
     teacher_logprobs: Float[Array, "*N"]  # log p(y); 0 where no teacher was asked
     weights: Float[Array, "*N"]  # final, before the batch normalisation
     divergence: Float[Array, "*N"]  # unweighted, without the nll share of loss.alpha
+    extra: Float[Array, "*N"] | None = None  # what else the weights read (weights.Tokens)
 
 
 @jax.tree_util.register_dataclass

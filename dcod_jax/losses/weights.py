@@ -1,10 +1,11 @@
 """Alignment weights: how much the student's own distribution agrees with each teacher token.
 
-Every weight is a bounded function of the log-ratio r_t = sg[log q(y_t) - log p(y_t)] (of
-log q(y_t) alone for `dft`), float32, and carries no gradient: stop_gradient lives here.
-Order: log-ratio -> span -> scope -> bounded weight -> warmup -> sequence normalisation; the batch
-normalisation is the divisor in reduce.py. A temperature or offset "auto" is in the train state,
-where losses/adaptive.py keeps it. A new weight of r or of log q is one entry of WEIGHTS.
+Every weight is a bounded function of one number a token, its signal: the log-ratio
+r_t = sg[log q(y_t) - log p(y_t)], log q(y_t) alone, an entropy of q, ... (Weight.reads), float32,
+and carries no gradient: stop_gradient lives here. Order: signal -> span -> scope -> bounded weight
+-> warmup -> sequence normalisation; the batch normalisation is the divisor in reduce.py. A
+temperature or offset that follows the traces is in the train state, where losses/adaptive.py keeps
+it. A new weight is one entry of WEIGHTS.
 """
 
 from __future__ import annotations
@@ -12,16 +13,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dcod_jax.errors import DcodError
+from dcod_jax.losses.segments import segment_cumsum, segment_total
 from dcod_jax.types import LossState
 
 AUTO = "auto"
+RATIOS = ("student/teacher", "start/teacher", "student/start")
+UNITS = ("nats", "spread")
+TOP = 20  # tokens whose entropy `eaft` reads
 
 Scalar = Float[Array, ""] | float
 
@@ -34,6 +39,8 @@ class Tokens(NamedTuple):
     loss_mask: Bool[Array, "B T"]
     segment_ids: Int[Array, "B T"]
     span_ids: Int[Array, "B T"] | None = None  # of a teacher with another tokenizer
+    # log q of the start, or an entropy of q: where the weight reads one of them
+    extra: Float[Array, "B T"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,27 +59,48 @@ class WeightConfig:
     target_mean: float = 0.5
     smoothing: float = 0.9
     span: str = "mean"
+    ratio: str = "student/teacher"
+    unit: str = "nats"
+    threshold: float = 0.1
 
     @property
     def automatic(self) -> bool:
-        """Whether temperature or offset is solved for inside the step."""
-        return AUTO in (self.temperature, self.offset)
+        """Whether temperature or offset follows the traces, from the train state."""
+        return self.unit == "spread" or AUTO in (self.temperature, self.offset)
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """What a token's weight depends on: "student", "teacher", "start", "entropy", ..."""
+        own = WEIGHTS[self.name].reads
+        return frozenset(self.ratio.split("/") if own == "ratio" else own.split())
 
     @property
     def needs_teacher(self) -> bool:
         """Whether the weight reads the teacher's log-probabilities."""
-        return WEIGHTS[self.name].needs_teacher
+        return "teacher" in self.reads
+
+    @property
+    def needs_start(self) -> bool:
+        """Whether the weight reads the log-probabilities of the student's start."""
+        return "start" in self.reads
+
+    @property
+    def moves(self) -> bool:
+        """Whether the weights depend on the student as it is now."""
+        return not self.reads <= {"teacher", "start"}
 
     @property
     def varies(self) -> bool:
         """Whether weights differ between tokens; else scope, warmup and normalize do nothing."""
-        return WEIGHTS[self.name].reads != "nothing"
+        return bool(self.reads)
 
     @property
-    def needs_logprob_pass(self) -> bool:
-        """Whether a weight depends on other tokens, so that log q is needed before the loss."""
-        across = self.scope != "token" or self.normalize == "sequence"
-        return across and self.varies
+    def across(self) -> bool:
+        """Whether a weight depends on other tokens, so that all are needed before the loss."""
+        entry = WEIGHTS[self.name]
+        return self.varies and (
+            self.scope != "token" or self.normalize == "sequence" or entry.cumulative
+        )
 
     @property
     def joins_spans(self) -> bool:
@@ -94,11 +122,15 @@ Solved = Tempering | LossState | None  # where AUTO numbers come from
 
 
 def fixed(cfg: WeightConfig, solved: Solved = None) -> Tempering:
-    """The configuration's numbers; where it says AUTO, those of `solved`."""
-    if solved is None and cfg.automatic:
+    """The configuration's numbers; where they follow the traces, those of `solved`."""
+    given: Any = cfg
+    if not cfg.automatic:
+        return Tempering(given.temperature, given.offset)
+    if solved is None:
         raise DcodError("loss.weights: automatic temperature needs the train state's tempering")
-    numbers: Any = ((solved if x == AUTO else cfg) for x in (cfg.temperature, cfg.offset))
-    return Tempering(next(numbers).temperature, next(numbers).offset)
+    follows = cfg.unit == "spread" or cfg.temperature == AUTO
+    temperature = solved.temperature if follows else given.temperature
+    return Tempering(temperature, solved.offset if cfg.offset == AUTO else given.offset)
 
 
 # ---------------------------------------------------------------- registry
@@ -108,18 +140,17 @@ def fixed(cfg: WeightConfig, solved: Solved = None) -> Tempering:
 class Weight:
     """One entry of the registry; the texts make docs/losses.md."""
 
-    value: Callable[[WeightConfig, Array, Tempering], Array]  # of what `reads` names
+    value: Callable[[WeightConfig, Array, Tempering], Array]  # of the signal
     formula: str
     source: str
     choose: str  # when to choose it
     parameters: tuple[str, ...] = ()  # fields of WeightConfig that `value` reads
     automatic: tuple[str, ...] = ()  # those of them that may be AUTO
-    reads: Literal["ratio", "student", "teacher", "nothing"] = "ratio"  # r, log q, log p, -
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether log p of the trace token is read."""
-        return self.reads in ("ratio", "teacher")
+    # "ratio" (r, of the two that loss.weights.ratio names), or the arguments of `signal`
+    reads: str = "ratio"
+    signal: Callable[..., Array] = lambda only: only
+    cumulative: bool = False  # the signal is the share of Σ|r| of the trace that lies before t
+    signed: bool = False  # weights may be negative
 
 
 def _clip(cfg: WeightConfig, r: Array) -> Array:
@@ -133,7 +164,7 @@ WEIGHTS: dict[str, Weight] = {
         "1",
         "the plain loss",
         "a baseline without weights",
-        reads="nothing",
+        reads="",
     ),
     "sigmoid": Weight(
         lambda cfg, r, t: jax.nn.sigmoid((r + t.offset) / t.temperature),
@@ -165,63 +196,81 @@ WEIGHTS: dict[str, Weight] = {
         "there is no teacher to ask; the ablation of the ratio",
         reads="student",
     ),
+    "q_power": Weight(
+        lambda cfg, q, t: jnp.exp(q / t.temperature),
+        "sg[q(y)^α], α = 1/temperature: the gradient of the loss (1 − q^α)/α",
+        "arXiv 2510.00526",
+        "a strong student: unlikely tokens count less (α = 1 is `dft`); a weak one needs nll",
+        parameters=("temperature",),
+        reads="student",
+    ),
+    "q_threshold": Weight(
+        lambda cfg, q, t: (q >= math.log(cfg.threshold)).astype(jnp.float32),
+        "1 where q(y) ≥ threshold, else 0",
+        "arXiv 2510.00526",
+        "a strong student and noisy traces: tokens it finds unlikely are left out",
+        parameters=("threshold",),
+        reads="student",
+    ),
+    "idft": Weight(
+        lambda cfg, x, t: jnp.exp(x),
+        "sg[q(y)^γ], γ = min(max(exp(−log q(y) − H(q)), 0.1), 2)",
+        "IDFT, arXiv 2602.12222",
+        "as `dft`, with less weight on tokens that are less likely than the entropy H(q) says",
+        reads="student entropy",
+        signal=lambda q, h: q * jnp.exp(jnp.clip(-(q + h), math.log(0.1), math.log(2.0))),
+    ),
+    "eaft": Weight(
+        lambda cfg, x, t: jnp.exp(x / t.temperature),
+        "sg[(H/ln 20)^α], H the entropy of q's 20 most probable tokens, α = 1/temperature",
+        "EAFT, arXiv 2601.02151; its code divides by 3",
+        "tokens on which a sure student is contradicted do harm: a low entropy counts less",
+        parameters=("temperature",),
+        reads="top_entropy",
+        signal=lambda h: jnp.log(jnp.maximum(h / math.log(TOP), 1e-30)),
+    ),
+    "drift_share": Weight(
+        lambda cfg, share, t: 1.5 - 0.5 * share,
+        "1 + γ (1 − Σ_{s<t} |r_s| / Σ_s |r_s|), γ = ½",
+        "IW-OPD, arXiv 2606.22600",
+        "long traces: a token counts less, the more the two drifted apart before it",
+        cumulative=True,
+    ),
+    "advantage": Weight(
+        lambda cfg, r, t: -jnp.clip(r, -cfg.clip, cfg.clip),
+        "−r, within ±clip; with ratio=start/teacher the bracket of −log q · sg[log p − log q₀]",
+        "Lightning OPD, arXiv 2604.13010",
+        "the traces are the student's own samples, scored by the teacher (`lightning-opd`)",
+        parameters=("clip",),
+        signed=True,
+    ),
 }
-
-
-def config_errors(cfg: WeightConfig) -> list[str]:
-    """What is wrong across the keys of loss.weights, one error for each; empty when it is fine."""
-    key, errors = "loss.weights.", []
-    for name, value in (("temperature", cfg.temperature), ("offset", cfg.offset)):
-        may = [weight for weight, entry in WEIGHTS.items() if name in entry.automatic]
-        if value == AUTO and cfg.name not in may:
-            errors.append(
-                f"{key}{name}='auto' means nothing for {key}name={cfg.name!r}; it is for "
-                + ", ".join(may)
-            )
-        elif isinstance(value, str) and value != AUTO:
-            errors.append(f"{key}{name}={value!r} must be a number or 'auto'")
-    if cfg.temperature != AUTO:
-        return errors
-    loss, ess, mean = cfg.target_loss, cfg.target_ess, cfg.target_mean
-    both = cfg.offset == AUTO
-    if loss and ess:
-        errors.append(
-            f"{key}target_loss={loss} and {key}target_ess={ess} are two targets for one "
-            "temperature; set one of them to 0"
-        )
-    elif (loss or ess) and not both and mean != WeightConfig.target_mean:
-        errors.append(
-            f"{key}target_mean={mean} is not read: the temperature aims at "
-            f"{'target_loss' if loss else 'target_ess'}. Set {key}target_loss=0 and "
-            f"{key}target_ess=0 to aim at it, or {key}offset='auto'"
-        )
-    elif both and not loss and not ess:
-        errors.append(
-            f"{key}temperature and offset are both 'auto' but target_loss=0 and target_ess=0 leave "
-            "one target for two unknowns; set one of them"
-        )
-    elif both and 0 < ess <= mean:
-        # w in (0, 1): mean(w²) <= mean(w), so (mean w)² / mean(w²) >= mean w = target_mean.
-        errors.append(
-            f"{key}target_ess={ess} must be above {key}target_mean={mean} where temperature and "
-            "offset are both 'auto': weights between 0 and 1 of that mean have no smaller "
-            "effective sample size"
-        )
-    return errors
 
 
 # ---------------------------------------------------------------- per token
 
 
 def log_ratio(
-    cfg: WeightConfig, student_logprobs: Float[Array, "*N"], teacher_logprobs: Float[Array, "*N"]
+    cfg: WeightConfig,
+    student_logprobs: Float[Array, "*N"],
+    teacher_logprobs: Float[Array, "*N"],
+    extra: Float[Array, "*N"] | None = None,
 ) -> Float[Array, "*N"]:
-    """What the weight is a function of: sg[log q - log p], sg[log q] or sg[log p], per token."""
-    student = jax.lax.stop_gradient(student_logprobs).astype(jnp.float32)
-    if not cfg.needs_teacher:
-        return student
-    teacher = jax.lax.stop_gradient(teacher_logprobs).astype(jnp.float32)
-    return teacher if WEIGHTS[cfg.name].reads == "teacher" else student - teacher
+    """The signal of each token, without gradient: sg[log q - log p], sg[log q], ...
+
+    extra: log q of the start, or the entropy, of the weights that read it.
+    """
+    parties = {"student": student_logprobs, "teacher": teacher_logprobs}
+    parties |= dict.fromkeys(("start", "entropy", "top_entropy"), extra)
+    entry = WEIGHTS[cfg.name]
+    names = cfg.ratio.split("/") if entry.reads == "ratio" else entry.reads.split()
+    if not names:
+        return jnp.zeros(student_logprobs.shape, jnp.float32)
+    read = [parties[name] for name in names]
+    if any(one is None for one in read):
+        raise DcodError(f"{cfg.name} weights read {' and '.join(names)}; one of them is not there")
+    read = [jax.lax.stop_gradient(one).astype(jnp.float32) for one in read]  # pyright: ignore
+    return read[0] - read[1] if entry.reads == "ratio" else entry.signal(*read)
 
 
 def raw(cfg: WeightConfig, r: Float[Array, "*N"], tempering: Solved) -> Float[Array, "*N"]:
@@ -245,44 +294,13 @@ def warm(
 # ---------------------------------------------------------------- per segment
 
 
-def segment_cumsum(
-    values: Float[Array, "B T"], segment_ids: Int[Array, "B T"]
-) -> Float[Array, "B T"]:
-    """Running sum that restarts where the segment id changes.
-
-    values [1 1 1 1], segment_ids [1 1 2 2] -> [1 2 1 2]. A segmented scan, not a difference
-    of cumulative sums: the values of another segment cannot even change the rounding.
-    """
-    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-    starts = jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
-
-    def combine(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
-        return left[0] | right[0], jnp.where(right[0], right[1], left[1] + right[1])
-
-    return jax.lax.associative_scan(combine, (starts, values), axis=1)[1]
-
-
-def segment_total(
-    values: Float[Array, "B T"], segment_ids: Int[Array, "B T"]
-) -> Float[Array, "B T"]:
-    """Sum over the whole segment, the same number at each of its positions."""
-    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-    ends = jnp.pad(changes, ((0, 0), (0, 1)), constant_values=True)
-
-    def combine(later: tuple[Array, Array], here: tuple[Array, Array]) -> tuple[Array, Array]:
-        return later[0] | here[0], jnp.where(here[0], here[1], later[1])
-
-    running = segment_cumsum(values, segment_ids)
-    return jax.lax.associative_scan(combine, (ends, running), axis=1, reverse=True)[1]
-
-
 def span_log_ratio(cfg: WeightConfig, tokens: Tokens) -> Float[Array, "B T"]:
-    """The log-ratio of each token, or its mean or sum over the token's span where there are spans.
+    """The signal of each token, or its mean or sum over the token's span where there are spans.
 
     A span is the student's and the teacher's tokens of one text; the ratio of the text is the sum.
     spans [1 1 2], r [-1 -3 -2] -> mean [-2 -2 -2], sum [-4 -4 -2], token [-1 -3 -2].
     """
-    r = log_ratio(cfg, tokens.student_logprobs, tokens.teacher_logprobs)
+    r = log_ratio(cfg, tokens.student_logprobs, tokens.teacher_logprobs, tokens.extra)
     if tokens.span_ids is None or not cfg.joins_spans:
         return r
     total = segment_total(jnp.where(tokens.loss_mask, r, 0.0), tokens.span_ids)
@@ -293,11 +311,16 @@ def span_log_ratio(cfg: WeightConfig, tokens: Tokens) -> Float[Array, "B T"]:
 
 
 def scoped_log_ratio(cfg: WeightConfig, tokens: Tokens) -> Float[Array, "B T"]:
-    """r itself, or its mean over the segment's completion tokens up to and with t, or over all.
+    """The signal, or its mean over the segment's completion tokens up to and with t, or over all.
 
-    prefix, all in the mask, one segment: [-1 -3 -2] -> [-1 -2 -2].
+    prefix, all in the mask, one segment: [-1 -3 -2] -> [-1 -2 -2]. Of a cumulative weight the share
+    of the segment's Σ|r| that lies before t: [0 1/6 4/6].
     """
     r = span_log_ratio(cfg, tokens)
+    if WEIGHTS[cfg.name].cumulative:
+        size = jnp.where(tokens.loss_mask, jnp.abs(r), 0.0)
+        whole = jnp.maximum(segment_total(size, tokens.segment_ids), jnp.finfo(jnp.float32).tiny)
+        return (segment_cumsum(size, tokens.segment_ids) - size) / whole
     if cfg.scope == "token":
         return r
     mean_over = {"prefix": segment_cumsum, "sequence": segment_total}[cfg.scope]
@@ -305,6 +328,17 @@ def scoped_log_ratio(cfg: WeightConfig, tokens: Tokens) -> Float[Array, "B T"]:
     # where, not a product: a value outside the mask may be anything, -inf too.
     total = mean_over(jnp.where(tokens.loss_mask, r, 0.0), tokens.segment_ids)
     return total / jnp.maximum(mean_over(mask, tokens.segment_ids), 1.0)
+
+
+def shares(cfg: WeightConfig, tokens: Tokens) -> Float[Array, "B T"]:
+    """How much each token counts where units of the scope are counted; 0 outside the mask.
+
+    A unit is a token, with scope "sequence" a trace: then each of its n tokens is 1/n of it.
+    """
+    mask = tokens.loss_mask.astype(jnp.float32)
+    if cfg.scope != "sequence":
+        return mask
+    return mask / jnp.maximum(segment_total(mask, tokens.segment_ids), 1.0)
 
 
 def weigh(

@@ -181,6 +181,8 @@ def batch_shapes(config: Any, mesh: Mesh) -> Batch:
             "topk_logprobs": shape(jnp.bfloat16, head, k),
             "tail_logprobs": shape(jnp.float32, head),
         }
+    if loss.weights.needs_start:
+        cache["start_logprobs"] = shape(jnp.float32, length)
     ids = shape(jnp.int32, length)
     return Batch(
         tokens=ids,

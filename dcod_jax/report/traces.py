@@ -77,6 +77,13 @@ def see(run: Run, *, count: int) -> Seen:
             f"{dataset.directory} has no teacher log-probs, which {cfg.name} weights need; run "
             "`python -m dcod_jax.score`"
         )
+    elif cfg.needs_start and any(trace.start_logprobs is None for trace in traces):
+        missing = (
+            f"{dataset.directory} has no log-probs of the start, which loss.weights.ratio="
+            f"{cfg.ratio} needs; run `python -m dcod_jax.score` with score.student=True"
+        )
+    elif {"entropy", "top_entropy"} & cfg.reads:
+        missing = f"{cfg.name} weights read an entropy of the student, which is not computed here"
     else:
         found = token_weights(cfg, student, traces, tempering=_tempering(run, cfg))
     return Seen(source, dataset.directory.name, traces, tokenizer, student, found, missing)
@@ -96,16 +103,19 @@ def token_weights(
     not.
     """
     shape = (len(student), max(len(one) for one in student))
-    log_q, log_p = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    log_q, log_p, log_start = (np.zeros(shape, np.float32) for _ in range(3))
     mask, starts = np.zeros(shape, bool), np.ones(shape, np.int32)
     for row, (one, trace) in enumerate(zip(student, traces, strict=True)):
         log_q[row, : len(one)] = one
         if trace.logprobs is not None:
             log_p[row, : len(one)] = trace.logprobs
+        if trace.start_logprobs is not None:
+            log_start[row, : len(one)] = trace.start_logprobs
         if trace.span_starts is not None:
             starts[row, : len(one)] = trace.span_starts
         mask[row, : len(one)] = True
-    parts = (log_q, log_p, mask, mask.astype(np.int32), starts.cumsum(axis=1, dtype=np.int32))
+    spans = starts.cumsum(axis=1, dtype=np.int32)
+    parts = (log_q, log_p, mask, mask.astype(np.int32), spans, log_start)
     tokens = Tokens(*map(jnp.asarray, parts))
     found = np.asarray(_weigh(cfg, tokens, step, tempering))
     return [found[row, : len(one)] for row, one in enumerate(student)]
@@ -181,12 +191,13 @@ def _student(run: Run, export: Path | None) -> tuple[str, ModelConfig, Params, M
 
 
 def histogram(seen: Seen) -> dict[str, Any] | None:
-    """Counts of the weights in equal bins from 0 to the largest, their mean and their ESS."""
+    """Counts of the weights in equal bins that begin or end at 0, their mean and their ESS."""
     if seen.weights is None:
         return None
     values = np.concatenate(seen.weights).astype(np.float64)
-    top, square = float(values.max()) or 1.0, float((values**2).sum())
-    counts, edges = np.histogram(values, bins=BINS, range=(0.0, top))
+    low, top = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
+    square = float((values**2).sum())
+    counts, edges = np.histogram(values, bins=BINS, range=(low, top if top > low else 1.0))
     return {
         "edges": edges.tolist(),
         "counts": counts.tolist(),

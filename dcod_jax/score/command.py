@@ -4,12 +4,15 @@ Reads data.dataset (train/ and, where there is one, eval/). The teacher is teach
 (score.server), or several of both, each for its own traces (score.teachers); those with a path are
 in memory together. An interrupted run goes on behind the finished shards and ends with the same
 bytes. Of several processes each scores every n-th shard with the teacher on its own devices, where
-it fits there; the first writes the manifest.
+it fits there; the first writes the manifest. With score.student the log-probs of student.path, the
+start of the training, lie beside the teacher's.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -59,7 +62,9 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
     check_settings(config, splits[0])
     teachers = _open_teachers(config, splits)
     about = joint_provenance({name: teacher.provenance() for name, teacher in teachers.items()})
-    stored = {"top_k": config.score.top_k}
+    start = _open_start(config, splits) if config.score.student else None
+    stored: dict[str, Any] = {"top_k": config.score.top_k}
+    stored |= {"start": start.provenance()} if start else {}
     done = {}
     for split in splits:
         manifest = read_manifest(split)
@@ -71,7 +76,9 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
     with locked(dataset_lock(config), what=f"data.dataset={root}"):
         hosts.barrier("the lock of data.dataset")
         mesh, process, processes = hosts.share(config)
-        scorers = {name: _scorer(config, teacher, mesh) for name, teacher in teachers.items()}
+        k = config.score.top_k
+        scorers = {name: _scorer(config, one, mesh, top_k=k) for name, one in teachers.items()}
+        own = _scorer(config, start, mesh, top_k=0) if start else None
         before = earlier_dataset(root)
         known = known_scores([before / s.name for s in splits], teacher=about, settings=stored)
         for split in splits:
@@ -85,7 +92,7 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
                     teacher=about,
                     settings=stored,
                     score_shard=functools.partial(
-                        _score_shard, scorers, known=known, on_tokens=advance
+                        _score_shard, scorers, start=own, known=known, on_tokens=advance
                     ),
                     overwrite=config.score.overwrite,
                     write=processes > 1 or hosts.first(),
@@ -119,13 +126,25 @@ def _open_teachers(config: Any, splits: Sequence[Path]) -> dict[str, Teacher | S
     return found
 
 
-def _scorer(config: Any, teacher: Teacher | ServedTeacher, mesh: Mesh) -> Scorer:
+def _open_start(config: Any, splits: Sequence[Path]) -> Teacher:
+    """student.path as a model that scores, in its own compute dtype."""
+    if not config.student.path:
+        raise DcodError("score.student=True needs student.path, the start of the training")
+    dtype = config.student.compute_dtype
+    settings = types.SimpleNamespace(path=config.student.path, name="", revision="", dtype=dtype)
+    start = open_teacher(settings, template=template_of(config.student))
+    for split in splits:
+        _check_tokenizer(split, start)
+    return start
+
+
+def _scorer(config: Any, teacher: Teacher | ServedTeacher, mesh: Mesh, *, top_k: int) -> Scorer:
     """(traces, on_tokens) -> the traces with their log-probs."""
     if isinstance(teacher, ServedTeacher):
-        return functools.partial(teacher.score, top_k=config.score.top_k)
+        return functools.partial(teacher.score, top_k=top_k)
     model_config, params = teacher.load(mesh)
     settings = ScoreSettings(
-        top_k=config.score.top_k,
+        top_k=top_k,
         batch_tokens=config.score.batch_tokens,
         head_chunk=config.loss.head_chunk,
         compute_dtype=teacher.dtype,
@@ -139,10 +158,14 @@ def _score_shard(
     scorers: Mapping[str, Scorer],
     traces: Sequence[Trace],
     *,
+    start: Scorer | None,
     known: KnownScores,
     on_tokens: Callable[[int], None],
 ) -> list[Trace]:
-    """The traces in their order, each scored by its own teacher, or with the scores it had."""
+    """The traces in their order, each scored by its own teacher, or with the scores it had.
+
+    start: the model whose log-probs lie beside the teacher's.
+    """
     found = {place: known.of(trace) for place, trace in enumerate(traces)}
     left: dict[str, list[int]] = {}
     for place, trace in enumerate(traces):
@@ -152,7 +175,14 @@ def _score_shard(
         else:
             on_tokens(len(trace.token_ids))
     for name, places in sorted(left.items()):
-        scored = scorers[name]([traces[place] for place in places], on_tokens=on_tokens)
+        bare = [traces[place] for place in places]
+        scored = scorers[name](bare, on_tokens=on_tokens)
+        if start is not None:
+            own = [trace.logprobs for trace in start(bare)]
+            scored = [
+                dataclasses.replace(trace, start_logprobs=logprobs)
+                for trace, logprobs in zip(scored, own, strict=True)
+            ]
         found |= dict(zip(places, scored, strict=True))
     return [trace for _, trace in sorted(found.items()) if trace is not None]
 

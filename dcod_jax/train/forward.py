@@ -14,6 +14,7 @@ from dcod_jax.errors import DcodError
 from dcod_jax.losses.distill import DistillLoss, LiveTeacher
 from dcod_jax.losses.head import VocabHead
 from dcod_jax.losses.reduce import Sums, TokenStats
+from dcod_jax.losses.weights import Tokens
 from dcod_jax.models import lora, transformer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.train.settings import loss_config
@@ -96,10 +97,8 @@ class Forward:
         sums, stats = self.loss(hidden, head, batch, teacher=teacher, **state)
         return sums.loss, (sums, stats)
 
-    def observe(
-        self, params: Params, batch: Batch, frozen: tuple[Params, ...]
-    ) -> tuple[Array, Array]:
-        """(log q, log p) at the head's positions, values only."""
+    def observe(self, params: Params, batch: Batch, frozen: tuple[Params, ...]) -> Tokens:
+        """What weights read at the head's positions, values only."""
         hidden, head, teacher = self._both(params, batch, frozen)
         return self.loss.observe(hidden, head, batch, teacher=teacher)
 

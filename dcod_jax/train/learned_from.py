@@ -34,6 +34,8 @@ def parts(
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "chat template": template_fingerprint(tokenizer),
     }
+    if start := train_set.manifest.get("start"):
+        found["start of the log-probs"] = start.get("weights", "none")
     if config.loss.teacher == "live":
         found["live teacher"] = hf.weights_fingerprint(config.teacher.path)
     if config.student.lora.rank:

@@ -22,9 +22,9 @@ from dcod_jax.copies import Mirror
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Location, Path, as_path, from_json, replace_file
 from dcod_jax.losses import adaptive, reduce, weights
-from dcod_jax.losses.distill import LossConfig
+from dcod_jax.losses.distill import LossConfig, tokens_of
 from dcod_jax.losses.reduce import Sums, TokenStats
-from dcod_jax.losses.weights import Tokens
+from dcod_jax.losses.segments import segment_cumsum
 from dcod_jax.types import Batch, LossState
 
 # First position within the completion of each bucket: [0,16), [16,32), ..., [1024, ∞).
@@ -139,12 +139,11 @@ def measure(
     cfg: LossConfig, small: Batch, sums: Sums, stats: TokenStats, loss_state: LossState
 ) -> dict[str, Array]:
     """Metrics of a compact batch that only log steps need: scalars, NaN where there is none."""
-    mask, segments = small.loss_mask, small.segment_ids
-    logprobs = stats.student_logprobs, stats.teacher_logprobs
-    tokens = Tokens(*logprobs, mask, segments, small.span_ids)
-    scoped = weights.scoped_log_ratio(cfg.weights, tokens)
+    mask = small.loss_mask
+    read = (stats.student_logprobs, stats.teacher_logprobs, stats.extra)
+    scoped = weights.scoped_log_ratio(cfg.weights, tokens_of(small, *read))
     bounded = weights.raw(cfg.weights, scoped, loss_state)
-    order = weights.segment_cumsum(mask.astype(jnp.float32), segments) - 1.0
+    order = segment_cumsum(mask.astype(jnp.float32), small.segment_ids) - 1.0
     measured = {
         "nll": reduce.mean_nll(sums),
         **weight_statistics(bounded, stats.weights, stats.student_logprobs, mask, order),

@@ -142,6 +142,7 @@ def open_datasets(config: Any, student: Student) -> tuple[TraceDataset, TraceDat
     """(train, held-out or None), checked against the student's tokenizer and template."""
     root = as_path(configs.dataset_dir(config))
     split = (root / "train").is_dir()
+    start = loss_config(config).weights.needs_start
     opened = []
     for path in (root / "train", root / "eval") if split else (root,):
         if path.name == "eval" and not path.is_dir():
@@ -152,6 +153,7 @@ def open_datasets(config: Any, student: Student) -> tuple[TraceDataset, TraceDat
             tokenizer=tokenizer_fingerprint(student.tokenizer),
             template=template_fingerprint(student.tokenizer),
             teacher=expected_teacher(config),
+            start=hf.weights_fingerprint(as_path(config.student.path)) if start else None,
         )
         longest = int(dataset.lengths[:, 0].max())
         if longest > student.config.max_position_embeddings:

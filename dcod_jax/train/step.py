@@ -169,14 +169,10 @@ def _temper_now(
 ) -> TrainState:
     """The state with the automatic temperature of this very batch: one more forward pass."""
 
-    def piece(carry: None, piece: Batch) -> tuple[None, tuple[Array, Array]]:
+    def piece(carry: None, piece: Batch) -> tuple[None, Tokens]:
         return None, forward.observe(state.params, piece, frozen)
 
-    _, (student, teacher) = _microbatches(
-        piece, None, batch, microbatches=microbatches, mesh=forward.mesh
-    )
-    small = distill.compact(batch)
-    tokens = Tokens(student, teacher, small.loss_mask, small.segment_ids, small.span_ids)
+    _, tokens = _microbatches(piece, None, batch, microbatches=microbatches, mesh=forward.mesh)
     loss_state = adaptive.retemper(forward.loss.config.weights, state.loss_state, tokens)
     return dataclasses.replace(state, loss_state=loss_state)
 

@@ -64,6 +64,8 @@ def traces(draw):
         }
     elif scored and draw(st.booleans()):
         topk = {"span_starts": draw(flags(count))}
+    if draw(st.booleans()):
+        topk["start_logprobs"] = draw(bits(np.float32, (count,)))
     return Trace(
         draw(st.text(st.characters(exclude_categories=["Cs"]), max_size=20)),
         np.array(tokens, np.int32),
@@ -121,6 +123,8 @@ def test_scores_take_the_stated_bytes(top_k):
         ({"tail_logprobs": None}, "go together"),
         ({"topk_ids": np.zeros((7, 3), np.int32)}, "topk_logprobs has shape"),
         ({"span_starts": np.ones(7, bool)}, "without a top-k"),
+        ({"start_logprobs": np.zeros(3, np.float32)}, "start_logprobs has shape"),
+        ({"start_logprobs": np.full(7, np.nan, np.float32)}, "a start log-prob is NaN"),
         ({"meta": {"x": {1, 2}}}, "meta must hold JSON"),
     ],
 )

@@ -14,8 +14,8 @@ from dcod_jax.errors import DcodError
 from dcod_jax.types import Trace
 
 
-def columns_of(traces: list[Trace], *, spans: bool = False) -> Columns:
-    return decode_columns([encode(trace) for trace in traces], spans=spans)
+def columns_of(traces: list[Trace], *, spans: bool = False, start: bool = False) -> Columns:
+    return decode_columns([encode(trace) for trace in traces], spans=spans, start=start)
 
 
 def test_shift_of_the_documented_example():
@@ -47,6 +47,7 @@ def by_loop(traces: list[Trace], rows: list[list[int]], seq_len: int) -> dict[st
     out = {name: np.zeros(shape, np.int32) for name in names}
     out["loss_mask"] = np.zeros(shape, bool)
     out["teacher_logprobs"] = np.zeros(shape, np.float32)
+    out["start_logprobs"] = np.zeros(shape, np.float32)
     out["trace_index"] = np.full(shape, -1, np.int32)
     out["span_ids"] = np.zeros(shape, np.int32)
     number = 0
@@ -66,6 +67,7 @@ def by_loop(traces: list[Trace], rows: list[list[int]], seq_len: int) -> dict[st
                     if mask[t + 1] and trace.logprobs is not None:
                         entry = int(mask[: t + 1].sum())
                         out["teacher_logprobs"][row, at] = trace.logprobs[entry]
+                        out["start_logprobs"][row, at] = 2 * trace.logprobs[entry]
                         spans += trace.span_starts is None or trace.span_starts[entry]
                 out["span_ids"][row, at] = spans
                 at += 1
@@ -87,13 +89,18 @@ def test_packed_rows_equal_a_loop_over_tokens(lengths, seq_len, open_bins, score
     for number in range(0, len(traces), 2) if spans and scored else ():  # the others have none
         starts = np.arange(int(traces[number].completion_mask.sum())) % 3 == 0
         traces[number] = dataclasses.replace(traces[number], span_starts=starts)
+    start = scored and open_bins % 2 == 0
+    for number, trace in enumerate(traces if start else ()):
+        traces[number] = dataclasses.replace(trace, start_logprobs=2 * trace.logprobs)
     rows = first_fit(np.array(lengths), seq_len, open_bins=open_bins)
     ordered = [traces[member] for row in rows for member in row]
-    columns = columns_of(ordered, spans=spans and scored)
+    columns = columns_of(ordered, spans=spans and scored, start=start)
     batch = fill_rows(columns, [len(row) for row in rows], seq_len)
     expected = by_loop(traces, rows, seq_len)
     if not (spans and scored):
         del expected["span_ids"]
+    if not start:
+        del expected["start_logprobs"]
     assert set(batch) == set(expected)
     for name, values in expected.items():
         assert batch[name].dtype == values.dtype, name

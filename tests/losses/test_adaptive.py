@@ -204,6 +204,29 @@ def test_the_temperature_hits_the_kept_loss_and_is_monotone_in_it(name):
     assert 12 <= hits < 30  # both happen
 
 
+@pytest.mark.parametrize("target", [{"target_loss": 0.93}, {"target_ess": 0.8}], ids=str)
+def test_the_solver_finds_what_a_bisection_in_float64_finds(target):
+    """The tolerance that docs/adaptive.md states, in the logarithm of the temperature."""
+    generator = np.random.default_rng(np.random.SeedSequence().entropy)
+    rs = {f"{i}": np.float32(generator.normal(-2, 1.5, (B, T)) * 2.0**i) for i in range(4)}
+    for which, (temperature, *_) in solutions(config(**target), rs).items():
+        r = rs[which]
+
+        def above(x, r=r):
+            t = math.exp(x)
+            if "target_loss" in target:
+                return kept_loss(config(), r[MASK], (surprise() - r)[MASK], t) > 0.93
+            return moments(config(), r[MASK], t, 0.0)[1] > 0.8
+
+        low, high = math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)
+        if "target_loss" in target:
+            low = math.log(SHARPEST_FOR_LOSS)
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (low, middle) if above(middle) else (middle, high)
+        assert math.log(temperature) == pytest.approx(high, abs=2e-5), which
+
+
 @pytest.mark.parametrize("name", ["sigmoid", "power"])
 @pytest.mark.parametrize("offset", [0.0, -2.0])
 def test_the_kept_loss_never_falls_as_the_temperature_grows(name, offset):
@@ -344,7 +367,11 @@ def test_weights_begin_uniform_and_the_first_solution_is_taken_whole():
     assert float(after.offset) == pytest.approx(0.9 * wanted[1] + 0.1 * new[1], rel=1e-3)
 
 
-@pytest.mark.parametrize("target", [{"target_ess": 0.995}, {"target_loss": 0.9}], ids=str)
+@pytest.mark.parametrize(
+    "target",
+    [{"target_ess": 0.995}, {"target_loss": 0.9}, {"unit": "spread", "temperature": 0.3}],
+    ids=str,
+)
 @pytest.mark.parametrize("smoothing", [0.0, 0.9])
 def test_a_batch_that_cannot_teach_changes_nothing_bit_for_bit(smoothing, target):
     cfg = config(smoothing=smoothing, offset=AUTO, **target)
@@ -376,15 +403,57 @@ def test_a_loss_without_automatic_numbers_keeps_its_state():
 
 @pytest.mark.parametrize("scope", ["prefix", "sequence"])
 def test_the_target_is_met_by_the_scoped_weights(scope):
+    """By the tokens' weights; one weight a trace: by the traces', however long they are."""
     cfg = config(scope=scope, target_ess=0.9)
-    r, mask = jnp.asarray(ratios()["both signs"]) * 4, jnp.asarray(MASK)
-    state = retemper(cfg, adaptive.initial(), r, mask)
-    scoped = weights.scoped_log_ratio(cfg, Tokens(r, jnp.zeros_like(r), *WHERE))
-    w = weights.raw(cfg, scoped, state)
-    w = np.float64(w)[MASK]
+    mask = MASK & ((SEGMENTS > 1) | (np.arange(T) % 4 == 0))  # the first of a row are short
+    r, where = jnp.asarray(ratios()["both signs"]) * 4, (jnp.asarray(mask), WHERE[1])
+    tokens = Tokens(r, jnp.zeros((B, T)), *where)
+    state = jax.jit(adaptive.retemper, static_argnums=0)(cfg, adaptive.initial(), tokens)
+    w = np.float64(weights.raw(cfg, weights.scoped_log_ratio(cfg, tokens), state))
+    places = [(n == SEGMENTS) & (np.arange(B)[:, None] == row) & mask
+              for row, n in itertools.product(range(B), (1, 2, 3))]  # fmt: skip
+    w = np.array([w[place][0] for place in places]) if scope == "sequence" else w[mask]
     assert w.mean() ** 2 / np.square(w).mean() == pytest.approx(0.9, rel=0.01)
-    unscoped = retemper(config(target_ess=0.9), adaptive.initial(), r, mask)
+    unscoped = retemper(config(target_ess=0.9), adaptive.initial(), tokens[0], jnp.asarray(mask))
     assert float(unscoped.temperature) > 1.2 * float(state.temperature)
+
+
+def spread_by_hand(cfg, batches):
+    """The deviation in a window that decays by `smoothing` a step, float64, one unit after another.
+
+    batches: the log-ratios [B,T] of each step."""
+    values, ages = [], []
+    for age, r in enumerate(reversed(batches)):
+        for row, n in itertools.product(range(B), (1, 2, 3)):
+            own = np.float64(r[row][(SEGMENTS[row] == n) & MASK[row]])
+            units = [own.mean()] if cfg.scope == "sequence" else own
+            values.extend(units)
+            ages.extend([age] * len(units))
+    shares = np.float64(cfg.smoothing) ** np.array(ages)
+    mean = np.average(values, weights=shares)
+    return math.sqrt(np.average(np.square(np.array(values) - mean), weights=shares))
+
+
+@pytest.mark.parametrize(
+    ("scope", "smoothing"), [("sequence", 0.9), ("sequence", 0.0), ("token", 0.5)]
+)
+def test_the_unit_is_the_deviation_in_a_window_over_the_stream(scope, smoothing):
+    cfg = config(scope=scope, smoothing=smoothing, temperature=0.7, unit="spread")
+    generator = np.random.default_rng(np.random.SeedSequence().entropy)
+    batches = [np.float32(generator.normal(-3, 0.5 + i, (B, T))) for i in range(4)]
+    state = adaptive.initial()
+    uniform = np.asarray(weights.raw(cfg, jnp.asarray(batches[0]), state))
+    np.testing.assert_allclose(uniform, 0.5, rtol=3e-5)  # no trace was seen yet
+    for i, r in enumerate(batches):
+        state = retemper(cfg, state, jnp.asarray(r), jnp.asarray(MASK))
+        wanted = 0.7 * spread_by_hand(cfg, batches[: i + 1])
+        assert float(state.temperature) == pytest.approx(wanted, rel=2e-5)
+    shifted = [retemper(cfg, adaptive.initial(), jnp.asarray(r + 50), jnp.asarray(MASK)).temperature
+               for r in batches]  # fmt: skip
+    assert float(shifted[0]) == pytest.approx(0.7 * spread_by_hand(cfg, batches[:1]), rel=1e-4)
+    # Traces that are all alike: differences by rounding must not be taken for a spread.
+    same = retemper(cfg, adaptive.initial(), jnp.full((B, T), -0.3), jnp.asarray(MASK))
+    assert float(same.temperature) == np.float32(MIN_TEMPERATURE)
 
 
 @pytest.mark.parametrize("target", [{"target_ess": 0.995}, {"target_loss": 0.9}], ids=str)
@@ -448,7 +517,7 @@ def test_taids_interpolation_is_the_published_loop(cfg):
 
 
 def test_the_state_is_restored_exactly(tmp_path):
-    values = (0.1234567, -3.7654321, 0.4321987, -1.0e-9, 2.7182817)
+    values = (0.1234567, -3.7654321, 0.4321987, -1.0e-9, 2.7182817, 17.3, -0.7654321, 3.1e-7)
     loss_state = LossState(*(jnp.float32(value) for value in values))
     for name, state in (("1", loss_state), ("2", adaptive.initial())):
         whole = TrainState(jnp.int32(4), {"w": jnp.ones(2)}, {"m": jnp.zeros(2)}, state)

@@ -15,6 +15,7 @@ from dcod_jax.errors import DcodError
 from dcod_jax.losses import reduce, weights
 from dcod_jax.losses.distill import DistillLoss, LossConfig
 from dcod_jax.losses.head import VocabHead, target_logprobs
+from dcod_jax.losses.weight_errors import config_errors
 from dcod_jax.losses.weights import Tokens, WeightConfig
 from dcod_jax.types import Batch
 
@@ -147,9 +148,54 @@ def test_unit_weights_are_the_unweighted_loss_bit_for_bit():
         np.testing.assert_array_equal(reduce.finish(sums, "mean"), loss * (1.0 / count))
 
 
-def _matmuls(cfg):
-    """Matrix products over the vocabulary in the program of the gradient."""
+@pytest.mark.parametrize(
+    ("name", "scope"), [("idft", "token"), ("eaft", "token"), ("eaft", "sequence")]
+)
+def test_weights_of_an_entropy_match_numpy_on_the_whole_vocabulary(name, scope):
+    """V = 29 with 4 rows of padding; the entropies of 25 tokens, and of the 20 most probable."""
     hidden, head_weight, batch = example()
+    batch = dataclasses.replace(batch, targets=batch.targets % 25)
+    cfg = config(name=name, scope=scope, temperature=0.7)
+    _, (_, stats) = loss_of(cfg, hidden, head_weight, batch, valid=25)
+    logits = np.einsum("btd,vd->btv", np.float64(hidden), np.float64(head_weight))[..., :25]
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    q = np.take_along_axis(logprobs, np.asarray(batch.targets)[..., None], -1)[..., 0]
+    mask = np.asarray(batch.loss_mask)
+    if name == "idft":
+        entropy = -(np.exp(logprobs) * logprobs).sum(-1)
+        gamma = np.clip(np.exp(-(q + entropy)), 0.1, 2)
+        wanted = np.exp(gamma * q)
+    else:
+        top = np.sort(np.exp(logprobs), -1)[..., -20:]
+        top /= top.sum(-1, keepdims=True)
+        share = -(top * np.log(top)).sum(-1) / np.log(20)
+        wanted = share ** (1 / 0.7)
+        if scope == "sequence":  # the geometric mean over the trace
+            for row, segment in itertools.product(range(B), (1, 2, 3)):
+                own = (np.asarray(batch.segment_ids)[row] == segment) & mask[row]
+                wanted[row, own] = np.exp(np.log(wanted[row, own]).mean()) if own.any() else 0
+    np.testing.assert_allclose(np.asarray(stats.weights)[mask], wanted[mask], rtol=2e-5)
+
+
+def test_weights_of_the_start_read_its_log_probs_and_need_no_pass():
+    hidden, head_weight, batch = example()
+    start = jnp.where(batch.loss_mask, batch.teacher_logprobs * 0.3 - 0.2, 0.0)
+    cfg = config(scope="sequence", temperature=0.3, ratio="start/teacher")
+    with pytest.raises(DcodError, match=r"score\.student=True"):
+        loss_of(cfg, hidden, head_weight, batch)
+    batch = dataclasses.replace(batch, start_logprobs=start)
+    _, (_, stats) = loss_of(cfg, hidden, head_weight, batch)
+    tokens = Tokens(start, batch.teacher_logprobs, batch.loss_mask, batch.segment_ids)
+    plain = config(scope="sequence", temperature=0.3).weights
+    np.testing.assert_array_equal(stats.weights, weights.weigh(plain, tokens, 3, None))
+    assert _matmuls(cfg, batch) == 3
+    assert _matmuls(config(scope="sequence", ratio="student/start"), batch) == 4
+
+
+def _matmuls(cfg, batch=None):
+    """Matrix products over the vocabulary in the program of the gradient."""
+    hidden, head_weight, own = example()
+    batch = own if batch is None else batch
     function = jax.grad(lambda h: loss_of(cfg, h, head_weight, batch)[0])
     return str(jax.make_jaxpr(function)(hidden)).count("dot_general")
 
@@ -233,7 +279,7 @@ def test_weights_of_traces_multiply_their_tokens_in_any_packing(scope, normalize
 def test_extreme_logits_stay_finite():
     hidden, head_weight, batch = example()
     for name in weights.WEIGHTS:
-        cfg = config(name=name)
+        cfg = config(name=name, normalize="none")
         (loss, _), gradients = jax.value_and_grad(loss_of, argnums=(1, 2), has_aux=True)(
             cfg, 1e4 * hidden, head_weight, batch
         )
@@ -286,6 +332,25 @@ WRONG = [  # (changed keys of loss.*, what the one message must say)
         "loss.weights.target_ess=0.9 are two targets for one temperature; set one of them to 0",
     ),
     ("weights.temperature=auto weights.target_mean=0.3", "target_mean=0.3 is not read"),
+    ("weights.ratio=teacher/student", "must be one of student/teacher, start/teacher"),
+    ("weights.ratio=start/teacher", "the training must begin at student.path"),
+    ("weights.unit=tokens", "loss.weights.unit='tokens' must be one of nats, spread"),
+    ("weights.unit=spread weights.temperature=auto", "is for a number loss.weights.temperature"),
+    ("weights.unit=spread weights.name=q_power", "of sigmoid or power, got loss.weights.name='q_p"),
+    ("weights.name=q_threshold weights.threshold=0.0", "threshold=0.0 must be in (0, 1]"),
+    ("weights.name=drift_share weights.scope=prefix", "set loss.weights.scope='token'"),
+    ("weights.name=advantage", "Set loss.weights.normalize='none'"),
+    (
+        "weights.name=advantage weights.normalize=none weights.warmup_steps=9",
+        "loss.weights.warmup_steps=0",
+    ),
+    (
+        "weights.name=advantage weights.normalize=none divergence=forward_kl",
+        "weighs the log-prob of the sampled token",
+    ),
+    ("anchor=-0.1", "loss.anchor=-0.1 must not be negative"),
+    ("anchor=0.1 weights.normalize=none", "a loss.divergence other than nll"),
+    ("anchor=0.1 divergence=forward_kl", "divisor Σw of mean would scale it"),
 ]
 
 
@@ -307,7 +372,7 @@ def test_each_wrong_value_has_its_one_message(changes, message):
 
 @pytest.mark.parametrize("name", ["temperature", "offset"])
 def test_a_text_of_a_recipe_that_is_not_auto_is_refused(name):
-    (error,) = weights.config_errors(config(**{name: "warm"}).weights)
+    (error,) = config_errors(config(**{name: "warm"}).weights)
     assert error == f"loss.weights.{name}='warm' must be a number or 'auto'"
 
 
@@ -321,5 +386,10 @@ def test_what_is_allowed_is_not_refused():
         "weights.target_ess=0.9 weights.target_mean=0.3",  # nothing is automatic
         "weights.temperature=auto weights.offset=auto weights.smoothing=0.0",
         "weights.name=power weights.temperature=auto",
+        "anchor=0.1 divergence=forward_kl weights.name=dft weights.normalize=none",
+        "anchor=0.1 divergence=forward_kl weights.name=uniform",
+        "weights.unit=spread weights.scope=sequence weights.offset=auto",
+        "weights.name=advantage weights.normalize=none",
+        "weights.name=drift_share weights.normalize=sequence",
     ):
         check(changes)

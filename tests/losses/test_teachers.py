@@ -14,14 +14,14 @@ from dcod_jax.errors import DcodError
 from dcod_jax.losses import adaptive
 from dcod_jax.losses.distill import DistillLoss, LiveTeacher, LossConfig
 from dcod_jax.losses.head import VocabHead
-from dcod_jax.losses.weights import AUTO, Tokens, WeightConfig
+from dcod_jax.losses.weights import AUTO, WeightConfig
 from dcod_jax.parallel.mesh import make_mesh, sharding
 from dcod_jax.types import Batch, LossState
 
 B, T, D, E, V, ROWS, K = 4, 13, 8, 6, 29, 32, 5  # V tokens; the heads have ROWS rows
 QUICK = {"xla_backend_optimization_level": 0}  # many small programs that run once
 KNOBS = {"jsd": ("beta", 0.3), "skew_kl": ("skew", 0.2), "skew_reverse_kl": ("skew", 0.2)}
-STATE = LossState(*(jnp.float32(x) for x in (0.8, 0.4, 0.55, 0.0, 1.0)))  # s = 0.55
+STATE = LossState(*(jnp.float32(x) for x in (0.8, 0.4, 0.55, 0.0, 1.0, 0.0, 0.0, 0.0)))  # s = 0.55
 TEACHERS = ("cached", "live")
 
 
@@ -97,6 +97,8 @@ def by_hand(cfg, *, frozen=None):
     w = np.ones((B, T))
     if cfg.weights.name == "sigmoid":
         w = 1 / (1 + np.exp(nll + np.take_along_axis(log_p1, targets, -1)[..., 0]))
+    if cfg.weights.name == "dft":
+        w = np.exp(-nll)
     w = np.where(mask, w, 0.0) if frozen is None else frozen
     knob = {"taid": 0.55}.get(cfg.divergence, KNOBS.get(cfg.divergence, (0, 0.0))[1])
     log_p, log_q = (logprobs(*x, cfg.temperature).reshape(-1, V) for x in (teacher, student))
@@ -113,15 +115,16 @@ def by_hand(cfg, *, frozen=None):
         slopes = reference.bucket_gradients(cfg.divergence, knob, log_p, events, event, log_q)
     scale = cfg.temperature**2 if cfg.temperature_squared else 1.0
     d, slopes = scale * d.reshape(B, T), scale * slopes.reshape(B, T, V)
+    beside, slopes_beside = cfg.anchor * np.where(mask, d, 0), cfg.anchor * slopes * mask[..., None]
     if cfg.divergence != "nll":
         d = (1 - cfg.alpha) * nll + cfg.alpha * d
         of_nll = np.exp(log_q1) - (np.arange(V) == targets)
         slopes = (1 - cfg.alpha) * of_nll + cfg.alpha * slopes
-    slopes = slopes * w[..., None]
+    slopes = slopes * w[..., None] + slopes_beside
     hidden, head = (np.float64(x) for x in student)
     in_head = np.zeros((ROWS, D))
     in_head[:V] = np.einsum("btv,btd->vd", slopes, hidden)
-    return (w * d).sum(), np.einsum("btv,vd->btd", slopes, head[:V]), in_head, w
+    return (w * d + beside).sum(), np.einsum("btv,vd->btd", slopes, head[:V]), in_head, w
 
 
 def assert_close(got, wanted, *, rtol=2e-5, atol=0.0):
@@ -140,6 +143,14 @@ def assert_equal(found, wanted, *, rtol=2e-5):
 SETTINGS = {
     **{f"{d}-{t}": {"divergence": d, "teacher": t} for d in reference.NAMES for t in TEACHERS},
     "nll-live": {"divergence": "nll"},
+    # ASFT: dft·nll + 0.1·KL(start‖q), where the "teacher" is the start
+    "asft-live": {"alpha": 0.0, "anchor": 0.1, "weights": {"name": "dft", "normalize": "none"}},
+    "anchor-cached": {
+        "alpha": 0.3,
+        "anchor": 0.7,
+        "teacher": "cached",
+        "weights": {"normalize": "none"},
+    },
     "uniform-cached": {"weights": {"name": "uniform"}, "teacher": "cached"},
     "uniform-live": {"weights": {"name": "uniform"}, "divergence": "todi"},
     "alpha-cached": {"alpha": 0.3, "teacher": "cached", "divergence": "reverse_kl"},
@@ -262,8 +273,7 @@ def test_no_gradient_flows_through_weights_teacher_or_automatic_temperature(teac
     def of(student, live, known):
         batch_ = dataclasses.replace(batch, topk_logprobs=known)
         seen = LiveTeacher(*live) if teacher == "live" else None
-        q, p = DistillLoss(cfg, VocabHead(12, V)).observe(*student, batch_, teacher=seen)
-        tokens = Tokens(q, p, batch.loss_mask, batch.segment_ids)
+        tokens = DistillLoss(cfg, VocabHead(12, V)).observe(*student, batch_, teacher=seen)
         state = adaptive.retemper(cfg.weights, adaptive.initial(), tokens)
         return loss_of(cfg, student, live, batch_, state=state)
 

@@ -278,6 +278,28 @@ def test_scored_again_by_the_same_teacher_does_nothing(tmp_path, teacher, capsys
     assert trace.topk_ids is None
 
 
+def test_the_starts_log_probs_lie_beside_the_teachers(tmp_path, teacher):
+    """Both are those of scoring by one model alone; the start's compute dtype is its own."""
+    root, student = write_dataset(tmp_path / "d", teacher), tiny.write_model(tmp_path / "s", seed=8)
+    asked = {"score__student": "true", "student__path": str(student)}
+    asked["student__compute_dtype"] = "float32"
+    manifest = score(make_config(root, teacher, **asked))["train"]
+    assert manifest["start"]["weights"] == hf.weights_fingerprint(student)
+    found = TraceDataset(root / "train").read(range(5))
+    bare = [Trace(t.id, t.token_ids, t.completion_mask) for t in found]
+    for path, name in ((teacher, "logprobs"), (student, "start_logprobs")):
+        config, params = hf.load_model(path, dtype=jnp.float32, mesh=None)
+        alone = score_traces(config, params, bare, settings=SETTINGS)
+        for one, other in zip(found, alone, strict=True):
+            np.testing.assert_allclose(getattr(one, name), other.logprobs, rtol=1e-5, atol=1e-6)
+    assert score(make_config(root, teacher, **asked))["train"] == manifest  # nothing left to do
+    again = score(make_config(root, teacher, score__overwrite="true"))["train"]
+    assert "start" not in again
+    assert TraceDataset(root / "train").read([0])[0].start_logprobs is None
+    with pytest.raises(DcodError, match=r"score\.student=True needs student\.path"):
+        score(make_config(root, teacher, score__student="true", score__overwrite="true"))
+
+
 def test_another_teacher_is_refused_unless_asked_for(tmp_path, teacher):
     root = write_dataset(tmp_path / "data", teacher)
     score(make_config(root, teacher))
