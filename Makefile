@@ -7,7 +7,7 @@ LOCK ?=# .ci/requirements.lock: install the versions of CI in place of today's
 PIP = $(BIN)/pip install --quiet $(LOCK:%=-c %)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help quickstart quickstart-smollm2 test test-long test-lowest test-newest lock audit lint bench clean
+.PHONY: help quickstart quickstart-smollm2 test test-long test-lowest test-newest lock audit lint bench gpu-wheels clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 22
@@ -64,6 +64,10 @@ lint: $(VENV)/.test ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pyright
+
+gpu-wheels: $(VENV)/.run ## what tools/gpu_check.sh needs beside JAX, torch and transformers, as wheels
+	$(BIN)/pip download --quiet --no-deps --only-binary=:all: -c .ci/requirements.lock \
+	  -d build/gpu_wheels ml_collections
 
 clean: ## remove the environment and everything the quickstart wrote
 	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest runs models

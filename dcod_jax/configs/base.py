@@ -189,7 +189,8 @@ def get_config() -> Any:
     c.profile.steps = ""  # first:last, both traced by XProf into run_dir/profile; empty: none
 
     c.plan = ConfigDict()
-    c.plan.topology = ""  # what plan compiles for: v5e:4x4, v5p:2x2x4, v6e:16x16, ..., or cpu:8
+    # what plan compiles for: v5e:4x4, v5p:2x2x4, v6e:16x16, ..., cpu:8, or gpu:1 of this machine
+    c.plan.topology = ""  # details: docs/scaling.md
     c.plan.slices = 1  # slices of that topology, joined by the data-centre network
     c.plan.hbm_gib = 0.0  # memory limit of a device in GiB; 0: what libtpu reports for the chip
     c.plan.largest_batch = True  # search the largest batch that fits (several compilations)

@@ -90,6 +90,8 @@ def attention(
         if asked == "cudnn":
             raise DcodError(f"attention=cudnn: {why}, or take attention=auto")
         kind = "scanned"
+    if kind == "scanned" and query.dtype != jnp.float32 and choose("auto", mesh) == "blocked":
+        raise DcodError(f"attention=scanned takes float32 on CPU, not {query.dtype}; take blocked")
     return _in_arrays(query, key, value, segment_ids, window=window, mesh=mesh, kind=kind)
 
 

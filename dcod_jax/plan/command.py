@@ -43,7 +43,8 @@ def plan(config: Any) -> dict[str, Any]:
     if not config.plan.topology:
         raise DcodError("plan.topology is empty: --topology v5e:4x4 (or v5p:2x2x4, ..., cpu:8)")
     path = check_own(as_path(config.run_dir) / "plan.json", '"topology"', '"attempts"')
-    jax.config.update("jax_platforms", "cpu")  # also on a TPU host: its chips are left alone
+    if not config.plan.topology.startswith("gpu:"):
+        jax.config.update("jax_platforms", "cpu")  # also on a TPU host: its chips are left alone
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot hold such programs
     target = programs.target(config)
     config = configs.replace(config, {"mesh.slices": target.slices})

@@ -1,7 +1,7 @@
 """The train and scoring steps of a config, compiled without data, weights or their devices.
 
 A topology is "v5e:4x4" (libtpu compiles for a slice that is not at hand) or "cpu:8" (the host's
-own devices). Shapes stand for arrays, so only HF config.json files are read.
+own devices; "gpu:1" likewise). Shapes stand for arrays, so only HF config.json files are read.
 """
 
 from __future__ import annotations
@@ -92,18 +92,21 @@ def target(config: Any) -> Target:
     name, slices = config.plan.topology, config.plan.slices
     kind, _, shape = name.partition(":")
     limit = config.plan.hbm_gib * chips.GIB or None
-    if kind == "cpu":
-        devices = jax.devices("cpu")
+    if kind in ("cpu", "gpu"):
+        devices = _own_devices(kind)
         if not shape.isdigit() or not 1 <= int(shape) <= len(devices):
+            flag = f"XLA_FLAGS=--xla_force_host_platform_device_count={shape or 'N'}"
+            more = {"cpu": f"start it with {flag}", "gpu": "pip install '.[gpu]', or name fewer"}
             raise DcodError(
-                f"plan.topology={name!r}: the host has {len(devices)} CPU devices; start it with "
-                f"XLA_FLAGS=--xla_force_host_platform_device_count={shape or 'N'}"
+                f"plan.topology={name!r}: the host has {len(devices)} {kind.upper()} devices; "
+                f"{more[kind]}"
             )
+        limit = limit or memory_limit(config, devices[0])
         return Target(name, tuple(devices[: int(shape)]), None, limit, slices)
     chip = next((chip for chip in chips.CHIPS.values() if chip.name == kind), None)
     if chip is None or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         known = ", ".join(f"{c.name}:AxB" for c in chips.CHIPS.values())
-        raise DcodError(f"plan.topology={name!r} is not known: {known} (or AxBxC), or cpu:N")
+        raise DcodError(f"plan.topology={name!r} is not known: {known} (or AxBxC), cpu:N or gpu:N")
     sides = [int(side) for side in shape.split("x")]
     if len(sides) > chip.dimensions or not 0 < math.prod(sides) <= chip.largest:
         raise DcodError(
@@ -113,6 +116,14 @@ def target(config: Any) -> Target:
         )
     devices = _describe(name, chip, slices)
     return Target(name, devices, chip, limit or chip.hbm_usable, slices)
+
+
+def _own_devices(kind: str) -> Sequence[Any]:
+    """The host's devices of this kind, "cpu" or "gpu"."""
+    try:
+        return jax.devices(kind)
+    except RuntimeError:  # no such backend
+        return ()
 
 
 def _describe(name: str, chip: Chip, slices: int) -> tuple[Any, ...]:

@@ -125,6 +125,10 @@ def test_what_cudnn_cannot_take_is_scanned_or_refused_where_it_was_asked_for(hop
                 jax.ShapeDtypeStruct((rows, 256), jnp.int32),
             )
 
+    with monkeypatch.context() as patch:
+        patch.setattr(meshes, "platform", lambda _: "cpu")
+        with pytest.raises(DcodError, match="float32 on CPU, not bfloat16; take blocked"):
+            lowered(hopper, length=8, kind="scanned")
     refused("not float32; set student.compute_dtype", dtype=jnp.float32)
     refused("head_dim=256 must be a multiple of 8, at most 128", width=256)
     refused("beyond its int32 offsets", rows=2**15)

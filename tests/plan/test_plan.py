@@ -260,6 +260,7 @@ def test_a_program_over_the_limit_is_refused_with_what_it_needs():
 @pytest.mark.parametrize(
     ("topology", "message"),
     [
+        ("gpu:1", "the host has 0 GPU devices; pip install"),
         ("cpu:99", "--xla_force_host_platform_device_count=99"),
         ("v9:4x4", "is not known: v4:AxB"),
         ("v5e:16", "is not known"),
