@@ -366,7 +366,8 @@ def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
     wrong += _profile_errors(flat["profile.steps"], flat["train.steps"])
     wrong += _lora_errors(flat)
     wrong += _sampling_errors(flat)
-    wrong += choice_errors(flat["student.template_kwargs"], flat["student.template_date"])
+    variables = {key: flat[key] for key in ("student.template_kwargs", "teacher.template_kwargs")}
+    wrong += choice_errors(variables, flat["student.template_date"])
     local = (flat["train.local_dir"], flat["train.local_every"])
     wrong += _local_errors(*local, flat["train.save_every"])
     if flat["data.max_length"] > flat["data.seq_len"]:

@@ -21,7 +21,7 @@ LEVELS = """
     data.reasoning data.presets data.raw data.lines data.schema data.columns data.forms
     data.traces data.pipeline
     models.gguf models.hf data.template_process data.templates data.tokenizer
-    data.turns data.chat
+    data.turns data.chat data.conversation
     sample.stop_strings sample.sampling sample.decoding sample.sampler
     evaluate.spelling evaluate.units evaluate.equality evaluate.algebra evaluate.answers
     evaluate.benchmarks evaluate.grading evaluate.problems evaluate.prompts
@@ -30,7 +30,7 @@ LEVELS = """
     config_checks config doctor cli
     train.checksums train.checkpointer train.checkpoint_reader train.local_checkpoints
     train.checkpoints train.forward train.step
-    score.teacher score.scoring score.dialects score.server
+    score.teacher score.alignment score.scoring score.dialects score.server
     prepare.delivered prepare.overlap prepare.filters
     generate_traces.command prepare.command score.command inspect.arguments inspect.command
     drift.curves drift.scores

@@ -43,6 +43,10 @@ def get_config() -> Any:
     c.teacher.path = ""  # HF directory or .gguf file of the teacher that scores the traces
     c.teacher.name = ""  # name in the manifest; empty: the directory's name
     c.teacher.revision = ""  # revision that the manifest names
+    c.teacher.tokenizer = ""  # HF directory; empty: beside the path; of a server: the student's
+    # Where its tokenizer is not the student's (docs/other_tokenizer.md):
+    c.teacher.chat_template = ""  # Jinja file in place of its own, or chatml | deepseek_r1
+    c.teacher.template_kwargs = ()  # its variables: ("enable_thinking=false",)
     c.teacher.dtype = "bfloat16"  # weights and compute dtype of the teacher
 
     c.data = ConfigDict()

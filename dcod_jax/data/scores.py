@@ -188,7 +188,14 @@ def _sums(traces: Sequence[Trace]) -> dict[str, Any]:
             mass -= float(np.sum(np.expm1(trace.tail_logprobs.astype(np.float64))))
         sums = teachers.setdefault(str(trace.meta.get(TEACHER, "")), [0, 0, 0.0])
         sums[:] = sums[0] + 1, sums[1] + len(np.asarray(trace.logprobs)), sums[2] + own
+    counts = [int(np.count_nonzero(trace.completion_mask)) for trace in traces]
+    starts = [
+        np.ones(count, bool) if trace.span_starts is None else trace.span_starts
+        for trace, count in zip(traces, counts, strict=True)
+    ]
+    places = np.flatnonzero(np.append(np.concatenate(starts), True))
     found = {"logprob": logprob, "mass": mass, "top_k": score_kind(traces[0])[1]}
+    found |= {"spans": len(places) - 1, "longest_span": int(np.diff(places).max())}
     return found | {"teachers": teachers}
 
 
@@ -224,8 +231,11 @@ def _publish(
         "top_k": top_k,
         "mean_logprob": sum(note["logprob"] for note in notes) / tokens,
     }
-    for name in ("captured_mass", "by_teacher", "start"):
+    for name in ("captured_mass", "by_teacher", "start", "alignment"):
         new.pop(name, None)
+    if "tokenizers" in new["score"]:  # of teachers that have not the traces' own
+        spans, longest = ([note[name] for note in notes] for name in ("spans", "longest_span"))
+        new["alignment"] = {"spans": sum(spans), "longest_span": max(longest)}
     if "teachers" in new["teacher"]:
         new["by_teacher"] = _by_teacher(notes)
     if start := new["score"].get("start"):

@@ -29,6 +29,9 @@ class TeacherEntry(NamedTuple):
     revision: str = ""
     dtype: str = "bfloat16"
     files: str = ""  # pattern of the raw files whose traces are its own
+    tokenizer: str = ""  # its directory; empty: beside the path; behind a server the student's
+    chat_template: str = ""  # of a teacher whose tokenizer is not the student's
+    template_kwargs: str = ""  # joined by commas
 
 
 _EXAMPLE = '"a path=models/A", "b server=http://host:8000 model=Qwen/B files=traces/b*.jsonl"'
@@ -129,6 +132,9 @@ def teacher_entries(config: Any) -> list[TeacherEntry]:
             dialect=score.dialect,
             revision=teacher.revision,
             dtype=teacher.dtype,
+            tokenizer=teacher.tokenizer,
+            chat_template=teacher.chat_template,
+            template_kwargs=",".join(map(str, teacher.template_kwargs)),
         )
     ]
 

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 from dcod_jax.data import template_process
@@ -139,11 +139,12 @@ def template_of(student: Any) -> TemplateChoice:
     )
 
 
-def choice_errors(variables: Sequence[Any], date: str) -> list[str]:
-    """What is wrong in student.template_kwargs and student.template_date."""
+def choice_errors(variables: Mapping[str, Sequence[Any]], date: str) -> list[str]:
+    """What is wrong in the template_kwargs, by their keys, and in student.template_date."""
     wrong = [
-        f"student.template_kwargs has {text!r}; expected name=value, as in enable_thinking=false"
-        for text in variables
+        f"{key} has {text!r}; expected name=value, as in enable_thinking=false"
+        for key, texts in variables.items()
+        for text in texts
         if "=" not in str(text) or not _VARIABLE.fullmatch(str(text).partition("=")[0])
     ]
     if not _DAY.fullmatch(date) or not _is_day(date):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils.hub import cached_file
 
 from dcod_jax.bounds import Bound, array, check, either, flag, mapping, optional, text, whole
@@ -172,6 +175,69 @@ def student_tokenizer(student: Any) -> Tokenizer:
 def decode(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
     """The exact text of token ids, special tokens included."""
     return tokenizer.backend_tokenizer.decode(token_ids, skip_special_tokens=False)
+
+
+# The printable characters of byte-level BPE (GPT-2) and the bytes they stand for.
+_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
+# Decoders whose tokens are bytes or texts by themselves; SentencePiece's are the first four.
+_DECODERS = {"Replace", "ByteFallback", "Strip", "Metaspace", "Fuse", "ByteLevel"}
+
+
+def decoders(tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """The steps of the tokenizer's decoder."""
+    own: Any = tokenizer.backend_tokenizer.decoder
+    decoder = {} if own is None else json.loads(own.__getstate__())
+    return decoder.get("decoders", [decoder] if decoder else [])
+
+
+def is_byte_level(tokenizer: Tokenizer) -> bool:
+    """Whether each token of the vocabulary is a string of bytes (Qwen, Llama 3, SmolLM2)."""
+    return any(step["type"] == "ByteLevel" for step in decoders(tokenizer))
+
+
+@functools.lru_cache(maxsize=4)
+def added_tokens(tokenizer: Tokenizer) -> dict[int, str]:
+    """The tokens beside the vocabulary, special or not."""
+    return {id: token.content for id, token in tokenizer.added_tokens_decoder.items()}
+
+
+def token_bytes(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[bytes]:
+    """What each token writes; the first word of SentencePiece's begins with a space.
+
+    Raises DcodError where a token does not tell it by itself (WordPiece).
+    """
+    spelled = _spelled(tokenizer)
+    return [spelled[token] for token in token_ids]
+
+
+@functools.lru_cache(maxsize=4)
+def _spelled(tokenizer: Tokenizer) -> list[bytes]:
+    """token_bytes of the whole vocabulary."""
+    steps = decoders(tokenizer)
+    kinds = [str(step["type"]) for step in steps]
+    spaces = [step["replacement"] for step in steps if step["type"] == "Metaspace"]
+    for step in steps:
+        pattern = step.get("pattern", {})
+        if step["type"] == "Replace" and step["content"] == " " and "String" in pattern:
+            spaces.append(pattern["String"])
+    if not kinds or set(kinds) - _DECODERS or kinds.count("Replace") > len(spaces):
+        raise DcodError(
+            f"the tokenizer's decoder ({', '.join(kinds) or 'none'}) does not tell which bytes a "
+            f"token stands for; known are byte-level BPE and SentencePiece ({', '.join(_DECODERS)})"
+        )
+
+    def spell(token: str) -> bytes:
+        if "ByteLevel" in kinds and set(token) <= _BYTES.keys():
+            return bytes(_BYTES[character] for character in token)
+        if "ByteFallback" in kinds and re.fullmatch("<0x[0-9A-F]{2}>", token):
+            return bytes([int(token[3:5], 16)])
+        for space in spaces:
+            token = token.replace(space, " ")
+        return token.encode()
+
+    added = added_tokens(tokenizer)
+    names: list[str] = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))  # pyright: ignore
+    return [added[i].encode() if i in added else spell(name) for i, name in enumerate(names)]
 
 
 def chat_template(tokenizer: Tokenizer) -> str | None:

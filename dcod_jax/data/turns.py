@@ -48,7 +48,7 @@ def render_chat(
         raise DcodError(f"messages of the roles ({roles}): {error}") from error
 
 
-def shared_prefix(left: str, right: str) -> int:
+def shared_prefix(left: str | bytes, right: str | bytes) -> int:
     differ = (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
     return next(differ, min(len(left), len(right)))
 

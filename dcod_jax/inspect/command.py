@@ -16,6 +16,7 @@ from rich.text import Text
 
 from dcod_jax.data import chat
 from dcod_jax.data.codec import bytes_per_token
+from dcod_jax.data.conversation import FIELDS
 from dcod_jax.data.dataset import MANIFEST, TraceDataset, check_fingerprints, read_manifest
 from dcod_jax.data.tokenizer import Tokenizer, decode, load_tokenizer, tokenizer_fingerprint
 from dcod_jax.errors import DcodError
@@ -26,7 +27,7 @@ SPLITS = ("train", "eval")
 EXPORT_BATCH = 512  # traces read, scored and written together
 NOT_SCORED = "not scored"
 ARRAYS = (
-    *("token_ids", "completion_mask", "logprobs"),
+    *("token_ids", "completion_mask", "logprobs", "span_starts"),
     *("topk_ids", "topk_logprobs", "tail_logprobs"),
 )
 Scorer = Callable[[list[Trace]], list[np.ndarray]]  # log-probs of each trace's completion tokens
@@ -174,7 +175,8 @@ def print_trace(
     limit: int,
 ) -> None:
     """The text with its supervised part between « and », then a line for each token."""
-    meta = ", ".join(f"{key}={value}" for key, value in trace.meta.items())
+    shown = {key: value for key, value in trace.meta.items() if key not in FIELDS}
+    meta = ", ".join(f"{key}={value}" for key, value in shown.items())
     console.print(Text(f"\ntrace {trace.id}  {meta}", style="bold"))
     if tokenizer is not None:
         console.print(Text(chat.render_sample(tokenizer, trace)))
@@ -264,11 +266,11 @@ def _write_parquet(path: pathlib.Path, batches: Iterator[list[dict[str, Any]]]) 
     import pyarrow as pa
     from pyarrow import parquet
 
-    floats, ints = pa.list_(pa.float32()), pa.list_(pa.int32())
+    floats, ints, bools = map(pa.list_, (pa.float32(), pa.int32(), pa.bool_()))
     types = {
         **dict.fromkeys(("split", "id", "text"), pa.string()),
         **dict.fromkeys((*ARRAYS, "student_logprobs"), floats),
-        **{"token_ids": ints, "completion_mask": pa.list_(pa.bool_())},
+        **{"token_ids": ints, **dict.fromkeys(("completion_mask", "span_starts"), bools)},
         **{"topk_ids": pa.list_(ints), "topk_logprobs": pa.list_(floats), "meta": pa.string()},
     }
     schema = pa.schema(types)

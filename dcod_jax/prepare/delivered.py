@@ -7,39 +7,18 @@ trace one by one, and every value must be a finite number not above 0.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from dcod_jax.data.raw import RawTrace
-from dcod_jax.data.tokenizer import Tokenizer, decode
+from dcod_jax.data.tokenizer import Tokenizer, decode, is_byte_level, token_bytes
 from dcod_jax.errors import DcodError
 
 _OTHERWISE = (
     "set prepare.logprobs=ignore and let the score verb compute them, or deliver the sampled ids"
 )
-
-
-# The printable characters of byte-level BPE (GPT-2) and the bytes they stand for.
-_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
-
-
-def is_byte_level(tokenizer: Tokenizer) -> bool:
-    """Whether each token of the vocabulary is a string of bytes (Qwen, Llama 3, SmolLM2)."""
-    decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
-    parts = decoder.get("decoders", [decoder])
-    return any(part.get("type") == "ByteLevel" for part in parts)
-
-
-def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
-    """What a token of a byte-level tokenizer writes; an added token is its own text."""
-    added = tokenizer.added_tokens_decoder.get(token_id)
-    if added is not None:
-        return added.content.encode()
-    return bytes(_BYTES[char] for char in tokenizer.convert_ids_to_tokens(token_id))
 
 
 def _check_texts(tokenizer: Tokenizer, ours: list[int], texts: list[bytes]) -> None:
@@ -52,8 +31,8 @@ def _check_texts(tokenizer: Tokenizer, ours: list[int], texts: list[bytes]) -> N
             "the record gives token texts, which cannot be compared for a tokenizer that is not "
             f"byte-level; deliver token_ids (vLLM: return_tokens_as_token_ids), or {_OTHERWISE}"
         )
-    for position, (token, text) in enumerate(zip(ours, texts, strict=True)):
-        expected = token_bytes(tokenizer, token)
+    written = token_bytes(tokenizer, ours)
+    for position, (expected, text) in enumerate(zip(written, texts, strict=True)):
         if expected != text:
             raise DcodError(
                 f"token {position} of the completion is {expected!r} in our tokenisation, the "

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from dcod_jax.data import chat
+from dcod_jax.data.conversation import remember
 from dcod_jax.data.presets import fields_of
 from dcod_jax.data.raw import RawTrace
 from dcod_jax.data.reasoning import has_reasoning
@@ -164,6 +165,7 @@ class Filter:
         for key, value in (("answer", trace.answer), (TEACHER, teacher)):
             meta |= {key: value} if value else {}
         meta |= {} if trace.weight is None else {WEIGHT: trace.weight}
+        meta |= remember(self.tokenizer, trace, ids.tolist())
         self.teachers |= {teacher} - {""}
         return Trace(name, ids, mask, logprobs=logprobs, meta=meta)
 

@@ -30,16 +30,23 @@ from dcod_jax.data.scores import (
 )
 from dcod_jax.data.teachers import teacher_entries, teacher_of_trace
 from dcod_jax.data.templates import template_of
-from dcod_jax.data.tokenizer import student_tokenizer, tokenizer_fingerprint
+from dcod_jax.data.tokenizer import (
+    Tokenizer,
+    load_tokenizer,
+    student_tokenizer,
+    template_fingerprint,
+    tokenizer_fingerprint,
+)
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Path, as_path, remove_tree
 from dcod_jax.locks import locked
 from dcod_jax.logs import track
 from dcod_jax.parallel import hosts
 from dcod_jax.prepare.command import check_settings, earlier_dataset
+from dcod_jax.score.alignment import ONLY_TEXT, score_aligned
 from dcod_jax.score.scoring import ScoreSettings, score_traces
 from dcod_jax.score.server import ServedTeacher, open_server
-from dcod_jax.score.teacher import Teacher, joint_provenance, open_teacher
+from dcod_jax.score.teacher import Teacher, joint_provenance, open_teacher, own_tokenizer
 from dcod_jax.types import Trace
 
 SPLITS = ("train", "eval")
@@ -49,10 +56,10 @@ Scorer: TypeAlias = Callable[..., list[Trace]]
 def score(config: Any) -> dict[str, dict[str, Any]]:
     """Score every split of the dataset; returns their manifests.
 
-    Traces that these teachers scored with these settings before are left as they are. Raises
-    DcodError when a teacher's tokenizer is another one than the dataset's, when the dataset was
-    prepared with other settings than the config's, and when another teacher's log-probs are there
-    and score.overwrite is not set.
+    Traces that these teachers scored with these settings before are left as they are. A
+    teacher with another tokenizer scores the text (alignment.py), and no top-k. Raises DcodError
+    when the dataset was prepared with other settings than the config's, and when another teacher's
+    log-probs are there and score.overwrite is not set.
     """
     root = as_path(dataset_dir(config))
     splits = [root / name for name in SPLITS if (root / name).is_dir()]
@@ -60,11 +67,16 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
         read_manifest(root)  # a dataset of one split, or the error that says what is missing
         splits = [root]
     check_settings(config, splits[0])
-    teachers = _open_teachers(config, splits)
+    teachers = _open_teachers(config)
+    student, others = _other_tokenizers(config, splits, teachers)
+    teachers |= others
     about = joint_provenance({name: teacher.provenance() for name, teacher in teachers.items()})
     start = _open_start(config, splits) if config.score.student else None
     stored: dict[str, Any] = {"top_k": config.score.top_k}
     stored |= {"start": start.provenance()} if start else {}
+    for name, teacher in others.items():
+        made = [tokenizer_fingerprint(teacher.tokenizer), template_fingerprint(teacher.tokenizer)]
+        stored.setdefault("tokenizers", {})[name] = made
     done = {}
     for split in splits:
         manifest = read_manifest(split)
@@ -78,6 +90,9 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
         mesh, process, processes = hosts.share(config)
         k = config.score.top_k
         scorers = {name: _scorer(config, one, mesh, top_k=k) for name, one in teachers.items()}
+        for name, teacher in others.items():
+            sides = {"student": student, "teacher": teacher.tokenizer}
+            scorers[name] = functools.partial(score_aligned, score=scorers[name], **sides)
         own = _scorer(config, start, mesh, top_k=0) if start else None
         before = earlier_dataset(root)
         known = known_scores([before / s.name for s in splits], teacher=about, settings=stored)
@@ -105,8 +120,8 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
     return done
 
 
-def _open_teachers(config: Any, splits: Sequence[Path]) -> dict[str, Teacher | ServedTeacher]:
-    """{name: teacher}, "" for one of all traces; each can score the splits' token ids."""
+def _open_teachers(config: Any) -> dict[str, Teacher | ServedTeacher]:
+    """{name: teacher}, "" for one of all traces."""
     entries = teacher_entries(config)
     if not entries:
         raise DcodError(
@@ -116,13 +131,13 @@ def _open_teachers(config: Any, splits: Sequence[Path]) -> dict[str, Teacher | S
     found: dict[str, Teacher | ServedTeacher] = {}
     for entry in entries:
         if entry.server:
-            tokenizer = student_tokenizer(config.student)
+            choice = template_of(config.student)
+            named = entry.tokenizer and load_tokenizer(entry.tokenizer, template=choice)
+            tokenizer = named or student_tokenizer(config.student)
             found[entry.name] = open_server(entry, config.score, tokenizer)
         else:
             named = entry if entry.name else config.teacher
             found[entry.name] = open_teacher(named, template=template_of(config.student))
-        for split in splits:
-            _check_tokenizer(split, found[entry.name])
     return found
 
 
@@ -130,12 +145,50 @@ def _open_start(config: Any, splits: Sequence[Path]) -> Teacher:
     """student.path as a model that scores, in its own compute dtype."""
     if not config.student.path:
         raise DcodError("score.student=True needs student.path, the start of the training")
-    dtype = config.student.compute_dtype
-    settings = types.SimpleNamespace(path=config.student.path, name="", revision="", dtype=dtype)
+    student, named = config.student, {"name": "", "revision": "", "tokenizer": ""}
+    settings = types.SimpleNamespace(path=student.path, dtype=student.compute_dtype, **named)
     start = open_teacher(settings, template=template_of(config.student))
     for split in splits:
-        _check_tokenizer(split, start)
+        dataset = TraceDataset(split, verify=False)  # add_scores verifies
+        check_fingerprints(dataset, tokenizer=tokenizer_fingerprint(start.tokenizer))
     return start
+
+
+def _other_tokenizers(
+    config: Any, splits: Sequence[Path], teachers: Mapping[str, Teacher | ServedTeacher]
+) -> tuple[Tokenizer | None, dict[str, Teacher | ServedTeacher]]:
+    """The student's tokenizer, and the teachers that have another one than the traces.
+
+    Those have their own chat template. Only the padded vocabulary of the others may differ.
+    """
+    datasets = [TraceDataset(split, verify=False) for split in splits]  # add_scores verifies
+    made = {(data.manifest.get("tokenizer") or {}).get("fingerprint") for data in datasets}
+    others = {
+        name: teacher
+        for name, teacher in teachers.items()
+        if made != {tokenizer_fingerprint(teacher.tokenizer)}
+    }
+    if not others:
+        return None, {}
+    names = " and ".join(teacher.name for teacher in others.values())
+    if not (config.student.tokenizer or config.student.path or config.student.config):
+        raise DcodError(
+            f"{splits[0]}: {names} has another tokenizer than the traces; set student.path or "
+            "student.tokenizer, so that log-probs of the same text can be matched"
+        )
+    student = student_tokenizer(config.student)
+    for dataset in datasets:
+        check_fingerprints(dataset, tokenizer=tokenizer_fingerprint(student))
+    if config.score.top_k:
+        raise DcodError(
+            f"score.top_k={config.score.top_k}, but {names} has another tokenizer than the "
+            f"student: {ONLY_TEXT}. Set score.top_k=0"
+        )
+    for entry in teacher_entries(config):
+        if teacher := others.get(entry.name):
+            own = own_tokenizer(entry, date=config.student.template_date)
+            others[entry.name] = dataclasses.replace(teacher, tokenizer=own)
+    return student, others
 
 
 def _scorer(config: Any, teacher: Teacher | ServedTeacher, mesh: Mesh, *, top_k: int) -> Scorer:
@@ -208,18 +261,6 @@ def _work(
     return total, sum(shards[number]["tokens"] for number in own if number in finished)
 
 
-def _check_tokenizer(split: Path, teacher: Teacher | ServedTeacher) -> None:
-    """Only the padded vocabulary may differ; token ids must mean the same."""
-    dataset = TraceDataset(split, verify=False)  # extend verifies
-    try:
-        check_fingerprints(dataset, tokenizer=tokenizer_fingerprint(teacher.tokenizer))
-    except DcodError as error:
-        raise DcodError(
-            f"{error}\nThe teacher {teacher.name} can only score token ids of its own tokenizer: "
-            "prepare the traces with it (student and teacher must share one)"
-        ) from None
-
-
 def _report(path: Path, manifest: dict[str, Any]) -> None:
     tokens = manifest["totals"]["completion_tokens"]
     size = bytes_per_token(manifest["top_k"])
@@ -227,6 +268,9 @@ def _report(path: Path, manifest: dict[str, Any]) -> None:
         f"{path}: {tokens:,} completion tokens scored by {manifest['teacher']['name']}, mean "
         f"log-prob {manifest['mean_logprob']:.4f}, {size} bytes a token"
     )
+    if "alignment" in manifest:
+        spans, longest = (manifest["alignment"][name] for name in ("spans", "longest_span"))
+        text += f", in {spans:,} spans of {tokens / spans:.2f} tokens, the longest of {longest}"
     if manifest["top_k"]:
         text += f", top-{manifest['top_k']} hold {manifest['captured_mass']:.2%} of the mass"
     print(text)

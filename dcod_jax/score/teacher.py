@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from dcod_jax.data.teachers import TeacherEntry
 from dcod_jax.data.templates import OWN, TemplateChoice
-from dcod_jax.data.tokenizer import load_tokenizer
+from dcod_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Path, as_path, to_json
 from dcod_jax.models.config import ModelConfig
@@ -43,8 +43,18 @@ class Teacher:
         return load_model(self.path, dtype=jnp.dtype(self.dtype), mesh=mesh)
 
 
+def own_tokenizer(entry: TeacherEntry, *, date: str) -> Tokenizer:
+    """The tokenizer of a teacher that does not share the student's, with its own chat template.
+
+    date: of config.student.template_date.
+    """
+    variables = tuple(filter(None, entry.template_kwargs.split(",")))
+    choice = TemplateChoice(entry.chat_template, variables, date)
+    return load_tokenizer(as_path(entry.tokenizer or entry.path), template=choice)
+
+
 def open_teacher(settings: Any, *, template: TemplateChoice = OWN) -> Teacher:
-    """The teacher of config.teacher (path, name, revision, dtype): an HF directory or .gguf."""
+    """The teacher of config.teacher (path, name, revision, ...): an HF directory or .gguf."""
     if not settings.path:
         raise DcodError("teacher.path is empty; expected an HF directory or a .gguf file")
     path = as_path(settings.path)
@@ -54,7 +64,7 @@ def open_teacher(settings: Any, *, template: TemplateChoice = OWN) -> Teacher:
         revision=settings.revision,
         fingerprint=weights_fingerprint(path),
         dtype=settings.dtype,
-        tokenizer=load_tokenizer(path, template=template),
+        tokenizer=load_tokenizer(settings.tokenizer or path, template=template),
     )
 
 

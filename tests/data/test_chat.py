@@ -393,9 +393,10 @@ def test_variables_and_date_go_with_the_template(tmp_path) -> None:
     [(("x",), DATE, "name=value"), (("1=2",), DATE, "name=value"), ((), "2026-02-30", "a day")],
 )
 def test_a_choice_that_cannot_be_is_refused(variables, date, message) -> None:
-    [error] = choice_errors(variables, date)
+    [error] = choice_errors({"teacher.template_kwargs": variables}, date)
     assert message in error
-    assert choice_errors(("a=b", "c="), DATE) == []
+    assert error.startswith("teacher.template_kwargs") == bool(variables)
+    assert choice_errors({"student.template_kwargs": ("a=b", "c=")}, DATE) == []
 
 
 def test_the_end_that_training_has_is_a_stop() -> None:

@@ -38,7 +38,9 @@ def encode_sum(tokenizer, record, *, scored):
     ids, mask = chat.encode(tokenizer, messages)
     count = int(mask.sum())
     logprobs = -np.arange(1, count + 1, dtype=np.float32) / 16 if scored else None
-    return Trace(record["id"], ids, mask, logprobs, meta={"source": "sums.jsonl:1"})
+    starts = np.arange(count) % 2 == 0 if scored else None  # as of a teacher with other tokens
+    meta = {"source": "sums.jsonl:1", "messages": messages}
+    return Trace(record["id"], ids, mask, logprobs, span_starts=starts, meta=meta)
 
 
 def write_split(directory, student, *, count, seed=0, scored=True):
@@ -188,6 +190,7 @@ def test_export_holds_every_trace(root, student, expected, capsys, tmp_path, nam
             assert record["logprobs"] is None
         else:
             np.testing.assert_array_equal(np.float32(record["logprobs"]), trace.logprobs)
+            assert record["span_starts"] == trace.span_starts.tolist()
         np.testing.assert_allclose(record["student_logprobs"], expected[trace.id], atol=1e-4)
         assert record["text"].startswith("<user>")
         assert record["topk_ids"] is None

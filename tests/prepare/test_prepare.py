@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from dcod_jax.config import dataset_dir
 from dcod_jax.configs.base import get_config
 from dcod_jax.data import chat
+from dcod_jax.data.conversation import FIELDS, recall
 from dcod_jax.data.dataset import TraceDataset, read_manifest
 from dcod_jax.data.tokenizer import load_tokenizer, template_fingerprint, tokenizer_fingerprint
 from dcod_jax.errors import DcodError
@@ -133,7 +134,11 @@ def test_the_traces_at_rest(config, tokenizer_dir) -> None:
     tokenizer = load_tokenizer(tokenizer_dir)
     (trace,) = dataset.read([3])
     assert trace.id == "r3"
-    assert trace.meta == {"source": f"{config.data.traces}:4", "answer": "4"}
+    assert {key: trace.meta[key] for key in trace.meta if key not in FIELDS} == {
+        "source": f"{config.data.traces}:4",
+        "answer": "4",
+    }
+    assert recall(tokenizer, trace).messages[-1]["content"] == "It is 4.\n#### 4"
     text = tokenizer.decode(trace.token_ids[trace.completion_mask])
     assert text == "It is 4.\n#### 4<|im_end|>"
     assert dataset.manifest["tokenizer"]["fingerprint"] == tokenizer_fingerprint(tokenizer)

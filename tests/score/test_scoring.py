@@ -313,14 +313,16 @@ def test_another_teacher_is_refused_unless_asked_for(tmp_path, teacher):
     assert manifest["teacher"]["weights"] == hf.weights_fingerprint(other)
 
 
-def test_another_tokenizer_is_refused_and_padding_is_not(tmp_path, teacher):
+def test_another_tokenizer_needs_the_students_and_padding_does_not(tmp_path, teacher):
     root = write_dataset(tmp_path / "data", teacher)
     padded = tiny.write_model(tmp_path / "padded", seed=5, vocab_size=64)
     assert score(make_config(root, padded))["train"]["scored"]
     alien = tiny.write_model(tmp_path / "alien", seed=5)
     tiny.write_tokenizer(alien, alphabet="9876543210" + tiny.ALPHABET[10:])
-    with pytest.raises(DcodError, match="only score token ids of its own tokenizer"):
+    with pytest.raises(DcodError, match=r"another tokenizer than the traces; set student\.path"):
         score(make_config(root, alien))
+    with pytest.raises(DcodError, match="written with another tokenizer"):
+        score(make_config(root, alien, student__tokenizer=str(alien)))
 
 
 def test_no_dataset_and_no_teacher_are_named(tmp_path, teacher):

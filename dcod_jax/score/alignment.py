@@ -1,0 +1,252 @@
+"""A teacher with another tokenizer: spans of its tokens and the student's that are the same text.
+
+The conversation is encoded for the teacher with its own template, and supervised turns are matched
+in order. In a turn both tokenisations are cut where both have a border between tokens:
+
+    student  |The| ans|wer| is| 4|2|<end>|        spans  |The| answer| is| 42|<end>|
+    teacher  |The| answer| i|s| |42|<eos>|
+
+The tokens that end the turn are a span whatever their text. What one template writes inside a turn
+and the other does not (an opened <think>) is certain to it: log p = 0 of such student tokens, and
+such teacher tokens are read but not counted. Texts are equal byte by byte, but for the space that
+SentencePiece puts before a first word, and for canonically equal characters (NFC, NFD).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import unicodedata
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from dcod_jax.data.conversation import recall
+from dcod_jax.data.reasoning import MARKS
+from dcod_jax.data.tokenizer import Tokenizer, added_tokens, is_byte_level, token_bytes
+from dcod_jax.data.turns import shared_prefix
+from dcod_jax.errors import DcodError
+from dcod_jax.types import Trace
+
+FORMS = ("NFC", "NFD")  # of canonically equal texts
+ONLY_TEXT = (
+    "its distribution is over other tokens than the student's, so only the log-prob of the trace's "
+    "text can be compared, which loss.divergence=nll with weights reads"
+)
+
+
+class Alignment(NamedTuple):
+    """A trace in the teacher's tokens, and the span of each completion token of both sides."""
+
+    teacher: Trace
+    student_spans: Int[np.ndarray, " C"]
+    teacher_spans: Int[np.ndarray, " N"]  # -1: of the template alone
+
+
+def align(student: Tokenizer, teacher: Tokenizer, trace: Trace) -> Alignment:
+    """Encode the student's trace for the teacher and match the two.
+
+    Raises DcodError that names the trace where a tokenizer or template changes a turn's text.
+    """
+    conversation = recall(student, trace)
+    try:
+        ids, mask = conversation.encode(teacher)
+        ours = _turns("student", student, trace.token_ids, trace.completion_mask)
+        theirs = _turns("teacher", teacher, ids, mask)
+        if not len(ours) == len(theirs) == len(conversation.supervised):
+            raise DcodError(
+                f"{len(ours)} supervised turns in the student's tokens and {len(theirs)} in the "
+                f"teacher's, of {len(conversation.supervised)} messages"
+            )
+        spans: tuple[list[int], list[int]] = ([], [])
+        for index, one, other in zip(conversation.supervised, ours, theirs, strict=True):
+            content = conversation.messages[index]["content"]
+            found = _turn_spans(content, one, other)
+            first = max(spans[0], default=-1) + 1
+            for side, numbers in zip(spans, found, strict=True):
+                side += [number + first if number >= 0 else -1 for number in numbers]
+    except DcodError as error:
+        message = str(error).replace("student.", "teacher.")
+        raise DcodError(f"trace {trace.id!r} for the teacher's tokenizer: {message}") from error
+    return Alignment(Trace(trace.id, ids, mask), *map(np.asarray, spans))
+
+
+def with_scores(trace: Trace, alignment: Alignment, logprobs: Float[np.ndarray, " N"]) -> Trace:
+    """The trace with each span's log p, in equal shares of its student tokens.
+
+    logprobs: of the teacher's completion tokens.
+    """
+    of_ours, of_theirs = alignment.student_spans, alignment.teacher_spans
+    counted, sizes = of_theirs >= 0, np.bincount(of_ours)
+    totals = np.bincount(
+        of_theirs[counted], logprobs[counted].astype(np.float64), minlength=len(sizes)
+    )
+    shares = (totals / sizes)[of_ours].astype(np.float32)
+    starts = np.diff(of_ours, prepend=-1) != 0
+    return dataclasses.replace(trace, logprobs=shares, span_starts=None if starts.all() else starts)
+
+
+def score_aligned(
+    traces: Sequence[Trace],
+    *,
+    student: Tokenizer,
+    teacher: Tokenizer,
+    score: Callable[..., list[Trace]],
+    on_tokens: Callable[[int], None] = lambda count: None,
+) -> list[Trace]:
+    """The traces with the log-probs of a teacher that `score`s its own token ids.
+
+    score, on_tokens: as in scoring.py; the tokens that on_tokens is told are the student's.
+    """
+    found = [align(student, teacher, trace) for trace in traces]
+    own, theirs = (
+        [t.token_ids.size for t in side] for side in (traces, [a.teacher for a in found])
+    )
+    share = sum(own) / max(sum(theirs), 1)
+    scored = score(
+        [one.teacher for one in found], on_tokens=lambda count: on_tokens(round(count * share))
+    )
+    return [
+        with_scores(trace, one, np.asarray(other.logprobs))
+        for trace, one, other in zip(traces, found, scored, strict=True)
+    ]
+
+
+# ---------------------------------------------------------------- one turn
+
+
+class _Turn(NamedTuple):
+    """The tokens of a supervised turn but for the one that ends it."""
+
+    side: str
+    tokenizer: Tokenizer
+    ids: list[int]
+
+
+class _Place(NamedTuple):
+    """Where a turn's tokens write a text: bytes [start, stop) of all that they write."""
+
+    turn: _Turn
+    text: str  # in the form that the tokens have it in
+    pieces: list[bytes]
+    start: int
+    stop: int
+
+
+def _turns(side: str, tokenizer: Tokenizer, ids: np.ndarray, mask: np.ndarray) -> list[_Turn]:
+    """The runs of supervised tokens."""
+    borders = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
+    return [_Turn(side, tokenizer, ids[a : b - 1].tolist()) for a, b in borders.tolist()]
+
+
+def _turn_spans(content: str, ours: _Turn, theirs: _Turn) -> tuple[list[int], list[int]]:
+    """The span of each token of a turn, the one that ends it included; -1 as in Alignment."""
+    one, other = _places(content, ours, theirs)
+    # What both templates write around the text belongs to it.
+    wholes = [b"".join(place.pieces) for place in (one, other)]
+    left = shared_prefix(wholes[0][: one.start][::-1], wholes[1][: other.start][::-1])
+    right = shared_prefix(wholes[0][one.stop :], wholes[1][other.stop :])
+    size = len(one.text.encode())
+
+    def ends(place: _Place, to_ours: Float[np.ndarray, " P"]) -> tuple[np.ndarray, np.ndarray]:
+        """(where each token ends in our text, -1 in front of it, 0 inside, 1 behind it)."""
+        last = np.cumsum([len(piece) for piece in place.pieces]) - place.start
+        first = last - [len(piece) for piece in place.pieces]
+        length = place.stop - place.start
+        side = np.where((first < -left) & (last <= -left), -1, 0)
+        side[(first >= length + right) & (last > length + right)] = 1
+        inner = to_ours[np.clip(last, 0, length)] + np.clip(last, -left, 0)
+        return inner + np.clip(last - length, 0, right), side
+
+    mine, our_side = ends(one, np.arange(size + 1.0))
+    their, their_side = ends(other, _positions(other.text, one.text))
+    borders = np.intersect1d(mine[our_side == 0], their[their_side == 0])
+    before, behind = (int((our_side == side).sum()) for side in (-1, 1))
+    end = before + len(borders) + behind
+    numbers = np.arange(len(mine))  # each token that only our template writes is alone
+    numbers[our_side == 0] = before + np.searchsorted(borders, mine[our_side == 0])
+    numbers[our_side == 1] = before + len(borders) + np.arange(behind)
+    others = np.where(their_side == 0, before + np.searchsorted(borders, their), -1)
+    return [*numbers.tolist(), end], [*others.tolist(), end]
+
+
+def _places(content: str, ours: _Turn, theirs: _Turn) -> tuple[_Place, _Place]:
+    """Where both write the content of the message, or what stands behind its opened reasoning."""
+    text = content.strip()
+    behind = [text.removeprefix(mark).strip() for mark in MARKS if text.startswith(mark)]
+    missing = ours
+    for part in (text, *behind):
+        forms = (part, *(unicodedata.normalize(form, part) for form in FORMS))
+        if (mine := _place(ours, forms)) is None:
+            continue
+        if their := _place(theirs, (mine.text, *forms)):
+            return mine, their
+        missing = theirs
+    written = b"".join(token_bytes(missing.tokenizer, missing.ids)).decode("utf-8", "replace")
+    at = max(shared_prefix(written.lstrip(), text) - 10, 0)
+    normalizer = missing.tokenizer.backend_tokenizer.normalizer
+    raise DcodError(
+        f"the {missing.side}'s tokens write {written.lstrip()[at : at + 40]!r} for the text "
+        f"{text[at : at + 40]!r}; a tokenizer that changes the text (its normalizer: "
+        f"{type(normalizer).__name__}), or has no token for a part of it, has no log-probs of it"
+    )
+
+
+def _place(turn: _Turn, texts: Sequence[str]) -> _Place | None:
+    """Of the first of the texts that the tokens write."""
+    raw = token_bytes(turn.tokenizer, turn.ids)
+    for text in texts:
+        found = []
+        for pieces in (raw, _without_dummies(turn, raw)):
+            start, content = b"".join(pieces).rfind(text.encode()), text.encode()
+            if start >= 0:
+                found.append(_Place(turn, text, pieces, start, start + len(content)))
+        if found:
+            return min(found, key=lambda place: place.start)
+    return None
+
+
+def _without_dummies(turn: _Turn, pieces: list[bytes]) -> list[bytes]:
+    """Without the space that SentencePiece puts before a first word, where one can be."""
+    if is_byte_level(turn.tokenizer):
+        return pieces
+    added = added_tokens(turn.tokenizer)
+    first = [True, *(token in added for token in turn.ids)]
+    return [
+        piece[1:] if piece[:1] == b" " and begins else piece
+        for piece, begins in zip(pieces, first, strict=False)
+    ]
+
+
+def _positions(theirs: str, ours: str) -> Float[np.ndarray, " P"]:
+    """The place in our text of each place in theirs, bytes; a half inside characters that differ.
+
+    The texts are canonically equal.
+    """
+    left, right = _characters(theirs)[::-1], _characters(ours)[::-1]
+    places, at = [0.0], 0
+    while left:
+        one, other = left.pop(), right.pop()
+        while one != other:
+            x, y = (unicodedata.normalize("NFD", text) for text in (one, other))
+            if x == y:
+                break
+            one += left.pop() if len(x) <= len(y) else ""
+            other += right.pop() if len(y) <= len(x) else ""
+        size = len(one.encode())
+        places += [at + i if one == other else at + 0.5 for i in range(1, size)]
+        at += len(other.encode())
+        places.append(at)
+    return np.asarray(places)
+
+
+def _characters(text: str) -> list[str]:
+    """Each character with the combining marks behind it."""
+    found: list[str] = []
+    for character in text:
+        if found and unicodedata.combining(character):
+            found[-1] += character
+        else:
+            found.append(character)
+    return found

@@ -1,0 +1,379 @@
+"""Two tokenisations of one text: spans of equal bytes, and the sums of their log-probs."""
+
+import dataclasses
+import functools
+import unicodedata
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from other_tokenizers import CHATML, TURNS, byte_level, chain, sentencepiece
+from tokenizers import decoders, normalizers
+from transformers import AutoModelForCausalLM
+
+from dcod_jax import config as configs
+from dcod_jax.data import chat, pipeline
+from dcod_jax.data.conversation import FIELDS, recall, remember
+from dcod_jax.data.dataset import DatasetWriter, TraceDataset
+from dcod_jax.data.raw import RawTrace
+from dcod_jax.data.teachers import teacher_entries
+from dcod_jax.data.templates import DATE
+from dcod_jax.data.tokenizer import decode, load_tokenizer, token_bytes, tokenizer_fingerprint
+from dcod_jax.errors import DcodError
+from dcod_jax.losses.distill import DistillLoss
+from dcod_jax.losses.head import VocabHead
+from dcod_jax.score.alignment import align, score_aligned, with_scores
+from dcod_jax.score.command import score
+from dcod_jax.score.teacher import own_tokenizer
+from dcod_jax.train.settings import loss_config
+from dcod_jax.types import Batch, Trace
+
+WORDS = ["Hello", "Ġworld", " world", "ell", "or", "é", "中", "日本", "🙂", "  ", "\n", "12", "ld"]
+
+
+def trace_of(tokenizer, messages, **fields) -> Trace:
+    raw = RawTrace(messages, first_completion=fields.pop("first_completion", 1), **fields)
+    others = set(range(len(messages))) - set(raw.supervised())
+    ids, mask = chat.encode(tokenizer, messages, unsupervised=others, tools=raw.tools)
+    return Trace("t", ids, mask, meta=remember(tokenizer, raw, ids.tolist()))
+
+
+def asked(answer: str, question: str = "Hi there?") -> list[dict]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def texts_of(tokenizer, ids, mask, spans) -> list[bytes]:
+    """What the tokens of each span write."""
+    pieces = token_bytes(tokenizer, ids[mask].tolist())
+    found = [b""] * (max(spans) + 1)
+    for span, piece in zip(spans, pieces, strict=True):
+        if span >= 0:
+            found[span] += piece
+    return found
+
+
+def both(student, teacher, trace):
+    found = align(student, teacher, trace)
+    other = found.teacher
+    ours = texts_of(student, trace.token_ids, trace.completion_mask, found.student_spans)
+    theirs = texts_of(teacher, other.token_ids, other.completion_mask, found.teacher_spans)
+    return found, ours, theirs
+
+
+BASIC = st.text(st.sampled_from("abHelo wrd 12\n.,é中日本🙂́e"), min_size=1, max_size=30)
+MERGES = st.lists(st.sampled_from(WORDS), max_size=6).map(lambda words: tuple(sorted(set(words))))
+
+
+@functools.lru_cache(maxsize=64)
+def of_words(words, template):
+    merges = [merge for word in words for merge in chain(word)]
+    return byte_level(list(dict.fromkeys(merges)), template=template)
+
+
+@given(BASIC, MERGES, MERGES)
+@settings(max_examples=120, deadline=None)
+def test_spans_cover_every_byte_and_are_minimal(text, one, other):
+    if not text.strip():
+        return
+    student, teacher = of_words(one, CHATML), of_words(other, TURNS)
+    trace = trace_of(student, asked(text))
+    found, ours, theirs = both(student, teacher, trace)
+    assert ours[-1:] == [b"<|im_end|>"]
+    assert theirs[-1:] == [b"<eos>"]
+    at = text.encode()
+    assert b"".join(ours[:-1]) == at
+    # TURNS trims the completion and puts a space around it.
+    assert b"".join(theirs[:-1]).strip() == at.strip()
+    if text != text.strip():
+        return
+
+    def cuts(tokenizer, trace, lead):
+        ids = trace.token_ids[trace.completion_mask][:-1].tolist()
+        ends = np.cumsum([len(piece) for piece in token_bytes(tokenizer, ids)]) - lead
+        return set(ends.clip(0, len(at)).tolist()) - {0}
+
+    shared = cuts(student, trace, 0) & cuts(teacher, found.teacher, 1)
+    assert len(set(found.student_spans[:-1].tolist())) == len(shared)
+    assert set(found.teacher_spans[:-1].tolist()) - {-1} == set(range(len(shared)))
+
+
+def test_the_documented_spans():
+    merges = [*chain("answer"), *chain(" ans"), *chain(" wer")]
+    student = byte_level(merges)
+    teacher = byte_level([*chain(" answer")], template=TURNS)
+    trace = trace_of(student, asked("x answer 42"))
+    _, ours, theirs = both(student, teacher, trace)
+    assert ours == [b"x", b" answer", b" ", b"4", b"2", b"<|im_end|>"]
+    assert theirs == [b"x", b" answer", b" ", b"4", b"2", b"<eos>"]  # not the template's spaces
+
+
+def test_a_tokenizer_with_merges_removed_has_the_students_tokens_as_spans():
+    words = ["Hello", " world", " the", "answer", "日本"]
+    student = byte_level([merge for word in words for merge in chain(word)])
+    teacher = byte_level([])
+    trace = trace_of(student, asked("Hello the world: 日本 answer 🙂"))
+    count = int(trace.completion_mask.sum())
+    found, ours, theirs = both(student, teacher, trace)
+    assert found.student_spans.tolist() == list(range(count))
+    assert ours == theirs
+    logprobs = np.linspace(-3, -0.1, len(found.teacher_spans)).astype(np.float32)
+    scored = with_scores(trace, found, logprobs)
+    assert scored.span_starts is None
+    at = 0
+    for share, text in zip(scored.logprobs, ours, strict=True):
+        size = 1 if text == b"<|im_end|>" else len(text)
+        wanted = logprobs[at : at + size].astype(np.float64).sum()
+        np.testing.assert_allclose(share, wanted, rtol=1e-6)
+        at += size
+    assert at == len(logprobs)
+
+
+def test_the_same_tokenizer_changes_no_bit():
+    tokenizer = byte_level([*chain("Hello"), *chain(" world")])
+    trace = trace_of(tokenizer, asked("\n Hello 🙂 world  "))
+    logprobs = -np.random.default_rng(0).random(int(trace.completion_mask.sum()), np.float32)
+    [scored] = score_aligned(
+        [trace],
+        student=tokenizer,
+        teacher=tokenizer,
+        score=lambda traces, **_: [
+            Trace(t.id, t.token_ids, t.completion_mask, logprobs) for t in traces
+        ],
+    )
+    assert scored.span_starts is None
+    np.testing.assert_array_equal(scored.logprobs, logprobs)
+    np.testing.assert_array_equal(scored.token_ids, trace.token_ids)
+
+
+def test_a_span_of_several_tokens_has_equal_shares_of_its_sum():
+    student, teacher = byte_level([]), byte_level([*chain("Hello"), *chain(" world")])
+    trace = trace_of(student, asked("Hello world"))
+    found = align(student, teacher, trace)
+    scored = with_scores(trace, found, np.asarray([-1.0, -3.0, -0.5], np.float32))
+    np.testing.assert_allclose(scored.logprobs, [-0.2] * 5 + [-0.5] * 6 + [-0.5], rtol=1e-6)
+    assert np.flatnonzero(scored.span_starts).tolist() == [0, 5, 11]
+
+
+SPACED = ["▁Hello", "▁world", "▁the", "[A]", "[U]", "▁"]
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("template", [CHATML, TURNS])
+def test_the_space_of_sentencepiece_is_no_text(prefix, swap, template):
+    pair = (
+        byte_level([*chain("Hello"), *chain(" world")]),
+        sentencepiece(SPACED, prefix=prefix, template=template),
+    )
+    student, teacher = pair[::-1] if swap else pair
+    trace = trace_of(student, asked("Hello world 中 the"))
+    _, ours, theirs = both(student, teacher, trace)
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours[:-1], theirs[:-1], strict=True):
+        assert one.strip() == other.strip()
+    assert b"".join(ours[:-1]).strip() == "Hello world 中 the".encode()
+
+
+def test_turns_and_ends_are_matched_by_role():
+    student, teacher = byte_level([]), byte_level([*chain("Hello")], template=TURNS)
+    messages = [*asked("Hello"), *asked(" Hello  ", "And?"), *asked("Hello", "Why?")]
+    trace = trace_of(student, messages, unsupervised=frozenset([3]))
+    assert trace.meta["supervised"] == [1, 5]
+    found, ours, theirs = both(student, teacher, trace)
+    assert ours == [b"Hello", b"<|im_end|>"] * 2
+    assert theirs == [b"Hello", b"<eos>"] * 2
+    assert "[A] Hello <eos>[U] And?" in decode(teacher, found.teacher.token_ids.tolist())
+
+
+OPENS = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+
+
+@pytest.mark.parametrize("student_opens", [True, False])
+def test_reasoning_that_one_template_opens_is_certain_to_it(student_opens):
+    pair = byte_level([]), byte_level([])
+    pair[0].chat_template = OPENS
+    teacher, student = pair if not student_opens else pair[::-1]
+    text = "<think>\nso\n</think>\n4"
+    trace = trace_of(student, asked(text))
+    found, ours, _ = both(student, teacher, trace)
+    inside = [bytes([byte]) for byte in b"so\n</think>\n4"]
+    mark = [bytes([byte]) for byte in b"<think>\n"]
+    assert ours == [*([] if student_opens else mark), *inside, b"<|im_end|>"]
+    scored = with_scores(trace, found, np.full(len(found.teacher_spans), -1.0, np.float32))
+    if student_opens:
+        assert (found.teacher_spans[:8] == -1).all()
+        assert (scored.logprobs == -1).all()
+    else:
+        assert (scored.logprobs == [0] * len(mark) + [-1] * (len(inside) + 1)).all()
+
+
+DECOMPOSED = unicodedata.normalize("NFD", "né 각 é")
+
+
+@pytest.mark.parametrize("sides", [("NFC", None), (None, "NFC"), ("NFC", "NFD"), ("NFC", "NFC")])
+def test_canonically_equal_characters_are_the_same_text(sides):
+    built = [byte_level([], normalizer=getattr(normalizers, s)() if s else None) for s in sides]
+    trace = trace_of(built[0], asked(f"x {DECOMPOSED} y"))
+    _, ours, theirs = both(*built, trace)
+    for one, other in zip(ours, theirs, strict=True):
+        spelled = [
+            unicodedata.normalize("NFC", part.decode("utf-8", "replace")) for part in (one, other)
+        ]
+        assert one == other or spelled[0] == spelled[1]
+    text = unicodedata.normalize("NFC", b"".join(theirs[:-1]).decode())
+    assert text == unicodedata.normalize("NFC", f"x {DECOMPOSED} y")
+    if sides == ("NFC", "NFC"):
+        assert ours == theirs == [bytes([b]) for b in text.encode()] + [b"<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: setattr(t.backend_tokenizer, "normalizer", normalizers.Lowercase()),
+            "Lowercase",
+        ),
+        (lambda t: setattr(t.backend_tokenizer, "normalizer", normalizers.NFKC()), "NFKC"),
+        (lambda t: setattr(t.backend_tokenizer, "decoder", decoders.WordPiece()), "WordPiece"),
+        (lambda t: setattr(t, "chat_template", "{{ raise_exception('no') }}"), "trace 't'"),
+    ],
+)
+def test_a_tokenizer_that_changes_the_text_is_refused_by_name(change, message):
+    student, teacher = byte_level([]), byte_level([])
+    change(teacher)
+    trace = trace_of(student, asked("The file ﬁ"))
+    with pytest.raises(DcodError, match=message) as error:
+        align(student, teacher, trace)
+    assert "trace 't'" in str(error.value)
+
+
+def test_a_conversation_is_remembered_in_few_bytes_and_given_back():
+    tokenizer = byte_level([], template=TURNS)
+    messages = [*asked(" trimmed by the template \n"), *asked("Hello", "Why?")]
+    tools = [{"name": "f"}]
+    tokenizer.chat_template = "{{ tools | length if tools else '' }}" + TURNS
+    trace = trace_of(tokenizer, messages, tools=tools)
+    assert set(trace.meta) == set(FIELDS)
+    assert trace.meta["messages"][1]["content"] == messages[1]["content"]
+    kept = recall(tokenizer, trace)
+    assert (kept.messages, kept.supervised, kept.tools) == (messages, [1, 3], tools)
+    bare = Trace("old", trace.token_ids, trace.completion_mask)
+    with pytest.raises(DcodError, match="prepare the traces again"):
+        recall(tokenizer, bare)
+
+
+# ---------------------------------------------------------------- the verb
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A student's tokenizer of letters, a teacher of longer tokens, and traces of sums."""
+    root = tmp_path_factory.mktemp("pair")
+    student = load_tokenizer(tiny.write_tokenizer(root / "student"))
+    merges = [*chain("12"), *chain("34"), *chain("\n####"), *chain(" 1")]
+    theirs = byte_level(list(dict.fromkeys(merges)))
+    tiny.write_model(root / "teacher", vocab_size=len(theirs) + 5)
+    theirs.save_pretrained(root / "teacher")
+    manifest = {"tokenizer": {"fingerprint": tokenizer_fingerprint(student)}}
+    with DatasetWriter(root / "data", shard_records=3, manifest=manifest) as writer:
+        for record in tiny.sums(5):
+            trace = trace_of(student, asked(record["completion"], record["prompt"]))
+            writer.write(dataclasses.replace(trace, id=record["id"]))
+    return root
+
+
+def config_of(place, **changes):
+    config = configs.load_recipe(configs.BASE)
+    config.data.dataset, config.teacher.path = str(place / "data"), str(place / "teacher")
+    config.student.tokenizer, config.teacher.dtype = str(place / "student"), "float32"
+    config.train.progress = False
+    for key, value in changes.items():
+        configs.assign(config, key.replace("__", "."), value)
+    return config
+
+
+def by_torch(place, trace):
+    """log p of each span by transformers, in equal shares; the spans by a walk over characters."""
+    torch.set_num_threads(1)
+    student, teacher = (load_tokenizer(place / name) for name in ("student", "teacher"))
+    conversation = recall(student, trace)
+    ids, mask = chat.encode(teacher, conversation.messages)
+    model = AutoModelForCausalLM.from_pretrained(place / "teacher", dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor(ids[None].astype(np.int64))).logits[0].double()
+    table = torch.log_softmax(logits[:, : len(teacher)], -1).numpy()
+    at = np.flatnonzero(mask)
+    left, right = (
+        [*student.convert_ids_to_tokens(trace.token_ids[trace.completion_mask])],
+        [(decode(teacher, [int(ids[i])]), table[i - 1, ids[i]]) for i in at],
+    )
+    assert (left.pop(), right[-1][0]) == ("<end>", "<|im_end|>")
+    shares, starts = [], []
+    for text, value in right[:-1]:  # each of the teacher's tokens is some of the student's letters
+        assert "".join(left[: len(text)]) == text
+        left = left[len(text) :]
+        shares += [value / len(text)] * len(text)
+        starts += [True] + [False] * (len(text) - 1)
+    assert not left
+    return np.asarray([*shares, right[-1][1]]), [*starts, True]
+
+
+def test_the_verb_stores_the_log_probs_of_spans_and_the_loss_reads_them(place, capsys):
+    assert score(config_of(place))["data"]["alignment"]["longest_span"] == 5  # \n####
+    assert "in 65 spans of 1.34 tokens, the longest of 5" in capsys.readouterr().out
+    dataset = TraceDataset(place / "data")
+    traces = dataset.read(range(5))
+    for trace in traces:
+        shares, starts = by_torch(place, trace)
+        np.testing.assert_allclose(trace.logprobs, shares, atol=2e-5)
+        assert trace.span_starts.tolist() == starts
+    score(config_of(place))
+    assert "scored these traces before" in capsys.readouterr().out
+
+    [(rows, index)] = pipeline.eval_batches(dataset, seq_len=96, batch_size=2)
+    batch = Batch(**{name: jnp.asarray(value) for name, value in rows.items()})
+    generator = np.random.default_rng(0)
+    hidden = jnp.asarray(generator.normal(size=(2, 96, 8)), jnp.float32)
+    head = jnp.asarray(generator.normal(size=(52, 8)), jnp.float32)
+    loss = DistillLoss(loss_config(config_of(place)), VocabHead(64))
+    _, stats = jax.jit(functools.partial(loss, step=0))(hidden, head, batch)
+    found = np.zeros((2, 96), np.float32)
+    log_q = found.copy()
+    for row, places in enumerate(rows["head_positions"]):
+        used = places < 96
+        found[row, places[used]] = np.asarray(stats.weights)[row, used]
+        log_q[row, places[used]] = np.asarray(stats.student_logprobs)[row, used]
+    for number, trace in enumerate(traces):
+        at = (index == number) & rows["loss_mask"]
+        spans = np.cumsum(trace.span_starts)
+        r = log_q[at].astype(np.float64) - trace.logprobs
+        mean = np.asarray([r[spans == span].mean() for span in spans])
+        np.testing.assert_allclose(found[at], 1 / (1 + np.exp(-mean)), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"score__top_k": "4"}, "only the log-prob of the trace's text can be compared"),
+        ({"student__tokenizer": ""}, r"set student\.path or student\.tokenizer"),
+    ],
+)
+def test_what_another_tokenizer_cannot_give_is_refused(place, changes, message):
+    with pytest.raises(DcodError, match=message):
+        score(config_of(place, score__overwrite="true", **changes))
+
+
+def test_the_students_choice_of_a_template_is_not_the_teachers(place):
+    def template(**changes):
+        [entry] = teacher_entries(config_of(place, **changes))
+        return own_tokenizer(entry, date=DATE).chat_template
+
+    assert template(student__chat_template="deepseek_r1") == CHATML
+    named = {"teacher__chat_template": "deepseek_r1", "teacher__template_kwargs": '("a=7",)'}
+    assert "<｜Assistant｜>" in template(**named)
+    assert "7" in template(**named)
