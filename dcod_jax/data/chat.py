@@ -41,7 +41,7 @@ from dcod_jax.errors import DcodError
 from dcod_jax.types import Trace
 
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_EMPTY_THINKING = "<think></think>"  # some templates write it before a turn without reasoning
+EMPTY_THINKING = "<think></think>"  # some templates write it before a turn without reasoning
 # Other models' end-of-turn tokens, which are plain text to a tokenizer that does not have them.
 _FOREIGN_ENDS = (
     "</s> <|im_end|> <|endoftext|> <|eot_id|> <|end_of_text|> <|end|> <|return|> <eos> "
@@ -83,7 +83,7 @@ def _turn_end(tokenizer: Tokenizer, text: str, start: int, *, content: str) -> i
             f"that keeps it (student.chat_template: a file, or {' or '.join(READY)}), or leave "
             "the earlier turns unsupervised (weight 0)"
         )
-    if lead not in ("", _EMPTY_THINKING):
+    if lead not in ("", EMPTY_THINKING):
         raise DcodError(
             f"the chat template writes {lead!r} before the completion, but not in its generation "
             "prompt; move it under `if add_generation_prompt` or mark the completion with "

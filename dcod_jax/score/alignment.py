@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from dcod_jax.data.chat import EMPTY_THINKING
 from dcod_jax.data.conversation import recall
 from dcod_jax.data.reasoning import MARKS
 from dcod_jax.data.tokenizer import Tokenizer, added_tokens, is_byte_level, token_bytes
@@ -51,7 +52,10 @@ def align(student: Tokenizer, teacher: Tokenizer, trace: Trace) -> Alignment:
     """
     conversation = recall(student, trace)
     try:
-        ids, mask = conversation.encode(teacher)
+        try:
+            ids, mask = conversation.encode(teacher)
+        except DcodError as error:  # whose mends are keys
+            raise DcodError(str(error).replace("student.", "teacher.")) from error
         ours = _turns("student", student, trace.token_ids, trace.completion_mask)
         theirs = _turns("teacher", teacher, ids, mask)
         if not len(ours) == len(theirs) == len(conversation.supervised):
@@ -61,14 +65,12 @@ def align(student: Tokenizer, teacher: Tokenizer, trace: Trace) -> Alignment:
             )
         spans: tuple[list[int], list[int]] = ([], [])
         for index, one, other in zip(conversation.supervised, ours, theirs, strict=True):
-            content = conversation.messages[index]["content"]
-            found = _turn_spans(content, one, other)
+            found = _turn_spans(conversation.messages[index]["content"], one, other)
             first = max(spans[0], default=-1) + 1
             for side, numbers in zip(spans, found, strict=True):
                 side += [number + first if number >= 0 else -1 for number in numbers]
     except DcodError as error:
-        message = str(error).replace("student.", "teacher.")
-        raise DcodError(f"trace {trace.id!r} for the teacher's tokenizer: {message}") from error
+        raise DcodError(f"trace {trace.id!r} for the teacher's tokenizer: {error}") from error
     return Alignment(Trace(trace.id, ids, mask), *map(np.asarray, spans))
 
 
@@ -147,6 +149,9 @@ def _turn_spans(content: str, ours: _Turn, theirs: _Turn) -> tuple[list[int], li
     wholes = [b"".join(place.pieces) for place in (one, other)]
     left = shared_prefix(wholes[0][: one.start][::-1], wholes[1][: other.start][::-1])
     right = shared_prefix(wholes[0][one.stop :], wholes[1][other.stop :])
+    for place, whole in zip((one, other), wholes, strict=True):
+        for rest in (whole[: place.start - left], whole[place.stop + right :]):
+            _check_template(place.turn, rest.decode("utf-8", "replace"))
     size = len(one.text.encode())
 
     def ends(place: _Place, to_ours: Float[np.ndarray, " P"]) -> tuple[np.ndarray, np.ndarray]:
@@ -169,6 +174,16 @@ def _turn_spans(content: str, ours: _Turn, theirs: _Turn) -> tuple[list[int], li
     numbers[our_side == 1] = before + len(borders) + np.arange(behind)
     others = np.where(their_side == 0, before + np.searchsorted(borders, their), -1)
     return [*numbers.tolist(), end], [*others.tolist(), end]
+
+
+def _check_template(turn: _Turn, text: str) -> None:
+    """Refuse text that one side alone has in a turn, other than blanks and a mark of reasoning."""
+    if "".join(text.split()) not in ("", EMPTY_THINKING, *MARKS):
+        raise DcodError(
+            f"the {turn.side}'s template writes {text[:60]!r} in a turn, the other one does not; "
+            "log-probs of the same text need templates that write it alike (student.chat_template, "
+            "teacher.chat_template); tool calls differ between most"
+        )
 
 
 def _places(content: str, ours: _Turn, theirs: _Turn) -> tuple[_Place, _Place]:

@@ -212,6 +212,25 @@ def test_reasoning_that_one_template_opens_is_certain_to_it(student_opens):
         assert (scored.logprobs == [0] * len(mark) + [-1] * (len(inside) + 1)).all()
 
 
+def test_tool_calls_are_the_same_text_or_refused():
+    written = (
+        "{{ m['content'] }}{% for c in m['tool_calls'] or [] %}<call>{{ c | tojson }}{% endfor %}"
+    )
+    student, teacher = byte_level([]), byte_level([*chain("<call>")])
+    student.chat_template = CHATML.replace("{{ m['content'] }}", written)
+    teacher.chat_template = student.chat_template
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    messages = asked("")
+    messages[1]["tool_calls"] = [call]
+    trace = trace_of(student, messages)
+    _, ours, theirs = both(student, teacher, trace)
+    assert ours == theirs
+    assert ours[0] == b"<call>"
+    teacher.chat_template = student.chat_template.replace("<call>", "<function>")
+    with pytest.raises(DcodError, match="writes '<call' in a turn, the other one"):
+        align(student, teacher, trace)
+
+
 DECOMPOSED = unicodedata.normalize("NFD", "né 각 é")
 
 
