@@ -13,8 +13,8 @@ LEVELS = """
     errors bounds types seeds stores files copies compilation_cache
     parallel.mesh parallel.collectives parallel.exit_report parallel.monitor parallel.hosts
     locks logs
-    models.config models.layers models.cudnn models.attention models.transformer models.lora
-    models.cached models.tensors
+    models.rope models.families models.layer_kinds models.config models.layers models.cudnn
+    models.attention models.transformer models.lora models.cached models.tensors
     losses.head losses.events losses.distributions losses.divergences losses.segments losses.weights
     losses.weight_errors losses.adaptive losses.reduce losses.distill
     data.teachers data.codec data.dataset data.blocks data.scores data.packing

@@ -241,10 +241,11 @@ def _score_sequences(
 
 def _forward(teacher: DriftModel, student: DriftModel, settings: DriftSettings) -> Forward:
     config = LossConfig("forward_kl", UNIFORM, teacher="live")
-    head = VocabHead(settings.head_chunk, settings.valid_vocab, settings.mesh)
+    caps = student.config.final_softcap, teacher.config.final_softcap
+    head = VocabHead(settings.head_chunk, settings.valid_vocab, settings.mesh, softcap=caps[0])
     return Forward(
         student.config,
-        DistillLoss(config, head),
+        DistillLoss(config, head, caps[1]),
         jnp.dtype(student.compute_dtype),
         teacher=TeacherModel(teacher.config, jnp.dtype(teacher.compute_dtype)),
     )

@@ -22,7 +22,7 @@ from dcod_jax.losses import adaptive, distributions, reduce, weight_errors, weig
 from dcod_jax.losses.adaptive import TaidConfig
 from dcod_jax.losses.distributions import TopK
 from dcod_jax.losses.divergences import DIVERGENCES
-from dcod_jax.losses.head import VocabHead, entropy, target_logprobs
+from dcod_jax.losses.head import VocabHead, capped, entropy, target_logprobs
 from dcod_jax.losses.reduce import Sums, TokenStats
 from dcod_jax.losses.weights import Tokens, WeightConfig
 from dcod_jax.parallel.mesh import constrain
@@ -160,6 +160,7 @@ class DistillLoss:
 
     config: LossConfig
     head: VocabHead
+    teacher_softcap: float | None = None  # of a live teacher's logits
 
     def __call__(
         self,
@@ -314,6 +315,7 @@ class DistillLoss:
         if known.teacher_hidden is None or teacher_matrix is None:
             return None
         logits = self.head.logits(known.teacher_hidden, teacher_matrix)
+        logits = capped(logits, self.teacher_softcap)
         return jax.lax.stop_gradient(self.head.masked(logits))
 
     def _extra(self, logits: Array, known: _Known) -> Array | None:

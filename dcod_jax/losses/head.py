@@ -61,6 +61,11 @@ def entropy(logits: Float[Array, "*N V"], top: int = 0) -> Float[Array, "*N"]:
     return -(jnp.exp(logprobs) * logprobs).sum(axis=-1)
 
 
+def capped(logits: Float[Array, "*N V"], softcap: float | None) -> Float[Array, "*N V"]:
+    """softcap · tanh(logits / softcap), or the logits where there is none (Gemma 2)."""
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
 @dataclasses.dataclass(frozen=True)
 class VocabHead:
     """How hidden states become logits; static under jit. The matrix [V,D] comes with each call.
@@ -68,12 +73,14 @@ class VocabHead:
     chunk: tokens of one batch shard whose logits exist at one time (at least one of each row).
     valid_vocab: rows of the matrix from here on are padding; None: all rows are tokens.
     placed: see collectives.sum_shards.
+    softcap: logits are softcap · tanh(products / softcap).
     """
 
     chunk: int
     valid_vocab: int | None = None
     mesh: Mesh | None = None
     placed: bool = True
+    softcap: float | None = None
 
     def masked(self, logits: Float[Array, "*N V"]) -> Float[Array, "*N V"]:
         """The logits with probability 0 on padding rows of the vocabulary."""
@@ -90,7 +97,7 @@ class VocabHead:
     def logits(
         self, hidden: Float[Array, "S R C D"], transposed: Float[Array, "D V"]
     ) -> Float[Array, "S R C V"]:
-        """float32 logits of one piece, V sharded, padding not masked."""
+        """float32 products of one piece, V sharded, padding not masked, no cap."""
         logits = jnp.einsum("sbtd,dv->sbtv", hidden, transposed, preferred_element_type=jnp.float32)
         return constrain(logits, self.mesh, "shards", None, None, "vocab")
 
@@ -183,6 +190,7 @@ class _Pieces:
         self, logits: Array, targets: Array, mask: Array, aux: Any, shared: Any
     ) -> tuple[Array, Any]:
         """Sum of the per-token loss inside the mask, and the per-token statistics."""
+        logits = capped(logits, self.head.softcap)
         loss, stats = self.token_loss(logits, targets, aux, shared)
         return jnp.where(mask, loss, 0.0).sum(), stats
 

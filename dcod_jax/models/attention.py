@@ -18,6 +18,7 @@ back); everything outside attention is local to a position.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -32,10 +33,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dcod_jax.errors import DcodError
 from dcod_jax.models import cudnn
-from dcod_jax.models.layers import attend
+from dcod_jax.models.layers import capped
 from dcod_jax.parallel import collectives
 from dcod_jax.parallel import mesh as meshes
 
+MASKED = -0.7 * float(np.finfo(np.float32).max)  # finite: a query that sees nothing gets no NaN
 KINDS = ("auto", "splash", "cudnn", "scanned", "blocked")
 MAX_QUERY_BLOCKS = 8
 MIN_QUERY_BLOCK = 64
@@ -64,16 +66,19 @@ def attention(
     value: Float[Array, "B T G H"],
     segment_ids: Int[Array, "B T"],
     *,
+    scale: float | None = None,
+    softcap: float | None = None,
     window: int | None = None,
     mesh: Mesh | None = None,
     kind: str = "auto",
 ) -> Float[Array, "B T N H"]:
     """Causal attention inside each segment; padding (segment 0) sees only padding.
 
-    Position i of a row sees position j of its segment iff 0 <= i - j (< window). Scores are scaled
-    by 1/sqrt(H). Where the mesh splits "length" the arguments are in the order of `to_pieces`, and
-    so is the result. Raises DcodError for a window below 1, a length that cannot be cut so, or a
-    kernel that was asked for and cannot take the arguments.
+    Position i of a row sees position j of its segment iff 0 <= i - j (< window). Scores are the
+    products times scale (None: 1/sqrt(H)), then softcap · tanh(scores / softcap). Where the mesh
+    splits "length" the arguments are in the order of `to_pieces`, and so is the result. Raises
+    DcodError for a window below 1, a length that cannot be cut so, or a kernel that was asked for
+    and cannot take the arguments.
     """
     asked, kind = kind, choose(kind, mesh)
     if window is not None and window < 1:
@@ -84,15 +89,29 @@ def attention(
             f"a row of {length} positions must be a multiple of {length_multiple(mesh, kind)} "
             f"to be split over mesh.{meshes.describe(mesh, 'length')}"
         )
+    scores = _Scores(
+        1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,
+        softcap,
+        None if window is not None and window >= length else window,  # nothing is out of sight
+    )
     if kind == "splash":
-        return _splash(query, key, value, segment_ids, window=window, mesh=mesh)
-    if kind == "cudnn" and (why := cudnn.refusal(query.shape, query.dtype, mesh)):
+        return _splash(query, key, value, segment_ids, scores, mesh=mesh)
+    if kind == "cudnn" and (why := cudnn.refusal(query.shape, query.dtype, mesh, softcap=softcap)):
         if asked == "cudnn":
             raise DcodError(f"attention=cudnn: {why}, or take attention=auto")
         kind = "scanned"
     if kind == "scanned" and query.dtype != jnp.float32 and choose("auto", mesh) == "blocked":
         raise DcodError(f"attention=scanned takes float32 on CPU, not {query.dtype}; take blocked")
-    return _in_arrays(query, key, value, segment_ids, window=window, mesh=mesh, kind=kind)
+    return _in_arrays(query, key, value, segment_ids, scores, mesh=mesh, kind=kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scores:
+    """How scores follow from products, and which count."""
+
+    scale: float
+    softcap: float | None
+    window: int | None
 
 
 # ---------------------------------------------------------------- rows in pieces
@@ -166,14 +185,37 @@ def _visible(
     return order & (query_segments[:, :, None] == key_segments[:, None, :])
 
 
+def attend(
+    query: Float[Array, "B G R S H"],
+    key: Float[Array, "B G M H"],
+    value: Float[Array, "B G M H"],
+    visible: Bool[Array, "B S M"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Float[Array, "B G R S H"]:
+    """Softmax attention of R query heads per kv head; scores and softmax are float32.
+
+    The R heads are folded into the query axis, so keys and values are never repeated.
+    """
+    B, G, R, S, H = query.shape
+    folded = query.reshape(B, G, R * S, H)
+    scores = jnp.einsum("bgxh,bgmh->bgxm", folded, key, preferred_element_type=jnp.float32)
+    scores = capped(scores.reshape(B, G, R, S, -1) * scale, softcap)
+    scores = jnp.where(visible[:, None, None], scores, MASKED)
+    probs = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    mixed = jnp.einsum("bgxm,bgmh->bgxh", probs.reshape(B, G, R * S, -1), value)
+    return mixed.reshape(B, G, R, S, H)
+
+
 def _blocked(
     query: Array,
     key: Array,
     value: Array,
     places: tuple[Array, Array],
     segments: tuple[Array, Array],
+    scores: _Scores,
     *,
-    window: int | None,
     ordered: bool,
 ) -> Array:
     """At most eight blocks of queries; one block's scores at a time, recomputed in the backward.
@@ -186,7 +228,8 @@ def _blocked(
     queries = query.reshape(B, S, G, N // G, H).transpose(0, 2, 3, 1, 4)  # [B,G,R,S,H]
     keys, values = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)  # [B,G,M,H]
     block = max(MIN_QUERY_BLOCK, -(-S // MAX_QUERY_BLOCKS))
-    outputs = []
+    mix = functools.partial(attend, scale=scores.scale, softcap=scores.softcap)
+    window, outputs = scores.window, []
     for start in range(0, S, block):
         here = slice(start, min(start + block, S))
         seen = slice(0, key.shape[1])
@@ -196,7 +239,7 @@ def _blocked(
             places[0][here], places[1][seen], segments[0][:, here], segments[1][:, seen], window
         )
         outputs.append(
-            jax.checkpoint(attend)(
+            jax.checkpoint(mix)(
                 queries[..., here, :], keys[:, :, seen], values[:, :, seen], visible
             )
         )
@@ -209,8 +252,7 @@ def _scanned(
     value: Array,
     places: tuple[Array, Array],
     segments: tuple[Array, Array],
-    *,
-    window: int | None,
+    scores: _Scores,
 ) -> Array:
     """The same, one block of SCANNED_QUERIES queries after the other, against all keys."""
     B, S, N, H = query.shape
@@ -221,8 +263,9 @@ def _scanned(
     @jax.checkpoint
     def one(inputs: tuple[Array, Array, Array]) -> Array:
         queries, order, ids = inputs
-        visible = _visible(order, places[1], ids, segments[1], window)
-        return attend(queries, keys, values, visible)
+        visible = _visible(order, places[1], ids, segments[1], scores.window)
+        options = {"scale": scores.scale, "softcap": scores.softcap}
+        return attend(queries, keys, values, visible, **options)
 
     def cut(x: Array, axis: int) -> Array:
         """The axis of positions, padded, as blocks on a new first axis."""
@@ -242,8 +285,8 @@ def _in_arrays(
     key: Array,
     value: Array,
     segment_ids: Array,
+    scores: _Scores,
     *,
-    window: int | None,
     mesh: Mesh | None,
     kind: str,
 ) -> Array:
@@ -254,14 +297,15 @@ def _in_arrays(
         key, value, all_segments = (_whole(x, pieces) for x in (key, value, segments))
         places, ids = (order, jnp.arange(length)), (segments, all_segments)
         if kind == "cudnn":
-            return cudnn.attention(query, key, value, segments, window=window, otherwise=scanned)
+            options = {"scale": scores.scale, "window": scores.window}
+            return cudnn.attention(query, key, value, segments, **options, otherwise=scanned)
         if kind == "scanned":
-            return _scanned(query, key, value, places, ids, window=window)
-        return _blocked(query, key, value, places, ids, window=window, ordered=pieces == 1)
+            return _scanned(query, key, value, places, ids, scores)
+        return _blocked(query, key, value, places, ids, scores, ordered=pieces == 1)
 
     def scanned(query: Array, key: Array, value: Array, segments: Array) -> Array:
         at = jnp.arange(length)
-        return _scanned(query, key, value, (at, at), (segments, segments), window=window)
+        return _scanned(query, key, value, (at, at), (segments, segments), scores)
 
     alone = mesh is None or (mesh.size == 1 if kind == "cudnn" else pieces == 1)
     if mesh is None or alone:
@@ -287,7 +331,12 @@ def splash_block(length: int, *, exact: bool = False) -> int:
 
 @functools.lru_cache(maxsize=32)
 def _splash_kernel(
-    heads: int, length: int, pieces: int, window: int | None, interpret: bool
+    heads: int,
+    length: int,
+    pieces: int,
+    window: int | None,
+    softcap: float | None,
+    interpret: bool,
 ) -> splash.SplashAttentionKernel:
     """The kernel of one shape; its mask tables are NumPy arrays, so that no trace owns them."""
     shape = (length, length)
@@ -307,6 +356,7 @@ def _splash_kernel(
             block_sizes=splash.BlockSizes(**sizes),
             head_shards=1,
             q_seq_shards=pieces,
+            attn_logits_soft_cap=softcap,
             interpret=interpret,
         )
         return jax.tree.map(np.asarray, kernel)
@@ -317,11 +367,11 @@ def _splash(
     key: Array,
     value: Array,
     segment_ids: Array,
+    scores: _Scores,
     *,
-    window: int | None,
     mesh: Mesh | None,
 ) -> Array:
-    _, T, N, H = query.shape
+    _, T, N, _ = query.shape
     pieces = meshes.parts(mesh, "length")
     padding = -T % splash_block(T) if pieces == 1 else 0
     if padding:  # a segment 0 behind the row: it sees itself only, and is cut off again
@@ -330,14 +380,13 @@ def _splash(
         segment_ids = jnp.pad(segment_ids, widths[:2])
     interpret = mesh is None or meshes.platform(mesh) != "tpu"
     heads = N // meshes.parts(mesh, "heads")
-    kernel = _splash_kernel(heads, T + padding, pieces, window, interpret)
-    scale = 1.0 / math.sqrt(H)
+    kernel = _splash_kernel(heads, T + padding, pieces, scores.window, scores.softcap, interpret)
 
     def rows(
         query: Array, key: Array, value: Array, ids: Array, kernel: splash.SplashAttentionKernel
     ) -> Array:
         key, value, all_ids = (_whole(x, pieces) for x in (key, value, ids))
-        query = (query.astype(jnp.float32) * scale).astype(query.dtype)
+        query = (query.astype(jnp.float32) * scores.scale).astype(query.dtype)
         heads_first = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
         mixed: Any = jax.vmap(kernel)(*heads_first, splash.SegmentIds(ids, all_ids))
         return mixed.transpose(0, 2, 1, 3)

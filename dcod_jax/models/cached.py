@@ -17,15 +17,25 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from dcod_jax.models import layers
+from dcod_jax.errors import DcodError
+from dcod_jax.models.attention import MASKED
 from dcod_jax.models.config import ModelConfig
-from dcod_jax.models.transformer import embed, gather_layer, graphs, logical_axes
+from dcod_jax.models.layer_kinds import LayerKind
+from dcod_jax.models.layers import capped
+from dcod_jax.models.transformer import (
+    embed,
+    gather_layer,
+    graphs,
+    logical_axes,
+    rope_tables,
+    scan_groups,
+)
 from dcod_jax.parallel.collectives import WeightDtypes
 from dcod_jax.parallel.mesh import is_names
 from dcod_jax.types import Params
 
-# One layer as a scan runs it: ((x, keys, values), (layer, index)) -> ((x, keys, values), None).
-Block = Callable[[Any, tuple[Params, Any]], tuple[Any, None]]
+# One layer: (its kind, (x, keys, values), (its weights, its index)) -> (x, keys, values).
+Block = Callable[[LayerKind, Any, tuple[Params, Any]], Any]
 CACHE_CHUNK = 256  # cache slots that attention reads at a time: a chunk of several is copied out
 MAX_CACHE_CHUNKS = 16  # a longer cache is read in larger chunks
 
@@ -48,6 +58,18 @@ def _cache_chunk(capacity: int) -> int:
     """Slots that attention reads at a time: 40 -> 40, 320 -> 160, 1000 -> 256, 6000 -> 384."""
     count = min(-(-capacity // CACHE_CHUNK), MAX_CACHE_CHUNKS)
     return capacity if count == 1 else 32 * -(-capacity // (32 * count))
+
+
+def check_length(config: ModelConfig, length: int) -> None:
+    """Raise DcodError where longrope would change the keys of a text that grows to this length."""
+    for kind in config.layer_kinds:
+        most = kind.rope.switches_at if kind.rope else None
+        if most is not None and length > most:
+            raise DcodError(
+                f"a text of {length} tokens cannot be generated: beyond {most} tokens "
+                f"(original_max_position_embeddings) longrope changes the keys of all before; make "
+                f"the prompts or max_new_tokens shorter"
+            )
 
 
 def init_cache(
@@ -110,21 +132,28 @@ def forward_with_cache(
             layer_axes,
             is_leaf=is_names,
         )
-    rope = layers.rope_tables(config, positions)
+    ropes = rope_tables(config, positions)
     capacity = cache.values[0].shape[3]
     chunk = _cache_chunk(capacity)
     # Out of range goes to M, which mode="drop" drops; a negative index would wrap round instead.
     inside = (positions >= 0) & (positions < capacity)
     slots = jnp.where(inside, positions, capacity)
-    chunks = 1 if chunk == capacity else jnp.max(jnp.where(inside, positions, 0)) // chunk + 1
+    end = 1 if chunk == capacity else jnp.max(jnp.where(inside, positions, 0)) // chunk + 1
     dtypes = WeightDtypes(jnp.dtype(compute_dtype), jnp.dtype(compute_dtype))
     places = (jnp.arange(tokens.shape[0]) if rows is None else rows)[:, None]
 
-    def block(carry: tuple[Array, Array, Array], xs: tuple[Params, Any]) -> tuple[Any, None]:
+    def first_chunk(window: int | None) -> Array | int:
+        """The first chunk that one of the rows sees."""
+        if window is None or chunk == capacity:
+            return 0
+        first = jnp.maximum(jnp.min(slots) - window + 1, 0) // chunk
+        return jnp.minimum(first, end - 1)  # where no row is inside, too
+
+    def block(kind: LayerKind, carry: tuple[Array, Array, Array], xs: tuple[Params, Any]) -> Any:
         (x, keys, values), (layer, index) = carry, xs
         layer = gather_layer(layer, layer_axes, dtypes=dtypes, mesh=mesh)
         module = nnx.merge(block_graph, layer)
-        query, key, value = module.project(x, rope)
+        query, key, value = module.project(x, ropes[kind.rope])
         # The whole cache is carried and written in place: stacking it anew would copy it.
         keys = keys.at[index, places, :, :, slots].set(key.astype(keys.dtype), mode="drop")
         values = values.at[index, places, :, slots].set(value.astype(values.dtype), mode="drop")
@@ -137,26 +166,88 @@ def forward_with_cache(
         def read(number: Array) -> tuple[Array, Array]:
             return part(keys, number, 3), part(values, number, 2)
 
-        mixed = layers.cached_attention(query, read, positions, chunks)
-        return (module.finish(x, mixed), keys, values), None
+        mixed = cached_attention(
+            query,
+            read,
+            positions,
+            (first_chunk(kind.window), end),
+            scale=config.score_scale,
+            softcap=config.attention_softcap,
+            window=kind.window,
+        )
+        return module.finish(x, mixed), keys, values
 
-    x = embed(params, tokens, compute_dtype=compute_dtype, mesh=mesh)
-    x, cache = _through_layers(block, x, params["layers"], cache)
+    scale = config.embedding_scale
+    x = embed(params, tokens, scale=scale, compute_dtype=compute_dtype, mesh=mesh)
+    x, cache = _through_layers(config, block, x, params["layers"], cache)
     outer = {name: value for name, value in params.items() if name != "layers"}
-    return nnx.merge(decoder_graph, outer).norm(x), cache
+    return nnx.merge(decoder_graph, outer).final(x), cache
 
 
-def _through_layers(block: Block, x: Array, layers: Any, cache: Cache) -> tuple[Array, Cache]:
-    """x after all layers, one by one (a tuple of layers) or in a scan (stacked ones)."""
+def _through_layers(
+    config: ModelConfig, block: Block, x: Array, layers: Any, cache: Cache
+) -> tuple[Array, Cache]:
+    """x after all layers, one by one (a tuple of layers) or in scans (stacked ones)."""
     if isinstance(layers, tuple):
         kept = []
-        for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
-            (x, *both), _ = block((x, keys, values), (layer, 0))
+        for kind, layer, keys, values in zip(
+            config.kinds, layers, cache.keys, cache.values, strict=True
+        ):
+            x, *both = block(kind, (x, keys, values), (layer, 0))
             kept.append(both)
         keys, values = zip(*kept, strict=True)
     else:
         indices = jnp.arange(cache.keys[0].shape[0])
         carry = (x, *cache.keys, *cache.values)
-        (x, *both), _ = jax.lax.scan(block, carry, (layers, indices))
+        x, *both = scan_groups(config, block, carry, (layers, indices))
         keys, values = ((stacked,) for stacked in both)
     return x, Cache(keys=keys, values=values)
+
+
+def cached_attention(
+    query: Float[Array, "B S N H"],
+    read: Callable[[Array], tuple[Array, Array]],
+    positions: Int[Array, "B S"],
+    chunks: tuple[Int[Array, ""] | int, Int[Array, ""] | int],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> Float[Array, "B S N H"]:
+    """Attention of S new queries over chunks (first, end) of a cache; slot j holds position j.
+
+    read(i) -> keys [B, G, H, C] and values [B, G, C, H] of chunk i; a query sees the slots up to
+    its position, the last `window` of them. The softmax is accumulated chunk by chunk (Milakov and
+    Gimelshein, arXiv 1805.02867), so the work follows what is written and not the cache's size, and
+    a chunk that a row does not see leaves its result as it is, bit for bit. Scores, softmax and
+    sums are float32.
+    """
+    B, S, N, H = query.shape
+    shapes = jax.eval_shape(read, jnp.int32(0))
+    G, C = shapes[1].shape[1:3]
+    queries = query.reshape(B, S, G, N // G, H).transpose(0, 2, 3, 1, 4)  # [B,G,R,S,H]
+    folded = queries.reshape(B, G, -1, H)  # the R heads beside the queries, as in attend
+
+    def add(index: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        highest, total, mixed = sums
+        key, value = (x.astype(query.dtype) for x in read(index))
+        scores = jnp.einsum("bgxh,bghc->bgxc", folded, key, preferred_element_type=jnp.float32)
+        slots = index * C + jnp.arange(C)
+        visible = slots <= positions[..., None]
+        if window is not None:
+            visible &= slots > positions[..., None] - window
+        scores = capped(scores.reshape(B, G, -1, S, C) * scale, softcap)
+        scores = jnp.where(visible[:, None, None], scores, MASKED).reshape(B, G, -1, C)
+        peak = jnp.maximum(highest, scores.max(axis=-1, keepdims=True))
+        shrink, probs = jnp.exp(highest - peak), jnp.exp(scores - peak)
+        more = jnp.einsum(
+            "bgxc,bgch->bgxh", probs.astype(value.dtype), value, preferred_element_type=jnp.float32
+        )
+        total = total * shrink + probs.sum(axis=-1, keepdims=True)
+        return peak, total, mixed * shrink + more
+
+    zeros = jnp.zeros((*folded.shape[:-1], 1), jnp.float32)
+    sums = (zeros + MASKED, zeros, jnp.zeros(folded.shape, jnp.float32))
+    _, total, mixed = jax.lax.fori_loop(*chunks, add, sums)
+    mixed = (mixed / total).astype(query.dtype).reshape(B, G, -1, S, H)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(B, S, N, H)

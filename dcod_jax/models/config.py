@@ -5,23 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from dcod_jax.bounds import array, check, flag, mapping, number, optional, text, whole
 from dcod_jax.errors import DcodError
-
-Raw = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Llama-3 rope scaling: long wavelengths are stretched by factor, middle ones blended."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+from dcod_jax.models import layer_kinds
+from dcod_jax.models.families import ACTIVATIONS, FAMILIES, KEYS, Family, Raw, refuse
+from dcod_jax.models.layer_kinds import LayerKind
+from dcod_jax.models.rope import LENGTH, THETA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,82 +50,60 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rope_theta: float
-    rope_scaling: RopeScaling | None
+    layer_kinds: tuple[LayerKind, ...]  # one for all layers, or one for each
     rms_norm_eps: float
     tie_word_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    qk_norm: bool
     max_position_embeddings: int
     initializer_range: float
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: str | None = None  # "head": over each head; "projection": over all heads together
+    norms: str = "pre"  # where a block has norms: a key of layers.NORMS
+    norm_offset: float = 0.0  # norms multiply by this plus their scale
+    fused: bool = False  # files hold q, k and v as one tensor, and gate and up
+    activation: str = "silu"  # of ACTIVATIONS
+    attention_scale: float | None = None  # what scores are multiplied by; None: head_dim ** -0.5
+    attention_softcap: float | None = None  # scores are c · tanh(scores / c)
+    final_softcap: float | None = None  # logits likewise
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and MLP add
+    logits_scale: float = 1.0  # logits are divided by it
     lora: Lora | None = None  # of a student in training; files know nothing of it
 
+    def __post_init__(self) -> None:
+        if len(self.layer_kinds) not in (1, self.num_layers):
+            raise DcodError(
+                f"layer_kinds has {len(self.layer_kinds)} entries for num_layers="
+                f"{self.num_layers}; give one for all layers, or one for each"
+            )
 
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """How one HF model_type sets the options, and what HF assumes for keys a file leaves out."""
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer."""
+        if len(self.layer_kinds) == self.num_layers:
+            return self.layer_kinds
+        return self.layer_kinds * self.num_layers
 
-    architecture: str
-    options: Callable[[Raw], dict[str, bool]]
-    defaults: Raw
-    gguf_interleaved: bool = False  # its GGUF files hold rotated rows as (pair, half) of a head
+    @property
+    def score_scale(self) -> float:
+        """What the products of queries and keys are multiplied by."""
+        default = 1.0 / math.sqrt(self.head_dim)
+        return default if self.attention_scale is None else self.attention_scale
 
-
-_DEFAULTS: Raw = {
-    "rms_norm_eps": 1e-6,
-    "initializer_range": 0.02,
-    "tie_word_embeddings": False,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 32768,
-}
-
-# A family is one entry here; its parameters are declared in models/layers.py. An option that HF
-# computes for it and this model does not (a sliding window) also needs a check that refuses it, and
-# a line in to_hf where HF's default is not the value computed here.
-FAMILIES: dict[str, Family] = {
-    "llama": Family(
-        architecture="LlamaForCausalLM",
-        options=lambda raw: {
-            "qkv_bias": raw["attention_bias"],
-            "o_bias": raw["attention_bias"],
-            "qk_norm": False,
-        },
-        defaults={
-            **_DEFAULTS,
-            "max_position_embeddings": 2048,
-            "attention_bias": False,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
-        gguf_interleaved=True,
-    ),
-    "qwen2": Family(
-        architecture="Qwen2ForCausalLM",
-        options=lambda raw: {"qkv_bias": True, "o_bias": False, "qk_norm": False},
-        defaults=_DEFAULTS,
-    ),
-    "qwen3": Family(
-        architecture="Qwen3ForCausalLM",
-        options=lambda raw: {
-            "qkv_bias": raw["attention_bias"],
-            "o_bias": raw["attention_bias"],
-            "qk_norm": True,
-        },
-        defaults={**_DEFAULTS, "attention_bias": False, "head_dim": 128},
-    ),
-}
 
 # Config key -> the only values under which the model computed here is the one HF computes.
 # A key that is absent from the file has one of these values in HF.
-ACCEPTED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "mlp_bias": (False, None),
+ACCEPTED: dict[str, tuple[Any, ...] | None] = {
+    "hidden_act": ACTIVATIONS,
+    "hidden_activation": (*ACTIVATIONS, None),
     "pretraining_tp": (1, None),
     "attention_dropout": (0, 0.0, None),
+    "resid_pdrop": (0, 0.0, None),
+    "embd_pdrop": (0, 0.0, None),
     "partial_rotary_factor": (1, 1.0, None),
     "rope_interleaved": (False, None),
     "original_max_position_embeddings": (None,),
@@ -144,7 +114,6 @@ ACCEPTED: dict[str, tuple[Any, ...]] = {
     "use_bidirectional_attention": (False, None),
     "num_experts": (None, 0),
     "num_local_experts": (None, 0),
-    "no_rope_layers": (None,),
     "auto_map": (None,),
 }
 
@@ -160,17 +129,25 @@ BOUNDS = {
     "num_attention_heads": whole(1, 2**14),
     "num_key_value_heads": optional(whole(1, 2**14)),
     "head_dim": optional(whole(1, 2**14)),
-    "max_position_embeddings": whole(1, _LAST),
+    "max_position_embeddings": LENGTH,
     "rms_norm_eps": number(1e-12, 1),
     "initializer_range": number(0, 100),
-    "rope_theta": number(1, 1e12),
+    "rope_theta": THETA,
     "tie_word_embeddings": flag(),
     "attention_bias": optional(flag()),
+    "mlp_bias": optional(flag()),
     "bos_token_id": _ID,
     "pad_token_id": _ID,
     "use_sliding_window": optional(flag()),
     "sliding_window": optional(whole(0, _LAST)),
     "max_window_layers": optional(whole(0, _LAST)),
+    "no_rope_layers": optional(array(whole(0, 1), most=4096)),
+}
+# Those of some families only.
+_OWN = {
+    "sliding_window_pattern": whole(1, 4096),
+    "rope_local_base_freq": THETA,
+    "no_rope_layer_interval": whole(1, 4096),
 }
 # The keys that decide which others are read.
 _SHAPE = {
@@ -180,74 +157,23 @@ _SHAPE = {
     "rope_scaling": optional(mapping()),
     "rope_parameters": optional(mapping()),
 }
-_SCALING = {
-    "factor": number(1, 1e6),
-    "low_freq_factor": number(1e-3, 1e6),
-    "high_freq_factor": number(1e-3, 1e6),
-    "original_max_position_embeddings": whole(1, _LAST),
-}
-
-
-def _refuse(source: str, key: str, value: Any, supported: str) -> DcodError:
-    return DcodError(
-        f"{source}: {key}={value!r} is not supported (supported: {supported}); "
-        f"use a model without it"
-    )
 
 
 def _check_supported(raw: Raw, source: str) -> Family:
     check(raw, _SHAPE, source=source)
     model_type = raw.get("model_type")
     if model_type not in FAMILIES:
-        raise _refuse(source, "model_type", model_type, ", ".join(sorted(FAMILIES)))
+        raise refuse(source, "model_type", model_type, ", ".join(sorted(FAMILIES)))
     family = FAMILIES[model_type]
     for architecture in raw.get("architectures") or ():
         if architecture != family.architecture:
-            raise _refuse(source, "architectures", architecture, family.architecture)
-    for key, accepted in ACCEPTED.items():
-        if key in raw and raw[key] not in accepted:
-            raise _refuse(source, key, raw[key], " or ".join(repr(value) for value in accepted))
+            raise refuse(source, "architectures", architecture, family.architecture)
+    for key, accepted in {**ACCEPTED, **family.accepts}.items():
+        if key in raw and accepted is not None and raw[key] not in accepted:
+            raise refuse(source, key, raw[key], " or ".join(repr(value) for value in accepted))
+    if raw.get("no_rope_layers") is not None and "no_rope_layer_interval" not in family.defaults:
+        raise refuse(source, "no_rope_layers", raw["no_rope_layers"], "None")
     return family
-
-
-def _check_full_attention(raw: Raw, source: str) -> None:
-    """Refuse sliding-window attention where HF would use it (by layer_types, else by window)."""
-    layer_types = raw.get("layer_types")
-    if layer_types is not None:
-        other = [name for name in layer_types if name != "full_attention"]
-        if other:
-            raise _refuse(source, "layer_types", other[0], "full_attention in every layer")
-        return
-    window, first = raw.get("sliding_window", 4096), raw.get("max_window_layers", 28)
-    if raw.get("use_sliding_window") and window and (first or 0) < raw["num_hidden_layers"]:
-        raise _refuse(source, "use_sliding_window", True, "false")
-
-
-def _rope(raw: Raw, source: str) -> tuple[float, RopeScaling | None]:
-    """(rope_theta, scaling) from rope_scaling + rope_theta (old) or rope_parameters (new)."""
-    key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
-    rope = raw.get(key) or {}
-    if any(isinstance(value, dict) for value in rope.values()):
-        raise _refuse(source, key, rope, "one flat rope for all layers")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    inner = rope.get("rope_theta")
-    check({"rope_theta": inner}, {"rope_theta": optional(BOUNDS["rope_theta"])}, source=source)
-    theta = float(raw["rope_theta"] if inner is None else inner)
-    partial = rope.get("partial_rotary_factor")
-    if partial not in ACCEPTED["partial_rotary_factor"]:
-        raise _refuse(source, f"{key}.partial_rotary_factor", partial, "1.0")
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise _refuse(source, f"{key}.rope_type", kind, "default, llama3")
-    values = {"original_max_position_embeddings": raw["max_position_embeddings"], **rope}
-    check({key: values}, {key: mapping(_SCALING)}, source=source)
-    factor, low, high, length = (values[name] for name in _SCALING)
-    if low >= high:
-        raise DcodError(
-            f"{source}: {key}: low_freq_factor={low} must be below {high}, the high one"
-        )
-    return theta, RopeScaling(float(factor), float(low), float(high), length)
 
 
 def add_stop_ids(config: ModelConfig, value: Any, *, source: str) -> ModelConfig:
@@ -294,11 +220,14 @@ def from_hf(raw: Raw, source: str = "config.json") -> ModelConfig:
     """
     family = _check_supported(raw, source)
     raw = {**family.defaults, **raw}
-    check(raw, BOUNDS, source=source)
-    _check_full_attention(raw, source)
+    own = {key: bound for key, bound in _OWN.items() if key in family.defaults}
+    check(raw, BOUNDS | own | {key: KEYS[key].bound for key in family.keys}, source=source)
     _check_heads(raw, source)
-    theta, scaling = _rope(raw, source)
     heads, width = raw["num_attention_heads"], raw["hidden_size"]
+    raw["head_dim"] = raw.get("head_dim") or width // heads
+    options = family.options(raw)
+    for key in family.keys:
+        options |= KEYS[key].options(raw.get(key))
     return ModelConfig(
         model_type=raw["model_type"],
         vocab_size=raw["vocab_size"],
@@ -307,18 +236,16 @@ def from_hf(raw: Raw, source: str = "config.json") -> ModelConfig:
         num_layers=raw["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or width // heads,
-        rope_theta=theta,
-        rope_scaling=scaling,
+        head_dim=raw["head_dim"],
+        layer_kinds=layer_kinds.read(family, raw, source),
         rms_norm_eps=float(raw["rms_norm_eps"]),
         tie_word_embeddings=raw["tie_word_embeddings"],
-        **{name: bool(value) for name, value in family.options(raw).items()},
         max_position_embeddings=raw["max_position_embeddings"],
         initializer_range=float(raw["initializer_range"]),
         bos_token_id=raw.get("bos_token_id"),
         eos_token_ids=tuple(_stop_ids(raw.get("eos_token_id"), source)),
         pad_token_id=raw.get("pad_token_id"),
-        lora=None,
+        **options,
     )
 
 
@@ -329,11 +256,7 @@ def to_hf(config: ModelConfig, *, dtype: str) -> Raw:
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
-        raise _refuse("export", "model_type", config.model_type, ", ".join(sorted(FAMILIES)))
-    wanted = family.options({"attention_bias": config.o_bias})
-    options = {name: getattr(config, name) for name in wanted}
-    if options != wanted:
-        raise _refuse(f"export as {config.model_type}", "options", options, family.architecture)
+        raise refuse("export", "model_type", config.model_type, ", ".join(sorted(FAMILIES)))
     eos = config.eos_token_ids
     raw: Raw = {
         "architectures": [family.architecture],
@@ -345,7 +268,7 @@ def to_hf(config: ModelConfig, *, dtype: str) -> Raw:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
+        "hidden_act": config.activation,
         "max_position_embeddings": config.max_position_embeddings,
         "initializer_range": config.initializer_range,
         "rms_norm_eps": config.rms_norm_eps,
@@ -355,42 +278,17 @@ def to_hf(config: ModelConfig, *, dtype: str) -> Raw:
         "bos_token_id": config.bos_token_id,
         "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
         "pad_token_id": config.pad_token_id,
-        "rope_theta": config.rope_theta,  # read by transformers 4
-        "rope_scaling": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "dtype": dtype,
         "torch_dtype": dtype,  # read by transformers 4
+        **layer_kinds.rope_keys(family, config),
+        **layer_kinds.layer_keys(family, config),
+        **{key: KEYS[key].value(config) for key in family.keys},
     }
-    if "attention_bias" in family.defaults:
-        raw["attention_bias"] = config.o_bias
-    if config.rope_scaling is not None:
-        scaling = {"rope_type": "llama3", **dataclasses.asdict(config.rope_scaling)}
-        raw["rope_scaling"] = scaling
-        raw["rope_parameters"] = {**scaling, "rope_theta": config.rope_theta}
+    read = from_hf(raw, source=f"export as {config.model_type}")
+    config = dataclasses.replace(config, lora=None)
+    if read != config:
+        names = [field.name for field in dataclasses.fields(config)]
+        name = next(name for name in names if getattr(read, name) != getattr(config, name))
+        of = f"export as {config.model_type}"
+        raise refuse(of, name, getattr(config, name), f"{getattr(read, name)!r}")
     return raw
-
-
-def rope_frequencies(config: ModelConfig) -> list[float]:
-    """Inverse frequencies [H/2] of the rotary table, llama3 scaling applied (arXiv 2407.21783).
-
-    With wavelength w = 2π/f and original length n: f where w < n/high, f/factor where
-    w > n/low, and in between ((1−s)/factor + s)·f with s = (n/w − low)/(high − low).
-    """
-    half = range(0, config.head_dim, 2)
-    plain = [config.rope_theta ** (-index / config.head_dim) for index in half]
-    scaling = config.rope_scaling
-    if scaling is None:
-        return plain
-    length = scaling.original_max_position_embeddings
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    frequencies = []
-    for frequency in plain:
-        wavelength = 2 * math.pi / frequency
-        if wavelength < length / high:
-            frequencies.append(frequency)
-        elif wavelength > length / low:
-            frequencies.append(frequency / scaling.factor)
-        else:
-            smooth = (length / wavelength - low) / (high - low)
-            frequencies.append(((1 - smooth) / scaling.factor + smooth) * frequency)
-    return frequencies

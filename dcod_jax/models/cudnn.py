@@ -9,7 +9,6 @@ caller's own blocks.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,9 +27,13 @@ OLDEST = 9.0  # compute capability (Hopper) from which cuDNN takes offsets
 Kernel = Callable[[Array, Array, Array, Array], Array]
 
 
-def refusal(shape: tuple[int, ...], dtype: Any, mesh: Mesh | None) -> str:
+def refusal(
+    shape: tuple[int, ...], dtype: Any, mesh: Mesh | None, *, softcap: float | None = None
+) -> str:
     """Why cuDNN cannot take queries [B, T, N, H] of this dtype on this mesh; "" where it can."""
     B, T, N, H = shape
+    if softcap is not None:
+        return f"it has no soft cap of scores (the model's is {softcap})"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 and float16, not {dtype}; set student.compute_dtype"
     if H % 8 or H > WIDEST_HEAD:
@@ -75,7 +78,14 @@ def _count(segment_ids: Int[Array, "B T"]) -> Int[Array, ""]:
 
 
 def _call(
-    query: Array, key: Array, value: Array, segment_ids: Array, *, most: int, window: int | None
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array,
+    *,
+    most: int,
+    scale: float,
+    window: int | None,
 ) -> Array:
     """The kernel for rows of at most `most` segments."""
     # Not public yet: jax.nn.dot_product_attention takes no offsets (jax 0.10 to 0.12).
@@ -94,7 +104,7 @@ def _call(
         kv_seqlen=lengths,
         q_offsets=offsets,
         kv_offsets=offsets,
-        scale=1.0 / math.sqrt(query.shape[3]),
+        scale=scale,
         mask_type=fused.MaskType.PADDING_CAUSAL,
         sliding_window_length=window,
     )
@@ -141,6 +151,7 @@ def attention(
     value: Float[Array, "B T G H"],
     segment_ids: Int[Array, "B T"],
     *,
+    scale: float,
     window: int | None,
     otherwise: Kernel,
 ) -> Float[Array, "B T N H"]:
@@ -149,5 +160,6 @@ def attention(
     otherwise: takes rows of more segments than MOST_SEGMENTS. Padding (0) is a run as well, so that
     every position is written.
     """
-    calls = [functools.partial(_call, most=most, window=window) for most in MOST_SEGMENTS]
+    options = {"scale": scale, "window": window}
+    calls = [functools.partial(_call, most=most, **options) for most in MOST_SEGMENTS]
     return _switch((*calls, otherwise), query, key, value, segment_ids)

@@ -262,9 +262,9 @@ def read_gguf(file: Location, *, dtype: DTypeLike = jnp.float32) -> tuple[ModelC
     def read(slot: Slot, part: Part) -> np.ndarray:
         tensor = tensors[slot.name]
         values = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
-        if values.shape != slot.shape:
+        if values.shape != slot.file_shape:
             raise DcodError(
-                f"{path}: {slot.name} has shape {values.shape}, the metadata say {slot.shape}"
+                f"{path}: {slot.name} has shape {values.shape}, the metadata say {slot.file_shape}"
             )
         if interleaved and slot.rope_heads:
             values = _unpermute(values, slot.rope_heads)

@@ -191,12 +191,12 @@ def load_params(
             return tensor
 
         for slot in expected:  # every shape, before the first byte is read
-            view(slot.name, slot.shape)
+            view(slot.name, slot.file_shape)
         if config.tie_word_embeddings and "lm_head.weight" in files:
             _check_tied(view, (config.vocab_size, config.hidden_size), where=directory)
 
         def read(slot: Slot, part: Part) -> np.ndarray:
-            return view(slot.name, slot.shape)[part]
+            return view(slot.name, slot.file_shape)[part]
 
         return assemble(config, "hf", read, dtype=dtype, shardings=shardings)
 
@@ -247,10 +247,12 @@ def save_params(
         raise DcodError(f"max_shard_bytes={max_shard_bytes} must be positive")
     check_structure(config, params)
     directory = as_path(path)
-    named = {slot.name: slot for slot in slots(config, "hf")}
+    named: dict[str, list[Slot]] = {}
+    for slot in sorted(slots(config, "hf"), key=lambda slot: slot.rows or (0, 0)):
+        named.setdefault(slot.name, []).append(slot)
     split = split_state_dict_into_shards_factory(
         named,
-        get_storage_size=lambda slot: slot.num_bytes(dtype),
+        get_storage_size=lambda parts: sum(part.num_bytes(dtype) for part in parts),
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_bytes,
     )
@@ -261,7 +263,10 @@ def save_params(
         if writes:
             directory.mkdir(parents=True, exist_ok=True)
         for file, names in split.filename_to_tensors.items():
-            tensors = {name: tensor_of(flat, named[name], dtype=dtype) for name in names}
+            tensors = {}
+            for name in names:
+                parts = [tensor_of(flat, slot, dtype=dtype) for slot in named[name]]
+                tensors[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
             hosts.moved()
             if writes:
                 _write_shard(files[file], tensors)

@@ -16,15 +16,38 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from dcod_jax.models.config import Lora, ModelConfig, rope_frequencies
+from dcod_jax.models.config import Lora, ModelConfig
+from dcod_jax.models.rope import Rope, frequencies
 
-# Finite, so that a row that may see nothing has a uniform softmax instead of NaN.
-MASKED = -0.7 * float(np.finfo(np.float32).max)
 MANY_ROWS = 512  # beyond, a CPU multiplies x @ w as fast as w @ x
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+# Where a block has norms -> (attribute, which is the name in HF files too, name in GGUF files).
+NORMS: dict[str, dict[str, tuple[str, str]]] = {
+    "pre": {
+        "before attention": ("input_layernorm", "attn_norm"),
+        "before mlp": ("post_attention_layernorm", "ffn_norm"),
+    },
+    "pre_feedforward": {
+        "before attention": ("input_layernorm", "attn_norm"),
+        "before mlp": ("pre_feedforward_layernorm", "ffn_norm"),
+    },
+    "post": {
+        "after attention": ("post_attention_layernorm", "post_attention_norm"),
+        "after mlp": ("post_feedforward_layernorm", "post_ffw_norm"),
+    },
+    "both": {
+        "before attention": ("input_layernorm", "attn_norm"),
+        "after attention": ("post_attention_layernorm", "post_attention_norm"),
+        "before mlp": ("pre_feedforward_layernorm", "ffn_norm"),
+        "after mlp": ("post_feedforward_layernorm", "post_ffw_norm"),
+    },
+}
 
 
 def transposed_matmul(x: Float[Array, "*B I"], weight: Float[Array, "O I"]) -> Float[Array, "*B O"]:
@@ -86,6 +109,7 @@ class Declaration:
     gguf: str
     transposed: bool = False  # files hold [out, in]
     rope_heads: int = 0  # heads of rotated rows, which the llama GGUF files interleave
+    rows: tuple[int, int] | None = None  # (first, all) of a file's tensor that holds several
 
 
 def _declare(value: Array, axes: tuple[str, ...], hf: str, gguf: str, **more: Any) -> nnx.Param:
@@ -95,7 +119,8 @@ def _declare(value: Array, axes: tuple[str, ...], hf: str, gguf: str, **more: An
 class Linear(nnx.Module):
     """y = x @ kernel (+ bias), in the dtype of x; a transposed one has its kernel as [out, in].
 
-    With an adapter (config.Lora): y + scale·(x @ lora_a) @ lora_b, without ever forming A·B.
+    With an adapter (config.Lora): y + scale·(x @ lora_a) @ lora_b, without ever forming A·B. name:
+    what adapters know it by, where files hold it as rows of a tensor of another name.
     """
 
     def __init__(
@@ -109,22 +134,28 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         bias: bool = False,
         rope_heads: int = 0,
+        rows: tuple[int, int] | None = None,
         lora: Lora | None = None,
+        name: str | None = None,
     ):
         value = std * jax.random.normal(rngs.params(), width)
-        names, more = (f"{hf}.weight", f"{gguf}.weight"), {"rope_heads": rope_heads}
+        names, more = (f"{hf}.weight", f"{gguf}.weight"), {"rope_heads": rope_heads, "rows": rows}
         self.kernel = _declare(value, axes, *names, transposed=True, **more)
         if bias:
             value = jnp.zeros(width[1])
             self.bias = _declare(value, axes[1:], f"{hf}.bias", f"{gguf}.bias", **more)
         self.has_bias = bias
         self.transposed = False
-        self.lora_scale = lora.scale if lora is not None and lora.adapts(hf) else None
+        name = name or hf
+        self.lora_scale = lora.scale if lora is not None and lora.adapts(name) else None
         if lora is not None and self.lora_scale is not None:
             # PEFT's start: the first product is 0, and the gradient of B is not.
             bound = 1.0 / math.sqrt(width[0])
             value = jax.random.uniform(rngs.params(), (width[0], lora.rank), minval=-1.0)
-            names, ends = [(f"{hf}.lora_{x}.weight", "") for x in "AB"], (axes[0], "rank", axes[1])
+            names, ends = (
+                [(f"{name}.lora_{x}.weight", "") for x in "AB"],
+                (axes[0], "rank", axes[1]),
+            )
             self.lora_a = _declare(value * bound, ends[:2], *names[0], transposed=True)
             value = jnp.zeros((lora.rank, width[1]))
             self.lora_b = _declare(value, ends[1:], *names[1], transposed=True)
@@ -143,17 +174,27 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x²) + eps) · scale over the last axis, in float32."""
+    """x / sqrt(mean(x²) + eps) · (offset + scale) over the last axis, in float32.
 
-    def __init__(self, width: int, hf: str, gguf: str, *, eps: float):
-        self.scale = _declare(jnp.ones(width), ("norm",), f"{hf}.weight", f"{gguf}.weight")
+    The scale starts at 1 - offset.
+    """
+
+    def __init__(self, width: int, hf: str, gguf: str, *, eps: float, offset: float = 0.0):
+        start = jnp.full(width, 1.0 - offset)
+        self.scale = _declare(start, ("norm",), f"{hf}.weight", f"{gguf}.weight")
         self.eps = eps
+        self.offset = offset
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         wide = x.astype(jnp.float32)
         variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         normed = wide * jax.lax.rsqrt(variance + self.eps)
-        return (normed * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        scale = self.scale[...].astype(jnp.float32)
+        return (normed * (scale + self.offset if self.offset else scale)).astype(x.dtype)
+
+
+def _norm(config: ModelConfig, width: int, hf: str, gguf: str) -> RMSNorm:
+    return RMSNorm(width, hf, gguf, eps=config.rms_norm_eps, offset=config.norm_offset)
 
 
 class Embedding(nnx.Module):
@@ -166,26 +207,39 @@ class Embedding(nnx.Module):
 
 
 def rope_tables(
-    config: ModelConfig, positions: Int[Array, "B T"]
+    rope: Rope,
+    head_dim: int,
+    positions: Int[Array, "B T"],
+    *,
+    beyond: Bool[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T P"], Float[Array, "B T P"]]:
-    """Cosine and sine of position · frequency, float32."""
-    frequencies = jnp.asarray(rope_frequencies(config), jnp.float32)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    """Cosine and sine of position · frequency, times rope.attention_factor, float32.
+
+    beyond: tokens of a text longer than rope.switches_at; None where there are none.
+    """
+    inverse = jnp.asarray(frequencies(rope, head_dim), jnp.float32)
+    if beyond is not None:
+        other = jnp.asarray(frequencies(rope, head_dim, beyond=True), jnp.float32)
+        inverse = jnp.where(beyond[..., None], other, inverse)
+    angles = positions.astype(jnp.float32)[..., None] * inverse
+    tables = jnp.cos(angles), jnp.sin(angles)
+    factor = rope.attention_factor
+    return tables if factor == 1 else (tables[0] * factor, tables[1] * factor)
 
 
 @jax.custom_vjp
 def apply_rope(
     x: Float[Array, "B T N H"], cos: Float[Array, "B T P"], sin: Float[Array, "B T P"]
 ) -> Float[Array, "B T N H"]:
-    """Rotate the pairs (x[i], x[i + H/2]) in float32, HF's layout; returns the dtype of x.
+    """Rotate the pairs (x[i], x[i + P]) in float32, HF's layout; returns the dtype of x.
 
-    Differentiable in x only: the transpose is the rotation back.
+    Dimensions from 2P on stay. Differentiable in x only: the transpose is the rotation back.
     """
     # The halves change places in a product with a permutation, which is exact: a TPU would take
     # the lanes apart in memory, and that took longer than all other work on the positions.
-    H = x.shape[-1]
-    swap = jnp.roll(jnp.eye(H, dtype=x.dtype), H // 2, axis=1)
+    rotated, rest = 2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]
+    swap = jnp.roll(jnp.eye(rotated, dtype=x.dtype), rotated // 2, axis=1)
+    swap = jnp.pad(swap, (0, rest)) if rest else swap
     swapped = jnp.einsum(
         "btnh,hk->btnk",
         x,
@@ -193,8 +247,9 @@ def apply_rope(
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
-    cos = jnp.concatenate([cos, cos], axis=-1)[:, :, None]
-    sin = jnp.concatenate([-sin, sin], axis=-1)[:, :, None]
+    stays = (*cos.shape[:-1], rest)
+    cos = jnp.concatenate([cos, cos] + [jnp.ones(stays)] * (rest > 0), axis=-1)[:, :, None]
+    sin = jnp.concatenate([-sin, sin] + [jnp.zeros(stays)] * (rest > 0), axis=-1)[:, :, None]
     return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)
 
 
@@ -210,101 +265,55 @@ def _apply_rope_backward(rope: tuple[Array, Array], gradient: Array) -> tuple[Ar
 apply_rope.defvjp(_apply_rope_forward, _apply_rope_backward)
 
 
-def attend(
-    query: Float[Array, "B G R S H"],
-    key: Float[Array, "B G M H"],
-    value: Float[Array, "B G M H"],
-    visible: Bool[Array, "B S M"],
-) -> Float[Array, "B G R S H"]:
-    """Softmax attention of R query heads per kv head; scores and softmax are float32.
-
-    The R heads are folded into the query axis, so keys and values are never repeated.
-    """
-    B, G, R, S, H = query.shape
-    folded = query.reshape(B, G, R * S, H)
-    scores = jnp.einsum("bgxh,bgmh->bgxm", folded, key, preferred_element_type=jnp.float32)
-    scores = scores.reshape(B, G, R, S, -1) * (1.0 / math.sqrt(H))
-    scores = jnp.where(visible[:, None, None], scores, MASKED)
-    probs = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    mixed = jnp.einsum("bgxm,bgmh->bgxh", probs.reshape(B, G, R * S, -1), value)
-    return mixed.reshape(B, G, R, S, H)
-
-
-def cached_attention(
-    query: Float[Array, "B S N H"],
-    read: Callable[[Array], tuple[Array, Array]],
-    positions: Int[Array, "B S"],
-    chunks: Int[Array, ""] | int,
-) -> Float[Array, "B S N H"]:
-    """Attention of S new queries over the first chunks of a cache, whose slot j holds position j.
-
-    read(i) -> keys [B, G, H, C] and values [B, G, C, H] of chunk i; a query sees the slots up to
-    its position. The softmax is accumulated chunk by chunk (Milakov and Gimelshein, arXiv
-    1805.02867), so the work follows what is written and not the cache's size, and a chunk that a
-    row does not see leaves its result as it is, bit for bit. Scores, softmax and sums are float32.
-    """
-    B, S, N, H = query.shape
-    shapes = jax.eval_shape(read, jnp.int32(0))
-    G, C = shapes[1].shape[1:3]
-    queries = query.reshape(B, S, G, N // G, H).transpose(0, 2, 3, 1, 4)  # [B,G,R,S,H]
-    folded = queries.reshape(B, G, -1, H)  # the R heads beside the queries, as in attend
-
-    def add(index: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        highest, total, mixed = sums
-        key, value = (x.astype(query.dtype) for x in read(index))
-        scores = jnp.einsum("bgxh,bghc->bgxc", folded, key, preferred_element_type=jnp.float32)
-        visible = index * C + jnp.arange(C) <= positions[..., None]
-        scores = scores.reshape(B, G, -1, S, C) * (1.0 / math.sqrt(H))
-        scores = jnp.where(visible[:, None, None], scores, MASKED).reshape(B, G, -1, C)
-        peak = jnp.maximum(highest, scores.max(axis=-1, keepdims=True))
-        scale, probs = jnp.exp(highest - peak), jnp.exp(scores - peak)
-        more = jnp.einsum(
-            "bgxc,bgch->bgxh", probs.astype(value.dtype), value, preferred_element_type=jnp.float32
-        )
-        total = total * scale + probs.sum(axis=-1, keepdims=True)
-        return peak, total, mixed * scale + more
-
-    zeros = jnp.zeros((*folded.shape[:-1], 1), jnp.float32)
-    sums = (zeros + MASKED, zeros, jnp.zeros(folded.shape, jnp.float32))
-    _, total, mixed = jax.lax.fori_loop(0, chunks, add, sums)
-    mixed = (mixed / total).astype(query.dtype).reshape(B, G, -1, S, H)
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(B, S, N, H)
+def capped(x: Float[Array, "*N"], softcap: float | None) -> Float[Array, "*N"]:
+    """softcap · tanh(x / softcap), or x where there is none."""
+    return x if softcap is None else softcap * jnp.tanh(x / softcap)
 
 
 class Attention(nnx.Module):
-    """Projections, optional per-head q/k norms and rotary positions around grouped attention."""
+    """Projections, optional q/k norms and rotary positions around grouped attention."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         D, N, G, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         common = {"std": config.initializer_range, "rngs": rngs, "lora": config.lora}
         linear = functools.partial(Linear, **common)
-        inward = functools.partial(linear, bias=config.qkv_bias)
-        q_axes, kv_axes = ("embed", "heads"), ("embed", "kv_heads")
-        self.q_proj = inward((D, N * H), q_axes, "self_attn.q_proj", "attn_q", rope_heads=N)
-        self.k_proj = inward((D, G * H), kv_axes, "self_attn.k_proj", "attn_k", rope_heads=G)
-        self.v_proj = inward((D, G * H), kv_axes, "self_attn.v_proj", "attn_v")
+
+        def inward(name: str, gguf: str, axis: str, heads: int, first: int, **more: Any) -> Linear:
+            name, rows = f"self_attn.{name}_proj", None
+            names = (name, gguf)
+            if config.fused:
+                names, rows = ("self_attn.qkv_proj", "attn_qkv"), (first * H, (N + 2 * G) * H)
+            more |= {"bias": config.qkv_bias, "rows": rows, "name": name}
+            return linear((D, heads * H), ("embed", axis), *names, **more)
+
+        self.q_proj = inward("q", "attn_q", "heads", N, 0, rope_heads=N)
+        self.k_proj = inward("k", "attn_k", "kv_heads", G, N, rope_heads=G)
+        self.v_proj = inward("v", "attn_v", "kv_heads", G, N + G)
         self.o_proj = linear(
             (N * H, D), ("heads", "embed"), "self_attn.o_proj", "attn_output", bias=config.o_bias
         )
         if config.qk_norm:
-            eps = config.rms_norm_eps
-            self.q_norm = RMSNorm(H, "self_attn.q_norm", "attn_q_norm", eps=eps)
-            self.k_norm = RMSNorm(H, "self_attn.k_norm", "attn_k_norm", eps=eps)
+            q_width, k_width = (H, H) if config.qk_norm == "head" else (N * H, G * H)
+            self.q_norm = _norm(config, q_width, "self_attn.q_norm", "attn_q_norm")
+            self.k_norm = _norm(config, k_width, "self_attn.k_norm", "attn_k_norm")
         self.qk_norm = config.qk_norm
         self.head_dim = H
 
     def project(
         self,
         x: Float[Array, "B T D"],
-        rope: tuple[Float[Array, "B T P"], Float[Array, "B T P"]],
+        rope: tuple[Float[Array, "B T P"], Float[Array, "B T P"]] | None,
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T G H"], Float[Array, "B T G H"]]:
-        """Query, key (both rotated) and value heads."""
+        """Query, key (both rotated, unless rope is None) and value heads."""
         B, T, _ = x.shape
-        query = self.q_proj(x).reshape(B, T, -1, self.head_dim)
-        key = self.k_proj(x).reshape(B, T, -1, self.head_dim)
-        value = self.v_proj(x).reshape(B, T, -1, self.head_dim)
-        if self.qk_norm:
+        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.qk_norm == "projection":
             query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = (y.reshape(B, T, -1, self.head_dim) for y in (query, key, value))
+        if self.qk_norm == "head":
+            query, key = self.q_norm(query), self.k_norm(key)
+        if rope is None:
+            return query, key, value
         return apply_rope(query, *rope), apply_rope(key, *rope), value
 
     def output(self, mixed: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
@@ -313,45 +322,62 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """down(silu(gate(x)) · up(x))."""
+    """down(activation(gate(x)) · up(x))."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         D, F = config.hidden_size, config.intermediate_size
         common = {"std": config.initializer_range, "rngs": rngs, "lora": config.lora}
-        linear = functools.partial(Linear, **common)
-        self.gate_proj = linear((D, F), ("embed", "mlp"), "mlp.gate_proj", "ffn_gate")
-        self.up_proj = linear((D, F), ("embed", "mlp"), "mlp.up_proj", "ffn_up")
+        linear = functools.partial(Linear, **common, bias=config.mlp_bias)
+
+        def inward(name: str, gguf: str, first: int) -> Linear:
+            name, rows = f"mlp.{name}_proj", None
+            names = (name, gguf)
+            if config.fused:
+                names, rows = ("mlp.gate_up_proj", "ffn_up"), (first, 2 * F)
+            return linear((D, F), ("embed", "mlp"), *names, rows=rows, name=name)
+
+        self.gate_proj = inward("gate", "ffn_gate", 0)
+        self.up_proj = inward("up", "ffn_up", F)
         self.down_proj = linear((F, D), ("mlp", "embed"), "mlp.down_proj", "ffn_down")
+        self.activation = config.activation
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nnx.Module):
-    """One pre-norm decoder layer, in two halves: before attention and after it.
+    """One decoder layer, in two halves: before attention and after it.
 
     Names in files are those within the layer.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        norm = functools.partial(RMSNorm, config.hidden_size, eps=config.rms_norm_eps)
-        self.input_layernorm = norm("input_layernorm", "attn_norm")
         self.self_attn = Attention(config, rngs=rngs)
-        self.post_attention_layernorm = norm("post_attention_layernorm", "ffn_norm")
         self.mlp = MLP(config, rngs=rngs)
+        for name, gguf in NORMS[config.norms].values():
+            setattr(self, name, _norm(config, config.hidden_size, name, gguf))
+        self.norms = config.norms
+        self.residual_scale = config.residual_scale
+
+    def _norm(self, place: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        name, _ = NORMS[self.norms].get(place, (None, None))
+        return x if name is None else getattr(self, name)(x)
+
+    def _add(self, x: Float[Array, "B T D"], more: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return x + more if self.residual_scale == 1 else x + more * self.residual_scale
 
     def project(
         self,
         x: Float[Array, "B T D"],
-        rope: tuple[Float[Array, "B T P"], Float[Array, "B T P"]],
+        rope: tuple[Float[Array, "B T P"], Float[Array, "B T P"]] | None,
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T G H"], Float[Array, "B T G H"]]:
-        return self.self_attn.project(self.input_layernorm(x), rope)
+        return self.self_attn.project(self._norm("before attention", x), rope)
 
     def finish(
         self, x: Float[Array, "B T D"], mixed: Float[Array, "B T N H"]
     ) -> Float[Array, "B T D"]:
-        x = x + self.self_attn.output(mixed)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = self._add(x, self._norm("after attention", self.self_attn.output(mixed)))
+        return self._add(x, self._norm("after mlp", self.mlp(self._norm("before mlp", x))))
 
 
 class Decoder(nnx.Module):
@@ -359,8 +385,12 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.embed_tokens = Embedding(config, "model.embed_tokens", "token_embd", rngs=rngs)
-        self.norm = RMSNorm(
-            config.hidden_size, "model.norm", "output_norm", eps=config.rms_norm_eps
-        )
+        self.norm = _norm(config, config.hidden_size, "model.norm", "output_norm")
         if not config.tie_word_embeddings:
             self.lm_head = Embedding(config, "lm_head", "output", rngs=rngs)
+        self.logits_scale = config.logits_scale
+
+    def final(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The normed hidden states, divided by logits_scale so that the head's logits are."""
+        x = self.norm(x)
+        return x if self.logits_scale == 1 else x / self.logits_scale

@@ -34,9 +34,20 @@ class Slot:
     shape: tuple[int, ...]  # as the file has it
     transposed: bool
     rope_heads: int
+    rows: tuple[int, int] | None = None  # (first, all) of a file's tensor that holds several slots
+
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        """Of the file's whole tensor."""
+        return self.shape if self.rows is None else (self.rows[1], *self.shape[1:])
+
+    def within(self, part: Part) -> Part:
+        """A part of the slot as a part of the file's tensor."""
+        first = 0 if self.rows is None else self.rows[0]
+        return (slice(part[0].start + first, part[0].stop + first), *part[1:])
 
     def num_bytes(self, dtype: DTypeLike) -> int:
-        """Bytes of the tensor in a file."""
+        """Bytes of the slot in a file."""
         return math.prod(self.shape) * jnp.dtype(dtype).itemsize
 
 
@@ -55,7 +66,8 @@ def slots(config: ModelConfig, form: Literal["hf", "gguf"]) -> list[Slot]:
         shape = shape[::-1] if one.transposed else shape
         for layer in range(config.num_layers) if stacked else (None,):
             name = getattr(one, form).format(layer=layer)
-            found.append(Slot(name, path, layer, shape, one.transposed, one.rope_heads))
+            more = (one.transposed, one.rope_heads, one.rows)
+            found.append(Slot(name, path, layer, shape, *more))
     return found
 
 
@@ -69,8 +81,8 @@ def assemble(
 ) -> Params:
     """Params read tensor by tensor, each device's piece straight from the file.
 
-    read gives a part of a tensor in the file's layout. The host holds one piece of one leaf at a
-    time, and a process reads no byte that only other processes need.
+    read gives a part of a file's tensor in the file's layout. The host holds one piece of one leaf
+    at a time, and a process reads no byte that only other processes need.
     """
     targets = flatten(shardings) if shardings is not None else {}
     by_path: dict[str, list[Slot]] = {}
@@ -83,7 +95,7 @@ def assemble(
         part = index[1:] if stacked else index
         host = np.empty([at.stop - at.start for at in index], jnp.dtype(dtype))
         for place, slot in enumerate(layers[index[0]] if stacked else layers):
-            tensor = read(slot, part[::-1] if slot.transposed else part)
+            tensor = read(slot, slot.within(part[::-1] if slot.transposed else part))
             check_finite(slot.name, tensor)
             host[place if stacked else ...] = tensor.T if slot.transposed else tensor
         return host

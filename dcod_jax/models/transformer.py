@@ -22,9 +22,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dcod_jax.errors import DcodError
-from dcod_jax.models import attention, layers
+from dcod_jax.models import attention, layer_kinds, layers
 from dcod_jax.models.config import ModelConfig
+from dcod_jax.models.layer_kinds import LayerKind
 from dcod_jax.models.layers import Declaration
+from dcod_jax.models.rope import Rope
 from dcod_jax.parallel import collectives
 from dcod_jax.parallel import mesh as meshes
 from dcod_jax.parallel.collectives import WeightDtypes
@@ -113,9 +115,10 @@ def num_params(config: ModelConfig) -> int:
 def flops_per_row(config: ModelConfig, seq_len: int, head_tokens: int) -> float:
     """Floating point operations of training on one row: 3 x forward, frozen matrices 2 x.
 
-    Per token forward: 2 per matmul parameter of the layers, and 4 * N * H * (seq_len + 1) / 2 per
-    layer for causal attention scores and their weighted sum. The head is counted at the
-    head_tokens positions that it is compiled for. Recomputation (remat) is not counted.
+    Per token forward: 2 per matmul parameter of the layers, and 4 * N * H per visible position and
+    layer, (seq_len + 1) / 2 of them on average, for causal attention scores and their weighted sum;
+    fewer with a window. The head is counted at the head_tokens positions that it is compiled for.
+    Recomputation (remat) is not counted.
     """
     frozen = config.lora is not None  # then a matrix without adapter has no gradient of its own
     matmul = sum(
@@ -123,7 +126,11 @@ def flops_per_row(config: ModelConfig, seq_len: int, head_tokens: int) -> float:
         for path, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(config)["layers"])
         if leaf.ndim == 3
     )
-    attention = config.num_layers * 4 * config.num_heads * config.head_dim * (seq_len + 1) / 2
+    seen = 0.0  # positions that a token sees, over all layers
+    for kind in config.kinds:
+        window = min(kind.window or seq_len, seq_len)
+        seen += window - window * (window - 1) / (2 * seq_len)
+    attention = 4 * config.num_heads * config.head_dim * seen
     head = 2 * config.vocab_size * config.hidden_size
     head *= 2 if frozen else 3
     return 1.0 * seq_len * (2 * matmul + 3 * attention) + head_tokens * head
@@ -200,6 +207,7 @@ def embed(
     params: Params,
     tokens: Array,
     *,
+    scale: float = 1.0,
     compute_dtype: DTypeLike,
     mesh: Mesh | None,
     length: str | None = None,
@@ -211,9 +219,61 @@ def embed(
     tokens = meshes.constrain(tokens, mesh, "replica", None)
     x = jnp.take(params["embed_tokens"]["embedding"], tokens, axis=0, mode="clip")
     x = meshes.constrain(x, mesh, "replica", None, "embed").astype(compute_dtype)
+    if scale != 1:
+        x = x * scale  # rounded to compute_dtype first, as HF does
     # One mesh axis after the other: at once the partitioner makes x whole on every device.
     x = meshes.constrain(x, mesh, "replica", length, "embed")
     return meshes.constrain(x, mesh, "batch", length, None)
+
+
+def scan_groups(
+    config: ModelConfig,
+    block: Callable[[LayerKind, Any, Any], Any],
+    carry: Any,
+    layers: Any,
+) -> Any:
+    """carry = block(kind, carry, layer) for every layer; layers are stacked on axis 0."""
+    groups = layer_kinds.groups(config.kinds)
+
+    def of_group(x: Array, start: int, periods: int, size: int) -> Array:
+        x = x if len(groups) == 1 else x[start : start + size * periods]
+        return x if size == 1 else x.reshape(periods, size, *x.shape[1:])
+
+    start = 0
+    for kinds, periods in groups:
+        sizes = {"start": start, "periods": periods, "size": len(kinds)}
+        group = jax.tree.map(functools.partial(of_group, **sizes), layers)
+
+        def period(carry: Any, layer: Any, kinds: tuple[LayerKind, ...] = kinds) -> Any:
+            if len(kinds) == 1:
+                return block(kinds[0], carry, layer), None
+            for index, kind in enumerate(kinds):
+                carry = block(kind, carry, jax.tree.map(lambda x, i=index: x[i], layer))
+            return carry, None
+
+        carry, _ = jax.lax.scan(period, carry, group)
+        start += len(kinds) * periods
+    return carry
+
+
+def rope_tables(
+    config: ModelConfig, positions: Array, segment_ids: Array | None = None
+) -> dict[Rope | None, tuple[Array, Array] | None]:
+    """Each rope of the model -> its tables for these positions [B, T]; no rope -> None.
+
+    segment_ids tell which texts are longer than a longrope's switch; None: none is.
+    """
+    tables: dict[Rope | None, tuple[Array, Array] | None] = {None: None}
+    for kind in config.layer_kinds:
+        rope, beyond = kind.rope, None
+        if rope is None or rope in tables:
+            continue
+        if rope.switches_at is not None and segment_ids is not None:
+            last = functools.partial(jax.ops.segment_max, num_segments=positions.shape[1] + 1)
+            ends = jax.vmap(last)(positions, segment_ids)  # by segment
+            beyond = jnp.take_along_axis(ends, segment_ids, axis=1) >= rope.switches_at
+        tables[rope] = layers.rope_tables(rope, config.head_dim, positions, beyond=beyond)
+    return tables
 
 
 def hidden_states(
@@ -230,7 +290,8 @@ def hidden_states(
     kernel: str = "auto",
     placed: bool = True,
 ) -> Float[Array, "B T D"]:
-    """Final normed hidden states, in compute_dtype; attention is causal within a segment.
+    """Final normed hidden states (over logits_scale), in compute_dtype; attention is causal within
+    a segment.
 
     kernel: of attention.KINDS. placed: whether devices exchange weights and sums of gradients by
     collectives placed by hand, or as the partitioner does it.
@@ -252,21 +313,32 @@ def hidden_states(
     tokens, segment_ids, positions = (attention.to_pieces(x, mesh, kind=kernel) for x in inputs)
     decoder_graph, block_graph = graphs(config)
     layer_axes = logical_axes(config)["layers"]
-    rope = layers.rope_tables(config, positions)
+    ropes = rope_tables(config, positions, segment_ids)
     dtypes = WeightDtypes(jnp.dtype(compute_dtype), jnp.dtype(gradient_dtype or compute_dtype))
     run = functools.partial(_with_weights, dtypes=dtypes, mesh=mesh, placed=placed)
 
-    def block(x: Array, layer: Params) -> tuple[Array, None]:
+    def block(kind: LayerKind, x: Array, layer: Params) -> Array:
         x = checkpoint_name(x, BLOCK_INPUT)
+        rope = ropes[kind.rope] or ()
         query, key, value = run(
-            lambda layer, x, *rope: nnx.merge(block_graph, layer).project(x, rope),
+            lambda layer, x, *rope: nnx.merge(block_graph, layer).project(x, rope or None),
             layer,
             layer_axes,
             ("q_proj", "k_proj", "v_proj"),
             tuple((_TOKENS, value) for value in (x, *rope)),
             (_HEADS, _KV_HEADS, _KV_HEADS),
         )
-        mixed = attention.attention(query, key, value, segment_ids, mesh=mesh, kind=kernel)
+        mixed = attention.attention(
+            query,
+            key,
+            value,
+            segment_ids,
+            scale=config.score_scale,
+            softcap=config.attention_softcap,
+            window=kind.window,
+            mesh=mesh,
+            kind=kernel,
+        )
         x = run(
             lambda layer, x, mixed: nnx.merge(block_graph, layer).finish(x, mixed),
             layer,
@@ -275,15 +347,17 @@ def hidden_states(
             ((_TOKENS, x), (_HEADS, mixed)),
             _TOKENS,
         )
-        return meshes.constrain(x, mesh, "batch", "length", None), None
+        return meshes.constrain(x, mesh, "batch", "length", None)
 
     if remat != "none":
         # Inside a scan nothing can be merged across the two passes: prevent_cse only costs.
-        block = jax.checkpoint(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    x = embed(params, tokens, compute_dtype=compute_dtype, mesh=mesh, length="length")
-    x, _ = jax.lax.scan(block, x, params["layers"])
+        policy = REMAT_POLICIES[remat]
+        block = jax.checkpoint(block, policy=policy, prevent_cse=False, static_argnums=(0,))
+    where = {"mesh": mesh, "length": "length"}
+    x = embed(params, tokens, scale=config.embedding_scale, compute_dtype=compute_dtype, **where)
+    x = scan_groups(config, block, x, params["layers"])
     outer = {name: value for name, value in params.items() if name != "layers"}
-    return attention.from_pieces(nnx.merge(decoder_graph, outer).norm(x), mesh, length)
+    return attention.from_pieces(nnx.merge(decoder_graph, outer).final(x), mesh, length)
 
 
 def head_weight(config: ModelConfig, params: Params) -> Float[Array, "V D"]:
@@ -313,4 +387,5 @@ def logits(
         mesh=mesh,
     )
     weight = head_weight(config, params).astype(compute_dtype)
-    return jnp.einsum("btd,vd->btv", hidden, weight, preferred_element_type=jnp.float32)
+    products = jnp.einsum("btd,vd->btv", hidden, weight, preferred_element_type=jnp.float32)
+    return layers.capped(products, config.final_softcap)

@@ -26,7 +26,7 @@ from dcod_jax.models.cached import (
     transpose_kernels,
 )
 from dcod_jax.models.config import ModelConfig
-from dcod_jax.models.layers import transposed_matmul
+from dcod_jax.models.layers import capped, transposed_matmul
 from dcod_jax.models.transformer import head_weight, logical_axes
 from dcod_jax.parallel.mesh import constrain, is_names, parts, platform
 from dcod_jax.sample.sampling import Settings, choose
@@ -176,6 +176,7 @@ def _draw(
         logits = transposed_matmul(hidden, head)
     else:
         logits = jnp.einsum("bd,vd->bv", hidden, head, preferred_element_type=jnp.float32)
+    logits = capped(logits, form.config.final_softcap)
     keys = jax.vmap(
         lambda name, step: jax.random.fold_in(jax.random.fold_in(request.key, name), step)
     )(names, steps)

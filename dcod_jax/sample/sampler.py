@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from dcod_jax.errors import DcodError
+from dcod_jax.models.cached import check_length
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import batch_shards, put, sharding
 from dcod_jax.sample import decoding
@@ -186,6 +187,7 @@ class _Batch:
         self.group = max(rows // ROWS_PER_PREFILL, 1)
         self.group += -self.group % pieces
         self.chunk = decoding.prefill_chunk(longest)
+        check_length(self.form.config, longest + max_new_tokens)
         self.slots = bucket_length(longest + max_new_tokens, SLOTS_STEP)
         self.rows = decoding.empty_rows(
             jax.tree.leaves(self.params)[0],

@@ -208,7 +208,7 @@ def score_step(
         mesh=mesh,
         kernel=settings.kernel,
     )
-    head = VocabHead(settings.head_chunk, settings.valid_vocab, mesh)
+    head = VocabHead(settings.head_chunk, settings.valid_vocab, mesh, softcap=config.final_softcap)
 
     def statistics(logits: Array, targets: Array, aux: Any, shared: Any) -> tuple[Array, ...]:
         logits = head.masked(logits)

@@ -114,8 +114,8 @@ def make_forward(
 ) -> Forward:
     """The forward pass that a configuration asks for; remat replaces student.remat."""
     placed = config.train.gradient_sums == "placed"
-    head = VocabHead(config.loss.head_chunk, valid_vocab, mesh, placed)
-    loss = DistillLoss(loss_config(config), head)
+    head = VocabHead(config.loss.head_chunk, valid_vocab, mesh, placed, model.final_softcap)
+    loss = DistillLoss(loss_config(config), head, teacher and teacher.config.final_softcap)
     return Forward(
         model,
         loss,

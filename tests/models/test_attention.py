@@ -15,6 +15,8 @@ import pytest
 
 from dcod_jax.errors import DcodError
 from dcod_jax.models import attention, transformer
+from dcod_jax.models.layer_kinds import LayerKind
+from dcod_jax.models.rope import Rope
 from dcod_jax.parallel import mesh as meshes
 from tests.train.test_train_step import MODEL
 
@@ -36,8 +38,12 @@ def example(length: int):
 
 
 @functools.cache
-def written_out(length: int, window: int | None):
+def written_out(length: int, window: int | None, softcap: float | None = None):
     """(result, gradients of query, key and value) in float64, one head and one row at a time."""
+    cap, slope = (lambda x: x), (lambda x: 1.0)
+    if softcap is not None:
+        cap = lambda x: softcap * np.tanh(x / softcap)  # noqa: E731
+        slope = lambda x: 1 - np.tanh(x / softcap) ** 2  # noqa: E731
     query, key, value, cotangent, segments = example(length)
     query, key, value, cotangent = (np.float64(x) for x in (query, key, value, cotangent))
     result, dquery, dkey, dvalue = (np.zeros_like(x) for x in (query, query, key, value))
@@ -50,19 +56,21 @@ def written_out(length: int, window: int | None):
         for head in range(N):
             group = head // (N // G)
             q, k, v = query[row, :, head], key[row, :, group], value[row, :, group]
-            scores = np.where(visible, q @ k.T / np.sqrt(H), -np.inf)
+            products = q @ k.T / np.sqrt(H)
+            scores = np.where(visible, cap(products), -np.inf)
             probs = np.exp(scores - scores.max(-1, keepdims=True))
             probs /= probs.sum(-1, keepdims=True)
             result[row, :, head] = probs @ v
             dprobs = cotangent[row, :, head] @ v.T
             dscores = probs * (dprobs - (dprobs * probs).sum(-1, keepdims=True)) / np.sqrt(H)
+            dscores = dscores * slope(products)
             dquery[row, :, head] = dscores @ k
             dkey[row, :, group] += dscores.T @ q
             dvalue[row, :, group] += probs.T @ cotangent[row, :, head]
     return result, dquery, dkey, dvalue
 
 
-def computed(length: int, window: int | None, *, kind: str, mesh=None):
+def computed(length: int, window: int | None, *, kind: str, softcap=None, mesh=None):
     *arrays, cotangent, segments = example(length)
     pieces = meshes.parts(mesh, "length")
 
@@ -72,7 +80,7 @@ def computed(length: int, window: int | None, *, kind: str, mesh=None):
             into = functools.partial(attention._shuffle, pieces=pieces)
             if pieces == 1:
                 into = jnp.asarray
-            options = {"window": window, "mesh": mesh, "kind": kind}
+            options = {"window": window, "softcap": softcap, "mesh": mesh, "kind": kind}
             mixed = attention.attention(*map(into, heads), into(jnp.asarray(segments)), **options)
             return mixed if pieces == 1 else attention._natural(mixed, pieces)
 
@@ -83,26 +91,32 @@ def computed(length: int, window: int | None, *, kind: str, mesh=None):
 
 
 @pytest.mark.parametrize(
-    ("kind", "window"), [("splash", 37), ("scanned", 37), ("blocked", 37), ("blocked", None)]
+    ("kind", "window", "softcap"),
+    [
+        ("splash", 37, 2.0),
+        ("scanned", 37, 2.0),
+        ("blocked", 37, 2.0),
+        ("blocked", None, None),
+    ],
 )
-def test_every_kernel_is_the_written_out_one(kind, window):
-    got = computed(300, window, kind=kind)  # 300: the TPU kernel pads to its tiles
-    for a, b in zip(got, written_out(300, window), strict=True):
+def test_every_kernel_is_the_written_out_one(kind, window, softcap):
+    got = computed(300, window, kind=kind, softcap=softcap)  # the TPU kernel pads to its tiles
+    for a, b in zip(got, written_out(300, window, softcap), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=3e-6 * np.abs(b).max())
 
 
 @pytest.mark.parametrize(
-    ("kind", "window", "sizes"),
+    ("kind", "window", "softcap", "sizes"),
     [
-        ("splash", None, {"data": 2, "context": 2, "tensor": 2}),
-        ("splash", 150, {"data": 1, "context": 2, "fsdp": 2, "tensor": 2}),
-        ("blocked", 37, {"data": 1, "context": 4, "tensor": 2}),
-        ("scanned", None, {"slices": 2, "context": 4, "tensor": 1}),
+        ("splash", None, None, {"data": 2, "context": 2, "tensor": 2}),
+        ("splash", 150, 2.0, {"data": 1, "context": 2, "fsdp": 2, "tensor": 2}),
+        ("blocked", 37, 2.0, {"data": 1, "context": 4, "tensor": 2}),
+        ("scanned", None, None, {"slices": 2, "context": 4, "tensor": 1}),
     ],
 )
-def test_split_over_a_mesh_it_is_the_written_out_one(kind, window, sizes):
-    got = computed(512, window, kind=kind, mesh=meshes.make_mesh(**sizes))
-    for a, b in zip(got, written_out(512, window), strict=True):
+def test_split_over_a_mesh_it_is_the_written_out_one(kind, window, softcap, sizes):
+    got = computed(512, window, kind=kind, softcap=softcap, mesh=meshes.make_mesh(**sizes))
+    for a, b in zip(got, written_out(512, window, softcap), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=3e-6 * np.abs(b).max())
 
 
@@ -143,11 +157,12 @@ def test_a_length_that_cannot_be_split_is_refused_with_the_arithmetic():
 
 
 def test_hidden_states_of_any_length_come_back_whole_and_in_order():
-    """21 positions over 4 pieces: padded to 24, shuffled, and put back."""
+    """21 positions over 4 pieces: padded to 24, shuffled, and put back; with window and cap."""
     tokens = jax.random.randint(jax.random.key(1), (2, 21), 0, 61)
     mesh = meshes.make_mesh(2, context=4)
 
-    model = dataclasses.replace(MODEL, num_layers=1)
+    kinds = (LayerKind(5, Rope(10000.0)), LayerKind(None, None))
+    model = dataclasses.replace(MODEL, num_layers=2, layer_kinds=kinds, attention_softcap=1.0)
 
     @jax.jit
     def both(tokens):

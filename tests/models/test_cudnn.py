@@ -63,7 +63,8 @@ def test_packed_rows_are_those_of_the_other_kernels(monkeypatch, segments, windo
             options = {"window": window}
             if kind == "cudnn":
                 other = functools.partial(attention.attention, kind="scanned", **options)
-                return cudnn.attention(*heads, jnp.asarray(ids), otherwise=other, **options)
+                options |= {"scale": 8**-0.5, "otherwise": other}
+                return cudnn.attention(*heads, jnp.asarray(ids), **options)
             return attention.attention(*heads, jnp.asarray(ids), kind=kind, **options)
 
         mixed, pull = jax.vjp(run, *map(jnp.asarray, heads[:3]))

@@ -24,7 +24,17 @@ LLAMA = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
 }
-QWEN2 = {**LLAMA, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+QWEN2, MISTRAL, GEMMA3, OLMO3, PHI3, SMOLLM3, GRANITE = (
+    {**LLAMA, "model_type": name, "architectures": [configs.FAMILIES[name].architecture]}
+    for name in ("qwen2", "mistral", "gemma3_text", "olmo3", "phi3", "smollm3", "granite")
+)
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.0, 2.0],
+    "long_factor": [1.0] * 4,
+    "original_max_position_embeddings": 64,
+}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -54,8 +64,8 @@ def test_old_and_new_rope_forms_agree():
     old = configs.from_hf({**LLAMA, "rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE})
     new = configs.from_hf({**LLAMA, "rope_parameters": {**LLAMA3_ROPE, "rope_theta": 5e5}})
     assert old == new
-    assert old.rope_theta == 5e5
-    assert old.rope_scaling == configs.RopeScaling(8.0, 1.0, 4.0, 64)
+    rope = old.layer_kinds[0].rope
+    assert (rope.theta, rope.kind, rope["factor"]) == (5e5, "llama3", 8.0)
 
 
 def test_defaults_are_those_of_transformers():
@@ -77,23 +87,22 @@ def test_defaults_are_those_of_transformers():
 @pytest.mark.parametrize(
     ("raw", "change", "named"),
     [
-        (LLAMA, {"model_type": "mistral"}, "model_type='mistral'"),
         (LLAMA, {"model_type": "mixtral"}, "model_type='mixtral'"),
-        (LLAMA, {"model_type": "gemma2"}, "model_type='gemma2'"),
+        (LLAMA, {"model_type": "gemma3n_text"}, "model_type='gemma3n_text'"),
         (LLAMA, {"model_type": None}, "model_type=None"),
         (LLAMA, {"architectures": ["LlamaForSequenceClassification"]}, "SequenceClassification"),
         (LLAMA, {"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        (LLAMA, {"mlp_bias": True}, "mlp_bias=True"),
+        (LLAMA, {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
         (LLAMA, {"pretraining_tp": 2}, "pretraining_tp=2"),
         (LLAMA, {"attention_dropout": 0.1}, "attention_dropout=0.1"),
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         (LLAMA, {"rope_interleaved": True}, "rope_interleaved=True"),
         (LLAMA, {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         (LLAMA, {"num_local_experts": 8}, "num_local_experts=8"),
-        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
         (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
-        (QWEN2, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
-        (LLAMA, {"rope_parameters": {"rope_type": "longrope"}}, "rope_type='longrope'"),
+        (QWEN2, {"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "rope_scaling.factor=0.5"),
+        (LLAMA, {"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.short_factor is"),
+        (LLAMA, {"rope_parameters": LONGROPE}, "rope_parameters.short_factor has 3 factors"),
         (
             LLAMA,
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
@@ -110,15 +119,33 @@ def test_defaults_are_those_of_transformers():
             "rope_scaling.low_freq_factor is missing",
         ),
         (
-            QWEN2,
-            {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
-            "use_sliding_window=True",
-        ),
-        (
-            QWEN2,
+            {**QWEN2, "sliding_window": 64},
             {"layer_types": ["full_attention", "sliding_attention"]},
             "layer_types='sliding_attention'",
         ),
+        (LLAMA, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types='sliding"),
+        (LLAMA, {"layer_types": ["full_attention"]}, "layer_types has 1 entries"),
+        (LLAMA, {"no_rope_layers": [1, 0]}, "no_rope_layers=[1, 0]"),
+        (SMOLLM3, {"no_rope_layers": [1]}, "no_rope_layers has 1 entries for 2 layers"),
+        (SMOLLM3, {"no_rope_layer_interval": 0}, "no_rope_layer_interval=0"),
+        (SMOLLM3, {"layer_types": ["full_attention", "chunked"]}, "layer_types='chunked'"),
+        (MISTRAL, {"sliding_window": 0}, "sliding_window=0"),
+        (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
+        (GEMMA3, {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0"),
+        (GEMMA3, {"hidden_activation": "relu"}, "hidden_activation='relu'"),
+        (GEMMA3, {"sliding_window_pattern": None}, "sliding_window_pattern is missing"),
+        (GEMMA3, {"rope_local_base_freq": 0}, "rope_local_base_freq=0"),
+        (GEMMA3, {"rope_parameters": {"rope_type": "default"}}, "rope_parameters="),
+        (GEMMA3, {"final_logit_softcapping": 0}, "final_logit_softcapping=0"),
+        (OLMO3, {"rope_theta": 1e6}, "rope_theta=1000000.0"),
+        (OLMO3, {"rope_scaling": {**YARN, "truncate": False}}, "truncate=False"),
+        (PHI3, {"rope_scaling": YARN}, "short_factor is missing"),  # its old name of longrope
+        (PHI3, {"partial_rotary_factor": 0.4}, "is 3 dimensions"),
+        (PHI3, {"partial_rotary_factor": 0}, "partial_rotary_factor=0"),
+        (PHI3, {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+        (PHI3, {"resid_pdrop": 0.1}, "resid_pdrop=0.1"),
+        (GRANITE, {"logits_scaling": 0}, "logits_scaling=0"),
+        (GRANITE, {"residual_multiplier": None}, "residual_multiplier is missing"),
         (LLAMA, {"vocab_size": None}, "vocab_size is missing"),
         (LLAMA, {"hidden_size": -32}, "hidden_size=-32"),
         (LLAMA, {"intermediate_size": "48"}, "intermediate_size='48'"),
@@ -150,6 +177,8 @@ NONSENSE = {
     "rope_theta": [0, 0.5, None, *_NUMBERS],
     "tie_word_embeddings": ["false", 0, 1, None, "true", []],
     "attention_bias": ["false", 0, 1],
+    "mlp_bias": ["false", 0, 1],
+    "no_rope_layers": [[2], "1", [True], [None]],
     "bos_token_id": [4_000_000_000, 1.0, [1], *_NUMBERS],
     "eos_token_id": [-3, "x", 4_000_000_000, [2, -1], [[2]], [None], {}, True, 1.5],
     "pad_token_id": _NUMBERS,

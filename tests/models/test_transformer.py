@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import jax
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 
 from dcod_jax.errors import DcodError
-from dcod_jax.models import cached, layers, transformer
+from dcod_jax.models import attention, cached, layers, transformer
 from dcod_jax.models import config as configs
+from dcod_jax.models.layer_kinds import LayerKind, groups
+from dcod_jax.models.rope import Rope
 from dcod_jax.parallel import mesh as meshes
 
 
@@ -27,6 +30,16 @@ def _config(**changes):
         "initializer_range": 0.2,
     }
     return configs.from_hf({**raw, **changes})
+
+
+# Layers with and without a window by turns, capped scores, scaled embedding, four norms.
+WINDOWED = {
+    "model_type": "gemma2",
+    "head_dim": 8,
+    "sliding_window": 20,
+    "attn_logit_softcapping": 2.0,
+    "num_hidden_layers": 3,
+}
 
 
 def _params(config, seed=0):
@@ -94,9 +107,10 @@ def test_full_remat_keeps_little_more_than_each_layers_input():
     assert _temporary_bytes("none", 10) > deep + 10 * 10 * layer_input
 
 
-def test_program_does_not_grow_with_depth():
+@pytest.mark.parametrize("changes", [{}, WINDOWED])
+def test_program_does_not_grow_with_depth(changes):
     def size(num_layers):
-        config = _config(num_hidden_layers=num_layers)
+        config = _config(**{**changes, "num_hidden_layers": num_layers})
         shapes = transformer.param_shapes(config)
         tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32)
         gradient = jax.jit(jax.grad(_loss(config, remat="full")))
@@ -138,22 +152,30 @@ def test_a_query_that_may_see_nothing_is_finite():
     visible = jnp.zeros((1, 2, 5), bool)
 
     def loss(query, key, value):
-        return jnp.sum(layers.attend(query, key, value, visible) ** 2)
+        return jnp.sum(attention.attend(query, key, value, visible, scale=1.0) ** 2)
 
     assert jnp.isfinite(loss(query, key, value))
-    cached = layers.cached_attention(
-        query.reshape(1, 2, 4, 8), lambda index: (key.mT, value), jnp.full((1, 2), -1), jnp.int32(1)
-    )
-    assert jnp.isfinite(cached).all()
+    for window in (None, 3):
+        mixed = cached.cached_attention(
+            query.reshape(1, 2, 4, 8),
+            lambda index: (key.mT, value),
+            jnp.full((1, 2), -1),
+            (0, jnp.int32(1)),
+            scale=1.0,
+            window=window,
+        )
+        assert jnp.isfinite(mixed).all()
     for gradient in jax.grad(loss, argnums=(0, 1, 2))(query, key, value):
         assert jnp.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
-def test_eight_devices_equal_one(shape):
+@pytest.mark.parametrize(
+    ("shape", "changes"), [((1, 8, 1), {}), ((2, 2, 2), {**WINDOWED, "num_hidden_layers": 2})]
+)
+def test_eight_devices_equal_one(shape, changes):
     data, fsdp, tensor = shape
     mesh = meshes.make_mesh(data, fsdp, tensor=tensor)
-    config = _config()
+    config = _config(**changes)
     params, tokens = _params(config), _tokens(8, 16)
     expected = jax.jit(jax.value_and_grad(_loss(config, remat="full")))(params, tokens)
     shardings = meshes.tree_shardings(mesh, transformer.logical_axes(config))
@@ -203,7 +225,7 @@ def test_fsdp_scatters_each_layers_gradient_inside_the_loop():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rotary_positions_equal_their_formula_and_turn_gradients_back(dtype):
     x = jax.random.normal(jax.random.key(0), (2, 5, 3, 8)).astype(dtype)
-    rope = layers.rope_tables(_config(head_dim=8), jnp.arange(10).reshape(2, 5))
+    rope = layers.rope_tables(Rope(10000.0), 8, jnp.arange(10).reshape(2, 5))
 
     def formula(x, cos, sin):
         left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -240,7 +262,7 @@ def test_mesh_that_does_not_divide_is_refused(changes, key):
 @pytest.mark.parametrize(("split", "transposed"), [(False, False), (True, False), (True, True)])
 def test_cache_reads_only_what_was_written_and_is_not_ahead(monkeypatch, split, transposed, chunk):
     monkeypatch.setattr(cached, "CACHE_CHUNK", chunk)
-    config = _config()
+    config = _config(**(WINDOWED if chunk == 32 else {}))
     params, tokens = _params(config), _tokens(2, 75)
     positions = jnp.broadcast_to(jnp.arange(75), (2, 75))
     expected = transformer.hidden_states(config, params, tokens)
@@ -267,6 +289,27 @@ def test_cache_reads_only_what_was_written_and_is_not_ahead(monkeypatch, split, 
     assert len(cache.keys) == (config.num_layers if split else 1)
     assert all((np.asarray(keys[..., 75:]) == 50.0).all() for keys in cache.keys)
     assert all((np.asarray(v[..., 75:, :]) == 50.0).all() for v in cache.values)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sizes"),
+    [
+        ("F" * 28, [(1, 28)]),
+        ("SF" * 13, [(2, 13)]),
+        ("SSSSSF" * 4 + "SS", [(6, 4), (1, 2)]),
+        ("F" * 21 + "S" * 7, [(1, 21), (1, 7)]),
+        ("FFSFSFS", [(1, 1), (2, 3)]),
+        ("SFFSSFSFFF", None),
+    ],
+)
+def test_layers_are_scanned_in_groups_that_repeat(pattern, sizes):
+    kinds = tuple(LayerKind(8 if one == "S" else None, Rope(10000.0)) for one in pattern)
+    config = dataclasses.replace(_config(), num_layers=len(kinds), layer_kinds=kinds)
+    found = groups(config.kinds)
+    assert sum((kinds * periods for kinds, periods in found), ()) == kinds
+    assert sizes is None or [(len(kinds), periods) for kinds, periods in found] == sizes
+    with pytest.raises(DcodError, match="layer_kinds has 10 entries for num_layers=3"):
+        dataclasses.replace(config, num_layers=3, layer_kinds=kinds[:1] * 10)
 
 
 def test_a_cache_is_a_whole_number_of_chunks():

@@ -1,0 +1,364 @@
+"""The families: how each HF model_type sets the options of ModelConfig, and back.
+
+A family is one entry of FAMILIES; an option that comes from a key of config.json is one entry of
+KEYS. Parameters are declared in models/layers.py. An option that HF computes for a family and this
+model does not needs a check that refuses it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from dcod_jax.bounds import Bound, flag, number, optional, text, whole
+from dcod_jax.errors import DcodError
+
+Raw = dict[str, Any]
+FULL, SLIDING = "full_attention", "sliding_attention"
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """A key of config.json: what it may be, the options that it sets, and its value in return."""
+
+    bound: Bound
+    options: Callable[[Any], Raw]
+    value: Callable[[Any], Any]  # of a ModelConfig
+
+
+def _same(field: str, bound: Bound) -> Key:
+    """A key whose value is that of one option."""
+    convert = bool if bool in bound.types else lambda value: value
+    return Key(bound, lambda value: {field: convert(value)}, lambda config: getattr(config, field))
+
+
+def _scale(field: str) -> Key:
+    bound = number(1e-6, 1e6)
+    return Key(bound, lambda v: {field: float(v)}, lambda config: getattr(config, field))
+
+
+KEYS: dict[str, Key] = {
+    "attention_bias": Key(
+        optional(flag()),
+        lambda value: dict.fromkeys(("qkv_bias", "o_bias"), bool(value)),
+        lambda config: config.o_bias,
+    ),
+    "mlp_bias": _same("mlp_bias", optional(flag())),
+    "hidden_act": _same("activation", text(64)),
+    "hidden_activation": _same("activation", text(64)),
+    "attn_logit_softcapping": _same("attention_softcap", optional(number(1e-3, 1e6))),
+    "final_logit_softcapping": _same("final_softcap", optional(number(1e-3, 1e6))),
+    "query_pre_attn_scalar": Key(
+        whole(1, 2**24),
+        lambda value: {"attention_scale": value**-0.5},
+        lambda config: round(config.attention_scale**-2),
+    ),
+    "attention_multiplier": _scale("attention_scale"),
+    "embedding_multiplier": _scale("embedding_scale"),
+    "residual_multiplier": _scale("residual_scale"),
+    "logits_scaling": _scale("logits_scale"),
+}
+
+
+def _every_layer_full(raw: Raw) -> list[str]:
+    return [FULL] * raw["num_hidden_layers"]
+
+
+def every_layer_alike(raw: Raw) -> list[str]:
+    return [FULL if raw.get("sliding_window") is None else SLIDING] * raw["num_hidden_layers"]
+
+
+def _from_max_window_layers(raw: Raw) -> list[str]:
+    count = raw["num_hidden_layers"]
+    windowed = raw["use_sliding_window"] and raw["sliding_window"] is not None
+    first = (raw["max_window_layers"] or 0) if windowed else count
+    return [SLIDING if layer >= first else FULL for layer in range(count)]
+
+
+def _full_every(period: int, *, at: int) -> Callable[[Raw], list[str]]:
+    """Layer i is full where i % period == at."""
+    return lambda raw: [
+        FULL if layer % period == at else SLIDING for layer in range(raw["num_hidden_layers"])
+    ]
+
+
+def _gemma3(raw: Raw) -> list[str]:
+    period = raw["sliding_window_pattern"]
+    return _full_every(period, at=period - 1)(raw)
+
+
+def _smollm3(raw: Raw) -> list[str]:
+    windowed = raw["use_sliding_window"] and raw["sliding_window"] is not None
+    return [SLIDING if windowed and not rotates else FULL for rotates in rotated(raw)]
+
+
+def rotated(raw: Raw) -> list[bool]:
+    """Which layers have rotary positions (SmolLM3 leaves some without)."""
+    count, interval = raw["num_hidden_layers"], raw.get("no_rope_layer_interval")
+    if raw.get("no_rope_layers") is not None:
+        return [bool(rotates) for rotates in raw["no_rope_layers"][:count]]
+    return [interval is None or (layer + 1) % interval != 0 for layer in range(count)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How one HF model_type sets the options, and what HF assumes for keys a file leaves out."""
+
+    architecture: str
+    defaults: Raw
+    keys: tuple[str, ...] = ("hidden_act",)  # of KEYS: those that HF reads for it
+    options: Callable[[Raw], Raw] = lambda raw: {}  # those that follow from no key of KEYS
+    accepts: Raw = dataclasses.field(default_factory=dict)  # before config.ACCEPTED; None: all
+    types: Callable[[Raw], list[str]] = _every_layer_full  # where the file has no layer_types
+    reads_types: bool = False
+    two_ropes: bool = False  # windowed layers have a rope of their own
+    local_theta: str | None = None  # the key of its base in the form of transformers 4
+    phi3_rope: bool = False  # a part of the head may be rotated; longrope's length beside it
+    gguf: tuple[str, ...] = ()  # general.architecture of its GGUF files
+    gguf_interleaved: bool = False  # its GGUF files hold rotated rows as (pair, half) of a head
+
+
+_DEFAULTS: Raw = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 32768,
+}
+_LLAMA = {**_DEFAULTS, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2}
+_QWEN = {
+    **_DEFAULTS,
+    "num_key_value_heads": 32,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+_MISTRAL = {
+    **_LLAMA,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
+_GEMMA = {
+    **_DEFAULTS,
+    "hidden_act": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    "num_key_value_heads": 16,
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+_GEMMA2 = {
+    **_GEMMA,
+    "num_key_value_heads": 4,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+}
+_OLMO2 = {
+    **_LLAMA,
+    "rms_norm_eps": 1e-5,
+    "attention_bias": False,
+    "bos_token_id": None,
+    "eos_token_id": 50279,
+    "pad_token_id": 1,
+}
+_GEMMA2_KEYS = (
+    "attention_bias",
+    "hidden_activation",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "query_pre_attn_scalar",
+)
+
+
+def _gemma_options(raw: Raw) -> Raw:
+    return {"norm_offset": 1.0, "embedding_scale": raw["hidden_size"] ** 0.5}
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        architecture="LlamaForCausalLM",
+        defaults={**_LLAMA, "attention_bias": False, "mlp_bias": False},
+        keys=("attention_bias", "mlp_bias", "hidden_act"),
+        gguf=("llama",),
+        gguf_interleaved=True,
+    ),
+    "mistral": Family(
+        architecture="MistralForCausalLM", defaults=_MISTRAL, types=every_layer_alike
+    ),
+    "ministral": Family(
+        architecture="MinistralForCausalLM",
+        defaults=_MISTRAL,
+        types=every_layer_alike,
+        reads_types=True,
+    ),
+    "cwm": Family(
+        architecture="CwmForCausalLM",
+        defaults={
+            **_DEFAULTS,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 131072,
+            "rope_theta": 1e6,
+            "rope_parameters": {
+                "rope_theta": 1e6,
+                "factor": 16.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "mlp_bias": False,
+            "sliding_window": 8192,
+            "bos_token_id": 128000,
+            "eos_token_id": [128001, 128008, 128009],
+        },
+        keys=("mlp_bias", "hidden_act"),
+        types=_full_every(4, at=0),
+        reads_types=True,
+    ),
+    "qwen2": Family(
+        architecture="Qwen2ForCausalLM",
+        defaults=_QWEN,
+        options=lambda raw: {"qkv_bias": True},
+        types=_from_max_window_layers,
+        reads_types=True,
+        gguf=("qwen2",),
+    ),
+    "qwen3": Family(
+        architecture="Qwen3ForCausalLM",
+        defaults={**_QWEN, "attention_bias": False, "head_dim": 128},
+        keys=("attention_bias", "hidden_act"),
+        options=lambda raw: {"qk_norm": "head"},
+        types=_from_max_window_layers,
+        reads_types=True,
+        gguf=("qwen3",),
+    ),
+    "gemma": Family(
+        architecture="GemmaForCausalLM",
+        defaults=_GEMMA,
+        keys=("attention_bias",),
+        # Its first files say "gelu", and mean the form with tanh.
+        options=lambda raw: {**_gemma_options(raw), "activation": "gelu_pytorch_tanh"},
+        accepts={"hidden_act": ("gelu_pytorch_tanh", "gelu")},
+    ),
+    "gemma2": Family(
+        architecture="Gemma2ForCausalLM",
+        defaults=_GEMMA2,
+        keys=_GEMMA2_KEYS,
+        options=lambda raw: {**_gemma_options(raw), "norms": "both"},
+        types=_full_every(2, at=1),
+        reads_types=True,
+    ),
+    "vaultgemma": Family(
+        architecture="VaultGemmaForCausalLM",
+        defaults=_GEMMA2,
+        keys=_GEMMA2_KEYS,
+        options=lambda raw: {**_gemma_options(raw), "norms": "pre_feedforward"},
+        types=_full_every(2, at=1),
+        reads_types=True,
+    ),
+    "gemma3_text": Family(
+        architecture="Gemma3ForCausalLM",
+        defaults={
+            **_GEMMA2,
+            "max_position_embeddings": 131072,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 10000.0,
+            "sliding_window_pattern": 6,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+        },
+        keys=_GEMMA2_KEYS,
+        options=lambda raw: {**_gemma_options(raw), "norms": "both", "qk_norm": "head"},
+        # transformers' attention leaves this cap out, whatever the file says.
+        accepts={"attn_logit_softcapping": (None,)},
+        types=_gemma3,
+        reads_types=True,
+        two_ropes=True,
+        local_theta="rope_local_base_freq",
+    ),
+    "phi3": Family(
+        architecture="Phi3ForCausalLM",
+        defaults={
+            **_LLAMA,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "eos_token_id": 32000,
+            "pad_token_id": 32000,
+        },
+        options=lambda raw: {"fused": True},
+        types=every_layer_alike,
+        accepts={"partial_rotary_factor": None, "original_max_position_embeddings": None},
+        phi3_rope=True,
+    ),
+    "olmo2": Family(
+        architecture="Olmo2ForCausalLM",
+        defaults=_OLMO2,
+        keys=("attention_bias", "hidden_act"),
+        options=lambda raw: {"norms": "post", "qk_norm": "projection"},
+    ),
+    "olmo3": Family(
+        architecture="Olmo3ForCausalLM",
+        defaults={**_OLMO2, "rope_theta": 500000.0, "sliding_window": 4096},
+        keys=("attention_bias", "hidden_act"),
+        options=lambda raw: {"norms": "post", "qk_norm": "projection"},
+        types=_full_every(4, at=3),
+        reads_types=True,
+        two_ropes=True,
+    ),
+    "smollm3": Family(
+        architecture="SmolLM3ForCausalLM",
+        defaults={
+            **_DEFAULTS,
+            "rope_theta": 2000000.0,
+            "tie_word_embeddings": True,
+            "num_key_value_heads": 4,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "no_rope_layer_interval": 4,
+            "bos_token_id": 128000,
+            "eos_token_id": 128001,
+            "pad_token_id": 128004,
+        },
+        keys=("attention_bias", "mlp_bias", "hidden_act"),
+        types=_smollm3,
+        reads_types=True,
+    ),
+    "granite": Family(
+        architecture="GraniteForCausalLM",
+        defaults={
+            **_LLAMA,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "attention_multiplier": 1.0,
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+        keys=(
+            *("attention_bias", "mlp_bias", "hidden_act", "attention_multiplier"),
+            *("embedding_multiplier", "residual_multiplier", "logits_scaling"),
+        ),
+    ),
+}
+
+
+def refuse(source: str, key: str, value: Any, supported: str) -> DcodError:
+    return DcodError(
+        f"{source}: {key}={value!r} is not supported (supported: {supported}); "
+        f"use a model without it"
+    )

@@ -1,0 +1,193 @@
+"""Random tiny models of every family, by transformers, and what torch computes with them.
+
+`draw` makes a config from a seed; it draws over every option that the family has.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+VOCAB = 131
+GEMMAS = ("gemma", "gemma2", "vaultgemma", "gemma3_text")
+SEGMENTS = (17, 61, 9)  # of the packed row; 9 tokens of padding follow
+PROMPT, DRAWN = 11, 32
+
+
+def _ropes(of: random.Random, pairs: int) -> list[dict[str, Any]]:
+    """Parameters of every type of rope; longrope switches inside the longest segment."""
+    theta = {"rope_theta": of.choice([500.0, 10000.0, 1e6])}
+    factors = {
+        key: [of.uniform(1, 4) for _ in range(pairs)] for key in ("short_factor", "long_factor")
+    }
+    original = {"original_max_position_embeddings": 48}
+    return [
+        {"rope_type": "default", **theta},
+        {"rope_type": "linear", "factor": of.choice([2.0, 8.0]), **theta},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            **original,
+            **theta,
+        },
+        {
+            "rope_type": "yarn",
+            "factor": of.choice([2.0, 4.0]),
+            **original,
+            **theta,
+            **of.choice(
+                [
+                    {},
+                    {"attention_factor": 1.3},
+                    {"beta_fast": 16.0, "beta_slow": 2.0, "mscale": 1.0, "mscale_all_dim": 0.7},
+                ]
+            ),
+        },
+        {"rope_type": "longrope", **factors, **original, **theta},
+    ]
+
+
+def _layer_types(of: random.Random, count: int) -> list[str]:
+    pattern = [of.choice(["full_attention", "sliding_attention"]) for _ in range(of.choice([2, 3]))]
+    types = [pattern[layer % len(pattern)] for layer in range(count)]
+    types[of.randrange(count)] = "sliding_attention"
+    return types
+
+
+def draw(model_type: str, seed: int) -> dict[str, Any]:
+    """A config dict of the family in the form of transformers 5."""
+    of = random.Random(f"{model_type} {seed}")
+    heads, layers = of.choice([2, 4, 6]), of.randint(2, 7)
+    head_dim = of.choice([8, 12, 16])
+    width = of.choice([head_dim * heads, 24 * heads])
+    raw: dict[str, Any] = {
+        "model_type": model_type,
+        "vocab_size": VOCAB,
+        "hidden_size": width,
+        "intermediate_size": of.choice([40, 48]),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": of.choice([1, heads // 2, heads]),
+        "max_position_embeddings": 256,
+        "rms_norm_eps": of.choice([1e-6, 1e-5]),
+        "tie_word_embeddings": of.random() < 0.5,
+        "bos_token_id": 1,
+        "eos_token_id": of.choice([2, [2, 5]]),
+        "pad_token_id": of.choice([None, 0]),
+        "head_dim": head_dim,
+    }
+    if model_type in ("phi3", "olmo2", "olmo3", "granite"):
+        raw["hidden_size"] = head_dim * heads
+        del raw["head_dim"]
+    if model_type in ("llama", "qwen3", "gemma", "gemma2", "vaultgemma", "gemma3_text"):
+        raw["attention_bias"] = of.random() < 0.5
+    if model_type in ("olmo2", "olmo3", "smollm3", "granite"):
+        raw["attention_bias"] = of.random() < 0.5
+    if model_type in ("llama", "smollm3", "granite"):
+        raw["mlp_bias"] = of.random() < 0.5
+    activation = of.choice(["silu", "gelu_pytorch_tanh"])
+    if model_type not in GEMMAS:
+        raw["hidden_act"] = activation
+    _draw_windows(of, model_type, raw)
+    _draw_rope(of, model_type, raw, head_dim)
+    if model_type in GEMMAS[1:]:
+        raw["query_pre_attn_scalar"] = of.choice([head_dim, 24, 7])
+        raw["final_logit_softcapping"] = of.choice([None, 3.0, 30.0])
+        raw["hidden_activation"] = activation
+        if model_type != "gemma3_text":
+            raw["attn_logit_softcapping"] = of.choice([None, 2.0, 50.0])
+    if model_type == "granite":
+        raw |= {
+            "attention_multiplier": of.choice([0.1, 0.3]),
+            "embedding_multiplier": of.choice([1.0, 12.0]),
+            "residual_multiplier": of.choice([1.0, 0.22]),
+            "logits_scaling": of.choice([1.0, 0.5, 3.0]),
+        }
+    return raw
+
+
+def _draw_windows(of: random.Random, model_type: str, raw: dict[str, Any]) -> None:
+    window, layers = of.randint(3, 40), raw["num_hidden_layers"]
+    if model_type in ("mistral", "phi3"):
+        raw["sliding_window"] = of.choice([None, window, window])
+    elif model_type in ("ministral", "cwm", "gemma2", "vaultgemma", "gemma3_text", "olmo3"):
+        raw["sliding_window"] = window
+        if of.random() < 0.6:
+            raw["layer_types"] = _layer_types(of, layers)
+        elif model_type == "gemma3_text":
+            raw["sliding_window_pattern"] = of.choice([2, 3])
+    elif model_type in ("qwen2", "qwen3") and of.random() < 0.8:
+        raw |= {"use_sliding_window": True, "sliding_window": window}
+        raw |= of.choice(
+            [{"max_window_layers": layers // 2}, {"layer_types": _layer_types(of, layers)}]
+        )
+    elif model_type == "smollm3":
+        if of.random() < 0.6:
+            raw |= {"use_sliding_window": True, "sliding_window": window}
+        raw |= of.choice(
+            [
+                {"no_rope_layer_interval": of.choice([2, 3])},
+                {"no_rope_layers": [of.choice([0, 1]) for _ in range(layers)]},
+            ]
+        )
+
+
+def _draw_rope(of: random.Random, model_type: str, raw: dict[str, Any], head_dim: int) -> None:
+    if model_type == "phi3":
+        share = of.choice([1.0, 0.75 if head_dim == 16 else 0.5])
+        rotated = int(head_dim * share)
+        if rotated % 2 == 0:
+            raw["partial_rotary_factor"] = share
+        ropes = _ropes(of, rotated // 2)
+        raw["original_max_position_embeddings"] = 48
+        raw["rope_parameters"] = {**of.choice([ropes[0], ropes[4]]), "partial_rotary_factor": share}
+        return
+    ropes = _ropes(of, head_dim // 2)
+    raw["rope_parameters"] = of.choice(ropes)
+    if model_type in ("gemma3_text", "olmo3"):
+        local = {"rope_type": "default", "rope_theta": of.choice([100.0, 10000.0])}
+        nested = {"full_attention": raw["rope_parameters"], "sliding_attention": local}
+        raw["rope_parameters"] = nested
+
+
+def build(raw: dict[str, Any], *, seed: int = 0) -> Any:
+    """A float32 torch model whose every parameter is random, norms and biases included."""
+    torch.manual_seed(seed)
+    fields = {name: value for name, value in raw.items() if name != "model_type"}
+    config = AutoConfig.for_model(raw["model_type"], **fields)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    )
+    centre = 0.0 if raw["model_type"] in GEMMAS else 1.0
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn_like(parameter)
+            if "norm" in name:
+                parameter.copy_(centre + 0.3 * noise)
+            elif name.endswith("bias"):
+                parameter.copy_(0.5 * noise)
+            else:  # of a size at which a layer neither swallows nor magnifies differences
+                parameter.copy_(noise / parameter.shape[1] ** 0.5)
+    return model.eval()
+
+
+def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+    """Logits of one text [T, V]."""
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens.astype(np.int64))[None]).logits[0].numpy()
+
+
+def gradients(model: Any, texts: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """Gradient by parameter of the sum of -log q(next token) over some texts."""
+    model.zero_grad()
+    for text in texts:
+        tokens = torch.from_numpy(text.astype(np.int64))[None]
+        predicted = model(tokens).logits[0, :-1].log_softmax(-1)
+        (-predicted.gather(1, tokens[0, 1:, None]).sum()).backward()
+    return {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
