@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -152,12 +153,30 @@ def decode(record: bytes) -> Trace:
         fields["span_starts"] = _span_starts(spans, C)
     bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=n, bitorder="little")
     try:
-        own, identity = json.loads(meta) if meta else {}, name.decode()
+        identity = name.decode()
+    except ValueError as error:
+        raise DcodError(f"a record whose id cannot be read: {error}") from error
+    return Trace(identity, completion_mask=bits.astype(bool), meta=_meta(meta), **fields)
+
+
+def _meta(content: bytes) -> dict[str, Any]:
+    """A record's meta; DcodError where it is no JSON object."""
+    try:
+        own = json.loads(content) if content else {}
     except (ValueError, RecursionError) as error:
-        raise DcodError(f"a record whose id or meta cannot be read: {error}") from error
+        raise DcodError(f"a record whose meta cannot be read: {error}") from error
     if not isinstance(own, dict):
         raise DcodError(f"a record whose meta is a {type(own).__name__}, not an object")
-    return Trace(identity, completion_mask=bits.astype(bool), meta=own, **fields)
+    return own
+
+
+def _weight(meta: bytes, teacher_weights: Mapping[str, float]) -> float:
+    """A trace's own weight (1 without one) times its teacher's (1 where the mapping has none)."""
+    known = _meta(meta)
+    own, teacher = known.get(WEIGHT, 1), known.get(TEACHER, "")
+    if isinstance(own, bool) or not isinstance(own, int | float) or not 0 <= own < math.inf:
+        raise DcodError(f"a record whose weight is {str(own)[:40]}; expected a finite number >= 0")
+    return own * (teacher_weights.get(teacher, 1.0) if isinstance(teacher, str) else 1.0)
 
 
 def _span_starts(content: bytes, count: int) -> Bool[np.ndarray, " C"]:
@@ -196,8 +215,7 @@ def decode_columns(
     """What training reads of the records, without a Python object per trace.
 
     top_k: the K that all records hold, when it is wanted. spans, start: whether those are. With
-    teacher_weights, a trace's weight is its own (1 without one) times its teacher's (1 where the
-    mapping has none).
+    teacher_weights, also the weights of the traces.
     """
     parts = [_parts(record) for record in records]
     size = np.asarray([len(part[0]) // 4 for part in parts], np.int64)
@@ -213,8 +231,7 @@ def decode_columns(
     logprobs[mask & scored] = np.frombuffer(scores, "<f4")
     columns = Columns(np.frombuffer(ids, "<i4"), mask, logprobs, size)
     if teacher_weights is not None:
-        metas = [json.loads(part[-1]) if part[-1] else {} for part in parts]
-        weights = [m.get(WEIGHT, 1.0) * teacher_weights.get(m.get(TEACHER, ""), 1) for m in metas]
+        weights = [_weight(part[-1], teacher_weights) for part in parts]
         columns = dataclasses.replace(columns, weights=np.asarray(weights, np.float32))
     if start:
         start_logprobs = np.zeros(len(mask), np.float32)

@@ -68,6 +68,8 @@ _FIELDS = {
     "top_k": whole(0, 1 << 24),
     "alignment": optional(mapping({"longest_span": whole(0, 1 << 31)})),
     **dict.fromkeys(("tokenizer", "template", "teacher", "start"), _MADE_BY),
+    "teachers": optional(array(text())),
+    "weighted": optional(flag()),
 }
 _OWN_FILES = (
     "traces-*.array_record scored-*.array_record *.array_record.tmp *.json.tmp lengths.npy*"

@@ -12,6 +12,7 @@ import pytest
 from fake_traces import make_traces, write
 
 from dcod_jax.data import pipeline
+from dcod_jax.data.codec import decode_columns, encode
 from dcod_jax.data.dataset import DatasetWriter, TraceDataset
 from dcod_jax.errors import DcodError
 from dcod_jax.parallel.mesh import make_mesh
@@ -63,6 +64,10 @@ def test_weights_follow_their_traces(tmp_path, dataset):
         np.testing.assert_array_equal(batch["trace_weights"], expected)
     with pytest.raises(DcodError, match=r"teacher_weights names c; the traces of .* are of a, b"):
         pipeline.train_batches(weighted, seed=3, **OPTIONS, teacher_weights=(("c", 1.0),))
+    for meta in ({"weight": "2"}, {"weight": -1}, {"weight": float("nan")}, {"weight": True}):
+        record = encode(dataclasses.replace(TRACES[0], meta=meta))
+        with pytest.raises(DcodError, match=r"whose weight is .*expected a finite number >= 0"):
+            decode_columns([record], teacher_weights={})
     with pytest.raises(DcodError, match=r"names a; .* are of no named teacher"):
         pipeline.train_batches(dataset, seed=3, **options)
 

@@ -29,7 +29,8 @@ def place(tmp_path_factory):
     tiny.write_model(
         place / "teacher", seed=2, hidden_size=48, num_attention_heads=6, vocab_size=56
     )
-    tiny.write_jsonl(place / "traces.jsonl", tiny.sums(60))
+    records = [record | {"teacher": "ab"[i % 2]} for i, record in enumerate(tiny.sums(60))]
+    tiny.write_jsonl(place / "traces.jsonl", records)
     recipe = RECIPE.format(
         student=str(place / "student"),
         teacher=str(place / "teacher"),
@@ -140,7 +141,7 @@ def test_what_the_loss_has_learned_survives_a_restart(place, changes):
 
 def test_gkd_samples_from_the_student_counts_its_cost_and_resumes_exactly(place):
     changes = ("loss.divergence=jsd", "loss.teacher=live", "loss.weights.name=uniform")
-    changes += ("on_policy.fraction=0.5", "seed=3")
+    changes += ("loss.teacher_weights=a=0.5", "on_policy.fraction=0.5", "seed=3")
     whole = fit(place, "gkd", *changes, "train.steps=6", "train.save_every=0")
     parts = ("train.eval_every=3", "train.save_every=3")
     fit(place, "gkd-parts", *changes, *parts, "train.steps=3")
@@ -153,7 +154,10 @@ def test_gkd_samples_from_the_student_counts_its_cost_and_resumes_exactly(place)
     assert generated == sorted(generated)
     for before, after, was_on in zip([0, *generated], generated, on, strict=False):
         assert (after > before) == bool(was_on)
-    offline = fit(place, "gkd-off", *changes[:3], "seed=3")
+    for line in steps[0]:  # the student's own text is of no teacher
+        assert line["weights/mean"] == pytest.approx(1, abs=0 if line["on_policy/batch"] else 0.5)
+        assert (line["weights/mean"] < 0.9) == (not line["on_policy/batch"])
+    offline = fit(place, "gkd-off", *changes[:4], "seed=3")
     first_off = on.index(0.0)
     if first_off == 0:  # a batch that is not sampled is the offline one
         assert offline[1]["loss"] == steps[0][0]["loss"]
