@@ -180,12 +180,13 @@ class _EvaluatedModel:
     @functools.cached_property
     def loaded(self) -> DecodingParams:
         mesh, *_ = self.share
-        model_config, params = hf.load_model(self.path, dtype=jnp.float32, mesh=mesh)
+        dtype = jnp.dtype(self.config.student.compute_dtype)
+        model_config, params = hf.load_model(self.path, dtype=dtype, mesh=mesh)
         return decoding_params(
             model_config,
             params,
             valid_vocab=len(self.tokenizer),
-            compute_dtype=self.config.student.compute_dtype,
+            compute_dtype=dtype,
             mesh=mesh,
         )
 

@@ -111,6 +111,18 @@ def _arrange(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
     return np.array(rows, dtype=object).reshape(shape)
 
 
+def with_tensor(mesh: Mesh, tensor: int) -> Mesh:
+    """The mesh's devices in their order with `tensor` pieces; fsdp and context become data."""
+    shape = (mesh.shape["slices"], -1, 1, 1, tensor)
+    return Mesh(mesh.devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def memory(mesh: Mesh) -> float:
+    """Bytes of memory of a device of the mesh; infinite where it does not say (CPU)."""
+    own = next(x for x in mesh.devices.flat if x.process_index == jax.process_index())
+    return float((own.memory_stats() or {}).get("bytes_limit", math.inf))
+
+
 def spec(logical: Sequence[str | None]) -> PartitionSpec:
     """PartitionSpec of an array whose dimensions have these logical names.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from typing import Any
 
 import jax
@@ -27,12 +28,22 @@ from dcod_jax.models.cached import (
 )
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.layers import capped, transposed_matmul
-from dcod_jax.models.transformer import head_weight, logical_axes
-from dcod_jax.parallel.mesh import constrain, is_names, parts, platform
+from dcod_jax.models.transformer import head_weight, logical_axes, num_params
+from dcod_jax.parallel.mesh import (
+    constrain,
+    is_names,
+    memory,
+    parts,
+    platform,
+    with_tensor,
+)
 from dcod_jax.sample.sampling import Settings, choose
 from dcod_jax.types import Params
 
+log = logging.getLogger(__name__)
+
 PREFILL_CHUNKS = (16, 64, 256)  # multiples of the first up to the second, then powers of two
+WEIGHTS_SHARE = 0.4  # of a device's memory; the rest is for the cache and what else is there
 MAX_SPLIT_LAYERS = 64  # deeper models are scanned in decoding too, to bound the program's size
 
 
@@ -53,19 +64,46 @@ def decoding_form(
 ) -> DecodingForm:
     """The form that suits the model's depth, the mesh and its platform.
 
-    A mesh of one device is left out: it splits nothing, and callers with and without one share
-    what is compiled.
+    Weights that the mesh splits are laid out anew (`decoding_mesh`). A mesh of one device is left
+    out: it splits nothing, and callers with and without one share what is compiled.
     """
     where = jax.default_backend() if mesh is None else platform(mesh)
+    if mesh is not None and parts(mesh, "embed") > 1:
+        mesh = decoding_mesh(config, mesh, np.dtype(compute_dtype), memory(mesh))
     return DecodingForm(
         config,
         valid_vocab,
         np.dtype(compute_dtype),
         None if mesh is None or mesh.size == 1 else mesh,
-        # Weights split over FSDP are gathered layer by layer, inside the scan that frees them.
+        # Weights that stay split are gathered layer by layer, inside the scan that frees them.
         split=config.num_layers <= MAX_SPLIT_LAYERS and parts(mesh, "embed") == 1,
         transposed=where == "cpu",
     )
+
+
+@functools.cache
+def decoding_mesh(config: ModelConfig, mesh: Mesh, dtype: np.dtype, limit: float) -> Mesh:
+    """The mesh's devices for decoding, so that no step gathers weights of fsdp or context.
+
+    Weights are whole on every device where they fit into WEIGHTS_SHARE of its memory (limit, in
+    bytes), else in the fewest pieces of heads, mlp and vocabulary that do. Where none does, it is
+    the mesh as it is: each layer is gathered for each token.
+    """
+    size = num_params(config) * dtype.itemsize
+    cut = mesh.size // mesh.shape["slices"]
+    own = parts(mesh, "heads")
+    for tensor in (n for n in range(own, cut + 1, own) if cut % n == 0):
+        sizes = (config.num_heads, config.num_kv_heads, config.intermediate_size, config.vocab_size)
+        if all(length % tensor == 0 for length in sizes) and size / tensor <= WEIGHTS_SHARE * limit:
+            form = "whole on every device" if tensor == 1 else f"in {tensor} pieces (mesh.tensor)"
+            log.info("decoding with the weights %s, %.2f GiB each", form, size / tensor / 2**30)
+            return with_tensor(mesh, tensor)
+    log.warning(
+        "decoding gathers each layer for each token: %.2f GiB of weights, in pieces that divide "
+        "the heads and the mesh, do not fit into %.2f GiB, %.0f %% of a device",
+        *(size / 2**30, WEIGHTS_SHARE * limit / 2**30, 100 * WEIGHTS_SHARE),
+    )
+    return mesh
 
 
 def prefill_chunk(longest: int) -> int:
@@ -99,7 +137,7 @@ class Rows:
 class Request:
     """What is the same for all sequences of one call and not compiled in."""
 
-    key: Array
+    key: Any
     settings: Settings
     stop_ids: Any  # int32 [S]
     max_new_tokens: Any  # int32
@@ -120,8 +158,14 @@ class DecodingParams:
 @functools.partial(jax.jit, static_argnames=("form",))
 def cast_params(params: Params, *, form: DecodingForm) -> Params:
     """The matrices in compute dtype and layout, once and not at every step; norms keep theirs."""
+
+    def one(names: tuple[str, ...], x: Array) -> Array:
+        # Where devices exchange it, it is narrow.
+        x = x if names[-1] == "norm" else x.astype(form.compute_dtype)
+        return constrain(x, form.mesh, *names)
+
     cast = jax.tree.map(
-        lambda names, x: x if names[-1] == "norm" else x.astype(form.compute_dtype),
+        one,
         logical_axes(form.config),
         params,
         is_leaf=is_names,

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -274,13 +276,49 @@ def test_padded_vocabulary_is_never_drawn(model):
     assert max(max(s.token_ids) for s in real) < V
 
 
-def test_eight_devices_give_the_samples_of_one(model):
-    config, params = model
+@pytest.fixture(scope="module")
+def on_one_device(model):
+    """(config, parameters, prompts, samples); four kv heads, which four pieces divide."""
+    config = dataclasses.replace(model[0], num_kv_heads=4)
+    params = transformer.init_params(config, jax.random.key(3))
     prompts = make_prompts((7, 30, 4, 12))
-    mesh = make_mesh(2, 2, tensor=2)
-    one = draw((config, params), prompts)
+    return config, params, prompts, draw((config, params), prompts)
+
+
+@pytest.mark.parametrize(
+    ("share", "axes"),
+    [
+        (1.0, {"data": 8}),
+        (0.4, {"data": 2, "tensor": 4}),
+        (0.0, {"data": 2, "fsdp": 4}),
+    ],
+    ids=["whole", "pieces", "neither"],
+)
+def test_eight_devices_give_the_samples_of_one(on_one_device, monkeypatch, share, axes):
+    """Weights are laid out once for decoding, as they fit; no step gathers one.
+
+    share: of the weights that fit into what a device may hold of them.
+    """
+    config, params, prompts, one = on_one_device
+    size = 4 * transformer.num_params(config)
+    monkeypatch.setattr(decoding, "memory", lambda _: share * size / decoding.WEIGHTS_SHARE)
+    mesh = make_mesh(2, 4)
     placed = jax.device_put(params, tree_shardings(mesh, transformer.logical_axes(config)))
+    texts: list[str] = []
+    run = decoding.decode
+
+    def kept(*args, **options):
+        texts.append(run.lower(*args, **options).compile().as_text())
+        return run(*args, **options)
+
+    monkeypatch.setattr(decoding, "decode", kept)
     many = draw((config, placed), prompts, mesh=mesh)
+    form = decoding.decoding_form(config, valid_vocab=V, compute_dtype="float32", mesh=mesh)
+    assert {axis: n for axis, n in form.mesh.shape.items() if n > 1} == axes
+    gathers = re.findall(r"= f32\[([\d,]+)\]\S* all-gather", texts[0])
+    matrix = config.hidden_size**2 // 2  # half of the smallest one
+    found = [shape for shape in gathers if math.prod(map(int, shape.split(","))) >= matrix]
+    assert bool(found) == (share == 0), gathers
     assert [s.token_ids for s in many] == [s.token_ids for s in one]
     np.testing.assert_allclose(
         np.concatenate([s.logprobs for s in many]),
