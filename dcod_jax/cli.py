@@ -60,6 +60,7 @@ VERBS: dict[str, Verb] = {
     "evaluate": Verb("grade models on held-out problems, with intervals", "evaluate"),
     "drift": Verb("measure how errors compound on the student's own text", "drift"),
     "report": Verb("write one HTML page about one run or several", "report", "report_runs"),
+    "tune": Verb("choose settings from a small grid by successive halving", "tune"),
     "study": Verb("compare methods over seeds and conditions", "study"),
 }
 

@@ -19,6 +19,7 @@ from dcod_jax.losses.divergences import DIVERGENCES
 from dcod_jax.losses.weights import RATIOS, UNITS, WEIGHTS
 from dcod_jax.models.attention import KINDS
 from dcod_jax.train.optim import DECAYS
+from dcod_jax.tune import grid
 
 CHOICES = {
     "log_level": ("debug", "info", "warning", "error"),
@@ -73,7 +74,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "loss.weights.warmup_steps loss.anchor "
         "optim.warmup_steps optim.max_skipped student.lora.rank "
         "optim.weight_decay optim.clip_norm optim.final_fraction train.eval_every "
-        "train.eval_problems_every "
+        "train.eval_problems_every tune.budget "
         "train.eval_batches train.save_every train.local_every generate.temperature "
         "generate.top_k evaluate.limit evaluate.temperature evaluate.top_k evaluate.shots "
         "data.head_tokens on_policy.temperature drift.limit report.traces plan.hbm_gib "
@@ -107,6 +108,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda x: x == -1 or x >= 1,
         "mesh.data mesh.fsdp mesh.tensor mesh.context mesh.slices",
     ),
+    "be at least 2": (lambda x: x >= 2, "tune.factor"),
     "be -1 or more": (lambda x: x >= -1, "export.step hosts.process_id"),
     "be between 0 and 1": (lambda x: 0 < x < 1, "loss.skew loss.weights.target_mean"),
 }
@@ -406,4 +408,4 @@ def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
         )
     if flat["student.path"] and flat["student.config"]:
         wrong.append("student.path and student.config are both set: weights from one or none")
-    return wrong + _held_out_errors(flat)
+    return wrong + _held_out_errors(flat) + grid.config_errors(flat)

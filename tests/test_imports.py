@@ -27,7 +27,7 @@ LEVELS = """
     evaluate.benchmarks evaluate.grading evaluate.problems evaluate.prompts
     evaluate.generations evaluate.statistics evaluate.metrics
     train.metrics train.guard train.optim train.profiling train.settings
-    config_checks config doctor cli
+    tune.grid config_checks config doctor cli
     train.checksums train.checkpointer train.checkpoint_reader train.local_checkpoints
     train.checkpoints train.forward train.step
     score.teacher score.alignment score.scoring score.dialects score.server
@@ -38,7 +38,7 @@ LEVELS = """
     evaluate.command
     evaluate.lm_eval_model drift.command report.arguments report.data report.traces report.command
     plan.chips plan.hlo plan.programs plan.estimate plan.command
-    train.trace_weights train.telemetry train.loop train.command
+    train.trace_weights train.telemetry train.loop train.command tune.command
     study.arithmetic study.domain study.conditions study.lab study.command
 """
 ORDER = LEVELS.split()

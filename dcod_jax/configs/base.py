@@ -261,6 +261,12 @@ def get_config() -> Any:
     c.report.histogram_traces = 256  # held-out traces behind the weight histogram
     c.report.points = 500  # points of a curve; a longer one keeps its extremes
 
+    c.tune = ConfigDict()
+    # "optim.learning_rate=1e-5|3e-5": every combination of the entries' alternatives is a candidate
+    c.tune.grid = ()  # an alternative may be several changes, with spaces between (docs/tune.md)
+    c.tune.budget = 0  # optimizer steps of all candidates; 0: four times train.steps
+    c.tune.factor = 3  # one in this many goes on to the next round
+
     c.export = ConfigDict()
     c.export.path = ""  # HF directory to write; empty: run_dir/export
     c.export.dtype = "bfloat16"  # dtype of the written weights

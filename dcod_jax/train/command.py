@@ -14,7 +14,7 @@ import contextlib
 import ctypes
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -41,6 +41,17 @@ log = logging.getLogger(__name__)
 
 def train(config: Any) -> None:
     """The verb: missing inputs, every variant, then evaluation and export."""
+    with runs_ready(config) as runs:
+        for name, variant in runs:
+            fit(variant, name=name)
+            release_memory()
+            hosts.stop_if_noticed()
+        finish(config, runs)
+
+
+@contextlib.contextmanager
+def runs_ready(config: Any) -> Iterator[list[tuple[str, Any]]]:
+    """The variants of `compare`: checked, each run_dir locked, and their inputs made."""
     runs = list(configs.variants(config))
     for _, variant in runs:
         preflight(variant)
@@ -52,14 +63,10 @@ def train(config: Any) -> None:
             locks.enter_context(locked(path, what=f"run_dir={variant.run_dir}"))
         hosts.barrier("the lock of run_dir")
         make_inputs(config)
-        for name, variant in runs:
-            fit(variant, name=name)
-            _return_freed_memory()
-            hosts.stop_if_noticed()
-        finish(config, runs)
+        yield runs
 
 
-def _return_freed_memory() -> None:
+def release_memory() -> None:
     """Return freed memory to the system, where the C library can (glibc).
 
     The process otherwise keeps it, and the next run would need its state on top.
@@ -93,7 +100,7 @@ def make_inputs(config: Any) -> None:
     verbs = {"generate_traces": generate_traces, "prepare": prepare, "score": score}
     for name in missing_verbs(config):
         verbs[name](config)
-        _return_freed_memory()
+        release_memory()
 
 
 def _unfinished(config: Any) -> list[str]:

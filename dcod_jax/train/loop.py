@@ -41,16 +41,19 @@ from dcod_jax.types import Params
 log = logging.getLogger(__name__)
 
 
-def fit(config: Any, *, name: str = "") -> int:
-    """Train one variant to train.steps, or resume it; returns the number of steps done."""
+def fit(config: Any, *, name: str = "", until: int = 0) -> int:
+    """Train one variant to train.steps, or resume it; returns the number of steps done.
+
+    until: stop at this step as at the last one, measured and saved; a later call goes on.
+    """
     entered = time.monotonic()
     hosts.check_joined()
     student = load_student(config)
     with locked(configs.dataset_lock(config), what="data.dataset", shared=True):
-        return _fit(config, name, student, entered)
+        return _fit(config, name, student, entered, until or config.train.steps)
 
 
-def _fit(config: Any, name: str, student: Student, entered: float) -> int:
+def _fit(config: Any, name: str, student: Student, entered: float, end: int) -> int:
     train_set, eval_set = open_datasets(config, student)
     run_dir = as_path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -70,8 +73,8 @@ def _fit(config: Any, name: str, student: Student, entered: float) -> int:
         batches.set_state(learned_from.position(run.iterator, own, accept=accept))
     elif hosts.first():
         replace_file(run_dir / "config.json", configs.to_json(config).encode())
-    if run.step >= config.train.steps:
-        log.info("%s: all %d steps are done", run_dir, run.step)
+    if run.step >= end:
+        log.info("%s: all %d steps are done", run_dir, end)
         checkpoints.close()
         return run.step
     sample = train_set.read([0])[0]
@@ -83,7 +86,7 @@ def _fit(config: Any, name: str, student: Student, entered: float) -> int:
         # The order is part of exactness: evaluate -> save -> advance the iterator -> step.
         while True:
             began = time.monotonic()
-            last = run.step == config.train.steps
+            last = run.step == end
             stop = interrupted(run.step) or last
             evaluate = held_out.due(run.step, run.metrics, last=last)
             save = checkpoints.due(run.step, stop=stop)

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -171,6 +172,23 @@ def available(values: Mapping[str, Any]) -> dict[str, float]:
     return {key: value for key, value in floats.items() if math.isfinite(value)}
 
 
+@contextlib.contextmanager
+def _without(module: str) -> Iterator[None]:
+    """Imports go as where this module is not installed, unless it is loaded already.
+
+    tensorboardX imports torch if it can, which takes over two seconds of a start, and does nothing
+    with it here.
+    """
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
 class Board:
     """TensorBoard's file of events, written where they are added.
 
@@ -179,10 +197,10 @@ class Board:
     """
 
     def __init__(self, folder: pathlib.Path, start: int, *, suffix: str):
-        # Imported here: that imports torch where it is installed, which takes seconds.
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2
-        from tensorboardX.summary import scalar
+        with _without("torch"):
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto import event_pb2
+            from tensorboardX.summary import scalar
 
         folder.mkdir(exist_ok=True)
         self._file, self._scalar = EventsWriter(str(folder / "events"), suffix), scalar

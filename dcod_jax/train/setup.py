@@ -56,7 +56,7 @@ FREE = (
     "train.best_metric "
     "train.progress train.microbatches optim.offload optim.max_skipped loss.head data.prefetch "
     "data.verify_checksums data.traces data.eval data.split "
-    "data.dataset teacher. prepare. score. generate. evaluate. drift. report. export. plan. "
+    "data.dataset teacher. prepare. score. generate. evaluate. drift. report. export. plan. tune. "
     "student.path student.config student.tokenizer train.init_from train.accept_changed_data "
     "train.on_damaged_checkpoint hosts. profile."
 ).split()

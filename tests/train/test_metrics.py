@@ -1,10 +1,12 @@
 """Weight statistics against numpy, absent values, a resumable file, and peak speeds."""
 
 import contextlib
+import importlib
 import json
 import math
 import re
 import struct
+import sys
 from pathlib import Path
 
 import jax
@@ -170,6 +172,15 @@ def test_the_error_that_came_first_is_told(tmp_path):
         raise DcodError("checkpoints/40 could not be written")
     with pytest.raises(OSError, match="No space"), telemetry:
         pass
+
+
+def test_a_module_that_tensorboard_does_without_is_not_imported(monkeypatch):
+    monkeypatch.delitem(sys.modules, "wave", raising=False)
+    with metrics._without("wave"), pytest.raises(ImportError):
+        importlib.import_module("wave")
+    wave = importlib.import_module("wave")
+    with metrics._without("wave"):
+        assert importlib.import_module("wave") is wave
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from dcod_jax import config as configs
 from dcod_jax.data.dataset import TraceDataset
 from dcod_jax.data.scores import add_scores
 from dcod_jax.models import hf, transformer
+from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.prepare.command import prepare
 from dcod_jax.report import data as report_data
 from dcod_jax.train import checkpoint_reader, loop, metrics, trace_weights
@@ -147,6 +148,11 @@ def test_many_sources_are_the_largest_and_others():
 
 
 # ---------------------------------------------------------------- a run with a skipped step
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    monkeypatch.setattr(loop, "make_mesh", lambda **_: make_mesh(1, devices=jax.devices()[:1]))
 
 
 @pytest.fixture(scope="module")
