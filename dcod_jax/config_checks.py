@@ -18,6 +18,7 @@ from dcod_jax.losses.distill import LossConfig
 from dcod_jax.losses.divergences import DIVERGENCES
 from dcod_jax.losses.weights import RATIOS, UNITS, WEIGHTS
 from dcod_jax.models.attention import KINDS
+from dcod_jax.train import settings
 from dcod_jax.train.optim import DECAYS
 from dcod_jax.tune import grid
 
@@ -318,38 +319,6 @@ def _sampling_errors(flat: dict[str, Any]) -> list[str]:
     return wrong
 
 
-def _held_out_errors(flat: dict[str, Any]) -> list[str]:
-    """train.best_metric that is not measured or not where a checkpoint is; problems never asked."""
-    best, path, own = (
-        flat[f"train.{key}"] for key in ("best_metric", "eval_problems", "eval_problems_every")
-    )
-    key = "train.eval_problems_every" if own else "train.eval_every"
-    wrong = []
-    if path and not flat[key]:
-        wrong.append(
-            f"train.eval_problems={path} is never asked: set train.eval_problems_every, the steps "
-            "between two rounds (0: train.eval_every, which is 0 too)"
-        )
-    if own and not path:
-        wrong.append(
-            f"train.eval_problems_every={own} needs train.eval_problems, a JSONL file of "
-            "{prompt, answer}"
-        )
-    if best.endswith("accuracy") and not path:
-        wrong.append(
-            f"train.best_metric={best} needs train.eval_problems, a JSONL file of "
-            "{prompt, answer}"
-        )
-    key = key if best.endswith("accuracy") else "train.eval_every"
-    save, every = flat["train.save_every"], flat[key]
-    if save and every and best and save % every:
-        wrong.append(
-            f"train.save_every={save} must be a multiple of {key}={every}, or the best checkpoint "
-            f"by {best} could not be told; or set train.best_metric=''"
-        )
-    return wrong
-
-
 def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
     """What is wrong in {dotted key: value} and its loss record; empty if all is well."""
     if wrong := _value_errors(flat):
@@ -408,4 +377,4 @@ def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
         )
     if flat["student.path"] and flat["student.config"]:
         wrong.append("student.path and student.config are both set: weights from one or none")
-    return wrong + _held_out_errors(flat) + grid.config_errors(flat)
+    return wrong + settings.held_out_errors(flat) + grid.config_errors(flat)

@@ -37,3 +37,35 @@ def best_metric(config: Any) -> str:
     """train.best_metric as metrics.jsonl names it; "" where checkpoints are kept by age only."""
     name = config.train.best_metric
     return f"eval/{name.removeprefix('eval/')}" if name else ""
+
+
+def held_out_errors(flat: dict[str, Any]) -> list[str]:
+    """train.best_metric that is not measured or not where a checkpoint is; problems never asked."""
+    best, path, own = (
+        flat[f"train.{key}"] for key in ("best_metric", "eval_problems", "eval_problems_every")
+    )
+    key = "train.eval_problems_every" if own else "train.eval_every"
+    wrong = []
+    if path and not flat[key]:
+        wrong.append(
+            f"train.eval_problems={path} is never asked: set train.eval_problems_every, the steps "
+            "between two rounds (0: train.eval_every, which is 0 too)"
+        )
+    if own and not path:
+        wrong.append(
+            f"train.eval_problems_every={own} needs train.eval_problems, a JSONL file of "
+            "{prompt, answer}"
+        )
+    if best.endswith("accuracy") and not path:
+        wrong.append(
+            f"train.best_metric={best} needs train.eval_problems, a JSONL file of "
+            "{prompt, answer}"
+        )
+    key = key if best.endswith("accuracy") else "train.eval_every"
+    save, every = flat["train.save_every"], flat[key]
+    if save and every and best and save % every:
+        wrong.append(
+            f"train.save_every={save} must be a multiple of {key}={every}, or the best checkpoint "
+            f"by {best} could not be told; or set train.best_metric=''"
+        )
+    return wrong
