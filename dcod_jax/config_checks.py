@@ -281,6 +281,12 @@ def _lora_errors(flat: dict[str, Any]) -> list[str]:
             re.compile(target)
         except re.error as error:
             wrong.append(f"student.lora.targets: {target!r} is no regular expression ({error})")
+    if flat["export.adapter"] and not flat["student.lora.rank"]:
+        wrong.append("export.adapter needs student.lora.rank > 0: there are no adapters to write")
+    if flat["export.adapter"] and flat["student.path"].endswith(".gguf"):
+        wrong.append(
+            "export.adapter: PEFT has no adapters beside a .gguf file; set export.adapter=false"
+        )
     if not flat["student.lora.rank"]:
         return wrong
     if not targets:

@@ -15,6 +15,7 @@ LEVELS = """
     locks logs
     models.rope models.families models.layer_kinds models.config models.layers models.cudnn
     models.attention models.transformer models.lora models.cached models.tensors
+    models.peft
     losses.head losses.events losses.distributions losses.divergences losses.segments losses.weights
     losses.weight_errors losses.adaptive losses.reduce losses.distill
     data.teachers data.codec data.dataset data.blocks data.scores data.packing
@@ -34,7 +35,8 @@ LEVELS = """
     prepare.delivered prepare.overlap prepare.filters
     generate_traces.command prepare.command score.command inspect.arguments inspect.command
     drift.curves drift.scores
-    train.learned_from train.held_out train.setup train.on_policy export.card export.command
+    train.learned_from train.held_out train.setup train.on_policy export.card export.check
+    export.command
     evaluate.command
     evaluate.lm_eval_model drift.command report.arguments report.data report.traces report.command
     plan.chips plan.hlo plan.programs plan.estimate plan.command

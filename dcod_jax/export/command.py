@@ -7,15 +7,12 @@ a model card, the run's config, and what the check found.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
+import os
 import tempfile
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dcod_jax import __version__
@@ -28,12 +25,11 @@ from dcod_jax.data.tokenizer import (
     chat_template,
     downloaded,
     load_tokenizer,
-    template_fingerprint,
-    tokenizer_fingerprint,
 )
 from dcod_jax.data.turns import end_of_turn, stop_ids
 from dcod_jax.errors import DcodError
 from dcod_jax.export.card import RECIPE, card_text
+from dcod_jax.export.check import check_small, verify
 from dcod_jax.files import (
     Location,
     Path,
@@ -48,11 +44,11 @@ from dcod_jax.files import (
     unfinished,
 )
 from dcod_jax.locks import locked
-from dcod_jax.models import hf, transformer
+from dcod_jax.models import hf, lora, peft
 from dcod_jax.models.config import ModelConfig, to_hf
 from dcod_jax.models.gguf import export_tokenizer
 from dcod_jax.parallel import hosts
-from dcod_jax.parallel.mesh import batch_shards, make_mesh
+from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.train.checkpoint_reader import read_student
 from dcod_jax.train.settings import best_metric
 from dcod_jax.train.setup import dataset_splits
@@ -65,7 +61,6 @@ TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
     "merges.txt tokenizer.model chat_template.jinja"
 ).split()
-CHECK_ROWS, CHECK_LENGTH = 4, 48
 
 
 # ---------------------------------------------------------------- the verb
@@ -87,7 +82,9 @@ def export(config: Any) -> Path:
         mesh=mesh,
         step=config.export.step if config.export.step >= 0 else None,
         best_metric=best_metric(config),
+        merged=not config.export.adapter,
     )
+    dtype = "float32" if model_config.lora else config.export.dtype
     with locked(path.with_name(f".{path.name}.lock"), what=f"export.path={path}"):
         checks = export_model(
             params,
@@ -95,7 +92,7 @@ def export(config: Any) -> Path:
             path,
             tokenizer_source=home,
             template=template_of(config.student),
-            dtype=config.export.dtype,
+            dtype=dtype,
             max_shard_bytes=int(config.export.max_shard_gb * 1e9),
             card={
                 "base_model": base_model,
@@ -110,11 +107,13 @@ def export(config: Any) -> Path:
             mesh=mesh,
         )
     log.info(
-        "%s: step %d in %s, re-opened; its logits equal those of the training parameters in %s bit "
-        "for bit, and differ from those of the float32 parameters by at most %.3g",
+        "%s: step %d in %s, re-opened; its %s equal those of the training parameters in %s bit for "
+        "bit, and its logits differ from those of the trained parameters by at most %.3g",
         path,
         record.step,
-        *[config.export.dtype] * 2,
+        dtype,
+        "adapters" if model_config.lora else "logits",
+        dtype,
         checks["max_logit_difference_from_float32"],
     )
     return path
@@ -126,7 +125,10 @@ def rehearse(config: Any) -> None:
     Raises DcodError for what an export after the training would fail at.
     """
     student = config.student
-    model_config = hf.read_config(as_path(student.path or student.config))
+    base = student.path or student.config
+    model_config = hf.read_config(as_path(base))
+    if config.export.adapter:
+        model_config = lora.with_adapter(model_config, student.lora)
     home = _tokenizer_home(config)
     tokenizer = load_tokenizer(home, template=template_of(student))
     check_destination(export_path(config))
@@ -138,8 +140,9 @@ def rehearse(config: Any) -> None:
             tokenizer,
             template_of(student),
             dtype=config.export.dtype,
+            base=base,
         )
-        _check_small(as_path(name), model_config, tokenizer)
+        check_small(as_path(name), model_config, tokenizer)
 
 
 def _tokenizer_home(config: Any) -> Path:
@@ -203,7 +206,9 @@ def export_model(
 ) -> dict[str, Any]:
     """Write an HF directory under a temporary name, re-open and compare it, then name it.
 
-    tokenizer_source is an HF directory or a .gguf file; card is what the model card reports. An
+    With adapters in model_config, params are these alone and a PEFT directory beside
+    card["base_model"] is written. tokenizer_source is an HF directory or a .gguf file; card is what
+    the model card reports. An
     earlier export at `path` is replaced once the new one is whole; anything else there is refused.
     Raises DcodError for a model that HF cannot express, and when the files read back differ; then
     no directory appears. Returns the checks.
@@ -224,9 +229,11 @@ def export_model(
     hosts.barrier("export: directory")
     try:
         options: dict[str, Any] = {"dtype": jnp.dtype(dtype), "max_shard_bytes": max_shard_bytes}
+        options["form"] = "peft" if model_config.lora else "hf"
         hf.save_params(temporary, model_config, params, **options)
         if hosts.first():
-            _write_small(temporary, model_config, home, tokenizer, template, dtype=dtype)
+            small: dict[str, Any] = {"dtype": dtype, "base": card["base_model"]}
+            _write_small(temporary, model_config, home, tokenizer, template, **small)
         hosts.barrier("export: written")
         checks = verify(temporary, model_config, params, tokenizer, dtype=dtype, mesh=mesh)
         if hosts.first():
@@ -252,9 +259,15 @@ def _write_small(
     template: TemplateChoice,
     *,
     dtype: str,
+    base: str,
 ) -> None:
     """Write every file that a user's files give: all but weights, card and marker."""
-    (directory / "config.json").write_bytes(to_json(to_hf(model_config, dtype=dtype)))
+    if model_config.lora is None:
+        (directory / "config.json").write_bytes(to_json(to_hf(model_config, dtype=dtype)))
+    else:
+        base = base if "://" in base else os.path.abspath(base)
+        settings = peft.to_peft(model_config, base)
+        (directory / peft.ADAPTER_CONFIG).write_bytes(to_json(settings))
     _write_tokenizer(directory, home, tokenizer, template=template)
     _write_generation_config(directory, home, model_config, tokenizer)
 
@@ -301,80 +314,3 @@ def _write_generation_config(
         "pad_token_id": model_config.pad_token_id,
     }
     (directory / "generation_config.json").write_bytes(to_json(generation))
-
-
-# ---------------------------------------------------------------- checking
-
-
-def verify(
-    directory: Path,
-    model_config: ModelConfig,
-    params: Params,
-    tokenizer: Tokenizer,
-    *,
-    dtype: str,
-    mesh: Mesh | None = None,
-) -> dict[str, Any]:
-    """Re-open an export and compare it with its source; DcodError with the first difference.
-
-    The logits of the re-opened tensors must equal those of `params` cast to dtype, bit for bit, on
-    a row of text and on random rows; config, tokenizer and template must be the same.
-    """
-    _, reopened = hf.load_model(directory, dtype=jnp.float32, mesh=mesh)
-    _check_small(directory, model_config, tokenizer)
-    tokens = _check_tokens(tokenizer, batch_shards(mesh))
-    compute = jax.jit(lambda params: transformer.logits(model_config, params, tokens, mesh=mesh))
-    cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), tree))
-
-    def logits(params: Params) -> np.ndarray:
-        return np.asarray(multihost_utils.process_allgather(compute(params), tiled=True))
-
-    master, expected, found = logits(params), logits(cast(params)), logits(reopened)
-    if not np.isfinite(expected).all():
-        raise DcodError(
-            f"the parameters in {dtype} give logits that are not finite; set export.dtype=float32, "
-            "or look at the run: its parameters may have diverged"
-        )
-    if not np.array_equal(expected, found):
-        difference = np.abs(expected - found).max()
-        raise DcodError(
-            f"{directory}: the weights read back give other logits than the training parameters "
-            f"(largest difference {difference:.3g}); the disk or the writer is at fault, and no "
-            "export was left. Run the same command again"
-        )
-    return {
-        "logits_equal_in_dtype": True,
-        "max_logit_difference_from_float32": float(np.abs(master - expected).max()),
-        "rows": list(tokens.shape),
-    }
-
-
-def _check_small(directory: Path, model_config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Read config, stop ids, tokenizer and template back; DcodError with the first difference."""
-    reopened_config, _ = hf.load_config(directory)
-    # generation_config.json adds the tokenizer's own stop token to those of the config.
-    stops = stop_ids(model_config, tokenizer)
-    if set(reopened_config.eos_token_ids) != set(stops):
-        raise DcodError(f"{directory}: stops at {reopened_config.eos_token_ids}, not at {stops}")
-    same_stops = dataclasses.replace(reopened_config, eos_token_ids=model_config.eos_token_ids)
-    if same_stops != model_config:
-        raise DcodError(f"{directory}: config.json reads back as {reopened_config}")
-    written = load_tokenizer(directory)
-    for fingerprint in (tokenizer_fingerprint, template_fingerprint):
-        if fingerprint(written) != fingerprint(tokenizer):
-            raise DcodError(
-                f"{directory}: the {fingerprint.__name__} of the written files differs from the "
-                "student's; are tokenizer.json and tokenizer_config.json of one model?"
-            )
-
-
-def _check_tokens(tokenizer: Tokenizer, shards: int) -> jax.Array:
-    """A row of text first, then random ids."""
-    text = "Question: 12 + 30 = ? Answer: first 10 + 30 = 40, then 40 + 2 = 42.\n#### 42"
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    real = np.resize(np.asarray(ids, np.int32), (1, CHECK_LENGTH))
-    random = np.random.default_rng(0).integers(
-        len(tokenizer), size=(max(CHECK_ROWS, shards) - 1, CHECK_LENGTH), dtype=np.int32
-    )
-    rows = np.concatenate([real, random])
-    return jnp.asarray(rows[: len(rows) // shards * shards])

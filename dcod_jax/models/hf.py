@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,9 +26,10 @@ from dcod_jax.copies import local_copy
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Location, Path, as_path, atomic_write, from_json, rename
 from dcod_jax.models import config as configs
-from dcod_jax.models import gguf
+from dcod_jax.models import gguf, lora, peft
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.tensors import (
+    Form,
     Part,
     Slot,
     assemble,
@@ -42,6 +45,7 @@ from dcod_jax.stores import RemotePath
 from dcod_jax.types import Params
 
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_model.safetensors"  # of a PEFT directory
 INDEX = "model.safetensors.index.json"
 _INDEX = {"weight_map": mapping(items=text(255))}
 
@@ -78,15 +82,27 @@ def load_config(path: Location) -> tuple[ModelConfig, dict[str, Any]]:
     """
     directory = _directory(path)
     file = directory if directory.is_file() else directory / "config.json"
+    if _is_adapter(directory):
+        config, raw = load_config(peft.read(directory)["base_model_name_or_path"])
+        return _with_stop_ids(config, file), raw
     if not file.is_file():
         raise DcodError(f"{directory}: no config.json in it; expected an HF model directory")
     raw = _read_json(file)
-    config = configs.from_hf(raw, source=str(file))
+    return _with_stop_ids(configs.from_hf(raw, source=str(file)), file), raw
+
+
+def _is_adapter(directory: Path) -> bool:
+    """Whether it is a PEFT directory, whose weights are those of another beside these."""
+    whole = any((directory / name).is_file() for name in (SINGLE, INDEX))
+    return not whole and (directory / peft.ADAPTER_CONFIG).is_file()
+
+
+def _with_stop_ids(config: ModelConfig, file: Path) -> ModelConfig:
     generation = file.with_name("generation_config.json")
     if generation.is_file():
         stops = _read_json(generation).get("eos_token_id")
         config = configs.add_stop_ids(config, stops, source=str(generation))
-    return config, raw
+    return config
 
 
 def read_config(path: Location) -> ModelConfig:
@@ -97,7 +113,8 @@ def read_config(path: Location) -> ModelConfig:
 
 def _weight_map(directory: Path) -> dict[str, Path]:
     """Tensor name -> file that holds it."""
-    single, index = directory / SINGLE, directory / INDEX
+    single = directory / (ADAPTER if _is_adapter(directory) else SINGLE)
+    index = directory / INDEX
     if single.is_file():
         with _open(single) as file:
             return dict.fromkeys(file.keys(), single)
@@ -162,13 +179,16 @@ def load_params(
     *,
     dtype: DTypeLike = jnp.float32,
     shardings: Params | None = None,
+    form: Form = "hf",
 ) -> Params:
     """Params of an HF directory, read tensor by tensor and placed as shardings say.
+
+    form="peft": the adapters of a PEFT directory.
 
     Raises DcodError naming the tensor that is missing, unexpected, of another shape or type.
     """
     directory = _directory(path)
-    expected = slots(config, "hf")
+    expected = slots(config, form)
     files = _weight_map(directory)
     _check_names(config, set(files), {slot.name for slot in expected}, where=directory)
     with contextlib.ExitStack() as stack:
@@ -198,7 +218,7 @@ def load_params(
         def read(slot: Slot, part: Part) -> np.ndarray:
             return view(slot.name, slot.file_shape)[part]
 
-        return assemble(config, "hf", read, dtype=dtype, shardings=shardings)
+        return assemble(config, form, read, dtype=dtype, shardings=shardings)
 
 
 def _check_tied(view: Callable[..., Any], shape: tuple[int, int], *, where: Path) -> None:
@@ -214,8 +234,13 @@ def _check_tied(view: Callable[..., Any], shape: tuple[int, int], *, where: Path
 def load_model(
     path: Location, *, dtype: DTypeLike, mesh: Mesh | None = None
 ) -> tuple[ModelConfig, Params]:
-    """(config, params) of an HF directory or a .gguf file, sharded over mesh if one is given."""
+    """(config, params) of an HF directory or a .gguf file, sharded over mesh if one is given.
+
+    A PEFT directory is read as its base with the adapters merged.
+    """
     directory = _directory(path)
+    if _is_adapter(directory):
+        return _load_adapted(directory, dtype=dtype, mesh=mesh)
     config, params = (
         gguf.read_gguf(directory, dtype=dtype)
         if directory.suffix == ".gguf"
@@ -230,6 +255,19 @@ def load_model(
     return config, params if shardings is None else jax.tree.map(meshes.put, params, shardings)
 
 
+def _load_adapted(
+    directory: Path, *, dtype: DTypeLike, mesh: Mesh | None
+) -> tuple[ModelConfig, Params]:
+    settings = peft.read(directory)
+    found, base = load_model(settings["base_model_name_or_path"], dtype=dtype, mesh=mesh)
+    whole = dataclasses.replace(found, lora=peft.lora_of(settings, _weight_map(directory)))
+    shardings = None
+    if mesh is not None:
+        shardings = meshes.tree_shardings(mesh, lora.trained(whole, logical_axes(whole)))
+    adapter = load_params(directory, whole, shardings=shardings, form="peft")
+    return load_config(directory)[0], lora.merge(whole, adapter, base, dtype=dtype)
+
+
 def save_params(
     path: Location,
     config: ModelConfig,
@@ -237,24 +275,27 @@ def save_params(
     *,
     dtype: DTypeLike,
     max_shard_bytes: int,
+    form: Form = "hf",
 ) -> None:
     """Write model.safetensors, or several files with an index where one would be too large.
+
+    form="peft": adapter_model.safetensors, which is always one file.
 
     Every process calls it, the first one writes. Files appear under their names only when all are
     complete, the index last; an interrupted save leaves no weights that look whole.
     """
     if max_shard_bytes < 1:
         raise DcodError(f"max_shard_bytes={max_shard_bytes} must be positive")
-    check_structure(config, params)
-    directory = as_path(path)
+    check_structure(config, params, form)
+    directory, single = as_path(path), ADAPTER if form == "peft" else SINGLE
     named: dict[str, list[Slot]] = {}
-    for slot in sorted(slots(config, "hf"), key=lambda slot: slot.rows or (0, 0)):
+    for slot in sorted(slots(config, form), key=lambda slot: slot.rows or (0, 0)):
         named.setdefault(slot.name, []).append(slot)
     split = split_state_dict_into_shards_factory(
         named,
         get_storage_size=lambda parts: sum(part.num_bytes(dtype) for part in parts),
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_bytes,
+        filename_pattern=single.replace(".", "{suffix}."),
+        max_shard_size=sys.maxsize if form == "peft" else max_shard_bytes,
     )
     files = {name: directory / f".{name}.{os.getpid()}.tmp" for name in split.filename_to_tensors}
     flat = flatten(params)
@@ -296,7 +337,8 @@ def _write_shard(file: Path, tensors: dict[str, np.ndarray]) -> None:
 def _publish(directory: Path, files: dict[str, Path], split: StateDictSplit) -> None:
     """Move complete files to their names; order matters: index away, shards in, index in."""
     if len(files) == 1:
-        rename(files[SINGLE], directory / SINGLE)
+        [(name, file)] = files.items()
+        rename(file, directory / name)
         (directory / INDEX).unlink(missing_ok=True)
     else:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
@@ -313,11 +355,14 @@ def _publish(directory: Path, files: dict[str, Path], split: StateDictSplit) -> 
 
 
 def weights_fingerprint(path: Location) -> str:
-    """sha256 over the content of the weight files, in the order of their names."""
+    """sha256 over the content of the weight files, in the order of their names, and of a base."""
     directory = _directory(path)
     files = [directory] if directory.is_file() else sorted(set(_weight_map(directory).values()))
     whole = hashlib.sha256()
     for file in files:
         with local_copy(file).open("rb") as handle:
             whole.update(hashlib.file_digest(handle, "sha256").digest())
+    if directory.is_dir() and _is_adapter(directory):
+        base = peft.read(directory)["base_model_name_or_path"]
+        whole.update(weights_fingerprint(base).encode())
     return whole.hexdigest()

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dcod_jax.errors import DcodError
@@ -99,10 +100,12 @@ def _merged(
     return kernel.astype(jnp.float32) + scale * product
 
 
-def merge(config: ModelConfig, adapter: Params, base: Params) -> Params:
-    """float32 params without adapters, W + scale·A·B; one leaf at a time is there twice.
+def merge(
+    config: ModelConfig, adapter: Params, base: Params, *, dtype: DTypeLike = jnp.float32
+) -> Params:
+    """Params without adapters, W + scale·A·B in float32 and then in dtype.
 
-    `base` is emptied.
+    `base` is emptied: one leaf at a time is there twice.
     """
     assert config.lora is not None
     flat, low = _flat(base), _flat(adapter)
@@ -113,7 +116,7 @@ def merge(config: ModelConfig, adapter: Params, base: Params) -> Params:
         if path[-1] == "kernel" and (*path[:-1], ADAPTER[0]) in low:
             a, b = (low[(*path[:-1], name)] for name in ADAPTER)
             made = _merged(leaf, a, b, scale=config.lora.scale)
-            whole[path] = jax.device_put(made, leaf.sharding)
+            whole[path] = jax.device_put(made.astype(dtype), leaf.sharding)
         else:
-            whole[path] = leaf.astype(jnp.float32)
+            whole[path] = leaf.astype(dtype)
     return traverse_util.unflatten_dict(whole)

@@ -17,10 +17,13 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from dcod_jax.errors import DcodError
+from dcod_jax.models import lora
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.transformer import declarations, param_shapes
 from dcod_jax.types import Params
 
+Form = Literal["hf", "gguf", "peft"]  # peft: the adapters alone; the others hold all else
+PEFT = "base_model.model."  # what names in PEFT files begin with
 Part = tuple[slice, ...]  # one slice a dimension, each with a start and a stop
 
 
@@ -56,16 +59,23 @@ def flatten(params: Params) -> dict[str, Any]:
     return traverse_util.flatten_dict(params, sep=".")
 
 
-def slots(config: ModelConfig, form: Literal["hf", "gguf"]) -> list[Slot]:
+def _leaves(config: ModelConfig, form: Form) -> dict[str, jax.ShapeDtypeStruct]:
+    """The parameters that a file of this form holds."""
+    shapes = param_shapes(config)
+    return flatten((lora.trained if form == "peft" else lora.frozen)(config, shapes) or shapes)
+
+
+def slots(config: ModelConfig, form: Form) -> list[Slot]:
     """Every tensor that the model has in a file of this form."""
     declared, found = flatten(declarations(config)), []
-    for path, leaf in flatten(param_shapes(config)).items():
+    for path, leaf in _leaves(config, form).items():
         one = declared[path]
         stacked = one.axes[0] == "layers"
         shape = leaf.shape[1:] if stacked else leaf.shape
         shape = shape[::-1] if one.transposed else shape
         for layer in range(config.num_layers) if stacked else (None,):
-            name = getattr(one, form).format(layer=layer)
+            name = (one.gguf if form == "gguf" else one.hf).format(layer=layer)
+            name = PEFT + name if form == "peft" else name
             more = (one.transposed, one.rope_heads, one.rows)
             found.append(Slot(name, path, layer, shape, *more))
     return found
@@ -73,7 +83,7 @@ def slots(config: ModelConfig, form: Literal["hf", "gguf"]) -> list[Slot]:
 
 def assemble(
     config: ModelConfig,
-    form: Literal["hf", "gguf"],
+    form: Form,
     read: Callable[[Slot, Part], np.ndarray],
     *,
     dtype: DTypeLike,
@@ -103,7 +113,7 @@ def assemble(
     return traverse_util.unflatten_dict(
         {
             path: _place(leaf.shape, targets.get(path), functools.partial(piece, path))
-            for path, leaf in flatten(param_shapes(config)).items()
+            for path, leaf in _leaves(config, form).items()
         },
         sep=".",
     )
@@ -157,9 +167,9 @@ def tensor_of(flat: dict[str, jax.Array], slot: Slot, *, dtype: DTypeLike) -> np
     return np.ascontiguousarray(host.T if slot.transposed else host)
 
 
-def check_structure(config: ModelConfig, params: Params) -> None:
+def check_structure(config: ModelConfig, params: Params, form: Form) -> None:
     """Refuse params that are not this config's, naming the first leaf that differs."""
-    expected = {path: leaf.shape for path, leaf in flatten(param_shapes(config)).items()}
+    expected = {path: leaf.shape for path, leaf in _leaves(config, form).items()}
     got = {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
     for path in sorted(expected.keys() | got.keys()):
         if expected.get(path) != got.get(path):

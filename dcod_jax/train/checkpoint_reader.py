@@ -95,21 +95,24 @@ def read_student(
     step: int | None = None,
     best_metric: str = "",
     key: str = "run_dir",
+    merged: bool = True,
 ) -> tuple[ModelConfig, Params, Record]:
-    """(architecture, float32 parameters, record) of a run's student, adapters merged.
+    """(architecture, float32 parameters, record) of a run's student, adapters merged or alone.
 
     source: student.path or student.config of the run; the base of adapters is read from it. Raises
     DcodError as `read_params` does, and where the base is not the one that the run had.
     """
     model = hf.read_config(source)
     run = read_record(place, key=key)
-    whole = lora.with_adapter(model, run.config["student"].get("lora"))
+    whole = lora.with_adapter(model, run.config.get("student", {}).get("lora"))
     which: dict[str, Any] = {"step": step, "best_metric": best_metric, "key": key}
     params, record = read_params(place, sharded_shapes(whole, mesh), **which)
     if whole.lora is None:
         return model, params, record
     check_base(run, source, hf.weights_fingerprint(source))
     dtype = run.config["student"]["compute_dtype"]
+    if not merged:
+        return whole, params, record
     base = hf.load_model(source, dtype=dtype, mesh=mesh)[1]
     return model, lora.merge(whole, params, base), record
 

@@ -2,18 +2,24 @@
 
 import dataclasses
 import functools
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import peft
 import pytest
 import tiny
+import torch
 from flax import nnx, traverse_util
+from transformers import AutoModelForCausalLM
 
 from dcod_jax import config as configs
 from dcod_jax.config_checks import config_errors
 from dcod_jax.errors import DcodError
+from dcod_jax.export.command import export
 from dcod_jax.models import cached, hf, lora, transformer
 from dcod_jax.models.config import Lora
 from dcod_jax.models.layers import Linear
@@ -210,10 +216,15 @@ def run(place):
     return place / "run"
 
 
+def whole_model(place):
+    settings = {"rank": 4, "alpha": 16.0, "rslora": False, "targets": (".*_proj",)}
+    return lora.with_adapter(hf.read_config(place / "base"), settings)
+
+
 def test_a_run_continued_ends_with_the_same_bits(place, run):
     for count in (2, 4):
         command.train(recipe(place, place / "again", **{"train.steps": count}))
-    model = lora.with_adapter(hf.read_config(place / "base"), {**SETTINGS, "targets": (".*_proj",)})
+    model = whole_model(place)
     like = lora.trained(model, transformer.param_shapes(model))
     found = [flat(read_params(path, like)[0]) for path in (run, place / "again")]
     assert all(path[-1] in lora.ADAPTER for path in found[0])  # no base in the checkpoint
@@ -231,6 +242,55 @@ def test_the_export_is_the_base_with_the_adapters_merged(place, run):
         np.testing.assert_array_equal(exported[path], leaf)
         same = np.array_equal(np.float32(start[path]), leaf)
         assert same == (path[-1] != "kernel"), path
+
+
+@pytest.fixture(scope="module")
+def adapters(place, run):
+    """The same run exported as a PEFT directory."""
+    changes = {"export.adapter": True, "export.path": str(place / "adapters")}
+    return export(recipe(place, run, **changes))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own call
+def test_peft_loads_the_adapters_and_its_merged_logits_are_ours(place, run, adapters):
+    ids = np.random.default_rng(0).integers(5, 40, (2, 20))
+    ours = np.asarray(
+        transformer.logits(*hf.load_model(run / "export", dtype="float32"), jnp.array(ids))
+    )
+    torch.set_num_threads(1)
+    base = AutoModelForCausalLM.from_pretrained(place / "base", dtype=torch.bfloat16).float()
+    beside = base(torch.tensor(ids)).logits.detach().numpy()
+    model = peft.PeftModel.from_pretrained(base, adapters)
+    for whole in (lambda: model, model.merge_and_unload):
+        theirs = whole()(torch.tensor(ids)).logits.detach().numpy()
+        np.testing.assert_allclose(theirs, ours, atol=2e-5)
+    assert np.abs(beside - ours).max() > 0.01
+    assert not list(adapters.glob("model*.safetensors"))
+
+
+def test_a_peft_directory_is_read_as_the_model_that_it_makes(place, adapters):
+    plain = hf.load_model(place / "base", dtype="float32")
+    config, params = hf.load_model(adapters, dtype="float32", mesh=make_mesh(data=4, fsdp=2))
+    assert config == plain[0]
+    low = hf.load_params(adapters, whole_model(place), form="peft")
+    wanted = flat(lora.merge(whole_model(place), low, plain[1]))
+    for path, leaf in flat(params).items():
+        np.testing.assert_allclose(leaf, wanted[path], atol=1e-7)
+    assert hf.weights_fingerprint(adapters) != hf.weights_fingerprint(place / "base")
+    for key, value, message in (
+        ("use_dora", True, "use_dora=True is not computed"),
+        ("bias", "all", "bias='all' is not computed"),
+        ("rank_pattern", {"q_proj": 2}, "rank_pattern="),
+        ("peft_type", "IA3", "only LORA"),
+        ("r", 0, "r"),
+        ("r", 3, "has shape"),
+    ):
+        changed = place / "changed"
+        shutil.copytree(adapters, changed, dirs_exist_ok=True)
+        settings = json.loads((adapters / "adapter_config.json").read_text()) | {key: value}
+        (changed / "adapter_config.json").write_text(json.dumps(settings))
+        with pytest.raises(DcodError, match=message):
+            hf.load_model(changed, dtype="float32")
 
 
 def test_another_base_is_refused(place, run):
@@ -259,10 +319,12 @@ def test_targets_and_settings_are_checked():
         ({"student.lora.targets": ("q(",)}, "is no regular expression"),
         ({"student.lora.targets": ()}, "targets is empty"),
         ({"student.lora.alpha": 0.0}, "alpha=0.0 must be a finite number > 0"),
+        ({"student.lora.rank": 0, "export.adapter": True}, "export.adapter needs student.lora"),
+        ({"student.path": "a.gguf", "export.adapter": True}, "beside a .gguf file"),
         ({"student.lora.rank": -1}, "rank=-1 must not be negative"),
         (study, "study trains all parameters"),
     ):
         flat_config = configs.keys(base) | good | changes
         wrong = config_errors(flat_config, loss_config(base))
-        wrong = [line for line in wrong if "student" in line]
+        wrong = [line for line in wrong if "student" in line or "adapter" in line]
         assert [message in line for line in wrong] == [True] * bool(message), wrong
