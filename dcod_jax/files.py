@@ -7,6 +7,8 @@ scheme is a RemotePath with the same methods. Begin reading at `as_path` and `at
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import glob
 import hashlib
 import json
@@ -221,19 +223,25 @@ def remove_tree(path: Path) -> None:
 def publish(temporary: Path, final: Path, *, last: str) -> None:
     """Give a finished directory its name, in place of the directory that has it now.
 
-    Local: renames. In a store the file `last`, which makes a directory valid, is removed first and
-    written last. An interruption leaves a directory that `unfinished` recognises and that the next
-    publish replaces.
+    Local: the name is of one of the two at every moment; `recover` mends what an interruption
+    leaves where the file system cannot exchange two names. In a store the file `last`, which makes
+    a directory valid, is removed first and written last; an interruption leaves a directory that
+    `unfinished` recognises and that the next publish replaces.
     """
-    if isinstance(temporary, pathlib.Path):
-        old = final.with_name(f".{final.name}.old")
-        remove_tree(old)
-        if final.exists():
-            rename(final, old)
-        rename(temporary, final)
-        remove_tree(old)
+    if isinstance(temporary, pathlib.Path) and isinstance(final, pathlib.Path):
+        try:
+            rename(temporary, final)  # where nothing or an empty directory has the name
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            if not _exchange(temporary, final):
+                remove_tree(_old(final))
+                rename(final, _old(final))
+                rename(temporary, final)
+            remove_tree(_old(final))
+            remove_tree(temporary)
         return
-    if isinstance(final, pathlib.Path):
+    if isinstance(temporary, pathlib.Path) or isinstance(final, pathlib.Path):
         raise DcodError(f"{temporary} and {final} must be in one place")
     (final / UPLOADING).write_bytes(b"")
     (final / last).unlink(missing_ok=True)
@@ -245,6 +253,30 @@ def publish(temporary: Path, final: Path, *, last: str) -> None:
         (temporary / name).copy_to(final / name)
     (final / UPLOADING).unlink(missing_ok=True)
     remove_tree(temporary)
+
+
+def _old(final: pathlib.Path) -> pathlib.Path:
+    return final.with_name(f".{final.name}.old")
+
+
+def _exchange(one: pathlib.Path, other: pathlib.Path) -> bool:
+    """Exchange two names at once; False where the system or the file system cannot (NFS, macOS)."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of linux/fs.h
+    if call(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
+
+
+def recover(final: Path) -> None:
+    """Give a directory its name back that a publish without exchange was interrupted at."""
+    if isinstance(final, pathlib.Path) and not final.exists() and _old(final).is_dir():
+        rename(_old(final), final)
 
 
 def unfinished(path: Path, *, last: str) -> bool:

@@ -157,7 +157,7 @@ def _read_report(home: Path) -> None:
     report.page(report.collect(runs, settings=settings)).encode(errors="backslashreplace")
 
 
-def _fit_manifest(home: Path) -> None:
+def fit_manifest(home: Path) -> None:
     """Make the manifest fit the mutated files: of a stranger's dataset, not of a damaged one."""
     manifest = json.loads((home / "manifest.json").read_text())
     for entry in (*manifest["shards"], manifest["lengths"]):
@@ -238,7 +238,7 @@ def try_one(name: str, good: Path, work: Path, seed: int) -> str:
     file = work / dice.choice(files)
     file.write_bytes(mutated(file, dice))
     if name == "shard":
-        _fit_manifest(work)
+        fit_manifest(work)
     try:
         reader(work)
     except DcodError as error:

@@ -246,6 +246,17 @@ def _publish(
     _clean(directory, new)  # only now: the manifest no longer names the old shards
 
 
+def tidy(directory: Path, manifest: dict[str, Any]) -> None:
+    """Remove what this manifest's scoring left when it was killed behind it.
+
+    Nothing is removed where another teacher's scoring is unfinished: it would begin anew.
+    """
+    own = manifest["teacher"], manifest["score"]
+    requests = [read_json(f)["request"] for f in directory.glob(f"{_NOTES}.partial-*/*-*.json")]
+    if all((request["teacher"], request["settings"]) == own for request in requests):
+        _clean(directory, manifest)
+
+
 def _clean(directory: Path, manifest: dict[str, Any]) -> None:
     """Remove what a finished scoring no longer needs."""
     remove_unlisted(directory, manifest)

@@ -164,6 +164,7 @@ class _Run:
         request = self._request(path)
         final = self.folder / f"{name}.npz"
         if done := _read(final, request):
+            self._remove_parts(name)  # of a run that was killed when it had written the whole
             log.info("%s: measured before; nothing to do", final)
             self._keep(0, done.teacher)
             return done
@@ -184,9 +185,12 @@ class _Run:
                 self._keep(block, kept.teacher)
         whole = _join([part for part in found if part is not None])
         _write(final, whole, request)
-        for part in parts:
-            part.unlink(missing_ok=True)
+        self._remove_parts(name)
         return whole
+
+    def _remove_parts(self, name: str) -> None:
+        for part in list(self.folder.glob(f"{name}.part-*")):
+            part.unlink(missing_ok=True)
 
     def _blocks(self) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:
         """(first prompt, prompts) of each block."""

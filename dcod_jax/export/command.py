@@ -39,6 +39,7 @@ from dcod_jax.files import (
     file_size,
     publish,
     read_json,
+    recover,
     remove_tree,
     to_json,
     unfinished,
@@ -223,6 +224,7 @@ def export_model(
         )
     temporary = path.with_name(f".{path.name}.partial")
     if hosts.first():
+        recover(path)
         check_destination(path)
         remove_tree(temporary)
         temporary.mkdir(parents=True)

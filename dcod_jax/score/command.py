@@ -10,6 +10,7 @@ start of the training, lie beside the teacher's.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import types
@@ -27,6 +28,7 @@ from dcod_jax.data.scores import (
     known_scores,
     score_blocks,
     scored_shards,
+    tidy,
 )
 from dcod_jax.data.teachers import teacher_entries, teacher_of_trace
 from dcod_jax.data.templates import template_of
@@ -84,6 +86,11 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
             print(f"{split}: {about['name']} scored these traces before; nothing to do")
             done[split.name] = manifest
     if len(done) == len(splits):
+        if hosts.first():  # where another process reads the dataset: another time
+            with contextlib.suppress(DcodError), locked(dataset_lock(config), what=str(root)):
+                for split in splits:
+                    tidy(split, done[split.name])
+                remove_tree(earlier_dataset(root))
         return done
     with locked(dataset_lock(config), what=f"data.dataset={root}"):
         hosts.barrier("the lock of data.dataset")
@@ -98,6 +105,8 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
         known = known_scores([before / s.name for s in splits], teacher=about, settings=stored)
         for split in splits:
             if split.name in done:
+                if hosts.first():
+                    tidy(split, done[split.name])
                 continue
             work = _work(config, split, about, stored, process=process, processes=processes)
             label = f"scoring {split.name}"

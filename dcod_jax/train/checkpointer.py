@@ -24,7 +24,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers as policies
 
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Location, Path, as_path
+from dcod_jax.files import Location, Path, as_path, remove_tree
 from dcod_jax.models import lora, transformer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import put, tree_shardings
@@ -33,6 +33,7 @@ from dcod_jax.train import checksums
 from dcod_jax.types import Params, TrainState
 
 ITEMS = ("params", "opt_state", "run")
+REMOVED = ".removed"  # beside the steps: those that are no longer kept, until they are gone
 # What Orbax warns of at each save of a local checkpoint, and at each without held-out metrics.
 EXPECTED_WARNINGS = ("primary_host=None", "did not provide metrics")
 
@@ -102,6 +103,7 @@ class Checkpointer:
                     keep_checkpoints_without_metrics=False,
                 )
             )
+        options["todelete_subdir"] = REMOVED  # on a disk; in a store Orbax removes the objects
         options["preservation_policy"] = policies.AnyPreservationPolicy(kept)
         self._saving, asynchronous = 0, ocp.options.AsyncOptions()
         asynchronous.post_finalization_callback = self._add_checksums
@@ -147,8 +149,14 @@ class Checkpointer:
         ranked = snapshot.metrics if self.best_metric in snapshot.metrics else None
         with self._explained("save"):
             self.manager.wait_until_finished()  # its checksums are those of the step before
+            self._remove_old()
             self._saving = snapshot.step
             self.manager.save(snapshot.step, args=items, metrics=ranked, force=True)
+
+    def _remove_old(self) -> None:
+        """Remove the checkpoints that retention renamed: none is half-removed under its name."""
+        if not isinstance(self.directory, RemotePath) and (self.local or jax.process_index() == 0):
+            remove_tree(self.directory / REMOVED)
 
     def _unnamed(self) -> Path:
         """The directory that is being written; in a store it has its name from the beginning."""
@@ -174,6 +182,7 @@ class Checkpointer:
         with self._explained("save"):
             self.manager.wait_until_finished()
             self.manager.check_for_errors()
+            self._remove_old()
 
     def close(self) -> None:
         """wait, then free what Orbax holds."""

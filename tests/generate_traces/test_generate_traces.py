@@ -1,10 +1,6 @@
 """Traces sampled from the teacher: what prepare reads, resumed to the same bytes, left alone."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,7 +9,7 @@ import pytest
 import tiny
 
 from dcod_jax import config as configs
-from dcod_jax.data import chat
+from dcod_jax.data import blocks, chat
 from dcod_jax.data.forms import read_record
 from dcod_jax.data.raw import Fields
 from dcod_jax.data.tokenizer import load_tokenizer
@@ -171,34 +167,23 @@ def test_logprobs_and_tokens_are_the_teachers_own(place, whole):
     np.testing.assert_allclose(record["logprobs"], expected, atol=2e-5)
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-sys.path[:0] = [{tests!r}, {tests!r} + "/generate_traces"]
-import test_generate_traces as test
-from dcod_jax.generate_traces import command as verb
-from dcod_jax.data import blocks
-real, named = blocks.replace_file, []
-def dies_in_the_second_block(path, content):
-    named.append(path)
-    if len(named) == 6:  # a block whose bytes are there and which is not yet whole
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(path, content)
-blocks.replace_file = dies_in_the_second_block
-verb.generate_traces(test.make_config(Path({place!r}), Path({run!r})))
-"""
-
-
-def test_killed_and_started_again_gives_the_same_bytes(place, whole, tmp_path, caplog):
+def test_stopped_and_started_again_gives_the_same_bytes(place, whole, tmp_path, caplog):
     caplog.set_level("INFO")
-    program = KILLED.format(tests=str(ROOT / "tests"), place=str(place), run=str(tmp_path))
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=os.environ, timeout=300, check=False
-    )
-    assert done.returncode == -signal.SIGKILL
-    [blocks] = tmp_path.glob("traces.jsonl.partial-*")
-    lines = [len(read_lines(part)) for part in blocks.glob("*.jsonl")]
-    assert (sum(lines), len(list(blocks.glob("*[0-9].json")))) == (16, 1)
+    real, named = blocks.replace_file, []
+
+    def stops_in_the_second_block(path, content):
+        named.append(path)
+        if len(named) == 6:  # a block whose bytes are there and which is not yet whole
+            raise KeyboardInterrupt
+        real(path, content)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "replace_file", stops_in_the_second_block)
+        with pytest.raises(KeyboardInterrupt):
+            verb.generate_traces(make_config(place, tmp_path))
+    [parts] = tmp_path.glob("traces.jsonl.partial-*")
+    lines = [len(read_lines(part)) for part in parts.glob("*.jsonl")]
+    assert (sum(lines), len(list(parts.glob("*[0-9].json")))) == (16, 1)
     path = verb.generate_traces(make_config(place, tmp_path))
     assert "going on behind 8 traces" in caplog.text
     for name in ("traces.jsonl", verb.REJECTED):

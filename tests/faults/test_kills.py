@@ -1,0 +1,121 @@
+"""kill -9 at changes of files and inside files: nothing half-written, and the same end.
+
+The long form tries every kind of change of every verb, and seeded points besides:
+
+    python -m pytest -m long tests/faults/test_kills.py
+"""
+
+import os
+import random
+import re
+import signal
+
+import pytest
+from cases import AFTER, case_of, write_place
+from forked import KILLED, Fault, warm
+
+from dcod_jax import files
+
+JUMP = 300.0  # seconds of the clock, forth and back
+# The last change before which a verb is killed; the first four once left files that no restart
+# removed, or a run that did not restart. With it, what the next start says.
+LAST = {
+    "prepare": ("os.rename /dataset.partial$", ""),
+    "score": ("os.remove /dataset/train/traces-", "scored these traces before"),
+    "train": ("os.remove .*params", "resuming"),
+    "export": (r"os.rename /run/\.export\.partial", ""),
+    "generate_traces": (r"os.rename .*/0+16-0+24\.json", "going on behind 16 traces"),
+    "evaluate": (r"os.rename .*teacher\.jsonl.*/0+4-0+6\.json", "going on after 4 answers"),
+    "drift": (r"os.remove /run/drift/start\.part-\d+\.npz$", "measured before"),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = write_place(tmp_path_factory.mktemp("faults"))
+    with warm():
+        yield place
+
+
+def kill(case, fault):
+    ended = case.run(fault)
+    assert ended.code in KILLED, (fault, ended)
+    case.check_whole()
+
+
+@pytest.mark.parametrize("verb", AFTER)
+def test_killed_and_started_again_it_ends_as_if_it_had_not_been(place, verb):
+    """The last start has a slow disk and a clock that jumps, and is read all the while."""
+    case, dice = case_of(place, verb), random.Random(verb)
+    case.begin()
+    kill(case, Fault("bytes", dice.choice(case.sizes) - 1))
+    case.begin()
+    change, said = LAST[verb]
+    last = max(number for number, c in enumerate(case.changes, 1) if re.match(change, c))
+    kill(case, Fault("operation", last))
+    meanwhile = lambda _: case.check_whole()  # noqa: E731
+    assert said in case.check_end(Fault("slow", 0.003, clock=JUMP), meanwhile=meanwhile)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("verb", AFTER)
+def test_killed_before_every_kind_of_change(place, verb):
+    case, dice = case_of(place, verb), random.Random(verb)
+    kinds = {re.sub(r"[0-9a-f]{8,}|\d+", "#", c): n for n, c in enumerate(case.changes, 1)}
+    numbers = [*kinds.values(), *(dice.randint(1, len(case.changes)) for _ in range(4))]
+    faults = [Fault("operation", number) for number in numbers]
+    faults += [Fault("bytes", dice.randrange(size)) for size in case.sizes]
+    print(verb, len(faults), "points")
+    for fault in faults:
+        case.begin()
+        kill(case, fault)
+        case.check_end()
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.filterwarnings("ignore:os.fork")  # JAX runs threads; the child uses none of them
+@pytest.mark.parametrize(
+    ("exchange", "killed_in", "left"),
+    [
+        (True, "remove_tree", "new"),
+        (False, "rename", "old"),  # between the two renames: nothing has the name
+    ],
+)
+def test_a_directory_killed_while_it_is_replaced_is_the_old_or_the_new(
+    tmp_path, monkeypatch, exchange, killed_in, left
+):
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    final, real, renamed = (tmp_path / "old").rename(tmp_path / "final"), files.rename, []
+    if not exchange:
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
+
+    def rename(path, name):
+        if len(renamed) == 2:  # the first found another directory with the name
+            die()
+        renamed.append(name)
+        real(path, name)
+
+    monkeypatch.setattr(files, killed_in, {"rename": rename, "remove_tree": die}[killed_in])
+    child = os.fork()
+    if not child:
+        files.publish(tmp_path / "new", final, last="file")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    monkeypatch.undo()
+    assert final.exists() == exchange
+    files.recover(final)
+    assert (final / "file").read_text() == left
+
+
+def test_a_directory_takes_the_place_of_another_or_of_nothing(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "work").mkdir()
+        (tmp_path / "work" / name).write_text(name)
+        files.publish(tmp_path / "work", tmp_path / "final", last=name)
+        assert [path.name for path in tmp_path.iterdir()] == ["final"]
+        assert [path.name for path in (tmp_path / "final").iterdir()] == [name]
