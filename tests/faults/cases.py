@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -163,7 +164,7 @@ def case_of(place: Path, verb: str) -> Case:
     case = Case(verb, place, before, place / "after" / verb, [], [])
     case.begin()
     ended = case.run()
-    assert ended.code == 0, ended.text
+    assert ended.code == 0, ended
     shutil.copytree(case.home, case.after)
     new = contents(case.after).items() - contents(before).items()
     return dataclasses.replace(
@@ -178,15 +179,17 @@ def case_of(place: Path, verb: str) -> Case:
 
 def contents(home: Path) -> dict[str, str | bytes]:
     """{name: content without what a clock gives} of the files that are compared as they are."""
-    names = {f"/{path.relative_to(home)}": path for path in sorted(home.rglob("*"))}
+    walked = os.walk(home)  # unlike rglob it passes by what is removed meanwhile
+    paths = sorted(Path(folder, name) for folder, _, names in walked for name in names)
+    names = {f"/{path.relative_to(home)}": path for path in paths}
     found: dict[str, str | bytes] = {}
     for name, path in names.items():
-        if APART.search(name) or not path.is_file():
-            continue
-        if name.endswith(GROWING):
-            found[name] = json.dumps([_timeless(line) for line in read_metrics(path)])
+        if APART.search(name):
             continue
         with contextlib.suppress(FileNotFoundError):  # it was removed or renamed meanwhile
+            if name.endswith(GROWING):
+                found[name] = json.dumps([_timeless(line) for line in read_metrics(path)])
+                continue
             whole = path.read_bytes()
             named = path.suffix == ".json" and not UNNAMED.search(name)
             found[name] = json.dumps(_timeless(json.loads(whole))) if named else whole
