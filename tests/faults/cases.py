@@ -84,7 +84,7 @@ UNNAMED = re.compile(
     r"\.tmp$|\.part-|\.partial\b|\.old\b|\.orbax-checkpoint-tmp|/\.removed/|/\.[^/]*$"
 )
 CLOCKS = re.compile(r"time|seconds|per_second")  # keys of values that no run repeats
-GROWING = "metrics.jsonl"
+GROWING = ("metrics.jsonl", "trace_weights.jsonl")  # whose lines are read up to the last whole one
 APART = re.compile(r"/tensorboard/|goodput\.json$|\.lock$|/checkpoints/")  # compared elsewhere
 
 
@@ -238,7 +238,7 @@ def _read(home: Path) -> None:
     steps = finished(home / "run" / "checkpoints")
     for step in steps:
         checksums.verify(home / "run" / "checkpoints", step, (), steps=steps)
-    if (home / "run" / GROWING).is_file() and (home / "run" / "config.json").is_file():
+    if (home / "run" / GROWING[0]).is_file() and (home / "run" / "config.json").is_file():
         runs = report_data.find_runs([home / "run"])
         settings = report.load_recipe(report.BASE).report
         settings.traces = 0
