@@ -33,7 +33,7 @@ class FakeServer(http.server.ThreadingHTTPServer):
     def __init__(self, dialect, model, tokenizer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.dialect, self.model, self.tokenizer = dialect, model, tokenizer
-        self.name, self.longest, self.shifts = "big", 512, True
+        self.name, self.longest, self.shifts, self.proxied = "big", 512, True, False
         self.change, self.faults = (lambda answer: answer), []
         self.bodies, self.keys = [], []
         self.busy = self.most_busy = self.patience = 0
@@ -121,7 +121,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             "/v1/models": {"object": "list", "data": [card]},
             "/version": {"version": "0.11.0"},
             "/get_model_info": {"model_path": "org/big", "is_generation": True},
-        }.get(self.path)
+        }
+        said = None if server.proxied and self.path != "/v1/models" else said.get(self.path)
         self._send(said or {"detail": "Not Found"}, 200 if said else 404)
 
     def do_POST(self):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -82,10 +83,20 @@ def parse_weight(text: str) -> tuple[str, float]:
     return name, weight
 
 
+def _no_url(server: str) -> bool:
+    """Whether a server's text is no http:// or https:// URL with a host."""
+    try:
+        parts = urllib.parse.urlsplit(server)
+        return parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0
+    except ValueError:  # of the port
+        return True
+
+
 def config_errors(flat: Mapping[str, Any]) -> list[str]:
     """What is wrong in score.teachers, score.server and loss.teacher_weights."""
     wrong: list[str] = []
     dialects = {flat["score.dialect"]} if flat["score.server"] else set()
+    servers = [flat["score.server"]]
     names: dict[str, list[str]] = {"score.teachers": [], "loss.teacher_weights": []}
     for key, parse in (("score.teachers", parse_teacher), ("loss.teacher_weights", parse_weight)):
         for text in flat[key]:
@@ -93,10 +104,17 @@ def config_errors(flat: Mapping[str, Any]) -> list[str]:
                 entry = parse(text)
                 names[key].append(entry[0])
                 dialects.add(getattr(entry, "dialect", ""))
+                servers.append(getattr(entry, "server", ""))
             except ValueError as error:
                 wrong.append(str(error))
         if twice := sorted({n for n in names[key] if names[key].count(n) > 1}):
             wrong.append(f"{key}: {', '.join(twice)} is named more than once")
+    wrong += [
+        f"{text!r} is no URL of a server (score.server, or server= in score.teachers); expected "
+        "one such as http://host:8000"
+        for text in filter(None, servers)
+        if _no_url(text)
+    ]
     server = flat["score.server"]
     if flat["score.teachers"] and (flat["teacher.path"] or server):
         wrong.append(

@@ -6,6 +6,7 @@ dialects.py says what is asked and what an answer must be.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import http.client
 import json
@@ -30,6 +31,10 @@ KEY = "OPENAI_API_KEY"  # environment variable; sent where it is set
 _AGAIN = (408, 409, 425, 429)  # and every 5xx: the server may answer the same request later
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 60.0  # seconds between attempts
 _ENTRY_BYTES = 600  # of an answer, for one token of one position
+
+
+class _RefusedError(DcodError):
+    """A request that will never be answered."""
 
 
 class _UnavailableError(Exception):
@@ -142,11 +147,10 @@ def _ask(url: str, body: dict[str, Any] | None, *, limit: int, timeout: float, w
         said = f"{error.code} {error.read(500).decode('utf-8', 'replace')}"
         if error.code in _AGAIN or error.code >= 500:
             raise _UnavailableError(said) from None
-        raise DcodError(f"{what}: the server refuses: {said}") from None
+        hint = f"; {KEY} in the environment is the key sent" if error.code in (401, 403) else ""
+        raise _RefusedError(f"{what}: the server refuses: {said}{hint}") from None
     except (OSError, http.client.HTTPException) as error:
         raise _UnavailableError(f"{type(error).__name__}: {error}") from None
-    except ValueError as error:
-        raise DcodError(f"{what}: {error}; expected a URL such as http://host:8000") from None
     if len(content) > limit:
         raise DcodError(f"{what}: an answer of more than {limit} bytes, which no such trace needs")
     try:
@@ -179,7 +183,9 @@ def open_server(entry: TeacherEntry, settings: Any, tokenizer: Tokenizer) -> Ser
         )
     told = {key: cards[entry.model].get(key) for key in ("root", "max_model_len")}
     if path := DIALECTS[entry.dialect].about:
-        told |= get(path)
-    about |= {k: v for k, v in told.items() if isinstance(v, str | int | float) and k != "id"}
+        with contextlib.suppress(_RefusedError):  # a proxy may pass /v1 alone
+            more = get(path)
+            told |= more if isinstance(more, dict) else {}
+    about |= {k: v for k, v in told.items() if isinstance(v, str | int) and len(str(v)) <= 200}
     longest = about.get("max_model_len", 0)
     return dataclasses.replace(teacher, longest=longest if isinstance(longest, int) else 0)

@@ -136,6 +136,11 @@ def test_what_the_server_is_and_reads(tokenizer):
                 "version": "0.11.0",
             },
         }
+        fake.proxied = True  # and nothing but /v1 is passed
+        assert "version" not in open_server(fake, tokenizer).provenance()["server"]
+        fake.faults = [401]
+        with pytest.raises(DcodError, match=r"refuses: 401 .*OPENAI_API_KEY in the environment"):
+            open_server(fake, tokenizer).score(make_traces(1), top_k=0)
         fake.longest = 8
         with pytest.raises(DcodError, match=r"'t0' has 8 tokens.* reads 7 of big.*data.max_length"):
             open_server(fake, tokenizer).score(make_traces(), top_k=0)

@@ -176,6 +176,9 @@ def test_settings_of_recipe_and_dataset_are_compared(tmp_path, model):
         ({"score.teachers": ("a path=x",), "teacher.path": "y"}, "are both set"),
         ({"score.server": "http://y", "teacher.path": "y"}, "are both set"),
         ({"score.server": "http://y"}, "needs teacher.name"),
+        ({"score.server": "localhost:8000", "teacher.name": "m"}, "'localhost:8000' is no URL"),
+        ({"score.server": "file:///etc/hosts", "teacher.name": "m"}, "is no URL of a server"),
+        ({"score.teachers": ("a server=http://y:port",)}, "'http://y:port' is no URL"),
         (
             {"score.teachers": ("a server=http://y dialect=llama_cpp",), "score.top_k": 3},
             "score.top_k=3: the dialect llama_cpp",
