@@ -36,6 +36,7 @@ CHOICES = {
     "prepare.reasoning": ("auto", "keep", "drop"),
     "prepare.logprobs": ("ignore", "require"),
     "prepare.on_bad_record": ("error", "quarantine"),
+    "generate.model": ("teacher", "student"),
     "loss.divergence": tuple(DIVERGENCES),
     "loss.teacher": ("cached", "live"),
     "loss.weights.name": tuple(WEIGHTS),

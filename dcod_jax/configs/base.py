@@ -218,6 +218,7 @@ def get_config() -> Any:
 
     c.generate = ConfigDict()
     c.generate.prompts = ""  # prompts JSONL (prompt, answer): sample traces from the teacher first
+    c.generate.model = "teacher"  # teacher | student: whose samples; student: Lightning OPD
     c.generate.samples = 1  # traces sampled for each prompt
     c.generate.temperature = 1.0  # sampling temperature; log-probs are always at temperature 1
     c.generate.top_p = 1.0  # sample from the smallest set of tokens with this probability

@@ -1,6 +1,6 @@
-"""Sample traces from the teacher for a file of prompts: JSONL that prepare reads.
+"""Sample traces from the teacher, or the student, for a file of prompts: JSONL for prepare.
 
-It reads generate.prompts and writes run_dir/traces.jsonl, with the teacher's log-probs of its own
+It reads generate.prompts and writes run_dir/traces.jsonl, with the model's log-probs of its own
 tokens. Useless traces go to traces.rejected.jsonl with the reason: empty, truncated, and, where the
 prompt has a reference answer and prepare.filter_correct is set, wrong_answer, no_answer,
 grading_timeout, grading_stalled or grading_error. The same command after an interruption goes on
@@ -36,7 +36,7 @@ from dcod_jax.logs import track
 from dcod_jax.models import hf
 from dcod_jax.parallel import hosts
 from dcod_jax.sample.sampler import Sample, check_room, decoding_params, sample
-from dcod_jax.score.teacher import Teacher, open_teacher
+from dcod_jax.score.teacher import Teacher, open_start, open_teacher
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,10 @@ def generate_traces(config: Any) -> Path:
         answer_field=config.prepare.answer_field,
         need_answer=False,
     )
-    teacher = open_teacher(config.teacher, template=template_of(config.student))
+    if config.generate.model == "student":
+        teacher = open_start(config)
+    else:
+        teacher = open_teacher(config.teacher, template=template_of(config.student))
     path = traces_path(config)
     path.parent.mkdir(parents=True, exist_ok=True)
     files = BlockFiles([path, path.with_name(REJECTED)], _request(config, teacher))

@@ -95,8 +95,9 @@ class _Sample:
     def sums(self, tempering: Tempering) -> Array:
         """Σ w/n, Σ w²/n, Σ w lag/n, Σ lag/n, Σ nll/n over the n that count."""
         w, lag = weights.raw(self.cfg, self.r, tempering), jnp.maximum(-self.r, 0.0)
-        summed = _totals(*(self.counts * x for x in (w, w * w, w * lag, lag, self.nll)))
-        return summed / jnp.maximum(self.counts.sum(), jnp.finfo(jnp.float32).tiny)
+        one = jnp.ones_like(lag)
+        summed = _totals(*(self.counts * x for x in (w, w * w, w * lag, lag, self.nll, one)))
+        return summed[:5] / jnp.maximum(summed[5], jnp.finfo(jnp.float32).tiny)
 
     def quantity(self, tempering: Tempering) -> Array:
         """What the temperature's target is about."""
@@ -193,22 +194,26 @@ def _spread(
     )
 
 
-def retemper(cfg: WeightConfig, state: LossState, tokens: Tokens) -> LossState:
+def retemper(
+    cfg: WeightConfig, state: LossState, tokens: Tokens, useful: Bool[Array, ""] | None = None
+) -> LossState:
     """The state after this batch: its solution mixed in, log temperature and offset smoothed.
 
     The first solution is taken as it is, and so is every one with smoothing 0. With unit "spread"
     the temperature is that of the window over the stream. A batch without a completion token, or
-    with a log-ratio that is not finite, changes nothing.
+    with a log-ratio that is not finite, changes nothing; `useful` says so where it is known.
     """
     if not cfg.automatic:
         return state
     mask = tokens.loss_mask
-    r = weights.log_ratio(cfg, tokens.student_logprobs, tokens.teacher_logprobs, tokens.extra)
     scoped = jnp.where(mask, weights.scoped_log_ratio(cfg, tokens), 0.0)
     counts = weights.shares(cfg, tokens)
     first = (state.temperature >= MAX_TEMPERATURE) & (state.offset == 0.0)
     keep = jnp.where(first, 0.0, cfg.smoothing)
-    useful = mask.any() & jnp.isfinite(r).all(where=mask)
+    if useful is None:
+        r = weights.log_ratio(cfg, tokens.student_logprobs, tokens.teacher_logprobs, tokens.extra)
+        count, total = _totals(mask.astype(jnp.float32), jnp.where(mask, r, 0.0))
+        useful = (count > 0) & jnp.isfinite(total)
     after = _spread(cfg, state, scoped, counts) if cfg.unit == "spread" else state
     if cfg.unit != "spread" or cfg.offset == AUTO:
         by_tokens = cfg.temperature == AUTO and cfg.target_loss  # the loss is one of tokens

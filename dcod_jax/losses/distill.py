@@ -199,7 +199,8 @@ class DistillLoss:
             hidden, matrix, targets, mask, token_loss, aux=known, shared=shared
         )
         stats = dataclasses.replace(stats, weights=jnp.where(mask, stats.weights, 0.0))
-        return reduce.token_sums(total, stats, mask), stats
+        sums = reduce.token_sums(stats, mask, batch.segment_ids)
+        return dataclasses.replace(sums, loss=total), stats  # the statistics have no gradient
 
     def observe(
         self,
@@ -222,7 +223,8 @@ class DistillLoss:
         cfg = self.config
         if not adaptive.same_step(cfg.weights):
             read = (stats.student_logprobs, stats.teacher_logprobs, stats.extra)
-            state = adaptive.retemper(cfg.weights, state, tokens_of(small, *read))
+            useful = (sums.count > 0) & jnp.isfinite(sums.read)
+            state = adaptive.retemper(cfg.weights, state, tokens_of(small, *read), useful)
         if not cfg.interpolates:
             return state
         mean = sums.divergence / jnp.maximum(sums.count, 1)
@@ -379,4 +381,4 @@ class DistillLoss:
         if cfg.anchor:
             trace = 1.0 if known.trace_weights is None else known.trace_weights
             loss += cfg.anchor * trace * divergence
-        return loss, TokenStats(logprobs, teacher_logprobs, weight, divergence, extra)
+        return loss, TokenStats(logprobs, teacher_logprobs, weight, divergence, loss, extra)

@@ -24,6 +24,7 @@ class TokenStats:
     teacher_logprobs: Float[Array, "*N"]  # log p(y); 0 where no teacher was asked
     weights: Float[Array, "*N"]  # final, before the batch normalisation
     divergence: Float[Array, "*N"]  # unweighted, without the nll share of loss.alpha
+    loss: Float[Array, "*N"]  # w·d, as it is summed
     extra: Float[Array, "*N"] | None = None  # what else the weights read (weights.Tokens)
 
 
@@ -36,33 +37,40 @@ class Sums:
     nll: Float[Array, ""]  # Σ nll·m
     divergence: Float[Array, ""]  # Σ divergence·m, unweighted
     weight: Float[Array, ""]  # Σ w·m
+    read: Float[Array, ""]  # of all that weights read; finite where each of it is
     count: Int[Array, ""]  # Σ m
+    tokens: Int[Array, ""]  # of the rows, without padding
+
+
+_BASE = 1024  # whole numbers are summed as two float32 digits: exact for 16,384 rows
 
 
 def token_sums(
-    loss_sum: Float[Array, ""],
-    stats: TokenStats,
-    loss_mask: Bool[Array, "B T"],
+    stats: TokenStats, loss_mask: Bool[Array, "B C"], segment_ids: Int[Array, "B T"]
 ) -> Sums:
-    """Sums of one batch from the head's loss sum and its per-token values."""
+    """Sums of one batch from the head's per-token values; the segments are of the whole rows.
 
-    def total(values: Array) -> Array:
-        return jnp.where(loss_mask, values, 0.0).sum()
+    A row's sums are added to the other rows' as one vector, on several devices by one collective.
+    """
+    counts = loss_mask.sum(-1, dtype=jnp.int32), (segment_ids > 0).sum(-1, dtype=jnp.int32)
+    read = stats.student_logprobs + stats.teacher_logprobs
+    read = read if stats.extra is None else read + stats.extra
+    values = (stats.loss, -stats.student_logprobs, stats.divergence, stats.weights, read)
+    rows = [jnp.where(loss_mask, value, 0.0).sum(-1) for value in values]
+    rows += [digit.astype(jnp.float32) for n in counts for digit in (n // _BASE, n % _BASE)]
+    *sums, high, low, all_high, all_low = jnp.stack(rows).sum(-1)
 
-    return Sums(
-        loss=loss_sum,
-        nll=-total(stats.student_logprobs),
-        divergence=total(stats.divergence),
-        weight=total(stats.weights),
-        count=loss_mask.sum(dtype=jnp.int32),
-    )
+    def whole(high: Array, low: Array) -> Array:
+        return high.astype(jnp.int32) * _BASE + low.astype(jnp.int32)
+
+    return Sums(*sums, count=whole(high, low), tokens=whole(all_high, all_low))
 
 
 def zero() -> Sums:
     """The neutral element of `add`."""
     nothing = jnp.zeros((), jnp.float32)
     none = jnp.zeros((), jnp.int32)
-    return Sums(loss=nothing, nll=nothing, divergence=nothing, weight=nothing, count=none)
+    return Sums(*[nothing] * 5, count=none, tokens=none)
 
 
 def add(left: Sums, right: Sums) -> Sums:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -48,7 +47,13 @@ from dcod_jax.prepare.command import check_settings, earlier_dataset
 from dcod_jax.score.alignment import ONLY_TEXT, score_aligned
 from dcod_jax.score.scoring import ScoreSettings, score_traces
 from dcod_jax.score.server import ServedTeacher, open_server
-from dcod_jax.score.teacher import Teacher, joint_provenance, open_teacher, own_tokenizer
+from dcod_jax.score.teacher import (
+    Teacher,
+    joint_provenance,
+    open_start,
+    open_teacher,
+    own_tokenizer,
+)
 from dcod_jax.types import Trace
 
 SPLITS = ("train", "eval")
@@ -73,7 +78,10 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
     student, others = _other_tokenizers(config, splits, teachers)
     teachers |= others
     about = joint_provenance({name: teacher.provenance() for name, teacher in teachers.items()})
-    start = _open_start(config, splits) if config.score.student else None
+    start = open_start(config) if config.score.student else None
+    for split in splits if start else ():
+        dataset = TraceDataset(split, verify=False)  # add_scores verifies
+        check_fingerprints(dataset, tokenizer=tokenizer_fingerprint(start.tokenizer))
     stored: dict[str, Any] = {"top_k": config.score.top_k}
     stored |= {"start": start.provenance()} if start else {}
     for name, teacher in others.items():
@@ -148,19 +156,6 @@ def _open_teachers(config: Any) -> dict[str, Teacher | ServedTeacher]:
             named = entry if entry.name else config.teacher
             found[entry.name] = open_teacher(named, template=template_of(config.student))
     return found
-
-
-def _open_start(config: Any, splits: Sequence[Path]) -> Teacher:
-    """student.path as a model that scores, in its own compute dtype."""
-    if not config.student.path:
-        raise DcodError("score.student=True needs student.path, the start of the training")
-    student, named = config.student, {"name": "", "revision": "", "tokenizer": ""}
-    settings = types.SimpleNamespace(path=student.path, dtype=student.compute_dtype, **named)
-    start = open_teacher(settings, template=template_of(config.student))
-    for split in splits:
-        dataset = TraceDataset(split, verify=False)  # add_scores verifies
-        check_fingerprints(dataset, tokenizer=tokenizer_fingerprint(start.tokenizer))
-    return start
 
 
 def _other_tokenizers(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dcod_jax.data.teachers import TeacherEntry
-from dcod_jax.data.templates import OWN, TemplateChoice
+from dcod_jax.data.templates import OWN, TemplateChoice, template_of
 from dcod_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Path, as_path, to_json
@@ -66,6 +67,17 @@ def open_teacher(settings: Any, *, template: TemplateChoice = OWN) -> Teacher:
         dtype=settings.dtype,
         tokenizer=load_tokenizer(settings.tokenizer or path, template=template),
     )
+
+
+def open_start(config: Any) -> Teacher:
+    """student.path, the start of the training, as a model that scores or samples; in
+    student.compute_dtype.
+    """
+    if not config.student.path:
+        raise DcodError("student.path is empty; the student's own log-probs or samples need it")
+    student, named = config.student, {"name": "", "revision": "", "tokenizer": ""}
+    settings = types.SimpleNamespace(path=student.path, dtype=student.compute_dtype, **named)
+    return open_teacher(settings, template=template_of(config.student))
 
 
 def entry_weights(entry: TeacherEntry) -> str:

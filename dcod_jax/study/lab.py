@@ -66,6 +66,15 @@ def with_rate(state: TrainState, rate: float) -> TrainState:
     return dataclasses.replace(state, opt_state=opt_state)
 
 
+def start_config(config: Any, steps: int) -> Any:
+    """The config of a warm start: plain training at a constant rate, whatever the arm's loss is."""
+    changes = "loss.divergence=nll loss.teacher=cached loss.anchor=0 on_policy.fraction=0 "
+    changes += "loss.weights.name=uniform loss.weights.temperature=1 loss.weights.offset=0 "
+    changes += "loss.weights.unit=nats optim.schedule=constant "
+    changes += f"optim.learning_rate={config.study.start_learning_rate} train.steps={steps}"
+    return configs.with_changes(config, changes.split())
+
+
 class Lab:
     """All that runs share; `directory` keeps traces and starts between processes."""
 
@@ -159,10 +168,7 @@ class Lab:
         """One training at a constant rate, which saves the wanted steps on its way."""
         model_config = self.model_config(config)
         rate = config.study.start_learning_rate
-        changes = "loss.divergence=nll loss.weights.name=uniform loss.teacher=cached "
-        changes += "on_policy.fraction=0 optim.schedule=constant "
-        changes += f"optim.learning_rate={rate} train.steps={wanted[-1]}"
-        plain = configs.with_changes(config, changes.split())
+        plain = start_config(config, wanted[-1])
         params = transformer.init_params(model_config, jax.random.key(seed))
         kept: dict[int, Params] = {}
 

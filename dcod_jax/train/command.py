@@ -34,7 +34,7 @@ from dcod_jax.report.command import report
 from dcod_jax.score.command import score
 from dcod_jax.train.loop import fit
 from dcod_jax.train.metrics import read_metrics
-from dcod_jax.train.setup import dataset_splits, expected_teacher, preflight
+from dcod_jax.train.setup import dataset_splits, expected_start, expected_teacher, preflight
 
 log = logging.getLogger(__name__)
 
@@ -129,15 +129,22 @@ def missing_verbs(config: Any) -> list[str]:
 
 
 def _lacks_scores(config: Any, *, new_traces: bool = False) -> bool:
-    """Whether a variant needs a teacher's log-probs that are not there; no teacher is loaded."""
-    teachers = [expected_teacher(variant) for _, variant in configs.variants(config)]
-    teacher = next(filter(None, teachers), None)
-    if teacher is None or new_traces:
-        return teacher is not None
+    """Whether a variant needs log-probs of a teacher or the start that are not there.
+
+    No model is loaded.
+    """
+    runs = [variant for _, variant in configs.variants(config)]
+    teacher, start = (
+        next(filter(None, map(expected, runs)), None)
+        for expected in (expected_teacher, expected_start)
+    )
+    if (teacher is None and start is None) or new_traces:
+        return teacher is not None or start is not None
     manifests = [read_manifest(path) for path in dataset_splits(config).values()]
     return not manifests or not all(
         manifest["scored"]
-        and manifest.get("teacher", {}).get("weights") == teacher
+        and teacher in (None, manifest.get("teacher", {}).get("weights"))
+        and start in (None, manifest.get("start", {}).get("weights"))
         and manifest["top_k"] == config.score.top_k
         for manifest in manifests
     )

@@ -178,6 +178,7 @@ def reading(config: Any, mesh: Mesh, *, whole: bool = False) -> dict[str, Any]:
         "prefetch": config.data.prefetch,
         "require_scores": loss.needs_cache,
         "require_top_k": loss.needs_top_k,
+        "require_start": loss.weights.needs_start,
         "teacher_weights": tuple(map(parse_weight, config.loss.teacher_weights)),
         "process_index": process,
         "process_count": processes,

@@ -130,6 +130,12 @@ def expected_teacher(config: Any) -> str | None:
     return expected_weights(entries)
 
 
+def expected_start(config: Any) -> str | None:
+    """Hash of the start whose log-probs the loss needs in the dataset; None: of none."""
+    needed = loss_config(config).weights.needs_start
+    return hf.weights_fingerprint(as_path(config.student.path)) if needed else None
+
+
 def dataset_splits(config: Any) -> dict[str, Path]:
     """{"train": ..., "eval": ...} of the trace dataset, as far as they are finished."""
     root = as_path(configs.dataset_dir(config))
@@ -142,7 +148,6 @@ def open_datasets(config: Any, student: Student) -> tuple[TraceDataset, TraceDat
     """(train, held-out or None), checked against the student's tokenizer and template."""
     root = as_path(configs.dataset_dir(config))
     split = (root / "train").is_dir()
-    start = loss_config(config).weights.needs_start
     opened = []
     for path in (root / "train", root / "eval") if split else (root,):
         if path.name == "eval" and not path.is_dir():
@@ -153,7 +158,7 @@ def open_datasets(config: Any, student: Student) -> tuple[TraceDataset, TraceDat
             tokenizer=tokenizer_fingerprint(student.tokenizer),
             template=template_fingerprint(student.tokenizer),
             teacher=expected_teacher(config),
-            start=hf.weights_fingerprint(as_path(config.student.path)) if start else None,
+            start=expected_start(config),
         )
         longest = int(dataset.lengths[:, 0].max())
         if longest > student.config.max_position_embeddings:

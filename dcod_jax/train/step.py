@@ -136,27 +136,24 @@ def _accumulate(
     frozen: tuple[Params, ...],
     *,
     microbatches: int,
-) -> tuple[Params, Sums, TokenStats]:
-    """Gradient of the loss sum, sums and per-token statistics of the whole batch."""
+) -> tuple[Params, TokenStats]:
+    """Gradient of the loss sum, and per-token statistics of the whole batch."""
     gradient_of = jax.grad(forward, has_aux=True)
 
-    def gradients_of(piece: Batch) -> tuple[Params, Sums, TokenStats]:
+    def gradients_of(piece: Batch) -> tuple[Params, TokenStats]:
         extra = (state.step, state.loss_state, frozen)
-        gradients, (sums, stats) = gradient_of(state.params, piece, *extra)
-        return gradients, sums, stats
+        gradients, (_, stats) = gradient_of(state.params, piece, *extra)
+        return gradients, stats
 
     if microbatches == 1:
         return gradients_of(batch)
 
-    def piece(total: tuple[Params, Sums], piece: Batch) -> tuple[tuple[Params, Sums], TokenStats]:
-        gradients, sums, stats = gradients_of(piece)
-        return (jax.tree.map(jnp.add, total[0], gradients), reduce.add(total[1], sums)), stats
+    def piece(total: Params, piece: Batch) -> tuple[Params, TokenStats]:
+        gradients, stats = gradients_of(piece)
+        return jax.tree.map(jnp.add, total, gradients), stats
 
-    start = (jax.tree.map(jnp.zeros_like, state.params), reduce.zero())
-    (gradients, sums), stats = _microbatches(
-        piece, start, batch, microbatches=microbatches, mesh=forward.mesh
-    )
-    return gradients, sums, stats
+    start = jax.tree.map(jnp.zeros_like, state.params)
+    return _microbatches(piece, start, batch, microbatches=microbatches, mesh=forward.mesh)
 
 
 def _temper_now(
@@ -239,8 +236,9 @@ def make_train_step(
         before = state
         if adaptive.same_step(loss.config.weights):
             state = _temper_now(forward, state, batch, frozen, **pieces)
-        gradients, sums, stats = _accumulate(forward, state, batch, frozen, **pieces)
+        gradients, stats = _accumulate(forward, state, batch, frozen, **pieces)
         small = jax.tree.map(lambda x: constrain(x, mesh, "batch"), distill.compact(batch))
+        sums = reduce.token_sums(stats, small.loss_mask, batch.segment_ids)
         gradients = reduce.mean_gradients(gradients, sums, loss.config.weights.normalize)
         if offload:
             moments = jax.device_put(state.opt_state, on_device)
@@ -254,7 +252,7 @@ def make_train_step(
         always = changed | {
             "loss": reduce.finish(sums, loss.config.weights.normalize),
             "tokens/completion": sums.count,
-            "tokens/total": (batch.segment_ids > 0).sum(),
+            "tokens/total": sums.tokens,
         }
         names, values = metrics.packed_where(
             log_every == 1 or metrics.is_logged(state.step + 1, log_every, steps),

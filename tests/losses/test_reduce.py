@@ -10,9 +10,8 @@ from dcod_jax.losses import reduce
 def sums_of(logprobs, weights, mask):
     logprobs, weights = jnp.float32(logprobs), jnp.float32(weights)
     mask = jnp.asarray(mask, bool)
-    loss = jnp.where(mask, -weights * logprobs, 0).sum()
-    stats = reduce.TokenStats(logprobs, jnp.zeros_like(logprobs), weights, -logprobs)
-    return reduce.token_sums(loss, stats, mask)
+    own = (logprobs, jnp.zeros_like(logprobs), weights, -logprobs, -weights * logprobs)
+    return reduce.token_sums(reduce.TokenStats(*own), mask, jnp.ones_like(mask, jnp.int32))
 
 
 BATCH = ([[-1.0, -2.0, -9.0]], [[0.5, 0.25, 7.0]], [[1, 1, 0]])
@@ -34,7 +33,18 @@ def test_adding_is_taking_the_batches_together_not_averaging_their_means():
     two = sums_of([[-5.0, 0.0, 0.0]], [[1.0, 1.0, 1.0]], [[1, 0, 0]])
     total = reduce.add(reduce.add(reduce.zero(), one), two)
     assert float(reduce.finish(total, "none")) == 2.0  # (1+1+1+5)/4; a mean of means says 3
-    assert int(total.count) == 4
+    assert (int(total.count), int(total.tokens)) == (4, 6)
+
+
+def test_counts_are_exact_beyond_what_float32_counts():
+    """9,000 rows of 2,047 tokens of which 2,045 are supervised: 18 million and more."""
+    mask = np.ones((9000, 2047), bool)
+    mask[:, :2] = False
+    own = jnp.broadcast_to(jnp.float32(0), mask.shape)
+    sums = reduce.token_sums(
+        reduce.TokenStats(*[own] * 5), jnp.asarray(mask), jnp.ones(mask.shape, jnp.int32)
+    )
+    assert (int(sums.count), int(sums.tokens)) == (9000 * 2045, 9000 * 2047)
 
 
 @pytest.mark.parametrize("normalize", ["mean", "none", "sequence"])

@@ -278,7 +278,7 @@ def test_the_starts_log_probs_lie_beside_the_teachers(tmp_path, teacher):
     again = score(make_config(root, teacher, score__overwrite="true"))["train"]
     assert "start" not in again
     assert TraceDataset(root / "train").read([0])[0].start_logprobs is None
-    with pytest.raises(DcodError, match=r"score\.student=True needs student\.path"):
+    with pytest.raises(DcodError, match=r"student\.path is empty"):
         score(make_config(root, teacher, score__student="true", score__overwrite="true"))
 
 

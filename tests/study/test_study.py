@@ -32,9 +32,9 @@ from dcod_jax.study.conditions import (
     settings_of,
     to_hex,
 )
-from dcod_jax.study.lab import adjustable_optimizer, with_rate
+from dcod_jax.study.lab import adjustable_optimizer, start_config, with_rate
 from dcod_jax.train.optim import make_optimizer
-from dcod_jax.train.settings import optim_config
+from dcod_jax.train.settings import loss_config, optim_config
 from dcod_jax.types import TrainState
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -423,3 +423,19 @@ def test_best_rate_waits_for_the_whole_grid_and_takes_the_mean(tmp_path):
     tuned(1000, 3e-3, 0.95)
     assert best_rate(results, "main", "a", config) == 3e-3
     assert json.loads(results.path.read_text().splitlines()[0])["rate"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    "arm",
+    [
+        "loss.weights.offset=auto",
+        "loss.weights.temperature=auto",
+        "loss.weights.unit=spread",
+        "loss.divergence=forward_kl loss.anchor=0.1 loss.weights.normalize=none",
+    ],
+)
+def test_the_warm_start_of_every_arm_is_plain_training(arm):
+    config = configs.with_changes(configs.load_recipe(RECIPE), arm.split())
+    plain = loss_config(start_config(config, 7))
+    assert (plain.divergence, plain.weights.name, plain.anchor) == ("nll", "uniform", 0)
+    assert not plain.weights.automatic

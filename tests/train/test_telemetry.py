@@ -24,18 +24,19 @@ from tests.train import test_train_step as steps
 # ---------------------------------------------------------------- the step
 
 
-def sorts(jaxpr, *, inside):
-    """Number of sorts in the branches of conditions, or outside of them."""
+def histograms(jaxpr, *, inside):
+    """Cumulated histograms in the branches of conditions, or outside of them; never a sort."""
     count = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "cond":
             if inside:
-                count += sum(sorts(b.jaxpr, inside=False) for b in equation.params["branches"])
+                count += sum(histograms(b.jaxpr, inside=False) for b in equation.params["branches"])
             continue
-        count += equation.primitive.name == "sort" and not inside
+        assert equation.primitive.name != "sort"
+        count += equation.primitive.name == "cumsum" and not inside
         for value in equation.params.values():
             if isinstance(inner := getattr(value, "jaxpr", value), jax.extend.core.Jaxpr):
-                count += sorts(inner, inside=inside)
+                count += histograms(inner, inside=inside)
     return count
 
 
@@ -64,8 +65,8 @@ def test_statistics_are_computed_on_log_steps_by_one_program():
     assert second.token_weights is None
     assert weights[mask].mean() == pytest.approx(float(rare["weights/mean"]), rel=1e-6)
     traced = [step.trace(fresh(), batch).jaxpr.jaxpr for step in (often, rarely)]
-    assert [sorts(one, inside=False) for one in traced] == [1, 0]
-    assert [sorts(one, inside=True) for one in traced] == [0, 1]
+    assert [histograms(one, inside=False) for one in traced] == [1, 0]
+    assert [histograms(one, inside=True) for one in traced] == [0, 1]
 
 
 def test_the_last_step_is_logged_too():

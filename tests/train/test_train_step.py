@@ -22,6 +22,7 @@ from dcod_jax.losses.weights import WeightConfig
 from dcod_jax.models import transformer
 from dcod_jax.models.config import from_hf
 from dcod_jax.parallel.mesh import make_mesh
+from dcod_jax.plan import hlo
 from dcod_jax.train.forward import Forward
 from dcod_jax.train.optim import OptimConfig, make_optimizer
 from dcod_jax.train.step import check_batch, init_state, make_eval_step, make_train_step
@@ -349,3 +350,14 @@ def test_a_batch_that_cannot_be_split_is_refused_with_the_arithmetic():
     text = "data.batch_size=12 must be a multiple of 8 = train.microbatches=2 * 4 batch shards"
     with pytest.raises(DcodError, match=re.escape(text)):
         check_batch(12, 2, mesh)
+
+
+def test_beyond_the_gradient_an_automatic_temperature_takes_three_sums():
+    """Of one vector each: the step's sums, and two passes of the solver. Log steps aside."""
+    step, fresh = step_of(sizes=(8, 1, 1), cfg=loss_config(temperature="auto"), log_every=5)
+    text = step.lower(fresh(), packed()).compile().as_text()
+    text = "\n".join(line for line in text.splitlines() if " conditional(" not in line)
+    own = [one for one in hlo.Summary(text).collectives if len(one.groups[0]) > 1]
+    of_gradients = MODEL.num_layers + 1  # the layers' one by one, then the rest
+    assert sum(one.times for one in own if one.size <= 4096) == 2, own
+    assert sum(one.times for one in own) <= of_gradients + 3, own
