@@ -21,7 +21,7 @@ LEVELS = """
     data.teachers data.codec data.dataset data.blocks data.scores data.packing
     data.reasoning data.presets data.raw data.lines data.schema data.columns data.forms
     data.traces data.pipeline
-    models.gguf models.hf data.template_process data.templates data.tokenizer
+    models.gguf_metadata models.gguf models.hf data.template_process data.templates data.tokenizer
     data.turns data.chat data.conversation
     sample.stop_strings sample.sampling sample.decoding sample.sampler
     evaluate.spelling evaluate.units evaluate.equality evaluate.algebra evaluate.answers

@@ -34,6 +34,25 @@ Tokenizer: TypeAlias = PreTrainedTokenizerFast
 MADE_WITH_EOS = "eos_before_export"
 
 
+class _Sized(PreTrainedTokenizerFast):
+    """The library's tokenizer with the highest id + 1 as its length: its ids may have holes.
+
+    That is how many rows of a model's vocabulary can be tokens; the rows above are padding.
+    """
+
+    def __len__(self) -> int:
+        backend = self.backend_tokenizer
+        count = backend.get_vocab_size(with_added_tokens=True)
+        if count == self.__dict__.get("_counted", (None,))[0]:
+            return self.__dict__["_counted"][1]
+        size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.__dict__["_counted"] = count, size
+        return size
+
+
+_Sized.__name__ = PreTrainedTokenizerFast.__name__  # which save_pretrained writes
+
+
 def load_tokenizer(path: Location, *, template: TemplateChoice = OWN) -> Tokenizer:
     """The tokenizer of an HF directory, a .gguf file or a hub id, exactly as the file defines it.
 
@@ -60,14 +79,20 @@ def load_tokenizer(path: Location, *, template: TemplateChoice = OWN) -> Tokeniz
     try:
         with library_errors():
             home = local_directory(source, wanted=_is_tokenizer_file)
-            _check_files(home if home.is_dir() else downloaded(home))
+            added = _check_files(home if home.is_dir() else downloaded(home))
             # The generic class: family classes rebuild the pre-tokenizer instead of reading it.
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(home))
+            tokenizer = _Sized.from_pretrained(str(home))
     except _Unreadable as error:
         raise DcodError(
             f"no tokenizer at {path!s}: expected a directory with tokenizer.json, or a hub id "
             f"that can be reached ({str(error).splitlines()[0]})"
         ) from error
+    for token, index in added.items():
+        if (read := tokenizer.convert_tokens_to_ids(token)) != index:
+            raise DcodError(
+                f"{path!s}: added_tokens gives {token!r} the id {index}, and the tokenizers "
+                f"package reads it as {read}, the next free one; give the ids between to tokens"
+            )
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     if template.given:
@@ -125,8 +150,9 @@ _BOUNDS: dict[str, dict[str, Bound]] = {
 }
 
 
-def _check_files(home: Path) -> None:
-    """Refuse a tokenizer whose files would exhaust the machine, or whose ids have a hole."""
+def _check_files(home: Path) -> dict[str, int]:
+    """The added tokens of tokenizer.json; refuses files that would exhaust the machine."""
+    found: dict[str, int] = {}
     for file in filter(lambda file: _is_tokenizer_file(file.name), home.iterdir()):
         if file.is_file() and (size := file_size(file)) > _LONGEST:
             raise DcodError(f"{file}: has {size} bytes, more than {_LONGEST}")
@@ -137,21 +163,10 @@ def _check_files(home: Path) -> None:
         values = read_json(file)
         check(values, bounds, source=file)
         if name == "tokenizer.json":
-            _check_ids(file, values)
+            found = {token["content"]: token["id"] for token in values.get("added_tokens") or ()}
         for added in values.get("added_tokens_decoder") or ():
             check({added: int(added) if added.isdecimal() else added}, {added: _ID}, source=file)
-
-
-def _check_ids(file: Path, values: dict[str, Any]) -> None:
-    """The ids must be 0 to n - 1: logits above the number of tokens are masked as padding."""
-    vocab = values["model"]["vocab"]
-    ids = set(vocab.values() if isinstance(vocab, dict) else range(len(vocab)))
-    ids.update(token["id"] for token in values.get("added_tokens") or ())
-    if ids and max(ids) >= len(ids):
-        raise DcodError(
-            f"{file}: {len(ids)} different ids, and the highest is {max(ids)}; they must be 0 to "
-            f"{len(ids) - 1}, or rows of the embedding would be taken for padding"
-        )
+    return found
 
 
 def _is_tokenizer_file(name: str) -> bool:
@@ -236,8 +251,8 @@ def _spelled(tokenizer: Tokenizer) -> list[bytes]:
         return token.encode()
 
     added = added_tokens(tokenizer)
-    names: list[str] = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))  # pyright: ignore
-    return [added[i].encode() if i in added else spell(name) for i, name in enumerate(names)]
+    names: list[str | None] = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))  # pyright: ignore
+    return [added[i].encode() if i in added else spell(name or "") for i, name in enumerate(names)]
 
 
 def chat_template(tokenizer: Tokenizer) -> str | None:

@@ -251,6 +251,7 @@ FAMILIES: dict[str, Family] = {
         # Its first files say "gelu", and mean the form with tanh.
         options=lambda raw: {**_gemma_options(raw), "activation": "gelu_pytorch_tanh"},
         accepts={"hidden_act": ("gelu_pytorch_tanh", "gelu")},
+        gguf=("gemma",),
     ),
     "gemma2": Family(
         architecture="Gemma2ForCausalLM",
@@ -259,6 +260,7 @@ FAMILIES: dict[str, Family] = {
         options=lambda raw: {**_gemma_options(raw), "norms": "both"},
         types=_full_every(2, at=1),
         reads_types=True,
+        gguf=("gemma2",),
     ),
     "vaultgemma": Family(
         architecture="VaultGemmaForCausalLM",
@@ -287,6 +289,7 @@ FAMILIES: dict[str, Family] = {
         reads_types=True,
         two_ropes=True,
         local_theta="rope_local_base_freq",
+        gguf=("gemma3",),
     ),
     "phi3": Family(
         architecture="Phi3ForCausalLM",
@@ -302,12 +305,14 @@ FAMILIES: dict[str, Family] = {
         types=every_layer_alike,
         accepts={"partial_rotary_factor": None, "original_max_position_embeddings": None},
         phi3_rope=True,
+        gguf=("phi3",),
     ),
     "olmo2": Family(
         architecture="Olmo2ForCausalLM",
         defaults=_OLMO2,
         keys=("attention_bias", "hidden_act"),
         options=lambda raw: {"norms": "post", "qk_norm": "projection"},
+        gguf=("olmo2",),
     ),
     "olmo3": Family(
         architecture="Olmo3ForCausalLM",
@@ -337,6 +342,8 @@ FAMILIES: dict[str, Family] = {
         keys=("attention_bias", "mlp_bias", "hidden_act"),
         types=_smollm3,
         reads_types=True,
+        gguf=("smollm3",),
+        gguf_interleaved=True,
     ),
     "granite": Family(
         architecture="GraniteForCausalLM",
@@ -353,6 +360,8 @@ FAMILIES: dict[str, Family] = {
             *("attention_bias", "mlp_bias", "hidden_act", "attention_multiplier"),
             *("embedding_multiplier", "residual_multiplier", "logits_scaling"),
         ),
+        gguf=("granite",),
+        gguf_interleaved=True,
     ),
 }
 

@@ -20,6 +20,7 @@ from dcod_jax.errors import DcodError
 from dcod_jax.files import Location, Path, as_path
 from dcod_jax.models import config as configs
 from dcod_jax.models.config import ModelConfig
+from dcod_jax.models.gguf_metadata import LONG, SHORT, raw_config
 from dcod_jax.models.tensors import Part, Slot, assemble, slots
 from dcod_jax.types import Params
 
@@ -52,9 +53,6 @@ PRE_TOKENIZERS: dict[str, tuple[Any, Any]] = {
         normalizers.NFC(),
     ),
 }
-
-# Ids at which llama.cpp ends a text: end of text, of a turn, of a message.
-_STOPS = tuple(f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom"))
 
 _CONTROL, _USER_DEFINED = 3, 4  # token types of the format
 
@@ -148,12 +146,6 @@ class _File:
         except UnicodeDecodeError as error:
             raise DcodError(f"{self.path}: metadata key {key} is no text ({error})") from error
 
-    def need(self, key: str) -> Any:
-        value = self.get(key)
-        if value is None:
-            raise DcodError(f"{self.path}: metadata key {key} is missing; convert the model again")
-        return value
-
 
 def _open(location: Location) -> _File:
     path = as_path(location)
@@ -166,77 +158,6 @@ def _open(location: Location) -> _File:
         raise DcodError(f"{path}: not a whole GGUF file ({error}); download it again") from error
 
 
-def _short(value: Any) -> Any:
-    """The shortest decimal of a float32: 9.999999747378752e-06 -> 1e-05; no number stays as is."""
-    return float(str(np.float32(value))) if isinstance(value, float) else value
-
-
-def _check_metadata(file: _File, architecture: str) -> None:
-    """Refuse metadata that changes the model in a way not computed here."""
-    accepted: dict[str, tuple[Any, ...]] = {
-        "split.count": (None, 0, 1),
-        f"{architecture}.rope.scaling.type": (None, "none"),
-        f"{architecture}.rope.scale_linear": (None, 1.0),
-        f"{architecture}.expert_count": (None, 0),
-        f"{architecture}.attention.sliding_window": (None, 0),
-        f"{architecture}.attention.causal": (None, True),
-        f"{architecture}.logit_scale": (None, 1.0),
-        f"{architecture}.residual_scale": (None, 1.0),
-        f"{architecture}.embedding_scale": (None, 1.0),
-    }
-    for key, values in accepted.items():
-        if file.get(key) not in values:
-            raise DcodError(
-                f"{file.path}: {key}={file.get(key)!r} is not supported (supported: {values[-1]!r} "
-                f"or absent); use the HF directory of this model"
-            )
-
-
-def _config(file: _File, names: set[str]) -> ModelConfig:
-    architecture = file.get("general.architecture")
-    if not isinstance(architecture, str) or architecture not in configs.FAMILIES:
-        raise DcodError(
-            f"{file.path}: general.architecture={architecture!r} is not supported "
-            f"(supported: {', '.join(sorted(configs.FAMILIES))})"
-        )
-    _check_metadata(file, architecture)
-
-    def need(key: str) -> Any:
-        return file.need(f"{architecture}.{key}")
-
-    stops = [file.get(key) for key in _STOPS if file.get(key) is not None]
-    raw = {
-        "model_type": architecture,
-        "vocab_size": next(
-            int(tensor.shape[-1])
-            for tensor in file.reader.tensors
-            if tensor.name == "token_embd.weight"
-        ),
-        "hidden_size": need("embedding_length"),
-        "intermediate_size": need("feed_forward_length"),
-        "num_hidden_layers": need("block_count"),
-        "num_attention_heads": need("attention.head_count"),
-        "num_key_value_heads": file.get(f"{architecture}.attention.head_count_kv"),
-        "head_dim": file.get(f"{architecture}.attention.key_length"),
-        "max_position_embeddings": need("context_length"),
-        "rms_norm_eps": _short(need("attention.layer_norm_rms_epsilon")),
-        "rope_theta": _short(file.get(f"{architecture}.rope.freq_base", 10000.0)),
-        "attention_bias": "blk.0.attn_q.bias" in names,
-        "tie_word_embeddings": "output.weight" not in names,
-        "bos_token_id": file.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": list(dict.fromkeys(stops)) or None,
-        "pad_token_id": file.get("tokenizer.ggml.padding_token_id"),
-    }
-    config = configs.from_hf(raw, source=str(file.path))
-    rotary = file.get(f"{architecture}.rope.dimension_count", config.head_dim)
-    if rotary != config.head_dim:
-        raise DcodError(
-            f"{file.path}: {architecture}.rope.dimension_count={rotary} is not supported "
-            f"(supported: the head size, {config.head_dim})"
-        )
-    return config
-
-
 def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
     """Undo llama.cpp's row order: per head (pair, half) back to HF's (half, pair)."""
     grouped = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
@@ -244,33 +165,46 @@ def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def read_gguf(file: Location, *, dtype: DTypeLike = jnp.float32) -> tuple[ModelConfig, Params]:
-    """(config, params) of a llama, qwen2 or qwen3 GGUF file, dequantised.
+    """(config, params) of a GGUF file, dequantised.
 
-    Raises DcodError for another architecture, for metadata that cannot be honoured exactly, and
-    for tensors that are missing or unknown (rope_freqs of Llama 3.1 among them).
+    Raises DcodError for another architecture or quantisation, for metadata that cannot be honoured
+    exactly, and for tensors that are missing or unknown (rope_freqs of Llama 3.1 among them).
     """
     opened = _open(file)
     path = opened.path
     config, tensors = _read_head(opened)
     expected = {slot.name: slot for slot in slots(config, "gguf")}
-    for name in sorted(expected.keys() ^ tensors.keys()):
+    longrope = any(kind.rope and kind.rope.switches_at for kind in config.layer_kinds)
+    beside = {LONG, SHORT} if longrope else set()
+    for name in sorted(expected.keys() ^ (tensors.keys() - beside)):
         state = "missing" if name in expected else "not part of this architecture here"
         raise DcodError(f"{path}: tensor {name} is {state}; use the HF directory of this model")
-    dequantize = _package().quants.dequantize
     interleaved = configs.FAMILIES[config.model_type].gguf_interleaved
 
     def read(slot: Slot, part: Part) -> np.ndarray:
-        tensor = tensors[slot.name]
-        values = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
+        values = _dequantised(tensors[slot.name], path)
         if values.shape != slot.file_shape:
             raise DcodError(
                 f"{path}: {slot.name} has shape {values.shape}, the metadata say {slot.file_shape}"
             )
         if interleaved and slot.rope_heads:
             values = _unpermute(values, slot.rope_heads)
+        if slot.name.endswith("norm.weight"):  # such files hold what norms multiply by
+            values = values - np.float32(config.norm_offset)
         return values[part]
 
     return config, assemble(config, "gguf", read, dtype=dtype)
+
+
+def _dequantised(tensor: Any, path: Path) -> np.ndarray:
+    quants = _package().quants
+    try:
+        return np.asarray(quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
+    except NotImplementedError as error:
+        raise DcodError(
+            f"{path}: {tensor.name} is of type {tensor.tensor_type.name}, which the gguf package "
+            f"does not dequantise; use the HF directory of this model, or another quantisation"
+        ) from error
 
 
 def _read_head(file: _File) -> tuple[ModelConfig, dict[str, Any]]:
@@ -280,7 +214,13 @@ def _read_head(file: _File) -> tuple[ModelConfig, dict[str, Any]]:
         raise DcodError(
             f"{file.path}: tensor token_embd.weight is missing; is it a language model?"
         )
-    return _config(file, set(tensors)), tensors
+    shapes = {name: tuple(map(int, tensor.shape[::-1])) for name, tensor in tensors.items()}
+
+    def factors(name: str) -> list[float]:
+        return _dequantised(tensors[name], file.path).tolist()
+
+    raw = raw_config(file.get, shapes, factors, path=file.path)
+    return configs.from_hf(raw, source=str(file.path)), tensors
 
 
 def read_config(location: Location) -> ModelConfig:

@@ -37,12 +37,47 @@ def write_tokenizer(writer, pre):
     writer.add_chat_template(TEMPLATE)
 
 
+def add_family(writer, config, rope):
+    """What llama.cpp's converter writes for one family only."""
+    kind, writes = config.model_type, writer.add_key_value
+    number, whole = package.GGUFValueType.FLOAT32, package.GGUFValueType.UINT32
+    if kind in ("gemma2", "gemma3_text", "phi3"):
+        name = {"gemma3_text": "gemma3"}.get(kind, kind)
+        writes(f"{name}.attention.sliding_window", config.sliding_window or 0, whole)
+    if kind == "gemma2":
+        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+            writes(f"gemma2.{key}", getattr(config, key), number)
+    if kind == "gemma3_text" and rope["rope_type"] == "linear":
+        writes("gemma3.rope.scaling.type", "linear", package.GGUFValueType.STRING)
+        writes("gemma3.rope.scaling.factor", rope["factor"], number)
+    if kind == "granite":
+        for key, name in {
+            "attention.scale": "attention_multiplier",
+            "embedding_scale": "embedding_multiplier",
+            "residual_scale": "residual_multiplier",
+            "logit_scale": "logits_scaling",
+        }.items():
+            writes(f"granite.{key}", getattr(config, name), number)
+    if kind == "phi3":
+        size = config.hidden_size // config.num_attention_heads
+        writes("phi3.rope.dimension_count", int(size * rope["partial_rotary_factor"]), whole)
+        if rope["rope_type"] == "longrope":
+            length = rope["original_max_position_embeddings"]
+            writes("phi3.rope.scaling.original_context_length", length, whole)
+            factor = config.max_position_embeddings / length
+            attention = (1 + np.log(factor) / np.log(length)) ** 0.5
+            writes("phi3.rope.scaling.attn_factor", float(attention), number)
+            for name in ("long", "short"):
+                factors = np.array(rope[f"{name}_factor"], np.float32)
+                writer.add_tensor(f"rope_factors_{name}.weight", factors)
+
+
 def write_gguf(
     file, pair, *, pre="smollm", quantise=(), extra=None, drop=(), metadata=None, ids=None
 ):
     """A GGUF of the pair's torch model, written from the torch side only."""
     config = pair.model.config
-    architecture = config.model_type
+    architecture = {"gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
     writer = package.GGUFWriter(file, architecture)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -51,7 +86,12 @@ def write_gguf(
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rope = config.rope_parameters
+    rope = rope.get("full_attention", rope)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if getattr(config, "head_dim", None):
+        writer.add_key_length(config.head_dim)
+    add_family(writer, config, rope)
     for key, value in (metadata or {}).items():
         writer.add_key_value(key, value, package.GGUFValueType.STRING)
     for key, value in (ids or {}).items():
@@ -68,8 +108,10 @@ def write_gguf(
             continue
         values = tensor.numpy()
         kind = name.split(".")[-2]
-        if architecture == "llama" and kind in heads:
+        if architecture in ("llama", "smollm3", "granite") and kind in heads:
             values = permute(values, heads[kind])
+        if architecture.startswith("gemma") and name.endswith("norm.weight"):
+            values = values + 1
         if target in quantise:
             kind = package.GGMLQuantizationType.Q8_0
             writer.add_tensor(target, package.quants.quantize(values, kind), raw_dtype=kind)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+import types
 
+import family_models
 import gguf as package
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import _SMALL
 from gguf_writer import TOKENS, write_gguf
 from transformers import AutoTokenizer
 
 from dcod_jax.errors import DcodError
 from dcod_jax.models import gguf, hf, transformer
+from dcod_jax.models.rope import frequencies
 from dcod_jax.models.tensors import flatten
 
 FAMILIES = ["llama", "smollm2", "qwen2-padded-vocab"]
@@ -28,6 +33,70 @@ def test_weights_are_those_of_the_torch_model(pair, tmp_path):
     tokens = np.arange(3, 43)[None]
     ours = transformer.logits(config, params, jnp.asarray(tokens))
     np.testing.assert_allclose(ours, pair.hf_logits(tokens), atol=2e-4, rtol=0)
+
+
+FACTORS = {f"{name}_factor": [1.0, 1.5, 2.0] for name in ("short", "long")}
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
+LONGROPE = {
+    "sliding_window": 16,
+    "original_max_position_embeddings": 64,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 500.0,
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 64,
+        **FACTORS,
+    },
+}
+GRANITE = {
+    "attention_multiplier": 0.25,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 8.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more"),
+    [
+        ("gemma", {"head_dim": 16}),
+        ("gemma2", GEMMA),
+        ("gemma3_text", {**GEMMA, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+        ("phi3", {"sliding_window": None}),
+        ("phi3", LONGROPE),
+        ("olmo2", {}),
+        ("smollm3", {"no_rope_layer_interval": 4}),
+        ("granite", GRANITE),
+    ],
+)
+def test_files_of_every_family_are_the_torch_model(model_type, more, tmp_path):
+    small = {"num_hidden_layers": 7, "rms_norm_eps": 1e-5, "pad_token_id": 0}
+    model = family_models.build({**_SMALL, **small, "model_type": model_type, **more})
+    model.save_pretrained(tmp_path)
+    config, params = hf.load_model(tmp_path, dtype=jnp.float32)
+    pair = types.SimpleNamespace(model=model)
+    found, ours = hf.load_model(write_gguf(tmp_path / "model.gguf", pair), dtype=jnp.float32)
+    free = ("initializer_range", "bos_token_id", "eos_token_ids", "pad_token_id", "layer_kinds")
+    for field in dataclasses.fields(config):
+        if field.name not in free:
+            assert getattr(found, field.name) == getattr(config, field.name), field.name
+    for one, other in zip(found.kinds, config.kinds, strict=True):
+        assert one.window == other.window
+        _assert_same_rope(one.rope, other.rope)
+    expected = flatten(params)
+    for path, leaf in flatten(ours).items():
+        np.testing.assert_allclose(leaf, expected.pop(path), atol=2e-7, err_msg=path)
+    assert not expected
+
+
+def _assert_same_rope(one, other):
+    """Up to the float32 in which the file holds its numbers."""
+    assert (one is None) == (other is None)
+    if one is not None:
+        assert one.attention_factor == pytest.approx(other.attention_factor)
+        for beyond in (False, True):
+            pair = (frequencies(rope, 8, beyond=beyond) for rope in (one, other))
+            np.testing.assert_allclose(*pair, rtol=1e-6)
 
 
 @pytest.mark.parametrize("pair", ["llama"], indirect=True)
@@ -120,14 +189,25 @@ def test_unknown_pre_tokenizer_is_refused(pair, tmp_path):
 
 
 def test_unknown_architecture_is_refused(tmp_path):
-    writer = package.GGUFWriter(tmp_path / "model.gguf", "gemma3")
+    writer = package.GGUFWriter(tmp_path / "model.gguf", "gemma3n")
     writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(DcodError, match=r"general\.architecture='gemma3'"):
+    with pytest.raises(DcodError, match=r"general\.architecture='gemma3n'"):
         gguf.read_gguf(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("pair", ["llama"], indirect=True)
+def test_a_quantisation_that_the_package_does_not_know_is_refused(pair, tmp_path, monkeypatch):
+    def unknown(*_):
+        raise NotImplementedError
+
+    monkeypatch.setattr(package.quants, "dequantize", unknown)
+    file = write_gguf(tmp_path / "model.gguf", pair)
+    with pytest.raises(DcodError, match=r"is of type F32, which the gguf package does not"):
+        gguf.read_gguf(file)
 
 
 @pytest.mark.parametrize("pair", ["llama"], indirect=True)

@@ -123,7 +123,6 @@ TOKENIZER = [
     ("tokenizer.json", "model vocab x", 4_000_000_000),
     ("tokenizer.json", "model vocab x", -1),
     ("tokenizer.json", "model vocab x", 1.5),
-    ("tokenizer.json", "model vocab x", 500),  # leaves a hole
     ("tokenizer.json", "model vocab", [["a", 0.0, 3]]),
     ("tokenizer.json", "model vocab", "x"),
     ("tokenizer.json", "model", None),

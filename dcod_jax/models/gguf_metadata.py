@@ -1,0 +1,174 @@
+"""The metadata of a GGUF file as an HF config: what llama.cpp computes from them, by family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from dcod_jax.errors import DcodError
+from dcod_jax.models.families import FAMILIES, Raw
+
+# general.architecture -> model_type
+ARCHITECTURES = {name: key for key, family in FAMILIES.items() for name in family.gguf}
+LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+
+# Key below the architecture -> the HF key of the same meaning, where HF has one for the family.
+_SAME = {
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "block_count": "num_hidden_layers",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "context_length": "max_position_embeddings",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+    "rope.freq_base_swa": "rope_local_base_freq",
+    "attention.sliding_window": "sliding_window",
+    "attention.sliding_window_pattern": "sliding_window_pattern",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+_REQUIRED = (
+    *("embedding_length", "feed_forward_length", "block_count", "attention.head_count"),
+    *("context_length", "attention.layer_norm_rms_epsilon"),
+)
+# Key -> the values under which the model computed here is llama.cpp's.
+_ACCEPTED: dict[str, tuple[Any, ...]] = {
+    "rope.scaling.type": (None, "none"),
+    "rope.scale_linear": (None, 1.0),
+    "expert_count": (None, 0),
+    "attention.causal": (None, True),
+}
+# Those of _SAME that are refused with any other value where the family has no such key.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention.sliding_window": (None, 0),
+    "attention.sliding_window_pattern": (None,),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    **dict.fromkeys(("embedding_scale", "residual_scale", "logit_scale"), (None, 1.0)),
+    "attention.scale": (None,),
+    "rope.freq_base_swa": (None,),
+}
+
+
+def _short(value: Any) -> Any:
+    """The shortest decimal of a float32: 9.999999747378752e-06 -> 1e-05; no number stays as is."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def raw_config(
+    get: Callable[[str], Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    factors: Callable[[str], list[float]],
+    *,
+    path: object,
+) -> Raw:
+    """The config.json of a file with these metadata and tensors (name -> shape).
+
+    factors reads one of the two tensors of longrope. Raises DcodError for another architecture, a
+    missing key, and metadata that cannot be honoured exactly.
+    """
+    architecture = get("general.architecture")
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        raise DcodError(
+            f"{path}: general.architecture={architecture!r} is not supported "
+            f"(supported: {', '.join(sorted(ARCHITECTURES))})"
+        )
+    model_type = ARCHITECTURES[architecture]
+    family = FAMILIES[model_type]
+    own = {*family.defaults, *family.keys, *(_SAME[key] for key in _REQUIRED), "rope_theta"}
+    own |= {"sliding_window"} if model_type == "phi3" else set()
+    values = {key: _short(get(f"{architecture}.{key}")) for key in (*_SAME, *_ACCEPTED)}
+    windowed = model_type in ("gemma3_text", "phi3")  # what the absent key means has changed
+    for key in (*_REQUIRED, *["attention.sliding_window"] * windowed):
+        if values[key] is None:
+            raise DcodError(
+                f"{path}: metadata key {architecture}.{key} is missing; convert the model again"
+            )
+    ignored = {key: accepted for key, accepted in _NEUTRAL.items() if _SAME[key] not in own}
+    accepted = {f"{architecture}.{key}": one for key, one in (_ACCEPTED | ignored).items()}
+    ropes = _ropes(architecture, get, shapes, factors)
+    if ropes:
+        del accepted[f"{architecture}.rope.scaling.type"]
+    for key, one in {"split.count": (None, 0, 1), **accepted}.items():
+        if get(key) not in one:
+            raise DcodError(
+                f"{path}: {key}={get(key)!r} is not supported (supported: {one[-1]!r} or absent); "
+                f"use the HF directory of this model"
+            )
+    stops = [get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
+    stops = list(dict.fromkeys(stop for stop in stops if stop is not None))
+    raw = {
+        "rope_theta": 10000.0,
+        **{name: values[key] for key, name in _SAME.items() if values[key] is not None},
+    }
+    raw = {name: value for name, value in raw.items() if name in own}
+    raw |= {
+        "model_type": model_type,
+        "num_key_value_heads": values["attention.head_count_kv"],
+        "head_dim": values["attention.key_length"],
+        "vocab_size": shapes["token_embd.weight"][0],
+        "attention_bias": "blk.0.attn_q.bias" in shapes,
+        "mlp_bias": "blk.0.ffn_up.bias" in shapes,
+        "tie_word_embeddings": "output.weight" not in shapes,
+        "bos_token_id": get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": stops or None,
+        "pad_token_id": get("tokenizer.ggml.padding_token_id"),
+        **ropes,
+    }
+    head_dim = raw["head_dim"] or raw["hidden_size"] // raw["num_attention_heads"]
+    if "query_pre_attn_scalar" in family.keys:
+        raw["query_pre_attn_scalar"] = _query_scalar(raw, head_dim)
+    if "attention_multiplier" in family.keys:
+        raw.setdefault("attention_multiplier", head_dim**-0.5)
+    if model_type == "phi3":
+        raw["sliding_window"] = raw["sliding_window"] or None
+    rotated = get(f"{architecture}.rope.dimension_count")
+    if rotated is not None and rotated != head_dim:
+        if not family.phi3_rope:
+            raise DcodError(
+                f"{path}: {architecture}.rope.dimension_count={rotated} is not supported "
+                f"(supported: the head size, {head_dim})"
+            )
+        raw["partial_rotary_factor"] = rotated / head_dim
+    return raw
+
+
+def _query_scalar(raw: Raw, head_dim: int) -> int:
+    """llama.cpp knows the 27B models of Gemma 2 and 3 by their depth."""
+    large = {"gemma2": 46, "gemma3_text": 62}.get(raw["model_type"])
+    if raw["num_hidden_layers"] == large:
+        return raw["hidden_size"] // raw["num_attention_heads"]
+    return head_dim
+
+
+def _ropes(
+    architecture: str,
+    get: Callable[[str], Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    factors: Callable[[str], list[float]],
+) -> Raw:
+    """rope_scaling of Gemma 3's linear scaling and of longrope; {} for any other."""
+    scaling = f"{architecture}.rope.scaling"
+    if architecture == "phi3" and {LONG, SHORT} <= shapes.keys():
+        length = get(f"{scaling}.original_context_length")
+        attention = get(f"{scaling}.attn_factor")
+        return {
+            "rope_scaling": {
+                "rope_type": "longrope",
+                "short_factor": factors(SHORT),
+                "long_factor": factors(LONG),
+                **({} if attention is None else {"attention_factor": _short(attention)}),
+            },
+            **({} if length is None else {"original_max_position_embeddings": length}),
+        }
+    if architecture == "gemma3" and get(f"{scaling}.type") == "linear":
+        return {"rope_scaling": {"rope_type": "linear", "factor": _short(get(f"{scaling}.factor"))}}
+    return {}
