@@ -18,6 +18,7 @@ from dcod_jax.data.teachers import teacher_entries
 from dcod_jax.data.templates import template_of
 from dcod_jax.data.tokenizer import (
     Tokenizer,
+    load_tokenizer,
     student_tokenizer,
     template_fingerprint,
     tokenizer_fingerprint,
@@ -28,6 +29,7 @@ from dcod_jax.losses.divergences import DIVERGENCES
 from dcod_jax.models import hf, lora, transformer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import check_divides, make_mesh, tree_shardings
+from dcod_jax.score.alignment import ONLY_TEXT
 from dcod_jax.score.teacher import expected_weights, open_teacher
 from dcod_jax.train import learned_from
 from dcod_jax.train.checkpoint_reader import (
@@ -94,6 +96,11 @@ def preflight(config: Any) -> None:
     transformer.check_mesh(student.config, mesh)
     check_divides(mesh, {"data.seq_len": ("length", config.data.seq_len)})
     loss = loss_config(config)
+    for entry in teacher_entries(config):
+        place = entry.tokenizer or entry.path
+        compared = loss.needs_distribution or loss.teacher == "live"
+        if compared and place and as_path(place).exists():
+            _check_shared(config, student, load_tokenizer(place))
     if loss.teacher == "cached" and DIVERGENCES[loss.divergence].acts_on_student:
         log.warning(
             "loss.divergence=%s depends on the teacher's probabilities of the tokens that the "
@@ -170,6 +177,17 @@ def open_datasets(config: Any, student: Student) -> tuple[TraceDataset, TraceDat
     return opened[0], opened[1] if len(opened) > 1 else None
 
 
+def _check_shared(config: Any, student: Student, other: Tokenizer) -> None:
+    """Refuse a loss that compares two vocabularies token by token."""
+    own, theirs = (tokenizer_fingerprint(t) for t in (student.tokenizer, other))
+    if own != theirs:
+        raise DcodError(
+            f"loss.teacher={config.loss.teacher}, loss.divergence={config.loss.divergence}: the "
+            f"teacher has another tokenizer than the student ({theirs} and {own}): {ONLY_TEXT} "
+            "and score stores (loss.teacher=cached)"
+        )
+
+
 def load_live_teacher(
     config: Any, student: Student, mesh: Mesh
 ) -> tuple[TeacherModel | None, tuple[Params, ...]]:
@@ -180,12 +198,7 @@ def load_live_teacher(
     if config.loss.teacher != "live":
         return None, ()
     teacher = open_teacher(config.teacher, template=template_of(config.student))
-    own, other = (tokenizer_fingerprint(t) for t in (student.tokenizer, teacher.tokenizer))
-    if own != other:
-        raise DcodError(
-            f"loss.teacher=live: {config.teacher.path} has another tokenizer than the student "
-            f"({other} and {own}); their token ids must mean the same"
-        )
+    _check_shared(config, student, teacher.tokenizer)
     model_config, params = teacher.load(mesh)
     if config.data.seq_len > model_config.max_position_embeddings:
         raise DcodError(

@@ -200,6 +200,11 @@ def test_a_live_teacher_with_another_tokenizer_is_refused(place, tmp_path):
     config = load(place, "refused", "loss.teacher=live", f"teacher.path={tmp_path / 'other'}")
     with pytest.raises(DcodError, match="has another tokenizer than the student"):
         train.fit(config)
+    for loss in (("loss.teacher=live",), ("loss.divergence=jsd", "score.top_k=4")):
+        asked = load(place, "refused", *loss, f"teacher.path={tmp_path / 'other'}")
+        with pytest.raises(DcodError, match="over other tokens than the student's"):
+            preflight(asked)
+    preflight(load(place, "refused", f"teacher.path={tmp_path / 'other'}"))  # nll compares texts
 
 
 def test_weight_on_what_the_student_knows_already_is_warned_of_once(caplog):
