@@ -200,21 +200,21 @@ def available(values: Mapping[str, Any]) -> dict[str, float]:
     return {key: value for key, value in floats.items() if math.isfinite(value)}
 
 
-@contextlib.contextmanager
-def _without(module: str) -> Iterator[None]:
-    """Imports go as where this module is not installed, unless it is loaded already.
+# tensorboardX imports these if it can, and does nothing with them here: seconds of a start.
+UNUSED = ("torch", "google.cloud.storage", "boto3")
 
-    tensorboardX imports torch if it can, which takes over two seconds of a start, and does nothing
-    with it here.
-    """
-    if module in sys.modules:
-        yield
-        return
-    sys.modules[module] = None  # pyright: ignore[reportArgumentType]
+
+@contextlib.contextmanager
+def _without(*modules: str) -> Iterator[None]:
+    """Imports go as where these modules are not installed; one that is loaded already stays."""
+    hidden = [module for module in modules if module not in sys.modules]
+    for module in hidden:
+        sys.modules[module] = None  # pyright: ignore[reportArgumentType]
     try:
         yield
     finally:
-        del sys.modules[module]
+        for module in hidden:
+            del sys.modules[module]
 
 
 class Board:
@@ -225,7 +225,7 @@ class Board:
     """
 
     def __init__(self, folder: pathlib.Path, start: int, *, suffix: str):
-        with _without("torch"):
+        with _without(*UNUSED):
             from tensorboardX.event_file_writer import EventsWriter
             from tensorboardX.proto import event_pb2
             from tensorboardX.summary import scalar
