@@ -17,6 +17,7 @@ from dcod_jax.losses import distill
 from dcod_jax.losses.distill import LossConfig
 from dcod_jax.losses.divergences import DIVERGENCES
 from dcod_jax.losses.weights import RATIOS, UNITS, WEIGHTS
+from dcod_jax.models import remat
 from dcod_jax.models.attention import KINDS
 from dcod_jax.train import settings
 from dcod_jax.train.optim import DECAYS
@@ -28,7 +29,6 @@ CHOICES = {
     "train.gradient_dtype": ("float32", "bfloat16"),
     "train.gradient_sums": ("placed", "plain"),
     "student.attention": KINDS,
-    "student.remat": ("none", "dots", "full", "offload", "auto"),
     "teacher.dtype": ("bfloat16", "float32"),
     "export.dtype": ("bfloat16", "float32", "float16"),
     "score.dialect": DIALECTS,
@@ -338,6 +338,8 @@ def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
     if not any(error.startswith("loss.") for error in wrong):
         wrong += distill.config_errors(loss)
         wrong += _teacher_errors(flat, loss)
+    if (kept := flat["student.remat"]) != "auto" and (must := remat.fault(kept)):
+        wrong.append(f"student.remat={kept!r} must be auto, {must}")
     wrong += _range_errors(flat)
     wrong += teacher_errors(flat)
     wrong += _hosts_errors(flat)

@@ -6,6 +6,7 @@ import pytest
 
 from dcod_jax import config, config_checks
 from dcod_jax.errors import DcodError
+from dcod_jax.models import remat
 from dcod_jax.train import settings
 
 BASE = ["--config", str(config.BASE)]
@@ -208,7 +209,15 @@ def test_help_lists_every_key_with_its_comment(capsys):
 @pytest.mark.parametrize("key", ["loss.divergence", "loss.weights.name", "student.remat"])
 def test_the_comment_of_a_choice_names_all_of_it(key):
     words = re.findall(r"\w+", config.comments()[key])
-    assert set(config_checks.CHOICES[key]) <= set(words)
+    choices = config_checks.CHOICES | {"student.remat": ("auto", *remat.NAMES)}
+    assert set(choices[key]) <= set(words)
+
+
+def test_some_layers_may_be_kept_and_another_remat_is_refused():
+    config.load(["--config", "quickstart", "--config.student.remat=dots:12"], verb="train")
+    text = "student.remat='dots:x' must be auto, none, dots, full, offload, or dots:K or none:K"
+    with pytest.raises(DcodError, match=text):
+        config.load(["--config", "quickstart", "--config.student.remat=dots:x"], verb="train")
 
 
 @pytest.mark.parametrize("path", sorted(config.BASE.parent.glob("[a-z]*.py")), ids=lambda p: p.stem)

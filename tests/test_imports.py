@@ -14,7 +14,7 @@ LEVELS = """
     parallel.mesh parallel.collectives parallel.exit_report parallel.monitor parallel.hosts
     locks logs
     models.rope models.families models.layer_kinds models.config models.layers models.cudnn
-    models.attention models.transformer models.lora models.cached models.tensors
+    models.remat models.attention models.transformer models.lora models.cached models.tensors
     models.peft
     losses.head losses.events losses.distributions losses.divergences losses.segments losses.weights
     losses.weight_errors losses.adaptive losses.reduce losses.distill
@@ -39,7 +39,7 @@ LEVELS = """
     export.command
     evaluate.command
     evaluate.lm_eval_model drift.command report.arguments report.data report.traces report.command
-    plan.chips plan.hlo plan.programs plan.estimate plan.command
+    plan.chips plan.hlo plan.programs plan.remat plan.estimate plan.command
     train.trace_weights train.telemetry train.loop train.command tune.command
     study.arithmetic study.domain study.conditions study.lab study.command
 """

@@ -78,6 +78,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "long-1-row": (QWEN_1B, LONG | {"data.batch_size": 1, "mesh.fsdp": 1, "mesh.context": 16}),
     "long-8-rows": (QWEN_1B, LONG | {"data.batch_size": 8, "mesh.fsdp": 4, "mesh.context": 4}),
     "nll-dots-16": (QWEN_1B, {"student.remat": "dots", "data.batch_size": 16}),
+    "nll-dots-12": (QWEN_1B, {"student.remat": "dots:12"}),
     "nll-full-16": (QWEN_1B, {"data.batch_size": 16}),
 }
 

@@ -199,7 +199,7 @@ def _through_layers(
     else:
         indices = jnp.arange(cache.keys[0].shape[0])
         carry = (x, *cache.keys, *cache.values)
-        x, *both = scan_groups(config, block, carry, (layers, indices))
+        x, *both = scan_groups(config.kinds, block, carry, (layers, indices))
         keys, values = ((stacked,) for stacked in both)
     return x, Cache(keys=keys, values=values)
 

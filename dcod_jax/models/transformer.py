@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,8 +21,8 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from dcod_jax.errors import DcodError
 from dcod_jax.models import attention, layer_kinds, layers
+from dcod_jax.models import remat as remats
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.layer_kinds import LayerKind
 from dcod_jax.models.layers import Declaration
@@ -31,20 +31,6 @@ from dcod_jax.parallel import collectives
 from dcod_jax.parallel import mesh as meshes
 from dcod_jax.parallel.collectives import WeightDtypes
 from dcod_jax.types import Params
-
-BLOCK_INPUT = "block_input"
-# What the backward pass finds saved of each layer, beside the layer's input (which "offload" keeps
-# in the host's memory).
-REMAT_POLICIES: dict[str, Any] = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[BLOCK_INPUT],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-}
 
 # Logical dimensions of what a block passes on.
 _TOKENS = ("batch", "length", None)
@@ -227,24 +213,24 @@ def embed(
 
 
 def scan_groups(
-    config: ModelConfig,
+    kinds: Sequence[LayerKind],
     block: Callable[[LayerKind, Any, Any], Any],
     carry: Any,
     layers: Any,
 ) -> Any:
-    """carry = block(kind, carry, layer) for every layer; layers are stacked on axis 0."""
-    groups = layer_kinds.groups(config.kinds)
+    """carry = block(kind, carry, layer) for the layers of these kinds, stacked on axis 0."""
+    groups = layer_kinds.groups(kinds)
 
     def of_group(x: Array, start: int, periods: int, size: int) -> Array:
         x = x if len(groups) == 1 else x[start : start + size * periods]
         return x if size == 1 else x.reshape(periods, size, *x.shape[1:])
 
     start = 0
-    for kinds, periods in groups:
-        sizes = {"start": start, "periods": periods, "size": len(kinds)}
+    for some, periods in groups:
+        sizes = {"start": start, "periods": periods, "size": len(some)}
         group = jax.tree.map(functools.partial(of_group, **sizes), layers)
 
-        def period(carry: Any, layer: Any, kinds: tuple[LayerKind, ...] = kinds) -> Any:
+        def period(carry: Any, layer: Any, kinds: tuple[LayerKind, ...] = some) -> Any:
             if len(kinds) == 1:
                 return block(kinds[0], carry, layer), None
             for index, kind in enumerate(kinds):
@@ -252,7 +238,7 @@ def scan_groups(
             return carry, None
 
         carry, _ = jax.lax.scan(period, carry, group)
-        start += len(kinds) * periods
+        start += len(some) * periods
     return carry
 
 
@@ -301,8 +287,7 @@ def hidden_states(
     default to 0..T-1, segments to one; segment 0 is padding, whose finite values nothing else sees.
     Raises DcodError for a mesh that cannot split the model, or an unknown remat.
     """
-    if remat not in ("none", *REMAT_POLICIES):
-        raise DcodError(f"remat={remat!r} must be none, {' or '.join(REMAT_POLICIES)}")
+    pieces = remats.pieces(remat, config.num_layers)
     if mesh is not None:
         check_mesh(config, mesh)
     if segment_ids is None:
@@ -318,7 +303,7 @@ def hidden_states(
     run = functools.partial(_with_weights, dtypes=dtypes, mesh=mesh, placed=placed)
 
     def block(kind: LayerKind, x: Array, layer: Params) -> Array:
-        x = checkpoint_name(x, BLOCK_INPUT)
+        x = checkpoint_name(x, remats.BLOCK_INPUT)
         rope = ropes[kind.rope] or ()
         query, key, value = run(
             lambda layer, x, *rope: nnx.merge(block_graph, layer).project(x, rope or None),
@@ -349,13 +334,14 @@ def hidden_states(
         )
         return meshes.constrain(x, mesh, "batch", "length", None)
 
-    if remat != "none":
-        # Inside a scan nothing can be merged across the two passes: prevent_cse only costs.
-        policy = REMAT_POLICIES[remat]
-        block = jax.checkpoint(block, policy=policy, prevent_cse=False, static_argnums=(0,))
     where = {"mesh": mesh, "length": "length"}
     x = embed(params, tokens, scale=config.embedding_scale, compute_dtype=compute_dtype, **where)
-    x = scan_groups(config, block, x, params["layers"])
+    start, stacked = 0, params["layers"]
+    for mode, count in pieces:
+        here = slice(start, start + count)
+        some = stacked if len(pieces) == 1 else jax.tree.map(lambda x, at=here: x[at], stacked)
+        x = scan_groups(config.kinds[here], remats.rematerialised(block, mode), x, some)
+        start += count
     outer = {name: value for name, value in params.items() if name != "layers"}
     return attention.from_pieces(nnx.merge(decoder_graph, outer).final(x), mesh, length)
 

@@ -24,6 +24,7 @@ from rich.table import Table
 from dcod_jax import config as configs
 from dcod_jax.errors import DcodError
 from dcod_jax.files import as_path, check_own, replace_file
+from dcod_jax.models import remat as remats
 from dcod_jax.models.transformer import num_params
 from dcod_jax.parallel.mesh import batch_shards, make_mesh
 from dcod_jax.plan import estimate, programs
@@ -107,8 +108,8 @@ def _size(size: float | int | None) -> str:
 def remedies(config: Any, devices: Sequence[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(setting, changed keys), the cheapest first; each adds to the changes before it."""
     changes: dict[str, Any] = {}
-    begin = programs.REMATS.index(config.student.remat)
-    for remat in programs.REMATS[begin + 1 : -1]:
+    begin = remats.NAMES.index(config.student.remat.partition(":")[0])
+    for remat in remats.NAMES[begin + 1 : -1]:
         changes["student.remat"] = remat
         yield f"student.remat={remat}", dict(changes)
     mesh = make_mesh(**config.mesh, devices=devices)  # its axes have sizes where a key has -1
@@ -138,7 +139,7 @@ def _first_fit(
     rows, fitting, report = [], None, None
     begin: dict[str, Any] = {}
     if config.student.remat == "auto":
-        begin["student.remat"] = programs.REMATS[0]
+        begin["student.remat"] = remats.NAMES[0]
         config = configs.replace(config, begin)
     for setting, changes in [("as the recipe says", begin), *remedies(config, target.devices)]:
         changed = configs.replace(config, changes)

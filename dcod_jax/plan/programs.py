@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,6 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from dcod_jax import config as configs
 from dcod_jax.errors import DcodError
 from dcod_jax.models import hf, lora
 from dcod_jax.models.config import ModelConfig
@@ -40,7 +39,6 @@ from dcod_jax.types import Batch, Params
 log = logging.getLogger(__name__)
 
 LIBTPU = 'pip install "jax[tpu]"'
-REMATS = ("none", "dots", "full", "offload")  # of student.remat, the least recomputation first
 # What keeps libtpu from looking for a TPU of this host.
 OFFLINE = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -291,33 +289,6 @@ def compile_program(traced: jax.stages.Traced, *, limit: float | None = None) ->
     }
     text = compiled.as_text() or ""
     return Program(memory, hlo.Summary(text), text)
-
-
-def choose_remat(config: Any, devices: Iterable[Any]) -> str:
-    """student.remat, where "auto" stands for the least recomputation that fits these devices.
-
-    It is "none" where no memory limit is known (a CPU with plan.hbm_gib=0). Raises DcodError
-    where none fits.
-    """
-    if config.student.remat != "auto":
-        return config.student.remat
-    devices = list(devices)
-    limit = memory_limit(config, devices[0])
-    if limit is None:
-        return REMATS[0]
-    for remat in REMATS:
-        traced = train_program(configs.replace(config, {"student.remat": remat}), devices)
-        try:
-            peak = compile_program(traced, limit=limit).memory["peak"]
-        except DoesNotFitError:
-            continue
-        sizes = peak / chips.GIB, limit / chips.GIB
-        log.info("student.remat=auto: %s, %.2f GiB of %.2f", remat, *sizes)
-        return remat
-    raise DcodError(
-        f"student.remat=auto: none of {', '.join(REMATS)} fits {limit / chips.GIB:.2f} GiB a "
-        "device; raise train.microbatches or mesh.fsdp (python -m dcod_jax.plan tries them)"
-    )
 
 
 def memory_limit(config: Any, device: Any) -> float | None:

@@ -18,7 +18,7 @@ from dcod_jax.locks import check_held, locked
 from dcod_jax.losses.reduce import Sums
 from dcod_jax.parallel import hosts
 from dcod_jax.parallel.mesh import make_mesh
-from dcod_jax.plan.programs import choose_remat
+from dcod_jax.plan.remat import choose_remat
 from dcod_jax.train import learned_from
 from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.train.forward import make_forward

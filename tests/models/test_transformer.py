@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dcod_jax.errors import DcodError
-from dcod_jax.models import attention, cached, layers, transformer
+from dcod_jax.models import attention, cached, layers, remat, transformer
 from dcod_jax.models import config as configs
 from dcod_jax.models.layer_kinds import LayerKind, groups
 from dcod_jax.models.rope import Rope
@@ -79,24 +79,27 @@ def test_remat_changes_no_gradient():
     config = _config()
     params, tokens = _params(config), _tokens(2, 80)
     runs = {
-        remat: jax.jit(jax.value_and_grad(_loss(config, remat=remat)))(params, tokens)
-        for remat in ("none", "dots", "full")
+        kept: jax.jit(jax.value_and_grad(_loss(config, remat=kept)))(params, tokens)
+        for kept in ("none", "dots", "full", "dots:1")
     }
-    _assert_close(runs["dots"], runs["none"])
-    _assert_close(runs["full"], runs["none"])
+    for kept in ("dots", "full", "dots:1"):
+        _assert_close(runs[kept], runs["none"])
 
 
 def test_unknown_remat_is_refused():
     config = _config()
-    with pytest.raises(DcodError, match="remat='all'"):
-        transformer.hidden_states(config, _params(config), _tokens(1, 4), remat="all")
+    for wrong in ("all", "full:3", "dots:0", "dots:x"):
+        with pytest.raises(DcodError, match=f"remat='{wrong}' must be none, dots"):
+            transformer.hidden_states(config, _params(config), _tokens(1, 4), remat=wrong)
+    assert remat.pieces("dots:12", 28) == [("full", 16), ("dots", 12)]
+    assert remat.pieces("dots:40", 28) == remat.pieces("dots", 28) == [("dots", 28)]
 
 
-def _temporary_bytes(remat, num_layers):
+def _temporary_bytes(kept, num_layers):
     config = _config(num_hidden_layers=num_layers, intermediate_size=512)
     shapes = transformer.param_shapes(config)
     tokens = jax.ShapeDtypeStruct((8, 64), jnp.int32)
-    lowered = jax.jit(jax.grad(_loss(config, remat=remat))).lower(shapes, tokens)
+    lowered = jax.jit(jax.grad(_loss(config, remat=kept))).lower(shapes, tokens)
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
@@ -104,7 +107,10 @@ def test_full_remat_keeps_little_more_than_each_layers_input():
     layer_input = 8 * 64 * 32 * 4
     deep, shallow = _temporary_bytes("full", 10), _temporary_bytes("full", 2)
     assert (deep - shallow) / 8 < 1.6 * layer_input
-    assert _temporary_bytes("none", 10) > deep + 10 * 10 * layer_input
+    every = _temporary_bytes("none", 10)
+    assert every > deep + 10 * 10 * layer_input
+    half = (_temporary_bytes("none:5", 10) - deep) / (every - deep)
+    assert 0.4 < half < 0.6
 
 
 @pytest.mark.parametrize("changes", [{}, WINDOWED])

@@ -1,9 +1,11 @@
 """The plan verb on the host's own devices, and, where libtpu is installed, on a TPU slice."""
 
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -17,6 +19,7 @@ from dcod_jax.models.config import from_hf
 from dcod_jax.models.transformer import flops_per_row
 from dcod_jax.plan import chips, estimate, hlo, programs
 from dcod_jax.plan import command as plan
+from dcod_jax.plan.remat import choose_remat
 
 GIB = 2**30
 
@@ -225,22 +228,41 @@ def test_a_remedy_that_is_taken_already_is_not_tried_again(student, tmp_path):
 
 
 def test_auto_takes_the_least_recomputation_that_fits(student, tmp_path, monkeypatch, caplog):
+    """Of 2 layers; between full and dots the peak is linear in the layers that are kept."""
     caplog.set_level("INFO")
+    compiled: list[str] = []
+    address = itertools.count(10)
+    peaks = RECOMPUTED | {"dots:1": (RECOMPUTED["dots"] + RECOMPUTED["full"]) / 2}
+
+    def traced(config, devices):
+        text = f"{config.student.remat} {config.data.seq_len} at 0x{next(address):x}"
+        return types.SimpleNamespace(remat=config.student.remat, jaxpr=text)
 
     def pretend(traced, *, limit):
-        if RECOMPUTED[traced] > limit / GIB:
-            raise programs.DoesNotFitError(RECOMPUTED[traced] * GIB)
-        return programs.Program({"peak": int(RECOMPUTED[traced] * GIB)}, hlo.Summary(""), "")
+        compiled.append(traced.remat)
+        if peaks[traced.remat] > limit / GIB:
+            raise programs.DoesNotFitError(peaks[traced.remat] * GIB)
+        return programs.Program({"peak": int(peaks[traced.remat] * GIB)}, hlo.Summary(""), "")
 
-    monkeypatch.setattr(programs, "train_program", lambda config, devices: config.student.remat)
+    monkeypatch.setattr(programs, "train_program", traced)
     monkeypatch.setattr(programs, "compile_program", pretend)
 
-    def chosen(remat, limit=0.0):
-        changes = {"student.remat": remat, "plan.hbm_gib": limit}
-        return programs.choose_remat(recipe(student, tmp_path, **changes), jax.devices()[:8])
+    def chosen(remat, limit=0.0, **more):
+        changes = {"student.remat": remat, "plan.hbm_gib": limit, **more}
+        compiled.clear()
+        return choose_remat(recipe(student, tmp_path, **changes), jax.devices()[:8])
 
-    assert [chosen("auto", limit) for limit in (2.0, 0.9, 0.5, 0.3)] == list(programs.REMATS)
+    limits = (2.0, 0.9, 0.6, 0.5, 0.3)
+    expected = ["none", "dots", "dots:1", "full", "offload"]
+    assert [chosen("auto", limit) for limit in limits] == expected
     assert "student.remat=auto: dots, 0.70 GiB of 0.90" in caplog.text
+    assert "dots:1, 0.55 GiB of 0.60; dots for all layers needs 0.70" in caplog.text
+    assert chosen("auto", 0.6) == "dots:1"
+    assert compiled == ["none", "dots", "full", "dots:1"]
+    assert (chosen("auto", 0.6), compiled) == ("dots:1", [])  # known by the program's hash
+    assert (chosen("auto", 0.9), compiled) == ("dots", ["none", "dots"])
+    assert chosen("auto", 0.9, **{"data.seq_len": 128}) == "dots"
+    assert compiled == ["none", "dots"]  # another program
     assert chosen("auto") == "none"  # no limit is known of a CPU
     assert chosen("full", 0.01) == "full"
     with pytest.raises(DcodError, match=r"none of none, dots, full, offload fits 0\.10 GiB"):
