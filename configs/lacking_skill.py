@@ -11,8 +11,8 @@ temperature, and compares them on the validation problems. The results decided t
 of loss.weights.target_loss and smoothing. Results: docs/auto_temperature.md.
 """
 
-from dcod_jax.configs.quickstart import ASSETS
-from dcod_jax.configs.quickstart import get_config as quickstart
+from dcod_jax.configs.quickstart_lacking import ASSETS
+from dcod_jax.configs.quickstart_lacking import get_config as quickstart
 
 
 def get_config():

@@ -1,16 +1,20 @@
 """Make everything in dcod_jax/assets/quickstart from nothing.
 
-    python tools/make_quickstart_assets.py            # data, teacher, student: a quarter of an hour
-    python tools/make_quickstart_assets.py data       # or one of them
+    python tools/make_quickstart_assets.py            # all of it: a quarter of an hour
+    python tools/make_quickstart_assets.py data       # or one stage
 
-data:    prompts, validation and eval problems from reasoning-gym's chain_sum -> assets/quickstart,
-         worked solutions and model shapes -> build/quickstart
-teacher: trains configs/quickstart_teacher.py and copies its export -> assets/quickstart/teacher
-student: trains configs/quickstart_student.py and copies its export -> assets/quickstart/student
+data:      problems -> assets/quickstart, worked solutions and model shapes -> build/quickstart
+teacher:   trains configs/quickstart_teacher.py, copies its export -> assets/quickstart/teacher
+competent: trains configs/quickstart_competent.py -> assets/quickstart/competent/model, the start
+           of the quickstart: it solves most problems, in one style of its own
+student:   trains configs/quickstart_student.py -> assets/quickstart/student, half learned in the
+           teacher's three styles: the start of quickstart_lacking
 
-A template is a problem's operator sequence ("+-") and, apart from it, its phrasing; both are
-divided over the splits, so no problem, no operator sequence and no phrasing of a split occurs in
-another one.
+The problems of quickstart_lacking come from reasoning-gym's chain_sum. A template is a problem's
+operator sequence ("+-") and, apart from it, its phrasing; both are divided over the splits, so no
+problem, no operator sequence and no phrasing of a split occurs in another one. The problems of the
+quickstart are the study's (dcod_jax/study/domain.py): no problem is in two sets, and those of
+longer.jsonl have more terms than any prompt.
 """
 
 from __future__ import annotations
@@ -29,7 +33,9 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from dcod_jax.configs.study import get_config as study_recipe
 from dcod_jax.errors import DcodError
+from dcod_jax.study import domain
 from dcod_jax.study.arithmetic import Chain, worked_traces
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,8 +48,9 @@ DRAWS = 100_000  # expressions drawn from chain_sum, repetitions included
 # operator sequence, in equal shares as far as a sequence has that many.
 TEACHER, STUDENT, PROMPTS = 14_000, 5_000, 2_500
 VALIDATION, EVAL = 500, 500
-TEACHER_STYLES = {"equations": 1.0, "words": 1.0, "groups": 1.0}
-STUDENT_STYLES = {"equations": 1.0, "words": 1.0, "groups": 1.0}
+EVERY_STYLE = {"equations": 1.0, "words": 1.0, "groups": 1.0}
+COMPETENT_STYLE = {"equations": 1.0}
+COMPETENT, COMPETENT_PROMPTS, COMPETENT_SET = 6_000, 3_000, 500
 SHAPES = {
     "teacher": {
         "hidden_size": 96,
@@ -58,6 +65,8 @@ SHAPES = {
         "head_dim": 16,
     },
 }
+SHAPES["competent"] = SHAPES["student"]
+HOMES = {"teacher": "teacher", "student": "student", "competent": "competent/model"}
 
 # Operator sequences and phrasings that only this split has; "train" has all the other sequences.
 # A held-out sequence is never the longest: a tiny model that saw no chain with these signs at
@@ -216,6 +225,28 @@ def shipped_problems(made: dict[str, list[Chain]]) -> dict[str, str]:
     return {f"{name}.jsonl": jsonl(p.record() for p in made[name]) for name in names}
 
 
+def competent_problems() -> dict[str, list[Chain]]:
+    """Problems of the quickstart: held out, to sample the teacher on, and of the start."""
+    config = study_recipe()
+    config.study.problems = COMPETENT_SET
+    held_out = domain.held_out(config)
+    found = {"validation": held_out["validation"], "eval": held_out["in"]}
+    found["longer"] = held_out["longer"]
+    prompts = domain.training_problems(config, "traces", config.study.terms)
+    worked = domain.training_problems(config, "start", config.study.start_terms)
+    found["prompts"] = distinct(prompts, COMPETENT_PROMPTS)
+    return found | {"worked": list(itertools.islice(worked, COMPETENT))}
+
+
+def distinct(problems: Iterator[Chain], count: int) -> list[Chain]:
+    """The first `count` problems that differ; their expressions are ids."""
+    found: dict[str, Chain] = {}
+    while len(found) < count:
+        problem = next(problems)
+        found.setdefault(problem.expression, problem)
+    return list(found.values())
+
+
 def hf_config(shape: dict[str, int]) -> dict[str, Any]:
     """config.json of a small Qwen3 over the character tokenizer."""
     tokenizer = build_tokenizer()
@@ -245,7 +276,14 @@ def make_data() -> None:
     BUILD.mkdir(parents=True, exist_ok=True)
     for name, content in shipped_problems(made).items():
         (ASSETS / name).write_text(content)
-    for name, styles in (("teacher", TEACHER_STYLES), ("student", STUDENT_STYLES)):
+    competent = competent_problems()
+    (ASSETS / "competent").mkdir(exist_ok=True)
+    for name in ("prompts", "validation", "eval", "longer"):
+        records = [problem.record() for problem in competent[name]]
+        (ASSETS / "competent" / f"{name}.jsonl").write_text(jsonl(records))
+    made["competent"] = competent["worked"]
+    for name in SHAPES:
+        styles = COMPETENT_STYLE if name == "competent" else EVERY_STYLE
         traces = worked_traces(made[name], styles, seed=SEED)
         (BUILD / f"{name}_traces.jsonl").write_text(jsonl(traces))
         start = BUILD / f"{name}_init"
@@ -260,20 +298,20 @@ def make_model(name: str) -> None:
     shutil.rmtree(run, ignore_errors=True)
     recipe = ["--config", f"configs/quickstart_{name}.py"]
     subprocess.run([sys.executable, "-m", "dcod_jax.train", *recipe], cwd=ROOT, check=True)
-    target = ASSETS / name
+    target = ASSETS / HOMES[name]
     target.mkdir(parents=True, exist_ok=True)
     for file in EXPORTED:
         shutil.copyfile(run / "export" / file, target / file)
 
 
 def main(stages: list[str]) -> None:
-    for stage in stages or ["data", "teacher", "student"]:
+    for stage in stages or ["data", *SHAPES]:
         if stage == "data":
             make_data()
         elif stage in SHAPES:
             make_model(stage)
         else:
-            raise SystemExit(f"unknown stage {stage!r}: expected data, teacher or student")
+            raise SystemExit(f"unknown stage {stage!r}: expected data, {', '.join(SHAPES)}")
 
 
 if __name__ == "__main__":
