@@ -19,11 +19,13 @@ import torch
 from host_runs import xla_flags
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dcod_jax.config import load_recipe
 from dcod_jax.evaluate.problems import read_problems
 from dcod_jax.models import hf, transformer
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "dcod_jax" / "assets" / "quickstart"
+ARMS = ("sft", "discord-trace")  # of the recipe's comparison; each compiles a step of its own
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +47,10 @@ def installed(tmp_path_factory):
 def quickstart(tmp_path_factory, installed):
     """(run directory, command, output) of a run on a few prompts."""
     place = tmp_path_factory.mktemp("quickstart")
-    lines = (ASSETS / "prompts.jsonl").read_text().splitlines(keepends=True)
-    (place / "prompts.jsonl").write_text("".join(lines[:48]))
+    lines = (ASSETS / "competent" / "prompts.jsonl").read_text().splitlines(keepends=True)
+    (place / "prompts.jsonl").write_text("".join(lines[:96]))
+    recipe = load_recipe(ROOT / "dcod_jax" / "configs" / "quickstart.py")
+    arms = [entry for entry in recipe.compare if entry.split()[0] in ARMS]
     command = [
         str(installed / "bin" / "dcod"),
         "train",
@@ -54,6 +58,7 @@ def quickstart(tmp_path_factory, installed):
         f"--config.run_dir={place / 'run'}",
         f"--config.generate.prompts={place / 'prompts.jsonl'}",
         "--config.generate.batch_size=32",
+        f"--config.compare={','.join(arms)}",
         "--config.train.steps=4",
         "--config.train.eval_every=2",
         "--config.evaluate.limit=24",
@@ -76,17 +81,18 @@ def call(command, place, *, site=ROOT, flags=None):
 
 def test_one_command_goes_from_prompts_to_a_table_and_two_exports(quickstart):
     run, _, output = quickstart
-    for row in ("teacher", "start", "sft", "discord"):
+    for row in ("teacher", "start", *ARMS):
         assert f" {row} " in output
-    assert f"exported sft: {run / 'sft' / 'export'}" in output
-    assert f"exported discord: {run / 'discord' / 'export'}" in output
-    results = json.loads((run / "evaluation" / "results.json").read_text())
-    assert results["baseline"] == "sft"
-    for name, row in results["models"].items():
-        kept = (run / "evaluation" / f"{name}.jsonl").read_text().splitlines()
-        graded = [json.loads(line)["correct"] for line in kept]
-        assert (len(graded), sum(graded)) == (24, row["correct"])
-        assert row["low"] <= row["accuracy"] <= row["high"]
+    for name in ARMS:
+        assert f"exported {name}: {run / name / 'export'}" in output
+    for place in (run / "evaluation", run / "evaluation" / "longer"):
+        results = json.loads((place / "results.json").read_text())
+        assert results["baseline"] == "sft"
+        for name, row in results["models"].items():
+            kept = (place / f"{name}.jsonl").read_text().splitlines()
+            graded = [json.loads(line)["correct"] for line in kept]
+            assert (len(graded), sum(graded)) == (24, row["correct"])
+            assert row["low"] <= row["accuracy"] <= row["high"]
 
 
 def test_the_report_is_written_at_the_end(quickstart):
@@ -94,14 +100,14 @@ def test_the_report_is_written_at_the_end(quickstart):
     assert f"report: {run / 'report.html'}" in output
     page = (run / "report.html").read_text()
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
-    assert [one["name"] for one in data["runs"]] == ["sft", "discord"]
+    assert [one["name"] for one in data["runs"]] == list(ARMS)
     assert data["notes"] == []
     assert all(one["histogram"]["tokens"] for one in data["runs"])
-    assert set(data["evaluations"][0]["models"]) == {"teacher", "start", "sft", "discord"}
+    assert set(data["evaluations"][0]["models"]) == {"teacher", "start", *ARMS}
 
 
-def check_held_out(run, output, steps):
-    for name in ("sft", "discord"):
+def check_held_out(run, output, steps, arms=ARMS):
+    for name in arms:
         lines = map(json.loads, (run / name / "metrics.jsonl").read_text().splitlines())
         found = {line["step"]: line["eval/nll"] for line in lines if "eval/nll" in line}
         assert sorted(found) == [0, *steps]
@@ -115,19 +121,23 @@ def test_the_held_out_loss_is_told_at_the_end(quickstart):
     check_held_out(run, output, [2, 4])
 
 
-def test_the_two_students_differ_in_their_weights_alone(quickstart):
+def test_the_two_students_differ_in_weights_and_rate_alone(quickstart):
     run, _, _ = quickstart
-    configs = [json.loads((run / name / "config.json").read_text()) for name in ("sft", "discord")]
-    assert configs[0]["loss"]["weights"].pop("name") == "uniform"
-    assert configs[1]["loss"]["weights"].pop("name") == "sigmoid"
+    configs = [json.loads((run / name / "config.json").read_text()) for name in ARMS]
+    weights = [config["loss"].pop("weights") for config in configs]
+    assert [(one["name"], one["scope"]) for one in weights] == [
+        ("uniform", "token"),
+        ("sigmoid", "sequence"),
+    ]
     for config in configs:
         config.pop("run_dir")
+        config["optim"].pop("learning_rate")
     assert configs[0] == configs[1]
 
 
 def test_the_export_is_a_model_that_transformers_loads(quickstart):
     run, _, _ = quickstart
-    path = run / "discord" / "export"
+    path = run / "discord-trace" / "export"
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     question = [{"role": "user", "content": "3 + 4 - 2 ="}]
@@ -138,7 +148,7 @@ def test_the_export_is_a_model_that_transformers_loads(quickstart):
     config, params = hf.load_model(path, dtype=jnp.float32)
     ours = transformer.logits(config, params, jnp.array([ids], jnp.int32))[0]
     np.testing.assert_allclose(np.asarray(ours), theirs, atol=2e-4)
-    start = hf.load_model(ASSETS / "student", dtype=jnp.float32)[1]
+    start = hf.load_model(ASSETS / "competent" / "model", dtype=jnp.float32)[1]
     moved = np.abs(np.asarray(start["norm"]["scale"]) - np.asarray(params["norm"]["scale"]))
     assert moved.max() > 0
 
@@ -184,7 +194,7 @@ def test_the_real_models_recipe_on_a_tiny_one(tmp_path):
     manifest = json.loads((tmp_path / "run" / "traces.jsonl.manifest.json").read_text())
     assert manifest["sampled"] == 160
     assert 0 < manifest["rejected"]["truncated"] < 120
-    check_held_out(tmp_path / "run", output, [2, 4])
+    check_held_out(tmp_path / "run", output, [2, 4], ("sft", "discord"))
     for name in ("sft", "discord"):
         path = tmp_path / "run" / name / "export"
         assert f"exported {name}: {path}" in output

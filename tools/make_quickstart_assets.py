@@ -219,10 +219,14 @@ def jsonl(records: Iterable[dict[str, str]]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-def shipped_problems(made: dict[str, list[Chain]]) -> dict[str, str]:
+def shipped_problems(
+    made: dict[str, list[Chain]], competent: dict[str, list[Chain]]
+) -> dict[str, str]:
     """{file name in the assets: content}."""
-    names = ("prompts", "validation", "eval")
-    return {f"{name}.jsonl": jsonl(p.record() for p in made[name]) for name in names}
+    files = {f"{name}.jsonl": made[name] for name in ("prompts", "validation", "eval")}
+    for name in ("prompts", "validation", "eval", "longer"):
+        files[f"competent/{name}.jsonl"] = competent[name]
+    return {name: jsonl(p.record() for p in problems) for name, problems in files.items()}
 
 
 def competent_problems() -> dict[str, list[Chain]]:
@@ -274,13 +278,10 @@ def make_data() -> None:
     made = pieces()
     ASSETS.mkdir(parents=True, exist_ok=True)
     BUILD.mkdir(parents=True, exist_ok=True)
-    for name, content in shipped_problems(made).items():
-        (ASSETS / name).write_text(content)
     competent = competent_problems()
     (ASSETS / "competent").mkdir(exist_ok=True)
-    for name in ("prompts", "validation", "eval", "longer"):
-        records = [problem.record() for problem in competent[name]]
-        (ASSETS / "competent" / f"{name}.jsonl").write_text(jsonl(records))
+    for name, content in shipped_problems(made, competent).items():
+        (ASSETS / name).write_text(content)
     made["competent"] = competent["worked"]
     for name in SHAPES:
         styles = COMPETENT_STYLE if name == "competent" else EVERY_STYLE

@@ -58,7 +58,7 @@ def get_config():
     c.report.at_end = True
     c.compare = (
         "sft loss.weights.name=uniform optim.learning_rate=3e-3",
-        "discord-token loss.weights.name=sigmoid",
-        f"discord-trace {TRACE}",
+        "discord-token loss.weights.name=sigmoid optim.learning_rate=3e-3",
+        f"discord-trace {TRACE} optim.learning_rate=3e-4",
     )
     return c

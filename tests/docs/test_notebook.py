@@ -10,6 +10,8 @@ import pytest
 from host_runs import xla_flags
 from nbclient import NotebookClient
 
+from dcod_jax.config import load_recipe
+
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
 ASSETS = ROOT / "dcod_jax" / "assets" / "quickstart"
@@ -19,9 +21,12 @@ ASSETS = ROOT / "dcod_jax" / "assets" / "quickstart"
 def executed(tmp_path_factory):
     """The notebook after all its cells, run in an empty folder."""
     place = tmp_path_factory.mktemp("notebook")
-    lines = (ASSETS / "prompts.jsonl").read_text().splitlines(keepends=True)
-    (place / "prompts.jsonl").write_text("".join(lines[:48]))
+    lines = (ASSETS / "competent" / "prompts.jsonl").read_text().splitlines(keepends=True)
+    (place / "prompts.jsonl").write_text("".join(lines[:96]))
+    recipe = load_recipe(ROOT / "dcod_jax" / "configs" / "quickstart.py")
     flags = {
+        # Two of the entries: each compiles a step of its own.
+        "compare": f"'{recipe.compare[0]}, {recipe.compare[2]}'",
         "generate.prompts": place / "prompts.jsonl",
         "generate.batch_size": 32,
         "train.steps": 2,
@@ -60,11 +65,12 @@ def test_the_table_and_the_report_are_shown(executed):
         (place / "runs" / "quickstart-notebook" / "evaluation" / "results.json").read_text()
     )
     shown = next(text for text in texts(notebook, "text/markdown") if text.startswith("| model"))
+    assert set(results["models"]) == {"teacher", "start", "sft", "discord-trace"}
     for name, row in results["models"].items():
         assert f"| {name} | {row['correct']} | " in shown
     page = next(text for text in texts(notebook, "text/html") if "<iframe" in text)
     assert "srcdoc=" in page
-    assert "discord" in page
+    assert "discord-trace" in page
     assert "<script" not in page  # the page is one escaped attribute
 
 
@@ -73,7 +79,12 @@ def test_the_last_cell_prints_one_block_to_send_back(executed):
     text = "".join(output["text"] for output in notebook.cells[-1].outputs)
     assert text.startswith("----- dcod_jax quickstart: copy from here -----\n")
     assert text.endswith("----- to here -----\n")
-    for wanted in (r"^jax \d", r"backend cpu, devices 1", r"^discord: step 2, ", r"^\| teacher \|"):
+    for wanted in (
+        r"^jax \d",
+        r"backend cpu, devices 1",
+        r"^discord-trace: step 2, ",
+        r"^\| teacher \|",
+    ):
         assert re.search(wanted, text, re.M), wanted
 
 

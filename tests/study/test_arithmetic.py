@@ -25,7 +25,7 @@ from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.answers import extract_answer
 from dcod_jax.evaluate.generations import Sampling, answer
 from dcod_jax.evaluate.grading import Grader
-from dcod_jax.evaluate.problems import read_problems
+from dcod_jax.evaluate.problems import Problem, read_problems
 from dcod_jax.models import hf
 from dcod_jax.sample.sampler import decoding_params
 from dcod_jax.study import arithmetic
@@ -143,13 +143,15 @@ def test_repeated_expressions_give_one_problem() -> None:
 
 def test_traces_are_right_and_mix_the_styles() -> None:
     module = tool()
-    for name, shares in (("teacher", module.TEACHER_STYLES), ("student", module.STUDENT_STYLES)):
-        traces = list(arithmetic.worked_traces(pieces()[name], shares, seed=module.SEED))
+    of = {"teacher": pieces()["teacher"], "student": pieces()["student"]}
+    of["competent"] = competent()["worked"]
+    for name, problems in of.items():
+        shares = module.COMPETENT_STYLE if name == "competent" else module.EVERY_STYLE
+        traces = list(arithmetic.worked_traces(problems, shares, seed=module.SEED))
         for trace in traces[::10]:
             check_solution(trace["completion"], trace["id"], trace["style"])
         counts = Counter(trace["style"] for trace in traces)
         assert counts.keys() == shares.keys()
-        assert len(counts) > 1
         assert min(counts.values()) > 0.2 * len(traces)
 
 
@@ -214,7 +216,7 @@ def test_tokenizer_gives_one_token_a_character_and_the_text_back(text: str) -> N
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
-@pytest.mark.parametrize("model", ["teacher", "student"])
+@pytest.mark.parametrize("model", ["teacher", "student", "competent/model"])
 def test_shipped_tokenizer_is_the_built_one_and_its_chat_prompt_a_prefix(model: str) -> None:
     tokenizer = load_tokenizer(ASSETS / model)
     built = tool().build_tokenizer()
@@ -234,12 +236,32 @@ def test_shipped_tokenizer_is_the_built_one_and_its_chat_prompt_a_prefix(model: 
 # ---------------------------------------------------------------- what is shipped
 
 
-def test_shipped_problems_regenerate_from_reasoning_gym() -> None:
-    for name, content in tool().shipped_problems(pieces()).items():
+@functools.cache
+def competent() -> dict[str, list[arithmetic.Chain]]:
+    return tool().competent_problems()
+
+
+def test_shipped_problems_regenerate() -> None:
+    made = tool().shipped_problems(pieces(), competent())
+    assert len(made) == 7
+    for name, content in made.items():
         assert (ASSETS / name).read_text() == content, name
 
 
-@pytest.mark.parametrize("name", ["prompts", "validation", "eval"])
+def test_no_problem_of_the_quickstart_is_in_two_sets() -> None:
+    found = {name: {p.expression for p in problems} for name, problems in competent().items()}
+    held_out = ("validation", "eval", "longer")
+    assert [len(found[name]) for name in (*held_out, "prompts")] == [500, 500, 500, 3000]
+    for name in held_out:
+        for other in found.keys() - {name}:
+            assert not found[name] & found[other], (name, other)
+    most = max(len(p.numbers) for p in competent()["prompts"])
+    assert min(len(p.numbers) for p in competent()["longer"]) > most
+
+
+@pytest.mark.parametrize(
+    "name", ["prompts", "validation", "eval", "competent/prompts", "competent/longer"]
+)
 def test_shipped_problems_are_read_and_their_answers_right(name: str) -> None:
     read = read_problems(ASSETS / f"{name}.jsonl")
     assert len(read) >= 300
@@ -249,13 +271,14 @@ def test_shipped_problems_are_read_and_their_answers_right(name: str) -> None:
         assert int(problem.answer) == value(chain[0])
 
 
-@pytest.mark.parametrize("model", ["teacher", "student"])
+@pytest.mark.parametrize("model", ["teacher", "student", "competent/model"])
 def test_shipped_models_are_small_and_what_the_recipe_makes(model: str) -> None:
     directory = ASSETS / model
     assert sum(file.stat().st_size for file in directory.iterdir()) <= MEBIBYTES_8
     config, raw = hf.load_config(directory)
-    wanted = tool().hf_config(tool().SHAPES[model])
-    assert {key: raw.get(key) for key in tool().SHAPES[model]} == tool().SHAPES[model]
+    shape = tool().SHAPES[model.split("/")[0]]
+    wanted = tool().hf_config(shape)
+    assert {key: raw.get(key) for key in shape} == shape
     assert raw["model_type"] == wanted["model_type"]
     assert config.vocab_size == len(tool().build_tokenizer())
     params = hf.load_params(directory, config)
@@ -272,18 +295,21 @@ def test_recipes_name_files_that_exist_wherever_they_are_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    config = load_recipe(ROOT / "dcod_jax" / "configs" / "quickstart.py")
-    for path in (
-        config.student.path,
-        config.teacher.path,
-        config.generate.prompts,
-        config.evaluate.problems,
-    ):
-        assert Path(path).exists(), path
+    for name in ("quickstart", "quickstart_lacking"):
+        config = load_recipe(ROOT / "dcod_jax" / "configs" / f"{name}.py")
+        sets = [entry.split("=")[1] for entry in config.evaluate.sets]
+        for path in (
+            config.student.path,
+            config.teacher.path,
+            config.generate.prompts,
+            config.evaluate.problems,
+            *sets,
+        ):
+            assert Path(path).exists(), path
 
 
 def test_longest_worked_solution_fits_the_recipe() -> None:
-    config = load_recipe(ROOT / "dcod_jax" / "configs" / "quickstart.py")
+    config = load_recipe(ROOT / "dcod_jax" / "configs" / "quickstart_lacking.py")
     longest = max(
         len(arithmetic.worked_solution(problem, style)) + 1  # the end of the turn
         for piece in pieces().values()
@@ -296,10 +322,10 @@ def test_longest_worked_solution_fits_the_recipe() -> None:
 
 @pytest.mark.parametrize("split", ["validation", "eval"])
 def test_shipped_models_can_what_the_recipe_says(split: str) -> None:
-    problems = read_problems(ASSETS / f"{split}.jsonl", limit=120)
     recipe = load_recipe(ROOT / "dcod_jax" / "configs" / "quickstart.py")
+    problems = read_problems(ASSETS / f"{split}.jsonl", limit=120)
 
-    def accuracy(model: str) -> float:
+    def accuracy(model: str, problems: list[Problem]) -> float:
         config, params = hf.load_model(ASSETS / model, dtype=jnp.float32)
         tokenizer = load_tokenizer(ASSETS / model)
         decoded = decoding_params(
@@ -319,5 +345,7 @@ def test_shipped_models_can_what_the_recipe_says(split: str) -> None:
             )
         return sum(g.correct for g in graded) / len(graded)
 
-    assert accuracy("teacher") >= 0.8
-    assert 0.3 <= accuracy("student") <= 0.7
+    assert accuracy("teacher", problems) >= 0.8
+    assert 0.3 <= accuracy("student", problems) <= 0.7
+    own = read_problems(ASSETS / "competent" / f"{split}.jsonl", limit=120)
+    assert accuracy("competent/model", own) >= 0.8
