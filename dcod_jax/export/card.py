@@ -57,7 +57,8 @@ def _data_lines(manifest: dict[str, Any]) -> Sequence[str]:
         f"{totals['completion_tokens']:,} of them written by the teacher",
     ]
     if teacher:
-        lines.append("- teacher: " + ", ".join(f"{k} `{v}`" for k, v in teacher.items() if v))
+        for about in (teacher.get("teachers") or {"": teacher}).values():
+            lines.append("- teacher: " + ", ".join(f"{k} `{v}`" for k, v in about.items() if v))
     if "mean_logprob" in manifest:
         lines.append(f"- mean log-prob that the teacher gives them: {manifest['mean_logprob']:.4f}")
     if "counts" in manifest:

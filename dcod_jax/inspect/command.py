@@ -150,9 +150,14 @@ def _manifest_rows(dataset: TraceDataset) -> Iterator[tuple[str, str]]:
     if not manifest["scored"]:
         yield "teacher log-probs", NOT_SCORED
         return
-    teacher = manifest.get("teacher") or {"name": "delivered with the traces"}
+    teacher: dict[str, Any] = manifest.get("teacher") or {"name": "delivered with the traces"}
     for name, value in sorted(teacher.items()):
-        yield f"teacher {name}", str(value)
+        if name != "teachers":
+            yield f"teacher {name}", str(value)
+    for name, value in (teacher.get("teachers") or {}).items():
+        yield f"teacher {name}", _fields(value)
+    for name, value in (manifest.get("by_teacher") or {}).items():
+        yield f"of {name}", _fields(value)
     if "mean_logprob" in manifest:
         yield "mean log-prob", f"{manifest['mean_logprob']:.4f}"
     top_k = manifest["top_k"]

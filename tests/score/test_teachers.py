@@ -16,8 +16,11 @@ from dcod_jax.data.dataset import TraceDataset, read_manifest
 from dcod_jax.data.teachers import config_errors, teacher_entries, teacher_of_file, teacher_paths
 from dcod_jax.data.tokenizer import load_tokenizer
 from dcod_jax.errors import DcodError
+from dcod_jax.export import card
+from dcod_jax.inspect import command as inspect
 from dcod_jax.models import hf
 from dcod_jax.prepare.command import is_prepared, prepare
+from dcod_jax.report.traces import Seen, shown
 from dcod_jax.score.command import score
 from dcod_jax.score.scoring import ScoreSettings, score_traces
 from dcod_jax.train.command import missing_verbs
@@ -92,6 +95,15 @@ def test_each_teacher_scores_its_own_traces(tmp_path, model, capsys):
     own = score_traces(*hf.load_model(model, dtype=jnp.float32), bare, settings=settings)
     for left, right in zip(of_a, own, strict=True):
         np.testing.assert_allclose(left.logprobs, right.logprobs, atol=1e-5)
+    dataset = TraceDataset(Path(dataset_dir(config)) / "train")
+    rows = dict(inspect._manifest_rows(dataset))
+    assert "weights served: big" in rows["teacher org/b"]
+    assert "completion_tokens" in rows["of a"]
+    lines = [line for line in card._data_lines(manifest) if line.startswith("- teacher:")]
+    assert [name in line for name, line in zip(weights.values(), lines, strict=True)] == [True] * 2
+    trace, tokenizer = of_b[records[0]["id"]], load_tokenizer(model)
+    seen = Seen("x", "train", [trace], tokenizer, [np.asarray(trace.logprobs)], None, "")
+    assert shown(seen, count=1)[0]["id"] == f"{trace.id} of org/b"  # on the report's page
     by_teacher = manifest["by_teacher"]
     assert {name: own["traces"] for name, own in by_teacher.items()} == {"a": 4, "org/b": 6}
     values = np.concatenate([t.logprobs for t in of_b.values()])
