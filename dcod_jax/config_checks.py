@@ -16,7 +16,8 @@ from dcod_jax.evaluate.benchmarks import parse_set
 from dcod_jax.losses import distill
 from dcod_jax.losses.distill import LossConfig
 from dcod_jax.losses.divergences import DIVERGENCES
-from dcod_jax.losses.weights import RATIOS, UNITS, WEIGHTS
+from dcod_jax.losses.weight_errors import auto_errors
+from dcod_jax.losses.weights import AUTO, RATIOS, UNITS, WEIGHTS
 from dcod_jax.models import remat
 from dcod_jax.models.attention import KINDS
 from dcod_jax.train import settings
@@ -39,7 +40,7 @@ CHOICES = {
     "generate.model": ("teacher", "student"),
     "loss.divergence": tuple(DIVERGENCES),
     "loss.teacher": ("cached", "live"),
-    "loss.weights.name": tuple(WEIGHTS),
+    "loss.weights.name": (*WEIGHTS, AUTO),
     "loss.weights.ratio": RATIOS,
     "loss.weights.unit": UNITS,
     "loss.weights.scope": ("token", "prefix", "sequence"),
@@ -337,6 +338,7 @@ def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
             wrong.append(f"{key}={flat[key]!r} must be one of {', '.join(allowed)}{hint}")
     if not any(error.startswith("loss.") for error in wrong):
         wrong += distill.config_errors(loss)
+        wrong += auto_errors(flat)
         wrong += _teacher_errors(flat, loss)
     if (kept := flat["student.remat"]) != "auto" and (must := remat.fault(kept)):
         wrong.append(f"student.remat={kept!r} must be auto, {must}")

@@ -117,7 +117,7 @@ def get_config() -> Any:
     c.loss.head_chunk = 480  # tokens whose logits exist at one time in the vocabulary head
     c.loss.weights = ConfigDict()
     # uniform | sigmoid (DisCorD) | clip | power | dft | q_power | q_threshold | idft | eaft |
-    # drift_share | advantage
+    # drift_share | advantage | auto (one weight a trace, no knob)
     c.loss.weights.name = "sigmoid"  # docs/losses.md has their formulas
     # What the log-ratio r compares; start: the student before training, scored by score.student
     c.loss.weights.ratio = "student/teacher"  # student/teacher | start/teacher | student/start

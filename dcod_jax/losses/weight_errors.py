@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dcod_jax.losses.weights import AUTO, WEIGHTS, WeightConfig
 
 
@@ -68,3 +70,18 @@ def _choice_errors(cfg: WeightConfig) -> list[str]:
             f"'token' and {key}warmup_steps=0"
         )
     return errors
+
+
+_USUAL = {"temperature": 1.0, "offset": 0.0, "scope": "token", "unit": "nats"}  # in configs/base.py
+
+
+def auto_errors(flat: dict[str, Any]) -> list[str]:
+    """Keys of {dotted key: value} that are set although loss.weights.name=auto chooses them."""
+    if flat["loss.weights.name"] != AUTO:
+        return []
+    return [
+        f"loss.weights.{name}={flat[f'loss.weights.{name}']!r}: loss.weights.name='auto' chooses "
+        f"it; leave it at {usual!r}, or set loss.weights.name=sigmoid"
+        for name, usual in _USUAL.items()
+        if flat[f"loss.weights.{name}"] != usual
+    ]

@@ -6,7 +6,7 @@ from typing import Any
 
 from dcod_jax.losses.adaptive import TaidConfig
 from dcod_jax.losses.distill import LossConfig
-from dcod_jax.losses.weights import WeightConfig
+from dcod_jax.losses.weights import AUTO, CHOSEN, WeightConfig
 from dcod_jax.train.optim import OptimConfig
 
 
@@ -15,6 +15,8 @@ def loss_config(config: Any) -> LossConfig:
     values = config.loss.to_dict()
     del values["head_chunk"]  # of the vocabulary head (losses/head.py)
     del values["teacher_weights"]  # of the pipeline, which weighs traces (data/pipeline.py)
+    if values["weights"]["name"] == AUTO:
+        values["weights"] |= CHOSEN
     taid = {key: values.pop(f"taid_{key}") for key in ("start", "end", "alpha", "beta")}
     records = {
         "weights": WeightConfig(**values["weights"]),

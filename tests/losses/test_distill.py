@@ -17,6 +17,7 @@ from dcod_jax.losses.distill import DistillLoss, LossConfig
 from dcod_jax.losses.head import VocabHead, target_logprobs
 from dcod_jax.losses.weight_errors import config_errors
 from dcod_jax.losses.weights import Tokens, WeightConfig
+from dcod_jax.train.settings import loss_config
 from dcod_jax.types import Batch
 
 B, T, D, V = 3, 13, 8, 29
@@ -348,6 +349,12 @@ WRONG = [  # (changed keys of loss.*, what the one message must say)
         "weights.name=advantage weights.normalize=none divergence=forward_kl",
         "weighs the log-prob of the sampled token",
     ),
+    ("weights.name=auto weights.temperature=0.5", "temperature=0.5: loss.weights.name='auto' choo"),
+    ("weights.name=auto weights.scope=prefix", "leave it at 'token', or set loss.weights.name=sig"),
+    (
+        "weights.name=auto weights.unit=spread",
+        "loss.weights.unit='spread': loss.weights.name='auto'",
+    ),
     ("anchor=-0.1", "loss.anchor=-0.1 must not be negative"),
     ("anchor=0.1 weights.normalize=none", "a loss.divergence other than nll"),
     ("anchor=0.1 divergence=forward_kl", "divisor Σw of mean would scale it"),
@@ -376,6 +383,18 @@ def test_a_text_of_a_recipe_that_is_not_auto_is_refused(name):
     assert error == f"loss.weights.{name}='warm' must be a number or 'auto'"
 
 
+def test_auto_is_one_weight_a_trace_at_a_temperature_of_its_own():
+    made = [configs.load_recipe(configs.BASE) for _ in range(2)]
+    configs.assign(made[0], "loss.weights.name", "auto")
+    for key, value in (("name", "sigmoid"), ("scope", "sequence"), ("temperature", "0.3")):
+        configs.assign(made[1], f"loss.weights.{key}", value)
+    assert (
+        loss_config(made[0])
+        == loss_config(made[1])
+        != loss_config(configs.load_recipe(configs.BASE))
+    )
+
+
 def test_what_is_allowed_is_not_refused():
     for changes in (
         "divergence=jsd beta=0.0 teacher=live temperature=3.0",
@@ -389,6 +408,7 @@ def test_what_is_allowed_is_not_refused():
         "anchor=0.1 divergence=forward_kl weights.name=dft weights.normalize=none",
         "anchor=0.1 divergence=forward_kl weights.name=uniform",
         "weights.unit=spread weights.scope=sequence weights.offset=auto",
+        "weights.name=auto weights.normalize=sequence weights.warmup_steps=3",
         "weights.name=advantage weights.normalize=none",
         "weights.name=drift_share weights.normalize=sequence",
     ):
