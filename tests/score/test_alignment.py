@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import unicodedata
 
 import jax
@@ -27,9 +28,13 @@ from dcod_jax.data.tokenizer import decode, load_tokenizer, token_bytes, tokeniz
 from dcod_jax.errors import DcodError
 from dcod_jax.losses.distill import DistillLoss
 from dcod_jax.losses.head import VocabHead
+from dcod_jax.models import hf
+from dcod_jax.prepare.command import prepare
 from dcod_jax.score.alignment import align, score_aligned, with_scores
 from dcod_jax.score.command import score
+from dcod_jax.score.scoring import ScoreSettings, score_traces
 from dcod_jax.score.teacher import own_tokenizer
+from dcod_jax.train import loop as train
 from dcod_jax.train.settings import loss_config
 from dcod_jax.types import Batch, Trace
 
@@ -396,3 +401,30 @@ def test_the_students_choice_of_a_template_is_not_the_teachers(place):
     named = {"teacher__chat_template": "deepseek_r1", "teacher__template_kwargs": '("a=7",)'}
     assert "<｜Assistant｜>" in template(**named)
     assert "7" in template(**named)
+
+
+@pytest.mark.long
+def test_prepare_score_and_train_with_a_teacher_of_another_tokenizer(place, tmp_path, capsys):
+    student = tiny.write_model(tmp_path / "student", seed=3)
+    config = config_of(place, student__path=str(student), student__tokenizer="")
+    config.run_dir, config.data.dataset = str(tmp_path / "run"), ""
+    config.data.traces = str(tiny.write_jsonl(tmp_path / "sums.jsonl", tiny.sums(24)))
+    config.data.max_length, config.data.seq_len, config.data.batch_size = 96, 96, 8
+    config.train.steps, config.train.save_every, config.train.eval_every = 2, 0, 0
+    config.student.compute_dtype, config.train.log_every = "float32", 1
+    prepare(config)
+    score(config)
+    assert "tokens, the longest of 5" in capsys.readouterr().out
+    train.fit(config)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    ratios = [line["weights/log_ratio"] for line in found if "weights/log_ratio" in line]
+    dataset = TraceDataset(tmp_path / "run" / "dataset" / "train")
+    traces = dataset.read(range(len(dataset)))
+    own = hf.load_model(student, dtype=jnp.float32)
+    settings = ScoreSettings(0, 256, 64, "float32", len(load_tokenizer(student)))
+    log_q = np.concatenate([t.logprobs for t in score_traces(*own, traces, settings=settings)])
+    log_p = np.concatenate([t.logprobs for t in traces])
+    assert dataset.spans
+    # The first batch holds all traces, and the parameters are those that scored.
+    np.testing.assert_allclose(ratios[0], (log_q - log_p).mean(), atol=1e-3)
