@@ -1,14 +1,17 @@
-"""kill -9 at changes of files and inside files: nothing half-written, and the same end.
+"""Killed or refused by the system: nothing is half-written, and the same command ends the same.
 
-The long form tries every kind of change of every verb, and seeded points besides:
+The long form tries 16 seeded points of each verb, no two before one kind of change:
 
-    python -m pytest -m long tests/faults/test_kills.py
+    python -m pytest -m long -s tests/faults/test_faults.py
 """
 
+import contextlib
 import os
 import random
 import re
+import shutil
 import signal
+import subprocess
 
 import pytest
 from cases import AFTER, case_of, write_place
@@ -59,17 +62,22 @@ def test_killed_and_started_again_it_ends_as_if_it_had_not_been(place, verb):
 
 @pytest.mark.long
 @pytest.mark.parametrize("verb", AFTER)
-def test_killed_before_every_kind_of_change(place, verb):
+def test_killed_at_many_points(place, verb):
     case, dice = case_of(place, verb), random.Random(verb)
     kinds = {re.sub(r"[0-9a-f]{8,}|\d+", "#", c): n for n, c in enumerate(case.changes, 1)}
-    numbers = [*kinds.values(), *(dice.randint(1, len(case.changes)) for _ in range(4))]
-    faults = [Fault("operation", number) for number in numbers]
-    faults += [Fault("bytes", dice.randrange(size)) for size in case.sizes]
-    print(verb, len(faults), "points")
+    faults = [Fault("bytes", dice.randrange(size)) for size in dice.choices(case.sizes, k=4)]
+    operations = dice.sample(sorted(kinds.values()), min(12, len(kinds)))
+    faults += [Fault("operation", number) for number in operations]
+    failed = []
     for fault in faults:
         case.begin()
-        kill(case, fault)
-        case.check_end()
+        try:
+            kill(case, fault)
+            case.check_end()
+        except AssertionError as error:
+            failed.append((fault, case.changes[int(fault.at) - 1], str(error)[:300]))
+    print(f"{verb}: {len(faults)} points of {len(case.changes)} changes, {len(failed)} failed")
+    assert not failed, failed
 
 
 def die(*_):
@@ -119,3 +127,59 @@ def test_a_directory_takes_the_place_of_another_or_of_nothing(tmp_path):
         files.publish(tmp_path / "work", tmp_path / "final", last=name)
         assert [path.name for path in tmp_path.iterdir()] == ["final"]
         assert [path.name for path in (tmp_path / "final").iterdir()] == [name]
+
+
+# ---------------------------------------------------------------- what the system refuses
+
+
+def told(case, fault, text):
+    """The verb ends with a message that holds the text, and nothing is half-written."""
+    ended = case.run(fault)
+    assert ended.code == 1, ended
+    assert "Traceback" not in ended.text
+    assert text in ended.text.splitlines()[-1]
+    case.check_whole()
+
+
+@contextlib.contextmanager
+def mounted(path, *mounts):
+    """While the body runs, these options of `mount` have been applied to the path in turn."""
+    for options in mounts:
+        command = ["mount", *options.split(), str(path)]
+        if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("a file system can be mounted by root only")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@pytest.mark.parametrize("verb", AFTER)
+def test_without_descriptors(place, verb):
+    case = case_of(place, verb)
+    case.begin()
+    told(case, Fault("descriptors", 1), "open files")
+
+
+@pytest.mark.parametrize("verb", AFTER)
+def test_on_a_read_only_disk(place, verb):
+    case = case_of(place, verb)
+    case.begin()
+    with mounted(case.home, f"--bind {case.home}", "-o remount,ro,bind"):
+        told(case, Fault(), "ead-only")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("verb", AFTER)
+def test_on_a_full_disk(place, verb):
+    case = case_of(place, verb)
+    case.begin()
+    with mounted(case.home, "-t tmpfs -o size=4m tmpfs"):
+        shutil.copytree(case.before, case.home, dirs_exist_ok=True)
+        with contextlib.suppress(OSError), (case.home / ".filler").open("wb") as filler:
+            while True:
+                filler.write(bytes(4096))
+                filler.flush()
+        told(case, Fault(), "space left")
+        (case.home / ".filler").unlink()
+        case.check_end()
