@@ -46,6 +46,7 @@ class Verb:
 # In the order of the work.
 VERBS: dict[str, Verb] = {
     "doctor": Verb("check this machine: versions, devices, memory, what each extra lacks"),
+    "init_student": Verb("make a smaller student from a model", arguments="init_student"),
     "generate_traces": Verb("sample traces from a teacher model and grade them", "generate_traces"),
     "prepare": Verb("turn raw traces into a trace dataset", "prepare"),
     "score": Verb("add the teacher's log-probs to the trace dataset", "score"),

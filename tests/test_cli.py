@@ -102,7 +102,8 @@ def ends(monkeypatch, tmp_path, capsys):
 
     def run(verb, work, *words):
         monkeypatch.setattr(cli, "_command", lambda *_: work)
-        own = ["x"] if verb == "inspect" else ["--config", str(config.BASE), *words]
+        own = {"inspect": ["x"], "init_student": ["x", "y"]}.get(verb)
+        own = own or ["--config", str(config.BASE), *words]
         before = signal.getsignal(signal.SIGTERM)
         with pytest.raises(SystemExit) as ended:
             cli.run(verb, own)

@@ -134,7 +134,7 @@ def rehearse(config: Any) -> None:
     tokenizer = load_tokenizer(home, template=template_of(student))
     check_destination(export_path(config))
     with tempfile.TemporaryDirectory(prefix="dcod_jax-") as name:
-        _write_small(
+        write_small(
             as_path(name),
             model_config,
             home,
@@ -235,7 +235,7 @@ def export_model(
         hf.save_params(temporary, model_config, params, **options)
         if hosts.first():
             small: dict[str, Any] = {"dtype": dtype, "base": card["base_model"]}
-            _write_small(temporary, model_config, home, tokenizer, template, **small)
+            write_small(temporary, model_config, home, tokenizer, template, **small)
         hosts.barrier("export: written")
         checks = verify(temporary, model_config, params, tokenizer, dtype=dtype, mesh=mesh)
         if hosts.first():
@@ -253,7 +253,7 @@ def export_model(
     return checks
 
 
-def _write_small(
+def write_small(
     directory: Path,
     model_config: ModelConfig,
     home: Path,

@@ -1,0 +1,3 @@
+from dcod_jax.cli import run
+
+run("init_student")

@@ -1,0 +1,116 @@
+"""A pruned copy: the same bytes, layers as transformers drops them, heads and channels as masks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+from dcod_jax.errors import DcodError
+from dcod_jax.init_student import arguments, prune
+from dcod_jax.init_student.command import init_student
+from dcod_jax.models import hf, transformer
+from dcod_jax.models.config import from_hf
+
+QWEN = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+IDS = np.random.default_rng(0).integers(5, 40, (2, 16))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    place = tmp_path_factory.mktemp("model")
+    return tiny.write_model(place, num_hidden_layers=4, **QWEN)
+
+
+def make(model, out, *words):
+    return init_student(arguments.parse([str(model), str(out), *words]))
+
+
+def theirs(model, *, drop=()):
+    torch.set_num_threads(1)
+    found = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for layer in sorted(drop, reverse=True):
+        del found.model.layers[layer]
+    for place, layer in enumerate(found.model.layers):
+        layer.self_attn.layer_idx = place
+    found.config.num_hidden_layers = len(found.model.layers)
+    found.config.layer_types = found.config.layer_types[: len(found.model.layers)]
+    with torch.no_grad():
+        return found(torch.tensor(IDS), use_cache=False).logits.numpy()
+
+
+def test_a_copy_of_everything_has_the_same_bytes(model, tmp_path, capsys):
+    out = make(model, tmp_path / "copy", "--heads", "4", "--kv-heads", "2", "--mlp", "64")
+    assert (out / hf.SINGLE).read_bytes() == (model / hf.SINGLE).read_bytes()
+    assert hf.read_config(out) == hf.read_config(model)
+    assert f"wrote {out}:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("layers", "dropped"), [("0,2-3", [1]), ("even:2", [1, 2])])
+def test_dropped_layers_are_those_that_transformers_would_drop(model, tmp_path, layers, dropped):
+    out = make(model, tmp_path / "out", "--layers", layers)
+    np.testing.assert_allclose(theirs(out), theirs(model, drop=dropped), atol=1e-6)
+    kept = [layer for layer in range(4) if layer not in dropped]
+    assert f"{len(kept)} of 4: {', '.join(map(str, kept))}" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(2, 2), (1, 1), (2, 1)])
+def test_heads_and_channels_that_go_are_as_if_masked(heads, groups):
+    """The masks are found here, by plain loops over the layers."""
+    config = from_hf(tiny.raw_config(**QWEN))
+    params = transformer.init_params(config, jax.random.key(3))
+    own = params["layers"]["self_attn"]
+    own["q_proj"]["bias"] = 0.3 * jax.random.normal(jax.random.key(4), (2, 32))
+    own["v_proj"]["bias"] = 0.3 * jax.random.normal(jax.random.key(5), (2, 16))
+    smaller, less = prune.keep_heads(config, params, heads, groups)
+    smaller, less = prune.keep_channels(smaller, less, 40)
+    o, v = (np.array(own[name]["kernel"]) for name in ("o_proj", "v_proj"))
+    mlp = {name: np.array(x["kernel"]) for name, x in params["layers"]["mlp"].items()}
+    for layer in range(2):
+        score = [(o[layer, 8 * n : 8 * n + 8] ** 2).sum() for n in range(4)]
+        value = [(v[layer, :, 8 * g : 8 * g + 8] ** 2).sum() for g in range(2)]
+        pairs = [value[g] * (score[2 * g] + score[2 * g + 1]) for g in range(2)]
+        stay = sorted(range(2), key=lambda g: -pairs[g])[:groups]
+        for g in range(2):
+            inside = sorted((2 * g, 2 * g + 1), key=lambda n: -score[n])[: heads // groups]
+            for n in (2 * g, 2 * g + 1):
+                if g not in stay or n not in inside:
+                    o[layer, 8 * n : 8 * n + 8] = 0
+        gate, up = ((mlp[name][layer] ** 2).sum(0) for name in ("gate_proj", "up_proj"))
+        channel = gate * up * (mlp["down_proj"][layer] ** 2).sum(1)
+        mlp["down_proj"][layer, np.argsort(-channel)[40:]] = 0
+    masked = jax.tree.map(lambda x: x, params)
+    masked["layers"]["self_attn"]["o_proj"]["kernel"] = jnp.asarray(o)
+    masked["layers"]["mlp"]["down_proj"]["kernel"] = jnp.asarray(mlp["down_proj"])
+    logits = jax.jit(transformer.logits, static_argnums=0)
+    wanted = logits(config, masked, jnp.array(IDS))
+    assert np.abs(wanted - logits(config, params, jnp.array(IDS))).max() > 0.01
+    np.testing.assert_allclose(logits(smaller, less, jnp.array(IDS)), wanted, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--layers", "5"), "--layers 5 must be between 2 and the model's 4 layers"),
+        (("--layers", "0-4"), "must name layers from 0 to 3 once each"),
+        (("--layers", "2,1"), "in ascending order"),
+        (("--layers", "some"), "must be N, even:N or a list"),
+        (("--heads", "3"), "the model has 4 heads in 2 kv groups"),
+        (("--kv-heads", "3"), "at most 2 groups"),
+        (("--mlp", "65"), "between 1 and the model's 64 channels"),
+    ],
+)
+def test_what_cannot_be_made_is_refused_and_leaves_nothing(model, tmp_path, words, message):
+    with pytest.raises(DcodError, match=message):
+        make(model, tmp_path / "out", *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_directory_and_new_rows_are_refused(model, tmp_path):
+    with pytest.raises(DcodError, match="not there yet"):
+        make(model, tmp_path, "--layers", "2")
+    small = tiny.write_model(tmp_path / "small", vocab_size=20)
+    with pytest.raises(DcodError, match="rows are not added here"):
+        make(small, tmp_path / "out")
