@@ -104,7 +104,7 @@ def _ropes(family: Family, raw: Raw, source: str) -> dict[str, Rope]:
     }
 
 
-def _one_rope(family: Family, raw: Raw, given: Raw, theta: float, source: str) -> Rope:
+def _one_rope(family: Family, raw: Raw, given: Raw, theta: int | float, source: str) -> Rope:
     values = {
         **given,
         "rope_theta": theta if given.get("rope_theta") is None else given["rope_theta"],
@@ -120,7 +120,7 @@ def _one_rope(family: Family, raw: Raw, given: Raw, theta: float, source: str) -
             raise refuse(place, f"{key}.rope_type", kind, "default, longrope")
     elif share not in (1, 1.0, None):
         raise refuse(place, f"{key}.partial_rotary_factor", share, "1.0")
-    return rope.read(values, raw, fraction=1.0 if share is None else share, source=source)
+    return rope.read(values, raw, fraction=1.0 if share is None else float(share), source=source)
 
 
 def rope_keys(family: Family, config: Any) -> Raw:

@@ -132,7 +132,8 @@ def _yarn(values: Raw, length: int, dims: int, source: str) -> Raw:
         values.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim")
     )
     if attention is None:
-        attention = mscale(one) / mscale(all_dims) if one and all_dims else mscale(1.0)
+        both = one and all_dims
+        attention = mscale(float(one)) / mscale(float(all_dims)) if both else mscale(1.0)
     return {
         "factor": factor,
         "original_max_position_embeddings": original,
@@ -154,7 +155,7 @@ def _longrope(values: Raw, length: int, dims: int, source: str) -> Raw:
             )
     attention = values.get("attention_factor")
     if attention is None:
-        attention = _longrope_attention(values.get("factor") or length / original, original)
+        attention = _longrope_attention(float(values.get("factor") or length / original), original)
     return {
         **{key: tuple(map(float, values[key])) for key in ("short_factor", "long_factor")},
         "original_max_position_embeddings": original,
