@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
+import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -354,14 +356,22 @@ def _publish(directory: Path, files: dict[str, Path], split: StateDictSplit) -> 
             stale.unlink()
 
 
+@functools.lru_cache(maxsize=1024)
+def _digest(file: pathlib.Path, state: tuple[int, ...]) -> bytes:
+    """sha256 of a file, read once by a process as long as its inode, size and time are `state`."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").digest()
+
+
 def weights_fingerprint(path: Location) -> str:
     """sha256 over the content of the weight files, in the order of their names, and of a base."""
     directory = _directory(path)
     files = [directory] if directory.is_file() else sorted(set(_weight_map(directory).values()))
     whole = hashlib.sha256()
     for file in files:
-        with local_copy(file).open("rb") as handle:
-            whole.update(hashlib.file_digest(handle, "sha256").digest())
+        local = local_copy(file)
+        now = local.stat()
+        whole.update(_digest(local, (now.st_ino, now.st_size, now.st_mtime_ns)))
     if directory.is_dir() and _is_adapter(directory):
         base = peft.read(directory)["base_model_name_or_path"]
         whole.update(weights_fingerprint(base).encode())

@@ -320,3 +320,16 @@ def test_half_precision_values_survive(model_dir):
     embedding = flatten(params)["embed_tokens.embedding"]
     assert embedding.dtype == jnp.float32
     np.testing.assert_array_equal(embedding, narrow["model.embed_tokens.weight"])
+
+
+def test_a_process_hashes_unchanged_weights_once(tmp_path, monkeypatch):
+    save_file({"x": np.zeros(3, np.float32)}, tmp_path / hf.SINGLE)
+    real, read = hf.hashlib.file_digest, []
+    monkeypatch.setattr(
+        hf.hashlib, "file_digest", lambda file, name: (read.append(file.name), real(file, name))[1]
+    )
+    first = hf.weights_fingerprint(tmp_path)
+    assert hf.weights_fingerprint(tmp_path) == first
+    assert len(read) == 1
+    save_file({"x": np.ones(3, np.float32)}, tmp_path / hf.SINGLE)
+    assert hf.weights_fingerprint(tmp_path) != first
