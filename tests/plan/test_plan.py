@@ -83,13 +83,12 @@ def test_between_two_slices_only_gradients_and_statistics_travel(whole):
     _, result = whole
     rows = {(row["kind"], row["network"]): row for row in result["train"]["collectives"]}
     across = {kind for kind, network in rows if network == "dcn"}
-    assert across == {"all-reduce", "all-gather"}
+    assert across == {"all-reduce"}
     # Gradients are scattered over the four devices of a slice; what each then holds, float32, is
-    # all-reduced, 2 (n - 1)/n of it, with small sums. The weights' quantiles gather one float32 a
-    # token. Parameters are gathered inside a slice only.
+    # all-reduced, 2 (n - 1)/n of it, with small sums: the weights' quantiles are of a histogram.
+    # Parameters are gathered inside a slice only.
     gradients = 4 * result["parameters"] / 4
     assert gradients < rows["all-reduce", "dcn"]["bytes"] < 2 * gradients
-    assert rows["all-gather", "dcn"]["bytes"] == 16 * 64 * 4 * 7 / 8
     assert rows["all-gather", "ici"]["bytes"] > gradients
 
 
