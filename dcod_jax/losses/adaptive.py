@@ -194,6 +194,13 @@ def _spread(
     )
 
 
+def _teaches(cfg: WeightConfig, tokens: Tokens) -> Bool[Array, ""]:
+    """Whether the batch has completion tokens, and all their log-ratios are finite."""
+    r = weights.log_ratio(cfg, tokens.student_logprobs, tokens.teacher_logprobs, tokens.extra)
+    count, total = _totals(tokens.loss_mask.astype(jnp.float32), jnp.where(tokens.loss_mask, r, 0))
+    return (count > 0) & jnp.isfinite(total)
+
+
 def retemper(
     cfg: WeightConfig, state: LossState, tokens: Tokens, useful: Bool[Array, ""] | None = None
 ) -> LossState:
@@ -210,10 +217,7 @@ def retemper(
     counts = weights.shares(cfg, tokens)
     first = (state.temperature >= MAX_TEMPERATURE) & (state.offset == 0.0)
     keep = jnp.where(first, 0.0, cfg.smoothing)
-    if useful is None:
-        r = weights.log_ratio(cfg, tokens.student_logprobs, tokens.teacher_logprobs, tokens.extra)
-        count, total = _totals(mask.astype(jnp.float32), jnp.where(mask, r, 0.0))
-        useful = (count > 0) & jnp.isfinite(total)
+    taught = _teaches(cfg, tokens) if useful is None else useful
     after = _spread(cfg, state, scoped, counts) if cfg.unit == "spread" else state
     if cfg.unit != "spread" or cfg.offset == AUTO:
         by_tokens = cfg.temperature == AUTO and cfg.target_loss  # the loss is one of tokens
@@ -230,7 +234,7 @@ def retemper(
             temperature=after.temperature if cfg.unit == "spread" else temperature,
             offset=mixed(state.offset, found.offset),
         )
-    return jax.tree.map(lambda new, old: jnp.where(useful, new, old), after, state)
+    return jax.tree.map(lambda new, old: jnp.where(taught, new, old), after, state)
 
 
 # ---------------------------------------------------------------- TAID

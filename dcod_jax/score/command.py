@@ -79,11 +79,12 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
     teachers |= others
     about = joint_provenance({name: teacher.provenance() for name, teacher in teachers.items()})
     start = open_start(config) if config.score.student else None
-    for split in splits if start else ():
-        dataset = TraceDataset(split, verify=False)  # add_scores verifies
-        check_fingerprints(dataset, tokenizer=tokenizer_fingerprint(start.tokenizer))
     stored: dict[str, Any] = {"top_k": config.score.top_k}
-    stored |= {"start": start.provenance()} if start else {}
+    if start is not None:
+        stored["start"] = start.provenance()
+        for split in splits:
+            dataset = TraceDataset(split, verify=False)  # add_scores verifies
+            check_fingerprints(dataset, tokenizer=tokenizer_fingerprint(start.tokenizer))
     for name, teacher in others.items():
         made = [tokenizer_fingerprint(teacher.tokenizer), template_fingerprint(teacher.tokenizer)]
         stored.setdefault("tokenizers", {})[name] = made

@@ -161,12 +161,18 @@ def assert_same(got, wanted, *, rtol=2e-5):
         assert got[1][key] == pytest.approx(value, rel=rtol, abs=1e-6, nan_ok=True), key
 
 
+# One weight a trace, in units of the spread of this very batch.
+TRACE = loss_config(scope="sequence", temperature=0.7, unit="spread", smoothing=0.0)
+
+
 @pytest.mark.parametrize(
-    ("sizes", "microbatches"), [((1, 1, 1), 4), ((2, 2, 2), 2), ((1, 2, 2, 2), 1)]
+    ("sizes", "microbatches", "cfg"),
+    [((1, 1, 1), 4, None), ((2, 2, 2), 2, TRACE), ((1, 2, 2, 2), 1, None)],
+    ids=["accumulated", "trace-eight-devices", "context"],
 )
-def test_microbatches_and_devices_change_nothing(sizes, microbatches):
-    wanted = one_step(packed())
-    assert_same(one_step(packed(), sizes=sizes, microbatches=microbatches), wanted)
+def test_microbatches_and_devices_change_nothing(sizes, microbatches, cfg):
+    wanted = one_step(packed(), cfg=cfg)
+    assert_same(one_step(packed(), sizes=sizes, microbatches=microbatches, cfg=cfg), wanted)
 
 
 @pytest.mark.parametrize("more", [{"offload": True}, {"remat": "offload"}], ids=str)
