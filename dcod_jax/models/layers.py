@@ -72,6 +72,10 @@ def affine(
     A float32 weight is rounded to the dtype of x for the product, and its gradient, a sum over all
     tokens, is not: so are the sums over devices that the partitioner makes of it.
     """
+    return _product(x, kernel, bias)
+
+
+def _product(x: Array, kernel: Array, bias: Array | None) -> Array:
     y = x @ kernel.astype(x.dtype)
     return y if bias is None else y + bias.astype(x.dtype)
 
@@ -79,7 +83,8 @@ def affine(
 def _affine_forward(
     x: Array, kernel: Array, bias: Array | None
 ) -> tuple[Array, tuple[Array, Array, Array | None]]:
-    return affine(x, kernel, bias), (x, kernel, bias)
+    # Not `affine`: rematerialisation saves products (remat.py), and would see a call of it instead.
+    return _product(x, kernel, bias), (x, kernel, bias)
 
 
 def _affine_backward(

@@ -111,6 +111,8 @@ def test_full_remat_keeps_little_more_than_each_layers_input():
     assert every > deep + 10 * 10 * layer_input
     half = (_temporary_bytes("none:5", 10) - deep) / (every - deep)
     assert 0.4 < half < 0.6
+    products = 10 * 8 * 64 * 2 * 512 * 4  # of gate and up alone
+    assert deep + 0.9 * products < _temporary_bytes("dots", 10) < every
 
 
 @pytest.mark.parametrize("changes", [{}, WINDOWED])
