@@ -114,7 +114,7 @@ def planned(flat: Mapping[str, Any]) -> tuple[list[tuple[str, ...]], list[Rung]]
 
 def config_errors(flat: Mapping[str, Any]) -> list[str]:
     """What is wrong with a grid: it could not be tried, compared or paid for."""
-    if not flat["tune.grid"]:
+    if not flat["tune.grid"] or flat["tune.factor"] < 2:  # which config_checks.py refuses
         return []
     wrong = []
     if flat["compare"]:
