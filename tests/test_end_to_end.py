@@ -5,7 +5,6 @@ The quickstart is cut short: prompts in, two students and a table out.
 
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dcod_jax.config import load_recipe
 from dcod_jax.evaluate.problems import read_problems
+from dcod_jax.init_student.prune import chosen_layers, keep_layers
 from dcod_jax.models import hf, transformer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -170,11 +170,10 @@ def test_the_same_command_again_finds_everything_done(quickstart, installed):
 
 
 def test_the_real_models_recipe_on_a_tiny_one(tmp_path):
-    """quickstart_smollm2 with a tiny teacher and the copy of it that the tool prunes."""
-    tool = runpy.run_path(str(ROOT / "tools" / "get_smollm2.py"))
+    """quickstart_smollm2 with a tiny teacher and the copy of it that tools/get_smollm2.py makes."""
     teacher = tiny.write_model(tmp_path / "teacher", num_hidden_layers=5, initializer_range=0.3)
     config, params = hf.load_model(teacher, dtype=jnp.float32)
-    config, params = tool["prune"](config, params, 3)
+    config, params = keep_layers(config, params, chosen_layers("3", 5))
     student = tiny.write_tokenizer(tmp_path / "student")
     hf.save_params(student, config, params, dtype=jnp.float32, max_shard_bytes=1 << 30)
     raw = tiny.raw_config(num_hidden_layers=3)

@@ -28,6 +28,9 @@ LOCAL = {
     "open(os.devnull, 'w')": "nowhere",
     "pathlib.Path(tempfile.gettempdir())": "locks of what is in a store, of this machine",
     "glob.glob('/dev/vfio/[0-9]*')": "devices",
+    "pathlib.Path(os.environ.get('XDG_CACHE_HOME', ''))": "compiled programs, of this machine",
+    "pathlib.Path(key)": "the same, where a key says",
+    "pathlib.Path(name)": "a temporary directory beside init_student's --out, which is local",
 }
 
 

@@ -105,10 +105,14 @@ def quantiles(
     """
     scaled = jnp.arcsinh(values / SMALLEST) / math.asinh(LARGEST / SMALLEST)
     bins = jnp.clip((scaled + 1) / 2 * BINS, 0, BINS - 1).astype(jnp.int32)
-    empty = jnp.zeros((values.shape[0], BINS), jnp.int32)
-    rows = jnp.arange(values.shape[0])[:, None]
-    counts = empty.at[rows, bins].add(mask.astype(jnp.int32)).sum(0)
-    sums = empty.astype(jnp.float32).at[rows, bins].add(jnp.where(mask, values, 0.0)).sum(0)
+
+    def histograms(amounts: Array) -> Array:
+        """[BINS] of all rows; of a scatter over a batch each device makes that of its rows."""
+        empty = jnp.zeros(BINS, amounts.dtype)
+        return jax.vmap(lambda row, of: empty.at[row].add(of))(bins, amounts).sum(0)
+
+    counts = histograms(mask.astype(jnp.int32))
+    sums = histograms(jnp.where(mask, values, 0.0))
     means, upto = sums / jnp.maximum(counts, 1), jnp.cumsum(counts)
 
     def ranked(rank: Array) -> Array:
