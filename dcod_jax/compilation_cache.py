@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pathlib
+from typing import Any
 
 from dcod_jax.errors import DcodError
 
@@ -25,7 +26,7 @@ def keep_programs(key: str) -> None:
     if not key or jax.config.values["jax_compilation_cache_dir"]:
         return
     place = str(_default() if key == AUTO else pathlib.Path(key).expanduser())
-    own = {"jax_compilation_cache_dir": key if "://" in key else place}
+    own: dict[str, Any] = {"jax_compilation_cache_dir": key if "://" in key else place}
     own["jax_persistent_cache_min_compile_time_secs"] = 0.0  # a start has many small programs
     if "://" not in key:  # a store has no lock, which removing needs
         own["jax_compilation_cache_max_size"] = MOST_BYTES

@@ -132,8 +132,10 @@ def _yarn(values: Raw, length: int, dims: int, source: str) -> Raw:
         values.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim")
     )
     if attention is None:
-        both = one and all_dims
-        attention = mscale(float(one)) / mscale(float(all_dims)) if both else mscale(1.0)
+        if one and all_dims:
+            attention = mscale(float(one)) / mscale(float(all_dims))
+        else:
+            attention = mscale(1.0)
     return {
         "factor": factor,
         "original_max_position_embeddings": original,

@@ -154,14 +154,19 @@ def mounted(path, *mounts):
         subprocess.run(["umount", "-l", str(path)], check=True)
 
 
-@pytest.mark.parametrize("verb", AFTER)
+# Refusals of the other verbs take several seconds each.
+QUICK = ("prepare", "generate_traces", "score", "export")
+REFUSING = [verb if verb in QUICK else pytest.param(verb, marks=pytest.mark.long) for verb in AFTER]
+
+
+@pytest.mark.parametrize("verb", REFUSING)
 def test_without_descriptors(place, verb):
     case = case_of(place, verb)
     case.begin()
     told(case, Fault("descriptors", 1), "open files")
 
 
-@pytest.mark.parametrize("verb", AFTER)
+@pytest.mark.parametrize("verb", REFUSING)
 def test_on_a_read_only_disk(place, verb):
     case = case_of(place, verb)
     case.begin()

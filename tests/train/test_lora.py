@@ -142,6 +142,7 @@ def test_gradients_are_those_of_full_training_through_the_chain_rule():
                 np.testing.assert_allclose(got, wanted, rtol=0, atol=atol)
 
 
+@pytest.mark.long
 def test_devices_and_microbatches_change_nothing():
     wanted, got = one_step(), one_step(sizes=(2, 2, 2), microbatches=2)
     for path, leaf in flat(wanted[0]).items():
