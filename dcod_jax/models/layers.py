@@ -94,8 +94,7 @@ def _affine_backward(
     in_x = jnp.einsum("...o,io->...i", gradient, kernel.astype(x.dtype))
     in_kernel = jnp.einsum("...i,...o->io", x, gradient, preferred_element_type=kernel.dtype)
     if kernel.dtype != x.dtype:
-        # A transposition behind it must not become part of the product: XLA's CPU backend has no
-        # kernel for bfloat16 operands in that order.
+        # A transposition must not join it: XLA's CPU backend has no such product of bfloat16.
         in_kernel = jax.lax.optimization_barrier(in_kernel)
     if bias is None:
         return in_x, in_kernel, None
