@@ -63,6 +63,7 @@ def _programs_end_with_their_file():
     """A compiled program holds memory maps, of which Linux gives a process 65,530."""
     yield
     jax.clear_caches()
+    jax.config.update("jax_enable_compilation_cache", True)  # which `plan` turns off
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,15 +16,17 @@ NAMES = (
     "jax_persistent_cache_min_compile_time_secs",
     "jax_compilation_cache_max_size",
 )
+USED = "jax_enable_compilation_cache"  # which `plan` turns off for the rest of its process
 
 
 @pytest.fixture(autouse=True)
 def _without_a_cache(monkeypatch, tmp_path):
     """As in a process whose environment names none; the suite's own is back afterwards."""
-    before = {name: jax.config.values[name] for name in NAMES}
+    before = {name: jax.config.values[name] for name in (*NAMES, USED)}
     for name in NAMES:
         monkeypatch.delenv(name.upper(), raising=False)
     jax.config.update(NAMES[0], None)
+    jax.config.update(USED, True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     programs.reset_cache()
     yield
