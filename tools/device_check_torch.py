@@ -58,8 +58,8 @@ def _model(shape: dict[str, Any], device: str, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
     settings = dict(shape)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    return model.to(device)
+    with torch.device(device):  # billions of random numbers take a CPU a minute
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
 
 
 def _peak(device: str) -> dict[str, Any]:

@@ -79,15 +79,7 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
     teachers |= others
     about = joint_provenance({name: teacher.provenance() for name, teacher in teachers.items()})
     start = open_start(config) if config.score.student else None
-    stored: dict[str, Any] = {"top_k": config.score.top_k}
-    if start is not None:
-        stored["start"] = start.provenance()
-        for split in splits:
-            dataset = TraceDataset(split, verify=False)  # add_scores verifies
-            check_fingerprints(dataset, tokenizer=tokenizer_fingerprint(start.tokenizer))
-    for name, teacher in others.items():
-        made = [tokenizer_fingerprint(teacher.tokenizer), template_fingerprint(teacher.tokenizer)]
-        stored.setdefault("tokenizers", {})[name] = made
+    stored = _stored_settings(config, splits, others, start)
     done = {}
     for split in splits:
         manifest = read_manifest(split)
@@ -136,6 +128,25 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
         if hosts.first():
             remove_tree(before)
     return done
+
+
+def _stored_settings(
+    config: Any,
+    splits: list[Path],
+    others: Mapping[str, Teacher | ServedTeacher],
+    start: Teacher | None,
+) -> dict[str, Any]:
+    """What the manifest says of a scoring, beside its teachers."""
+    stored: dict[str, Any] = {"top_k": config.score.top_k}
+    if start is not None:
+        stored["start"] = start.provenance()
+        for split in splits:
+            dataset = TraceDataset(split, verify=False)  # add_scores verifies
+            check_fingerprints(dataset, tokenizer=tokenizer_fingerprint(start.tokenizer))
+    for name, teacher in others.items():
+        made = [tokenizer_fingerprint(teacher.tokenizer), template_fingerprint(teacher.tokenizer)]
+        stored.setdefault("tokenizers", {})[name] = made
+    return stored
 
 
 def _open_teachers(config: Any) -> dict[str, Teacher | ServedTeacher]:
