@@ -79,6 +79,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "long-8-rows": (QWEN_1B, LONG | {"data.batch_size": 8, "mesh.fsdp": 4, "mesh.context": 4}),
     "nll-dots-16": (QWEN_1B, {"student.remat": "dots", "data.batch_size": 16}),
     "nll-dots-12": (QWEN_1B, {"student.remat": "dots:12"}),
+    "nll-dots-12-chunk-512": (QWEN_1B, {"student.remat": "dots:12", "loss.head_chunk": 512}),
     "nll-full-16": (QWEN_1B, {"data.batch_size": 16}),
 }
 

@@ -28,6 +28,7 @@ from dcod_jax.train.checkpointer import Snapshot
 from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.train.metrics import MetricsWriter, StepMetrics, is_logged
 from dcod_jax.train.profiling import PHASES, Goodput, Tracer
+from dcod_jax.train.settings import loss_config
 from dcod_jax.train.setup import Student
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ class Telemetry:
         self.pending: list[Pending] = []  # not fetched yet, oldest first
         self.note = self.shown = ""
         self.warned = False
+        self.by_trace = loss_config(config).weights.scope == "sequence"
         self._begin_line(run.step)
 
     def _begin_line(self, step: int) -> None:
@@ -208,16 +210,19 @@ class Telemetry:
         self.note = f" held-out {', '.join(texts)} (step {self.run.step})"
 
     def _warn(self, step: int, values: dict[str, float]) -> None:
-        """Once: when the tokens that the student does not know yet have too little weight."""
+        """Once: when the tokens that the student does not know yet have too little weight.
+
+        One weight for each trace is meant to leave out traces that the student would not write.
+        """
         mass, share = values["weights/confident_mass"], values["weights/confident_tokens"]
-        if self.warned or not 1 - mass < UNKNOWN_WEIGHT * (1 - share):
+        if self.warned or self.by_trace or not 1 - mass < UNKNOWN_WEIGHT * (1 - share):
             return
         self.warned = True
         log.warning(
             "step %d: %.0f%% of the weight lies on tokens that the student gives q > 0.9 already, "
             "which are %.0f%% of the tokens (effective sample size %.2f). With such weights a "
             "student that lacks the skill stops learning; see docs/method.md, and consider "
-            "loss.weights.temperature=auto, a higher target_loss or warmup_steps",
+            "loss.weights.name=auto or loss.weights.temperature=auto",
             step,
             100 * mass,
             100 * share,

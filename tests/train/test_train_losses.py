@@ -221,7 +221,7 @@ def test_a_live_teacher_with_another_tokenizer_is_refused(place, tmp_path):
 
 def test_weight_on_what_the_student_knows_already_is_warned_of_once(caplog):
     telemetry = Telemetry.__new__(Telemetry)
-    telemetry.warned = False
+    telemetry.warned, telemetry.by_trace = False, False
     fine = {"weights/confident_mass": 0.9, "weights/confident_tokens": 0.85, "weights/ess": 0.9}
     telemetry._warn(1, fine)
     # A student that lacks nothing at temperature 1, as measured; then one that forgets (ess 0.9).
@@ -237,6 +237,10 @@ def test_weight_on_what_the_student_knows_already_is_warned_of_once(caplog):
     telemetry._warn(3, settled)
     [message] = caplog.messages
     assert message.startswith("step 2: 90% of the weight")
+    caplog.clear()
+    telemetry.warned, telemetry.by_trace = False, True
+    telemetry._warn(2, settled)
+    assert caplog.messages == [], "a weight of whole traces leaves some of them out on purpose"
 
 
 @pytest.mark.parametrize(("divergence", "noted"), [("todi", True), ("forward_kl", False)])
