@@ -116,7 +116,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = from_json(path.read_bytes())
     except ValueError as error:
-        raise DcodError(f"{path}: not JSON ({error}); write it again") from error
+        raise DcodError(f"{path}: not valid JSON ({error}); write it again") from error
     if not isinstance(found, dict):
         raise DcodError(f"{path}: expected a JSON object, found {type(found).__name__}")
     return found

@@ -23,6 +23,7 @@ from dcod_jax.cli import run_config_verb
 from dcod_jax.evaluate import command as evaluate
 from dcod_jax.export import command as export
 from dcod_jax.generate_traces import command as generate_traces
+from dcod_jax.models import hf
 from dcod_jax.parallel import hosts
 from dcod_jax.score import command as score
 from dcod_jax.train import loop as train
@@ -74,6 +75,19 @@ def slow_directories() -> None:
     atomicity._create_paths = create
 
 
+def kept_tensors() -> list[bool]:
+    """Whether this process gets each of the tensors that an export gathers."""
+    real, kept = hf.tensor_of, []
+
+    def tensor_of(*arguments: Any, **options: Any) -> Any:
+        found = real(*arguments, **options)
+        kept.append(found is not None)
+        return found
+
+    hf.tensor_of = tensor_of
+    return kept
+
+
 def work(config) -> None:
     for task in tasks.split(";"):
         match task.split():
@@ -82,7 +96,9 @@ def work(config) -> None:
                     strike_at(int(strike[1]), SIGNALS[strike[0]])
                 train.fit(configs.replace(config, {"run_dir": f"{config.run_dir}/{name}"}))
             case ["export", name]:
+                kept = kept_tensors()
                 export.export(configs.replace(config, {"run_dir": f"{config.run_dir}/{name}"}))
+                assert set(kept) == {jax.process_index() == 0}, "all get what one writes"
             case ["late"]:
                 if jax.process_index() == 1:
                     os.kill(os.getpid(), signal.SIGTERM)

@@ -15,7 +15,7 @@ LEVELS = """
     locks logs
     models.rope models.families models.layer_kinds models.config models.layers models.cudnn
     models.remat models.attention models.transformer models.lora models.cached models.tensors
-    models.peft
+    models.peft models.tensor_files
     losses.head losses.events losses.distributions losses.divergences losses.segments losses.weights
     losses.weight_errors losses.adaptive losses.reduce losses.distill
     data.teachers data.codec data.dataset data.blocks data.scores data.packing

@@ -63,14 +63,14 @@ def raw_config(**changes) -> dict:
     }
 
 
-def write_model(path: Path, *, seed: int = 0, **changes) -> Path:
+def write_model(path: Path, *, seed: int = 0, shard_bytes: int = 1 << 30, **changes) -> Path:
     """HF directory: config, random weights, tokenizer."""
     write_tokenizer(path)
     raw = raw_config(**changes)
     (path / "config.json").write_text(json.dumps(raw))
     config = model_configs.from_hf(raw)
     params = transformer.init_params(config, jax.random.key(seed))
-    hf.save_params(path, config, params, dtype=jnp.float32, max_shard_bytes=1 << 30)
+    hf.save_params(path, config, params, dtype=jnp.float32, max_shard_bytes=shard_bytes)
     return path
 
 

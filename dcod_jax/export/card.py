@@ -32,9 +32,9 @@ Made with dcod_jax {__version__} by offline distillation from the traces of a fi
 
 - start: `{about["base_model"]}`
 - checkpoint: step {about["step"]}, tensors in {dtype}
-{results}- check: on {rows} rows of {length} tokens these files give the logits of the training
-  parameters in {dtype} bit for bit; the float32 parameters differ from that by at most
-  {checks["max_logit_difference_from_float32"]:.3g}
+{results}- check: read back, every tensor is that of the training parameters in {dtype} bit for bit;
+  on {rows} rows of {length} tokens the logits of the float32 parameters differ from theirs by at
+  most {checks["max_logit_difference_from_float32"]:.3g}
 
 ## Data
 

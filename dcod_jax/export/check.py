@@ -40,11 +40,13 @@ def verify(
 ) -> dict[str, Any]:
     """Re-open an export and compare it with its source; DcodError with the first difference.
 
-    The logits of the re-opened tensors must equal those of `params` cast to dtype, bit for bit, on
-    a row of text and on random rows; config, tokenizer and template must be the same. Beside params
-    one copy in dtype is held at a time. Adapters are compared themselves.
+    Every tensor must be that of `params` cast to dtype, bit for bit, and config, tokenizer and
+    template the same. The logits of a row of text and of random rows must be finite; beside params
+    one copy in a narrower dtype, or of the base of adapters, is held for them.
     """
     check_small(directory, model_config, tokenizer)
+    form = "peft" if model_config.lora else "hf"
+    hf.check_saved(directory, model_config, params, dtype=dtype, form=form)
     tokens = _check_tokens(tokenizer, batch_shards(mesh))
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -54,50 +56,27 @@ def verify(
     def logits(params: Params, model: ModelConfig = model_config) -> np.ndarray:
         return np.asarray(multihost_utils.process_allgather(compute(model, params), tiled=True))
 
-    def reopened() -> Params:
-        return hf.load_model(directory, dtype=dtype, mesh=mesh)[1]
-
     if model_config.lora is not None:
-        _check_adapters(directory, model_config, params)
         settings = peft.read(directory)
         base = hf.load_model(settings["base_model_name_or_path"], dtype=dtype, mesh=mesh)[1]
         master = logits(lora.join(params, base))
         del base
-        expected = found = logits(reopened(), lora.without_adapter(model_config))
+        merged = hf.load_model(directory, dtype=dtype, mesh=mesh)[1]
+        found = logits(merged, lora.without_adapter(model_config))
     else:
-        master = logits(params)
-        expected = logits(
-            jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree))(params)
-        )
-        found = logits(reopened())
-    if not np.isfinite(expected).all():
+        master = found = logits(params)
+        if jnp.dtype(dtype) != jnp.float32:
+            found = logits(jax.jit(lambda x: jax.tree.map(lambda y: y.astype(dtype), x))(params))
+    if not np.isfinite(found).all():
         raise DcodError(
             f"the parameters in {dtype} give logits that are not finite; set export.dtype=float32, "
             "or look at the run: its parameters may have diverged"
         )
-    if not np.array_equal(expected, found):
-        difference = np.abs(expected - found).max()
-        raise DcodError(
-            f"{directory}: the weights read back give other logits than the training parameters "
-            f"(largest difference {difference:.3g}); the disk or the writer is at fault, and no "
-            "export was left. Run the same command again"
-        )
     return {
-        "logits_equal_in_dtype": True,
-        "max_logit_difference_from_float32": float(np.abs(master - expected).max()),
+        "tensors_equal_in_dtype": True,
+        "max_logit_difference_from_float32": float(np.abs(master - found).max()),
         "rows": list(tokens.shape),
     }
-
-
-def _check_adapters(directory: Path, model_config: ModelConfig, params: Params) -> None:
-    """Raise DcodError where the adapters read back are not those of params, bit for bit."""
-    shardings = jax.tree.map(lambda x: x.sharding, params)
-    again = hf.load_params(directory, model_config, shardings=shardings, form="peft")
-    if not all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), again, params))):
-        raise DcodError(
-            f"{directory}: the adapters read back are not those that were trained; the disk or the "
-            "writer is at fault, and no export was left. Run the same command again"
-        )
 
 
 def check_small(directory: Path, model_config: ModelConfig, tokenizer: Tokenizer) -> None:

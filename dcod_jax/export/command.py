@@ -108,12 +108,11 @@ def export(config: Any) -> Path:
             mesh=mesh,
         )
     log.info(
-        "%s: step %d in %s, re-opened; its %s equal those of the training parameters in %s bit for "
-        "bit, and its logits differ from those of the trained parameters by at most %.3g",
+        "%s: step %d in %s, re-opened; its tensors equal those of the training parameters in %s "
+        "bit for bit, and its logits differ from those of the trained parameters by at most %.3g",
         path,
         record.step,
         dtype,
-        "adapters" if model_config.lora else "logits",
         dtype,
         checks["max_logit_difference_from_float32"],
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
@@ -21,7 +22,7 @@ from dcod_jax.files import Location, Path, as_path
 from dcod_jax.models import config as configs
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.gguf_metadata import LONG, SHORT, raw_config
-from dcod_jax.models.tensors import Part, Slot, assemble, slots
+from dcod_jax.models.tensors import Part, Slot, assemble, shardings_of, slots
 from dcod_jax.types import Params
 
 if TYPE_CHECKING:  # an extra
@@ -164,8 +165,10 @@ def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
     return grouped.swapaxes(1, 2).reshape(rows.shape)
 
 
-def read_gguf(file: Location, *, dtype: DTypeLike = jnp.float32) -> tuple[ModelConfig, Params]:
-    """(config, params) of a GGUF file, dequantised.
+def read_gguf(
+    file: Location, *, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None
+) -> tuple[ModelConfig, Params]:
+    """(config, params) of a GGUF file, dequantised, sharded over mesh if one is given.
 
     Raises DcodError for another architecture or quantisation, for metadata that cannot be honoured
     exactly, and for tensors that are missing or unknown (rope_freqs of Llama 3.1 among them).
@@ -182,24 +185,31 @@ def read_gguf(file: Location, *, dtype: DTypeLike = jnp.float32) -> tuple[ModelC
     interleaved = configs.FAMILIES[config.model_type].gguf_interleaved
 
     def read(slot: Slot, part: Part) -> np.ndarray:
-        values = _dequantised(tensors[slot.name], path)
-        if values.shape != slot.file_shape:
+        tensor, permuted = tensors[slot.name], interleaved and slot.rope_heads
+        shape = tuple(map(int, tensor.shape[::-1]))
+        if shape != slot.file_shape:
             raise DcodError(
-                f"{path}: {slot.name} has shape {values.shape}, the metadata say {slot.file_shape}"
+                f"{path}: {slot.name} has shape {shape}, the metadata say {slot.file_shape}"
             )
-        if interleaved and slot.rope_heads:
+        if len(shape) > 1 and not permuted:  # of whole rows, which are quantised by themselves
+            values = _dequantised(tensor, path, rows=part[0])
+            part = (slice(None), *part[1:])
+        else:
+            values = _dequantised(tensor, path)
+        if permuted:
             values = _unpermute(values, slot.rope_heads)
         if slot.name.endswith("norm.weight"):  # such files hold what norms multiply by
             values = values - np.float32(config.norm_offset)
         return values[part]
 
-    return config, assemble(config, "gguf", read, dtype=dtype)
+    shardings = shardings_of(config, mesh)
+    return config, assemble(config, "gguf", read, dtype=dtype, shardings=shardings)
 
 
-def _dequantised(tensor: Any, path: Path) -> np.ndarray:
+def _dequantised(tensor: Any, path: Path, *, rows: slice = slice(None)) -> np.ndarray:
     quants = _package().quants
     try:
-        return np.asarray(quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
+        return np.asarray(quants.dequantize(tensor.data[rows], tensor.tensor_type), np.float32)
     except NotImplementedError as error:
         raise DcodError(
             f"{path}: {tensor.name} is of type {tensor.tensor_type.name}, which the gguf package "

@@ -5,26 +5,28 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jax.experimental import multihost_utils
-from jax.sharding import Sharding
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from dcod_jax.errors import DcodError
 from dcod_jax.models import lora
 from dcod_jax.models.config import ModelConfig
-from dcod_jax.models.transformer import declarations, param_shapes
+from dcod_jax.models.transformer import check_mesh, declarations, logical_axes, param_shapes
+from dcod_jax.parallel import mesh as meshes
 from dcod_jax.types import Params
 
 Form = Literal["hf", "gguf", "peft"]  # peft: the adapters alone; the others hold all else
 PEFT = "base_model.model."  # what names in PEFT files begin with
 Part = tuple[slice, ...]  # one slice a dimension, each with a start and a stop
+Bounds = tuple[tuple[int, int], ...]  # of a piece: (start, stop) of each dimension
+STAGED = 1 << 24  # bytes that the host holds of a device's piece, unless one layer has more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,11 @@ def flatten(params: Params) -> dict[str, Any]:
     return traverse_util.flatten_dict(params, sep=".")
 
 
+def unflatten(flat: dict[str, Any]) -> Params:
+    """The inverse of flatten."""
+    return traverse_util.unflatten_dict(flat, sep=".")
+
+
 def _leaves(config: ModelConfig, form: Form) -> dict[str, jax.ShapeDtypeStruct]:
     """The parameters that a file of this form holds."""
     shapes = param_shapes(config)
@@ -81,6 +88,14 @@ def slots(config: ModelConfig, form: Form) -> list[Slot]:
     return found
 
 
+def shardings_of(config: ModelConfig, mesh: Mesh | None) -> Params | None:
+    """Of all parameters over the mesh; DcodError where it cannot split them."""
+    if mesh is None:
+        return None
+    check_mesh(config, mesh)
+    return meshes.tree_shardings(mesh, logical_axes(config))
+
+
 def assemble(
     config: ModelConfig,
     form: Form,
@@ -91,10 +106,52 @@ def assemble(
 ) -> Params:
     """Params read tensor by tensor, each device's piece straight from the file.
 
-    read gives a part of a file's tensor in the file's layout. The host holds one piece of one leaf
-    at a time, and a process reads no byte that only other processes need.
+    read gives a part of a file's tensor in the file's layout. The host holds one block of one
+    device's piece at a time (STAGED), and a process reads no byte that only other processes need.
     """
     targets = flatten(shardings) if shardings is not None else {}
+    piece = _piece_reader(config, form, read, dtype=dtype)
+    return unflatten(
+        {
+            path: _place(leaf.shape, dtype, targets.get(path), functools.partial(piece, path))
+            for path, leaf in _leaves(config, form).items()
+        }
+    )
+
+
+def differing(
+    config: ModelConfig,
+    form: Form,
+    read: Callable[[Slot, Part], np.ndarray],
+    params: Params,
+    *,
+    dtype: DTypeLike,
+) -> str | None:
+    """The first leaf of params that, cast to dtype, is not what read gives, bit for bit; or None.
+
+    A process compares the pieces on its own devices, block by block.
+    """
+    piece = _piece_reader(config, form, read, dtype=dtype)
+    for path, leaf in flatten(params).items():
+        for shard in jnp.asarray(leaf).addressable_shards:
+            bounds = _bounds(shard.index, leaf.shape)
+            for part in blocks(bounds, leaf.dtype) if shard.replica_id == 0 else ():
+                found, rows = piece(path, part), shard.data
+                if len(found) < len(rows):
+                    rows = _rows_program(None)(rows, part[0].start - bounds[0][0], len(found))
+                if np.asarray(rows).astype(found.dtype).tobytes() != found.tobytes():
+                    return path
+    return None
+
+
+def _piece_reader(
+    config: ModelConfig,
+    form: Form,
+    read: Callable[[Slot, Part], np.ndarray],
+    *,
+    dtype: DTypeLike,
+) -> Callable[[str, Part], np.ndarray]:
+    """(path of a leaf, part of it) -> that part on the host, read from the file's tensors."""
     by_path: dict[str, list[Slot]] = {}
     for slot in slots(config, form):
         by_path.setdefault(slot.path, []).append(slot)
@@ -110,13 +167,7 @@ def assemble(
             host[place if stacked else ...] = tensor.T if slot.transposed else tensor
         return host
 
-    return traverse_util.unflatten_dict(
-        {
-            path: _place(leaf.shape, targets.get(path), functools.partial(piece, path))
-            for path, leaf in _leaves(config, form).items()
-        },
-        sep=".",
-    )
+    return piece
 
 
 def check_finite(name: str, tensor: np.ndarray) -> None:
@@ -133,38 +184,87 @@ def check_finite(name: str, tensor: np.ndarray) -> None:
         )
 
 
+def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Bounds:
+    return tuple(at.indices(size)[:2] for at, size in zip(index or (), shape, strict=True))
+
+
+def blocks(bounds: Bounds, dtype: DTypeLike) -> Iterator[Part]:
+    """The piece in blocks of whole rows (layers, where they are stacked) of at most STAGED bytes,
+    or of one row.
+    """
+    (start, stop), *rest = bounds
+    row = math.prod(b - a for a, b in rest) * jnp.dtype(dtype).itemsize
+    step = max(STAGED // max(row, 1), 1)
+    for at in range(start, stop, step):
+        yield (slice(at, min(at + step, stop)), *(slice(*bound) for bound in rest))
+
+
 def _place(
-    shape: tuple[int, ...], sharding: Sharding | None, piece: Callable[[Part], np.ndarray]
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    sharding: Sharding | None,
+    piece: Callable[[Part], np.ndarray],
 ) -> jax.Array:
-    """The array of this sharding; each piece is made once, also where several devices hold it."""
-    if sharding is None:
-        return jnp.asarray(piece(tuple(slice(0, size) for size in shape)))
-    devices: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+    """The array of this sharding; each block is made once, also where several devices hold it."""
+    sharding = sharding or SingleDeviceSharding(jnp.zeros(()).device)
+    devices: dict[Bounds, list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        bounds = tuple(at.indices(size)[:2] for at, size in zip(index or (), shape, strict=True))
-        devices.setdefault(bounds, []).append(device)
+        devices.setdefault(_bounds(index, shape), []).append(device)
     arrays = []
     for bounds, holders in devices.items():
-        host = piece(tuple(slice(*bound) for bound in bounds))
-        arrays += [jax.device_put(host, device) for device in holders]
+        parts = list(blocks(bounds, dtype))
+        if len(parts) == 1:
+            host = piece(parts[0])
+            arrays += [jax.device_put(host, device) for device in holders]
+            continue
+        size = [stop - start for start, stop in bounds]
+        made = [jnp.zeros(size, dtype, device=device) for device in holders]
+        for part in parts:
+            host, first = piece(part), part[0].start - bounds[0][0]
+            made = [_with_rows(x, jax.device_put(host, x.device), first) for x in made]
+            jax.block_until_ready(made)  # before the next block is read
+        arrays += made
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
-@jax.jit
-def _layer_of(leaf: jax.Array, layer: int | jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+@functools.partial(jax.jit, donate_argnums=0)
+def _with_rows(array: jax.Array, rows: jax.Array, first: int | jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(array, rows, first, axis=0)
 
 
-def tensor_of(flat: dict[str, jax.Array], slot: Slot, *, dtype: DTypeLike) -> np.ndarray:
-    """One tensor as the file has it, gathered to the host; every process must call it."""
-    leaf = flat[slot.path]
-    leaf = leaf if slot.layer is None else _layer_of(leaf, slot.layer)
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        host = multihost_utils.process_allgather(leaf, tiled=True)
-    else:
-        host = leaf
-    host = np.asarray(host).astype(jnp.dtype(dtype))
-    return np.ascontiguousarray(host.T if slot.transposed else host)
+@functools.cache
+def _rows_program(layout: Sharding | None) -> Callable[..., jax.Array]:
+    """(array, first, count) -> so many rows, placed so; the array itself keeps no host copy."""
+
+    def rows(array: jax.Array, first: int | jax.Array, count: int) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(array, first, count, axis=0)
+
+    return jax.jit(rows, static_argnums=2, out_shardings=layout)
+
+
+def tensor_of(flat: dict[str, Any], slot: Slot, *, dtype: DTypeLike) -> np.ndarray | None:
+    """One tensor as the file has it; on other processes than the first it is None.
+
+    Every process must call it: they gather the blocks of an array of several processes' devices
+    together, and the first one alone copies them to its host.
+    """
+    leaf, keeps, layout = flat[slot.path], jax.process_index() == 0, None
+    apart = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+    if apart:
+        layout = meshes.sharding(cast(Any, leaf.sharding).mesh, ())
+    elif not keeps:
+        return None
+    first, count = (0, len(leaf)) if slot.layer is None else (slot.layer, 1)
+    host = np.empty(slot.shape if keeps else (0,) * len(slot.shape), jnp.dtype(dtype))
+    view = host.T if slot.transposed else host
+    view = view if slot.layer is None else view[None]
+    bounds = ((first, first + count), *((0, size) for size in leaf.shape[1:]))
+    for part in blocks(bounds, leaf.dtype):
+        start, stop = part[0].start, part[0].stop
+        rows = _rows_program(layout)(leaf, start, stop - start)
+        if keeps:
+            view[start - first : stop - first] = rows.addressable_data(0) if apart else rows
+    return host if keeps else None
 
 
 def check_structure(config: ModelConfig, params: Params, form: Form) -> None:

@@ -188,7 +188,7 @@ def test_the_card_tells_recipe_data_and_result(tmp_path, source):
         assert expected in text
     assert json.loads((path / exports.RECIPE).read_text()) == {"seed": 3}
     marker = json.loads((path / exports.MARKER).read_text())
-    assert marker["checks"]["logits_equal_in_dtype"] is True
+    assert marker["checks"]["tensors_equal_in_dtype"] is True
 
 
 def test_a_wrong_tensor_on_disk_is_found_and_nothing_is_left(tmp_path, source, monkeypatch):
@@ -200,7 +200,7 @@ def test_a_wrong_tensor_on_disk_is_found_and_nothing_is_left(tmp_path, source, m
         real(path, config, {**params, "layers": {**params["layers"], "mlp": mlp}}, **options)
 
     monkeypatch.setattr(hf, "save_params", flips)
-    with pytest.raises(DcodError, match="other logits than the training parameters"):
+    with pytest.raises(DcodError, match=r"layers\.mlp\.up_proj\.kernel reads back as another"):
         write(tmp_path / "export", source)
     assert list(tmp_path.iterdir()) == []
 
@@ -216,7 +216,7 @@ def test_a_flipped_byte_on_disk_is_found(tmp_path, source, monkeypatch):
         file.write_bytes(content)
 
     monkeypatch.setattr(hf, "save_params", flips)
-    with pytest.raises(DcodError, match="other logits than the training parameters"):
+    with pytest.raises(DcodError, match=r"reads back as another than the training"):
         write(tmp_path / "export", source)
     assert list(tmp_path.iterdir()) == []
 

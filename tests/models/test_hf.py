@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from dcod_jax.errors import DcodError
 from dcod_jax.models import config as configs
-from dcod_jax.models import hf
+from dcod_jax.models import hf, tensor_files
+from dcod_jax.models import tensors as tensor_forms
 from dcod_jax.models.tensors import flatten
 from dcod_jax.parallel import mesh as meshes
 
@@ -49,7 +50,7 @@ def test_round_trip_is_byte_identical(pair, tmp_path, dtype, shard_bytes):
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     model = AutoModelForCausalLM.from_pretrained(pair.directory, dtype=getattr(torch, dtype))
     model.save_pretrained(theirs, max_shard_size=shard_bytes)
-    assert (theirs / hf.INDEX).exists() == (shard_bytes != LARGE)
+    assert (theirs / tensor_files.INDEX).exists() == (shard_bytes != LARGE)
     config, params = hf.load_model(theirs, dtype=dtype)
     hf.save_params(ours, config, params, dtype=dtype, max_shard_bytes=shard_bytes)
     _assert_same_bytes(_tensors(ours), _tensors(theirs))
@@ -58,7 +59,7 @@ def test_round_trip_is_byte_identical(pair, tmp_path, dtype, shard_bytes):
     hf.save_params(ours, config, params, dtype=dtype, max_shard_bytes=shard_bytes)
     _assert_same_bytes(_tensors(ours), _tensors(theirs))
     names = {path.name for path in ours.iterdir()}
-    assert (hf.INDEX in names) == (shard_bytes != LARGE)
+    assert (tensor_files.INDEX in names) == (shard_bytes != LARGE)
     assert not [name for name in names if name.endswith(".tmp")]
 
 
@@ -93,6 +94,35 @@ def test_saving_sharded_params_gives_the_same_file(pair, tmp_path):
     _, sharded = hf.load_model(pair.directory, dtype=jnp.float32, mesh=mesh)
     hf.save_params(tmp_path, pair.config, sharded, dtype="float32", max_shard_bytes=LARGE)
     _assert_same_bytes(_tensors(tmp_path), _tensors(pair.directory))
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_piece_goes_through_the_host_in_blocks(model_dir, monkeypatch, devices):
+    """Of whole rows or layers, of at most so many bytes, on each device once; and back."""
+    directory, _ = model_dir
+    config, plain = _load(directory)
+    mesh = meshes.make_mesh(1, 2, devices=jax.devices()[:2]) if devices == 2 else None
+    held, real = [], tensor_forms._piece_reader
+
+    def counts(*arguments, **options):
+        read = real(*arguments, **options)
+        return lambda path, part: (held.append((path, read(path, part))), held[-1][1])[1]
+
+    monkeypatch.setattr(tensor_forms, "STAGED", 100)
+    monkeypatch.setattr(tensor_forms, "_piece_reader", counts)
+    _, params = hf.load_model(directory, dtype=jnp.float32, mesh=mesh)
+    jax.tree.map(np.testing.assert_array_equal, params, plain)
+    pieces = {path: leaf.addressable_shards for path, leaf in flatten(params).items()}
+    assert all(host.nbytes <= max(100, host[0].nbytes) for _, host in held)
+    for path, shards in pieces.items():
+        own = {str(shard.index): shard.data.nbytes for shard in shards}
+        assert sum(host.nbytes for place, host in held if place == path) == sum(own.values())
+    hf.check_saved(directory, config, params, dtype="float32")
+    for path in ("embed_tokens.embedding", "layers.mlp.down_proj.kernel"):
+        other = flatten(params)
+        other[path] = other[path].at[(-1,) * other[path].ndim].add(1e-3)
+        with pytest.raises(DcodError, match=f"{path} reads back as another"):
+            hf.check_saved(directory, config, tensor_forms.unflatten(other), dtype="float32")
 
 
 @pytest.fixture
@@ -203,14 +233,14 @@ def test_index_that_names_a_missing_file_or_tensor(model_dir):
     save_file(first, directory / "model-00001-of-00002.safetensors")
     weight_map = dict.fromkeys(names[:-1], "model-00001-of-00002.safetensors")
     weight_map[names[-1]] = "model-00002-of-00002.safetensors"
-    (directory / hf.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (directory / tensor_files.INDEX).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(DcodError, match=r"model-00002-of-00002\.safetensors, which is missing"):
         _load(directory)
     weight_map[names[-1]] = "model-00001-of-00002.safetensors"
-    (directory / hf.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (directory / tensor_files.INDEX).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(DcodError, match=f"{names[-1]} is not in model-00001"):
         _load(directory)
-    (directory / hf.INDEX).write_text("{}")
+    (directory / tensor_files.INDEX).write_text("{}")
     with pytest.raises(DcodError, match="weight_map is missing"):
         _load(directory)
 
@@ -274,7 +304,7 @@ def test_failed_save_leaves_the_old_weights(model_dir, monkeypatch):
     def disk_full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hf, "save_file", disk_full)
+    monkeypatch.setattr(tensor_files, "save_file", disk_full)
     changed = jax.tree.map(lambda leaf: leaf + 1, params)
     with pytest.raises(DcodError, match="No space left"):
         hf.save_params(directory, config, changed, dtype="float32", max_shard_bytes=LARGE)
@@ -289,7 +319,7 @@ def test_saving_over_another_layout_leaves_no_stale_file(model_dir):
         hf.save_params(directory, config, params, dtype="float32", max_shard_bytes=shard_bytes)
         _assert_same_bytes(_tensors(directory), tensors)
         files = {file.name for file in directory.glob("*.safetensors")}
-        assert files == {file.name for file in set(hf._weight_map(directory).values())}
+        assert files == {file.name for file in set(tensor_files.weight_map(directory).values())}
 
 
 def test_save_refuses_params_of_another_config(model_dir):
