@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import logging
 import os
 import pathlib
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 
+from dcod_jax.bounds import check, text
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Path, file_sha256
+from dcod_jax.files import Path, file_sha256, read_json, to_json
 from dcod_jax.stores import RemotePath
+
+log = logging.getLogger(__name__)
 
 CACHE = "DCOD_CACHE_DIR"  # environment variable: where copies of remote files are kept
 
@@ -27,15 +33,78 @@ def local_copy(path: Path, *, sha256: str = "") -> pathlib.Path:
         return path
     with _copying(path):
         copy = _cached(sha256 or f"{path}\n{path.version()}") / path.name
-        if not copy.is_file() or (sha256 and file_sha256(copy) != sha256):
+        if not copy.is_file() or (sha256 and _digest(copy, _state(copy)) != sha256):
             _fetch(path, copy)
-            if sha256 and (found := file_sha256(copy)) != sha256:
+            if sha256 and (found := _digest(copy, _state(copy))) != sha256:
                 copy.unlink()
                 raise DcodError(
                     f"{path} is damaged: expected sha256 {sha256}, found {found}; restore it from "
                     "a good copy, or prepare (and score) the dataset again"
                 )
     return copy
+
+
+def content_sha256(path: Path) -> str:
+    """sha256 of a file's content. The cache remembers it, so that it is read once by this machine.
+
+    What is remembered counts as long as the file's inode, size and both times are those of then,
+    or a store's object is of the same version.
+    """
+    state = _state(path)
+    if (noted := _read_note(path)) and noted["state"] == state:
+        return noted["sha256"]
+    local = local_copy(path)
+    found = _digest(local, _state(local))
+    # A change right after another may leave the times as they are: such a file is read again.
+    if path is not local or time.time() - local.stat().st_ctime > _SETTLED:
+        _write_note(path, {"state": state, "sha256": found})
+    return found
+
+
+def changed_since_hashed(path: pathlib.Path) -> bool:
+    """Whether a file is not the one whose hash this machine remembers; no content is read."""
+    noted = _read_note(path)
+    return noted is not None and noted["state"] != _state(path)
+
+
+_SETTLED = 3.0  # seconds; the coarsest times of the file systems in use are of 2
+_NOTE = {"state": text(400), "sha256": text(64)}
+
+
+def _state(path: Path) -> str:
+    if not isinstance(path, pathlib.Path):
+        return path.version()
+    now = path.stat()
+    return f"{now.st_ino} {now.st_size} {now.st_mtime_ns} {now.st_ctime_ns}"
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest(file: pathlib.Path, state: str) -> str:
+    """The hash of a file, read once by a process as long as its state is `state`."""
+    return file_sha256(file)
+
+
+def _note(path: Path) -> pathlib.Path:
+    where = path.resolve() if isinstance(path, pathlib.Path) else path
+    return _cached(f"sha256 of {where}").with_suffix(".json")
+
+
+def _read_note(path: Path) -> dict[str, str] | None:
+    if not _note(path).is_file():
+        return None
+    noted = read_json(_note(path))
+    check(noted, _NOTE, source=_note(path))
+    return noted
+
+
+def _write_note(path: Path, noted: dict[str, str]) -> None:
+    try:
+        _note(path).parent.mkdir(parents=True, exist_ok=True)
+        temporary = _note(path).with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_bytes(to_json(noted))
+        os.replace(temporary, _note(path))
+    except OSError as error:
+        log.info("%s: its hash is not kept in %s (%s)", path, _note(path).parent, error)
 
 
 def local_directory(

@@ -21,6 +21,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+# Copies and hashes of files, away from the user's own.
+if "DCOD_CACHE_DIR" not in os.environ:
+    os.environ["DCOD_CACHE_DIR"] = tempfile.mkdtemp(prefix="dcod-copies-")
+    atexit.register(shutil.rmtree, os.environ["DCOD_CACHE_DIR"], ignore_errors=True)
+
 from pathlib import Path
 
 import jax

@@ -99,7 +99,11 @@ def known_scores(
     directories: Sequence[Path], *, teacher: dict[str, Any], settings: dict[str, Any]
 ) -> KnownScores:
     """What this teacher with these settings scored in the datasets that are there."""
-    found = [TraceDataset(path) for path in directories if (path / MANIFEST).is_file()]
+    found = [
+        TraceDataset(path, verify=hosts.first())
+        for path in directories
+        if (path / MANIFEST).is_file()
+    ]
     wanted = json.loads(to_json([teacher, settings]))
     return KnownScores(
         [d for d in found if [d.manifest.get("teacher"), d.manifest.get("score")] == wanted]
@@ -129,7 +133,7 @@ def add_scores(
 
     Raises DcodError when another teacher scored, or began to score, and `overwrite` is not given.
     """
-    dataset = TraceDataset(directory)
+    dataset = TraceDataset(directory, verify=hosts.first())
     path, manifest = dataset.directory, dataset.manifest
     teacher, settings = json.loads(to_json([teacher, settings]))
     if manifest.get("teacher") == teacher and manifest.get("score") == settings:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import os
 import pathlib
@@ -18,7 +17,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from safetensors import SafetensorError
 
-from dcod_jax.copies import local_copy
+from dcod_jax.copies import changed_since_hashed, content_sha256
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Location, Path, as_path, read_json
 from dcod_jax.models import config as configs
@@ -212,23 +211,31 @@ def save_params(
             temporary.unlink(missing_ok=True)
 
 
-@functools.lru_cache(maxsize=1024)
-def _digest(file: pathlib.Path, state: tuple[int, ...]) -> bytes:
-    """sha256 of a file, read once by a process as long as its inode, size and time are `state`."""
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").digest()
-
-
 def weights_fingerprint(path: Location) -> str:
-    """sha256 over the content of the weight files, in the order of their names, and of a base."""
+    """sha256 over the content of the weight files, in the order of their names, and of a base.
+
+    Of several processes the first one reads them; all call it (parallel/hosts.from_first).
+    """
+    return hosts.from_first("the hash of weights", lambda: _fingerprint(path))
+
+
+def _fingerprint(path: Location) -> str:
     directory = _directory(path)
     files = [directory] if directory.is_file() else sorted(set(weight_map(directory).values()))
     whole = hashlib.sha256()
     for file in files:
-        local = local_copy(file)
-        now = local.stat()
-        whole.update(_digest(local, (now.st_ino, now.st_size, now.st_mtime_ns)))
+        whole.update(bytes.fromhex(content_sha256(file)))
+        hosts.moved()
     if directory.is_dir() and is_adapter(directory):
-        base = peft.read(directory)["base_model_name_or_path"]
-        whole.update(weights_fingerprint(base).encode())
+        whole.update(_fingerprint(peft.read(directory)["base_model_name_or_path"]).encode())
     return whole.hexdigest()
+
+
+def weights_changed(path: Location) -> bool:
+    """Whether a local weight file is not the one that this machine hashed; reads no content."""
+    place = as_path(path)
+    if not isinstance(place, pathlib.Path):
+        return False
+    return any(
+        map(changed_since_hashed, [place] if place.is_file() else place.glob("*.safetensors"))
+    )

@@ -9,6 +9,7 @@ JAX's preemption service makes all processes see a SIGTERM at the same step. See
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import glob
 import importlib.util
 import json
@@ -36,6 +37,7 @@ NOTICE = "RECEIVED_PREEMPTION_NOTICE"  # the preemption service's own key
 
 # This process's membership; jax.distributed, too, has one for each process.
 _joined: list[Monitor] = []
+_alone = contextvars.ContextVar("alone", default=False)
 
 
 # ---------------------------------------------------------------- joining and leaving
@@ -232,6 +234,23 @@ def barrier(name: str) -> None:
 def exchange(name: str, text: str) -> list[str]:
     """Every process's text, in the order of the processes; all must call it."""
     return _joined[0].exchange(name, text) if _joined else [text]
+
+
+def from_first(name: str, find: Callable[[], str]) -> str:
+    """What process 0 finds; it alone looks. All must call it, but within `alone`."""
+    if not _joined or _alone.get():
+        return find()
+    return exchange(name, find() if first() else "")[0]
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within it this process looks for itself, because the others do something else."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
 
 
 def agree(name: str, values: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from dcod_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Path, as_path, to_json
 from dcod_jax.models.config import ModelConfig
-from dcod_jax.models.hf import load_model, weights_fingerprint
+from dcod_jax.models.hf import load_model, weights_changed, weights_fingerprint
 from dcod_jax.types import Params
 
 
@@ -61,12 +61,16 @@ def open_teacher(settings: Any, *, template: TemplateChoice = OWN) -> Teacher:
     path = as_path(settings.path)
     return Teacher(
         path=path,
-        name=settings.name or path.name.removesuffix(".gguf"),
+        name=settings.name or _name_of(path),
         revision=settings.revision,
         fingerprint=weights_fingerprint(path),
         dtype=settings.dtype,
         tokenizer=load_tokenizer(settings.tokenizer or path, template=template),
     )
+
+
+def _name_of(path: Path) -> str:
+    return path.name.removesuffix(".gguf")
 
 
 def open_start(config: Any) -> Teacher:
@@ -80,14 +84,21 @@ def open_start(config: Any) -> Teacher:
     return open_teacher(settings, template=template_of(config.student))
 
 
-def entry_weights(entry: TeacherEntry) -> str:
+def entry_weights(entry: TeacherEntry, told: Mapping[str, Any] | None = None) -> str:
     """The hash of a teacher's tensor files; of a served model, which nobody here can hash, a name.
 
-    Neither reads a network: training compares it with the manifest while the server may be off.
+    told: what a manifest says of this teacher. It is believed, and no file of the teacher read,
+    where name and revision are the same and this machine does not know that the files have changed.
+    No network is read for a server: training compares it with the manifest while it may be off.
     """
-    if not entry.server:
-        return weights_fingerprint(as_path(entry.path))
-    return f"served: {entry.model}" + (f"@{entry.revision}" if entry.revision else "")
+    if entry.server:
+        return f"served: {entry.model}" + (f"@{entry.revision}" if entry.revision else "")
+    name = entry.name or entry.model or _name_of(as_path(entry.path))
+    named = {"name": name, "revision": entry.revision}
+    believed = told and told.get("weights") and named.items() <= told.items()
+    if told and believed and not weights_changed(entry.path):
+        return told["weights"]
+    return weights_fingerprint(as_path(entry.path))
 
 
 def joint_weights(weights: Mapping[str, str]) -> str:
@@ -97,9 +108,14 @@ def joint_weights(weights: Mapping[str, str]) -> str:
     return hashlib.sha256(to_json(dict(sorted(weights.items())))).hexdigest()
 
 
-def expected_weights(entries: Sequence[TeacherEntry]) -> str:
-    """What a manifest of a dataset that these teachers scored has as its teacher's weights."""
-    return joint_weights({entry.name: entry_weights(entry) for entry in entries})
+def expected_weights(entries: Sequence[TeacherEntry], told: Mapping[str, Any] | None = None) -> str:
+    """What a manifest of a dataset that these teachers scored has as its teacher's weights.
+
+    told: what the manifest says of its teacher (see entry_weights).
+    """
+    told = told or {}
+    each = told.get("teachers") or {"": told}
+    return joint_weights({e.name: entry_weights(e, each.get(e.name)) for e in entries})
 
 
 def joint_provenance(found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:

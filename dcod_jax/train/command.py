@@ -86,8 +86,11 @@ def make_inputs(config: Any) -> None:
     """
     if jax.process_count() > 1:
         # Only process 0 looks, because hashing the raw traces takes a while.
-        found = json.dumps(_unfinished(config)) if hosts.first() else ""
-        unfinished = json.loads(hosts.exchange("look for unfinished steps", found)[0])
+        def look() -> str:
+            with hosts.alone():
+                return json.dumps(_unfinished(config))
+
+        unfinished = json.loads(hosts.from_first("look for unfinished steps", look))
         if unfinished:
             commands = "\n".join(f"  python -m dcod_jax.{verb} --config ..." for verb in unfinished)
             raise DcodError(
@@ -134,14 +137,14 @@ def _lacks_scores(config: Any, *, new_traces: bool = False) -> bool:
     No model is loaded.
     """
     runs = [variant for _, variant in configs.variants(config)]
-    teacher, start = (
-        next(filter(None, map(expected, runs)), None)
-        for expected in (expected_teacher, expected_start)
-    )
-    if (teacher is None and start is None) or new_traces:
+    places = [] if new_traces else dataset_splits(config).values()
+    manifests = [read_manifest(path) for path in places]
+    told = manifests[0].get("teacher") if manifests else None
+    teacher = next(filter(None, (expected_teacher(run, told) for run in runs)), None)
+    start = next(filter(None, map(expected_start, runs)), None)
+    if (teacher is None and start is None) or not manifests:
         return teacher is not None or start is not None
-    manifests = [read_manifest(path) for path in dataset_splits(config).values()]
-    return not manifests or not all(
+    return not all(
         manifest["scored"]
         and teacher in (None, manifest.get("teacher", {}).get("weights"))
         and start in (None, manifest.get("start", {}).get("weights"))

@@ -28,6 +28,7 @@ from dcod_jax.files import Path, as_path, check_own
 from dcod_jax.losses.divergences import DIVERGENCES
 from dcod_jax.models import hf, lora, transformer
 from dcod_jax.models.config import ModelConfig
+from dcod_jax.parallel import hosts
 from dcod_jax.parallel.mesh import check_divides, make_mesh, tree_shardings
 from dcod_jax.score.alignment import ONLY_TEXT
 from dcod_jax.score.teacher import expected_weights, open_teacher
@@ -128,13 +129,16 @@ def load_student(config: Any) -> Student:
     return Student(model_config, tokenizer, len(tokenizer))
 
 
-def expected_teacher(config: Any) -> str | None:
-    """Hash of the teacher whose log-probs the loss needs in the dataset; None: of any, or none."""
+def expected_teacher(config: Any, told: dict[str, Any] | None) -> str | None:
+    """Hash of the teacher whose log-probs the loss needs in the dataset; None: of any, or none.
+
+    told: what the dataset's manifest says of its teacher.
+    """
     needed = loss_config(config).needs_cache
     entries = teacher_entries(config)
     if not needed or not entries or config.prepare.logprobs == "require":
         return None
-    return expected_weights(entries)
+    return expected_weights(entries, told)
 
 
 def expected_start(config: Any) -> str | None:
@@ -159,12 +163,13 @@ def open_datasets(config: Any, student: Student) -> tuple[TraceDataset, TraceDat
     for path in (root / "train", root / "eval") if split else (root,):
         if path.name == "eval" and not path.is_dir():
             continue
-        dataset = TraceDataset(path, verify=config.data.verify_checksums)
+        # All see the same files; a copy of a store's is compared with its hash when it is opened.
+        dataset = TraceDataset(path, verify=config.data.verify_checksums and hosts.first())
         check_fingerprints(
             dataset,
             tokenizer=tokenizer_fingerprint(student.tokenizer),
             template=template_fingerprint(student.tokenizer),
-            teacher=expected_teacher(config),
+            teacher=expected_teacher(config, dataset.manifest.get("teacher")),
             start=expected_start(config),
         )
         longest = int(dataset.lengths[:, 0].max())

@@ -20,6 +20,7 @@ import tiny
 from fake_store import contents
 
 from dcod_jax import config as configs
+from dcod_jax import copies
 from dcod_jax.data import pipeline
 from dcod_jax.data.dataset import read_manifest
 from dcod_jax.data.scores import add_scores
@@ -403,6 +404,22 @@ def test_another_teachers_scores_are_refused(place, tmp_path):
         command.make_inputs(other)
     name = load(place, tmp_path / "run", "--config.teacher.name=any name")
     assert command.missing_verbs(name) == ["prepare"]
+
+
+def test_a_trainer_that_reads_the_cache_needs_none_of_the_teachers_files(place, tmp_path):
+    absent = load(place, tmp_path / "run", f"--config.teacher.path={tmp_path / 'teacher'}")
+    train_set, _ = setup.open_datasets(absent, train.load_student(absent))
+    assert train_set.manifest["teacher"]["name"] == "teacher"
+    assert command.missing_verbs(absent) == ["prepare"]
+    # The same name is no proof where this machine knows that the files are others now.
+    shutil.copytree(place / "teacher", tmp_path / "teacher")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(copies, "_SETTLED", -1.0)
+        hf.weights_fingerprint(tmp_path / "teacher")
+        setup.open_datasets(absent, train.load_student(absent))
+        shutil.copy(place / "student" / hf.SINGLE, tmp_path / "teacher" / hf.SINGLE)
+        with pytest.raises(DcodError, match="written with another teacher"):
+            setup.open_datasets(absent, train.load_student(absent))
 
 
 def test_no_student_is_refused(place, tmp_path):
