@@ -17,7 +17,6 @@ from dcod_jax.configs.base import get_config as base
 
 ASSETS = Path(dcod_jax.__file__).resolve().parent / "assets" / "quickstart"
 COMPETENT = ASSETS / "competent"
-TRACE = "loss.weights.name=sigmoid loss.weights.scope=sequence loss.weights.temperature=0.3"
 
 
 def get_config():
@@ -59,6 +58,6 @@ def get_config():
     c.compare = (
         "sft loss.weights.name=uniform optim.learning_rate=3e-3",
         "discord-token loss.weights.name=sigmoid optim.learning_rate=3e-3",
-        f"discord-trace {TRACE} optim.learning_rate=3e-4",
+        "discord-trace loss.weights.name=auto optim.learning_rate=3e-4",
     )
     return c

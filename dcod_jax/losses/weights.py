@@ -26,7 +26,7 @@ from dcod_jax.types import LossState
 AUTO = "auto"
 RATIOS = ("student/teacher", "start/teacher", "student/start")
 UNITS = ("nats", "spread")
-# What loss.weights.name=auto stands for; evidence: docs/auto_temperature.md.
+# What loss.weights.name=auto stands for; evidence: docs/study.md.
 CHOSEN = {"name": "sigmoid", "scope": "sequence", "temperature": 0.3}
 TOP = 20  # tokens whose entropy `eaft` reads
 
