@@ -85,12 +85,14 @@ def overview() -> str:
     """The text of `dcod --help`."""
     verbs = "\n".join(f"  {name:<16} {verb.about}" for name, verb in VERBS.items())
     return (
-        "usage: dcod <verb> --config RECIPE [--config.key=value ...]\n\n"
+        "usage: dcod <verb> --config RECIPE [--config.key=value ...]\n"
+        "       dcod doctor | inspect | init_student [options]\n\n"
         "Distil a small student from a teacher's traces. In the order of the work:\n\n"
         f"{verbs}\n\n"
         "RECIPE is a Python file or the name of a shipped recipe "
         f"({', '.join(configs.shipped_recipes())}).\n"
-        "dcod <verb> --help lists every key; dcod --version; python -m dcod_jax.<verb> is the same."
+        "dcod <verb> --help lists its options, of most verbs every key of a recipe; "
+        "dcod --version.\npython -m dcod_jax.<verb> is the same as dcod <verb>."
     )
 
 

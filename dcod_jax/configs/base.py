@@ -122,7 +122,7 @@ def get_config() -> Any:
     # What the log-ratio r compares; start: the student before training, scored by score.student
     c.loss.weights.ratio = "student/teacher"  # student/teacher | start/teacher | student/start
     # The paper's temperature and offset are unknown to us; the defaults are ours.
-    c.loss.weights.temperature = _or_auto(1.0)  # divides sigmoid's and power's log-ratio; or "auto"
+    c.loss.weights.temperature = _or_auto(1.0)  # of r, or auto; 1/exponent of q_power and eaft
     # Of the temperature. spread: the deviation of r over the stream's traces, or its tokens
     c.loss.weights.unit = "nats"  # nats | spread (of traces where scope is sequence)
     c.loss.weights.offset = _or_auto(0.0)  # added to the log-ratio inside the sigmoid, or "auto"

@@ -1,7 +1,7 @@
 """Grade models on benchmarks and held-out problems: teacher, start and exported students.
 
-Reads evaluate.problems and evaluate.sets and, of teacher.path, student.path and the run's exports
-(one for each variant of compare), those that exist. Writes run_dir/evaluation/: every generation
+Grades teacher.path, student.path and every export of the run, as far as they exist, on
+evaluate.problems and evaluate.sets. Writes run_dir/evaluation/: every generation
 with its grade and results.json, in one folder for each set. Prints the tables. The same command
 after an interruption goes on with the blocks of answers that are left.
 """

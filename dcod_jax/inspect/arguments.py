@@ -25,9 +25,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--tokens", type=int, default=64, help="tokens to show of a trace; 0: all (default 64)"
     )
-    parser.add_argument("--tokenizer", default="", help="default: the one the manifest names")
+    parser.add_argument(
+        "--tokenizer", default="", help="HF directory (default: the one that the manifest names)"
+    )
     parser.add_argument("--student", default="", help="HF directory or .gguf: show its log-probs")
-    parser.add_argument("--checkpoint", default="", help="run directory: those of the newest")
+    parser.add_argument(
+        "--checkpoint",
+        default="",
+        help="run directory: show the log-probs of its newest checkpoint",
+    )
     parser.add_argument(
         "--export", default="", help="write all traces to a .jsonl or .parquet file"
     )

@@ -1,13 +1,12 @@
 """Compile a recipe's programs for a TPU slice that is not at hand, and say what they would need.
 
     pip install "jax[tpu]"
-    python -m dcod_jax.plan --config my_recipe.py --topology v5e:4x4
+    python -m dcod_jax.plan --config my_recipe.py --topology v5e:4x4 [--num-slices 2]
 
-(--num-slices 2 for two of them) compiles the real train step, and with teacher.path the scoring
-step, and prints memory of a device against its limit, operations, bytes by collective, an
-estimated step time with its assumptions, and the largest batch that fits. A recipe that does not
-fit is compiled again with the cheapest remedies. Only config.json files are read, no weights.
-Writes run_dir/plan.json.
+Compiles the real train step, and with teacher.path the scoring step, and prints memory of a device
+against its limit, operations, bytes by collective, an estimated step time with its assumptions, and
+the largest batch that fits. A recipe that does not fit is compiled again with the cheapest
+remedies. Only config.json files are read, no weights. Writes run_dir/plan.json.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Distil a student: one command from raw traces, or from prompts and a teacher, to an HF model.
 
 Missing inputs are made first (generate_traces, prepare, score). Then every variant of `compare` is
-trained from the same start (loop.py); the same command resumes after an interruption. At the end
+trained from the same start; the same command resumes after an interruption. At the end
 the students are exported, and graded where `evaluate` names problems.
 
 Writes run_dir/{config.json,metrics.jsonl,tensorboard,checkpoints,export}; with `compare` one such
