@@ -24,7 +24,8 @@ LEVELS = """
     models.gguf_metadata models.gguf models.hf data.template_process data.templates data.tokenizer
     data.turns data.chat data.conversation
     sample.stop_strings sample.sampling sample.decoding sample.sampler
-    evaluate.spelling evaluate.units evaluate.equality evaluate.algebra evaluate.answers
+    evaluate.numerals evaluate.spelling evaluate.units evaluate.regions evaluate.parts
+    evaluate.equality evaluate.algebra evaluate.prose evaluate.expressions evaluate.answers
     evaluate.benchmarks evaluate.grading evaluate.problems evaluate.prompts
     evaluate.generations evaluate.statistics evaluate.metrics
     train.metrics train.guard train.optim train.profiling train.settings

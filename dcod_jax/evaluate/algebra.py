@@ -9,7 +9,8 @@ from __future__ import annotations
 import cmath
 from typing import Any
 
-from dcod_jax.evaluate.equality import Algebra, close
+from dcod_jax.evaluate.equality import Algebra
+from dcod_jax.evaluate.numerals import close
 
 EXACT = 1e-9  # exact constants that differ by more, relatively, are not equal
 

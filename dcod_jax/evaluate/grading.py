@@ -31,7 +31,7 @@ from dcod_jax.evaluate.equality import Algebra, equal
 
 log = logging.getLogger(__name__)
 
-RULES = 2  # raised when verdicts change: older evaluations are not gone on with
+RULES = 3  # raised when verdicts change: older evaluations are not gone on with
 REJECTED_AS = {  # why a trace with that verdict is dropped
     "wrong": "wrong_answer",
     "no_answer": "no_answer",

@@ -9,6 +9,8 @@ import fractions
 import re
 import unicodedata
 
+from dcod_jax.evaluate.numerals import in_digits
+
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "0123456789+-()n")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ", "0123456789+-()n")
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ]+")
@@ -34,11 +36,16 @@ _UNICODE = {
         "℃": r"^\circ C",
         "℉": r"^\circ F",
     },
+    **{"⁄": "/", "∕": "/", "٫": ".", "٬": ",", "¢": " cent", "∧": r"\land ", "∖": r"\setminus "},
+    **{"″": '"', "µ": r"\mu ", "✓": "", "✅": "", "✔": "", "\ufe0f": ""},
     **{"∛": r"\sqrt[3]√", "∜": r"\sqrt[4]√", "…": r"\ldots ", "。": ".", "’": "'", "′": "'"},
 }
 # Commands with one meaning: the pattern is without its backslash.
 _COMMANDS = [
-    (r"(?:[dtc]frac)", r"\\frac"),
+    (r"(?:[dtc]|nice|s|x)frac(?![A-Za-z])", r"\\frac"),
+    (r"(?:(?:text)?color\s*\{\w*\}|(?:tiny|small|normalsize|[lL]arge|LARGE|[hH]uge|checkmark"
+     r"|underline|ensuremath)(?![A-Za-z]))", ""),
+    (r"q?quad\s*(?:\\text\{\s*and\s*\}\s*)?(?=[-\d]|\\frac|\([a-z]\))", ", "),
     (r"(?:text(?:bf|it|rm|sf|tt|normal|md|up)?|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox)\s*(?=\{)",
      r"\\text"),
     (r"operatorname\*?\s*(?=\{)", r"\\text"),
@@ -62,17 +69,24 @@ _COMMANDS = [
     (r"colon(?![A-Za-z])", ":"),
     (r"pounds(?![A-Za-z])", "£"),
     (r"euros?(?![A-Za-z])", "€"),
+    (r"(?:textdollar|dollar)(?![A-Za-z])", "￥"),
+    (r"Omega(?![A-Za-z])", "Ω"),
+    (r"mu(?![A-Za-z])\s*(?:\\text\{)?\s*(?=[A-Za-z])", "u"),
     (r"[()\[\]]", ""),
     (r"%", "%"),
     (r"#", "#"),
     (r"&", "&"),
 ]  # fmt: skip
 _COMMAND_RULES = [(re.compile(r"\\" + pattern), new) for pattern, new in _COMMANDS]
+_MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
 _THOUSANDS = [
     re.compile(r"(?<=\d)\s*(?:\{,\}|,\\!)\s*(?=\d{3}(?!\d))"),
     re.compile(r"(?<=\d)(?:\\[,;: ]|~)\s*(?=\d{3}(?!\d))"),
 ]
-_COMMA_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+_COMMA_THOUSANDS = re.compile(
+    r"(?<![\d.,])(?:\d{1,3}(?:,(?: (?=000))?\d{3})+|\d{1,2}(?:,\d\d)+,\d{3})(?!\d|,\d)"
+)
+_UNDERSCORE_THOUSANDS = re.compile(r"(?<=\d)_(?=\d{3}(?!\d))")
 _SPACE_THOUSANDS = re.compile(r"(?<![\d.,/^_} ])(?<!\d )\d{1,3}(?: \d{3})+(?![\d/]| \d)")
 _ROOT = re.compile(
     r"(?:√|(?<![A-Za-z\\])sqrt)\s*(\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z])|\\pi|\(([^()]*)\)|\{([^{}]*)\})"
@@ -91,10 +105,22 @@ _REPEATING = re.compile(
     r"(\d{1,30})\.(\d{0,30})(?:\\(?:overline|bar|dot)\s*\{?(\d{1,20})\}?|\((\d{1,20})\))"
     r"|(\d{1,30})\.(\d{0,20}?)(\d{1,6}?)\7{2,20}\s*\.\.\."
 )
+
+
+def _large(match: re.Match[str]) -> str:
+    name = {"k": "thousand", "m": "million", "b": "billion"}[match.group(2)[0].lower()]
+    return f"{match.group(1)} {name}"
+
+
 _REWRITTEN = [  # (what is written in this way, its one spelling)
     (re.compile(r"\\text\{\s*([￥€£¥₹])\s*\}"), r"\1"),
-    (re.compile(r"(?<![A-Za-z])(?:US|USD)\s*(?=￥)"), ""),
-    (re.compile(r"(?<![A-Za-z])USD\s*(?=\d)"), "￥"),
+    (re.compile(r"(?<![A-Za-z])(?:US|USD|A|AU|C|CA|HK|NZ|S)\s*(?=￥)"), ""),
+    (re.compile(r"(?:\\text\{\s*)?(?<![A-Za-z])USD\s*\}?\s*(?=\d)"), "￥"),
+    (
+        re.compile(r"^(?:\\text\{)?\s*(?:AUD|CAD|EUR|GBP|INR|RMB|CNY|JPY|HKD|NZD)\s*\}?\s*(?=\d)"),
+        "",
+    ),
+    (re.compile(r"(?<=[￥€£])([\d.,]+)\s*(?:\\text\{)?\s*([kKM]|mn|bn)\}?$"), _large),
     (re.compile(r"(?<![A-Za-z])Rs\.?\s*(?=\d)"), "₹"),
     (re.compile(r"^(?:#|No\.)\s*(?=\d)"), ""),
     (
@@ -104,7 +130,52 @@ _REWRITTEN = [  # (what is written in this way, its one spelling)
     (re.compile(r"\\frac\{\\text\{([^{}]*)\}\}\{\\text\{([^{}]*)\}\}"), r"\\text{ \1/\2}"),
     (re.compile(r"(\\text\{[^{}]*\})\s*\\cdot\s*(?=\\text)"), r"\1 "),
     (re.compile(r"_\{\s*\\text\{\s*base\s*\}\s*"), "_{"),
+    (re.compile(r"\\text\{\s*([ie])\s*\}"), r"\1"),  # the constants, set upright
+    (
+        re.compile(r"\\text\{([^{}]*?)\s*\b(?:except|excluding)(?: for)?\s*\}"),
+        r"\\text{\1}\\setminus ",
+    ),
+    (re.compile(r"\\text(?=\{[^{}]*\\)"), ""),  # a formula in bold
+    (re.compile(r"^\\text\{([^{}]*\d[^{}]*)\}$"), r"\1"),
+    (re.compile(r"(?<=[A-Za-z}])\s*\\cdot\s*(?=(?:\\text\{)?[A-Za-z])"), " "),
+    (re.compile(r"^(?:\\text\{)?\s*not\s*\}?.+?(?:\\text\{)?\s*,?\s*\bbut\s*\}?\s*(?=\S)"), ""),
+    (re.compile(r"^([^A-Za-z]*[\d}])\s*(?:\\text\{)?\s*,\s*not\s*\}?\s*\S+$"), r"\1"),
+    (re.compile(r"(?<=[)\]])\s*U\s*(?=[(\[])"), r"\\cup "),
+    (re.compile(r"(?<![A-Za-z\\])(?:infinity|inf|oo)(?![A-Za-z])"), r"\\infty "),
+    (re.compile(r"\\text\{\s*\\infty\s*\}"), r"\\infty "),
+    (re.compile(r"^<\s*([^<>]*,[^<>]*)>$"), r"\\langle \1\\rangle"),
+    (re.compile(r"(?:\\text\{)?\s*\bis (?:greater|more|larger) than\b(?! or)\s*\}?\s*"), " > "),
+    (re.compile(r"(?:\\text\{)?\s*\bis (?:less|smaller) than\b(?! or)\s*\}?\s*"), " < "),
+    (re.compile(r"(?<![A-Za-z\\])cbrt\(([^()]*)\)"), r"\\sqrt[3]{\1}"),
+    (re.compile(r"(?<![A-Za-z\\])exp\s*\(([^()]*)\)"), r"e^{\1}"),
+    (
+        re.compile(
+            r"(?<![A-Za-z\\])(sin|cos|tan|cot|sec|csc|ln|log)(?![A-Za-z])"
+            r"(?=\s*[\d(\\]|\s+[a-z](?![A-Za-z]))"
+        ),
+        r"\\\1 ",
+    ),
+    (re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])"), r"\\pi "),
+    (re.compile(r"^(?:12(?::00)? )?(?:\\text\{)?noon\}?$"), "12:00 pm"),
+    (re.compile(r"^(?:12(?::00)? )?(?:\\text\{)?midnight\}?$"), "12:00 am"),
+    (re.compile(r"^(\d{1,2})(?::00)? o'clock$"), r"\1:00"),
+    (re.compile(rf"^(\d{{1,2}}) (?:of )?({_MONTHS})\b", re.IGNORECASE), r"\2 \1"),
+    (re.compile(r"^(\d+)\s*(?:\\text\{)?\s*to\s*\}?\s*(\d+)$"), r"\1:\2"),
+    (re.compile(r"^(-?\d[\d.]*)\s*=\s*([A-Za-z])$"), r"\2 = \1"),
+    (
+        re.compile(
+            r"^(?:\\text\{)?\s*[A-Z][A-Za-z ]{1,40}\b"
+            r"(?:is|are|has|have|had|needs?|gets?|made|makes?)\s*\}?\s*(?=[-￥]?\d)"
+        ),
+        "",
+    ),
 ]
+# "1 in 6" and "one out of six" are probabilities, "5 in" is a length.
+_CHANCE = re.compile(
+    r"(?:an? )?(\d[\d,]*|[a-z]{3,9})\s*(?:\\text\{)?\s*(?:in|out of)(?: every)?\s*\}?\s*"
+    r"(\d[\d,]*|[a-z]{3,9})\s*(?:chances?|probability)?",
+    re.IGNORECASE,
+)
 _BASES = "two three four five six seven eight nine ten eleven twelve".split()
 _BASE_WORD = re.compile(
     rf"_\s*\{{?\s*(?:\\text\{{)?\s*\(?({'|'.join(_BASES)}|\d{{1,2}})\)?\s*\}}{{0,2}}"
@@ -127,6 +198,8 @@ def _letter(character: str) -> str:
     r"""What NFKC does not do: "π" -> "\pi ", "½" -> "\frac{1}{2}"."""
     if character in _UNICODE:
         return _UNICODE[character]
+    if unicodedata.category(character) == "So":  # a smiley
+        return ""
     name = unicodedata.name(character, "")
     if name.startswith("GREEK SMALL LETTER ") and len(name.split()) == 4:
         return f"\\{name.split()[3].lower()} "
@@ -138,6 +211,7 @@ def _ascii(text: str) -> str:
     text = _SUPERSCRIPT.sub(lambda m: f"^{{{m.group(0).translate(_SUPERSCRIPTS)}}}", text)
     text = _SUBSCRIPT.sub(lambda m: f"_{{{m.group(0).translate(_SUBSCRIPTS)}}}", text)
     if not text.isascii():
+        text = re.sub(r"^([A-J])[、．]", r"\1. ", text)
         text = unicodedata.normalize("NFKC", "".join(map(_letter, text)))
     text = _INDEXED_ROOT.sub(r"\\sqrt[\1]√", text)
     for _ in range(4):  # from the innermost parentheses outwards
@@ -187,6 +261,12 @@ def _base(match: re.Match[str]) -> str:
     return f"_{{{_BASES.index(name) + 2 if name in _BASES else name}}}"
 
 
+def _chance(match: re.Match[str]) -> str:
+    of, among = (in_digits(part.lower().replace(",", "")) for part in match.groups())
+    known = of.isdecimal() and among.isdecimal() and int(among)
+    return f"\\frac{{{of}}}{{{among}}}" if known else match.group(0)
+
+
 def canonical(answer: str) -> str:
     r"""One spelling for what is written in many ways: `$x = 10{,}000.$` -> `x = 10000`.
 
@@ -202,6 +282,7 @@ def canonical(answer: str) -> str:
     for pattern, new in _COMMAND_RULES:
         text = pattern.sub(new, text)
     text = text.replace("\n", r" \\ ")
+    text = re.sub(r"(?<=[\w)}])\*\*(?=[\w({-])", "^", text).replace("**", "")
     text = text.replace("<=", r"\le ").replace(">=", r"\ge ").replace("~", " ")
     text = re.sub(
         r"\^\s*\{?\s*\\circ\s*\}?\s*(?:\\text\{\s*)?([CF])\b\s*\}?", r" \\text{deg\1}", text
@@ -211,10 +292,15 @@ def canonical(answer: str) -> str:
     text = re.sub(r"\s+", " ", _with_braces(text)).strip()
     for pattern, new in _REWRITTEN:
         text = pattern.sub(new, text)
+    text = text.strip()
+    if match := _CHANCE.fullmatch(text):
+        text = _chance(match)
+    text = in_digits(text)
     text = _REPEATING.sub(_repeating, text)
+    text = _UNDERSCORE_THOUSANDS.sub("", text)
     text = _SPACE_THOUSANDS.sub(lambda m: m.group(0).replace(" ", ""), text)
     text = _MIXED.sub(_mixed, text)
     if not re.search(r"[(\[]|\\\{", text):  # in a tuple the comma separates
-        text = _COMMA_THOUSANDS.sub(lambda m: m.group(0).replace(",", ""), text)
+        text = _COMMA_THOUSANDS.sub(lambda m: re.sub("[, ]", "", m.group(0)), text)
     text = re.sub(r"(?<=\d)\s*" + _BASE_WORD.pattern, _base, text)
     return text.strip().rstrip(",;").strip()

@@ -3,14 +3,19 @@ r"""The unit of an answer: what is a measure, what is a noun, what multiplies th
 from __future__ import annotations
 
 import dataclasses
+import fractions
 import math
 import re
+
+from dcod_jax.evaluate.numerals import MULTIPLIERS, latex, number
 
 _MEASURES = {  # canonical name: its spellings, without a plural s
     "m": "m meter metre",
     "cm": "cm centimeter centimetre",
     "mm": "mm millimeter millimetre",
     "km": "km kilometer kilometre",
+    "um": "um micron micrometer micrometre",
+    "nm": "nm nanometer nanometre",
     "in": "in inch inche",
     "ft": "ft foot feet",
     "yd": "yd yard",
@@ -31,8 +36,13 @@ _MEASURES = {  # canonical name: its spellings, without a plural s
     "L": "L l liter litre",
     "mL": "ml mL milliliter millilitre",
     "gal": "gal gallon",
+    "quart": "quart qt",
+    "pint": "pint pt",
     "dollar": "dollar usd buck ￥",
-    "cent": "cent",
+    "cent": "cent ¢",
+    "pence": "pence penny pennie",
+    "ruble": "ruble rouble ₽",
+    "won": "won ₩",
     "euro": "euro eur €",
     "yen": "yen yuan rmb ¥",
     "rupee": "rupee rs ₹",
@@ -44,6 +54,11 @@ _MEASURES = {  # canonical name: its spellings, without a plural s
     "W": "W watt",
     "V": "V volt",
     "Hz": "hz",
+    "kN": "kN",
+    "Pa": "Pa pascal",
+    "eV": "eV",
+    "dB": "dB decibel",
+    "ohm": "ohm Ω",
     "B": "B byte",
     "b": "bit",
     "KB": "kb kilobyte",
@@ -53,30 +68,48 @@ _MEASURES = {  # canonical name: its spellings, without a plural s
     "p.m.": "pm",
 }
 _CANONICAL = {name: unit for unit, names in _MEASURES.items() for name in names.split()}
-_MULTIPLIERS = {
-    "dozen": 12,
-    "hundred": 10**2,
-    "thousand": 10**3,
-    "million": 10**6,
-    "billion": 10**9,
-    "trillion": 10**12,
-}
+# How many of the first unit the others are; what stands in one line can be converted.
+_SCALES = [
+    {"s": 1, "min": 60, "h": 3600, "day": 86400, "week": 604800},
+    {"month": 1, "year": 12},
+    {"nm": 1, "um": 10**3, "mm": 10**6, "cm": 10**7, "m": 10**9, "km": 10**12},
+    {"in": 1, "ft": 12, "yd": 36, "mi": 63360},
+    {"mg": 1, "g": 10**3, "kg": 10**6, "t": 10**9},
+    {"oz": 1, "pound": 16},
+    {"mL": 1, "L": 1000},
+    {"pint": 1, "quart": 2, "gal": 8},
+    {"cent": 1, "dollar": 100},
+    {"pence": 1, "pound": 100},
+]
 # Words after a number that change it, so that "5 or 6" or "2 and a half" is not 5 or 2.
 NOT_UNITS = frozenset(
     "or and to times half over plus minus squared cubed mod base equals where if i pi "
     "sin cos tan cot csc log ln exp sqrt gcd lcm arcsin arccos arctan".split()
 )
-_CURRENCY = re.compile(r"^([-+]?)\s*([€£¥₹￥])\s*(?=[-+]?[\d.])|\s*([€£¥₹￥])\s*$")
+_CURRENCY = re.compile(r"^([-+]?)\s*([€£¥₹￥₽₩])\s*(?=[-+]?[\d.])|\s*([€£¥₹￥₽₩¢Ω])\s*$")
 # The value ends with what is no letter; then come words up to the end.
 _TAIL = re.compile(
-    r"(?P<value>.*[^\sA-Za-z/(.,'-])(?P<gap>[\s,/(]*)"
+    r"(?P<value>.*(?:[^\sA-Za-z/(.,'-]|\\pi(?=\s)))(?P<gap>[\s,/(]*)"
     r"(?P<words>(?<![\\A-Za-z])[A-Za-z](?:[A-Za-z\s./'()-]|\^\s*\{?\s*-?\d\s*\}?)*)",
     re.DOTALL,
 )
+# The value, whatever it is, ends with what is marked as text: "2x \text{ cm}^2".
+_MARKED_TAIL = re.compile(
+    r"(?P<value>(?:[^\\]|\\(?!text))*[^\s+*/^=-])\s*"
+    r"(?P<words>(?:\\text\{[^{}\d]*\}(?:\s*\^\s*\{?\s*-?\d\s*\}?)?[\s/]*)+)"
+)
+_PART = (
+    r"(?:(?P<sign{0}>￥|£)\s*)?(?P<number{0}>\d+(?:\.\d+)?(?:/\d+)?)(?![\d.])"
+    r"(?:\s*(?P<unit{0}>(?!and\b)[A-Za-z]+)\.?)?"
+)
+_COMPOUND = re.compile(rf"{_PART.format(0)}(?:\s*,?\s*(?:and )?\s*{_PART.format(1)})(?P<rest>.*)")
+_FEET = re.compile(r"(\d+)\s*(?:'|\^\{?\\prime\}?)\s*(\d+(?:\.\d+)?)\s*(?:\"|'')")
 _MODULUS = re.compile(
     r"\s*\(?\s*(?:\\text\{\s*\(?\s*)?\\?[pb]?mod(?:ulo)?\s*[{}]?\s*(\w+)\s*\}?\s*\)?\s*\}?\s*$"
 )
 _POWERS = [
+    (re.compile(r"\bms\s*\^\s*\{?\s*-(\d)\s*\}?"), r"m/s^\1"),
+    (re.compile(r"\bof (?:an?|the)\b"), "of"),
     (re.compile(r"\b(?:square|sq)\b\.?\s*([A-Za-z]+)"), r"\1^2"),
     (re.compile(r"\b(?:cubic|cu)\b\.?\s*([A-Za-z]+)"), r"\1^3"),
     (re.compile(r"([A-Za-z]+)\s+squared"), r"\1^2"),
@@ -144,16 +177,76 @@ def quantity(text: str) -> Quantity:
         currency = match.group(2) or match.group(3)
         text = (match.group(1) or "") + text[: match.start()] + text[match.end() :]
     marked = set(re.findall(r"[A-Za-z]+", " ".join(re.findall(r"\\text\{([^{}]*)\}", text))))
-    match = _TAIL.fullmatch(re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).strip())
-    words = match.group("words") if match else ""
+    match = _MARKED_TAIL.fullmatch(text) or _TAIL.fullmatch(
+        re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).strip()
+    )
+    words = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", match.group("words")) if match else ""
     for pattern, new in _POWERS:
         words = pattern.sub(new, words)
     names = re.findall(r"[A-Za-z]+", words)
     if match is None or not all(
-        _is_unit(name, marked=name in marked, apart=bool(match.group("gap") or place))
+        _is_unit(name, marked=name in marked, apart=bool(match.groupdict().get("gap") or place))
         for place, name in enumerate(names)
     ):
         return Quantity(text, _measure(_CANONICAL.get(currency, "")), 1, modulus)
-    factor = math.prod(_MULTIPLIERS.get(name.lower(), 1) for name in names)
+    factor = math.prod(MULTIPLIERS.get(name.lower(), 1) for name in names)
     measure = _measure(words) or _measure(_CANONICAL.get(currency, ""))
     return Quantity(match.group("value").strip(), measure, factor, modulus)
+
+
+# ---------------------------------------------------------------- one measure in another
+
+
+def ratio_of_units(left: str, right: str) -> fractions.Fraction | None:
+    """How many of the right measure one of the left is: ("h^1", "min^1") -> 60; None: not known."""
+    ratio = fractions.Fraction(1)
+    one, other = (
+        {unit: int(power) for unit, _, power in (part.partition("^") for part in measure.split())}
+        for measure in (left, right)
+    )
+    for unit, power in one.items():
+        scale = next((s for s in _SCALES if unit in s and any(u in s for u in other)), {unit: 1})
+        same = next((u for u in other if u in scale and other[u] == power), None)
+        if same is None:
+            return None
+        ratio *= fractions.Fraction(scale[unit], scale[same]) ** power
+        del other[same]
+    return None if other else ratio
+
+
+def compound(text: str) -> list[str]:
+    """ "2 hours and 30 minutes" in each of its units, largest first: 5/2 h, 150 min; else []."""
+    if not re.match(r"[￥£]?\d", text):
+        return []
+    plain = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
+    plain = _FEET.sub(r"\1 ft \2 in", plain)
+    counts: list[tuple[str, fractions.Fraction]] = []
+    while match := _COMPOUND.fullmatch(plain.strip()):
+        one = _part(match, 0)
+        if one is None:
+            return []
+        counts.append(one)
+        plain = plain.strip()[max(match.start("sign1"), 0) or match.start("number1") :]
+    last = re.fullmatch(_PART.format(0), plain.strip())
+    one = last and _part(last, 0)
+    if one is None or not counts:
+        return []
+    counts.append(one)
+    units = [unit for unit, _ in counts]
+    if units[0] == "h":  # 2h 30m
+        units = ["min" if unit == "m" else unit for unit in units]
+    scale = next((s for s in _SCALES if set(units) <= set(s)), None)
+    if scale is None or len(set(units)) < len(units):
+        return []
+    total = fractions.Fraction(0)
+    for unit, (_, count) in zip(units, counts, strict=True):
+        total += count * scale[unit]
+    order = sorted(units, key=lambda unit: -scale[unit])
+    return [f"{latex(total / scale[unit])} \\text{{ {unit}}}" for unit in order]
+
+
+def _part(match: re.Match[str], place: int) -> tuple[str, fractions.Fraction] | None:
+    sign, unit = match.group(f"sign{place}"), match.group(f"unit{place}")
+    name = _CANONICAL[sign] if sign else unit and _unit(unit)
+    value = number(match.group(f"number{place}"))
+    return (name, value) if name and value is not None and not (sign and unit) else None

@@ -1,0 +1,176 @@
+r"""The last expression of a text: the number, list, interval or phrase that it ends with.
+
+Standard library only, and every search is linear in the text: what a model wrote is read here.
+"""
+
+from __future__ import annotations
+
+import re
+
+from dcod_jax.evaluate.prose import CHANCE, COMPOUND, NUMBER, PRECISION, SPAN, right_side, sentence
+
+_LINE = 2_000  # characters of a line that are searched
+_POWER = r"(?:\^(?:\{[^{}\n]{1,12}\}|\([^()\n]{1,8}\)|-?\w{1,4})|\*\*-?\d{1,3}|[⁰¹²³⁴-⁹⁻]{1,4})"
+_CALL = (
+    r"(?:(?<![A-Za-z])(?:sqrt|cbrt|ln|log)\([^()\n]{1,30}\)|√\(?[\d.]+\)?"
+    r"|\\sqrt(?:\[\d\])?\{[^{}\n]{1,40}\}|\\[dt]?frac\{[^{}\n]{1,40}\}\{[^{}\n]{1,40}\}"
+    r"|\\pi\b|π|pi\b|\((?:[\d.+*/^·√π −–-]|(?<![A-Za-z])[A-Za-z](?![A-Za-z])){2,40}\))"
+)
+_MORE = r"(?:[eE][-+]?\d{1,3}(?!\w)|\s\d{1,3}[/⁄]\d{1,3}(?![\d/])|[½⅓⅔¼¾⅛])"
+_DIGITS = rf"(?<![A-Za-z0-9_.\\^])(?:{NUMBER}){_MORE}?(?![A-Za-z0-9]*_)"
+_LETTER = r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z'’])"
+_RICH = rf"(?:{_DIGITS}(?:{_LETTER}|[A-Za-z](?![A-Za-z]))?{_POWER}?(?: ?{_CALL}{_POWER}?){{0,3}}"
+_TERM = rf"{_RICH}|(?<!\d ){_LETTER}{_POWER}?|{_CALL}{_POWER}?(?:{_CALL}{_POWER}?){{0,3}})"
+_PRODUCT = (
+    rf"(?:{_DIGITS}(?: ?{_CALL}{_POWER}?){{1,3}}|{_DIGITS}{_POWER}"
+    rf"|{_CALL}{_POWER}?(?:{_CALL}{_POWER}?){{0,3}})"
+)
+_SIGN = r"(?:(?<=[^\s\d)]) [-−–] ?|(?<![\d)A-Za-z])[-−–]|± ?|\b(?:negative|minus) )?"
+_OPERATOR = r"(?:\s?[-+−–*/^×÷·±⁄]\s?|\sx\s(?=10))"
+_EXPRESSION = re.compile(
+    rf"(?P<span>{SPAN})"
+    rf"|(?P<long>{_SIGN}{_TERM}(?:(?:{_OPERATOR}|(?=[√\\])){_TERM}){{1,20}})"
+    rf"|(?P<product>{_SIGN}{_PRODUCT})"
+    rf"|(?P<ordinal>\bthe (?:{NUMBER})(?:st|nd|rd|th)\b)"
+    r"|(?P<time>(?<![A-Za-z0-9_.^])\d{1,3}(?::\d{1,2}){1,3}(?!\d)(?:\s?[apAP]\.?\s?[mM]\b\.?)?"
+    r"|(?<![A-Za-z0-9_.^])\d{1,2}\s?[apAP]\.?[mM]\b\.?)"
+    rf"|(?P<number>{_SIGN}(?:\\?[$€£¥₹]\s?)?(?<![A-Za-z0-9_.^])"
+    rf"(?:\d{{1,3}}(?: \d{{3}})+(?![\d,]|\.\d)|(?:{NUMBER}){_MORE}?)(?:\s?\\?%)?|[½⅓⅔¼¾⅛])"
+)
+_REAL = r"[-−]?(?:\d[\d.,/]*|∞|[a-z](?![a-z]))"
+_LESS = r"\s?(?:<=?|≤|>=?|≥|≠)\s?"
+_BRACKETS = r"[\[(][^()\[\]\n]{1,30},[^()\[\]\n]{1,30}[\])]"
+_COMPARISON = r"\$[^$\n]{1,60}[<>≤≥][^$\n]{0,60}\$"
+# What is one answer although it has words or several numbers in it.
+_WHOLE = re.compile(
+    rf"{CHANCE}|{COMPOUND}|(?<=ratio is )\d+ to \d+|(?<=ratio of )\d+ to \d+"
+    rf"|{_REAL}{_LESS}[a-z]{_LESS}{_REAL}"
+    rf"|\b[a-z]{_LESS}{_REAL},? (?:and|or) [a-z]{_LESS}{_REAL}"
+    rf"|{_BRACKETS}(?:\s?(?:∪|U)\s?{_BRACKETS})+|{_COMPARISON} (?:and|or) {_COMPARISON}"
+)
+_RESULT = re.compile(r"[=≈]\s*(?:\\?[$€£¥₹]\s?)?(?=[-−–]?[\d.])")
+_JOINS = re.compile(r"\s*(?:,|,?\s*\b(?:and|or)\b)\s*(?:[a-z]\s*=\s*)?")
+_COMPARED = re.compile(r"(?<![A-Za-z])[a-z]\s*(?:[<>]=?|≤|≥)\s*$")
+_REJECTED = re.compile(
+    r"(?:\bnot|n't(?: be)?|rather than|instead of|other than|unlike)\s*$", re.IGNORECASE
+)
+_LABELLED = re.compile(
+    r"[\s>*#_-]*(?!.*\b(?:is|are|was|gets?|gives?|equals?|becomes?|be|by|to|of|and)\b)"
+    r"[A-Z][a-z]+(?: [a-z]+){0,2}[*_]{0,2}"
+)
+_DISPLAY = re.compile(r"\\\[\s*([^\[\]]{1,300}?)\s*\\\]|\$\$\s*([^$]{1,300}?)\s*\$\$")
+_ALIGNED = re.compile(
+    r"\\begin\{(align|aligned|equation|gather|gathered|split|eqnarray)\*?\}((?:(?!\\begin).){0,1500}?)"
+    r"\\end\{\1\*?\}",
+    re.DOTALL,
+)
+_REVISED = re.compile(r"\b(?:which (?:is|means|rounds|equals)|or|that is|round(?:s|ed))\b")
+_PHRASE = re.compile(
+    r"\b(?:infinitely many(?: \w+)?|no (?:\w+ )?(?:solutions?|values?|roots?|answer)|"
+    r"do(?:es)? not exist|undefined|impossible|cannot be determined|none of (?:the above|these))\b",
+    re.IGNORECASE,
+)
+_REFUSED = re.compile(
+    r"\b(?:(?:can ?not|can't|could not|couldn't|unable to|not able to|do not know how to) (?:be )?"
+    r"(?:solved?|answer(?:ed)?|determined?|find|found|comput\w+|calculat\w+)|(?:don't|do not) know"
+    r"|not enough information|insufficient (?:information|data)|as an ai)\b",
+    re.IGNORECASE,
+)
+_DECIDED = re.compile(
+    r"\b(?:so|thus|hence|therefore|get|gives?|answer is|equals?|but)\b|=", re.IGNORECASE
+)
+_VERDICT = re.compile(
+    r"[\W_]*(yes|no|true|false)\b(?:[\W_]*$|,? (?:because|since|as)\b|,(?!.*\d))"
+    r"|.*\b(?:is|therefore,?|thus,?|hence,?|so,?)[\s*_\"]+(true|false|yes|no)[\W_]*$",
+    re.IGNORECASE,
+)
+_WEEKDAY = re.compile(
+    r"\b((?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day|January|February|March|April|June|July|August"
+    r"|September|October|November|December)[.!*]*$"
+)
+# What stands behind an answer and has numbers of its own.
+_ASIDE = re.compile(
+    r"\[\d{1,2}\](?=[\s.,]|$)"
+    r"|\((?:from|see|by|using|as|via|word|to|rounded|step|eq|equation)\b[^()\n]{0,60}\)"
+    r"|(?:,? (?:by|from|in|see|as shown in|using) )"
+    r"(?:step|equation|eq\.|figure|table|theorem|lemma)s? \(?\d+\)?"
+    r"|^[ \t>*_(]*(?:confidence|word count|note|difficulty|time taken|tokens?)\b[^\n:]{0,30}:.*$"
+    r"|(?:(?<=[.!?]) |^)(?:let me know|i hope|hope (?:this|that)|feel free|please let"
+    r"|if you (?:have|need|want))[^\n]{0,200}$",
+    re.IGNORECASE | re.MULTILINE,
+)
+
+
+def last_expression(text: str) -> str:
+    """The last number with the expression that it stands in: "is 16/9." -> "16/9"; "": none."""
+    text = _ALIGNED.sub(_rows, text)
+    text = _DISPLAY.sub(lambda m: f" ${' '.join((m.group(1) or m.group(2)).split())}$ ", text)
+    for line in reversed(PRECISION.sub("", _ASIDE.sub("", text)).splitlines()):
+        line = line[-_LINE:]
+        if (refusal := _REFUSED.search(line)) and not _DECIDED.search(line, refusal.end()):
+            known = re.search("be determined|information|data", refusal.group(0))
+            return "cannot be determined" if known else ""
+        if match := _VERDICT.match(line):
+            return match.group(1) or match.group(2)
+        found = [m for m in _EXPRESSION.finditer(line)
+                 if re.search(r"[\d½⅓⅔¼¾⅛]", m.group(0)) or m.lastgroup == "span"]  # fmt: skip
+        stated = [m for m in found if not _REJECTED.search(line, 0, m.start())]
+        found = stated or found
+        best = next((m for m in reversed(found) if m.lastgroup != "ordinal"), None)
+        best = best or (found[-1] if found else None)
+        if phrase := _PHRASE.search(sentence(line[best.end() if best else 0 :])):
+            return phrase.group(0)
+        if best is None:
+            if match := _WEEKDAY.search(line.strip()):
+                return match.group(1)
+            continue
+        if results := list(_RESULT.finditer(line)):  # "= 3 more than 1/5 pound": the result
+            behind = _EXPRESSION.match(line, results[-1].end())
+            if behind and best.lastgroup != "span" and not _REVISED.search(line, behind.end()):
+                best = behind
+        return _with_neighbours(line, found, best)
+    return ""
+
+
+def _rows(match: re.Match[str]) -> str:
+    r"""An aligned block as one formula: "x &= 1 \\ &= 2" -> "x = 1 = 2"."""
+    rows = [
+        row.replace("&", "").strip() for row in re.split(r"\\\\(?:\[[^\]]*\])?", match.group(2))
+    ]
+    text = "".join((" " if row[:1] in "=≈" else ", ") + row for row in rows if row)
+    return text.removeprefix(", ").strip()
+
+
+def _with_neighbours(line: str, found: list[re.Match[str]], best: re.Match[str]) -> str:
+    """An expression with the list, the brackets, the words or the relation that it is a part of."""
+    for whole in _WHOLE.finditer(line):
+        if (
+            whole.start() <= best.start()
+            and best.end() <= whole.end()
+            and best.group(0) != whole[0]
+        ):
+            return whole.group(0).replace("$", "")
+    items, start = [_bare(best)], best.start()
+    if re.match(r" ?[-−–] ", best.group(0)) and _LABELLED.fullmatch(line[: best.start()]):
+        items = [items[0].lstrip("-−– ")]  # "Total - 12"
+    before = [match for match in found if match.end() <= best.start()]
+    while before and _JOINS.fullmatch(line[before[-1].end() : start]):
+        start = before[-1].start()
+        items.insert(0, _bare(before.pop()))
+    opening, closing = line[:start][-1:], line[best.end() : best.end() + 1]
+    if len(items) > 1 and opening and closing and opening in "([" and closing in ")]":
+        return f"{opening}{', '.join(items)}{closing}"
+    relation = _COMPARED.search(line[:start])
+    return f"{relation.group(0)}{items[0]}" if relation and len(items) == 1 else ", ".join(items)
+
+
+def _bare(match: re.Match[str]) -> str:
+    answer = match.group(0).removeprefix("the ")
+    if match.lastgroup == "span":
+        answer = right_side(answer[1:-1] if answer[0] == "$" else answer[2:-2])
+    if match.lastgroup == "time":
+        return answer.strip()
+    if match.lastgroup == "number":  # the dollar sign also opens a formula
+        answer = re.sub(r"\\?\$\s?", "", answer)
+    answer = re.sub(r"(?<=\d)(?:st|nd|rd|th)$", "", answer).strip()
+    return re.sub(r"(?:\\[,;! ]|[.,\s])+$", "", answer)

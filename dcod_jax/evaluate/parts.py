@@ -1,0 +1,336 @@
+r"""A canonical answer taken apart: lists, sets, tuples, matrices, intervals and relations.
+
+`parse` is the entry. Standard library only; an answer is short (MAX_ANSWER_CHARS).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import operator
+import re
+
+from dcod_jax.evaluate.numerals import latex, number
+from dcod_jax.evaluate.regions import LINE, Region, interval, point
+from dcod_jax.evaluate.spelling import braced
+
+_LABEL = re.compile(
+    r"([^=<>+*/^\d,;(-][^=<>+*/^,;(]*(?:\([^()=]*\))?|\([^()=]*\))\s*(?:=|\\equiv|\\approx)(?!=)"
+)
+_SET_BUILDER = re.compile(
+    r"(?:\\\{)?\s*([A-Za-z])\s*(?:\\in\s*(?:\\mathbb\{R\}|R))?\s*(?:\||:)\s*(.*?)(?:\\\})?",
+    re.DOTALL,
+)
+_MEMBER = re.compile(r"[A-Za-z]\s*\\in\s*(?=[(\[\]]|\\mathbb|\\\{)")
+_RELATION = re.compile(r"\s*(\\le|\\ge|\\ne|<|>)\s*")
+_VARIABLE = re.compile(r"[A-Za-z](?:_\{?\w\}?)?")
+_CONJUNCTION = r"\\(?:land|wedge)(?![A-Za-z])"
+_SEPARATOR = re.compile(
+    r"[,;]\s*(?:(?:and|or)\b)?|\\text\{\s*,?\s*(?:and|or)\s*\}|(?:and|or)\b|或|和"
+    rf"|\\l?(?:or|vee)(?![A-Za-z])|{_CONJUNCTION}",
+    re.IGNORECASE,
+)
+_AND = re.compile(rf"\band\b|{_CONJUNCTION}", re.IGNORECASE)
+_ENUMERATED = re.compile(r"^\(?(?:[a-e]|i{1,3}|iv|[1-5])\)\s+(?=\S)")  # "(a) 3, (b) 4"
+_EXCLUDED = re.compile(r"([A-Za-z](?:_\{?\w\}?)?)\s*\\ne\s*([^<>=]*[,;]|\\pm)([^<>=]*)")
+_SETS = {
+    "∪": re.compile(r"\\cup(?![A-Za-z])"),
+    "∩": re.compile(r"\\cap(?![A-Za-z])"),
+    "∖": re.compile(
+        r"\\(?:setminus|backslash)(?![A-Za-z])|\\text\{\s*(?:except|excluding)(?: for)?\s*\}"
+        r"|(?:except|excluding)(?: for)?\b|(?<=\})\s*-\s*(?=\\\{)"
+    ),
+}
+_COMMA = re.compile("[,;]")
+_OUTSIDE = re.compile(r"([\[\]])([^\[\]]+[,;][^\[\]]+)([\[\]])")  # ]1,3[ for (1,3)
+_MATRIX = re.compile(
+    r"\s*\(?\\begin\{(?P<kind>[pbB]?matrix|smallmatrix|array|cases|aligned|gathered)\*?\}"
+    r"(?:\{[clr| ]*\})?(?P<rows>.*)\\end\{(?P=kind)\*?\}\)?",
+    re.DOTALL,
+)
+_TRANSPOSED = re.compile(r"(?<=[)\]])\s*\^\s*\{?\s*(?:T|\\top|\\text\{T\}|\\intercal)\s*\}?$")
+_WHOLE_LINE = {"\\mathbb{r}", "allrealnumbers", "allreals", "allrealvalues", "realnumbers"}
+_EMPTY = {"\\{\\}", "\\emptyset", "emptyset", "theemptyset"} | {
+    f"no{kind}solution{end}" for kind in ("", "real") for end in ("", "s")
+}
+_INTEGERS = {"\\mathbb{z}", "allintegers", "integers"}
+_ABSOLUTE = re.compile(
+    r"(?:(?P<low>[^|<>]+?)\s*(?P<above><|\\le)\s*)?\|(?P<inner>[^|]+)\|"
+    r"\s*(?P<sign><|\\le|>|\\ge|\\ne)\s*(?P<bound>[^|<>=]+)"
+)
+_ABSOLUTE_LAST = re.compile(
+    r"(?P<bound>[^|<>=]+?)\s*(?P<sign><|\\le|>|\\ge|\\ne)\s*\|(?P<inner>[^|]+)\|"
+)
+_LINEAR = re.compile(
+    r"(?:(?P<first>[-+]?[\d.]+|[-+]?\\frac\{\d+\}\{\d+\})\s*(?=[-+]))?"
+    r"(?P<factor>[-+]?\s*(?:[\d.]+|\\frac\{\d+\}\{\d+\})?)\s*(?P<variable>[A-Za-z])"
+    r"\s*(?P<last>[-+]\s*(?:[\d.]+|\\frac\{\d+\}\{\d+\}))?"
+)  # fmt: skip
+_FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "\\ne": "\\ne"}
+SPANS = ("()", "[]", "(]", "[)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parsed:
+    """A canonical answer in its parts.
+
+    `ends` is "" for a single answer, "," for a list, the two brackets of a tuple, interval or set,
+    "row" or "column" for a vector, "∪", "∩" and "∖" for a union, an intersection and what the
+    second leaves of the first. A relation such as 1 < x is an interval of `variable`.
+    """
+
+    text: str
+    ends: str = ""
+    items: tuple[Parsed, ...] = ()
+    variable: str = ""
+    label: str = ""  # what stands before an equals sign
+
+
+def split(text: str, separator: re.Pattern[str]) -> list[str]:
+    """The parts between separators that stand in no bracket."""
+    parts, depth, start, place = [], 0, 0, 0
+    while place < len(text):
+        match = separator.match(text, place) if depth == 0 else None
+        if match and not (match.group(0)[0].isalpha() and text[place - 1 : place].isalpha()):
+            parts.append(text[start:place])
+            start = place = match.end()
+            continue
+        depth += (text[place] in "([{⟨") - (text[place] in ")]}⟩")
+        place += 1
+    return [part for part in (p.strip() for p in [*parts, text[start:]]) if part]
+
+
+def _enclosed(text: str) -> tuple[str, str]:
+    r"""(brackets, content) where one pair encloses the text, else "": "[1,2)" -> ("[)", "1,2")."""
+    if text[:1] == "⟨" and text[-1] == "⟩":
+        return "<>", text[1:-1]
+    escaped = text.startswith("\\{") and text.endswith("\\}")
+    if not escaped and not (text[:1] in ("(", "[") and text[-1:] in (")", "]") and len(text) > 1):
+        return "", text
+    content = text[2:-2] if escaped else text[1:-1]
+    depth = 0
+    for character in content:
+        depth += (character in "([{") - (character in ")]}")
+        if depth < 0:
+            return "", text
+    return text[escaped] + text[-1], content.strip()
+
+
+# ---------------------------------------------------------------- relations
+
+
+def _ray(variable: str, sign: str, bound: str) -> Parsed:
+    """x < 3 as an interval of x."""
+    low, high = ("-\\infty", bound) if sign in ("<", "\\le") else (bound, "\\infty")
+    ends = {"<": "()", "\\le": "(]", ">": "()", "\\ge": "[)"}[sign]
+    return Parsed(f"{variable}{sign}{bound}", ends, (Parsed(low), Parsed(high)), variable)
+
+
+def _relation(text: str) -> Parsed | None:
+    r"""x<3 or 1\le x<4 as an interval; None where it is no such relation of one variable."""
+    if found := _absolute(text):
+        return found
+    parts = _RELATION.split(text)
+    terms, signs = parts[::2], parts[1::2]
+    if signs == ["\\ne"] and _VARIABLE.fullmatch(terms[0]):
+        rays = tuple(_ray(terms[0], sign, terms[1]) for sign in "<>")
+        return Parsed(text, "∪", rays, terms[0])
+    if "\\ne" in signs or len(terms) not in (2, 3):
+        return None
+    if len(terms) == 2:
+        if _VARIABLE.fullmatch(terms[0]):
+            return _ray(terms[0], signs[0], terms[1])
+        return _ray(terms[1], _FLIPPED[signs[0]], terms[0]) if (
+            _VARIABLE.fullmatch(terms[1])) else None  # fmt: skip
+    if all(sign in (">", "\\ge") for sign in signs):
+        terms, signs = terms[::-1], [_FLIPPED[s] for s in signs[::-1]]
+    if any(sign in (">", "\\ge") for sign in signs) or not _VARIABLE.fullmatch(terms[1]):
+        return None
+    ends = "(["[signs[0] == "\\le"] + ")]"[signs[1] == "\\le"]
+    return Parsed(text, ends, (Parsed(terms[0]), Parsed(terms[2])), terms[1])
+
+
+def _absolute(text: str) -> Parsed | None:
+    """|2x - 1| < 3 as the interval or the union that it is."""
+    match = _ABSOLUTE.fullmatch(text) or _ABSOLUTE_LAST.fullmatch(text)
+    inner = match and _LINEAR.fullmatch(match.group("inner").strip())
+    if match is None or inner is None:
+        return None
+    sign, bound = match.group("sign"), match.group("bound").strip()
+    if match.re is _ABSOLUTE_LAST:
+        sign = _FLIPPED[sign]
+    size, variable = number(bound), inner.group("variable")
+    if size is not None and size < 0:
+        return None
+    factor = re.sub(r"\s", "", inner.group("factor"))
+    scale = number(f"{factor}1" if factor in ("", "+", "-") else factor)
+    shifts = [number(re.sub(r"\s", "", inner.group(name) or "0")) for name in ("first", "last")]
+    if scale is None or not scale or shifts[0] is None or shifts[1] is None:
+        return None
+    shift = shifts[0] + shifts[1]
+    if size is not None:
+        ends = sorted([(size - shift) / scale, (-size - shift) / scale])
+        low, high = map(latex, ends)
+    elif shift == 0 and abs(scale) == 1:
+        low, high = f"-({bound})", bound
+    else:
+        return None
+    outside = (_ray(variable, sign.replace("ge", "le").replace(">", "<"), low),
+               _ray(variable, sign, high)) if sign in (">", "\\ge") else ()  # fmt: skip
+    if outside:
+        return Parsed(text, "∪", outside, variable)
+    if sign == "\\ne":
+        left_out = tuple(map(Parsed, dict.fromkeys((low, high))))
+        return Parsed(text, "∖", (_line(text), Parsed(text, ",", left_out)), variable)
+    ends = "()" if sign == "<" else "[]"
+    inside = Parsed(text, ends, (Parsed(low), Parsed(high)), variable)
+    rest = match.groupdict().get("low")
+    if rest is None:
+        return inside
+    beyond = _absolute(f"|{match.group('inner')}|{_FLIPPED[match.group('above')]}{rest}")
+    return beyond and Parsed(text, "∩", (inside, beyond), variable)
+
+
+def _line(text: str) -> Parsed:
+    return Parsed(text, "()", (Parsed("-\\infty"), Parsed("\\infty")))
+
+
+# ---------------------------------------------------------------- parse
+
+
+def _matrix(match: re.Match[str], text: str) -> Parsed:
+    rows = [row.strip() for row in re.split(r"\\\\", match.group("rows")) if row.strip()]
+    if match.group("kind") in ("cases", "aligned", "gathered"):
+        return parse(", ".join(row.replace("&", "").rstrip(",;. ") for row in rows))
+    cells = [tuple(parse(cell) for cell in row.split("&")) for row in rows]
+    if len(rows) == 1:
+        return Parsed(text, "row", cells[0])
+    if all(len(row) == 1 for row in cells):
+        return Parsed(text, "column", tuple(row[0] for row in cells))
+    return Parsed(text, "[]", tuple(Parsed(text, "[]", row) for row in cells))
+
+
+def _several(text: str, parts: list[str]) -> Parsed:
+    """A list, or what several relations of one variable have in common or cover together."""
+    items = tuple(parse(_ENUMERATED.sub("", part)) for part in parts)
+    variables = {item.variable for item in items} - {""}
+    single = len(variables) == 1 and all(
+        item.variable or (item.label in variables and number(item.text) is not None)
+        for item in items
+    )
+    if single:
+        regions = [region(item) for item in items]
+        known = [one for one in regions if one is not None]
+        covered = len(known) == len(regions) and functools.reduce(operator.or_, known) == LINE
+        both = _AND.search(text) or "\\ne" in text or (covered and not re.search(r"\bor\b", text))
+        return _common(text, items, variables.pop()) if both else (
+            Parsed(text, "∪", items, variables.pop()))  # fmt: skip
+    flat = (i for item in items for i in (item.items if item.ends == "," else (item,)))
+    return Parsed(text, ",", tuple(flat))
+
+
+def _common(text: str, items: tuple[Parsed, ...], variable: str) -> Parsed:
+    """x > 1 and x < b as the interval (1, b), whatever b is."""
+    if len(items) == 2 and all(item.ends in SPANS for item in items):
+        for above, below in (items, items[::-1]):
+            if above.items[1].text == "\\infty" and below.items[0].text == "-\\infty":
+                ends = above.ends[0] + below.ends[1]
+                return Parsed(text, ends, (above.items[0], below.items[1]), variable)
+    return Parsed(text, "∩", items, variable)
+
+
+def _whole(text: str) -> Parsed | None:
+    """What is no list, whatever separators it has: a known set, a matrix, a set builder."""
+    squeezed = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).replace(" ", "").lower()
+    if squeezed in _WHOLE_LINE or re.fullmatch(r"[a-z]\\in(?:\\mathbb\{r\}|r)", squeezed):
+        return _line(text)
+    if squeezed in _EMPTY:
+        return Parsed("\\emptyset")
+    if squeezed in _INTEGERS:
+        return Parsed("\\mathbb{Z}")
+    if match := _MATRIX.fullmatch(text):
+        return _matrix(match, text)
+    if "\\begin" in text:
+        label = _LABEL.match(text)
+        match = _MATRIX.fullmatch(text, label.end()) if label else None
+        return dataclasses.replace(_matrix(match, text), label=label[1].strip()) if (
+            label and match) else Parsed(text)  # fmt: skip
+    if match := _SET_BUILDER.fullmatch(text):
+        inner = parse(match.group(2))
+        if inner.variable or inner.ends == "∪":
+            return inner
+    if match := _OUTSIDE.fullmatch(text):
+        ends = "[("[match.group(1) == "]"] + "])"[match.group(3) == "["]
+        return (
+            parse(f"{ends[0]}{match.group(2)}{ends[1]}")
+            if match.group(1, 3) != ("[", "]")
+            else None
+        )
+    if match := _EXCLUDED.fullmatch(text):
+        left_out = parse(f"{match.group(2)}{match.group(3)}")
+        return Parsed(text, "∖", (_line(text), left_out), match.group(1))
+    return None
+
+
+def parse(text: str) -> Parsed:
+    """A canonical answer in its parts: "x=1 or x=2" is a list of two labelled values."""
+    text = text.strip().replace("\\langle", "⟨").replace("\\rangle", "⟩")
+    while braced(text, 0, len(text)) == text[1:-1] and text[:1] == "{":
+        text = text[1:-1].strip()
+    if number(text) is not None:
+        return Parsed(text)
+    if whole := _whole(text):
+        return whole
+    text = _MEMBER.sub("", text, count=1) if _MEMBER.match(text) else text
+    if len(sides := split(text, _SETS["∖"])) == 2:
+        return Parsed(text, "∖", tuple(map(parse, sides)))
+    if len(parts := split(text, _SEPARATOR)) > 1:
+        return _several(text, parts)
+    if label := _LABEL.match(text):
+        value = parse(text[label.end() :].rpartition("=")[2])
+        return dataclasses.replace(value, text=text, label=label.group(1).strip()) if (
+            value.ends
+        ) else Parsed(value.text, label=label.group(1).strip())  # fmt: skip
+    for sign in "∪∩":
+        if len(parts := split(text, _SETS[sign])) > 1:
+            return Parsed(text, sign, tuple(map(parse, parts)))
+    brackets, content = _enclosed(_TRANSPOSED.sub("", text))
+    if brackets:
+        items = tuple(map(parse, split(content, _COMMA)))
+        if len(items) > 1 or brackets == "{}":
+            return Parsed(text, "column" if _TRANSPOSED.search(text) else brackets, items)
+        if brackets == "()":
+            return parse(content)
+    if len(pair := re.split(r"\\pm(?![A-Za-z])", text)) == 2:
+        return Parsed(text, ",", tuple(parse(sign.join(pair)) for sign in "+-"))
+    return _relation(text) or Parsed(text)
+
+
+# ---------------------------------------------------------------- regions
+
+_INFINITE = {"\\infty": math.inf, "+\\infty": math.inf, "-\\infty": -math.inf}
+
+
+def region(parsed: Parsed) -> Region | None:
+    """The real numbers that an answer holds; None where its ends are no plain numbers."""
+    if parsed.ends == "":
+        value = number(parsed.text)
+        return None if value is None else point(value)
+    if parsed.ends in SPANS:
+        ends = [_INFINITE.get(i.text.replace(" ", ""), number(i.text)) for i in parsed.items]
+        if len(ends) != 2 or ends[0] is None or ends[1] is None:
+            return None
+        return interval(parsed.ends, ends[0], ends[1])
+    found = [region(item) for item in parsed.items]
+    known = [one for one in found if one is not None]
+    if len(known) < len(found) or not known or parsed.ends in ("row", "column", "<>"):
+        return None
+    if parsed.ends == "∖":
+        return known[0] & ~known[1]
+    return functools.reduce(operator.and_ if parsed.ends == "∩" else operator.or_, known)
+
+
+def is_region(parsed: Parsed) -> bool:
+    """Whether the spelling shows that a set of real numbers is meant, not a pair or a list."""
+    return bool(parsed.variable) or parsed.ends in ("∪", "∩", "∖")
