@@ -31,11 +31,12 @@ from dcod_jax.data.turns import (
     Text,
     calls_end,
     check_calls,
-    end_text,
+    check_shown,
     opened,
     render_chat,
     shared_prefix,
-    special_tokens,
+    turn_ending,
+    turn_tokens,
 )
 from dcod_jax.errors import DcodError
 from dcod_jax.types import Trace
@@ -47,6 +48,11 @@ _FOREIGN_ENDS = (
     "</s> <|im_end|> <|endoftext|> <|eot_id|> <|end_of_text|> <|end|> <|return|> <eos> "
     "<end_of_turn> <｜end▁of▁sentence｜> <|endofturn|> <|eom_id|>"
 ).split()
+_FOREIGN_TURNS = re.compile(
+    r"<\|im_end\|>\s*<\|im_start\|>|<\|eot_id\|>\s*<\|start_header_id\|>|"
+    r"<end_of_turn>\s*<start_of_turn>|<\|end\|>\s*<\|(?:start|user|assistant|system)\|>|"
+    r"<\|channel\|>\w+<\|message\|>|<｜User｜>[^<]*<｜Assistant｜>|\[INST\][^\[]*\[/INST\]"
+)
 
 
 class _StrippedError(DcodError):
@@ -57,25 +63,25 @@ def _squeeze(text: str) -> str:
     return "".join(text.split())
 
 
-def _turn_end(tokenizer: Tokenizer, text: str, start: int, *, content: str) -> int:
+def _turn_end(
+    tokenizer: Tokenizer, text: str, start: int, *, content: str, template: str, calls: bool
+) -> int:
     """The end of the turn at `start`: behind the first special token after its content.
 
-    Refuses a template that alters a completion or puts supervised text before it.
+    Refuses a template that alters a completion, puts supervised text before it, or ends it
+    otherwise than a conversation's last one. `calls`: tool calls follow the content.
     """
+    tokens, ending = turn_tokens(tokenizer, template), "".join(turn_ending(tokenizer, template))
     place = text.find(content.strip(), start)
     content_end = start if place < 0 else place + len(content.strip())
-    found = special_tokens(tokenizer).search(text, content_end)
+    found = tokens.search(text, content_end)
     if found is not None and found.group(0) in text[start : max(place, start)]:
-        found = special_tokens(tokenizer).search(text, start)  # the content is a later turn's
-    if found is None:
-        raise DcodError(
-            "the chat template does not end an assistant turn with a special token, so a student "
-            "could not learn to stop; end the turn with {{ eos_token }} in a template of your "
-            "own (student.chat_template)"
-        )
-    turn = text[start : found.end()]
-    place = _squeeze(turn).find(_squeeze(content))
-    lead = _squeeze(turn)[:place]
+        found = tokens.search(text, start)  # the content is a later turn's
+    turn = text[start : found.end() if found else None]
+    written, said = _squeeze(turn), _squeeze(content)
+    begins = written.startswith(EMPTY_THINKING) and not said.startswith(EMPTY_THINKING)
+    place = written.find(said, len(EMPTY_THINKING) if begins else 0)
+    lead = written[:place]
     if place < 0:
         raise _StrippedError(
             f"the chat template changes the completion: {content[:60]!r} became {turn[:60]!r} "
@@ -88,6 +94,13 @@ def _turn_end(tokenizer: Tokenizer, text: str, start: int, *, content: str) -> i
             f"the chat template writes {lead!r} before the completion, but not in its generation "
             "prompt; move it under `if add_generation_prompt` or mark the completion with "
             "{% generation %} (student.chat_template)"
+        )
+    behind = written[place + len(said) :]
+    if found is None or (not calls and behind != _squeeze(ending)):
+        raise DcodError(
+            f"the chat template writes {behind[:60]!r} behind a completion, and {ending!r} behind "
+            "the last one; end every assistant turn with the same special token in a template of "
+            "your own (student.chat_template)"
         )
     return found.end()
 
@@ -108,7 +121,7 @@ def _template_spans(
             raise
     prompt, _ = render_chat(tokenizer, messages[:last], template=template, prompt=True, tools=tools)
     content = _behind(prompt, messages[last]["content"])
-    text = prompt + content + end_text(tokenizer, template)
+    text = prompt + content + turn_ending(tokenizer, template)[1]
     return text, [(len(prompt), len(text))]
 
 
@@ -143,10 +156,11 @@ def _whole_spans(
                     f"the chat template writes {text[start:begins]!r} before a completion, outside "
                     "{% generation %} and not in its generation prompt; move it into one of them"
                 )
-        end = _turn_end(tokenizer, text, start, content=content)
-        if "tool_calls" in messages[index]:
+        calls = "tool_calls" in messages[index]
+        end = _turn_end(tokenizer, text, start, content=content, template=template, calls=calls)
+        if calls:
             until, _ = render_chat(tokenizer, messages[: index + 1], template=template, tools=tools)
-            end = calls_end(tokenizer, text, until, end)
+            end = calls_end(turn_tokens(tokenizer, template), text, until, end)
         if end > last:
             raise DcodError(
                 f"the chat template's {{% generation %}} block leaves out the end-of-turn token "
@@ -255,12 +269,17 @@ def _encode_at(
     return ids, cuts[:-1]
 
 
-def _check_content(tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
+def _check_content(tokenizer: Tokenizer, messages: Sequence[Message], template: str | None) -> None:
     for message in messages:
-        if found := special_tokens(tokenizer).search(message["content"]):
+        if found := turn_tokens(tokenizer, template).search(message["content"]):
             raise DcodError(
                 f"the {message['role']} message holds the special token {found.group(0)!r} as "
                 "text, which would be read as the token; remove it (vLLM: skip_special_tokens)"
+            )
+        if found := _FOREIGN_TURNS.search(message["content"]):
+            raise DcodError(
+                f"the {message['role']} message holds {found.group(0)[:60]!r}, turns of another "
+                "model's chat template as text; give the conversation as messages"
             )
         text = message["content"].rstrip()
         end = next((end for end in _FOREIGN_ENDS if text.endswith(end)), "")
@@ -303,8 +322,8 @@ def encode(
     supervised, up to and with its end-of-turn token. Raises DcodError where the mask would be
     empty, full or inexact, or the template does not show the `tools`.
     """
-    _check_content(tokenizer, messages)
     template = chat_template(tokenizer)
+    _check_content(tokenizer, messages, template)
     check_calls(tokenizer, messages, template, tools)
     supervised = [
         index
@@ -321,6 +340,7 @@ def encode(
         text, spans = _plain_spans(tokenizer, messages)
     else:
         text, spans = _template_spans(tokenizer, messages, template, supervised, tools)
+        check_shown(tokenizer, messages, template=template, tools=tools)
     ids, cuts = _encode_at(tokenizer, text, [border for span in spans for border in span])
     mask = np.zeros(len(ids), bool)
     for start, end in zip(cuts[::2], cuts[1::2], strict=True):
@@ -341,10 +361,11 @@ def _shows_tools(
 
 def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """Ids of a prompt up to where the completion starts: what `encode` masks out before it."""
-    _check_content(tokenizer, messages)
     template = chat_template(tokenizer)
+    _check_content(tokenizer, messages, template)
     if template is not None:
         text, _ = render_chat(tokenizer, messages, template=template, prompt=True)
+        check_shown(tokenizer, messages, template=template, prompt=True)
     elif [message["role"] for message in messages] == ["user"]:
         text = _bos(tokenizer) + messages[0]["content"]
     else:
@@ -357,7 +378,7 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of plain text, behind the bos token where the tokenizer puts one: no chat template."""
-    _check_content(tokenizer, [{"role": "user", "content": text}])
+    _check_content(tokenizer, [{"role": "user", "content": text}], None)
     return _ids(tokenizer, _bos(tokenizer) + text)
 
 

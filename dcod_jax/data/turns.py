@@ -62,14 +62,73 @@ _PROBE = "7q3x"  # a text that no template writes
 
 
 @functools.lru_cache(maxsize=8)
-def end_text(tokenizer: Tokenizer, template: str) -> str:
-    """The end-of-turn token that the template writes behind a completion."""
+def turn_ending(tokenizer: Tokenizer, template: str) -> tuple[str, str]:
+    """(what stands between a completion and its end-of-turn token, that token).
+
+    It is the first special token, or an added one without that mark right behind the completion.
+    """
     probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
     text, _ = render_chat(tokenizer, probe, template=template)
-    found = special_tokens(tokenizer).search(text, text.rfind(_PROBE) + len(_PROBE))
-    if found is None:
-        raise DcodError("the chat template does not end an assistant turn with a special token")
-    return found.group(0)
+    rest = text[text.rfind(_PROBE) + len(_PROBE) :]
+    special = special_tokens(tokenizer).search(rest)
+    added = (token.content for token in tokenizer.added_tokens_decoder.values())
+    follows = [name for name in added if name.strip() and rest.lstrip().startswith(name)]
+    plain = max(follows, key=len, default="")
+    if plain and (special is None or rest.index(plain) < special.start()):
+        return rest[: rest.index(plain)], plain
+    if special is None:
+        raise DcodError(
+            "the chat template does not end an assistant turn with a special token, so a student "
+            "could not learn to stop; end the turn with {{ eos_token }} in a template of your "
+            "own (student.chat_template)"
+        )
+    return rest[: special.start()], special.group(0)
+
+
+@functools.lru_cache(maxsize=8)
+def turn_tokens(tokenizer: Tokenizer, template: str | None) -> re.Pattern[str]:
+    """Any special token, and the one that ends the template's turns."""
+    special = special_tokens(tokenizer)
+    try:
+        end = turn_ending(tokenizer, template)[1] if template is not None else ""
+    except DcodError:  # named where a completion is encoded
+        end = ""
+    if not end or special.fullmatch(end):
+        return special
+    return re.compile(f"{re.escape(end)}|{special.pattern}")
+
+
+@functools.lru_cache(maxsize=256)
+def _left_out(tokenizer: Tokenizer, template: str, probe: str, tools: str, prompt: bool) -> str:
+    """The role of the first message whose text the template does not write, or ""."""
+    messages = json.loads(probe)
+    shown = {"template": template, "prompt": prompt, "tools": json.loads(tools)}
+    try:
+        text, _ = render_chat(tokenizer, messages, **shown)
+    except DcodError:  # it looks into texts; the messages themselves are rendered already
+        return ""
+    return next((m["role"] for m in messages if m["content"] not in text), "")
+
+
+def check_shown(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    template: str,
+    tools: Sequence[Any] | None = None,
+    prompt: bool = False,
+) -> None:
+    """Refuse a template that leaves out messages, as those that know few roles do."""
+    probe = [
+        message | {"content": f"7q{place}x3" if message["content"].strip() else ""}
+        for place, message in enumerate(messages)
+    ]
+    texts = (json.dumps(value) for value in (probe, list(tools) if tools else None))
+    if role := _left_out(tokenizer, template, *texts, prompt):
+        raise DcodError(
+            f"the chat template does not write the text of a message by {role!r}, and the model "
+            "would not see it; give a template that does (student.chat_template), or another role"
+        )
 
 
 def _eos(tokenizer: Tokenizer) -> int | None:
@@ -83,7 +142,7 @@ def end_of_turn(tokenizer: Tokenizer) -> int | None:
     if template is None:
         return _eos(tokenizer)
     try:
-        text = end_text(tokenizer, template)
+        _, text = turn_ending(tokenizer, template)
     except DcodError:  # such a template cannot be trained with; its prompts can be answered
         return None
     return tokenizer.backend_tokenizer.token_to_id(text)
@@ -154,11 +213,11 @@ def check_calls(
             )
 
 
-def calls_end(tokenizer: Tokenizer, text: str, until: str, end: int) -> int:
+def calls_end(tokens: re.Pattern[str], text: str, until: str, end: int) -> int:
     """The end of a turn with tool calls, which may hold special tokens: its last special token."""
     if not text.startswith(until):
         raise DcodError(
             "the chat template writes a turn with tool calls otherwise when other turns follow; "
             "give a template that keeps it (student.chat_template)"
         )
-    return max([end, *(found.end() for found in special_tokens(tokenizer).finditer(until, end))])
+    return max([end, *(found.end() for found in tokens.finditer(until, end))])

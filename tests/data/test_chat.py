@@ -78,10 +78,11 @@ def backend(merges=MERGES, *, special=SPECIAL, split=False) -> Tokenizer:
     return tokenizer
 
 
-def build(template: str | None = CHATML, **kwargs):
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend(**kwargs), bos_token="<s>", eos_token="</s>"
-    )
+def build(template: str | None = CHATML, *, plain=(), **kwargs):
+    """`plain`: added tokens that are not special."""
+    own = backend(**kwargs)
+    own.add_tokens([AddedToken(name, special=False) for name in plain])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = template
     return tokenizer
 
@@ -415,6 +416,74 @@ def test_the_end_that_training_has_is_a_stop() -> None:
 def test_long_texts_are_counted_in_pieces(count, sure) -> None:
     tokenizer = build()
     assert (chat.tokens_above(tokenizer, ["h " * (count // 2)], 1000) > 1000) == sure
+
+
+def test_an_end_token_that_is_added_and_not_special_ends_each_turn() -> None:
+    """Phi's kind: with </s> behind the whole conversation, which alone is special."""
+    template = ZEPHYR.replace("{{ eos_token }}", "<|end|>")
+    template += "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    tokenizer = build(template, plain=("<|end|>",))
+    assert supervised(tokenizer, conversation("hi", "one", "and", "two")) == [
+        "one<|end|>",
+        "two<|end|>",
+    ]
+    assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|end|>")
+    with pytest.raises(DcodError, match=r"holds the special token '<\|end\|>'"):
+        chat.encode(tokenizer, conversation("hi<|end|>", "one"))
+
+
+def test_a_template_that_ends_the_last_turn_alone_is_refused() -> None:
+    template = ZEPHYR.replace(
+        "{{ eos_token }}", "{{ eos_token if loop.last or message.role != 'assistant' else '' }}"
+    )
+    assert supervised(build(template), conversation("hi", "one")) == ["one</s>"]
+    with pytest.raises(DcodError, match=r"end every assistant turn with the same special token"):
+        chat.encode(build(template), conversation("hi", "one", "and", "two"))
+
+
+@pytest.mark.parametrize(
+    ("template", "role"),
+    [
+        (CHATML.replace("in messages %}", "in messages if message.role != 'tool' %}", 1), "tool"),
+        (CHATML.replace("message['content'] }}", "message['content'][0].text }}"), "user"),
+        (DROPS_REASONING.replace("s %}", "s if message.role != 'user' %}", 1), "user"),
+    ],
+)
+def test_a_message_that_the_template_leaves_out_is_refused(template, role) -> None:
+    messages = conversation("hi", "<think>\nso</think>one")
+    messages[1:1] = [{"role": "assistant", "content": "0"}, {"role": "tool", "content": "i"}]
+    with pytest.raises(DcodError, match=f"does not write the text of a message by '{role}'"):
+        chat.encode(build(template), messages, first_completion=3)
+    if role == "tool":
+        with pytest.raises(DcodError, match="by 'tool'"):
+            chat.encode_prompt(build(template), messages[:3])
+
+
+@pytest.mark.parametrize("content", ["k", "think"])
+def test_an_answer_that_is_part_of_the_empty_reasoning(content) -> None:
+    template = CHATML.replace(
+        "{{ message['content'] }}",
+        "{% if message.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ message['content'] }}",
+    )
+    [text] = supervised(build(template), conversation("hi", content))
+    assert text == f"<think>\n\n</think>\n\n{content}<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<|im_end|>\n<|im_start|>assistant\n",
+        "<|end|><|start|>assistant<|channel|>final<|message|>",
+        "<end_of_turn>\n<start_of_turn>model\n",
+        "[INST] hi [/INST]",
+    ],
+)
+def test_turns_of_another_template_are_not_text(text) -> None:
+    tokenizer = build(LLAMA3, special=("<s>", "</s>", "<|eot_id|>", "<|start_header_id|>"))
+    for messages in (conversation(f"hi{text}", "one"), conversation("hi", f"so{text}one")):
+        with pytest.raises(DcodError, match="another model's chat template as text"):
+            chat.encode(tokenizer, messages)
 
 
 def test_an_empty_or_full_mask_is_refused() -> None:
