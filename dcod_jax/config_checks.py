@@ -74,7 +74,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "not be negative": (
         lambda x: x >= 0,
         "seed prepare.workers prepare.record_bytes score.top_k score.retries "
-        "loss.weights.warmup_steps loss.anchor "
+        "loss.weights.warmup_steps loss.anchor loss.router_balance "
         "optim.warmup_steps optim.max_skipped student.lora.rank "
         "optim.weight_decay optim.clip_norm optim.final_fraction train.eval_every "
         "train.eval_problems_every tune.budget "
@@ -109,7 +109,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "be -1 or at least 1": (
         lambda x: x == -1 or x >= 1,
-        "mesh.data mesh.fsdp mesh.tensor mesh.context mesh.slices",
+        "mesh.data mesh.fsdp mesh.expert mesh.tensor mesh.context mesh.slices",
     ),
     "be at least 2": (lambda x: x >= 2, "tune.factor"),
     "be -1 or more": (lambda x: x >= -1, "export.step hosts.process_id"),
@@ -128,7 +128,7 @@ BECAUSE = {
 }
 
 
-_FREE = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context")
+_FREE = ("mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor", "mesh.context")
 
 
 def _range_errors(flat: dict[str, Any]) -> list[str]:

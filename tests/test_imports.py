@@ -13,11 +13,12 @@ LEVELS = """
     errors bounds types seeds stores files copies compilation_cache
     parallel.mesh parallel.collectives parallel.exit_report parallel.monitor parallel.hosts
     locks logs
-    models.rope models.families models.layer_kinds models.config models.layers models.cudnn
-    models.remat models.attention models.transformer models.lora models.cached models.tensors
-    models.peft models.tensor_files
+    models.rope models.layer_types models.mixtures models.families models.layer_kinds models.config
+    models.layers models.cudnn models.experts models.blocks models.remat models.attention
+    models.transformer models.counts models.lora models.cached models.tensors models.peft
+    models.tensor_files
     losses.head losses.events losses.distributions losses.divergences losses.segments losses.weights
-    losses.weight_errors losses.adaptive losses.reduce losses.distill
+    losses.weight_errors losses.adaptive losses.reduce losses.routing losses.distill
     data.teachers data.codec data.dataset data.blocks data.scores data.packing
     data.reasoning data.presets data.raw data.lines data.schema data.columns data.forms
     data.traces data.pipeline

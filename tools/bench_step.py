@@ -7,13 +7,14 @@ step: SmolLM2-135M cut to 6 layers (D 576, F 1536, 9/3 heads of 64, tied V 49152
 float32, AdamW. Ours: `ours` is nll with the DisCorD weights on every token, `ours-sft` the same
 without weights, `ours-half` the same where half of each row is prompt; `ours-topk` is forward KL to
 a cached top-64, `ours-live` to a live teacher of the student's shape, both with the weights on;
-`ours-topk-plain` and `ours-live-plain` without. The peer is Tunix: PeftTrainer with its default SFT
-loss for the nll variants, DistillationTrainer with LogitStrategy and a live teacher for the others
-(bench_tunix.py). Each measurement is a process of its own, the variants take turns for --rounds
-rounds, and the table gives medians of CPU-seconds per step after warmup (getrusage; all threads)
-and of the peak resident memory (ru_maxrss; compilation included). No XLA flags are set for either.
-Ours saves matrix products only and recomputes what is elementwise (student.remat "dots"); logits
-exist for 256 tokens at a time (loss.head_chunk).
+`ours-topk-plain` and `ours-live-plain` without. `ours-experts` is `ours-sft` with eight experts of
+half the width, two of them for each token: as many active parameters in the layers. The peer is
+Tunix: PeftTrainer with its default SFT loss for the nll variants, DistillationTrainer with
+LogitStrategy and a live teacher for the others (bench_tunix.py). Each measurement is a process of
+its own, the variants take turns for --rounds rounds, and the table gives medians of CPU-seconds per
+step after warmup (getrusage; all threads) and of the peak resident memory (ru_maxrss; compilation
+included). No XLA flags are set for either. Ours saves matrix products only and recomputes what is
+elementwise (student.remat "dots"); logits exist for 256 tokens at a time (loss.head_chunk).
 
 The peer lives in an environment of its own:
     python3.11 -m venv peer && peer/bin/pip install google-tunix==0.1.7 "jax==0.10.2"
@@ -41,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def our_config(
-    weights: str, *, head_chunk: int, loss: dict[str, Any] | None = None, **shape: int
+    weights: str, *, head_chunk: int, loss: dict[str, Any] | None = None, **shape: Any
 ) -> tuple[Any, Any]:
     """(model config, loss) of the benchmark; `loss` replaces fields of LossConfig (nll)."""
     import jax
@@ -146,13 +147,21 @@ class Variant:
     loss: dict[str, Any] = dataclasses.field(default_factory=dict)
     top_k: int = 0
     prompt: int = 0
+    shape: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 CACHED = {"divergence": "forward_kl"}
 LIVE = {"divergence": "forward_kl", "teacher": "live"}
+EXPERTS = {
+    "model_type": "mixtral",
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "intermediate_size": SHAPE["intermediate_size"] // 2,
+}
 VARIANTS = {
     "ours": Variant("tunix"),
     "ours-sft": Variant("tunix", weights="uniform"),
+    "ours-experts": Variant("tunix", weights="uniform", shape=EXPERTS),
     "ours-half": Variant("tunix", prompt=LENGTH // 2),
     "ours-topk": Variant("tunix-live", loss=CACHED, top_k=64),
     "ours-topk-plain": Variant("tunix-live", weights="uniform", loss=CACHED, top_k=64),
@@ -168,7 +177,9 @@ def worker_ours(args: argparse.Namespace) -> dict[str, float]:
     from dcod_jax.models.transformer import init_params
 
     variant = VARIANTS[args.worker]
-    model_config, loss = our_config(variant.weights, head_chunk=args.head_chunk, loss=variant.loss)
+    model_config, loss = our_config(
+        variant.weights, head_chunk=args.head_chunk, loss=variant.loss, **variant.shape
+    )
     step, state = our_step(args, model_config, loss)
     batch = our_batch(model_config.vocab_size, top_k=variant.top_k, prompt=variant.prompt)
     teacher = ()

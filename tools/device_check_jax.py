@@ -154,7 +154,7 @@ def worker_step(options: dict[str, Any], directory: Path) -> dict[str, Any]:
     """A train step as the train verb runs it."""
     import jax
 
-    from dcod_jax.models import transformer
+    from dcod_jax.models.counts import flops_per_row
     from dcod_jax.parallel.mesh import sharding
     from dcod_jax.plan.chips import peak_flops
     from dcod_jax.train.optim import make_optimizer
@@ -186,7 +186,7 @@ def worker_step(options: dict[str, Any], directory: Path) -> dict[str, Any]:
         loss = float(jax.device_get(values["loss"]))
         seconds.append(time.perf_counter() - start)
     median = statistics.median(seconds[2:])
-    flops = sum(transformer.flops_per_row(model, n, n) for n in lengths)
+    flops = sum(flops_per_row(model, n, n) for n in lengths)
     flops *= 4 / 3 if teacher else 1
     peak = peak_flops(devices[0].device_kind)
     stats = devices[0].memory_stats() or {}

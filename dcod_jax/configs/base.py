@@ -114,6 +114,7 @@ def get_config() -> Any:
     c.loss.taid_alpha = 5e-4  # taid: how fast the interpolation may run ahead of its schedule
     c.loss.taid_beta = 0.99  # taid: memory of the loss's relative change
     c.loss.teacher_weights = ()  # of traces in the loss by their teacher: ("a=0.5",); others 1
+    c.loss.router_balance = 0.0  # weight of the load-balance loss of the student's experts
     c.loss.head_chunk = 480  # tokens whose logits exist at one time in the vocabulary head
     c.loss.weights = ConfigDict()
     # uniform | sigmoid (DisCorD) | clip | power | dft | q_power | q_threshold | idft | eaft |
@@ -202,6 +203,7 @@ def get_config() -> Any:
     c.mesh = ConfigDict()
     c.mesh.data = -1  # replicas; -1: the devices that are left
     c.mesh.fsdp = 1  # pieces parameters and optimizer are split into
+    c.mesh.expert = 1  # pieces the experts of a layer are split into, and all else as by fsdp
     c.mesh.tensor = 1  # pieces heads, mlp and vocabulary are split into
     c.mesh.context = 1  # pieces the positions of a row are split into, for long traces
     c.mesh.slices = -1  # TPU slices joined by the data-centre network; -1: as the devices report

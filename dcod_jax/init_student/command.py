@@ -18,7 +18,7 @@ from dcod_jax.files import Path, as_path, publish
 from dcod_jax.init_student import prune
 from dcod_jax.models import hf
 from dcod_jax.models.config import ModelConfig
-from dcod_jax.models.transformer import num_params
+from dcod_jax.models.counts import num_params
 
 MAX_SHARD_BYTES = 4 * 10**9
 

@@ -120,6 +120,11 @@ def keep_heads(
 def keep_channels(config: ModelConfig, params: Params, mlp: int) -> tuple[ModelConfig, Params]:
     """The model with so many MLP channels in each layer."""
     F = config.intermediate_size
+    if config.mixture is not None:
+        raise DcodError(
+            f"--mlp {mlp}: the experts of model_type={config.model_type!r} are not pruned (what a "
+            "channel is worth depends on the router); leave --mlp out, or take --layers"
+        )
     if not 0 < mlp <= F:
         raise DcodError(f"--mlp {mlp} must be between 1 and the model's {F} channels")
     own = params["layers"]["mlp"]

@@ -38,6 +38,7 @@ class LossConfig:
     teacher: str = "cached"
     alpha: float = 1.0
     anchor: float = 0.0
+    router_balance: float = 0.0  # joins in train/forward.py, which knows the model
     temperature: float = 1.0
     temperature_squared: bool = True
     beta: float = 0.5

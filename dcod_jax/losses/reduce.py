@@ -78,15 +78,20 @@ def add(left: Sums, right: Sums) -> Sums:
     return jax.tree.map(jnp.add, left, right)
 
 
+def divisor(sums: Sums, normalize: str) -> Float[Array, ""]:
+    """Σ w·m for normalize "mean" (self-normalised importance sampling), else Σ m."""
+    return sums.weight if normalize == "mean" else sums.count.astype(jnp.float32)
+
+
 def inverse_divisor(sums: Sums, normalize: str) -> Float[Array, ""]:
-    """1 / Σ w·m for normalize "mean" (self-normalised importance sampling), else 1 / Σ m.
+    """1 / divisor.
 
     0 where the divisor is 0 (no completion token in the batch, or every weight underflowed):
     then the loss and its gradient are 0, and the step changes nothing but the moments.
     """
-    divisor = sums.weight if normalize == "mean" else sums.count.astype(jnp.float32)
-    usable = divisor > jnp.finfo(jnp.float32).tiny  # the inverse of a denormal overflows
-    return jnp.where(usable, 1.0 / jnp.where(usable, divisor, 1.0), 0.0)
+    total = divisor(sums, normalize)
+    usable = total > jnp.finfo(jnp.float32).tiny  # the inverse of a denormal overflows
+    return jnp.where(usable, 1.0 / jnp.where(usable, total, 1.0), 0.0)
 
 
 def finish(sums: Sums, normalize: str) -> Float[Array, ""]:

@@ -30,12 +30,12 @@ from dcod_jax.models.transformer import (
     rope_tables,
     scan_groups,
 )
-from dcod_jax.parallel.collectives import WeightDtypes
-from dcod_jax.parallel.mesh import is_names
+from dcod_jax.parallel.collectives import WeightDtypes, per_shard, whole
+from dcod_jax.parallel.mesh import is_names, parts, spec
 from dcod_jax.types import Params
 
 # One layer: (its kind, (x, keys, values), (its weights, its index)) -> (x, keys, values).
-Block = Callable[[LayerKind, Any, tuple[Params, Any]], Any]
+Block = Callable[[LayerKind, Any, tuple[Params, Any]], tuple[Any, None]]
 CACHE_CHUNK = 256  # cache slots that attention reads at a time: a chunk of several is copied out
 MAX_CACHE_CHUNKS = 16  # a longer cache is read in larger chunks
 
@@ -175,13 +175,31 @@ def forward_with_cache(
             softcap=config.attention_softcap,
             window=kind.window,
         )
-        return module.finish(x, mixed), keys, values
+        if config.mixture is None:
+            return (module.finish(x, mixed), keys, values), None
+        x = module.add_attention(x, mixed)
+        return (_apply_experts(block_graph, layer, layer_axes, x, mesh), keys, values), None
 
     scale = config.embedding_scale
     x = embed(params, tokens, scale=scale, compute_dtype=compute_dtype, mesh=mesh)
     x, cache = _through_layers(config, block, x, params["layers"], cache)
     outer = {name: value for name, value in params.items() if name != "layers"}
     return nnx.merge(decoder_graph, outer).final(x), cache
+
+
+def _apply_experts(graph: Any, layer: Params, axes: Params, x: Array, mesh: Mesh | None) -> Array:
+    """x after the experts of a layer, whose matrices are whole along what the mesh splits anew."""
+
+    def apply(layer: Params, x: Array) -> Array:
+        real = jnp.ones(x.shape[:2], bool)
+        return nnx.merge(graph, layer).apply_experts(x, real, mesh=mesh)[0]
+
+    if mesh is None or mesh.size == 1:
+        return apply(layer, x)
+    tokens, count = ("batch", None, None), len(x)
+    specs = jax.tree.map(lambda names: spec(whole(names[1:])), axes, is_leaf=is_names)
+    x = jnp.pad(x, ((0, -count % parts(mesh, "batch")), (0, 0), (0, 0)))
+    return per_shard(apply, mesh, (specs, tokens), tokens)(layer, x)[:count]
 
 
 def _through_layers(
@@ -193,13 +211,13 @@ def _through_layers(
         for kind, layer, keys, values in zip(
             config.kinds, layers, cache.keys, cache.values, strict=True
         ):
-            x, *both = block(kind, (x, keys, values), (layer, 0))
+            (x, *both), _ = block(kind, (x, keys, values), (layer, 0))
             kept.append(both)
         keys, values = zip(*kept, strict=True)
     else:
         indices = jnp.arange(cache.keys[0].shape[0])
         carry = (x, *cache.keys, *cache.values)
-        x, *both = scan_groups(config.kinds, block, carry, (layers, indices))
+        (x, *both), _ = scan_groups(config.kinds, block, carry, (layers, indices))
         keys, values = ((stacked,) for stacked in both)
     return x, Cache(keys=keys, values=values)
 

@@ -11,8 +11,10 @@ from typing import Any
 from dcod_jax.bounds import array, check, flag, mapping, number, optional, text, whole
 from dcod_jax.errors import DcodError
 from dcod_jax.models import layer_kinds
-from dcod_jax.models.families import ACTIVATIONS, FAMILIES, KEYS, Family, Raw, refuse
+from dcod_jax.models.families import ACTIVATIONS, FAMILIES, KEYS, Family, refuse
 from dcod_jax.models.layer_kinds import LayerKind
+from dcod_jax.models.layer_types import Raw
+from dcod_jax.models.mixtures import ACCEPTS, Mixture
 from dcod_jax.models.rope import LENGTH, THETA
 
 
@@ -62,7 +64,8 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: str | None = None  # "head": over each head; "projection": over all heads together
-    norms: str = "pre"  # where a block has norms: a key of layers.NORMS
+    qkv_clip: float | None = None  # q, k and v are cut to this absolute value, before the rope
+    norms: str = "pre"  # where a block has norms: a key of blocks.NORMS
     norm_offset: float = 0.0  # norms multiply by this plus their scale
     fused: bool = False  # files hold q, k and v as one tensor, and gate and up
     activation: str = "silu"  # of ACTIVATIONS
@@ -72,6 +75,7 @@ class ModelConfig:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0  # of what attention and MLP add
     logits_scale: float = 1.0  # logits are divided by it
+    mixture: Mixture | None = None  # in place of one MLP a layer
     lora: Lora | None = None  # of a student in training; files know nothing of it
 
     def __post_init__(self) -> None:
@@ -87,6 +91,11 @@ class ModelConfig:
         if len(self.layer_kinds) == self.num_layers:
             return self.layer_kinds
         return self.layer_kinds * self.num_layers
+
+    @property
+    def mlp_width(self) -> int:
+        """Channels of a layer's MLP, of one expert of a mixture."""
+        return self.intermediate_size if self.mixture is None else self.mixture.width
 
     @property
     def score_scale(self) -> float:
@@ -165,10 +174,11 @@ def _check_supported(raw: Raw, source: str) -> Family:
     if model_type not in FAMILIES:
         raise refuse(source, "model_type", model_type, ", ".join(sorted(FAMILIES)))
     family = FAMILIES[model_type]
+    mixture = {} if family.mixture is None else ACCEPTS
     for architecture in raw.get("architectures") or ():
         if architecture != family.architecture:
             raise refuse(source, "architectures", architecture, family.architecture)
-    for key, accepted in {**ACCEPTED, **family.accepts}.items():
+    for key, accepted in (ACCEPTED | family.accepts | mixture).items():
         if key in raw and accepted is not None and raw[key] not in accepted:
             raise refuse(source, key, raw[key], " or ".join(repr(value) for value in accepted))
     if raw.get("no_rope_layers") is not None and "no_rope_layer_interval" not in family.defaults:
@@ -226,6 +236,8 @@ def from_hf(raw: Raw, source: str = "config.json") -> ModelConfig:
     heads, width = raw["num_attention_heads"], raw["hidden_size"]
     raw["head_dim"] = raw.get("head_dim") or width // heads
     options = family.options(raw)
+    if family.mixture is not None:
+        options["mixture"] = family.mixture.read(raw, source)
     for key in family.keys:
         options |= KEYS[key].options(raw.get(key))
     return ModelConfig(
@@ -284,6 +296,8 @@ def to_hf(config: ModelConfig, *, dtype: str) -> Raw:
         **layer_kinds.layer_keys(family, config),
         **{key: KEYS[key].value(config) for key in family.keys},
     }
+    if family.mixture is not None and config.mixture is not None:
+        raw |= family.mixture.to_hf(config.mixture)
     read = from_hf(raw, source=f"export as {config.model_type}")
     config = dataclasses.replace(config, lora=None)
     if read != config:

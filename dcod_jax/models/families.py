@@ -13,9 +13,10 @@ from typing import Any
 
 from dcod_jax.bounds import Bound, flag, number, optional, text, whole
 from dcod_jax.errors import DcodError
+from dcod_jax.models import layer_types
+from dcod_jax.models.layer_types import Raw
+from dcod_jax.models.mixtures import MixtureKeys
 
-Raw = dict[str, Any]
-FULL, SLIDING = "full_attention", "sliding_attention"
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
 
@@ -59,47 +60,8 @@ KEYS: dict[str, Key] = {
     "embedding_multiplier": _scale("embedding_scale"),
     "residual_multiplier": _scale("residual_scale"),
     "logits_scaling": _scale("logits_scale"),
+    "clip_qkv": _same("qkv_clip", optional(number(1e-6, 1e6))),
 }
-
-
-def _every_layer_full(raw: Raw) -> list[str]:
-    return [FULL] * raw["num_hidden_layers"]
-
-
-def every_layer_alike(raw: Raw) -> list[str]:
-    return [FULL if raw.get("sliding_window") is None else SLIDING] * raw["num_hidden_layers"]
-
-
-def _from_max_window_layers(raw: Raw) -> list[str]:
-    count = raw["num_hidden_layers"]
-    windowed = raw["use_sliding_window"] and raw["sliding_window"] is not None
-    first = (raw["max_window_layers"] or 0) if windowed else count
-    return [SLIDING if layer >= first else FULL for layer in range(count)]
-
-
-def _full_every(period: int, *, at: int) -> Callable[[Raw], list[str]]:
-    """Layer i is full where i % period == at."""
-    return lambda raw: [
-        FULL if layer % period == at else SLIDING for layer in range(raw["num_hidden_layers"])
-    ]
-
-
-def _gemma3(raw: Raw) -> list[str]:
-    period = raw["sliding_window_pattern"]
-    return _full_every(period, at=period - 1)(raw)
-
-
-def _smollm3(raw: Raw) -> list[str]:
-    windowed = raw["use_sliding_window"] and raw["sliding_window"] is not None
-    return [SLIDING if windowed and not rotates else FULL for rotates in rotated(raw)]
-
-
-def rotated(raw: Raw) -> list[bool]:
-    """Which layers have rotary positions (SmolLM3 leaves some without)."""
-    count, interval = raw["num_hidden_layers"], raw.get("no_rope_layer_interval")
-    if raw.get("no_rope_layers") is not None:
-        return [bool(rotates) for rotates in raw["no_rope_layers"][:count]]
-    return [interval is None or (layer + 1) % interval != 0 for layer in range(count)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,11 +73,13 @@ class Family:
     keys: tuple[str, ...] = ("hidden_act",)  # of KEYS: those that HF reads for it
     options: Callable[[Raw], Raw] = lambda raw: {}  # those that follow from no key of KEYS
     accepts: Raw = dataclasses.field(default_factory=dict)  # before config.ACCEPTED; None: all
-    types: Callable[[Raw], list[str]] = _every_layer_full  # where the file has no layer_types
+    # Where the file has no layer_types:
+    types: Callable[[Raw], list[str]] = layer_types.every_layer_full
     reads_types: bool = False
     two_ropes: bool = False  # windowed layers have a rope of their own
     local_theta: str | None = None  # the key of its base in the form of transformers 4
     phi3_rope: bool = False  # a part of the head may be rotated; longrope's length beside it
+    mixture: MixtureKeys | None = None
     gguf: tuple[str, ...] = ()  # general.architecture of its GGUF files
     gguf_interleaved: bool = False  # its GGUF files hold rotated rows as (pair, half) of a head
 
@@ -193,12 +157,12 @@ FAMILIES: dict[str, Family] = {
         gguf_interleaved=True,
     ),
     "mistral": Family(
-        architecture="MistralForCausalLM", defaults=_MISTRAL, types=every_layer_alike
+        architecture="MistralForCausalLM", defaults=_MISTRAL, types=layer_types.every_layer_alike
     ),
     "ministral": Family(
         architecture="MinistralForCausalLM",
         defaults=_MISTRAL,
-        types=every_layer_alike,
+        types=layer_types.every_layer_alike,
         reads_types=True,
     ),
     "cwm": Family(
@@ -224,14 +188,14 @@ FAMILIES: dict[str, Family] = {
             "eos_token_id": [128001, 128008, 128009],
         },
         keys=("mlp_bias", "hidden_act"),
-        types=_full_every(4, at=0),
+        types=layer_types.full_every(4, at=0),
         reads_types=True,
     ),
     "qwen2": Family(
         architecture="Qwen2ForCausalLM",
         defaults=_QWEN,
         options=lambda raw: {"qkv_bias": True},
-        types=_from_max_window_layers,
+        types=layer_types.from_max_window_layers,
         reads_types=True,
         gguf=("qwen2",),
     ),
@@ -240,7 +204,7 @@ FAMILIES: dict[str, Family] = {
         defaults={**_QWEN, "attention_bias": False, "head_dim": 128},
         keys=("attention_bias", "hidden_act"),
         options=lambda raw: {"qk_norm": "head"},
-        types=_from_max_window_layers,
+        types=layer_types.from_max_window_layers,
         reads_types=True,
         gguf=("qwen3",),
     ),
@@ -258,7 +222,7 @@ FAMILIES: dict[str, Family] = {
         defaults=_GEMMA2,
         keys=_GEMMA2_KEYS,
         options=lambda raw: {**_gemma_options(raw), "norms": "both"},
-        types=_full_every(2, at=1),
+        types=layer_types.full_every(2, at=1),
         reads_types=True,
         gguf=("gemma2",),
     ),
@@ -267,7 +231,7 @@ FAMILIES: dict[str, Family] = {
         defaults=_GEMMA2,
         keys=_GEMMA2_KEYS,
         options=lambda raw: {**_gemma_options(raw), "norms": "pre_feedforward"},
-        types=_full_every(2, at=1),
+        types=layer_types.full_every(2, at=1),
         reads_types=True,
     ),
     "gemma3_text": Family(
@@ -285,7 +249,7 @@ FAMILIES: dict[str, Family] = {
         options=lambda raw: {**_gemma_options(raw), "norms": "both", "qk_norm": "head"},
         # transformers' attention leaves this cap out, whatever the file says.
         accepts={"attn_logit_softcapping": (None,)},
-        types=_gemma3,
+        types=layer_types.gemma3,
         reads_types=True,
         two_ropes=True,
         local_theta="rope_local_base_freq",
@@ -302,7 +266,7 @@ FAMILIES: dict[str, Family] = {
             "pad_token_id": 32000,
         },
         options=lambda raw: {"fused": True},
-        types=every_layer_alike,
+        types=layer_types.every_layer_alike,
         accepts={"partial_rotary_factor": None, "original_max_position_embeddings": None},
         phi3_rope=True,
         gguf=("phi3",),
@@ -319,7 +283,7 @@ FAMILIES: dict[str, Family] = {
         defaults={**_OLMO2, "rope_theta": 500000.0, "sliding_window": 4096},
         keys=("attention_bias", "hidden_act"),
         options=lambda raw: {"norms": "post", "qk_norm": "projection"},
-        types=_full_every(4, at=3),
+        types=layer_types.full_every(4, at=3),
         reads_types=True,
         two_ropes=True,
     ),
@@ -340,7 +304,7 @@ FAMILIES: dict[str, Family] = {
             "pad_token_id": 128004,
         },
         keys=("attention_bias", "mlp_bias", "hidden_act"),
-        types=_smollm3,
+        types=layer_types.smollm3,
         reads_types=True,
         gguf=("smollm3",),
         gguf_interleaved=True,
@@ -362,6 +326,38 @@ FAMILIES: dict[str, Family] = {
         ),
         gguf=("granite",),
         gguf_interleaved=True,
+    ),
+    "qwen3_moe": Family(
+        architecture="Qwen3MoeForCausalLM",
+        defaults={
+            **_QWEN,
+            "num_key_value_heads": 4,
+            "attention_bias": False,
+            "moe_intermediate_size": 768,
+        },
+        keys=("attention_bias", "hidden_act"),
+        options=lambda raw: {"qk_norm": "head"},
+        types=layer_types.all_by_use_sliding_window,
+        mixture=MixtureKeys(experts=128, per_token=8, width="moe_intermediate_size"),
+    ),
+    "mixtral": Family(
+        architecture="MixtralForCausalLM",
+        defaults={**_MISTRAL, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None},
+        types=layer_types.every_layer_alike,
+        mixture=MixtureKeys(
+            experts=8,
+            per_token=2,
+            width="intermediate_size",
+            normalized=True,
+            block_sparse=True,
+        ),
+    ),
+    "olmoe": Family(
+        architecture="OlmoeForCausalLM",
+        defaults={**_OLMO2, "max_position_embeddings": 4096, "clip_qkv": None},
+        keys=("attention_bias", "hidden_act", "clip_qkv"),
+        options=lambda raw: {"qk_norm": "projection"},
+        mixture=MixtureKeys(experts=64, per_token=8, width="intermediate_size"),
     ),
 }
 

@@ -29,6 +29,7 @@ from dcod_jax.models.tensor_files import (
     checked_reader,
     is_adapter,
     publish,
+    stored_form,
     weight_map,
     write_shard,
 )
@@ -104,7 +105,9 @@ def load_params(
 
     Raises DcodError naming the tensor that is missing, unexpected, of another shape or type.
     """
-    with checked_reader(_directory(path), config, form) as read:
+    directory = _directory(path)
+    form = stored_form(directory, form)
+    with checked_reader(directory, config, form) as read:
         return assemble(config, form, read, dtype=dtype, shardings=shardings)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from dcod_jax.bounds import check, number, optional
 from dcod_jax.errors import DcodError
 from dcod_jax.models import rope
-from dcod_jax.models.families import FULL, SLIDING, Family, Raw, every_layer_alike, refuse, rotated
+from dcod_jax.models.families import Family, refuse
+from dcod_jax.models.layer_types import FULL, SLIDING, Raw, every_layer_alike, rotated
 from dcod_jax.models.rope import Rope
 
 _SHARE = optional(number(1e-3, 1))

@@ -1,8 +1,8 @@
-"""The modules of the transformer: linear maps, norms, rotary positions, attention, MLP, block.
+"""The modules of a transformer's layer: linear maps, norms, rotary positions, attention, MLP.
 
 Each parameter is declared here, once: its shape, logical axes, initial value and names in HF and
 GGUF files (`Declaration`). Parameters are kernels [in, out], biases, scales (of norms) and
-embeddings [V, D]. The modules hold one layer; models/transformer.py stacks and scans them.
+embeddings [V, D]. The modules hold one layer; models/blocks.py joins them.
 Dimensions beside the legend: P rotary pairs (H/2), R query heads per kv head, S queries, M keys.
 """
 
@@ -26,27 +26,6 @@ MANY_ROWS = 512  # beyond, a CPU multiplies x @ w as fast as w @ x
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
-}
-# Where a block has norms -> (attribute, which is the name in HF files too, name in GGUF files).
-NORMS: dict[str, dict[str, tuple[str, str]]] = {
-    "pre": {
-        "before attention": ("input_layernorm", "attn_norm"),
-        "before mlp": ("post_attention_layernorm", "ffn_norm"),
-    },
-    "pre_feedforward": {
-        "before attention": ("input_layernorm", "attn_norm"),
-        "before mlp": ("pre_feedforward_layernorm", "ffn_norm"),
-    },
-    "post": {
-        "after attention": ("post_attention_layernorm", "post_attention_norm"),
-        "after mlp": ("post_feedforward_layernorm", "post_ffw_norm"),
-    },
-    "both": {
-        "before attention": ("input_layernorm", "attn_norm"),
-        "after attention": ("post_attention_layernorm", "post_attention_norm"),
-        "before mlp": ("pre_feedforward_layernorm", "ffn_norm"),
-        "after mlp": ("post_feedforward_layernorm", "post_ffw_norm"),
-    },
 }
 
 
@@ -109,14 +88,16 @@ class Declaration:
     """What the mesh and the files know a parameter by; nnx metadata of the parameter."""
 
     axes: tuple[str, ...]  # a logical axis for each dimension (parallel/mesh.RULES)
-    hf: str  # name in HF files; "{layer}" where L tensors are stacked on axis 0
+    hf: str  # name in HF files; "{layer}" where L tensors are stacked on axis 0, then "{expert}"
     gguf: str
     transposed: bool = False  # files hold [out, in]
     rope_heads: int = 0  # heads of rotated rows, which the llama GGUF files interleave
     rows: tuple[int, int] | None = None  # (first, all) of a file's tensor that holds several
+    stacked: str = ""  # name, if another, in HF files with one tensor for all experts of a layer
+    stacked_rows: tuple[int, int] | None = None  # rows of it, within each expert
 
 
-def _declare(value: Array, axes: tuple[str, ...], hf: str, gguf: str, **more: Any) -> nnx.Param:
+def declare(value: Array, axes: tuple[str, ...], hf: str, gguf: str, **more: Any) -> nnx.Param:
     return nnx.Param(value, declaration=Declaration(axes, hf, gguf, **more))
 
 
@@ -141,13 +122,14 @@ class Linear(nnx.Module):
         rows: tuple[int, int] | None = None,
         lora: Lora | None = None,
         name: str | None = None,
+        stacked: str = "",
     ):
         value = std * jax.random.normal(rngs.params(), width)
         names, more = (f"{hf}.weight", f"{gguf}.weight"), {"rope_heads": rope_heads, "rows": rows}
-        self.kernel = _declare(value, axes, *names, transposed=True, **more)
+        self.kernel = declare(value, axes, *names, transposed=True, stacked=stacked, **more)
         if bias:
             value = jnp.zeros(width[1])
-            self.bias = _declare(value, axes[1:], f"{hf}.bias", f"{gguf}.bias", **more)
+            self.bias = declare(value, axes[1:], f"{hf}.bias", f"{gguf}.bias", **more)
         self.has_bias = bias
         self.transposed = False
         name = name or hf
@@ -160,9 +142,9 @@ class Linear(nnx.Module):
                 [(f"{name}.lora_{x}.weight", "") for x in "AB"],
                 (axes[0], "rank", axes[1]),
             )
-            self.lora_a = _declare(value * bound, ends[:2], *names[0], transposed=True)
+            self.lora_a = declare(value * bound, ends[:2], *names[0], transposed=True)
             value = jnp.zeros((lora.rank, width[1]))
-            self.lora_b = _declare(value, ends[1:], *names[1], transposed=True)
+            self.lora_b = declare(value, ends[1:], *names[1], transposed=True)
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         bias = self.bias[...] if self.has_bias else None
@@ -185,7 +167,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, width: int, hf: str, gguf: str, *, eps: float, offset: float = 0.0):
         start = jnp.full(width, 1.0 - offset)
-        self.scale = _declare(start, ("norm",), f"{hf}.weight", f"{gguf}.weight")
+        self.scale = declare(start, ("norm",), f"{hf}.weight", f"{gguf}.weight")
         self.eps = eps
         self.offset = offset
 
@@ -197,7 +179,7 @@ class RMSNorm(nnx.Module):
         return (normed * (scale + self.offset if self.offset else scale)).astype(x.dtype)
 
 
-def _norm(config: ModelConfig, width: int, hf: str, gguf: str) -> RMSNorm:
+def norm(config: ModelConfig, width: int, hf: str, gguf: str) -> RMSNorm:
     return RMSNorm(width, hf, gguf, eps=config.rms_norm_eps, offset=config.norm_offset)
 
 
@@ -207,7 +189,7 @@ class Embedding(nnx.Module):
     def __init__(self, config: ModelConfig, hf: str, gguf: str, *, rngs: nnx.Rngs):
         width = (config.vocab_size, config.hidden_size)
         value = config.initializer_range * jax.random.normal(rngs.params(), width)
-        self.embedding = _declare(value, ("vocab", "embed"), f"{hf}.weight", f"{gguf}.weight")
+        self.embedding = declare(value, ("vocab", "embed"), f"{hf}.weight", f"{gguf}.weight")
 
 
 def rope_tables(
@@ -298,9 +280,9 @@ class Attention(nnx.Module):
         )
         if config.qk_norm:
             q_width, k_width = (H, H) if config.qk_norm == "head" else (N * H, G * H)
-            self.q_norm = _norm(config, q_width, "self_attn.q_norm", "attn_q_norm")
-            self.k_norm = _norm(config, k_width, "self_attn.k_norm", "attn_k_norm")
-        self.qk_norm = config.qk_norm
+            self.q_norm = norm(config, q_width, "self_attn.q_norm", "attn_q_norm")
+            self.k_norm = norm(config, k_width, "self_attn.k_norm", "attn_k_norm")
+        self.qk_norm, self.clip = config.qk_norm, config.qkv_clip
         self.head_dim = H
 
     def project(
@@ -313,6 +295,8 @@ class Attention(nnx.Module):
         query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.qk_norm == "projection":
             query, key = self.q_norm(query), self.k_norm(key)
+        if self.clip is not None:
+            query, key, value = (jnp.clip(y, -self.clip, self.clip) for y in (query, key, value))
         query, key, value = (y.reshape(B, T, -1, self.head_dim) for y in (query, key, value))
         if self.qk_norm == "head":
             query, key = self.q_norm(query), self.k_norm(key)
@@ -347,54 +331,3 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
-
-
-class Block(nnx.Module):
-    """One decoder layer, in two halves: before attention and after it.
-
-    Names in files are those within the layer.
-    """
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.self_attn = Attention(config, rngs=rngs)
-        self.mlp = MLP(config, rngs=rngs)
-        for name, gguf in NORMS[config.norms].values():
-            setattr(self, name, _norm(config, config.hidden_size, name, gguf))
-        self.norms = config.norms
-        self.residual_scale = config.residual_scale
-
-    def _norm(self, place: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        name, _ = NORMS[self.norms].get(place, (None, None))
-        return x if name is None else getattr(self, name)(x)
-
-    def _add(self, x: Float[Array, "B T D"], more: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return x + more if self.residual_scale == 1 else x + more * self.residual_scale
-
-    def project(
-        self,
-        x: Float[Array, "B T D"],
-        rope: tuple[Float[Array, "B T P"], Float[Array, "B T P"]] | None,
-    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T G H"], Float[Array, "B T G H"]]:
-        return self.self_attn.project(self._norm("before attention", x), rope)
-
-    def finish(
-        self, x: Float[Array, "B T D"], mixed: Float[Array, "B T N H"]
-    ) -> Float[Array, "B T D"]:
-        x = self._add(x, self._norm("after attention", self.self_attn.output(mixed)))
-        return self._add(x, self._norm("after mlp", self.mlp(self._norm("before mlp", x))))
-
-
-class Decoder(nnx.Module):
-    """Everything outside the layers."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.embed_tokens = Embedding(config, "model.embed_tokens", "token_embd", rngs=rngs)
-        self.norm = _norm(config, config.hidden_size, "model.norm", "output_norm")
-        if not config.tie_word_embeddings:
-            self.lm_head = Embedding(config, "lm_head", "output", rngs=rngs)
-        self.logits_scale = config.logits_scale
-
-    def final(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """The normed hidden states, divided by logits_scale so that the head's logits are."""
-        x = self.norm(x)
-        return x if self.logits_scale == 1 else x / self.logits_scale

@@ -46,7 +46,8 @@ def with_adapter(config: ModelConfig, settings: Any) -> ModelConfig:
         if not linear_maps(adapted(target)):
             raise DcodError(
                 f"student.lora.targets: {target!r} names no linear map of model_type="
-                f"{config.model_type!r}; it has {', '.join(linear_maps(adapted('.*')))}"
+                f"{config.model_type!r} that adapters are for (of attention, and of an MLP that is "
+                f"no mixture of experts): {', '.join(linear_maps(adapted('.*')))}"
             )
     return adapted(*settings["targets"])
 

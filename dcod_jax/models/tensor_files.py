@@ -30,6 +30,7 @@ SINGLE = "model.safetensors"
 ADAPTER = "adapter_model.safetensors"  # of a PEFT directory
 INDEX = "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+STACKED = ".experts.gate_up_proj"  # end of the name of such a tensor
 _INDEX = {"weight_map": mapping(items=text(255))}
 
 # Buffers that old exports wrote; their values follow from the config.
@@ -68,6 +69,15 @@ def weight_map(directory: Path) -> dict[str, Path]:
             f"M.from_pretrained('{directory}').save_pretrained('{directory}')\""
         )
     raise DcodError(f"{directory}: no {SINGLE} and no {INDEX} in it; expected HF weights")
+
+
+def stored_form(directory: Path, form: Form) -> Form:
+    """That of HF files with the experts of a layer in one tensor is another.
+
+    Transformers 5 writes them so with save_original_format=False.
+    """
+    stacked = form == "hf" and any(name.endswith(STACKED) for name in weight_map(directory))
+    return "stacked" if stacked else form
 
 
 @contextlib.contextmanager

@@ -22,7 +22,8 @@ from dcod_jax.models.transformer import check_mesh, declarations, logical_axes, 
 from dcod_jax.parallel import mesh as meshes
 from dcod_jax.types import Params
 
-Form = Literal["hf", "gguf", "peft"]  # peft: the adapters alone; the others hold all else
+# peft: the adapters alone; the others hold all else; stacked: HF with the experts in one tensor
+Form = Literal["hf", "stacked", "gguf", "peft"]
 PEFT = "base_model.model."  # what names in PEFT files begin with
 Part = tuple[slice, ...]  # one slice a dimension, each with a start and a stop
 Bounds = tuple[tuple[int, int], ...]  # of a piece: (start, stop) of each dimension
@@ -31,25 +32,28 @@ STAGED = 1 << 24  # bytes that the host holds of a device's piece, unless one la
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """One tensor of a file, and where it lives in params: a leaf and, if stacked, the layer."""
+    """One tensor of a file, and where it lives in params: a leaf and its place there."""
 
     name: str
     path: str  # dotted: "layers.mlp.up_proj.kernel"
-    layer: int | None
+    index: tuple[int, ...]  # of a stacked leaf: (layer,) or (layer, expert)
     shape: tuple[int, ...]  # as the file has it
     transposed: bool
     rope_heads: int
     rows: tuple[int, int] | None = None  # (first, all) of a file's tensor that holds several slots
+    expert: tuple[int, int] | None = None  # (index, all) of a tensor that stacks experts
 
     @property
     def file_shape(self) -> tuple[int, ...]:
         """Of the file's whole tensor."""
-        return self.shape if self.rows is None else (self.rows[1], *self.shape[1:])
+        shape = self.shape if self.rows is None else (self.rows[1], *self.shape[1:])
+        return shape if self.expert is None else (self.expert[1], *shape)
 
     def within(self, part: Part) -> Part:
         """A part of the slot as a part of the file's tensor."""
         first = 0 if self.rows is None else self.rows[0]
-        return (slice(part[0].start + first, part[0].stop + first), *part[1:])
+        part = (slice(part[0].start + first, part[0].stop + first), *part[1:])
+        return part if self.expert is None else (slice(self.expert[0], self.expert[0] + 1), *part)
 
     def num_bytes(self, dtype: DTypeLike) -> int:
         """Bytes of the slot in a file."""
@@ -77,14 +81,19 @@ def slots(config: ModelConfig, form: Form) -> list[Slot]:
     declared, found = flatten(declarations(config)), []
     for path, leaf in _leaves(config, form).items():
         one = declared[path]
-        stacked = one.axes[0] == "layers"
-        shape = leaf.shape[1:] if stacked else leaf.shape
+        depth = sum(axis in ("layers", "experts") for axis in one.axes)
+        shape = leaf.shape[depth:]
         shape = shape[::-1] if one.transposed else shape
-        for layer in range(config.num_layers) if stacked else (None,):
-            name = (one.gguf if form == "gguf" else one.hf).format(layer=layer)
-            name = PEFT + name if form == "peft" else name
-            more = (one.transposed, one.rope_heads, one.rows)
-            found.append(Slot(name, path, layer, shape, *more))
+        name, rows = (one.gguf if form == "gguf" else one.hf), one.rows
+        if form == "stacked" and one.stacked:
+            name, rows = one.stacked, one.stacked_rows
+        name = PEFT + name if form == "peft" else name
+        for index in np.ndindex(*leaf.shape[:depth]):
+            layer, expert = (*index, None, None)[:2]
+            full = name.format(layer=layer, expert=expert)
+            place = (expert, leaf.shape[1]) if form == "stacked" and expert is not None else None
+            more = (one.transposed, one.rope_heads, rows, place)
+            found.append(Slot(full, path, index, shape, *more))
     return found
 
 
@@ -157,14 +166,18 @@ def _piece_reader(
         by_path.setdefault(slot.path, []).append(slot)
 
     def piece(path: str, index: Part) -> np.ndarray:
-        layers = by_path[path]
-        stacked = layers[0].layer is not None
-        part = index[1:] if stacked else index
+        depth = len(by_path[path][0].index)
+        part = index[depth:]
         host = np.empty([at.stop - at.start for at in index], jnp.dtype(dtype))
-        for place, slot in enumerate(layers[index[0]] if stacked else layers):
+        starts = [at.start for at in index[:depth]]
+        for slot in by_path[path]:
+            if any(not at.start <= i < at.stop for at, i in zip(index, slot.index, strict=False)):
+                continue
             tensor = read(slot, slot.within(part[::-1] if slot.transposed else part))
             check_finite(slot.name, tensor)
-            host[place if stacked else ...] = tensor.T if slot.transposed else tensor
+            tensor = tensor if slot.expert is None else tensor[0]
+            place = tuple(i - start for i, start in zip(slot.index, starts, strict=True))
+            host[place] = tensor.T if slot.transposed else tensor
         return host
 
     return piece
@@ -234,10 +247,18 @@ def _with_rows(array: jax.Array, rows: jax.Array, first: int | jax.Array) -> jax
 
 @functools.cache
 def _rows_program(layout: Sharding | None) -> Callable[..., jax.Array]:
-    """(array, first, count) -> so many rows, placed so; the array itself keeps no host copy."""
+    """(array, first, count, expert) -> so many rows, placed so; the array keeps no host copy.
 
-    def rows(array: jax.Array, first: int | jax.Array, count: int) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(array, first, count, axis=0)
+    expert: index in the second dimension of an array that stacks them.
+    """
+
+    def rows(
+        array: jax.Array, first: int | jax.Array, count: int, *expert: int | jax.Array
+    ) -> jax.Array:
+        part = jax.lax.dynamic_slice_in_dim(array, first, count, axis=0)
+        for index in expert:
+            part = jax.lax.dynamic_index_in_dim(part, index, axis=1, keepdims=False)
+        return part
 
     return jax.jit(rows, static_argnums=2, out_shardings=layout)
 
@@ -254,14 +275,15 @@ def tensor_of(flat: dict[str, Any], slot: Slot, *, dtype: DTypeLike) -> np.ndarr
         layout = meshes.sharding(cast(Any, leaf.sharding).mesh, ())
     elif not keeps:
         return None
-    first, count = (0, len(leaf)) if slot.layer is None else (slot.layer, 1)
+    first, count = (slot.index[0], 1) if slot.index else (0, len(leaf))
     host = np.empty(slot.shape if keeps else (0,) * len(slot.shape), jnp.dtype(dtype))
     view = host.T if slot.transposed else host
-    view = view if slot.layer is None else view[None]
-    bounds = ((first, first + count), *((0, size) for size in leaf.shape[1:]))
+    view = view[None] if slot.index else view
+    rest = leaf.shape[max(len(slot.index), 1) :]
+    bounds = ((first, first + count), *((0, size) for size in rest))
     for part in blocks(bounds, leaf.dtype):
         start, stop = part[0].start, part[0].stop
-        rows = _rows_program(layout)(leaf, start, stop - start)
+        rows = _rows_program(layout)(leaf, start, stop - start, *slot.index[1:])
         if keeps:
             view[start - first : stop - first] = rows.addressable_data(0) if apart else rows
     return host if keeps else None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from dcod_jax.models import attention, layer_kinds, layers
+from dcod_jax.models import attention, blocks, layer_kinds, layers
 from dcod_jax.models import remat as remats
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.layer_kinds import LayerKind
@@ -36,6 +35,7 @@ from dcod_jax.types import Params
 _TOKENS = ("batch", "length", None)
 _HEADS = ("batch", "length", "heads", None)
 _KV_HEADS = ("batch", "length", "kv_heads", None)
+_MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def _pure(module: nnx.Module) -> Params:
@@ -45,8 +45,8 @@ def _pure(module: nnx.Module) -> Params:
 @functools.cache
 def graphs(config: ModelConfig, *, transposed: bool = False) -> tuple[Any, Any]:
     """Graph definitions of (Decoder, Block): the modules without their arrays."""
-    decoder = nnx.eval_shape(lambda: layers.Decoder(config, rngs=nnx.Rngs(0)))
-    block = nnx.eval_shape(lambda: layers.Block(config, rngs=nnx.Rngs(0)))
+    decoder = nnx.eval_shape(lambda: blocks.Decoder(config, rngs=nnx.Rngs(0)))
+    block = nnx.eval_shape(lambda: blocks.Block(config, rngs=nnx.Rngs(0)))
     for _, module in nnx.iter_graph(block):
         if isinstance(module, layers.Linear):
             module.transposed = transposed
@@ -56,9 +56,9 @@ def graphs(config: ModelConfig, *, transposed: bool = False) -> tuple[Any, Any]:
 def init_params(config: ModelConfig, key: Array, *, dtype: DTypeLike = jnp.float32) -> Params:
     """Random parameters: normal(initializer_range) matrices, zero biases, unit norms; jittable."""
     outer_key, layer_key = jax.random.split(key)
-    params = _pure(layers.Decoder(config, rngs=nnx.Rngs(outer_key)))
+    params = _pure(blocks.Decoder(config, rngs=nnx.Rngs(outer_key)))
     keys = jax.random.split(layer_key, config.num_layers)
-    params["layers"] = jax.vmap(lambda k: _pure(layers.Block(config, rngs=nnx.Rngs(k))))(keys)
+    params["layers"] = jax.vmap(lambda k: _pure(blocks.Block(config, rngs=nnx.Rngs(k))))(keys)
     return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
@@ -77,13 +77,14 @@ def declarations(config: ModelConfig) -> Params:
         for path, param in nnx.to_flat_state(nnx.state(module)):
             yield path, param.get_metadata("declaration")
 
-    flat = dict(of(layers.Decoder))
-    for path, one in of(layers.Block):
+    flat = dict(of(blocks.Decoder))
+    for path, one in of(blocks.Block):
         flat["layers", *path] = dataclasses.replace(
             one,
             axes=("layers", *one.axes),
             hf=f"model.layers.{{layer}}.{one.hf}",
             gguf=f"blk.{{layer}}.{one.gguf}",
+            stacked=one.stacked and f"model.layers.{{layer}}.{one.stacked}",
         )
     return traverse_util.unflatten_dict(flat)
 
@@ -93,44 +94,17 @@ def logical_axes(config: ModelConfig) -> Params:
     return jax.tree.map(lambda one: one.axes, declarations(config))
 
 
-def num_params(config: ModelConfig) -> int:
-    """Parameters, adapters included; a tied head is counted once."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(param_shapes(config)))
-
-
-def flops_per_row(config: ModelConfig, seq_len: int, head_tokens: int) -> float:
-    """Floating point operations of training on one row: 3 x forward, frozen matrices 2 x.
-
-    Per token forward: 2 per matmul parameter of the layers, and 4 * N * H per visible position and
-    layer, (seq_len + 1) / 2 of them on average, for causal attention scores and their weighted sum;
-    fewer with a window. The head is counted at the head_tokens positions that it is compiled for.
-    Recomputation (remat) is not counted.
-    """
-    frozen = config.lora is not None  # then a matrix without adapter has no gradient of its own
-    matmul = sum(
-        math.prod(leaf.shape) * (2 if frozen and path[-1].key == "kernel" else 3)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(config)["layers"])
-        if leaf.ndim == 3
-    )
-    seen = 0.0  # positions that a token sees, over all layers
-    for kind in config.kinds:
-        window = min(kind.window or seq_len, seq_len)
-        seen += window - window * (window - 1) / (2 * seq_len)
-    attention = 4 * config.num_heads * config.head_dim * seen
-    head = 2 * config.vocab_size * config.hidden_size
-    head *= 2 if frozen else 3
-    return 1.0 * seq_len * (2 * matmul + 3 * attention) + head_tokens * head
-
-
 def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     """Refuse a mesh that cannot split this model evenly, naming the config key."""
     sizes = {
         "num_attention_heads": ("heads", config.num_heads),
         "num_key_value_heads": ("kv_heads", config.num_kv_heads),
-        "intermediate_size": ("mlp", config.intermediate_size),
+        "intermediate_size": ("mlp", config.mlp_width),
         "vocab_size": ("vocab", config.vocab_size),
         "hidden_size": ("embed", config.hidden_size),
     }
+    if config.mixture is not None:
+        sizes["num_experts"] = ("experts", config.mixture.experts)
     meshes.check_divides(mesh, sizes)
 
 
@@ -161,22 +135,24 @@ def _with_weights(
     dtypes: WeightDtypes,
     mesh: Mesh | None,
     placed: bool,
+    own: bool = False,
 ) -> Any:
     """function(layer, *arrays), the matrices of the modules `used` as `gather_layer` has them.
 
     Every device runs it on its own tokens, so that the gradient of a matrix is a partial sum on
     each, which one reduce-scatter adds up and splits; the partitioner would all-reduce it. With a
-    tensor axis, where the function needs collectives of its own, or without `placed`, the
-    partitioner does it all.
+    tensor axis or without `placed` the partitioner does it all, but for a function that has
+    collectives of its `own`.
     """
-    if mesh is None or mesh.size == 1 or meshes.parts(mesh, "heads") > 1 or not placed:
+    partitioned = not own and (meshes.parts(mesh, "heads") > 1 or not placed)
+    if mesh is None or mesh.size == 1 or partitioned:
         layer = gather_layer(layer, axes, dtypes=dtypes, mesh=mesh)
         return function(layer, *(x for _, x in arrays))
 
     def gather(path: tuple[Any, ...], names: tuple[str, ...], weight: Array) -> Array:
         if names[-1] == "norm" or path[-2].key not in used:
             return weight
-        if "embed" not in names:
+        if not {*collectives.SPLIT_ANEW} & {*names}:
             return weight.astype(dtypes.gradient)
         return collectives.gather_weight(weight, mesh, names[1:], dtypes)
 
@@ -212,34 +188,50 @@ def embed(
     return meshes.constrain(x, mesh, "batch", length, None)
 
 
+def apply_experts(
+    graph: Any, mesh: Mesh | None, layer: Params, x: Array, real: Array
+) -> tuple[Array, Array]:
+    """A layer's blocks.Block.apply_experts, on each device's own tokens."""
+    return nnx.merge(graph, layer).apply_experts(x, real, mesh=mesh)
+
+
 def scan_groups(
     kinds: Sequence[LayerKind],
-    block: Callable[[LayerKind, Any, Any], Any],
+    block: Callable[[LayerKind, Any, Any], tuple[Any, Any]],
     carry: Any,
     layers: Any,
-) -> Any:
-    """carry = block(kind, carry, layer) for the layers of these kinds, stacked on axis 0."""
+) -> tuple[Any, Any]:
+    """carry, out = block(kind, carry, layer) for layers of these kinds; both stack on axis 0."""
     groups = layer_kinds.groups(kinds)
 
     def of_group(x: Array, start: int, periods: int, size: int) -> Array:
         x = x if len(groups) == 1 else x[start : start + size * periods]
         return x if size == 1 else x.reshape(periods, size, *x.shape[1:])
 
-    start = 0
+    start, outs = 0, []
     for some, periods in groups:
         sizes = {"start": start, "periods": periods, "size": len(some)}
         group = jax.tree.map(functools.partial(of_group, **sizes), layers)
 
         def period(carry: Any, layer: Any, kinds: tuple[LayerKind, ...] = some) -> Any:
             if len(kinds) == 1:
-                return block(kinds[0], carry, layer), None
+                return block(kinds[0], carry, layer)
+            found = []
             for index, kind in enumerate(kinds):
-                carry = block(kind, carry, jax.tree.map(lambda x, i=index: x[i], layer))
-            return carry, None
+                carry, out = block(kind, carry, jax.tree.map(lambda x, i=index: x[i], layer))
+                found.append(out)
+            return carry, jax.tree.map(lambda *x: jnp.stack(x), *found)
 
-        carry, _ = jax.lax.scan(period, carry, group)
+        carry, out = jax.lax.scan(period, carry, group)
+        if len(some) > 1:
+            out = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
+        outs.append(out)
         start += len(some) * periods
-    return carry
+    return carry, _joined(outs)
+
+
+def _joined(stacks: list[Any]) -> Any:
+    return stacks[0] if len(stacks) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *stacks)
 
 
 def rope_tables(
@@ -263,6 +255,13 @@ def rope_tables(
 
 
 def hidden_states(
+    config: ModelConfig, params: Params, tokens: Int[Array, "B T"], **options: Any
+) -> Float[Array, "B T D"]:
+    """The hidden states of `forward`, whose options it takes."""
+    return forward(config, params, tokens, **options)[0]
+
+
+def forward(
     config: ModelConfig,
     params: Params,
     tokens: Int[Array, "B T"],
@@ -275,9 +274,9 @@ def hidden_states(
     mesh: Mesh | None = None,
     kernel: str = "auto",
     placed: bool = True,
-) -> Float[Array, "B T D"]:
+) -> tuple[Float[Array, "B T D"], Float[Array, "B L R"] | None]:
     """Final normed hidden states (over logits_scale), in compute_dtype; attention is causal within
-    a segment.
+    a segment. Beside them each row's routing (losses/routing.py); None without experts.
 
     kernel: of attention.KINDS. placed: whether devices exchange weights and sums of gradients by
     collectives placed by hand, or as the partitioner does it.
@@ -302,7 +301,11 @@ def hidden_states(
     dtypes = WeightDtypes(jnp.dtype(compute_dtype), jnp.dtype(gradient_dtype or compute_dtype))
     run = functools.partial(_with_weights, dtypes=dtypes, mesh=mesh, placed=placed)
 
-    def block(kind: LayerKind, x: Array, layer: Params) -> Array:
+    half, used = "finish", ("o_proj", *_MLP)
+    if config.mixture is not None:
+        half, used = "add_attention", ("o_proj",)
+
+    def block(kind: LayerKind, x: Array, layer: Params) -> tuple[Array, Array | None]:
         x = checkpoint_name(x, remats.BLOCK_INPUT)
         rope = ropes[kind.rope] or ()
         query, key, value = run(
@@ -325,25 +328,40 @@ def hidden_states(
             kind=kernel,
         )
         x = run(
-            lambda layer, x, mixed: nnx.merge(block_graph, layer).finish(x, mixed),
+            lambda layer, x, mixed: getattr(nnx.merge(block_graph, layer), half)(x, mixed),
             layer,
             layer_axes,
-            ("o_proj", "gate_proj", "up_proj", "down_proj"),
+            used,
             ((_TOKENS, x), (_HEADS, mixed)),
             _TOKENS,
         )
-        return meshes.constrain(x, mesh, "batch", "length", None)
+        routing = None
+        if config.mixture is not None:
+            x, routing = run(
+                functools.partial(apply_experts, block_graph, mesh),
+                layer,
+                layer_axes,
+                ("router", *_MLP),
+                ((_TOKENS, x), (_TOKENS[:2], segment_ids > 0)),
+                (_TOKENS, _TOKENS),
+                own=True,
+            )
+        return meshes.constrain(x, mesh, "batch", "length", None), routing
 
     where = {"mesh": mesh, "length": "length"}
     x = embed(params, tokens, scale=config.embedding_scale, compute_dtype=compute_dtype, **where)
-    start, stacked = 0, params["layers"]
+    start, stacked, routed = 0, params["layers"], []
     for mode, count in pieces:
         here = slice(start, start + count)
         some = stacked if len(pieces) == 1 else jax.tree.map(lambda x, at=here: x[at], stacked)
-        x = scan_groups(config.kinds[here], remats.rematerialised(block, mode), x, some)
+        x, out = scan_groups(config.kinds[here], remats.rematerialised(block, mode), x, some)
+        routed.append(out)
         start += count
     outer = {name: value for name, value in params.items() if name != "layers"}
-    return attention.from_pieces(nnx.merge(decoder_graph, outer).final(x), mesh, length)
+    hidden = attention.from_pieces(nnx.merge(decoder_graph, outer).final(x), mesh, length)
+    if config.mixture is None:
+        return hidden, None
+    return hidden, jnp.swapaxes(_joined(routed).sum(2), 0, 1)
 
 
 def head_weight(config: ModelConfig, params: Params) -> Float[Array, "V D"]:

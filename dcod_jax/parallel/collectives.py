@@ -42,6 +42,11 @@ def gather(x: jax.Array, logical: str, *, dimension: int) -> jax.Array:
     return jax.lax.all_gather(x, RULES[logical], axis=dimension, tiled=True)
 
 
+def scatter(x: jax.Array, logical: str, *, dimension: int) -> jax.Array:
+    """Inside per_shard: the sum over the pieces of this name, of which each keeps its part."""
+    return jax.lax.psum_scatter(x, RULES[logical], scatter_dimension=dimension, tiled=True)
+
+
 def place(mesh: Mesh | None, logical: str) -> jax.Array | int:
     """Inside per_shard: index of the device's piece of a dimension of this logical name."""
     return 0 if parts(mesh, logical) == 1 else jax.lax.axis_index(RULES[logical])
@@ -116,6 +121,19 @@ def _scatter_parts(x: jax.Array, mesh: Mesh, axes: Sequence[str], *, dimension: 
     return jnp.moveaxis(done, 0, dimension)
 
 
+SPLIT_ANEW = ("embed", "expert_embed")  # dimensions of a weight that are gathered for its use
+
+
+def whole(names: Sequence[str | None]) -> tuple[str | None, ...]:
+    """The logical names of a weight that is gathered for its use."""
+    return tuple(None if name in SPLIT_ANEW else name for name in names)
+
+
+def _split_anew(names: tuple[str, ...]) -> tuple[str, int]:
+    """(name, dimension) of the one that is gathered."""
+    return next((name, at) for at, name in enumerate(names) if name in SPLIT_ANEW)
+
+
 class WeightDtypes(NamedTuple):
     """In which dtypes a float32 weight is used: hashable, static under jit."""
 
@@ -127,22 +145,25 @@ class WeightDtypes(NamedTuple):
 def gather_weight(
     x: jax.Array, mesh: Mesh, names: tuple[str, ...], dtypes: WeightDtypes
 ) -> jax.Array:
-    """Inside per_shard: a weight rounded to dtypes.compute, whole along "embed".
+    """Inside per_shard: a weight rounded to dtypes.compute, whole along SPLIT_ANEW.
 
     The result has dtypes.gradient, in which its gradient arrives and is summed: scattered along one
     dimension of the torus after another.
     """
-    rounded = x.astype(dtypes.compute)
-    return gather(rounded, "embed", dimension=names.index("embed")).astype(dtypes.gradient)
+    rounded, (name, dimension) = x.astype(dtypes.compute), _split_anew(names)
+    return gather(rounded, name, dimension=dimension).astype(dtypes.gradient)
+
+
+def _gather_weight_backward(
+    mesh: Mesh, names: tuple[str, ...], dtypes: WeightDtypes, _: None, gradient: jax.Array
+) -> tuple[jax.Array]:
+    name, dimension = _split_anew(names)
+    return (_scatter(gradient, mesh, RULES[name], dimension=dimension).astype(jnp.float32),)
 
 
 gather_weight.defvjp(
     lambda x, mesh, names, dtypes: (gather_weight(x, mesh, names, dtypes), None),
-    lambda mesh, names, dtypes, _, gradient: (
-        _scatter(gradient, mesh, RULES["embed"], dimension=names.index("embed")).astype(
-            jnp.float32
-        ),
-    ),
+    _gather_weight_backward,
 )
 
 
@@ -151,8 +172,7 @@ def whole_weight(
     x: jax.Array, mesh: Mesh | None, names: tuple[str, ...], dtypes: WeightDtypes
 ) -> jax.Array:
     """As `gather_weight`, outside of per_shard: the partitioner gathers and sums."""
-    whole = (None if name == "embed" else name for name in names)
-    return constrain(x.astype(dtypes.compute), mesh, *whole).astype(dtypes.gradient)
+    return constrain(x.astype(dtypes.compute), mesh, *whole(names)).astype(dtypes.gradient)
 
 
 whole_weight.defvjp(

@@ -14,6 +14,7 @@ import glob
 import importlib.util
 import json
 import logging
+import math
 import os
 import signal
 import uuid
@@ -297,13 +298,15 @@ def check_shared(directory: Location) -> None:
 def share(config: Any) -> tuple[Mesh, int, int]:
     """(mesh, i, n): work on this mesh on every n-th piece from i on.
 
-    Where a model of mesh.fsdp * mesh.context * mesh.tensor pieces fits on one host's devices, each
-    process works alone on its share; otherwise all work on everything together, as process 0 of 1.
+    Where a model in the pieces of mesh.fsdp, expert, context and tensor fits on one host's devices,
+    each process works alone on its share; otherwise all work on everything together, as process 0
+    of 1.
     """
     check_joined()
     sizes = config.mesh.to_dict()
-    pieces = sizes["fsdp"] * sizes["context"] * sizes["tensor"]
-    if not _joined or pieces < 1 or jax.local_device_count() % pieces:
+    split = [sizes[axis] for axis in ("fsdp", "expert", "context", "tensor")]
+    pieces = math.prod(split)
+    if not _joined or min(split) < 1 or jax.local_device_count() % pieces:
         return make_mesh(**sizes), 0, 1
     own = make_mesh(**sizes | {"data": -1, "slices": -1}, devices=jax.local_devices())
     return own, jax.process_index(), jax.process_count()

@@ -2,14 +2,14 @@
 
 Axes, the slowest network first: `slices` replicates over the data-centre network and carries one
 gradient all-reduce a step, nothing else; `data` replicates inside a slice; `fsdp` splits parameters
-and batch; `context` splits the positions of a row (and the parameters, like fsdp); `tensor` splits
-heads, mlp and vocabulary.
+and batch; `expert` splits the experts of a layer, and all else like fsdp; `context` splits the
+positions of a row (and the parameters, like fsdp); `tensor` splits heads, mlp and vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,15 +19,23 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from dcod_jax.errors import DcodError
 
-AXES = ("slices", "data", "fsdp", "context", "tensor")
+AXES = ("slices", "data", "fsdp", "expert", "context", "tensor")
 
 # Logical axis of a model or batch -> mesh axes it is split over. One table, read by everything.
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("slices", "data", "fsdp"),
+    "batch": ("slices", "data", "fsdp", "expert"),
     "replica": ("slices", "data"),  # of "batch", what does not split parameters
     "length": ("context",),
-    "shards": ("slices", "data", "fsdp", "context"),  # batch and length folded into one dimension
-    "embed": ("fsdp", "context"),
+    "shards": (
+        "slices",
+        "data",
+        "fsdp",
+        "expert",
+        "context",
+    ),  # batch and length folded into one dimension
+    "embed": ("fsdp", "expert", "context"),
+    "experts": ("expert",),
+    "expert_embed": ("fsdp", "context"),  # of an expert's matrices
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -40,18 +48,19 @@ def make_mesh(
     fsdp: int = 1,
     *,
     tensor: int = 1,
+    expert: int = 1,
     context: int = 1,
     slices: int = -1,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """Mesh of AXES; one of data, fsdp, context and tensor may be -1 and fills what is left.
+    """Mesh of AXES; one of data, fsdp, expert, context and tensor may be -1 and fills what is left.
 
     slices: TPU slices joined by the data-centre network, -1 for as many as the devices report;
     devices that report none (CPU, GPU) are taken as equal contiguous groups. Raises DcodError with
     the arithmetic when the sizes do not multiply to the device count, or slices is not theirs.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
+    sizes = {"data": data, "fsdp": fsdp, "expert": expert, "context": context, "tensor": tensor}
     bad = {name: size for name, size in sizes.items() if size < 1 and size != -1}
     free = [name for name, size in sizes.items() if size == -1]
     if bad or len(free) > 1:
@@ -62,14 +71,18 @@ def make_mesh(
         sizes[free[0]] = max(len(devices) // fixed, 1)
     total = math.prod(sizes.values())
     if total != len(devices):
-        hidden = () if sizes["slices"] > 1 else ("slices",)
-        product = " * ".join(f"{name}={sizes[name]}" for name in AXES if name not in hidden)
+        product = " * ".join(f"{name}={sizes[name]}" for name in _shown(sizes, AXES))
         raise DcodError(
             f"mesh.{product} = {total}, but there are {len(devices)} devices; "
             f"set mesh.{free[0] if free else 'data'} or the other axes so that the product matches"
         )
     shape = tuple(sizes[name] for name in AXES)
     return Mesh(_arrange(devices, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _shown(sizes: Mapping[str, int], axes: Sequence[str]) -> list[str]:
+    """The axes that a message names: most meshes split neither slices nor experts."""
+    return [name for name in axes if sizes[name] > 1 or name not in ("slices", "expert")]
 
 
 def _reported(devices: Sequence[Any]) -> int:
@@ -112,8 +125,8 @@ def _arrange(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
 
 
 def with_tensor(mesh: Mesh, tensor: int) -> Mesh:
-    """The mesh's devices in their order with `tensor` pieces; fsdp and context become data."""
-    shape = (mesh.shape["slices"], -1, 1, 1, tensor)
+    """The mesh's devices in their order with `tensor` pieces; all others become data."""
+    shape = (mesh.shape["slices"], -1, 1, 1, 1, tensor)
     return Mesh(mesh.devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -173,7 +186,8 @@ def batch_shards(mesh: Mesh | None) -> int:
 
 def describe(mesh: Mesh, logical: str) -> str:
     """The mesh axes that a logical axis is split over: "slices=2 * data=4 * fsdp=4"."""
-    return " * ".join(f"{axis}={mesh.shape[axis]}" for axis in RULES[logical])
+    axes = RULES[logical] if len(RULES[logical]) == 1 else _shown(mesh.shape, RULES[logical])
+    return " * ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
 
 
 def is_names(x: Any) -> bool:

@@ -24,8 +24,8 @@ from dcod_jax import config as configs
 from dcod_jax.errors import DcodError
 from dcod_jax.files import as_path, check_own, replace_file
 from dcod_jax.models import remat as remats
-from dcod_jax.models.transformer import num_params
-from dcod_jax.parallel.mesh import batch_shards, make_mesh
+from dcod_jax.models.counts import num_params
+from dcod_jax.parallel.mesh import batch_shards, make_mesh, parts
 from dcod_jax.plan import estimate, programs
 from dcod_jax.plan.chips import GIB
 from dcod_jax.plan.programs import DoesNotFitError, Target
@@ -54,6 +54,7 @@ def plan(config: Any) -> dict[str, Any]:
         "slices": target.slices,
         "devices": len(target.devices),
         "parameters": num_params(programs.student_of(config)),
+        "active_parameters": num_params(programs.student_of(config), active=True),
         "memory_limit": target.limit,
         "attempts": attempts,
         "train": report,
@@ -118,8 +119,9 @@ def remedies(config: Any, devices: Sequence[Any]) -> Iterator[tuple[str, dict[st
         changes["train.microbatches"] = pieces
         yield f"train.microbatches={pieces}", dict(changes)
     data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
+    others = parts(mesh, "embed") // fsdp
     widths = [model.hidden_size for model in programs.models_of(config)]
-    while data % 2 == 0 and not any(n % (2 * fsdp * mesh.shape["context"]) for n in widths):
+    while data % 2 == 0 and not any(n % (2 * fsdp * others) for n in widths):
         data, fsdp = data // 2, fsdp * 2
         changes |= {"mesh.fsdp": fsdp, "mesh.data": data}
         given = "" if config.mesh.data == -1 else f", mesh.data={data}"

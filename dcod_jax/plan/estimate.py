@@ -8,7 +8,7 @@ import jax
 
 from dcod_jax.models import hf
 from dcod_jax.models.config import ModelConfig
-from dcod_jax.models.transformer import flops_per_row
+from dcod_jax.models.counts import flops_per_row
 from dcod_jax.plan import hlo, programs
 from dcod_jax.plan.programs import Program, Target
 

@@ -27,8 +27,9 @@ from dcod_jax.models.cached import (
     transpose_kernels,
 )
 from dcod_jax.models.config import ModelConfig
+from dcod_jax.models.counts import num_params
 from dcod_jax.models.layers import capped, transposed_matmul
-from dcod_jax.models.transformer import head_weight, logical_axes, num_params
+from dcod_jax.models.transformer import head_weight, logical_axes
 from dcod_jax.parallel.mesh import (
     constrain,
     is_names,
@@ -93,7 +94,7 @@ def decoding_mesh(config: ModelConfig, mesh: Mesh, dtype: np.dtype, limit: float
     cut = mesh.size // mesh.shape["slices"]
     own = parts(mesh, "heads")
     for tensor in (n for n in range(own, cut + 1, own) if cut % n == 0):
-        sizes = (config.num_heads, config.num_kv_heads, config.intermediate_size, config.vocab_size)
+        sizes = (config.num_heads, config.num_kv_heads, config.mlp_width, config.vocab_size)
         if all(length % tensor == 0 for length in sizes) and size / tensor <= WEIGHTS_SHARE * limit:
             form = "whole on every device" if tensor == 1 else f"in {tensor} pieces (mesh.tensor)"
             log.info("decoding with the weights %s, %.2f GiB each", form, size / tensor / 2**30)

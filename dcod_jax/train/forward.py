@@ -14,6 +14,7 @@ from dcod_jax.errors import DcodError
 from dcod_jax.losses.distill import DistillLoss, LiveTeacher
 from dcod_jax.losses.head import VocabHead
 from dcod_jax.losses.reduce import Sums, TokenStats
+from dcod_jax.losses.routing import balance_sum
 from dcod_jax.losses.weights import Tokens
 from dcod_jax.models import lora, transformer
 from dcod_jax.models.config import ModelConfig
@@ -46,6 +47,16 @@ class Forward:
         if (asked == "live") != (self.teacher is not None):
             given = "not " if self.teacher is None else ""
             raise DcodError(f"loss.teacher={asked} but the step was {given}given a live teacher")
+        if self.balances and self.model.mixture is None:
+            raise DcodError(
+                f"loss.router_balance={self.loss.config.router_balance} is for a student with "
+                f"experts, and model_type={self.model.model_type!r} has none; set it to 0"
+            )
+
+    @property
+    def balances(self) -> bool:
+        """Whether the student's router is trained to use all experts."""
+        return self.loss.config.router_balance > 0
 
     @property
     def mesh(self) -> Mesh:
@@ -61,23 +72,24 @@ class Forward:
 
     def _hidden(
         self, model: ModelConfig, params: Params, batch: Batch, **options: Any
-    ) -> tuple[Array, Array]:
-        """(final hidden states [B,T,D], matrix of the head [V,D]) of a model."""
+    ) -> tuple[Array, Array, Array | None]:
+        """(final hidden states [B,T,D], matrix of the head [V,D], routing) of a model."""
         options |= {"segment_ids": batch.segment_ids, "positions": batch.positions}
         options |= {"kernel": self.kernel, "placed": self.loss.head.placed}
-        hidden = transformer.hidden_states(model, params, batch.tokens, mesh=self.mesh, **options)
-        return hidden, transformer.head_weight(model, params)
+        hidden, routing = transformer.forward(
+            model, params, batch.tokens, mesh=self.mesh, **options
+        )
+        return hidden, transformer.head_weight(model, params), routing
 
     def _both(
         self, params: Params, batch: Batch, frozen: tuple[Params, ...]
-    ) -> tuple[Array, Array, LiveTeacher | None]:
-        """The student's hidden states and head, and those of a live teacher."""
+    ) -> tuple[Array, Array, Array | None, LiveTeacher | None]:
+        """The student's hidden states, head and routing, and what a live teacher has of them."""
         teacher = None
         if self.teacher is not None:
             dtype = self.teacher.compute_dtype
-            teacher = LiveTeacher(
-                *self._hidden(self.teacher.config, frozen[0], batch, compute_dtype=dtype)
-            )
+            known = self._hidden(self.teacher.config, frozen[0], batch, compute_dtype=dtype)
+            teacher = LiveTeacher(*known[:2])
         if self.model.lora is not None:
             params = lora.join(params, frozen[-1])
         own = {key: getattr(self, key) for key in ("compute_dtype", "gradient_dtype", "remat")}
@@ -90,16 +102,25 @@ class Forward:
         step: Array,
         loss_state: LossState,
         frozen: tuple[Params, ...],
-    ) -> tuple[Array, tuple[Sums, TokenStats]]:
-        """The loss sum of one (micro-)batch, and its sums and per-token statistics."""
-        hidden, head, teacher = self._both(params, batch, frozen)
+        whole: tuple[Array, Sums] | None = None,
+    ) -> tuple[Array, tuple[Sums, TokenStats, Array | None]]:
+        """The loss sum of one (micro-)batch, and its sums, per-token statistics and routing.
+
+        whole: routing [L,R] and sums of the global batch; None: this is all of it.
+        """
+        hidden, head, routing, teacher = self._both(params, batch, frozen)
         state = {"step": step, "loss_state": loss_state}
         sums, stats = self.loss(hidden, head, batch, teacher=teacher, **state)
-        return sums.loss, (sums, stats)
+        total, config = sums.loss, self.loss.config
+        if self.balances and routing is not None:
+            counted, over = (routing.sum(0), sums) if whole is None else whole
+            shares = balance_sum(routing, counted, over, config.weights.normalize)
+            total += config.router_balance * shares
+        return total, (sums, stats, routing)
 
     def observe(self, params: Params, batch: Batch, frozen: tuple[Params, ...]) -> Tokens:
         """What weights read at the head's positions, values only."""
-        hidden, head, teacher = self._both(params, batch, frozen)
+        hidden, head, _, teacher = self._both(params, batch, frozen)
         return self.loss.observe(hidden, head, batch, teacher=teacher)
 
 

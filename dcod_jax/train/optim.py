@@ -17,7 +17,7 @@ from dcod_jax.types import Params
 Schedule = Callable[[Any], Array]
 
 # Leaves that are matrices. Rank cannot tell: a stacked norm scale [L,D] has two dimensions.
-DECAYED = ("kernel", "embedding", "lora_a", "lora_b")
+DECAYED = ("kernel", "experts", "embedding", "lora_a", "lora_b")
 
 # What is left of the way from the peak to the final rate at progress x in [0, 1] after warmup.
 DECAYS: dict[str, Callable[[Array], Array]] = {

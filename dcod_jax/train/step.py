@@ -16,6 +16,7 @@ from jaxtyping import Array
 from dcod_jax.errors import DcodError
 from dcod_jax.losses import adaptive, distill, reduce
 from dcod_jax.losses.reduce import Sums, TokenStats
+from dcod_jax.losses.routing import statistics
 from dcod_jax.losses.weights import Tokens
 from dcod_jax.models import lora, transformer
 from dcod_jax.models.config import ModelConfig
@@ -31,6 +32,8 @@ from dcod_jax.train.forward import Forward
 from dcod_jax.train.metrics import StepMetrics
 from dcod_jax.train.optim import Schedule
 from dcod_jax.types import Batch, LossState, Params, TrainState
+
+_Rows = tuple[TokenStats, Array | None]  # statistics of tokens [B,C], and routing [B,L,R]
 
 
 def check_batch(batch_size: int, microbatches: int, mesh: Mesh) -> None:
@@ -136,24 +139,36 @@ def _accumulate(
     frozen: tuple[Params, ...],
     *,
     microbatches: int,
-) -> tuple[Params, TokenStats]:
-    """Gradient of the loss sum, and per-token statistics of the whole batch."""
-    gradient_of = jax.grad(forward, has_aux=True)
+) -> tuple[Params, _Rows]:
+    """Gradient of the loss sum, and per-token statistics and routing of the whole batch.
 
-    def gradients_of(piece: Batch) -> tuple[Params, TokenStats]:
-        extra = (state.step, state.loss_state, frozen)
-        gradients, (_, stats) = gradient_of(state.params, piece, *extra)
-        return gradients, stats
+    The load-balance loss needs the batch's routing first: of several micro-batches that is one more
+    forward pass.
+    """
+    gradient_of = jax.grad(forward, has_aux=True)
+    pieces = {"microbatches": microbatches, "mesh": forward.mesh}
+    extra, whole = (state.step, state.loss_state, frozen), None
+
+    def gradients_of(piece: Batch) -> tuple[Params, _Rows]:
+        gradients, (_, *rows) = gradient_of(state.params, piece, *extra, whole)
+        return gradients, tuple(rows)
 
     if microbatches == 1:
         return gradients_of(batch)
 
-    def piece(total: Params, piece: Batch) -> tuple[Params, TokenStats]:
-        gradients, stats = gradients_of(piece)
-        return jax.tree.map(jnp.add, total, gradients), stats
+    def observe(total: Sums, piece: Batch) -> tuple[Sums, Array | None]:
+        _, (sums, _, routing) = forward(state.params, piece, *extra)
+        return reduce.add(total, sums), routing
 
+    def piece(total: Params, piece: Batch) -> tuple[Params, _Rows]:
+        gradients, rows = gradients_of(piece)
+        return jax.tree.map(jnp.add, total, gradients), rows
+
+    if forward.balances:
+        sums, routed = _microbatches(observe, reduce.zero(), batch, **pieces)
+        whole = routed.sum(0), sums
     start = jax.tree.map(jnp.zeros_like, state.params)
-    return _microbatches(piece, start, batch, microbatches=microbatches, mesh=forward.mesh)
+    return _microbatches(piece, start, batch, **pieces)
 
 
 def _temper_now(
@@ -236,7 +251,7 @@ def make_train_step(
         before = state
         if adaptive.same_step(loss.config.weights):
             state = _temper_now(forward, state, batch, frozen, **pieces)
-        gradients, stats = _accumulate(forward, state, batch, frozen, **pieces)
+        gradients, (stats, routing) = _accumulate(forward, state, batch, frozen, **pieces)
         small = jax.tree.map(lambda x: constrain(x, mesh, "batch"), distill.compact(batch))
         sums = reduce.token_sums(stats, small.loss_mask, batch.segment_ids)
         gradients = reduce.mean_gradients(gradients, sums, loss.config.weights.normalize)
@@ -256,7 +271,10 @@ def make_train_step(
         }
         names, values = metrics.packed_where(
             log_every == 1 or metrics.is_logged(state.step + 1, log_every, steps),
-            lambda: metrics.measure(loss.config, small, sums, stats, state.loss_state),
+            lambda: (
+                metrics.measure(loss.config, small, sums, stats, state.loss_state)
+                | ({} if routing is None else statistics(routing.sum(0), sums.tokens))
+            ),
         )
         loss_state = loss.learned(state.loss_state, state.step, small, sums, stats)
         if "skipped" in changed:

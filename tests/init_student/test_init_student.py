@@ -1,5 +1,7 @@
 """A pruned copy: the same bytes, layers as transformers drops them, heads and channels as masks."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from dcod_jax.init_student import arguments, prune
 from dcod_jax.init_student.command import init_student
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import from_hf
+from dcod_jax.models.mixtures import Mixture
 
 QWEN = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 IDS = np.random.default_rng(0).integers(5, 40, (2, 16))
@@ -106,6 +109,18 @@ def test_what_cannot_be_made_is_refused_and_leaves_nothing(model, tmp_path, word
     with pytest.raises(DcodError, match=message):
         make(model, tmp_path / "out", *words)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_channels_of_experts_are_not_pruned():
+    mixture = Mixture(experts=4, per_token=2, width=24, normalized=True)
+    config = dataclasses.replace(from_hf(tiny.raw_config()), mixture=mixture)
+    params = transformer.init_params(config, jax.random.key(0))
+    with pytest.raises(DcodError, match="--mlp 8: the experts of model_type='llama' are not"):
+        prune.keep_channels(config, params, 8)
+    smaller, less = prune.keep_layers(config, params, [1])
+    assert smaller.num_layers == 1
+    kept = less["layers"]["mlp"]["up_proj"]["experts"]
+    np.testing.assert_array_equal(kept, params["layers"]["mlp"]["up_proj"]["experts"][1:])
 
 
 def test_an_existing_directory_and_new_rows_are_refused(model, tmp_path):

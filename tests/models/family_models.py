@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 VOCAB = 131
+MIXTURES = ("qwen3_moe", "mixtral", "olmoe")
 GEMMAS = ("gemma", "gemma2", "vaultgemma", "gemma3_text")
 SEGMENTS = (17, 61, 9)  # of the packed row; 9 tokens of padding follow
 PROMPT, DRAWN = 11, 32
@@ -82,12 +83,12 @@ def draw(model_type: str, seed: int) -> dict[str, Any]:
         "pad_token_id": of.choice([None, 0]),
         "head_dim": head_dim,
     }
-    if model_type in ("phi3", "olmo2", "olmo3", "granite"):
+    if model_type in ("phi3", "olmo2", "olmo3", "granite", "olmoe"):
         raw["hidden_size"] = head_dim * heads
         del raw["head_dim"]
     if model_type in ("llama", "qwen3", "gemma", "gemma2", "vaultgemma", "gemma3_text"):
         raw["attention_bias"] = of.random() < 0.5
-    if model_type in ("olmo2", "olmo3", "smollm3", "granite"):
+    if model_type in ("olmo2", "olmo3", "smollm3", "granite", "olmoe", "qwen3_moe"):
         raw["attention_bias"] = of.random() < 0.5
     if model_type in ("llama", "smollm3", "granite"):
         raw["mlp_bias"] = of.random() < 0.5
@@ -95,6 +96,8 @@ def draw(model_type: str, seed: int) -> dict[str, Any]:
     if model_type not in GEMMAS:
         raw["hidden_act"] = activation
     _draw_windows(of, model_type, raw)
+    if model_type in MIXTURES:
+        _draw_experts(of, model_type, raw)
     _draw_rope(of, model_type, raw, head_dim)
     if model_type in GEMMAS[1:]:
         raw["query_pre_attn_scalar"] = of.choice([head_dim, 24, 7])
@@ -114,7 +117,7 @@ def draw(model_type: str, seed: int) -> dict[str, Any]:
 
 def _draw_windows(of: random.Random, model_type: str, raw: dict[str, Any]) -> None:
     window, layers = of.randint(3, 40), raw["num_hidden_layers"]
-    if model_type in ("mistral", "phi3"):
+    if model_type in ("mistral", "phi3", "mixtral"):
         raw["sliding_window"] = of.choice([None, window, window])
     elif model_type in ("ministral", "cwm", "gemma2", "vaultgemma", "gemma3_text", "olmo3"):
         raw["sliding_window"] = window
@@ -127,6 +130,8 @@ def _draw_windows(of: random.Random, model_type: str, raw: dict[str, Any]) -> No
         raw |= of.choice(
             [{"max_window_layers": layers // 2}, {"layer_types": _layer_types(of, layers)}]
         )
+    elif model_type == "qwen3_moe" and of.random() < 0.5:
+        raw |= {"use_sliding_window": True, "sliding_window": window}
     elif model_type == "smollm3":
         if of.random() < 0.6:
             raw |= {"use_sliding_window": True, "sliding_window": window}
@@ -136,6 +141,18 @@ def _draw_windows(of: random.Random, model_type: str, raw: dict[str, Any]) -> No
                 {"no_rope_layers": [of.choice([0, 1]) for _ in range(layers)]},
             ]
         )
+
+
+def _draw_experts(of: random.Random, model_type: str, raw: dict[str, Any]) -> None:
+    experts = of.choice([3, 4, 8])
+    raw["num_experts_per_tok"] = of.randint(1, experts)
+    raw["num_local_experts" if model_type == "mixtral" else "num_experts"] = experts
+    if model_type != "mixtral":
+        raw["norm_topk_prob"] = of.random() < 0.5
+    if model_type == "qwen3_moe":
+        raw["moe_intermediate_size"] = of.choice([20, 32])
+    if model_type == "olmoe":
+        raw["clip_qkv"] = of.choice([None, 0.8, 2.0])
 
 
 def _draw_rope(of: random.Random, model_type: str, raw: dict[str, Any], head_dim: int) -> None:
@@ -173,7 +190,7 @@ def build(raw: dict[str, Any], *, seed: int = 0) -> Any:
             elif name.endswith("bias"):
                 parameter.copy_(0.5 * noise)
             else:  # of a size at which a layer neither swallows nor magnifies differences
-                parameter.copy_(noise / parameter.shape[1] ** 0.5)
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
     return model.eval()
 
 

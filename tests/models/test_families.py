@@ -87,11 +87,20 @@ def _greedy(config, params, prompt):
 
 
 def _files(config, tree):
-    """{name in HF files: tensor} of params or of their gradient."""
+    """{name of transformers' parameter: tensor} of params or of their gradient."""
     flat, found = flatten(tree), {}
-    for slot in sorted(slots(config, "hf"), key=lambda slot: slot.rows or (0, 0)):
-        found.setdefault(slot.name, []).append(tensor_of(flat, slot, dtype=np.float32))
-    return {name: np.concatenate(parts) for name, parts in found.items()}
+    for slot in sorted(slots(config, "stacked"), key=lambda slot: slot.rows or (0, 0)):
+        experts = found.setdefault(slot.name, {})
+        tensor = tensor_of(flat, slot, dtype=np.float32)
+        experts.setdefault(slot.expert, []).append(tensor)
+    joined = {
+        name: [np.concatenate(parts) for parts in experts.values()]
+        for name, experts in found.items()
+    }
+    return {
+        name: np.stack(parts) if None not in found[name] else parts[0]
+        for name, parts in joined.items()
+    }
 
 
 def check(raw, directory, *, with_gradient=True):
@@ -169,6 +178,9 @@ def test_twenty_of_each_family_are_those_of_transformers(model_type, seed, tmp_p
         ("olmo3", 0, False),
         ("smollm3", 3, False),
         ("granite", 7, False),
+        ("qwen3_moe", 0, True),
+        ("mixtral", 0, False),
+        ("olmoe", 1, False),
     ],
 )
 def test_models_with_every_option_are_those_of_transformers(

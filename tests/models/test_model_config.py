@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from dcod_jax.errors import DcodError
 from dcod_jax.models import config as configs
-from dcod_jax.models import transformer
+from dcod_jax.models import counts, transformer
 
 LLAMA = {
     "model_type": "llama",
@@ -233,7 +233,7 @@ def test_export_refuses_what_the_family_cannot_express():
 
 
 def test_num_params_are_those_of_transformers(pair):
-    assert transformer.num_params(pair.config) == pair.model.num_parameters()
+    assert counts.num_params(pair.config) == pair.model.num_parameters()
 
 
 def test_flops_per_row_counts_what_the_compiler_counts():
@@ -243,7 +243,7 @@ def test_flops_per_row_counts_what_the_compiler_counts():
     tokens = np.zeros((1, 64), np.int32)
     lowered = jax.jit(lambda p, t: transformer.logits(config, p, t)).lower(params, tokens)
     analysis = lowered.compile().cost_analysis()
-    forward = transformer.flops_per_row(config, 64, 64) / 3
+    forward = counts.flops_per_row(config, 64, 64) / 3
     # The compiler also counts norms, rotations and softmax, and the whole score square.
     assert forward < analysis["flops"] < 1.25 * forward
 
@@ -261,5 +261,5 @@ def test_qwen2_5_1_5b_costs_what_is_published():
             "tie_word_embeddings": True,
         }
     )
-    assert transformer.num_params(config) == 1_543_714_304  # the model card's 1.54B
-    assert transformer.flops_per_row(config, 4096, 4096) == pytest.approx(4096 * 10.3e9, rel=0.01)
+    assert counts.num_params(config) == 1_543_714_304  # the model card's 1.54B
+    assert counts.flops_per_row(config, 4096, 4096) == pytest.approx(4096 * 10.3e9, rel=0.01)

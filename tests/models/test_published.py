@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from dcod_jax.models import config as configs
-from dcod_jax.models import transformer
+from dcod_jax.models import counts
 from dcod_jax.models.layer_kinds import groups
 
 
@@ -144,6 +144,52 @@ PUBLISHED = {
         3_075_098_624,
         [(4, 9)],
     ),
+    "Qwen3-30B-A3B": (
+        _raw(
+            "qwen3_moe",
+            (151936, 2048, 6144, 48, 32, 4),
+            head_dim=128,
+            attention_bias=False,
+            decoder_sparse_step=1,
+            mlp_only_layers=[],
+            moe_intermediate_size=768,
+            norm_topk_prob=True,
+            num_experts=128,
+            num_experts_per_tok=8,
+            rope_theta=1000000.0,
+            max_window_layers=48,
+            use_sliding_window=False,
+            sliding_window=None,
+        ),
+        30_532_122_624,
+        [(1, 48)],
+    ),
+    "Mixtral-8x7B-v0.1": (
+        _raw(
+            "mixtral",
+            (32000, 4096, 14336, 32, 32, 8),
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            rope_theta=1000000.0,
+            sliding_window=None,
+        ),
+        46_702_792_704,
+        [(1, 32)],
+    ),
+    "OLMoE-1B-7B-0924": (
+        _raw(
+            "olmoe",
+            (50304, 2048, 1024, 16, 16, 16),
+            clip_qkv=None,
+            norm_topk_prob=False,
+            num_experts=64,
+            num_experts_per_tok=8,
+            rope_theta=10000.0,
+            tie_word_embeddings=False,
+        ),
+        6_919_161_856,
+        [(1, 16)],
+    ),
     "granite-3.1-8b-instruct": (
         _raw(
             "granite",
@@ -161,10 +207,19 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("Qwen3-30B-A3B", 3.3), ("Mixtral-8x7B-v0.1", 12.9), ("OLMoE-1B-7B-0924", 1.3)],
+)
+def test_a_token_uses_as_many_parameters_as_published(name, billions):
+    config = configs.from_hf(PUBLISHED[name][0])
+    assert round(counts.num_params(config, active=True) / 1e9, 1) == billions
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_config_has_the_published_number_of_parameters(name):
     raw, parameters, scans = PUBLISHED[name]
     config = configs.from_hf(raw)
-    assert transformer.num_params(config) == parameters
+    assert counts.num_params(config) == parameters
     assert [(len(kinds), periods) for kinds, periods in groups(config.kinds)] == scans
     assert configs.from_hf(configs.to_hf(config, dtype="bfloat16")) == config

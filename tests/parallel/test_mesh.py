@@ -29,12 +29,12 @@ class Chip:
         self.coords, self.core_on_chip = (number % 4, 0, 0), 0
 
 
-@pytest.mark.parametrize("free", ["data", "fsdp", "context", "tensor"])
+@pytest.mark.parametrize("free", ["data", "fsdp", "expert", "context", "tensor"])
 def test_one_size_fills_what_is_left(free):
     mesh = meshes.make_mesh(**{"data": 1, "fsdp": 2, "context": 1, "tensor": 1, free: -1})
     assert mesh.size == 8
     assert mesh.shape[free] == (8 if free == "fsdp" else 4)
-    assert tuple(mesh.shape) == ("slices", "data", "fsdp", "context", "tensor")
+    assert tuple(mesh.shape) == ("slices", "data", "fsdp", "expert", "context", "tensor")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import tiny
 from dcod_jax import config as configs
 from dcod_jax.errors import DcodError
 from dcod_jax.models.config import from_hf
-from dcod_jax.models.transformer import flops_per_row
+from dcod_jax.models.counts import flops_per_row
 from dcod_jax.plan import chips, estimate, hlo, programs
 from dcod_jax.plan import command as plan
 from dcod_jax.plan.remat import choose_remat

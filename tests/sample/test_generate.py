@@ -15,7 +15,7 @@ import transformers
 
 from dcod_jax.data.turns import stop_ids
 from dcod_jax.errors import DcodError
-from dcod_jax.models import hf, transformer
+from dcod_jax.models import counts, hf, transformer
 from dcod_jax.models.config import from_hf
 from dcod_jax.parallel.mesh import make_mesh, tree_shardings
 from dcod_jax.sample import decoding
@@ -300,7 +300,7 @@ def test_eight_devices_give_the_samples_of_one(on_one_device, monkeypatch, share
     share: of the weights that fit into what a device may hold of them.
     """
     config, params, prompts, one = on_one_device
-    size = 4 * transformer.num_params(config)
+    size = 4 * counts.num_params(config)
     monkeypatch.setattr(decoding, "memory", lambda _: share * size / decoding.WEIGHTS_SHARE)
     mesh = make_mesh(2, 4)
     placed = jax.device_put(params, tree_shardings(mesh, transformer.logical_axes(config)))

@@ -1,0 +1,102 @@
+"""A decoder layer in two halves, and what is outside of the layers; models/transformer.py stacks
+and scans them."""
+
+from __future__ import annotations
+
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float
+
+from dcod_jax.models.config import ModelConfig
+from dcod_jax.models.experts import Experts
+from dcod_jax.models.layers import MLP, Attention, Embedding, norm
+
+# Where a block has norms -> (attribute, which is the name in HF files too, name in GGUF files).
+NORMS: dict[str, dict[str, tuple[str, str]]] = {
+    "pre": {
+        "before attention": ("input_layernorm", "attn_norm"),
+        "before mlp": ("post_attention_layernorm", "ffn_norm"),
+    },
+    "pre_feedforward": {
+        "before attention": ("input_layernorm", "attn_norm"),
+        "before mlp": ("pre_feedforward_layernorm", "ffn_norm"),
+    },
+    "post": {
+        "after attention": ("post_attention_layernorm", "post_attention_norm"),
+        "after mlp": ("post_feedforward_layernorm", "post_ffw_norm"),
+    },
+    "both": {
+        "before attention": ("input_layernorm", "attn_norm"),
+        "after attention": ("post_attention_layernorm", "post_attention_norm"),
+        "before mlp": ("pre_feedforward_layernorm", "ffn_norm"),
+        "after mlp": ("post_feedforward_layernorm", "post_ffw_norm"),
+    },
+}
+
+
+class Block(nnx.Module):
+    """One decoder layer, in two halves: before attention and after it.
+
+    Names in files are those within the layer.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.self_attn = Attention(config, rngs=rngs)
+        self.mlp = (Experts if config.mixture else MLP)(config, rngs=rngs)
+        for name, gguf in NORMS[config.norms].values():
+            setattr(self, name, norm(config, config.hidden_size, name, gguf))
+        self.norms = config.norms
+        self.residual_scale = config.residual_scale
+
+    def _norm(self, place: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        name, _ = NORMS[self.norms].get(place, (None, None))
+        return x if name is None else getattr(self, name)(x)
+
+    def _add(self, x: Float[Array, "B T D"], more: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return x + more if self.residual_scale == 1 else x + more * self.residual_scale
+
+    def project(
+        self,
+        x: Float[Array, "B T D"],
+        rope: tuple[Float[Array, "B T P"], Float[Array, "B T P"]] | None,
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T G H"], Float[Array, "B T G H"]]:
+        return self.self_attn.project(self._norm("before attention", x), rope)
+
+    def finish(
+        self, x: Float[Array, "B T D"], mixed: Float[Array, "B T N H"]
+    ) -> Float[Array, "B T D"]:
+        """The layer's output, from its input and what attention mixed."""
+        return self.apply_mlp(self.add_attention(x, mixed))
+
+    def add_attention(
+        self, x: Float[Array, "B T D"], mixed: Float[Array, "B T N H"]
+    ) -> Float[Array, "B T D"]:
+        return self._add(x, self._norm("after attention", self.self_attn.output(mixed)))
+
+    def apply_mlp(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        assert isinstance(self.mlp, MLP)
+        return self._add(x, self._norm("after mlp", self.mlp(self._norm("before mlp", x))))
+
+    def apply_experts(
+        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"], *, mesh: Mesh | None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B 1 R"]]:
+        """apply_mlp of a mixture, and its routing."""
+        assert isinstance(self.mlp, Experts)
+        more, routing = self.mlp(self._norm("before mlp", x), real, mesh=mesh)
+        return self._add(x, self._norm("after mlp", more)), routing
+
+
+class Decoder(nnx.Module):
+    """Everything outside the layers."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.embed_tokens = Embedding(config, "model.embed_tokens", "token_embd", rngs=rngs)
+        self.norm = norm(config, config.hidden_size, "model.norm", "output_norm")
+        if not config.tie_word_embeddings:
+            self.lm_head = Embedding(config, "lm_head", "output", rngs=rngs)
+        self.logits_scale = config.logits_scale
+
+    def final(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The normed hidden states, divided by logits_scale so that the head's logits are."""
+        x = self.norm(x)
+        return x if self.logits_scale == 1 else x / self.logits_scale

@@ -1,0 +1,284 @@
+"""Mixtures of experts: the router, and the MLP of each expert for the tokens that are given to it.
+
+No token is dropped: the tokens are sorted by expert, and the products are over groups of rows of
+any size. Dimensions beside the legend: E experts, K experts of a token, M = tokens · K rows, I and
+O the channels of a linear map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from dcod_jax.models.config import ModelConfig
+from dcod_jax.models.layers import ACTIVATIONS, Linear, declare
+from dcod_jax.parallel import collectives
+from dcod_jax.parallel.mesh import parts
+
+_FEWEST, _MOST = 8, 512  # rows of a block on a CPU
+
+
+@jax.custom_vjp
+def grouped_matmul(
+    x: Float[Array, "M I"], kernels: Float[Array, "E I O"], sizes: Int[Array, " E"]
+) -> Float[Array, "M O"]:
+    """Rows of group e times kernels[e], in the dtype of x; groups follow each other, others are 0.
+
+    As in layers.affine the gradient of the kernels is formed in their own dtype.
+    """
+    return _product(x, kernels, sizes)
+
+
+def _product(x: Array, kernels: Array, sizes: Array) -> Array:
+    kernels = kernels.astype(x.dtype)
+    return jax.lax.platform_dependent(
+        x, kernels, sizes, cpu=_product_in_blocks, default=_ragged_product
+    )
+
+
+def _ragged_product(x: Array, kernels: Array, sizes: Array) -> Array:
+    y = jax.lax.ragged_dot(x, kernels, sizes)
+    return jnp.where((jnp.arange(len(x)) < sizes.sum())[:, None], y, 0)
+
+
+def _ragged_outer(x: Array, gradient: Array, sizes: Array, *, dtype: Any) -> Array:
+    numbers = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+    return jax.lax.ragged_dot_general(
+        x, gradient, sizes, numbers, preferred_element_type=jnp.dtype(dtype)
+    )
+
+
+# On a CPU jax.lax.ragged_dot multiplies every row by every kernel. There blocks of rows of one
+# group are multiplied, as large as the group allows.
+
+
+def _blocks(rows: int, groups: int) -> list[int]:
+    """Rows of the blocks that a group is cut into, the largest first."""
+    mean = max(rows // groups, 1)
+    largest = min(max(1 << (mean.bit_length() - 1), _FEWEST), _MOST)
+    return [block for block in (largest, largest // 8) if block >= _FEWEST]
+
+
+def _padded(x: Array, groups: int) -> Array:
+    """x with rows behind it that the last block of the last group may reach into."""
+    return jnp.pad(x, ((0, _blocks(len(x), groups)[-1]), (0, 0)))
+
+
+def _in_blocks(
+    sizes: Array,
+    rows: int,
+    prepare: Callable[[Array], Any],
+    add: Callable[..., Array],
+    carry: Array,
+) -> Array:
+    """carry = add(carry, prepare(group), group, start, end of the group, block) block by block.
+
+    Blocks are in the order of the rows; the last one of a group may reach beyond its end.
+    """
+    ends, used = jnp.cumsum(sizes), jnp.argsort(sizes == 0, stable=True)
+    blocks = _blocks(rows, len(sizes))
+
+    def group(index: Array, carry: Array) -> Array:
+        at = used[index]
+        prepared, end, start = prepare(at), ends[at], ends[at] - sizes[at]
+        for block in blocks:
+            left = jnp.maximum(end - start, 0)
+            count = -(-left // block) if block == blocks[-1] else left // block
+
+            def one(i: Array, carry: Array, start: Array = start, block: int = block) -> Array:
+                return add(carry, prepared, at, start + i * block, end, block)
+
+            carry = jax.lax.fori_loop(0, count, one, carry)
+            start += count * block
+        return carry
+
+    return jax.lax.fori_loop(0, (sizes > 0).sum(), group, carry)
+
+
+def _rows(x: Array, start: Array, block: int, end: Array) -> Array:
+    """A block of rows, 0 from the group's end on."""
+    rows = jax.lax.dynamic_slice_in_dim(x, start, block)
+    return jnp.where((start + jnp.arange(block) < end)[:, None], rows, 0)
+
+
+def _product_in_blocks(x: Array, kernels: Array, sizes: Array) -> Array:
+    padded = _padded(x, len(sizes))
+
+    def add(out: Array, kernel: Array, _: Array, start: Array, end: Array, block: int) -> Array:
+        y = _rows(padded, start, block, end) @ kernel
+        return jax.lax.dynamic_update_slice_in_dim(out, y, start, axis=0)
+
+    out = jnp.zeros((len(padded), kernels.shape[2]), x.dtype)
+    return _in_blocks(sizes, len(x), lambda group: kernels[group], add, out)[: len(x)]
+
+
+def _outer_in_blocks(x: Array, gradient: Array, sizes: Array, *, dtype: Any) -> Array:
+    x_padded, g_padded = (_padded(of, len(sizes)) for of in (x, gradient))
+
+    def add(out: Array, _: None, group: Array, start: Array, end: Array, block: int) -> Array:
+        rows = _rows(x_padded, start, block, end)
+        gradients = jax.lax.dynamic_slice_in_dim(g_padded, start, block)
+        more = jnp.einsum("mi,mo->io", rows, gradients, preferred_element_type=dtype)
+        return out.at[group].add(more)
+
+    out = jnp.zeros((len(sizes), x.shape[1], gradient.shape[1]), dtype)
+    return _in_blocks(sizes, len(x), lambda group: None, add, out)
+
+
+def _grouped_forward(
+    x: Array, kernels: Array, sizes: Array
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    return _product(x, kernels, sizes), (x, kernels, sizes)
+
+
+def _grouped_backward(
+    residuals: tuple[Array, Array, Array], gradient: Array
+) -> tuple[Array, Array, np.ndarray]:
+    x, kernels, sizes = residuals
+    in_x = _product(gradient, jnp.swapaxes(kernels, 1, 2), sizes)
+    in_kernels = jax.lax.platform_dependent(
+        x,
+        gradient,
+        sizes,
+        cpu=lambda *of: _outer_in_blocks(*of, dtype=kernels.dtype),
+        default=lambda *of: _ragged_outer(*of, dtype=kernels.dtype),
+    )
+    return in_x, in_kernels, np.zeros(sizes.shape, jax.dtypes.float0)
+
+
+grouped_matmul.defvjp(_grouped_forward, _grouped_backward)
+
+
+@jax.custom_vjp
+def _take(
+    x: Float[Array, "N D"], order: Int[Array, " M"], inverse: Int[Array, " M"]
+) -> Float[Array, "M D"]:
+    """Row order[m] of x with each of its rows M / N times; inverse is that of the permutation.
+
+    Its transpose is a permutation and a sum, where that of indexing would be a scatter.
+    """
+    return x[order // (len(order) // len(x))]
+
+
+def _take_forward(x: Array, order: Array, inverse: Array) -> tuple[Array, tuple[Array, int]]:
+    return _take(x, order, inverse), (inverse, len(x))
+
+
+def _take_backward(residuals: tuple[Array, int], gradient: Array) -> tuple[Array, None, None]:
+    inverse, rows = residuals
+    copies = gradient[inverse].reshape(rows, -1, gradient.shape[1])
+    return copies.sum(1, dtype=jnp.float32).astype(gradient.dtype), None, None
+
+
+_take.defvjp(_take_forward, _take_backward)
+
+
+class ExpertMap(nnx.Module):
+    """One linear map of every expert. stacked: (name, rows) in files that stack the experts."""
+
+    def __init__(
+        self,
+        kernels: Array,
+        axes: tuple[str, str],
+        hf: str,
+        gguf: str,
+        *,
+        stacked: tuple[str, tuple[int, int] | None],
+    ):
+        more = {"stacked": stacked[0], "stacked_rows": stacked[1]}
+        names = (f"{hf}.weight", f"{gguf}.weight")
+        self.experts = declare(kernels, ("experts", *axes), *names, transposed=True, **more)
+
+    def __call__(self, x: Float[Array, "M I"], sizes: Int[Array, " E"]) -> Float[Array, "M O"]:
+        return grouped_matmul(x, self.experts[...], sizes)
+
+
+class Experts(nnx.Module):
+    """Σ_k weight_k · MLP_k(x) over the K experts that the router gives a token."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        assert config.mixture is not None
+        mixture, D, F = config.mixture, config.hidden_size, config.mlp_width
+        sparse = mixture.block_sparse
+        room = "block_sparse_moe" if sparse else "mlp"
+        std, names = config.initializer_range, ("w1", "w3", "w2") if sparse else None
+        gate, up, down = names or ("gate_proj", "up_proj", "down_proj")
+        self.router = Linear(
+            (D, mixture.experts),
+            ("embed", "router"),
+            f"{room}.gate",
+            "ffn_gate_inp",
+            std=std,
+            rngs=rngs,
+            stacked="mlp.gate.weight",
+        )
+
+        def every(width: tuple[int, int], axes: tuple[str, str], name: str, **more: Any):
+            value = std * jax.random.normal(rngs.params(), (mixture.experts, *width))
+            hf = f"{room}.experts.{{expert}}.{name}"
+            return ExpertMap(value, axes, hf, **more)
+
+        inward, outward = ("expert_embed", "mlp"), ("mlp", "expert_embed")
+        both = "mlp.experts.gate_up_proj"
+        more = {"gguf": "ffn_gate_exps", "stacked": (both, (0, 2 * F))}
+        self.gate_proj = every((D, F), inward, gate, **more)
+        more = {"gguf": "ffn_up_exps", "stacked": (both, (F, 2 * F))}
+        self.up_proj = every((D, F), inward, up, **more)
+        more = {"gguf": "ffn_down_exps", "stacked": ("mlp.experts.down_proj", None)}
+        self.down_proj = every((F, D), outward, down, **more)
+        self.activation, self.mixture = config.activation, mixture
+
+    def __call__(
+        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"], *, mesh: Mesh | None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B 1 R"]]:
+        """What the experts add, and the routing of each row (`Routing`).
+
+        real: tokens that are no padding; the others do not count in the routing. With a mesh it
+        runs inside per_shard.
+        """
+        B, T, D = x.shape
+        probs = jax.nn.softmax(self.router(x).astype(jnp.float32), axis=-1)
+        weights, ids = jax.lax.top_k(probs, self.mixture.per_token)
+        chosen = (ids[..., None] == jnp.arange(self.mixture.experts)).any(-2)
+        entropy = -jax.scipy.special.xlogy(probs, probs).sum(-1, keepdims=True)
+        routing = jnp.concatenate([chosen, probs, jax.lax.stop_gradient(entropy)], axis=-1)
+        routing = jnp.where(real[..., None], routing, 0.0).sum(1, keepdims=True)
+        if self.mixture.normalized:
+            weights /= weights.sum(-1, keepdims=True)
+        inputs = x.reshape(B * T, D), weights.reshape(B * T, -1), ids.reshape(B * T, -1)
+        return self._mixed(*inputs, mesh=mesh).reshape(B, T, D), routing
+
+    def _mixed(
+        self,
+        x: Float[Array, "N D"],
+        weights: Float[Array, "N K"],
+        ids: Int[Array, "N K"],
+        *,
+        mesh: Mesh | None,
+    ) -> Float[Array, "N D"]:
+        """Devices that split the experts exchange their tokens, and sums over their own experts."""
+        dtype, split = x.dtype, parts(mesh, "experts") > 1
+        if split:
+            gathered = (collectives.gather(y, "experts", dimension=0) for y in (x, weights, ids))
+            x, weights, ids = gathered
+        count = self.gate_proj.experts.shape[0]
+        own = ids.reshape(-1) - collectives.place(mesh, "experts") * count
+        own = jnp.where((own >= 0) & (own < count), own, count)  # others come last, and are 0
+        order = jnp.argsort(own, stable=True)
+        inverse = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)), unique_indices=True)
+        sizes = jnp.bincount(own, length=count)
+        rows = _take(x, order, inverse)
+        inner = ACTIVATIONS[self.activation](self.gate_proj(rows, sizes))
+        inner *= self.up_proj(rows, sizes)
+        each = _take(self.down_proj(inner, sizes), inverse, order).reshape(*ids.shape, -1)
+        y = jnp.einsum("nkd,nk->nd", each, weights, preferred_element_type=jnp.float32)
+        y = collectives.across(y, mesh=mesh, logical="mlp")
+        y = collectives.scatter(y, "experts", dimension=0) if split else y
+        return y.astype(dtype)
