@@ -7,6 +7,7 @@ O the channels of a linear map.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ from dcod_jax.parallel import collectives
 from dcod_jax.parallel.mesh import parts
 
 _FEWEST, _MOST = 8, 512  # rows of a block on a CPU
+_SMALL = 1 << 25  # products of all rows with all kernels that a CPU takes a millisecond for
 
 
 @jax.custom_vjp
@@ -37,10 +39,10 @@ def grouped_matmul(
 
 
 def _product(x: Array, kernels: Array, sizes: Array) -> Array:
-    kernels = kernels.astype(x.dtype)
-    return jax.lax.platform_dependent(
-        x, kernels, sizes, cpu=_product_in_blocks, default=_ragged_product
-    )
+    of = x, kernels.astype(x.dtype), sizes
+    if len(x) * kernels.size < _SMALL:
+        return _ragged_product(*of)
+    return jax.lax.platform_dependent(*of, cpu=_product_in_blocks, default=_ragged_product)
 
 
 def _ragged_product(x: Array, kernels: Array, sizes: Array) -> Array:
@@ -55,8 +57,8 @@ def _ragged_outer(x: Array, gradient: Array, sizes: Array, *, dtype: Any) -> Arr
     )
 
 
-# On a CPU jax.lax.ragged_dot multiplies every row by every kernel. There blocks of rows of one
-# group are multiplied, as large as the group allows.
+# On a CPU jax.lax.ragged_dot multiplies every row by every kernel. There, unless that is little,
+# blocks of rows of one group are multiplied, as large as the group allows.
 
 
 def _blocks(rows: int, groups: int) -> list[int]:
@@ -143,13 +145,12 @@ def _grouped_backward(
 ) -> tuple[Array, Array, np.ndarray]:
     x, kernels, sizes = residuals
     in_x = _product(gradient, jnp.swapaxes(kernels, 1, 2), sizes)
-    in_kernels = jax.lax.platform_dependent(
-        x,
-        gradient,
-        sizes,
-        cpu=lambda *of: _outer_in_blocks(*of, dtype=kernels.dtype),
-        default=lambda *of: _ragged_outer(*of, dtype=kernels.dtype),
-    )
+    of, ragged = (x, gradient, sizes), functools.partial(_ragged_outer, dtype=kernels.dtype)
+    if len(x) * kernels.size < _SMALL:
+        in_kernels = ragged(*of)
+    else:
+        in_blocks = functools.partial(_outer_in_blocks, dtype=kernels.dtype)
+        in_kernels = jax.lax.platform_dependent(*of, cpu=in_blocks, default=ragged)
     return in_x, in_kernels, np.zeros(sizes.shape, jax.dtypes.float0)
 
 

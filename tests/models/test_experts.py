@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from dcod_jax.errors import DcodError
 from dcod_jax.losses import routing
@@ -60,8 +61,10 @@ def test_grouped_products_are_those_of_each_group(form, sizes):
     np.testing.assert_allclose(outer(x, gradient, given, dtype=jnp.float32), wanted, atol=1e-5)
 
 
-def test_the_gradient_of_a_grouped_product_has_the_kernels_dtype():
-    """Of float32 kernels it is not rounded to the rows' bfloat16."""
+@pytest.mark.parametrize("small", [0, experts._SMALL])
+def test_the_gradient_of_a_grouped_product_has_the_kernels_dtype(small, monkeypatch):
+    """Of float32 kernels it is not rounded to bfloat16: in blocks, and where products are few."""
+    monkeypatch.setattr(experts, "_SMALL", small)
     kernels, rows = _rows(3, 6, 5), _rows(16, 6, seed=1).astype(jnp.bfloat16)
     sizes, upward = jnp.array([5, 0, 11]), _rows(16, 5, seed=2).astype(jnp.bfloat16)
 
@@ -186,9 +189,9 @@ def test_experts_that_the_mesh_cannot_split_are_refused():
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """A torch model with three experts, two for each token, and its directory."""
-    raw = RAW | {"num_local_experts": 3, "num_hidden_layers": 3, "output_router_logits": True}
-    model, directory = reference.build(raw), tmp_path_factory.mktemp("mixtral")
+    """A torch model and its directory."""
+    model = reference.build(RAW | {"num_hidden_layers": 3, "output_router_logits": True})
+    directory = tmp_path_factory.mktemp("mixtral")
     model.save_pretrained(directory)
     return model, directory
 
@@ -217,7 +220,21 @@ def test_files_with_the_experts_in_one_tensor_are_read(pair, tmp_path):
     _, params = hf.load_model(directory, dtype=jnp.float32)
     _, same = hf.load_model(tmp_path, dtype=jnp.float32)
     jax.tree.map(np.testing.assert_array_equal, same, params)
-    assert same["layers"]["mlp"]["gate_proj"]["experts"].shape == (3, 3, 32, 24)
+    assert same["layers"]["mlp"]["gate_proj"]["experts"].shape == (3, 4, 32, 24)
+
+
+def test_experts_are_read_into_their_pieces_and_written_back(pair, tmp_path):
+    _, directory = pair
+    mesh = meshes.make_mesh(2, expert=2, tensor=2)
+    _, params = hf.load_model(directory, dtype=jnp.float32)
+    config, split = hf.load_model(directory, dtype=jnp.float32, mesh=mesh)
+    kernels = split["layers"]["mlp"]["down_proj"]["experts"]
+    assert kernels.addressable_shards[0].data.shape == (3, 2, 12, 32)
+    jax.tree.map(np.testing.assert_array_equal, split, params)
+    hf.save_params(tmp_path, config, split, dtype="float32", max_shard_bytes=1 << 30)
+    theirs, ours = (load_file(at / hf.SINGLE) for at in (directory, tmp_path))
+    assert theirs.keys() == ours.keys()
+    assert all(theirs[name].tobytes() == ours[name].tobytes() for name in theirs)
 
 
 def test_adapters_are_of_attention_only():

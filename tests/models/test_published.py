@@ -213,7 +213,8 @@ PUBLISHED = {
 )
 def test_a_token_uses_as_many_parameters_as_published(name, billions):
     config = configs.from_hf(PUBLISHED[name][0])
-    assert round(counts.num_params(config, active=True) / 1e9, 1) == billions
+    active = counts.num_params(config, active=True) / 1e9
+    assert active == pytest.approx(billions, abs=0.06)  # published to one digit, cut or rounded
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

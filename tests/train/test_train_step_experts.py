@@ -83,5 +83,5 @@ def test_the_balance_and_its_gradient_are_of_the_global_batch():
 
 def test_a_balance_without_experts_is_refused():
     cfg = dataclasses.replace(loss_config(), router_balance=0.1)
-    with pytest.raises(DcodError, match=r"loss\.router_balance=0\.1 .* 'qwen2' has none"):
+    with pytest.raises(DcodError, match=r"loss\.router_balance=0\.1 .*'qwen2' has none"):
         forward_of(cfg, make_mesh(devices=jax.devices()[:1]))
