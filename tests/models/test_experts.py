@@ -122,15 +122,16 @@ def _on_one_device():
     return _value_and_gradient({"data": 1}, _params())
 
 
+@pytest.mark.long  # the suite's mesh is that of tests/train/test_train_step_experts.py
 @pytest.mark.parametrize(
     "sizes",
     [
+        {"data": 8},
+        {"data": 4, "expert": 2},
+        {"data": 1, "fsdp": 2, "expert": 4},
         {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
-        pytest.param({"data": 1, "fsdp": 2, "expert": 4}, marks=pytest.mark.long),
-        pytest.param({"data": 1, "expert": 2, "context": 2, "tensor": 2}, marks=pytest.mark.long),
-        pytest.param({"data": 8}, marks=pytest.mark.long),
-        pytest.param({"data": 4, "expert": 2}, marks=pytest.mark.long),
-        pytest.param({"data": 1, "fsdp": 4, "tensor": 2}, marks=pytest.mark.long),
+        {"data": 1, "expert": 2, "context": 2, "tensor": 2},
+        {"data": 1, "fsdp": 4, "tensor": 2},
     ],
     ids=str,
 )

@@ -179,7 +179,6 @@ def test_twenty_of_each_family_are_those_of_transformers(model_type, seed, tmp_p
         ("smollm3", 3, False),
         ("granite", 7, False),
         ("qwen3_moe", 0, True),
-        ("mixtral", 0, False),
         ("olmoe", 1, False),
     ],
 )
