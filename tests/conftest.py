@@ -1,6 +1,7 @@
 """Eight fake CPU devices, checked shapes, and the benchmark files where they exist."""
 
 import atexit
+import gc
 import logging
 import os
 import shutil
@@ -30,8 +31,11 @@ from pathlib import Path
 
 import jax
 import pytest
+from host_runs import faster_compiling
+from jax._src import compiler  # its options of one program have no public way in
 from jaxtyping import install_import_hook
 
+gc.disable()  # while everything is imported
 ROOT = Path(__file__).resolve().parents[1]
 
 # Every module but types.py: its records are pytrees, and also hold shardings and shapes.
@@ -61,6 +65,25 @@ def pytest_collection_modifyitems(items):
     """The longest files first, so that both workers end together."""
     first = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: first.get(item.path.name, len(first)))
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what is imported stays: no collection of garbage looks at it again
+    gc.set_threshold(10_000, 20, 20)  # to trace a step makes millions of objects
+    gc.enable()
+
+
+def _compile_options(*, backend, env_options_overrides=None, **own):
+    """For programs of one device, as host_runs.xla_flags(1) has them for a whole process."""
+    more = dict(env_options_overrides or {})
+    if backend.platform == "cpu" and own["num_replicas"] * own["num_partitions"] == 1:
+        more = faster_compiling() | more
+    return _OPTIONS(backend=backend, env_options_overrides=more, **own)
+
+
+_OPTIONS = compiler.get_compile_options
+if faster_compiling():
+    compiler.get_compile_options = _compile_options
 
 
 @pytest.fixture(scope="module", autouse=True)
