@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dcod_jax.data import presets, raw, schema
@@ -22,12 +22,19 @@ _SHARED = {"id", "custom_id", "model", "temperature"}  # read in every form
 
 
 def find(record: Record, names: Sequence[str]) -> str | None:
-    """The record's own spelling of the first of the names that it has a value for."""
+    """The record's own spelling of the first of the names that it has a value for.
+
+    Case, "_", "-" and spaces do not matter: finishReason is finish_reason.
+    """
     for name in names:
         if record.get(name) is not None:
             return name
-    own = {str(key).lower(): key for key, value in record.items() if value is not None}
-    return next((own[name.lower()] for name in names if name.lower() in own), None)
+    own = {_plain(str(key)): key for key, value in record.items() if value is not None}
+    return next((own[_plain(name)] for name in names if _plain(name) in own), None)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name.lower())
 
 
 def _numbered(record: Record, pattern: str) -> list[str]:
@@ -132,6 +139,8 @@ def missing(record: Record, fields: Fields, part: str) -> BadRecordError:
     chosen: str = getattr(fields, part)
     names = [chosen] if chosen else list({"prompt": presets.PROMPTS}.get(part, presets.COMPLETIONS))
     known = " or ".join(names[:6]) + (" (docs/data.md names all)" if len(names) > 6 else "")
+    known += "" if chosen or part == "prompt" else ", or messages"
+    talks = [n for n in record if n not in (chosen, "rejected") and _answered(record, str(n))]
     given = [name for name, value in record.items() if value is not None]
     close = [m for n in names for m in difflib.get_close_matches(n, given, n=1, cutoff=0.7)]
     hint = f" (the nearest is {close[0]!r})" if close else ""
@@ -144,6 +153,10 @@ def missing(record: Record, fields: Fields, part: str) -> BadRecordError:
         hint += f"; for {', '.join(several)} set prepare.completion_field={stem}"
     elif "chosen" in record and part == "completion":
         hint += "; of a preference pair the better one is prepare.completion_field=chosen"
+    elif talks and part == "completion":
+        hint += f"; {talks[0]} holds messages: prepare.completion_field={talks[0]}"
+    elif {"role", "content"} <= record.keys() or {"from", "value"} <= record.keys():
+        hint += '; one message alone is no record: write {"messages": [...]}'
     elif list(record) == ["text"]:
         hint += "; in one text prompt and completion cannot be told apart: write messages"
     return BadRecordError(
@@ -162,9 +175,10 @@ def _siblings(record: Record) -> list[str]:
 class Row:
     """A record being read, with the names of the columns that were."""
 
-    def __init__(self, record: Record, fields: Fields):
+    def __init__(self, record: Record, fields: Fields, *, nulls: Sequence[str] = ()):
         self.record, self.fields = record, fields
-        self.used = set(_SHARED)
+        self.nulls = nulls  # names of columns without a value
+        self.used = {*_SHARED, *(n for n in presets.UNREADABLE if not record.get(n))}
         self.tools: list[Any] | None = None
 
     def get(self, name: str) -> Any:
@@ -187,9 +201,12 @@ class Row:
         if isinstance(value, list):
             return [*earlier, *raw.read_messages(value, name, self.fields).messages]
         text = raw.read_text(value, name)
-        more = self.get("input") if name.lower() == "instruction" else None
-        if isinstance(more, str) and more.strip():
-            text = f"{text}\n\n{more}"  # Alpaca
+        for beside in ("input", "context")[name.lower() != "instruction" :]:  # Alpaca, Dolly
+            own = find(self.record, [beside])
+            more = self.record[own] if own else None
+            if own and own != name and isinstance(more, str):
+                self.used.add(own)
+                text += f"\n\n{more}" if more.strip() and more.strip() not in text else ""
         return [*earlier, {"role": "user", "content": text}]
 
     def _history(self) -> list[Message]:
@@ -214,9 +231,10 @@ class Row:
         own = messages[0]["content"] if messages[0]["role"] == "system" else None
         texts: list[str] = []
         for name in presets.SYSTEMS:
-            value = self.get(name)
+            value = self.get(find(self.record, [name]) or name)
             if value is None or (isinstance(value, str) and not value.strip()):
                 continue
+            value = value["parts"] if isinstance(value, dict) and "parts" in value else value
             text = raw.read_text(value, name)
             if own is not None and own.strip() != text.strip():
                 inside = find(self.record, CONVERSATIONS) or "the messages"
@@ -225,22 +243,26 @@ class Row:
                 )
             texts.append(text)
         if len(set(texts)) > 1:
-            raise BadRecordError("system and system_prompt differ; leave one")
+            raise BadRecordError(f"two of {', '.join(presets.SYSTEMS)} differ; leave one")
         text = texts[0] if texts else self.fields.system_prompt
         return [{"role": "system", "content": text}] if text and own is None else []
 
     def reasoning(self) -> list[str]:
         """The texts of a column of reasoning, one for each completion."""
         chosen = self.fields.reasoning_field
+        if chosen:
+            self._check_there(chosen, "reasoning_field", self.record)
         for name in [chosen] if chosen else presets.REASONINGS:
             own = find(self.record, [name])
             value = self.record[own] if own else None
+            if isinstance(value, dict):
+                value = next((v for v in map(value.get, ("content", "text")) if v), value)
             if own is None or is_switch(value) or not isinstance(value, str | list):
                 continue
             self.used.add(own)
             if isinstance(value, list) and value and isinstance(value[0], dict):
                 return ["".join(raw.parts(value, own))]
-            texts = value if isinstance(value, list) else [value]
+            texts = [text or "" for text in value] if isinstance(value, list) else [value]
             if not all(isinstance(text, str) for text in texts):
                 raise BadRecordError(
                     f"{own} must be a string or strings, found {raw.kind_of(value)}"
@@ -249,9 +271,21 @@ class Row:
                 return texts
         return []
 
-    def with_reasoning(self, turns: Turns) -> Turns:
+    def _check_there(self, chosen: str, key: str, known: Record) -> None:
+        """Refuse the name of a column that the record does not have, not even as null."""
+        inside = [m for v in known.values() if isinstance(v, list) for m in v if _dict(m)]
+        have = [*known, *self.record, *self.nulls, *(name for m in inside for name in m)]
+        if _plain(chosen) not in {_plain(str(name)) for name in have}:
+            close = difflib.get_close_matches(chosen, map(str, have), n=1)
+            raise BadRecordError(
+                f"no field {chosen!r}, which prepare.{key} names (null where a record has none); "
+                f"found {', '.join(map(str, self.record))}"
+                + (f" (the nearest is {close[0]!r})" if close else "")
+            )
+
+    def with_reasoning(self, turns: Turns, texts: list[str]) -> Turns:
         """A conversation whose last message has its reasoning in a column beside it."""
-        texts, last = self.reasoning(), turns.messages[-1]
+        last = turns.messages[-1]
         if not texts or last["role"] != "assistant":
             return turns
         if len(texts) > 1:
@@ -264,14 +298,17 @@ class Row:
         """The reference answer, from `known` or the record."""
         chosen = self.fields.answer
         names = presets.ANSWERS if chosen == "answer" else [chosen]
+        if chosen not in ("", "answer"):
+            self._check_there(chosen, "answer_field", known)
         name = find(known, names) if chosen else None
-        if name is None or name in self.used - _SHARED or known.get(name) == "":
+        if name is None or name in self.used - _SHARED or str(known[name]).strip() == "":
             return None
         value = known[name]
         self.used.add(name)
         if not isinstance(value, str) and schema.number(value):
+            kind = f"{value}" if isinstance(value, float) else raw.kind_of(value)
             raise BadRecordError(
-                f"{name} must be a string or a number, found {raw.kind_of(value)}; "
+                f"{name} must be a string or a number, found {kind}; "
                 "prepare.answer_field names another field"
             )
         return str(value)
@@ -292,9 +329,15 @@ class Row:
         if not name:
             return None
         value = self._own(known, name, index, count)
+        found = str(value)[:30]
+        if isinstance(value, str):  # of a table
+            try:
+                value = float(value)
+            except ValueError:
+                value = None
         if value is None or schema.number(value) or value < 0:
             raise BadRecordError(
-                f"{name} must be a finite number >= 0, found {str(value)[:30]!r}; it is the weight "
+                f"{name} must be a finite number >= 0, found {found!r}; it is the weight "
                 "that prepare.weight_field asks for (1 leaves a trace as it is)"
             )
         return float(value)
@@ -315,13 +358,21 @@ class Row:
                 return value.index(text), len(value)
         return 0, 1
 
-    def beside(self, names: Sequence[str], at: tuple[int, int] | None, kind: Any) -> Any:
-        """What the first of the columns that tells of this completion says of it."""
+    def beside(
+        self, names: Sequence[str], at: tuple[int, int] | None, told: Callable[[Any, str], Any]
+    ) -> Any:
+        """What the first of the columns that tells of this completion says of it.
+
+        `told` gives None for a value that says nothing.
+        """
         for name in names:
-            value = self.record.get(name)
-            if isinstance(value, list) and at is not None and len(value) == at[1]:
-                value = value[at[0]]
-            if isinstance(value, kind):
-                self.used.add(name)
-                return value
+            own = find(self.record, [name])
+            value = self.record[own] if own else None
+            if isinstance(value, list) and at is not None:
+                if at[1] > 1 and len(value) != at[1]:
+                    raise BadRecordError(f"{own} has {len(value)} entries for {at[1]} completions")
+                value = value[at[0]] if len(value) == at[1] else None
+            if own and (found := told(value, name)) is not None:
+                self.used.add(own)
+                return found
         return None

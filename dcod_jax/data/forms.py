@@ -11,16 +11,13 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from dcod_jax.data import presets, raw, schema
+from dcod_jax.data import answers, presets, raw, schema
+from dcod_jax.data.answers import finish, is_cut_off, sampled
 from dcod_jax.data.columns import Row, completion_columns, ends_with_answer, missing
-from dcod_jax.data.raw import BadRecordError, Fields, RawTrace, Record, Turns
-from dcod_jax.data.reasoning import unfinished
+from dcod_jax.data.raw import BadRecordError, Fields, RawTrace, Record, Turns, truth
+from dcod_jax.data.reasoning import may_be_reasoning, unfinished
+from dcod_jax.data.unpack import unpacked
 
-# What ends a completion before it is whole, in the words of the APIs.
-CUT_OFF = (
-    "length max_tokens max_length model_length max_output_tokens content_filter safety abort error "
-    "incomplete"
-).split()
 # (prompt, completions of it, the mapping that holds id, answer, model and temperature); the prompt
 # is empty where a completion is a whole conversation.
 Parsed: TypeAlias = tuple[Turns, list[RawTrace], Record]
@@ -40,24 +37,46 @@ def _read_completion(row: Row) -> Parsed:
     names = completion_columns(row.record, row.fields)
     for name in names:
         value, reasoning = row.get(name), row.reasoning()
-        texts = value if isinstance(value, list) else [value]
+        texts = value if isinstance(value, list) and not _is_one(value) else [value]
         if not texts:
             raise BadRecordError(f"{name} must be a non-empty list, found an empty one")
-        if isinstance(value, list) and isinstance(texts[0], dict):  # messages, or parts of one
-            completions.append(_trace(row, _messages(row, value, name)))
-            continue
-        alone = len(texts) == 1
+        alone = len(texts) == 1 and len(names) == 1
         for index, text in enumerate(texts):
-            place = name if not isinstance(value, list) else f"{name}[{index}]"
-            thought = reasoning[index] if index < len(reasoning) else ""
-            turns = raw.assistant(text, place, row.fields, thought)
-            more = _trace(row, turns) if alone and len(names) == 1 else RawTrace(turns.messages)
+            place = name if texts is not value else f"{name}[{index}]"
+            thought = reasoning[index : index + 1]
+            if not alone and (text is None or text == ""):
+                completions.append(RawTrace([], failed=f"{place} is empty"))
+                continue
+            turns, beside = _said(row, text, place, thought)
+            more = _trace(row, turns) if alone and not beside else sampled(beside, turns)
             completions.append(_judged(row, more, str(text), index, len(texts)))
         if len(reasoning) not in (0, len(texts)):
             raise BadRecordError(
                 f"{len(reasoning)} texts of reasoning for {len(texts)} completions in {name}"
             )
     return Turns(row.prompt()), completions, row.record
+
+
+_TEXTS = ("text", "content", "completion", "response", "output", "generated_text")
+
+
+def _is_one(value: list[Any]) -> bool:
+    """Whether a list is one completion: messages, or parts with a type."""
+    first = value[0] if value else None
+    return isinstance(first, dict) and any(key in first for key in ("role", "from", "type"))
+
+
+def _said(row: Row, item: Any, name: str, thought: list[str]) -> tuple[Turns, Record]:
+    """One completion of any kind, and the mapping with its finish reason and log-probs."""
+    if isinstance(item, list) and item and isinstance(item[0], dict):
+        return row.with_reasoning(_messages(row, item, name), thought), {}
+    if not isinstance(item, dict):
+        return raw.assistant(item, name, row.fields, "".join(thought)), {}
+    key = next((key for key in _TEXTS if item.get(key) is not None), None)
+    if key is None:
+        raise BadRecordError(f"{name} must be a text, found an object of {', '.join(item)}")
+    schema.check(item, schema.SAMPLE, name)
+    return raw.assistant(item[key], f"{name}.{key}", row.fields, "".join(thought)), item
 
 
 def _messages(row: Row, value: list[Any], name: str) -> Turns:
@@ -77,7 +96,7 @@ def _messages(row: Row, value: list[Any], name: str) -> Turns:
 def _read_conversation(row: Row) -> Parsed:
     [name] = completion_columns(row.record, row.fields)
     turns = raw.read_messages(row.get(name), name, row.fields)
-    turns = row.with_reasoning(turns)
+    turns = row.with_reasoning(turns, row.reasoning())
     messages = turns.messages
     if messages[-1]["role"] != "assistant":
         raise BadRecordError(
@@ -89,6 +108,10 @@ def _read_conversation(row: Row) -> Parsed:
     trace = _trace(row, turns)
     if not trace.supervised():
         raise BadRecordError(f"no turn of {name} is supervised: each has weight 0 or train false")
+    last = row.record[name][-1]  # may tell how it ended
+    reason = finish(last.get("finish_reason") or last.get("stop_reason"))
+    if is_cut_off(reason):
+        trace = dataclasses.replace(trace, finish_reason=reason)
     return Turns([]), [_judged(row, trace, trace.completion_text(), 0, 1)], row.record
 
 
@@ -105,9 +128,9 @@ def _read_outputs(row: Row) -> Parsed:
         if logprobs is not None and ids is not None and len(ids) == len(logprobs):
             logprobs = [_position_logprob(e, t) for e, t in zip(logprobs, ids, strict=True)]
         turns = raw.assistant(output["text"], f"{name}.text", row.fields)
-        completions.append(_sampled(output, turns, logprobs=logprobs))
+        completions.append(sampled(output, turns, logprobs=logprobs))
     row.used |= {"prompt_token_ids", "request_id", "finished", "metrics", "prompt_logprobs"}
-    return Turns(row.prompt(first="messages")), completions, row.record
+    return Turns(row.prompt(first="messages")), _all_judged(row, completions), row.record
 
 
 def _position_logprob(entry: Any, token: object) -> object:
@@ -129,120 +152,64 @@ def _read_sglang(row: Row) -> Parsed:
         return Turns(row.prompt()), [RawTrace([], failed="text is empty")], row.record
     turns = raw.assistant(text, "text", row.fields)
     beside = {"finish_reason": info.get("finish_reason")}
-    completion = _sampled(beside, turns, token_ids=ids, logprobs=logprobs)
-    return Turns(row.prompt()), [completion], {"id": info.get("id"), **row.record}
-
-
-def is_request(record: Record) -> bool:
-    """Whether a line belongs to the request file of a batch: it holds prompts for the outputs."""
-    return (
-        "custom_id" in record
-        and isinstance(record.get("body"), dict)
-        and record.get("response") is None
-        and "choices" not in record["body"]
-    )
-
-
-def _read_batch(row: Row) -> Parsed:
-    record = row.record
-    row.used |= set(record) & {
-        *("response", "request", "choices", "body", "error", "object", "created", "usage"),
-        *("method", "url", "system_fingerprint", "service_tier", "prompt_logprobs"),
-    }
-    response = record.get("response", {"body": record})
-    body, status = response.get("body") or {}, response.get("status_code") or 200
-    known: dict[str, Any] = {}
-    request = record.get("request") or record
-    asked = request.get("body") or request
-    if status != 200 or record.get("error") or not body.get("choices"):
-        problem = record.get("error") or body.get("error") or "the body has no choices"
-        failure = f"the request failed (status {status}): {str(problem)[:200]}"
-        return Turns([]), [RawTrace([], failed=failure)], record
-    if asked.get("messages"):
-        prompt = raw.read_messages(asked["messages"], "messages", row.fields).messages
-        row.used.add("messages")
-    elif asked.get("prompt"):
-        prompt = [{"role": "user", "content": raw.read_text(asked["prompt"], "prompt")}]
-        row.used.add("prompt")
-    else:
-        raise BadRecordError(
-            f"no prompt for custom_id {record.get('custom_id')!r}: a batch output has none of its "
-            "own; name the request file before it (data.traces=requests.jsonl,outputs.jsonl)"
-        )
-    completions = [
-        _choice(choice or {}, f"choices[{i}]", row.fields)
-        for i, choice in enumerate(body["choices"])
-    ]
-    known = {**asked, **{k: v for k, v in request.items() if k != "body"}, **record}
-    known.setdefault("model", body.get("model"))
-    row.tools = raw.read_tools(asked.get("tools"))
-    return Turns(prompt), completions, known
-
-
-def _choice(choice: Record, name: str, fields: Fields) -> RawTrace:
-    message, text = choice.get("message"), choice.get("text")
-    if message is None and text is None:
-        raise BadRecordError(f"{name} must have a message or a text")
-    given = {"role": "assistant", **(message or {"content": text})}
-    spoken = [given.get(key) for key in ("content", *raw.REASONING_KEYS, "tool_calls")]
-    if not any(spoken) or all(isinstance(s, str) and not s.strip() for s in spoken if s):
-        why = given.get("refusal") or choice.get("finish_reason") or "no text"
-        return RawTrace([], failed=f"{name} is empty ({str(why)[:200]})")
-    place = f"{name}.message" if message else f"{name}.text"
-    message = raw.read_message(given, place, fields)
-    texts, logprobs = _choice_logprobs(choice.get("logprobs"))
-    return _sampled(choice, Turns([message]), logprobs=logprobs, token_bytes=texts)
-
-
-def _choice_logprobs(value: Any) -> tuple[list[bytes] | None, list[Any] | None]:
-    """(token bytes, log-probs) of a choice's `logprobs`, chat or completions form."""
-    if not value:
-        return None, None
-    if (entries := value.get("content")) is not None:
-        texts = [
-            bytes(e["bytes"]) if e.get("bytes") is not None else str(e.get("token", "")).encode()
-            for e in (entry or {} for entry in entries)
-        ]
-        return texts, [(entry or {}).get("logprob") for entry in entries]
-    if (logprobs := value.get("token_logprobs")) is not None:
-        return [str(token).encode() for token in value.get("tokens") or []], logprobs
-    raise BadRecordError("choice.logprobs has neither content nor token_logprobs")
+    completion = sampled(beside, turns, token_ids=ids, logprobs=logprobs)
+    judged = _all_judged(row, [completion])
+    return Turns(row.prompt()), judged, {"id": info.get("id"), **row.record}
 
 
 # ---------------------------------------------------------------- one completion
 
 
-def _finish(value: Any) -> str:
-    value = value.get("type") if isinstance(value, dict) else value
-    return str(value or "").lower()
-
-
-def _sampled(beside: Record, turns: Turns, **more: Any) -> RawTrace:
-    """A completion with the token ids, log-probs and finish reason that the record has for it."""
-    more |= {n: raw.read_list(beside, n) for n in ("token_ids", "logprobs") if n not in more}
-    given = beside.get("finish_reason")
-    more["finish_reason"] = "" if isinstance(given, list) else _finish(given)
-    return RawTrace(turns.messages, unsupervised=turns.unsupervised, extras=turns.extras, **more)
+def _read_answer(row: Row) -> Parsed:
+    prompt, completions, known = answers.read(row)
+    return Turns(prompt), _all_judged(row, completions), known
 
 
 def _trace(row: Row, turns: Turns) -> RawTrace:
     row.used |= {"token_ids", "logprobs", "finish_reason"}
-    return _sampled(row.record, turns)
+    return sampled(row.record, turns)
+
+
+def _told_finish(value: Any, name: str) -> str | None:
+    """A finish reason; stop_reason may be the text or id that ended it (vLLM), status anything."""
+    reason = finish(value) if isinstance(value, str | dict) else ""
+    loose = name in ("stop_reason", "status")
+    return None if not reason or (loose and is_cut_off(reason) is None) else reason
+
+
+def _told_verdict(value: Any, name: str) -> bool | None:
+    """A verdict; `label` is one only where it is a boolean (KTO)."""
+    boolean = str(value).strip().lower() in ("true", "false")
+    return truth(value) if name != "label" or boolean else None
 
 
 def _judged(row: Row, trace: RawTrace, text: str, index: int, count: int) -> RawTrace:
     """With what the record tells of this completion: that it was cut off, that it is wrong."""
     at = row.place_of(text, index, count)
-    finish = _finish(row.beside(presets.FINISHES, at, str | dict)) or trace.finish_reason
-    whole = [row.beside((name,), at, bool) for name in presets.COMPLETE]
-    verdicts = [row.beside((name,), at, bool) for name in presets.VERDICTS]
+    reason = row.beside(presets.FINISHES, at, _told_finish) or ""
+    reason = trace.finish_reason if is_cut_off(trace.finish_reason) else reason
+    told = [(name, True) for name in presets.CUT] + [(name, False) for name in presets.COMPLETE]
+    signs = [
+        f"{name} is {str(cut).lower()}"
+        for name, cut in told
+        if row.beside((name,), at, lambda value, _: truth(value)) is cut
+    ]
+    verdicts = [row.beside((name,), at, _told_verdict) for name in presets.VERDICTS]
     verdicts = [verdict for verdict in verdicts if verdict is not None]
     return dataclasses.replace(
         trace,
-        finish_reason=finish,
-        unfinished=f"{presets.COMPLETE[whole.index(False)]} is false" if False in whole else "",
+        finish_reason=reason or trace.finish_reason,
+        unfinished="".join(signs[:1]),
         verdict=any(verdicts) if verdicts else None,
     )
+
+
+def _all_judged(row: Row, completions: list[RawTrace]) -> list[RawTrace]:
+    count = len(completions)
+    return [
+        trace if trace.failed else _judged(row, trace, trace.completion_text(), index, count)
+        for index, trace in enumerate(completions)
+    ]
 
 
 def _finished(trace: RawTrace) -> RawTrace:
@@ -250,20 +217,23 @@ def _finished(trace: RawTrace) -> RawTrace:
     text = trace.completion_text()
     calls = "tool_calls" in trace.messages[trace.supervised()[-1]]
     why = trace.unfinished or ("" if calls else unfinished(text))  # a call is an answer
-    if trace.finish_reason in CUT_OFF:
+    cut = is_cut_off(trace.finish_reason) if trace.finish_reason else False
+    if cut is None:
+        raise BadRecordError(
+            f"finish_reason is {trace.finish_reason[:60]!r}, and whether the completion ended by "
+            "itself is not known; write stop where it did, length where it was cut off"
+        )
+    if cut:
         why = f"finish_reason is {trace.finish_reason}"
     return dataclasses.replace(trace, unfinished=why)
 
 
 FORMS: dict[str, Form] = {
-    "OpenAI or vLLM batch output": Form(
+    "answer of an API, OpenAI or vLLM batch output": Form(
         example='{"custom_id": "1", "request": {"body": {"prompt": "2+2?"}}, '
         '"response": {"body": {"choices": [{"text": "4"}]}}}',
-        matches=lambda record, fields: (
-            isinstance(record.get("response"), dict)
-            or (bool(record.get("choices")) and isinstance(record["choices"][0], dict))
-        ),
-        read=_read_batch,
+        matches=lambda record, fields: answers.answer_of(record) is not None,
+        read=_read_answer,
     ),
     "SGLang generate": Form(
         example='{"prompt": "2+2?", "text": "4", "output_ids": [19, 2], '
@@ -307,12 +277,18 @@ def read_record(
     if not isinstance(record, dict):
         raise BadRecordError(f"expected a JSON object, found {raw.kind_of(record)}")
     schema.check(record, schema.RECORD)
-    whole = {name: value for name, value in record.items() if value is not None}
+    whole = unpacked({n: value for n, value in record.items() if value is not None}, fields)
+    if shown := [name for name in presets.UNREADABLE if whole.get(name)]:
+        raise BadRecordError(
+            f"the record has {shown[0]}, and only text can be read; take the column out where the "
+            "text is enough"
+        )
     form = next((form for form in FORMS.values() if form.matches(whole, fields)), None)
     if form is None:
         raise missing(record, fields, "completion")
     asked = None if whole.get("request") else requests.get(str(whole.get("custom_id")))
-    row = Row(whole | ({"request": asked} if asked else {}), fields)
+    nulls = [str(name) for name in record if name not in whole]
+    row = Row(whole | ({"request": asked} if asked else {}), fields, nulls=nulls)
     prompt, completions, known = form.read(row)
     if not completions:
         raise BadRecordError("the record has no completion: its list of samples is empty")
@@ -348,4 +324,9 @@ def read_record(
         )
         traces.append(_finished(trace))
     extras = row.unread() | prompt.extras
+    for name in sorted(row.unread()):
+        if may_be_reasoning(name, whole.get(name)):
+            for trace in traces:
+                if not trace.failed:
+                    raw.check_reasoned(name, trace.completion_text(), fields)
     return [dataclasses.replace(t, extras=t.extras | extras) for t in traces]

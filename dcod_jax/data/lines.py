@@ -31,6 +31,9 @@ PIECE = 1 << 18  # bytes read at a time
 _DEEPEST = 200  # levels of nesting in a record
 _BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{\]}]', re.DOTALL)
 _HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+# How files of other kinds begin, which are told by their names.
+_MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"\xfd7zXZ": ".xz"}
+_MAGIC |= {b"PAR1": ".parquet", b"PK\x03\x04": ".zip, which is not read: unpack it"}
 _OUTSIDE, _INSIDE = re.compile(rb'["\[\]{},]'), re.compile(rb'["\\]')
 
 
@@ -111,9 +114,12 @@ def read_contents(location: str, *, limit: int) -> Iterator[tuple[str, Content]]
         table = _TABLES.get(as_path(path.stem).suffix if path.suffix in PACKED else path.suffix)
         start = file.peek(4096)[:4096]
         if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+            kind = "UTF-32" if start.startswith(b"\xff\xfe\0\0") else "UTF-16"
             raise DcodError(
-                f"{path}: UTF-16, where UTF-8 is expected; convert it: iconv -f UTF-16 -t UTF-8"
+                f"{path}: {kind}, where UTF-8 is expected; convert it: iconv -f {kind} -t UTF-8"
             )
+        if other := next((end for magic, end in _MAGIC.items() if start.startswith(magic)), ""):
+            raise DcodError(f"{path} holds no text but a packed file: its name must end in {other}")
         if start.startswith(b"\xef\xbb\xbf"):
             file.read(3)
         if table:
@@ -155,7 +161,7 @@ def _lines(file: io.BufferedReader, *, limit: int) -> Iterator[tuple[int, bytes 
         yield number, TooLong(begins, size)
 
 
-def _elements(file: io.BufferedReader, *, limit: int) -> Iterator[tuple[int, bytes | TooLong]]:
+def _elements(file: io.BufferedReader, *, limit: int) -> Iterator[tuple[int, Content]]:
     """(line, text) of the elements of a JSON array."""
     element, depth, string, escaped, given = _Element(limit), 0, False, False, False
     for chunk in iter(lambda: file.read(PIECE), b""):
@@ -187,7 +193,9 @@ def _elements(file: io.BufferedReader, *, limit: int) -> Iterator[tuple[int, byt
                 yield element.line, b"what follows the array: " + rest.strip()[:30]
             return
         element.add(chunk[taken:])
-    yield element.take()  # the array does not end: its last element is cut off
+    if not element.blank:
+        yield element.take()
+    yield element.line, BadRecordError("truncated JSON: the array has no ] at its end")
 
 
 class _Element:
@@ -237,13 +245,17 @@ def _rows(
         for row in rows:
             if not header:
                 header = row
+                twice = {cell for cell in row if row.count(cell) > 1}
+                if twice or (len(row) == 1 and re.search(r"\w[;\t,|]\s*\w", row[0])):
+                    why = f"names {twice} twice" if twice else f"is one cell, {row[0][:60]!r}"
+                    raise csv.Error(f"the header {why}; columns are parted by {comma!r}")
             elif len(row) != len(header):
                 yield (
                     rows.line_num,
                     BadRecordError(f"{len(row)} cells, where the header names {len(header)}"),
                 )
             else:
-                yield rows.line_num, {n: v for n, v in zip(header, row, strict=True) if v}
+                yield rows.line_num, {n: v or None for n, v in zip(header, row, strict=True)}
             number = rows.line_num
     except (csv.Error, UnicodeDecodeError) as error:
         raise DcodError(
@@ -259,17 +271,30 @@ def parse(line: bytes) -> Any:
         raise BadRecordError(f"invalid UTF-8 at byte {error.start} ({error.reason})") from error
     _check_depth(line)
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         ends = text[-30:]
         cut = error.pos >= len(text) or error.msg.startswith("Unterminated")
         what = f"truncated JSON (the line ends {ends!r})" if cut else "invalid JSON"
+        if text in ("{", "data: [DONE]") or text.startswith("data: "):
+            what += "; a record is one line, or one element of an array"
+        elif not cut and error.pos < 3:
+            what += f" (the line begins {text[:30]!r})"
         raise BadRecordError(f"{what}: {error.msg} at column {error.colno}") from error
     except ValueError as error:  # numbers of thousands of digits
         raise BadRecordError(f"invalid JSON: {error}") from error
     if _HALF.search(line):
         _check_text(value, "")
     return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise BadRecordError(f"an object has the name {twice[:60]!a} twice; leave one")
+    return found
 
 
 def _check_depth(line: bytes) -> None:

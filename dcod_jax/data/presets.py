@@ -18,14 +18,17 @@ COMPLETIONS = (
     *("generation", "generations", "generated_solution", "attempt"),
 )
 HUMAN = ("solution",)  # read where nothing else can be the completion
-CONVERSATIONS = ("messages", "conversations", "conversation")
+CONVERSATIONS = ("messages", "conversations", "conversation", "contents")
 ANSWERS = ("answer", "final_answer", "expected_answer", "reference_answer", "gold_answer")
-SYSTEMS = ("system", "system_prompt")
+ANSWERS = (*ANSWERS, "ground_truth", "gt_answer")
+SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction")
 REASONINGS = ("reasoning_content", "reasoning", "thinking", "thinking_trajectories")
-FINISHES = ("finish_reason", "finish_reasons", "stop_reason")
-COMPLETE = ("is_reasoning_complete", "is_complete", "is_finished")
+FINISHES = ("finish_reason", "finish_reasons", "done_reason", "stop_reason", "status")
+COMPLETE = ("is_reasoning_complete", "is_complete", "is_finished", "finished", "completed", "done")
+CUT = ("truncated", "is_truncated", "cut_off")  # true where the completion is not whole
 VERDICTS = ("correct", "is_correct", "correctness", "correctness_math_verify", "correctness_llama")
-VERDICTS = (*VERDICTS, "verified", "is_verified", "passed")
+VERDICTS = (*VERDICTS, "verified", "is_verified", "passed", "label")
+UNREADABLE = ("image", "images", "video", "videos", "audio", "audios")
 
 
 _AS_WRITTEN = Reasoning()

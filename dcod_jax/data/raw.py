@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from dcod_jax.data.presets import Fields
-from dcod_jax.data.reasoning import Reasoning
+from dcod_jax.data.reasoning import Reasoning, has_reasoning, is_switch, may_be_reasoning
 from dcod_jax.errors import DcodError
 
 ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
 # ShareGPT's and Gemini's names, understood in every conversation.
 _OTHERS = {"human": "user", "gpt": "assistant", "model": "assistant"}
-_OTHERS |= {"observation": "tool", "function_response": "tool"}
+_OTHERS |= {"observation": "tool", "function_response": "tool", "function": "tool"}
+_OTHERS |= {"ai": "assistant", "chatgpt": "assistant"}
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_REASONING_PARTS = ("reasoning_details", "thinking_blocks", "thought", "thoughts")
+# Whether a turn is trained on, in the words of trainers; and keys that may be another's.
+_TRAINED = ("weight", "train", "loss", "trainable", "train_on_turn", "loss_weight", "loss_mask")
+_MAYBE_TRAINED = re.compile("mask|train|loss|learn|supervis", re.IGNORECASE)
 # A message's other keys that carry nothing to train on.
 _PLAIN_KEYS = {"role", "from", "content", "value", "text", "parts", *REASONING_KEYS}
-_PLAIN_KEYS |= {
-    "refusal",
-    "annotations",
-    "audio",
-    "tool_calls",
-    "function_call",
-    "weight",
-    "train",
-    "loss",
-}
+_PLAIN_KEYS |= {*_REASONING_PARTS, *_TRAINED, "masked", "finish_reason", "stop_reason"}
+_PLAIN_KEYS |= {"refusal", "annotations", "audio", "tool_calls", "function_call"}
 
 Message = dict[str, Any]  # role and content, and where there are some tool_calls
 Record: TypeAlias = Mapping[str, Any]  # one JSON object
@@ -100,6 +98,14 @@ def kind_of(value: object) -> str:
     return "null" if value is None else type(value).__name__
 
 
+def truth(value: object) -> bool | None:
+    """true, 1, "True" and their like, and their opposites; None for what is neither."""
+    words = {"true": True, "yes": True, "1": True, "1.0": True}
+    words |= {"false": False, "no": False, "0": False, "0.0": False}
+    known = isinstance(value, bool | int | float | str)
+    return words.get(str(value).strip().lower()) if known else None
+
+
 def read_list(record: Record, name: str) -> list[Any] | None:
     value = record.get(name)
     if value is not None and not isinstance(value, list):
@@ -126,14 +132,15 @@ def parts(value: object, name: str) -> tuple[str, str]:
         raise BadRecordError(f"{name} must be a string, found {found}")
     texts: dict[str, list[str]] = {"text": [], "thinking": []}
     for part in value:
-        kind = part.get("type", "text")
-        place = {"output_text": "text", "input_text": "text", "reasoning": "thinking"}.get(
-            str(kind), str(kind)
-        )
-        if place not in texts:
+        kind = str(part.get("type") or ("text" if "text" in part else ", ".join(part)))
+        place = "thinking" if kind.startswith("reasoning") or kind == "summary_text" else kind
+        place = "text" if kind in ("output_text", "input_text") else place
+        if place not in texts or kind == "reasoning.encrypted":
             raise BadRecordError(f"{name} has a part of type {kind!r}; only text is supported")
-        inner = part.get(place, part.get("text", ""))
-        inner = parts(inner, f"{name}.{place}")[0] if isinstance(inner, list) else inner
+        keys = ("thinking", "text", "content", "summary") if place == "thinking" else ("text",)
+        inner = next((part[key] for key in keys if part.get(key)), "")
+        inner = "".join(parts(inner, f"{name}.{place}")) if isinstance(inner, list) else inner
+        place = "thinking" if part.get("thought") is True else place  # Gemini
         if not isinstance(inner, str):
             raise BadRecordError(f"{name}.{place} must be a string, found {kind_of(inner)}")
         texts[place].append(inner)
@@ -158,7 +165,10 @@ def read_messages(value: object, name: str, fields: Fields) -> Turns:
     messages, skipped, extras = [], set(), set()
     for index, item in enumerate(value):
         message = read_message(item, f"{name}[{index}]", fields)
-        extras |= {f"{name}[].{k}" for k, v in item.items() if k not in _PLAIN_KEYS and v}
+        unread = {k: v for k, v in item.items() if k not in _PLAIN_KEYS}
+        extras |= {f"{name}[].{k}" for k, v in unread.items() if v not in (None, "", [], {})}
+        if message["role"] == "assistant":
+            _check_unread(unread, message, f"{name}[{index}]", fields)
         if not message["content"].strip() and "tool_calls" not in message:
             continue
         if message["role"] == "assistant" and not _is_supervised(item, f"{name}[{index}]"):
@@ -170,10 +180,33 @@ def read_messages(value: object, name: str, fields: Fields) -> Turns:
 
 
 def _is_supervised(message: Record, name: str) -> bool:
-    weight = message.get("weight")
-    if weight not in (None, 0, 1):
-        raise BadRecordError(f"{name}.weight is {weight!r}; expected 0 or 1")
-    return weight != 0 and message.get("train") is not False and message.get("loss") is not False
+    given = {key: message[key] for key in (*_TRAINED, "masked") if message.get(key) is not None}
+    for key, value in given.items():
+        if truth(value) is None:
+            raise BadRecordError(f"{name}.{key} is {value!r}; expected 0 or 1")
+    return all(truth(value) == (key != "masked") for key, value in given.items())
+
+
+def _check_unread(unread: Record, message: Message, name: str, fields: Fields) -> None:
+    """Refuse keys of an assistant's message that may say what its turn lacks."""
+    for key, value in unread.items():
+        if _MAYBE_TRAINED.search(key) and value is not None:
+            raise BadRecordError(
+                f"{name}.{key} may say whether the turn is trained on; known are "
+                f"{', '.join(_TRAINED)} (0 or false: not) and masked; rename it, or take it out"
+            )
+        if may_be_reasoning(key, value):
+            check_reasoned(key, message["content"], fields)
+
+
+def check_reasoned(name: str, text: str, fields: Fields) -> None:
+    """Refuse a completion without reasoning beside an unread field that may hold it."""
+    rule: Reasoning = fields.reasoning
+    if rule.policy != "drop" and not has_reasoning(text):
+        raise BadRecordError(
+            f"{name} may be the reasoning of the completion, which has none: set "
+            f"prepare.reasoning_field={name}, or prepare.reasoning=drop to leave reasoning out"
+        )
 
 
 def read_message(value: object, name: str, fields: Fields) -> Message:
@@ -184,7 +217,7 @@ def read_message(value: object, name: str, fields: Fields) -> Message:
     if not isinstance(value, dict) or by not in value:
         found = ", ".join(value) if isinstance(value, dict) else kind_of(value)
         raise BadRecordError(f"{name} must have {by} and {texts[0]}, found {found}")
-    given = value[by].lower() if isinstance(value[by], str) else value[by]
+    given = value[by].strip().lower() if isinstance(value[by], str) else value[by]
     role = (ROLES | _OTHERS).get(given) if isinstance(given, str) else None
     if role is None:
         told = "is from" if by == "from" else "has the role"
@@ -195,7 +228,11 @@ def read_message(value: object, name: str, fields: Fields) -> Message:
         raise BadRecordError(f"{name} has tool calls, and the role {role!r}")
     reasoning = _reasoning_of(value, name, fields) if role == "assistant" else ""
     if not text and not reasoning and not calls:
-        raise BadRecordError(f"{name} must have {by} and {texts[0]}, found {', '.join(value)}")
+        null = " (null)" if any(key in value for key in texts) else ""
+        raise BadRecordError(
+            f"{name} must have {by} and {texts[0]}{null}, found {', '.join(value)}"
+            + (f"; refusal: {str(value['refusal'])[:80]}" if value.get("refusal") else "")
+        )
     content, thought = parts(value[text], f"{name}.{text}") if text else ("", "")
     if role == "system" and not content.strip():
         return {"role": role, "content": ""}
@@ -233,8 +270,12 @@ def _read_calls(message: Record, name: str) -> dict[str, Any]:
 
 def _reasoning_of(message: Record, name: str, fields: Fields) -> str:
     """The reasoning of a message that has it in a key of its own."""
-    keys = (fields.reasoning_field,) if fields.reasoning_field in message else REASONING_KEYS
-    found = {key: message[key] for key in keys if message.get(key)}
+    chosen = fields.reasoning_field
+    given = {key: value for key, value in message.items() if value and not is_switch(value)}
+    keys = (chosen,) if chosen in message else REASONING_KEYS
+    if keys is REASONING_KEYS and given.keys().isdisjoint(keys):
+        keys = _REASONING_PARTS
+    found = {key: given[key] for key in keys if key in given}
     texts = {key: "".join(parts(value, f"{name}.{key}")) for key, value in found.items()}
     if len({" ".join(text.split()) for text in texts.values()}) > 1:
         raise BadRecordError(

@@ -7,6 +7,7 @@ makes the first of the second, in the form of the student's template.
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from dcod_jax.errors import DcodError
 
@@ -18,7 +19,14 @@ MARKS = {
     "<reasoning>": "</reasoning>",
     "[THINK]": "[/THINK]",
     "<|begin_of_thought|>": "<|end_of_thought|>",
+    "<seed:think>": "</seed:think>",
+    "◁think▷": "◁/think▷",
+    "<|START_THINKING|>": "<|END_THINKING|>",
 }
+_BLOCKS = "|".join(f"{re.escape(mark)}(.*?){re.escape(end)}" for mark, end in MARKS.items())
+_BLOCK = re.compile(rf"^[ \t]*(?:{_BLOCKS})\s*", re.DOTALL | re.MULTILINE)
+# Names of fields that hold reasoning, whatever else they are called.
+_THOUGHTS = re.compile(r"reasoning|think|thought|rationale|cot$|trajector", re.IGNORECASE)
 _ANSWERS = {"<|begin_of_solution|>": "<|end_of_solution|>", "<answer>": "</answer>"}
 _SWITCHES = "on off true false yes no none low medium high auto enabled disabled".split()
 
@@ -49,7 +57,8 @@ class Reasoning:
                 "set prepare.reasoning_field to the one that is meant, or take one out"
             )
         if self.policy == "drop":
-            return answer.lstrip("\n") if own or reasoning.strip() else text
+            found = reasoning.strip() or _BLOCK.search(text)
+            return _BLOCK.sub("", text).lstrip("\n") if found else text
         if own.strip() or not reasoning.strip():
             return text
         return f"{self.opening}{reasoning.strip()}{self.closing}{answer.lstrip()}"
@@ -73,8 +82,20 @@ def split(text: str) -> tuple[str, str]:
 
 
 def has_reasoning(text: str) -> bool:
-    """Whether a completion holds reasoning that is begun and ended."""
-    return any(end in text for end in MARKS.values())
+    """Whether a completion holds reasoning that is begun and ended, and not empty."""
+    whole = Reasoning().complete(text)
+    return any(any(map(str.strip, filter(None, m.groups()))) for m in _BLOCK.finditer(whole))
+
+
+def may_be_reasoning(name: str, value: object) -> bool:
+    """Whether a field that nothing read is named like reasoning and holds sentences."""
+    return bool(_THOUGHTS.search(name)) and _has_words(value)
+
+
+def _has_words(value: object) -> bool:
+    if isinstance(value, dict | list):
+        return any(map(_has_words, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and " " in value.strip()
 
 
 def unfinished(text: str) -> str:
@@ -91,6 +112,10 @@ def unfinished(text: str) -> str:
         place = found + len(parts[mark])
         if mark in MARKS and not text[place:].strip():
             return f"nothing follows {parts[mark]}"
+    for mark, end in MARKS.items():  # one that is begun on a later line
+        *_, last = (0, *(m.end() for m in re.finditer(rf"(?m)^[ \t]*{re.escape(mark)}", text)))
+        if last and text.find(end, last) < 0:
+            return f"{mark} is not ended by {end}"
     return ""
 
 

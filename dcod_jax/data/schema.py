@@ -49,13 +49,23 @@ _CHOICE = {
     "token_ids": [_token_id],
 }
 ASKED = {"messages": [dict], "temperature": number}
-_BODY = {"choices": [_CHOICE]}
+# The answer of an API in any dialect; SAMPLE: one of several completions with what is beside it.
+ANSWER = {
+    "choices": [_CHOICE],
+    "candidates": [{"content": {"parts": [dict], "role": str}, "finishReason": _FINISH}],
+    "message": (str, _MESSAGE),
+    "content": (str, [dict]),
+    "incomplete_details": {"reason": str},
+    "stop_reason": _FINISH,
+    "done_reason": _FINISH,
+}
+SAMPLE = {"finish_reason": _FINISH, "token_ids": [_token_id], "logprobs": [object]}
 _OUTPUT = {"text": str, "token_ids": [_token_id], "finish_reason": _FINISH, "logprobs": [object]}
 _SGLANG = {"finish_reason": _FINISH, "output_token_logprobs": [[object]]}
-_RESPONSE = {"status_code": int, "body": _BODY}
+_RESPONSE = {"status_code": int, "body": dict}
 RECORD = {
     "response": (str, [object], _RESPONSE),
-    "request": {"body": ASKED, **ASKED},
+    "request": (str, {"body": ASKED, "params": ASKED, **ASKED}),
     "choices": ([_CHOICE], [str]),
     "outputs": (str, [_OUTPUT], [str]),
     "output_ids": [_token_id],

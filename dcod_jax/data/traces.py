@@ -15,7 +15,8 @@ from typing import Any
 
 from dcod_jax.copies import local_copy, local_directory
 from dcod_jax.data import lines, schema
-from dcod_jax.data.forms import is_request, read_record
+from dcod_jax.data.answers import is_request
+from dcod_jax.data.forms import read_record
 from dcod_jax.data.lines import Content, TooLong
 from dcod_jax.data.raw import BadRecordError, Fields, RawTrace
 from dcod_jax.errors import DcodError
@@ -157,12 +158,15 @@ def read_traces(
     "file:line: what is wrong". `on_record(1)` is called for every record.
     """
     requests: dict[str, Any] = {}  # the prompts of batch outputs that come later
+    answered: set[str] = set()  # those that had an output
     for source in sources:
         plain = source.kind == "jsonl"
         rows = lines.read_contents(source.path, limit=longest) if plain else _read_rows(source)
         for where, content in rows:
             try:
-                for trace in _traces_of(content, fields, where, requests, longest=longest):
+                for trace in _traces_of(
+                    content, fields, where, requests, answered, longest=longest
+                ):
                     if not trace.failed:
                         yield trace
                     elif on_drop is None:
@@ -179,7 +183,13 @@ def read_traces(
 
 
 def _traces_of(
-    content: Content, fields: Fields, where: str, requests: dict[str, Any], *, longest: int
+    content: Content,
+    fields: Fields,
+    where: str,
+    requests: dict[str, Any],
+    answered: set[str],
+    *,
+    longest: int,
 ) -> list[RawTrace]:
     """The traces of one record; a request is remembered for the outputs that follow."""
     if isinstance(content, TooLong):
@@ -189,9 +199,19 @@ def _traces_of(
         raise content
     record = lines.parse(content) if isinstance(content, bytes) else content
     if isinstance(record, dict) and is_request(record):
-        schema.check(record, {"body": schema.ASKED})
-        requests[str(record["custom_id"])] = record
+        schema.check(record, {"body": schema.ASKED, "params": schema.ASKED})
+        name = str(record["custom_id"])
+        if name in requests and name not in answered and requests[name] != record:
+            raise BadRecordError(
+                f"custom_id {name!r} has another request before, and no output between them: "
+                "which one an output answers cannot be told; name each request file before its own "
+                "output file, and give each request an id of its own"
+            )
+        requests[name] = record
+        answered.discard(name)
         return []
+    if isinstance(record, dict):
+        answered.add(str(record.get("custom_id")))
     return read_record(record, fields, source=where, requests=requests)
 
 
@@ -206,7 +226,7 @@ def _as_text(content: object) -> str:
 def _read_rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
     label = source.path if source.kind == "parquet" else f"{source.path}[{source.split}]"
     for number, row in enumerate(_open_rows(source), 1):
-        yield f"{label}:{number}", {name: value for name, value in row.items() if value is not None}
+        yield f"{label}:{number}", dict(row)
 
 
 def _open_rows(source: Source) -> Any:

@@ -78,7 +78,7 @@ def test_a_table_has_a_header_and_absent_cells(tmp_path) -> None:
     path = tmp_path / "t.csv"
     path.write_text('\ufeffprompt,completion,answer\n"a, ""b""\nc",d,\ne,f\n', encoding="utf-8")
     (_, row), (where, short) = contents(path)
-    assert row == {"prompt": 'a, "b"\nc', "completion": "d"}
+    assert row == {"prompt": 'a, "b"\nc', "completion": "d", "answer": None}
     assert isinstance(short, BadRecordError)
     assert where == "4"
     path.write_bytes(b"prompt\n\xff\n")

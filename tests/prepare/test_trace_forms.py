@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dcod_jax import config as configs
 from dcod_jax.configs.base import get_config
-from dcod_jax.data import forms, lines, raw, schema
+from dcod_jax.data import answers, lines, raw, schema
 from dcod_jax.data.forms import read_record
 from dcod_jax.data.presets import PRESETS, Fields, fields_of
 from dcod_jax.data.reasoning import Reasoning
@@ -362,7 +362,7 @@ def _never_breaks(record: dict) -> None:
     line = json.dumps(record).encode()
     with contextlib.suppress(DcodError):
         parsed = lines.parse(line)
-        if forms.is_request(parsed):
+        if answers.is_request(parsed):
             schema.check(parsed, {"body": schema.ASKED})
         else:
             for trace in read_record(parsed, Fields(), source="x:1", requests={}):
