@@ -154,12 +154,16 @@ def atomic_write(path: Path) -> Iterator[pathlib.Path]:
             yield pathlib.Path(directory) / path.name
             path.upload(pathlib.Path(directory) / path.name)
         return
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _temporary(path)
     try:
         yield temporary
         _commit(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(path.name + ".tmp")
 
 
 def _commit(temporary: pathlib.Path, final: pathlib.Path) -> None:
@@ -184,6 +188,12 @@ def replace_file(path: Path, content: bytes) -> None:
             temporary.write_bytes(content)
     except OSError as error:
         raise DcodError(f"cannot write {path}: {error}; free space and run it again") from error
+
+
+def forget_unfinished(path: Path) -> None:
+    """Remove what a process left that was killed while it replaced this file."""
+    if isinstance(path, pathlib.Path):
+        _temporary(path).unlink(missing_ok=True)
 
 
 def rename(path: Path, name: Path) -> None:

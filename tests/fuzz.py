@@ -21,8 +21,11 @@ from fake_traces import make_traces
 from dcod_jax.config import BASE, load_recipe, to_json
 from dcod_jax.data import chat
 from dcod_jax.data.dataset import DatasetWriter, TraceDataset
+from dcod_jax.data.presets import Fields
 from dcod_jax.data.tokenizer import load_tokenizer
+from dcod_jax.data.traces import find_sources, read_traces
 from dcod_jax.errors import DcodError
+from dcod_jax.evaluate.problems import read_problems
 from dcod_jax.files import file_entry
 from dcod_jax.models import gguf, hf
 from dcod_jax.report import command as report
@@ -96,6 +99,17 @@ def mutated(file: Path, dice: random.Random) -> bytes:
 # ---------------------------------------------------------------- what is read
 
 
+def _write_traces(home: Path) -> None:
+    """One record of every form that needs no key of the config, and problems."""
+    lines = (Path(__file__).parent / "data/cases/trace_forms.jsonl").read_text().splitlines()
+    cases = [case for case in map(json.loads, lines) if case["right"].get("dropped") == {}]
+    cases = [case for case in cases if "records" in case and not case["keys"]]
+    records = [row for case in cases for row in (*case.get("requests", []), *case["records"])]
+    tiny.write_jsonl(home / "traces.jsonl", records)
+    (home / "traces.csv").write_text('prompt,completion,answer\n1+2?,"It is\n3",3\n')
+    tiny.write_jsonl(home / "problems.jsonl", tiny.sums(2))
+
+
 def _write_gguf(file: Path) -> None:
     writer = package.GGUFWriter(file, "llama")
     for name, value in (
@@ -150,6 +164,12 @@ def _read_dataset(home: Path) -> None:
     dataset.read(range(len(dataset)))
 
 
+def _read_traces(home: Path) -> None:
+    for name in READERS["traces"][1]:
+        list(read_traces(find_sources(str(home / name)), Fields()))
+    read_problems(home / "problems.jsonl")
+
+
 def _read_report(home: Path) -> None:
     settings = load_recipe(BASE).report
     settings.traces = 0
@@ -166,6 +186,7 @@ def fit_manifest(home: Path) -> None:
 
 
 READERS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+    "traces": (_read_traces, ("traces.jsonl", "traces.csv", "problems.jsonl")),
     "gguf": (_read_gguf, ("model.gguf",)),
     "model": (
         _read_model,
@@ -205,6 +226,7 @@ def write_all(root: Path) -> dict[str, Path]:
     params = hf.load_params(model, config)
     hf.save_params(model, config, params, dtype=jnp.float32, max_shard_bytes=30_000)
     (model / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    _write_traces(homes["traces"])
     for name in ("tokenizer", "template"):
         tiny.write_tokenizer(homes[name])
     for name in ("dataset", "shard"):

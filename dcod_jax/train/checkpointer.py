@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import math
+import operator
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,8 +62,10 @@ class Snapshot(Record):
 
 
 def rank(metrics: dict[str, float], name: str) -> float:
-    """The held-out metric such that lower is better; +inf where it was not measured."""
-    value = metrics.get(name, math.inf)
+    """The held-out metric such that lower is better; +inf where it was not measured, or is NaN."""
+    value = metrics.get(name, math.nan)
+    if math.isnan(value):
+        return math.inf
     return -value if name == "eval/accuracy" and value < math.inf else value
 
 
@@ -104,7 +109,8 @@ class Checkpointer:
                 )
             )
         options["todelete_subdir"] = REMOVED  # on a disk; in a store Orbax removes the objects
-        options["preservation_policy"] = policies.AnyPreservationPolicy(kept)
+        self._retention = policies.AnyPreservationPolicy(kept)
+        options["preservation_policy"] = self._retention
         self._saving, asynchronous = 0, ocp.options.AsyncOptions()
         asynchronous.post_finalization_callback = self._add_checksums
         if jax.process_count() > 1 and not local:
@@ -185,8 +191,23 @@ class Checkpointer:
             self._remove_old()
 
     def close(self) -> None:
-        """wait, then free what Orbax holds."""
+        """wait, then remove what is not kept, and free what Orbax holds.
+
+        Orbax removes at a save only: of a run that was killed between its last checkpoint and the
+        removal of an older one, the next start has nothing to save.
+        """
         self.wait()
+        with self._explained("remove"):
+            steps = self.steps()
+            found: list[Any] = [
+                types.SimpleNamespace(step=step, metrics=self.manager.metrics(step))
+                for step in steps
+            ]
+            context = policies.PreservationContext()
+            kept = self._retention.should_preserve(found, context=context)
+            for step in itertools.compress(steps, map(operator.not_, kept)):
+                self.manager.delete(step)
+            self._remove_old()
         self.manager.close()
 
     def restore(self, like: TrainState, *, step: int | None = None) -> Snapshot:

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import jax
 
 from dcod_jax.errors import DcodError
-from dcod_jax.files import as_path, remove_tree, replace_file
+from dcod_jax.files import as_path, forget_unfinished, remove_tree, replace_file
 from dcod_jax.parallel import hosts
 from dcod_jax.parallel.monitor import HOST
 from dcod_jax.train.checkpointer import Checkpointer, Snapshot, finished
@@ -168,6 +168,7 @@ class LocalCheckpoints:
 
     def _forget(self) -> None:
         if hosts.first():
+            forget_unfinished(self.identity)
             self.identity.unlink(missing_ok=True)
 
 

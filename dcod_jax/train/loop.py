@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from dcod_jax import config as configs
 from dcod_jax.data import chat, pipeline
 from dcod_jax.errors import EXIT_INTERRUPTED
-from dcod_jax.files import as_path, replace_file
+from dcod_jax.files import as_path, forget_unfinished, replace_file
 from dcod_jax.locks import check_held, locked
 from dcod_jax.losses.reduce import Sums
 from dcod_jax.parallel import hosts
@@ -25,6 +25,7 @@ from dcod_jax.train.forward import make_forward
 from dcod_jax.train.held_out import HeldOut, reading
 from dcod_jax.train.on_policy import OnPolicy
 from dcod_jax.train.optim import make_optimizer
+from dcod_jax.train.profiling import GOODPUT
 from dcod_jax.train.settings import best_metric, optim_config
 from dcod_jax.train.setup import (
     Student,
@@ -75,6 +76,8 @@ def _fit(config: Any, name: str, student: Student, entered: float, end: int) -> 
         replace_file(run_dir / "config.json", configs.to_json(config).encode())
     if run.step >= end:
         log.info("%s: all %d steps are done", run_dir, end)
+        if hosts.first():
+            forget_unfinished(run_dir / GOODPUT)
         checkpoints.close()
         return run.step
     sample = train_set.read([0])[0]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import types
 from pathlib import Path
@@ -104,6 +105,15 @@ def test_a_restart_keeps_the_best_of_the_checkpoints_before_it(tmp_path):
         again.save(Snapshot(state=make_state(), step=step, metrics={"eval/nll": 5.0}))
     again.close()
     assert (again.steps(), best(tmp_path)) == ([2, 5, 6], 2)
+
+
+def test_what_a_kill_kept_from_being_removed_is_removed_by_a_start_that_saves_nothing(tmp_path):
+    """Step 1 is the best, 2 an older one; NaN is no best."""
+    checkpointer, _ = write(tmp_path, [1.0, 2.0, math.nan, 3.0], keep=9)
+    checkpointer.close()
+    assert (checkpointer.steps(), best(tmp_path)) == ([1, 2, 3, 4], 1)
+    Checkpointer(tmp_path, keep=1, best_metric="eval/nll").close()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "4"]
 
 
 def test_a_checkpoint_without_metrics_is_no_warning(tmp_path, caplog):
