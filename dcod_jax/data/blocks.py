@@ -16,6 +16,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from dcod_jax.bounds import check, mapping
 from dcod_jax.files import (
     Path,
     atomic_write,
@@ -66,6 +67,7 @@ class BlockFiles(Blocks):
         if not self.manifest.exists():
             return None, "by something else (it has no manifest)"
         found = read_json(self.manifest)
+        check(found, {"request": mapping(), "files": mapping()}, source=self.manifest)
         changed = [k for k, v in self.request.items() if found["request"].get(k) != v]
         if changed:
             return None, f"with other {', '.join(changed)}"

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -301,7 +302,7 @@ def _read(path: Path, request: dict[str, Any]) -> Measured | None:
         with np.load(local_copy(path)) as file:
             if str(file["request"]) == to_json(request).decode():
                 return _measured(file)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DcodError(f"{path}: not what drift wrote ({error}); move it away") from error
     log.info("%s is of other models or settings: measured anew", path)
     return None

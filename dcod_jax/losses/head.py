@@ -256,7 +256,8 @@ def _head_forward(
     partial_sums = on_own_device(jnp.zeros((pieces.shards, *transposed.shape), jnp.float32))
     start = (jnp.zeros((), jnp.float32), partial_sums)
     carry, (hidden_gradient, stats) = jax.lax.scan(piece, start, (hidden, inputs))
-    total, partial_sums = carry
+    # Of one piece the transposition would join the product: XLA's CPU backend has none of bfloat16.
+    total, partial_sums = jax.lax.optimization_barrier(carry)
     gradient = sum_shards(partial_sums, mesh, "embed", "vocab", placed=pieces.head.placed).T
     # The layers' backward pass waits for it: else it is put off, and every device keeps a whole
     # partial sum until the end.

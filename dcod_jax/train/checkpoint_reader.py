@@ -28,6 +28,7 @@ from dcod_jax.train.checkpointer import (
     record_of,
     restoring,
     sharded_shapes,
+    step_of,
 )
 from dcod_jax.types import Params
 
@@ -42,7 +43,7 @@ def find_run(place: Location, *, key: str) -> tuple[Path, int | None]:
     with `key`, where no finished checkpoint is.
     """
     path = as_path(place)
-    named = int(path.name) if path.name.isdigit() and path.parent.name == "checkpoints" else None
+    named = step_of(path.name) if path.parent.name == "checkpoints" else None
     run_dir = path if named is None else path.parent.parent
     steps = finished(run_dir / "checkpoints")
     if steps if named is None else named in steps:
@@ -173,6 +174,6 @@ def _checked_record(checkpoint: Path, *items: str) -> Record:
 def _record(checkpoint: Path) -> Record:
     path = checkpoint / "run" / "metadata"
     try:
-        return Record(**record_of(from_json(path.read_text())))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Record(**record_of(from_json(path.read_text()), source=path))
+    except (OSError, ValueError) as error:
         raise DcodError(f"{path}: expected a finished checkpoint's record: {error}") from error

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import logging
 import math
-import operator
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +24,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers as policies
 
+from dcod_jax.bounds import check, mapping, whole
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Location, Path, as_path, remove_tree
 from dcod_jax.models import lora, transformer
@@ -36,6 +35,10 @@ from dcod_jax.train import checksums
 from dcod_jax.types import Params, TrainState
 
 ITEMS = ("params", "opt_state", "run")
+_PROGRESS = {"iterator": mapping(), "tokens_seen": whole(0, 1 << 62)}
+_PROGRESS |= {"on_policy": mapping(), "data": mapping()}
+_RUN = {"step": whole(0, 1 << 53), "config": mapping(), "metrics": mapping()}
+_RUN |= {"progress": mapping(_PROGRESS)}
 REMOVED = ".removed"  # beside the steps: those that are no longer kept, until they are gone
 # What Orbax warns of at each save of a local checkpoint, and at each without held-out metrics.
 EXPECTED_WARNINGS = ("primary_host=None", "did not provide metrics")
@@ -63,8 +66,8 @@ class Snapshot(Record):
 
 def rank(metrics: dict[str, float], name: str) -> float:
     """The held-out metric such that lower is better; +inf where it was not measured, or is NaN."""
-    value = metrics.get(name, math.nan)
-    if math.isnan(value):
+    value = metrics.get(name)
+    if value is None or math.isnan(value):
         return math.inf
     return -value if name == "eval/accuracy" and value < math.inf else value
 
@@ -198,14 +201,12 @@ class Checkpointer:
         """
         self.wait()
         with self._explained("remove"):
-            steps = self.steps()
+            steps, context = self.steps(), policies.PreservationContext()
             found: list[Any] = [
-                types.SimpleNamespace(step=step, metrics=self.manager.metrics(step))
-                for step in steps
+                types.SimpleNamespace(step=s, metrics=self.manager.metrics(s)) for s in steps
             ]
-            context = policies.PreservationContext()
             kept = self._retention.should_preserve(found, context=context)
-            for step in itertools.compress(steps, map(operator.not_, kept)):
+            for step in (step for step, stays in zip(steps, kept, strict=True) if not stays):
                 self.manager.delete(step)
             self._remove_old()
         self.manager.close()
@@ -234,7 +235,7 @@ class Checkpointer:
             opt_state=found["opt_state"]["optimizer"],
             loss_state=found["opt_state"]["loss"],
         )
-        return Snapshot(state=state, **record_of(found["run"]))
+        return Snapshot(state=state, **record_of(found["run"], source=self.directory / str(step)))
 
     def _args_to_save(self, tree: PyTree) -> ocp.args.CheckpointArgs:
         return ocp.args.PyTreeSave(tree) if self.local else ocp.args.StandardSave(tree)
@@ -322,7 +323,7 @@ def sharded_shapes(model_config: ModelConfig, mesh: Mesh | None) -> Params:
 def finished(directory: Path) -> list[int]:
     """Steps whose checkpoints are whole, oldest first; none where there is no directory."""
     try:
-        found = [path for path in directory.iterdir() if path.name.isdigit()]
+        found = [path for path in directory.iterdir() if step_of(path.name) is not None]
     except (FileNotFoundError, NotADirectoryError):
         return []
     stored = isinstance(directory, RemotePath)  # which has no rename: a marker comes last
@@ -333,8 +334,18 @@ def finished(directory: Path) -> list[int]:
     )
 
 
-def record_of(run: dict[str, Any]) -> dict[str, Any]:
-    """The fields of Record from a checkpoint's item `run`."""
+def step_of(name: str) -> int | None:
+    """The step of a checkpoint's directory; None for a name that no run gives: 08, or ²."""
+    known = name.isascii() and name.isdigit() and (name == "0" or name[0] != "0")
+    return int(name) if known else None
+
+
+def record_of(run: Any, *, source: object) -> dict[str, Any]:
+    """The fields of Record from a checkpoint's item `run`; DcodError for one of another type."""
+    check({"run": run}, {"run": mapping(_RUN)}, source=source)
+    for name, value in run["metrics"].items():
+        if type(value) not in (int, float):  # it may be NaN
+            raise DcodError(f"{source}: run.metrics[{name!r}]={value!r:.80} must be a number")
     return {key: run[key] for key in ("step", "config", "metrics")} | run["progress"]
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 
 import xxhash
 
+from dcod_jax.bounds import array, check, either, mapping, text, whole
 from dcod_jax.errors import DcodError
 from dcod_jax.files import (
     Path,
@@ -32,6 +33,8 @@ NAME = "checksums.json"
 PROMISED = "checksums"  # key of the record of a checkpoint that was saved with this file
 LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes them after the checksums
 _BLOCK = 1 << 22
+_ENTRY = array(either(text(), whole(0, 1 << 60)), fewest=2, most=2)  # bytes and checksum
+_SAVED = mapping({"step": whole(0, 1 << 53), "files": mapping(items=_ENTRY)})
 
 
 class DamagedCheckpointError(DcodError):
@@ -119,12 +122,13 @@ def _own_problem(directory: Path, step: int, items: Sequence[str], *, share: sli
                 log.info("%s has no checksums (an earlier version saved it)", directory)
             return ""
         saved = from_json((directory / NAME).read_bytes())
+        check({"saved": saved}, {"saved": _SAVED}, source=NAME)
         if saved["step"] != step:
             return f"{NAME} is of step {saved['step']}"
         expected = saved["files"]
         names = [n for n in sorted(expected) if not items or n.split("/")[0] in items][share]
         there = _checksums(directory, names)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (DcodError, OSError, ValueError, TypeError) as error:
         return f"{NAME} or run/metadata cannot be read ({' '.join(str(error).split())[:200]})"
     for name in names:
         if name not in there:

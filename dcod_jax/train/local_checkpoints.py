@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import uuid
 from collections.abc import Sequence
 
@@ -27,12 +28,13 @@ from dcod_jax.errors import DcodError
 from dcod_jax.files import as_path, forget_unfinished, remove_tree, replace_file
 from dcod_jax.parallel import hosts
 from dcod_jax.parallel.monitor import HOST
-from dcod_jax.train.checkpointer import Checkpointer, Snapshot, finished
+from dcod_jax.train.checkpointer import Checkpointer, Snapshot, finished, step_of
 from dcod_jax.types import TrainState
 
 log = logging.getLogger(__name__)
 IDENTITY = "local.txt"  # in one line: id, number of processes, layout
 KEEP = 2
+_ID = re.compile("[0-9a-f]{32}")
 
 
 class LocalCheckpoints:
@@ -64,6 +66,8 @@ class LocalCheckpoints:
         sent = json.dumps([then, own[0], shared])
         then, own[0], shared = json.loads(hosts.exchange("local checkpoints", sent)[0])
         found = None
+        if len(then) != 3 or not _ID.fullmatch(then[0]):  # the id becomes a directory's name
+            then = []
         if len(then) == 3 and then[1] != own[1]:
             log.info(
                 "local checkpoints are of %s processes, these are %s; not used", then[1], own[1]
@@ -123,7 +127,8 @@ class LocalCheckpoints:
                 remove_tree(other)
         place = self.home / name / "checkpoints"
         for path in list(place.iterdir()) if place.is_dir() else []:
-            if not path.name.isdigit() or int(path.name) > self.newest:
+            step = step_of(path.name)
+            if step is None or step > self.newest:
                 remove_tree(path)
 
     def due(self, step: int) -> bool:

@@ -342,8 +342,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = []
     for number, line in enumerate(whole[: whole.rfind(b"\n") + 1].splitlines(), 1):
         try:
-            lines.append(from_json(line))
-            lines[-1]["step"]
+            found = from_json(line)
+            if type(found["step"]) is not int:
+                raise TypeError(f"step={found['step']!r:.80}")
+            lines.append(found)
         except (ValueError, KeyError, TypeError) as error:
             raise DcodError(
                 f"{path}:{number}: expected a JSON object with step, as training writes it "

@@ -13,7 +13,9 @@ from typing import Any
 
 import jax
 
+from dcod_jax.bounds import array, check, mapping, number, text, whole
 from dcod_jax.copies import Mirror
+from dcod_jax.errors import DcodError
 from dcod_jax.files import Path, read_json, replace_file, to_json
 from dcod_jax.train.metrics import read_metrics
 
@@ -26,6 +28,11 @@ PARTS = {  # of an attempt's time that is not in steps which count: its key, and
     "save": "saves",
     "lost": "steps done again after a restart",
 }
+
+_SECONDS = number(0, 1e300)
+_ATTEMPT = {"from_step": whole(0, 1 << 53), "step": whole(0, 1 << 53), "ended": text()}
+_ATTEMPT |= {"steps_at_save": mapping(items=_SECONDS), **dict.fromkeys(PARTS, _SECONDS)}
+_FILE = {"attempts": array(mapping(_ATTEMPT | {"elapsed": _SECONDS}))}
 
 
 class Goodput:
@@ -116,7 +123,11 @@ def _earlier(run_dir: Path, start: int) -> list[dict[str, Any]]:
     """The attempts before one that begins at step `start`, with what is now lost of each."""
     if not (run_dir / GOODPUT).is_file():
         return []
-    attempts = read_json(run_dir / GOODPUT)["attempts"]
+    found = read_json(run_dir / GOODPUT)
+    check(found, _FILE, source=f"{run_dir / GOODPUT} (without it the count begins anew)")
+    attempts = found["attempts"]
+    if unnamed := [key for one in attempts for key in one["steps_at_save"] if not key.isdecimal()]:
+        raise DcodError(f"{run_dir / GOODPUT}: steps_at_save names no step: {unnamed[0]!r:.80}")
     if attempts and not attempts[-1]["ended"]:
         last, path = attempts[-1], run_dir / "metrics.jsonl"
         lines = read_metrics(path) if path.is_file() else []

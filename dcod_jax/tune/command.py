@@ -18,6 +18,7 @@ import logging
 from typing import Any
 
 from dcod_jax import config as configs
+from dcod_jax.bounds import array, check, mapping, optional, text, whole
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.metrics import number_table, show
 from dcod_jax.files import Path, as_path, check_own, read_json, replace_file, to_json
@@ -81,6 +82,10 @@ def _train(run: Any, name: str, steps: int) -> dict[str, Any]:
     return {"metrics": read_record(run.run_dir, step=steps).metrics}
 
 
+_RESULT = {"name": text(), "step": whole(0, 1 << 53), "metrics": optional(mapping())}
+_CONTENT = {"plan": mapping(), "results": array(mapping(_RESULT))}
+
+
 class _Results:
     """run_dir/tune.json: what was planned, and what each candidate reached in each round."""
 
@@ -91,6 +96,7 @@ class _Results:
         check_own(path, '"plan"', '"results"')
         if path.is_file():
             self.content = read_json(path)
+            check(self.content, _CONTENT, source=path)
             if self.content["plan"] != of:
                 changed = [key for key in of if self.content["plan"].get(key) != of[key]]
                 raise DcodError(

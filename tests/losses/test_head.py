@@ -148,9 +148,10 @@ def test_sharded_logits_stay_sharded_and_the_weight_gradient_is_reduced_once():
     }
 
 
-def test_bfloat16_operands_accumulate_in_float32():
+@pytest.mark.parametrize("chunk", [40, 10_000])  # of one piece too, which XLA does not loop over
+def test_bfloat16_operands_accumulate_in_float32(chunk):
     inputs = example(dtype=jnp.bfloat16)
-    (loss, stats), gradients = both(chunked, inputs, chunk=40)
+    (loss, stats), gradients = both(chunked, inputs, chunk=chunk)
     (wanted, wanted_stats), wanted_gradients = both(naive, inputs)
     assert gradients[0].dtype == jnp.bfloat16
     assert gradients[1].dtype == jnp.float32

@@ -189,6 +189,18 @@ def test_a_damaged_record_is_no_record(run, content):
     assert run.steps() == []
 
 
+def test_an_id_that_is_a_path_is_no_id(run):
+    """Else checkpoints elsewhere were read, and what lies beside them removed."""
+    path = run.place / "run" / "checkpoints" / IDENTITY
+    name, count, held = path.read_text().split()
+    [own] = run.place.glob("disk/run-*/process-0")
+    (own / name).rename(own.parent / "away")
+    (own.parent / "away" / "checkpoints" / "notes").touch()
+    path.write_text(f"../away {count} {held}")
+    assert run.start()[1] is None
+    assert (own.parent / "away" / "checkpoints" / "notes").exists()
+
+
 @pytest.mark.parametrize("item", ["params", "opt_state", "run"])
 def test_a_damaged_one_is_told_and_the_older_one_read(run, mesh, said, item):
     [place] = run.place.glob("disk/run-*/process-0/*/checkpoints")
