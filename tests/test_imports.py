@@ -28,7 +28,7 @@ LEVELS = """
     sample.stop_strings sample.sampling sample.decoding sample.sampler
     evaluate.numerals evaluate.spelling evaluate.units evaluate.regions evaluate.parts
     evaluate.equality evaluate.algebra evaluate.prose evaluate.expressions evaluate.answers
-    evaluate.benchmarks evaluate.grading evaluate.problems evaluate.prompts
+    evaluate.benchmarks evaluate.options evaluate.grading evaluate.problems evaluate.prompts
     evaluate.generations evaluate.statistics evaluate.metrics
     train.metrics train.guard train.optim train.profiling train.settings
     tune.grid config_checks config doctor cli

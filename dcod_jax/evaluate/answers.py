@@ -89,8 +89,10 @@ _ANSWER_IS = re.compile(
     r"[^\n.:;?!]{0,60}?)?(?<![A-Za-z])(?:is|are|(?:would|must|will|should) be)(?![A-Za-z]))"
     r"[ \t*_]{0,4}[:：]?[*_]{0,2}\s{0,4}(?=\S)"
     r"|答案\s*(?:应?[是为選选]|[:：])?\s*[:：]?\s{0,4}(?=\S)"
-    r"|(?i:\b(?:respuesta|réponse|antwort|resposta|risposta)\b[^\n.:;?!]{0,60}?\s(?:es|est|ist|é|è)\s{1,4})(?=\S)"
-    r"|(?:答えは|정답은|답은|الجواب هو|الإجابة هي)\s{0,4}(?=\S)"
+)
+_OTHER_IS = re.compile(
+    r"(?i:\b(?:respuesta|réponse|antwort|resposta|risposta)\b[^\n.:;?!]{0,60}?"
+    r"\s(?:es|est|ist|é|è)\s{1,4})(?=\S)|(?:答えは|정답은|답은|الجواب هو|الإجابة هي)\s{0,4}(?=\S)"
 )
 _TAG = re.compile(
     r"<(answer|ans|final_answer|solution)>(?=\s*\S)|\[(?:answer|ans)\](?=\s*\S)", re.IGNORECASE
@@ -175,22 +177,39 @@ def _hash_value(text: str) -> str:
     return "" if heading and rest.strip() else unwrapped(line.strip().strip("*_").strip())
 
 
-# Each kind of mark, and what shows in a text that was cut off that the answer behind it is whole.
+# Each kind of mark; what shows in a text that was cut off that the answer behind it is whole; and
+# what every text with such a mark has in it, which is quick to look for.
 _MARKS = {
-    "hash": (_HASH, r"\n"),
-    "answer_line": (_ANSWER_LINE, r"\n|[.!?]\s|。"),
-    "answer_is": (_ANSWER_IS, r"\n|[.!?]\s|。"),
-    "tag": (_TAG, r"</"),
-    "json": (JSON_KEY, r"[,}\n]"),
-    "choice": (_CHOICE, r"\W"),
+    "hash": (_HASH, r"\n", ("####",)),
+    "answer_line": (_ANSWER_LINE, r"\n|[.!?]\s|。", ()),
+    "answer_is": (_ANSWER_IS, r"\n|[.!?]\s|。", ("nswer", "NSWER", "答案")),
+    "answer_in_other_words": (
+        _OTHER_IS,
+        r"\n|[.!?]\s|。",
+        ("espuesta", "esposta", "isposta", "éponse", "ntwort", "答え", "답은", "الجواب", "الإجابة"),
+    ),
+    "tag": (_TAG, r"</|\[/", (">", "]")),
+    "json": (JSON_KEY, r"[,}\n]", ('"', "'")),
+    "choice": (
+        _CHOICE,
+        r"\W",
+        ("ption", "hoice", "lternative", "hoose", "ick ", "elect", "o with", "选", "OPTION"),
+    ),
 }
+# Every text in which something is taken back has one of these in it.
+_RETRACTIONS = (
+    *("wrong", "ncorrect", "not right", "not correct", "istake", "error", "misread"),
+    *("miscalculated", "orrection:", "cratch that", "o wait,", "o, wait,", "ops,"),
+)
 
 
 def _marked(text: str, *, complete: bool) -> Extraction | None:
     """The answer behind the last mark that has one."""
     whole = json_answer(text)
     found = (whole[0], Extraction(whole[1], "json")) if whole and whole[1] else None
-    for rule, (pattern, ended) in _MARKS.items():
+    for rule, (pattern, ended, hints) in _MARKS.items():
+        if hints and not any(hint in text for hint in hints):
+            continue
         for match in reversed(collections.deque(pattern.finditer(text), _TRIED)):
             behind = text[match.end() : match.end() + READ]
             if found and match.end() <= found[0]:
@@ -202,7 +221,7 @@ def _marked(text: str, *, complete: bool) -> Extraction | None:
                     answer = f"({answer}) {stated}"
                 found = match.end(), Extraction(answer, rule)
                 break
-    bare = _BARE.search(text)
+    bare = _BARE.search(text, max(0, len(text) - 200))
     if bare and complete and (found is None or found[0] < bare.start()):
         return Extraction(next(filter(None, bare.groups())).upper(), "choice")
     options = list(itertools.islice(_OPTION_LINE.finditer(text), 2))
@@ -253,7 +272,8 @@ def extract_answer(text: str, *, complete: bool = True) -> Extraction | None:
     >>> extract_answer("so 4 eggs.\n#### 4")
     Extraction(answer='4', rule='hash')
     """
-    text = _MARKUP.sub("", _CALCULATION.sub("", text))
+    if any(mark in text for mark in ("<", "__", "~~")):
+        text = _MARKUP.sub("", _CALCULATION.sub("", text))
     thoughts = list(_THOUGHT.finditer(text))
     for part in (text[thoughts[-1].end() :], text) if thoughts else (text,):
         if found := _corrected(part, complete=complete) or _final(part, complete=complete):
@@ -272,6 +292,8 @@ def _final(part: str, *, complete: bool) -> Extraction | None:
 
 def _corrected(part: str, *, complete: bool) -> Extraction | None:
     """The answer behind the last "wait, that's wrong"; None where nothing is taken back."""
+    if not any(word in part for word in _RETRACTIONS):
+        return None
     last = collections.deque(_RETRACTED.finditer(part), 1)
     if not last or _STANDS.search(part, last[0].start()):
         return None

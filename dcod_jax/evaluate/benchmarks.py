@@ -56,6 +56,9 @@ BENCHMARKS = {
         name="id",
         tolerance="error",
     ),
+    "aqua": Benchmark(
+        "deepmind/aqua_rat", "test", subset="raw", prompt="question", answer="correct"
+    ),
     "omnimath": Benchmark("KbsdJames/Omni-MATH", "test", difficulty="difficulty"),
 }
 

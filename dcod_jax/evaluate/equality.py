@@ -271,9 +271,9 @@ def equal(
         return bool(left)
     if max(len(left), len(right)) > MAX_ANSWER_CHARS:
         return False
-    if len(right) == 1 and right in "ABCDEFGHIJ" and left.upper() == right:
-        return True
     letters = [_choice(text) for text in (left, right)]
+    if letters[1][0] and left.upper() == letters[1][0]:
+        return True
     if letters[0][0] and letters[1][0]:
         return letters[0][0] == letters[1][0]
     several = [_letters(text) for text in (left, right)]

@@ -103,10 +103,11 @@ _ASIDE = re.compile(
 
 def last_expression(text: str) -> str:
     """The last number with the expression that it stands in: "is 16/9." -> "16/9"; "": none."""
-    text = _ALIGNED.sub(_rows, text)
+    if "\\begin" in text:
+        text = _ALIGNED.sub(_rows, text)
     text = _DISPLAY.sub(lambda m: f" ${' '.join((m.group(1) or m.group(2)).split())}$ ", text)
-    for line in reversed(PRECISION.sub("", _ASIDE.sub("", text)).splitlines()):
-        line = line[-_LINE:]
+    for whole in reversed(text.splitlines()):
+        line = PRECISION.sub("", _ASIDE.sub("", whole[-_LINE:]))
         if (refusal := _REFUSED.search(line)) and not _DECIDED.search(line, refusal.end()):
             known = re.search("be determined|information|data", refusal.group(0))
             return "cannot be determined" if known else ""

@@ -14,6 +14,7 @@ from dcod_jax.data.presets import PROMPT_FIELDS
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.answers import reference_answer
 from dcod_jax.evaluate.benchmarks import BENCHMARKS, Benchmark, SetEntry, parse_set
+from dcod_jax.evaluate.options import option_reference, read_options, with_options
 from dcod_jax.files import Location, Path, as_path, from_json
 
 log = logging.getLogger(__name__)
@@ -191,6 +192,9 @@ def read_problems(
             )
         if need_answer and not answer:
             return None
+        if options := read_options(record, source):
+            messages[-1]["content"] = with_options(messages[-1]["content"], options)
+            answer = option_reference(record[answer_field], options, source) if answer else ""
         name = default if record.get("id") is None else str(record["id"])
         difficulty = difficulty_group(record.get("difficulty", record.get("level")))
         return Problem(name, messages, answer, record, source, difficulty)
@@ -295,6 +299,10 @@ def read_set(
         answer = _benchmark_answer(benchmark, record, source, strict=bool(answer_field))
         if not answer:
             return None
+        if options := read_options(record, source):
+            texts[0] = with_options(texts[0], options)
+            value = record.get(benchmark.answer, record.get("answer"))
+            answer = option_reference(value, options, source)
         names = (benchmark.name, "id")
         return Problem(
             id=next((str(record[n]) for n in names if record.get(n) is not None), default),

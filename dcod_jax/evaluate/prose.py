@@ -91,6 +91,8 @@ _ESCAPES = {"\f": "\\f", "\b": "\\b", "\t": "\\t", "\r": "\\r"}
 def json_answer(text: str, tries: int = 20) -> tuple[int, str] | None:
     """(where it ends, the answer) of the last JSON object that has one."""
     found, place = None, 0
+    if '"' not in text:
+        return None
     for start in itertools.islice((m.start() for m in re.finditer(r"\{(?=\s*\")", text)), tries):
         if start < place:  # inside the last one
             continue

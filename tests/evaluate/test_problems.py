@@ -113,6 +113,7 @@ ROWS = {
     "aime24": {"id": 60, "problem": "q", "answer": "073"},
     "aime25": {"id": "0", "problem": "q", "answer": "70"},
     "olympiadbench": {"id": 1606, "question": "q", "final_answer": ["2", "$-1$"]},
+    "aqua": {"question": "q", "options": ["A)21", "B)22"], "correct": "B"},
     "omnimath": {"problem": "q", "answer": "[2, 3]", "difficulty": 6.5},
 }
 EXPECTED = {
@@ -123,6 +124,7 @@ EXPECTED = {
     "aime24": ("60", "073", ""),
     "aime25": ("0", "70", ""),
     "olympiadbench": ("1606", "2, $-1$", ""),
+    "aqua": ("0", "(B) 22", ""),
     "omnimath": ("0", "[2, 3]", "6-7"),
 }
 
@@ -132,8 +134,70 @@ def test_each_benchmark_is_read_in_its_own_fields(name, tmp_path):
     file = tiny.write_jsonl(tmp_path / "set.jsonl", [ROWS[name]])
     (problem,) = read_set(SetEntry(name, str(file)))
     assert (problem.id, problem.answer, problem.difficulty) == EXPECTED[name]
-    assert problem.messages == [{"role": "user", "content": "q"}]
+    shown = "\n\nA) 21\nB) 22" if name == "aqua" else ""
+    assert problem.messages == [{"role": "user", "content": f"q{shown}"}]
     assert problem.source == f"{file}:1"
+
+
+OPTIONS = [
+    ({"options": ["A)21", "B)21.5", "C) 22 km"], "answer": "B"}, "(B) 21.5"),
+    ({"options": ["21", "21.5", "22 km"], "answer": "(b)"}, "(B) 21.5"),
+    ({"choices": ["21", "21.5", "22 km"], "answer": 1}, "(B) 21.5"),
+    ({"choices": [21, 21.5, 22], "answer": "43/2"}, "(B) 21.5"),
+    ({"options": {"A": "21", "B": "21.5", "C": "22 km"}, "answer": "22 km"}, "(C) 22 km"),
+    ({"choices": {"label": ["A", "B"], "text": ["up", "down"]}, "answer": "B"}, "(B) down"),
+    ({"choices": [{"text": "up"}, {"text": "down"}], "answer": "down"}, "(B) down"),
+    ({"options": "a ) 21 , b ) 1,250 , c ) none of these", "answer": "b"}, "(B) 1,250"),
+]
+
+
+@pytest.mark.parametrize(("fields", "answer"), OPTIONS)
+def test_options_are_shown_and_the_answer_is_one_of_them(tmp_path, fields, answer):
+    rows = [{"prompt": "How far?"} | fields]
+    problem = read_problems(tiny.write_jsonl(tmp_path / "p.jsonl", rows))[0]
+    assert problem.answer == answer
+    shown = problem.messages[-1]["content"]
+    assert shown.startswith("How far?\n\nA) ")
+    assert answer[1:] in shown
+    again = [{"prompt": shown} | fields]  # a prompt that has its options is left as it is
+    assert read_problems(tiny.write_jsonl(tmp_path / "q.jsonl", again))[0].messages == (
+        problem.messages
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"options": ["A)21", "B)22"], "answer": "C"}, "'C' is none of the options A"),
+        ({"options": ["21", "22"], "answer": "23"}, "'23' is none of the options"),
+        ({"options": ["21", "22"], "answer": 2}, "place from 0"),
+        ({"choices": ["21"], "answer": "A"}, "'choices' must be 2 to 10 options"),
+        ({"options": {"first": "21", "second": "22"}, "answer": "21"}, "rename the field"),
+    ],
+)
+def test_options_that_cannot_be_read_are_named(tmp_path, fields, message):
+    file = tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": "q"} | fields])
+    with pytest.raises(DcodError, match=rf"p\.jsonl:1: .*{message}"):
+        read_problems(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "correct"),
+    [
+        ("\\boxed{B}", True),
+        ("\\boxed{21.5}", True),
+        ("\\boxed{\\frac{43}{2}}", True),
+        ("The answer is (B) 21.5.", True),
+        ("Answer: b", True),
+        ("#### 21.5 miles", True),
+        ("\\boxed{A}", False),
+        ("\\boxed{21}", False),
+        ("\\boxed{\\text{(C) } 21.5}", False),  # the letter decides
+        ("The answer is A or B.", False),
+    ],
+)
+def test_a_choice_is_right_by_its_letter_or_its_value(text, correct):
+    assert grade([(text, "(B) 21.5")], workers=1)[0].correct == correct
 
 
 def test_a_list_written_as_text_and_plain_fields_are_read_too(tmp_path):
@@ -188,7 +252,7 @@ FIELDS = {  # of sets that people have as files: (record, fields of the entry, r
         {"prompt_field": "question_concat", "answer_field": "Answer"},
         "145.0",
     ),
-    "aqua": (
+    "mathqa": (
         {"question": "q", "correct": "E"},
         {"answer_field": "correct"},
         "E",
