@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.layers import ACTIVATIONS, Linear, declare
+from dcod_jax.models.remat import EXPERT_PRODUCT
 from dcod_jax.parallel import collectives
 from dcod_jax.parallel.mesh import parts
 
@@ -137,7 +139,8 @@ def _outer_in_blocks(x: Array, gradient: Array, sizes: Array, *, dtype: Any) -> 
 def _grouped_forward(
     x: Array, kernels: Array, sizes: Array
 ) -> tuple[Array, tuple[Array, Array, Array]]:
-    return _product(x, kernels, sizes), (x, kernels, sizes)
+    product = checkpoint_name(_product(x, kernels, sizes), EXPERT_PRODUCT)
+    return product, (x, kernels, sizes)
 
 
 def _grouped_backward(

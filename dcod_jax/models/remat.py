@@ -10,9 +10,13 @@ import jax
 from dcod_jax.errors import DcodError
 
 BLOCK_INPUT = "block_input"
+EXPERT_PRODUCT = "expert_product"  # which no policy for matrix products knows as one
 # Beside the layer's input, which "offload" keeps in the host's memory; "none" is no policy.
 POLICIES: dict[str, Any] = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(EXPERT_PRODUCT),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],

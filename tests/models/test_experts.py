@@ -166,6 +166,20 @@ def test_a_router_that_sends_every_token_to_the_same_experts_drops_none():
     np.testing.assert_allclose(got, x + (expert(0) + expert(1)) / 2, atol=1e-5)
 
 
+def test_dots_keeps_the_products_of_the_experts():
+    """Nine of a layer's gradient; with "full" its three products are computed once more."""
+    tokens, _ = _tokens()
+
+    def products(remat):
+        def loss(params):
+            return transformer.hidden_states(MODEL, params, tokens, remat=remat).sum()
+
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(_params())
+        return str(jaxpr).count("ragged_dot_general[")
+
+    assert [products(remat) for remat in ("none", "dots", "full")] == [9, 9, 12]
+
+
 def test_decoding_on_a_mesh_is_that_on_one_device():
     """Rows that the mesh does not divide, and experts and their channels split over it."""
     tokens, cache = _tokens()[0][:3], cached.init_cache(MODEL, 3, 8, jnp.float32)
