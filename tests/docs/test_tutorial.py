@@ -6,12 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from host_runs import xla_flags
 
 ROOT = Path(__file__).resolve().parents[2]
+FORKS = ROOT / "tests" / "shell_forks.py"
 ASSETS = ROOT / "dcod_jax" / "assets" / "quickstart"
 PAGE = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```bash( cloud)?\n(.*?)^```$", PAGE, re.M | re.S)
@@ -52,8 +54,8 @@ PRELUDE = """
 set -euo pipefail
 dcod() {
   case " $* " in
-    *" --config "*) "$PYTHON" -m dcod_jax "$@" $REDUCED ;;
-    *) "$PYTHON" -m dcod_jax "$@" ;;
+    *" --config "*) "$PYTHON" -IS "$FORKS" "$SOCKET" "$@" $REDUCED ;;
+    *) "$PYTHON" -IS "$FORKS" "$SOCKET" "$@" ;;
   esac
 }
 python() { "$PYTHON" "$@"; }
@@ -86,15 +88,24 @@ def place(tmp_path_factory):
         "REDUCED": flags,
         "PYTHONPATH": f"{os.environ['PYTHONPATH']}:{ROOT}",
         "XLA_FLAGS": xla_flags(1),
+        "FORKS": str(FORKS),
+        "SOCKET": str(place / "forks"),
     }
-    done = subprocess.run(
-        ["bash", "-c", PRELUDE + "\n".join(commands)],
-        cwd=place,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    server = subprocess.Popen([sys.executable, FORKS, place / "forks"], env=environment)
+    try:
+        while not (place / "forks").exists() and server.poll() is None:
+            time.sleep(0.05)
+        done = subprocess.run(
+            ["bash", "-c", PRELUDE + "\n".join(commands)],
+            cwd=place,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+    finally:
+        server.kill()
+        server.wait()
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return place, done.stdout + done.stderr
 
