@@ -39,7 +39,8 @@ LEVELS = """
     generate_traces.command prepare.command score.command inspect.arguments inspect.command
     drift.curves drift.scores
     train.learned_from train.held_out train.setup train.on_policy export.card export.check
-    export.command init_student.arguments init_student.prune init_student.command
+    export.command init_student.arguments init_student.prune init_student.activations
+    init_student.command
     evaluate.command
     evaluate.lm_eval_model drift.command report.arguments report.data report.traces report.command
     plan.chips plan.hlo plan.programs plan.remat plan.estimate plan.command

@@ -4,9 +4,12 @@
     dcod init-student MODEL OUT --layers 0-11,18-29     (these layers)
     dcod init-student MODEL OUT --layers even:12        (12 layers, evenly spread)
 
+    dcod init-student MODEL OUT --mlp 9472 --choose activations --data runs/x/dataset/train
+
 MODEL is an HF or PEFT directory or a .gguf file. A number of layers drops a run of them behind the
-first 40 %. Heads and channels with the smallest weights go, in each layer its own; the vocabulary
-stays as it is. OUT is an HF directory with the tokenizer and a card that says what was kept.
+first 40 %. Heads and channels with the smallest weights go, in each layer its own, or those with
+the smallest activations on the traces of a dataset; the vocabulary stays as it is. OUT is an HF
+directory with the tokenizer and a card that says what was kept.
 """
 
 from __future__ import annotations
@@ -31,4 +34,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         default="",
         help="of the written weights (default: the model's own)",
     )
-    return parser.parse_args(argv)
+    parser.add_argument("--choose", choices=("weights", "activations"), default="weights")
+    parser.add_argument("--data", default="", help="trace dataset for --choose activations")
+    parser.add_argument("--traces", type=int, default=64, help="so many of them (default: 64)")
+    args = parser.parse_args(argv)
+    if (args.choose == "activations") != bool(args.data) or args.traces < 1:
+        parser.error(
+            "--choose activations needs --data, a trace dataset, which --choose weights does not "
+            "read; --traces must be at least 1"
+        )
+    return args

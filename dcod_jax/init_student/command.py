@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import pathlib
 import tempfile
+from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
 
 from dcod_jax import __version__
 from dcod_jax.data.templates import OWN
@@ -16,9 +18,11 @@ from dcod_jax.export.check import check_small
 from dcod_jax.export.command import write_small
 from dcod_jax.files import Path, as_path, publish
 from dcod_jax.init_student import prune
+from dcod_jax.init_student.activations import mean_activations, texts_of
 from dcod_jax.models import hf
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.counts import num_params
+from dcod_jax.types import Params
 
 MAX_SHARD_BYTES = 4 * 10**9
 
@@ -41,11 +45,8 @@ def init_student(args: argparse.Namespace) -> Path:
     if args.layers:
         layers = prune.chosen_layers(args.layers, before.num_layers)
     dtype = args.dtype or ("float32" if source.suffix == ".gguf" else _dtype(source))
-    config, params = prune.keep_layers(*hf.load_model(source, dtype=jnp.dtype(dtype)), layers)
-    if args.heads or args.kv_heads:
-        config, params = prune.keep_heads(config, params, args.heads, args.kv_heads)
-    if args.mlp:
-        config, params = prune.keep_channels(config, params, args.mlp)
+    texts = texts_of(args.data, args.traces, before, tokenizer) if args.data else []
+    config, params = _pruned(args, *hf.load_model(source, dtype=jnp.dtype(dtype)), layers, texts)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
         made = pathlib.Path(name) / "model"
@@ -56,6 +57,26 @@ def init_student(args: argparse.Namespace) -> Path:
         publish(made, out, last="config.json")
     print(f"wrote {out}: {num_params(config):,} of {num_params(before):,} parameters, {dtype}")
     return out
+
+
+def _pruned(
+    args: argparse.Namespace,
+    config: ModelConfig,
+    params: Params,
+    layers: list[int],
+    texts: Sequence[np.ndarray],
+) -> tuple[ModelConfig, Params]:
+    """The activations, where texts are given, are those of the whole model."""
+    heads = channels = None
+    if texts:
+        heads, channels = (x[layers] for x in mean_activations(config, params, texts))
+    config, params = prune.keep_layers(config, params, layers)
+    if args.heads or args.kv_heads:
+        some = (args.heads, args.kv_heads)
+        config, params = prune.keep_heads(config, params, *some, scores=heads)
+    if args.mlp:
+        config, params = prune.keep_channels(config, params, args.mlp, scores=channels)
+    return config, params
 
 
 def _dtype(source: Path) -> str:
@@ -72,9 +93,11 @@ def _card(
         ("kv groups of a layer", "num_kv_heads"),
         ("MLP channels of a layer", "intermediate_size"),
     )
+    largest = f"mean activations on {args.traces} traces of `{args.data}`"
+    largest = "weights" if args.choose == "weights" else largest
     kept = "".join(
         f"- {what}: {getattr(config, key)} of {getattr(before, key)}, those of the largest "
-        "weights\n"
+        f"{largest}\n"
         for what, key in pairs
         if getattr(config, key) != getattr(before, key)
     )

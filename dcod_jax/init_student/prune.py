@@ -2,7 +2,8 @@
 
 A unit's score is the product of the squared norms of its weights: of an MLP channel those of its
 gate, up and down vectors, of a query head that of its rows of o_proj, of a kv group that of its
-value columns times the sum over its heads. In a layer the largest are kept, in their order.
+value columns times the sum over its heads. Scores from elsewhere (activations.py) may take their
+place; a group's is then the sum over its heads. In a layer the largest are kept, in their order.
 """
 
 from __future__ import annotations
@@ -85,9 +86,17 @@ def _take(map_: Params, axis: int, kept: np.ndarray, units: int) -> Params:
 
 
 def keep_heads(
-    config: ModelConfig, params: Params, heads: int, kv_heads: int
+    config: ModelConfig,
+    params: Params,
+    heads: int,
+    kv_heads: int,
+    *,
+    scores: np.ndarray | None = None,
 ) -> tuple[ModelConfig, Params]:
-    """The model with so many query heads and kv groups; 0: those that it has, or their ratio."""
+    """The model with so many query heads and kv groups; 0: those that it has, or their ratio.
+
+    scores: of the heads, [L, N].
+    """
     N, G = config.num_heads, config.num_kv_heads
     groups = kv_heads or G
     heads = heads or groups * (N // G)
@@ -102,8 +111,10 @@ def keep_heads(
             "heads together, and would change with fewer of them; keep all heads"
         )
     own = params["layers"]["self_attn"]
-    outward = _norms(own["o_proj"]["kernel"], 1, N).reshape(-1, G, N // G)
-    kept_groups = _largest(_norms(own["v_proj"]["kernel"], 2, G) * outward.sum(-1), groups)
+    outward = _norms(own["o_proj"]["kernel"], 1, N) if scores is None else scores
+    outward = outward.reshape(-1, G, N // G)
+    of_values = _norms(own["v_proj"]["kernel"], 2, G) if scores is None else 1.0
+    kept_groups = _largest(of_values * outward.sum(-1), groups)
     outward = np.take_along_axis(outward, kept_groups[..., None], axis=1)
     kept = kept_groups[..., None] * (N // G) + _largest(outward, heads // groups)
     kept = kept.reshape(len(kept), -1)
@@ -117,8 +128,10 @@ def keep_heads(
     return smaller, params | {"layers": params["layers"] | {"self_attn": own}}
 
 
-def keep_channels(config: ModelConfig, params: Params, mlp: int) -> tuple[ModelConfig, Params]:
-    """The model with so many MLP channels in each layer."""
+def keep_channels(
+    config: ModelConfig, params: Params, mlp: int, *, scores: np.ndarray | None = None
+) -> tuple[ModelConfig, Params]:
+    """The model with so many MLP channels in each layer; scores: of the channels, [L, F]."""
     F = config.intermediate_size
     if config.mixture is not None:
         raise DcodError(
@@ -129,7 +142,10 @@ def keep_channels(config: ModelConfig, params: Params, mlp: int) -> tuple[ModelC
         raise DcodError(f"--mlp {mlp} must be between 1 and the model's {F} channels")
     own = params["layers"]["mlp"]
     axes = {"gate_proj": 2, "up_proj": 2, "down_proj": 1}
-    scores = np.prod([_norms(own[name]["kernel"], axis, F) for name, axis in axes.items()], axis=0)
+    if scores is None:
+        scores = np.asarray(1.0)
+        for name, axis in axes.items():
+            scores = scores * _norms(own[name]["kernel"], axis, F)
     kept = _largest(scores, mlp)
     own = {name: _take(own[name], axis, kept, F) for name, axis in axes.items()}
     smaller = dataclasses.replace(config, intermediate_size=mlp)
