@@ -274,7 +274,7 @@ def test_teachers_and_weights_of_traces(config, tmp_path) -> None:
     [
         ({}, "w must be a finite number >= 0, found 'None'; it is the weight that"),
         ({"w": -1}, "w must be a finite number >= 0, found '-1'"),
-        ({"w": "2"}, "w must be a finite number >= 0, found '2'"),
+        ({"w": "two"}, "w must be a finite number >= 0, found 'two'"),
         ({"w": True}, "w must be a finite number"),
         ({"w": math.nan}, "w must be a finite number >= 0, found 'nan'"),
         ({"w": [1, 2]}, "w must be a finite number"),
