@@ -177,6 +177,7 @@ def test_names_of_directories_are_names(name):
         ({"evaluate.stop": ("a", 3)}, "hold texts"),
         ({"prepare.overlap_files": ("a\0",)}, "prepare.overlap_files"),
         ({"student.path": "a\ud800"}, "half surrogates"),
+        ({"run_dir": " "}, "name a directory"),  # else the working directory is filled
     ],
 )
 def test_texts_and_lists_of_texts_are_checked(change, said):

@@ -6,6 +6,7 @@ A record of more bytes than a limit is never held: it is read in pieces and told
 from __future__ import annotations
 
 import bz2
+import collections
 import contextlib
 import csv
 import dataclasses
@@ -245,9 +246,13 @@ def _rows(
         for row in rows:
             if not header:
                 header = row
-                twice = {cell for cell in row if row.count(cell) > 1}
+                twice = [cell for cell, count in collections.Counter(row).items() if count > 1]
                 if twice or (len(row) == 1 and re.search(r"\w[;\t,|]\s*\w", row[0])):
-                    why = f"names {twice} twice" if twice else f"is one cell, {row[0][:60]!r}"
+                    why = (
+                        f"names {twice[0][:60]!r} twice"
+                        if twice
+                        else f"is one cell, {row[0][:60]!r}"
+                    )
                     raise csv.Error(f"the header {why}; columns are parted by {comma!r}")
             elif len(row) != len(header):
                 yield (

@@ -6,6 +6,7 @@ import json
 import lzma
 import subprocess
 import sys
+import time
 
 import pyarrow
 import pytest
@@ -84,6 +85,17 @@ def test_a_table_has_a_header_and_absent_cells(tmp_path) -> None:
     path.write_bytes(b"prompt\n\xff\n")
     with pytest.raises(DcodError, match=r"t.csv:2: not a readable table"):
         contents(path)
+
+
+def test_a_header_of_many_cells_is_compared_in_linear_time(tmp_path) -> None:
+    path, cells = tmp_path / "t.csv", [f"c{number}" for number in range(40_000)]
+    path.write_text(",".join(cells) + "\n")
+    began = time.process_time()
+    assert contents(path, limit=1 << 20) == []
+    assert time.process_time() - began < 5  # compared with each other they take half a minute
+    path.write_text(",".join([*cells, "c7"]) + "\n")
+    with pytest.raises(DcodError, match="names 'c7' twice"):
+        contents(path, limit=1 << 20)
 
 
 PACK = {
