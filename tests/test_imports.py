@@ -13,8 +13,9 @@ LEVELS = """
     errors bounds types seeds stores files copies compilation_cache
     parallel.mesh parallel.collectives parallel.exit_report parallel.monitor parallel.hosts
     locks logs
-    models.rope models.layer_types models.mixtures models.families models.layer_kinds models.config
-    models.layers models.cudnn models.remat models.experts models.blocks models.attention
+    models.rope models.layer_types models.mixtures models.families models.multimodal
+    models.layer_kinds models.config models.layers models.cudnn models.remat models.experts
+    models.blocks models.attention
     models.transformer models.counts models.lora models.cached models.tensors models.peft
     models.tensor_files
     losses.head losses.events losses.distributions losses.divergences losses.segments losses.weights

@@ -15,6 +15,7 @@ from dcod_jax.models.families import ACTIVATIONS, FAMILIES, KEYS, Family, refuse
 from dcod_jax.models.layer_kinds import LayerKind
 from dcod_jax.models.layer_types import Raw
 from dcod_jax.models.mixtures import ACCEPTS, Mixture
+from dcod_jax.models.multimodal import text_config
 from dcod_jax.models.rope import LENGTH, THETA
 
 
@@ -228,6 +229,7 @@ def from_hf(raw: Raw, source: str = "config.json") -> ModelConfig:
 
     Raises DcodError naming the key and its value for whatever is not computed here exactly.
     """
+    raw = text_config(raw, source)
     family = _check_supported(raw, source)
     raw = {**family.defaults, **raw}
     own = {key: bound for key, bound in _OWN.items() if key in family.defaults}

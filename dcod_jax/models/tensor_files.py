@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
 import re
@@ -23,8 +24,11 @@ from dcod_jax.errors import DcodError
 from dcod_jax.files import Path, atomic_write, read_json, rename
 from dcod_jax.models import peft
 from dcod_jax.models.config import ModelConfig
+from dcod_jax.models.multimodal import text_names
 from dcod_jax.models.tensors import STAGED, Form, Part, Slot, blocks, slots
 from dcod_jax.stores import RemotePath
+
+log = logging.getLogger(__name__)
 
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_model.safetensors"  # of a PEFT directory
@@ -92,8 +96,10 @@ def _open(file: Path) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _reader(files: dict[str, Path]) -> Iterator[Callable[[Slot, Part], np.ndarray]]:
-    """A function that reads a part of a slot's tensor.
+def _reader(
+    files: dict[str, Path], stored: dict[str, str]
+) -> Iterator[Callable[[Slot, Part], np.ndarray]]:
+    """A function that reads a part of a slot's tensor; stored: names in the files.
 
     One file is mapped at a time, and anew after a few blocks: the pages that were read are let go.
     """
@@ -107,7 +113,7 @@ def _reader(files: dict[str, Path]) -> Iterator[Callable[[Slot, Part], np.ndarra
         if current != file or mapped > 2 * STAGED:
             opened.close()
             current, handle, mapped = file, opened.enter_context(_open(copies[file])), 0
-        tensor = handle.get_slice(slot.name)[part]
+        tensor = handle.get_slice(stored[slot.name])[part]
         mapped += tensor.itemsize * len(tensor) * math.prod(slot.file_shape[1:])
         return tensor
 
@@ -120,7 +126,11 @@ def checked_reader(
     directory: Path, config: ModelConfig, form: Form
 ) -> Iterator[Callable[[Slot, Part], np.ndarray]]:
     """`_reader` of the directory, once all names and shapes in it are the config's."""
-    expected, files = slots(config, form), weight_map(directory)
+    expected, held = slots(config, form), weight_map(directory)
+    stored, vision = text_names(config.model_type, held)
+    files = {name: held[own] for name, own in stored.items()}
+    if vision:
+        log.info("%s: %d tensors of the vision model are left out", directory, len(vision))
     _check_names(config, set(files), {slot.name for slot in expected}, where=directory)
     shapes = {slot.name: slot.file_shape for slot in expected}
     tied = config.tie_word_embeddings and HEAD in files
@@ -128,9 +138,9 @@ def checked_reader(
         shapes[HEAD] = (config.vocab_size, config.hidden_size)
     for file in sorted({files[name] for name in shapes}):
         with _open(file) as handle:
-            here = {name: shape for name, shape in shapes.items() if files[name] == file}
+            here = {stored[name]: shape for name, shape in shapes.items() if files[name] == file}
             _check_shapes(handle, here, file=file)
-    with _reader(files) as read:
+    with _reader(files, stored) as read:
         if tied:
             _check_tied(read, slots(config, form), where=directory)
         yield read
