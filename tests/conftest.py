@@ -94,6 +94,17 @@ def _programs_end_with_their_file():
     jax.config.update("jax_enable_compilation_cache", True)  # which `plan` turns off
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+    """Training on one device: to compile for eight takes four times as long."""
+    from dcod_jax.parallel.mesh import make_mesh
+    from dcod_jax.train import loop, setup
+
+    mesh = make_mesh(1, devices=jax.devices()[:1])
+    for module in (loop, setup):
+        monkeypatch.setattr(module, "make_mesh", lambda **_: mesh)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _without_torch():
     """The tests' own processes may use torch; the verbs they start must do without."""

@@ -14,21 +14,14 @@ from dcod_jax.config_checks import config_errors
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.statistics import wilson
 from dcod_jax.models import hf, transformer
-from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.prepare.command import prepare
 from dcod_jax.sample import decoding
 from dcod_jax.train import checkpoint_reader, checkpointer, loop, setup
 from dcod_jax.train.settings import best_metric, loss_config
 from tests.train.test_checkpointer import make_state
 
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """Eight fake devices take four times as long; tests/parallel has answers on several."""
-    for module in (loop, setup):
-        monkeypatch.setattr(
-            module, "make_mesh", lambda **_: make_mesh(1, devices=jax.devices()[:1])
-        )
+# Answers on several devices are in tests/parallel.
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -58,10 +59,10 @@ def test_the_samples_are_the_starts_own_and_scored_by_both(made):
     assert not command._unfinished(made)
 
 
-def test_the_first_steps_loss_is_the_signed_one_of_the_cache(made):
+def test_the_first_steps_loss_is_the_signed_one_of_the_cache(made, one_device):
     """At the start q = q₀: −Σ log q₀ · clip(log p − log q₀) / n of the first batch, in numpy."""
     loop.fit(made)
-    mesh = make_mesh(**made.mesh)
+    mesh = make_mesh(1, devices=jax.devices()[:1])
     dataset = TraceDataset(Path(made.run_dir) / "dataset" / "train")
     batches = pipeline.train_batches(dataset, seed=made.seed, **reading(made, mesh))
     batch, _ = next(batches)

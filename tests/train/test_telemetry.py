@@ -15,7 +15,6 @@ from dcod_jax import config as configs
 from dcod_jax.data.dataset import TraceDataset
 from dcod_jax.data.scores import add_scores
 from dcod_jax.models import hf, transformer
-from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.prepare.command import prepare
 from dcod_jax.report import data as report_data
 from dcod_jax.train import checkpoint_reader, loop, metrics, trace_weights
@@ -151,9 +150,7 @@ def test_many_sources_are_the_largest_and_others():
 # ---------------------------------------------------------------- a run with a skipped step
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    monkeypatch.setattr(loop, "make_mesh", lambda **_: make_mesh(1, devices=jax.devices()[:1]))
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,8 @@ from dcod_jax.train.checkpoint_reader import read_params
 from dcod_jax.train.setup import preflight
 from dcod_jax.train.telemetry import Telemetry
 
+# Eight devices train in test_train.py, and here where the student samples beside a live teacher.
+alone = pytest.mark.usefixtures("one_device")
 VOCABULARY = len(tiny.SPECIAL) + len(tiny.ALPHABET)  # K = V: the cache holds everything, in bf16
 
 
@@ -69,6 +71,7 @@ def params(place, name):
     return read_params(place / name, transformer.param_shapes(config))[0]
 
 
+@alone
 @pytest.mark.parametrize(
     ("divergence", "tolerance"),
     [
@@ -97,6 +100,7 @@ def test_a_live_teacher_gives_the_cached_loss(place, divergence, tolerance):
         assert "teacher/captured_mass" not in next(line for line in live if "loss" in line)
 
 
+@alone
 @pytest.mark.parametrize(
     "changes",
     [
@@ -192,6 +196,7 @@ def test_a_distribution_that_no_cache_holds_is_refused_before_anything_is_read(p
             load(place, "refused", *changes)
 
 
+@alone
 def test_taids_schedule_does_not_allow_another_length(place):
     changes = ("loss.divergence=taid", "loss.weights.name=uniform")
     fit(place, "taid", *changes, "train.steps=1")
@@ -199,6 +204,7 @@ def test_taids_schedule_does_not_allow_another_length(place):
         fit(place, "taid", *changes, "train.steps=2")
 
 
+@alone
 def test_another_live_teacher_is_not_the_same_run(place):
     train.fit(load(place, "own", "loss.teacher=live"))
     other = load(place, "own", "loss.teacher=live", f"teacher.path={place / 'student'}")

@@ -19,7 +19,8 @@ from dcod_jax.tune.grid import Rung, candidates, rungs, spent
 from tests.train import test_held_out
 from tests.train.test_held_out import params_of, variant
 
-config, one_device = test_held_out.config, test_held_out.one_device  # fixtures
+config = test_held_out.config  # a fixture
+pytestmark = pytest.mark.usefixtures("one_device")
 KEYS = configs.keys(configs.load_recipe(configs.BASE))
 RATE = "optim.learning_rate"
 
