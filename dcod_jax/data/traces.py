@@ -24,6 +24,8 @@ from dcod_jax.files import NO_HUB_ID, Path, as_path, find, why_no_hub_id
 
 _SUFFIXES = f"{', '.join(lines.SUFFIXES)}, each of them also .gz, .bz2, .xz or .zst, or .parquet"
 _SAVED = ("dataset_info.json", "dataset_dict.json")  # what save_to_disk leaves
+# Directories of other things, by a file in them.
+_OTHERS = {"*.array_record": "a prepared dataset (data.dataset)", "*.safetensors": "a model"}
 LONGEST = 8 << 20  # bytes of a record
 HINT = "mend the record, or set prepare.on_bad_record=quarantine to go on without such records"
 
@@ -96,6 +98,9 @@ def _file(path: Path, *, key: str) -> Source:
 
 
 def _directory(path: Path, *, split: str, key: str) -> list[Source]:
+    for pattern, what in _OTHERS.items():
+        if any(path.rglob(pattern)):
+            raise DcodError(f"{key}: {path} is {what}, and holds no raw traces")
     if any((path / name).is_file() for name in _SAVED):
         return [Source("saved", str(path), split)]
     files = sorted(

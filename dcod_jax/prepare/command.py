@@ -179,8 +179,8 @@ def is_prepared(config: Any) -> bool:
         return False
     if not (root / "train" / MANIFEST).is_file():
         raise DcodError(
-            f"{root} exists and is not a dataset that prepare wrote; remove it, or set "
-            "data.dataset to a new directory"
+            f"data.dataset={root} exists and is not a dataset that prepare wrote; set data.dataset "
+            "to a new directory, and data.traces to raw traces"
         )
     manifest = read_manifest(root / "train")
     if not traces_source(config):

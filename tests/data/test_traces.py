@@ -400,3 +400,14 @@ def test_real_qwen_traces(shared_data) -> None:
     assert len(traces) == 800
     assert all(t.answer and t.completion_text() for t in traces)
     assert describe(find_sources(str(path)))[0]["records"] == 100
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("train/0.array_record", "a prepared dataset"), ("model.safetensors", "a model")],
+)
+def test_a_directory_of_another_thing_is_named(name, what, tmp_path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(DcodError, match=f"data.traces: .* is {what}"):
+        find_sources(str(tmp_path))
