@@ -34,6 +34,7 @@ from dcod_jax.data.turns import (
     check_shown,
     opened,
     render_chat,
+    render_turns_ahead,
     shared_prefix,
     turn_ending,
     turn_tokens,
@@ -134,6 +135,7 @@ def _whole_spans(
 ) -> Text:
     """The same, all in the text that the template gives the whole conversation."""
     marked = bool(_MARKERS.search(template))
+    render_turns_ahead(tokenizer, messages, supervised, template=template, tools=tools)
     text, marks = render_chat(tokenizer, messages, template=template, tools=tools)
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if marked and len(marks) != len(turns):

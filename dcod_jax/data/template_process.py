@@ -135,10 +135,10 @@ def render(
     return {"text": "".join(parts), "spans": state["spans"]}
 
 
-def answer(line: bytes) -> dict[str, Any]:
+def answer(request: bytes | dict[str, Any]) -> dict[str, Any]:
     """The reply to one request; {"refused": ...} for what the template or the sandbox refuses."""
     try:
-        return render(**json.loads(line))
+        return render(**(json.loads(request) if isinstance(request, bytes) else request))
     except jinja2.TemplateError as error:
         return {"refused": str(error) or type(error).__name__}
     except MemoryError:
@@ -154,14 +154,21 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this one
-    for line in sys.stdin.buffer:
+
+    def limited(request: bytes | dict[str, Any]) -> bytes:
         # At the end of a timer its signal's default action ends the process.
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
         signal.setitimer(signal.ITIMER_REAL, wall_seconds)
-        reply = json.dumps(answer(line)).encode() + b"\n"
+        reply = json.dumps(answer(request)).encode()
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        sys.stdout.buffer.write(reply)
+        return reply
+
+    for line in sys.stdin.buffer:  # one request, or a list of them
+        if line[:1] == b"[":
+            sys.stdout.buffer.write(b"[%b]\n" % b",".join(map(limited, json.loads(line))))
+        else:
+            sys.stdout.buffer.write(limited(line) + b"\n")
         sys.stdout.buffer.flush()
 
 

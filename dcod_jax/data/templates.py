@@ -52,10 +52,22 @@ class _Renderer:
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
+        self.known: dict[bytes, dict[str, Any]] = {}  # the replies to the last list of requests
         self.lock = threading.Lock()
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        content = json.dumps(request).encode() + b"\n"
+        content = json.dumps(request).encode()
+        return self.known.get(content) or self._exchange(content + b"\n")
+
+    def ask_ahead(self, requests: Sequence[dict[str, Any]]) -> None:
+        """One exchange for several requests; where it fails, each will be asked by itself."""
+        contents = [json.dumps(request).encode() for request in requests]
+        replies = self._exchange(b"[%b]\n" % b",".join(contents))
+        whole = isinstance(replies, list) and not any("limit" in reply for reply in replies)
+        self.known = dict(zip(contents, replies, strict=True)) if whole else {}
+
+    def _exchange(self, content: bytes) -> Any:
+        """The reply to one request or to a list of them; {"limit"} where the process ended."""
         with self.lock:
             process = self.process = self.process or _start()
             stdin, stdout = _pipes(process)
@@ -203,6 +215,20 @@ def _assignment(text: str) -> str:
     return f"{{% set {name} = {name} if {name} is defined else {literal} +%}}"
 
 
+def _request(
+    template: str, messages: Sequence[dict[str, Any]], names: dict[str, Any]
+) -> dict[str, Any]:
+    date = _date(template)
+    return {"template": template, "messages": list(messages), "names": names, "date": date}
+
+
+def render_ahead(
+    template: str, texts: Sequence[tuple[Sequence[dict[str, Any]], dict[str, Any]]]
+) -> None:
+    """Have what `render` will be asked for, (messages, names) each, rendered in one exchange."""
+    _renderer(os.getpid()).ask_ahead([_request(template, *text) for text in texts])
+
+
 def render(
     template: str, messages: Sequence[dict[str, Any]], names: dict[str, Any]
 ) -> tuple[str, list[tuple[int, int]]]:
@@ -212,14 +238,7 @@ def render(
     DATE, or the date that `with_choice` wrote into it. Raises TemplateError when the template
     refuses the messages, fails, or passes its limits of time, memory and length.
     """
-    reply = _renderer(os.getpid()).ask(
-        {
-            "template": template,
-            "messages": list(messages),
-            "names": names,
-            "date": _date(template),
-        }
-    )
+    reply = _renderer(os.getpid()).ask(_request(template, messages, names))
     if "limit" in reply:
         raise TemplateError(
             f"the chat template needs more than {reply['limit']} for one conversation; "

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dcod_jax.data.reasoning import MARKS, Reasoning
-from dcod_jax.data.templates import TemplateError, render
+from dcod_jax.data.templates import TemplateError, render, render_ahead
 from dcod_jax.data.tokenizer import Tokenizer, chat_template
 from dcod_jax.errors import DcodError
 from dcod_jax.models.config import ModelConfig
@@ -39,13 +39,30 @@ def render_chat(
     tools: Sequence[Any] | None = None,
 ) -> Text:
     """Rendered text, and the spans of the template's generation markers."""
-    names: dict[str, Any] = dict(tokenizer.special_tokens_map)
-    names |= {"add_generation_prompt": prompt, "tools": list(tools) if tools else None}
     try:
-        return render(template, messages, names)
+        return render(template, messages, _names(tokenizer, tools, prompt=prompt))
     except TemplateError as error:
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise DcodError(f"messages of the roles ({roles}): {error}") from error
+
+
+def _names(tokenizer: Tokenizer, tools: Sequence[Any] | None, *, prompt: bool) -> dict[str, Any]:
+    names: dict[str, Any] = dict(tokenizer.special_tokens_map)
+    return names | {"add_generation_prompt": prompt, "tools": list(tools) if tools else None}
+
+
+def render_turns_ahead(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    supervised: Sequence[int],
+    *,
+    template: str,
+    tools: Sequence[Any] | None = None,
+) -> None:
+    """Render a conversation and the prompts of its supervised turns in one exchange."""
+    whole, prompt = (_names(tokenizer, tools, prompt=flag) for flag in (False, True))
+    before = [(messages[:index], prompt) for index in supervised]
+    render_ahead(template, [(messages, whole), *before])
 
 
 def shared_prefix(left: str | bytes, right: str | bytes) -> int:

@@ -104,6 +104,25 @@ def test_a_wrong_template_is_refused_in_one_line(name):
     assert len(str(caught.value)) < 400
 
 
+def test_texts_that_are_asked_for_ahead_take_one_exchange(hasty):
+    renderer = templates._renderer(templates.os.getpid())
+    texts = [(MESSAGES[:count], NAMES) for count in (5, 4, 3)]
+    wanted = [templates.render(MARKED, *text) for text in texts]
+    templates.render_ahead(MARKED, texts)
+    renderer.process.kill()  # and nothing more is asked of it
+    assert [templates.render(MARKED, *text) for text in texts] == wanted
+
+
+def test_a_text_that_ends_the_process_leaves_the_others(hasty):
+    """The limits hold for each text of an exchange."""
+    for name in ("late", "loops"):
+        loops = "{% if messages|length == 5 %}" + HOSTILE[name] + "{% endif %}fine"
+        templates.render_ahead(loops, [(MESSAGES[:4], NAMES), (MESSAGES, NAMES)])
+        assert templates.render(loops, MESSAGES[:4], NAMES)[0] == "fine"
+        with pytest.raises(templates.TemplateError, match="needs more than"):
+            templates.render(loops, MESSAGES, NAMES)
+
+
 def test_a_process_that_is_lost_is_started_again(hasty):
     renderer = templates._renderer(templates.os.getpid())
     templates.render(CHATML, MESSAGES, NAMES)

@@ -1,6 +1,7 @@
 """Several teachers, each of its own traces; scores kept by a second prepare; settings compared."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import fake_servers
@@ -110,6 +111,38 @@ def test_each_teacher_scores_its_own_traces(tmp_path, model, capsys):
     values = np.concatenate([t.logprobs for t in of_b.values()])
     assert by_teacher["org/b"]["mean_logprob"] == pytest.approx(values.mean(), rel=1e-6)
     assert by_teacher["org/b"]["completion_tokens"] == len(values)
+
+
+def test_a_server_with_our_log_probs_gives_the_dataset_that_our_scoring_gives(tmp_path, model):
+    """Training reads the teacher from the scored traces alone, so it has the same bits, too."""
+    config = make_config(tmp_path, model, tiny.sums(5))
+    prepare(config)
+    root = Path(dataset_dir(config))
+    bare = shutil.copytree(root, tmp_path / "bare")
+    config.teacher.path = str(model)
+    score(config)
+    own = {tuple(trace.token_ids.tolist()): trace for trace in traces_of(config).values()}
+    with serve("vllm", MODEL, load_tokenizer(model)) as fake:
+
+        def ours(answer):
+            ids = fake.bodies[-1][1]["prompt"]
+            entries, trace = answer["choices"][0]["prompt_logprobs"], own[tuple(ids)]
+            for place, value in zip(
+                np.flatnonzero(trace.completion_mask), trace.logprobs, strict=True
+            ):
+                entries[place][str(ids[place])]["logprob"] = float(value)
+            return answer
+
+        fake.change = ours
+        config.data.dataset, config.teacher.path, config.teacher.name = str(bare), "", "big"
+        config.score.server, config.score.dialect = fake.url, "vllm"
+        config.score.concurrency = 1
+        score(config)
+    found = traces_of(config)
+    assert found.keys() == {trace.id for trace in own.values()}
+    for trace in own.values():
+        for name in ("token_ids", "completion_mask", "logprobs"):
+            np.testing.assert_array_equal(getattr(found[trace.id], name), getattr(trace, name))
 
 
 def test_a_trace_of_no_teacher_is_refused(tmp_path, model):
