@@ -18,7 +18,8 @@ from dcod_jax.data.templates import OWN
 from dcod_jax.data.tokenizer import load_tokenizer
 from dcod_jax.export.check import verify
 from dcod_jax.export.command import write_small
-from dcod_jax.models import hf, transformer
+from dcod_jax.models import hf
+from dcod_jax.models.counts import num_params
 from dcod_jax.parallel.mesh import make_mesh
 
 SHARD = 100 * 10**6
@@ -50,7 +51,7 @@ def main(directory: Path, what: str, devices: int) -> dict:
         tiny.write_model(model, shard_bytes=SHARD, **SIZES)
         return {}
     config, dtype = hf.read_config(model), "float32"
-    total = 4 * transformer.num_params(config)
+    total = 4 * num_params(config)
     jax.numpy.zeros(3).block_until_ready()
     if what == "limit":
         limit = status("VmData") + int(1.9 * total)
