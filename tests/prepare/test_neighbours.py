@@ -227,7 +227,7 @@ def test_empty_reasoning_is_none() -> None:
 
 
 FILES = [
-    ("t.csv", b"prompt,completion,completion\na,b,c\n", "names .'completion'. twice"),
+    ("t.csv", b"prompt,completion,completion\na,b,c\n", "'completion'.* twice"),
     ("t.csv", b"prompt;completion\na;b\n", "parted by ','"),
     ("t.jsonl", b'{"prompt": "a", "completion": "b", "completion": "c"}\n', "'completion' twice"),
     ("t.json", b'[{"prompt": "a", "completion": "b"}\n', "no ] at its end"),
