@@ -1,4 +1,4 @@
-"""Write the tables of docs/study.md from docs/study/results.jsonl.
+"""Write the tables of docs/study.md and docs/study_tables.md from docs/study/results.jsonl.
 
 python tools/make_study_page.py                                    # in place
 python tools/make_study_page.py --results runs/study/results.jsonl # take these results over first
@@ -29,7 +29,7 @@ from dcod_jax.study.conditions import MAIN, from_hex, read_results
 from dcod_jax.study.domain import SETS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGE, RESULTS = DOCS / "study.md", DOCS / "study" / "results.jsonl"
+PAGES, RESULTS = ("study.md", "study_tables.md"), DOCS / "study" / "results.jsonl"
 
 Line = dict[str, Any]
 Pick = Callable[[Line], float | None]
@@ -130,7 +130,8 @@ class Study:
         return main if alike and all(alike) else None
 
     def _world(self, arm: Arm) -> dict[str, Any]:
-        return {k: v for k, v in self.settings[arm].items() if not k.startswith("loss.")}
+        own = self.settings[arm].items()
+        return {k: v for k, v in own if not k.startswith(("loss.", "study.select"))}
 
     def pairs(self, one: Arm, base: Arm) -> list[tuple[Line, Line]]:
         """The test runs of two arms, on the seeds that both have."""
@@ -262,6 +263,26 @@ def gain_table(study: Study, names: Sequence[str]) -> str:
     return arm_table(study, names, [f"{name}, minus start" for name in SETS], cells)
 
 
+CHOSEN, OTHERS = "sft+auto", ("sft", "sft+sigmoid")
+
+
+def chosen_table(study: Study, names: Sequence[str]) -> str:
+    """The chosen weight against SFT and the sigmoid of each token, on problems in and longer."""
+    sets = ("in", "longer")
+    rows = []
+    for condition in names:
+        arms = [(condition, arm) for arm in (*OTHERS, CHOSEN)]
+        if not all(arm in study.runs for arm in arms):
+            continue
+        for name in sets:
+            start = f"{100 * study.starts(condition, name).mean():.1f}"
+            means = [f"{100 * study.accuracy(arm, name).mean:.1f}" for arm in arms]
+            differ = [points(study.difference(arms[-1], arm, name)) for arm in arms[:-1]]
+            rows.append([condition, name, start, *means, *differ])
+    head = ["condition", "set", "start", "SFT", "token", "auto", "auto − SFT", "auto − token"]
+    return table(head, rows)
+
+
 def drift_table(study: Study, names: Sequence[str]) -> str:
     """ExAccErr and its parts."""
 
@@ -343,6 +364,7 @@ BLOCKS: dict[str, Callable[[Study, Sequence[str]], str]] = {
     "rates": rates_table,
     "references": references_table,
     "accuracy": accuracy_table,
+    "chosen": chosen_table,
     "differences": difference_table,
     "gains": gain_table,
     "drift": drift_table,
@@ -383,15 +405,17 @@ def main() -> None:
     if options.results and not options.check:
         RESULTS.parent.mkdir(exist_ok=True)
         shutil.copyfile(options.results, RESULTS)
-    page = PAGE.read_text(encoding="utf-8")
     try:
-        filled = fill_page(page, Study(read_results(RESULTS)))
+        study = Study(read_results(RESULTS))
+        for path in (DOCS / name for name in PAGES):
+            page = path.read_text(encoding="utf-8")
+            filled = fill_page(page, study)
+            if options.check and filled != page:
+                sys.exit(f"error: {path} is not up to date: python tools/make_study_page.py")
+            if not options.check:
+                path.write_text(filled, encoding="utf-8")
     except DcodError as error:
         sys.exit(f"error: {error}")
-    if options.check and filled != page:
-        sys.exit(f"error: {PAGE} is not up to date: python tools/make_study_page.py")
-    if not options.check:
-        PAGE.write_text(filled, encoding="utf-8")
 
 
 if __name__ == "__main__":

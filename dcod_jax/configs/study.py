@@ -1,4 +1,4 @@
-"""The study on embedded arithmetic: every method with and without weights, over five seeds.
+"""The study on embedded arithmetic: every method with and without weights, over eight seeds.
 
     python -m dcod_jax.study --config study
     python tools/make_study_page.py
@@ -21,48 +21,56 @@ SIGMOID = "loss.weights.name=sigmoid"
 UNIFORM = "loss.weights.name=uniform"
 GKD = "loss.divergence=jsd loss.teacher=live on_policy.fraction=0.5"
 # A name "x+w" is method x with weights w: its tables compare it with "x".
-AUTO = "loss.weights.temperature=auto"  # holds the share of the loss that is kept, 0.9
+AUTO = "loss.weights.name=auto"
+SEQUENCE = f"{SIGMOID} loss.weights.scope=sequence loss.weights.temperature"
+SPREAD = f"{SEQUENCE}=0.5 loss.weights.unit=spread"
 ARMS = (
     f"sft loss.divergence=nll {UNIFORM}",
     f"sft+sigmoid loss.divergence=nll {SIGMOID}",
-    f"sft+auto loss.divergence=nll {SIGMOID} {AUTO}",
+    f"sft+auto loss.divergence=nll {AUTO}",
     "dft loss.divergence=nll loss.weights.name=dft loss.weights.normalize=none",
     f"fkl loss.divergence=forward_kl {UNIFORM}",
     f"fkl+sigmoid loss.divergence=forward_kl {SIGMOID}",
-    f"todi loss.divergence=todi {UNIFORM}",
-    f"todi+sigmoid loss.divergence=todi {SIGMOID}",
+    f"fkl+auto loss.divergence=forward_kl {AUTO}",
     f"jsd loss.divergence=jsd {UNIFORM}",
-    f"jsd+sigmoid loss.divergence=jsd {SIGMOID}",
+    f"jsd+auto loss.divergence=jsd {AUTO}",
     f"gkd {GKD} {UNIFORM}",
-    f"gkd+sigmoid {GKD} {SIGMOID}",
-    f"sft+t3 loss.divergence=nll {SIGMOID} loss.weights.temperature=3",
-    f"sft+prefix loss.divergence=nll {SIGMOID} loss.weights.scope=prefix",
-    f"sft+sequence loss.divergence=nll {SIGMOID} loss.weights.scope=sequence",
-    f"sft+unnormalised loss.divergence=nll {SIGMOID} loss.weights.normalize=none",
-    f"sft+each-sequence loss.divergence=nll {SIGMOID} loss.weights.normalize=sequence",
+    f"sft+likely loss.divergence=nll {UNIFORM} study.select=likely:0.3",
+    f"sft+short loss.divergence=nll {UNIFORM} study.select=short:0.3",
+    f"sft+t1 loss.divergence=nll {SEQUENCE}=1",
+    f"sft+t0.1 loss.divergence=nll {SEQUENCE}=0.1",
+    f"sft+spread loss.divergence=nll {SPREAD}",
+    "sft+eaft loss.divergence=nll loss.weights.name=eaft",
+    "sft+idft loss.divergence=nll loss.weights.name=idft",
+    "sft+drift-share loss.divergence=nll loss.weights.name=drift_share",
 )
-PLAIN = "sft,sft+sigmoid,sft+auto,dft,fkl,fkl+sigmoid"
-OTHERS = "todi,todi+sigmoid,jsd,jsd+sigmoid,gkd,gkd+sigmoid"
 NLL = "sft,sft+sigmoid,sft+auto"
-VARIANTS = "sft,sft+sigmoid,sft+t3,sft+prefix,sft+sequence,sft+unnormalised,sft+each-sequence"
+OWN = f"study.own_rates=true study.only={NLL}"
+SELECTED = f"{OWN},sft+likely"
 GIVEN = f"study.start_steps=0 student.path={TEACHER.parent / 'student'}"
 # In the order of their weight: an interrupted study has the first ones whole.
 CONDITIONS = (
-    f"main study.seeds=8 study.only={PLAIN}",
-    f"start-in-the-teachers-styles {GIVEN} study.own_rates=true study.only={NLL}",
-    f"main-other-methods study.seeds=8 study.only={OTHERS}",
-    f"lacking study.start_steps=200 study.own_rates=true study.only={NLL}",
-    f"mastering study.start_steps=2000 study.own_rates=true study.only={NLL}",
-    "three-times-the-steps train.steps=600 study.only=sft,sft+sigmoid",
-    f"traces-in-the-starts-style study.styles=equations study.only={NLL}",
+    f"main study.only={NLL},dft,jsd,gkd,sft+likely,sft+short",
+    f"start-in-the-teachers-styles {GIVEN} {SELECTED}",
+    f"lacking study.start_steps=200 {SELECTED}",
+    f"noise-30% study.noise=0.3 {SELECTED}",
+    f"traces-in-a-foreign-style study.styles=words {OWN}",
+    f"three-times-the-steps train.steps=600 study.only={NLL}",
+    f"mastering study.start_steps=2000 {OWN}",
+    f"own-style-rare study.styles=words,groups,equations:0.1 study.only={NLL}",
+    f"short-solutions study.terms=2,3 study.only={NLL}",
     f"noise-10% study.noise=0.1 study.only={NLL}",
+    f"traces-in-the-starts-style study.styles=equations study.only={NLL}",
+    f"smaller-student study.width=32 {OWN}",
+    f"no-capacity-gap study.width=96 study.layers=3 {OWN}",
     f"teacher-temperature-1.5 generate.temperature=1.5 study.only={NLL}",
-    f"main-variants study.only={VARIANTS}",
     f"teacher-temperature-0.5 generate.temperature=0.5 study.only={NLL}",
-    f"smaller-student study.width=32 study.own_rates=true study.only={NLL}",
-    f"no-capacity-gap study.width=96 study.layers=3 study.own_rates=true study.only={NLL}",
-    f"traces-in-a-foreign-style study.styles=words study.only={NLL}",
-    f"noise-30% study.noise=0.3 study.only={NLL}",
+    f"teachers-styles-at-one-rate {GIVEN} study.own_rates=true study.only=sft,sft+auto "
+    "study.learning_rates=(1e-3,)",
+    "main-variants study.only=sft+t1,sft+t0.1,sft+spread",
+    "main-other-weights study.only=sft+eaft,sft+idft,sft+drift-share",
+    "main-other-losses study.only=fkl,fkl+sigmoid,fkl+auto,jsd+auto",
+    f"nine-times-the-steps train.steps=1800 study.seeds=4 study.only={NLL}",
 )
 
 
@@ -90,7 +98,8 @@ def study_keys() -> Any:
     c.study.held_out_operands = (7, 9)  # lowest and highest first operand of the set "operands"
     c.study.traces = 3000  # traces of the teacher
     c.study.noise = 0.0  # share of the traces with one digit of the steps replaced
-    c.study.styles = ()  # keep traces of these styles only; empty: all
+    c.study.styles = ()  # keep traces of these styles only ("words:0.1": a tenth); empty: all
+    c.study.select = ""  # train on a part of them: "likely:0.3" under the start, or "short:0.3"
     c.study.problems = 256  # problems in each held-out set
     c.study.drift_length = 20  # tokens over which ExAccErr is accumulated
     c.study.drift_prompts = 128  # prompts of a test run's drift measurement; 0: none
@@ -121,5 +130,6 @@ def get_config():
     c.train.steps = 200
     c.study.arms = ARMS
     c.study.conditions = CONDITIONS
+    c.study.seeds = 8
     c.study.learning_rates = (3e-4, 1e-3, 3e-3)
     return c

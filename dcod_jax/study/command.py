@@ -18,7 +18,8 @@ from typing import Any
 from dcod_jax.errors import DcodError
 from dcod_jax.locks import locked
 from dcod_jax.logs import track
-from dcod_jax.study.conditions import Results, conditions, pending, schedule
+from dcod_jax.study import domain
+from dcod_jax.study.conditions import Results, arms, conditions, pending, schedule
 from dcod_jax.study.lab import Lab
 
 
@@ -31,6 +32,11 @@ def study(config: Any) -> None:
             "the recipe has no section study; begin from --config study, or set "
             "c.study = study_keys() of dcod_jax.configs.study"
         )
+    for condition in conditions(config).values():
+        domain.style_shares(condition)
+        for own in arms(condition).values():
+            if own.study.select:
+                domain.selection(own)
     directory = Path(config.run_dir)
     with locked(directory / ".study.lock", what=f"run_dir={directory}"):
         results = Results(directory / "results.jsonl")

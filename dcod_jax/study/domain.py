@@ -11,9 +11,11 @@ import dataclasses
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dcod_jax.data import chat
 from dcod_jax.data.dataset import MANIFEST, DatasetWriter, TraceDataset
@@ -26,6 +28,7 @@ from dcod_jax.study.arithmetic import STYLES, Chain, worked_traces
 from dcod_jax.types import Params, Trace
 
 LARGEST = 20  # of the sum of the added numbers: a tiny model learns the facts below it in minutes
+_BARE = dict.fromkeys(("logprobs", "topk_ids", "topk_logprobs", "tail_logprobs"))
 SETS = ("in", "operands", "longer")  # test sets, beside "validation"
 
 
@@ -199,7 +202,7 @@ def teacher_traces(config: Any, teacher: StudyModel) -> tuple[list[Trace], dict[
                 break
             text = teacher.text(answer)
             counts["sampled"] += 1
-            reason = _why_not(config, problem, answer, text)
+            reason = _why_not(config, problem, answer, text, draw)
             if reason:
                 counts[reason] += 1
                 continue
@@ -211,14 +214,66 @@ def teacher_traces(config: Any, teacher: StudyModel) -> tuple[list[Trace], dict[
     return kept, {"counts": counts, "styles": styles}
 
 
-def _why_not(config: Any, problem: Chain, answer: Sample, text: str) -> str:
+def style_shares(config: Any) -> dict[str, float]:
+    """{style: share of its traces that is kept} of study.styles; empty: all of all."""
+    entries = (entry.partition(":") for entry in config.study.styles or STYLES)
+    shares = {name: float(share or 1) for name, _, share in entries}
+    if unknown := shares.keys() - STYLES.keys():
+        raise DcodError(f"study.styles names {', '.join(unknown)}; there are {', '.join(STYLES)}")
+    return shares
+
+
+def _why_not(config: Any, problem: Chain, answer: Sample, text: str, draw: random.Random) -> str:
     if not answer.finished or not text.strip():
         return "unfinished"
     if config.prepare.filter_correct and not is_correct(problem, text):
         return "wrong"
-    if config.study.styles and style_of(text) not in config.study.styles:
+    share = style_shares(config).get(style_of(text), 0.0)
+    if share < 1 and draw.random() >= share:
         return "other style"
     return ""
+
+
+def select(traces: Sequence[Trace], scores: Sequence[float], share: float) -> list[Trace]:
+    """The share of the traces with the highest scores, in their own order; ties by that order."""
+    count = max(round(share * len(traces)), 1)
+    best = sorted(range(len(traces)), key=lambda i: (-scores[i], i))[:count]
+    return [traces[i] for i in sorted(best)]
+
+
+def selection(config: Any) -> tuple[str, float]:
+    """study.select "likely:0.3" -> ("likely", 0.3); raises DcodError for anything else."""
+    rule, _, text = config.study.select.partition(":")
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if rule not in ("likely", "short") or not 0 < share <= 1:
+        raise DcodError(
+            f"study.select={config.study.select!r}: expected likely:SHARE (the traces most "
+            "probable under the start, mean log-prob a token) or short:SHARE, 0 < SHARE <= 1"
+        )
+    return rule, share
+
+
+def open_selected(
+    path: Path, config: Any, whole: TraceDataset, start: Callable[[], StudyModel]
+) -> TraceDataset:
+    """The dataset at `path` of the traces that study.select keeps, made when it is not there."""
+    if not (path / MANIFEST).exists():
+        rule, share = selection(config)
+        traces = whole.read(range(len(whole)))
+        if rule == "short":
+            scores = [-float(trace.completion_mask.sum()) for trace in traces]
+        else:
+            known = _scored(config, start(), [dataclasses.replace(t, **_BARE) for t in traces])
+            scores = [float(np.mean(trace.logprobs)) for trace in known]
+        kept = select(traces, scores, share)
+        manifest = {key: whole.manifest[key] for key in ("counts", "styles")}
+        with DatasetWriter(path, shard_records=8192, manifest=manifest) as writer:
+            for trace in kept:
+                writer.write(trace)
+    return TraceDataset(path)
 
 
 def traces_path(directory: Path, config: Any, *, start: bool) -> Path:

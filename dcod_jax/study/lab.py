@@ -120,6 +120,22 @@ class Lab:
             self._datasets[path] = domain.open_traces(path, config, teacher, self.tokenizer)
         return self._datasets[path]
 
+    def _trained_on(self, config: Any, seed: int, *, start: bool) -> TraceDataset:
+        """The traces, or the part of them that study.select keeps by the seed's start."""
+        whole = self.traces(config, start=start)
+        if start or not config.study.select:
+            return whole
+        steps = config.study.start_steps
+        begin = str(self._start_file(config, steps, seed) if steps else config.student.path)
+        of = [str(whole.directory), config.study.select, Path(begin).name]
+        name = f"selected-{hashlib.sha256(json.dumps(of).encode()).hexdigest()[:12]}"
+        path = self.directory / "traces" / name
+        if path not in self._datasets:
+            self._datasets[path] = domain.open_selected(
+                path, config, whole, lambda: self._student(config, self.start(config, seed))
+            )
+        return self._datasets[path]
+
     def start(self, config: Any, seed: int) -> Params:
         """The seed's warm start of study.start_steps steps, which all arms share.
 
@@ -234,7 +250,7 @@ class Lab:
         state = init_state(copy, optimizer, mesh=self.mesh, model_config=model_config)
         state = with_rate(state, rate)
         live = (self.teacher.params,) if config.loss.teacher == "live" else ()
-        traces = self.traces(config, start=start)
+        traces = self._trained_on(config, seed, start=start)
         batches = pipeline.train_batches(traces, seed=seed, **reading(config, self.mesh))
         student = Student(model_config, self.tokenizer, len(self.tokenizer))
         own = configs.replace(config, {"seed": seed})

@@ -15,7 +15,9 @@ import pytest
 
 from dcod_jax import config as configs
 from dcod_jax.configs.study import study_keys
+from dcod_jax.data.dataset import TraceDataset
 from dcod_jax.errors import DcodError
+from dcod_jax.sample.sampler import Sample
 from dcod_jax.study import domain
 from dcod_jax.study.arithmetic import STYLES, worked_solution
 from dcod_jax.study.command import study, wanted_starts
@@ -35,12 +37,13 @@ from dcod_jax.study.conditions import (
 from dcod_jax.study.lab import adjustable_optimizer, start_config, with_rate
 from dcod_jax.train.optim import make_optimizer
 from dcod_jax.train.settings import loss_config, optim_config
-from dcod_jax.types import TrainState
+from dcod_jax.types import Trace, TrainState
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "dcod_jax" / "configs" / "study.py"
 TINY = {
-    "study.arms": '("sft loss.weights.name=uniform", "sft+sigmoid loss.weights.name=sigmoid")',
+    "study.arms": '("sft loss.weights.name=uniform", "sft+sigmoid loss.weights.name=sigmoid", '
+    '"sft+likely loss.weights.name=uniform study.select=likely:0.5")',
     "study.conditions": '("main",)',
     "study.seeds": "2",
     "study.tuning_seeds": "1",
@@ -151,6 +154,38 @@ def finish(config, results):
 
 def count_runs(config):
     return sum(len(runs) for *_, runs in schedule(config))
+
+
+def test_a_style_is_kept_in_part():
+    """ "equations:0.1" lets a tenth of its traces pass, and all of the styles without a share."""
+    config = recipe()
+    config.study.styles = ("words", "equations:0.1")
+    config.prepare.filter_correct = False
+    problem = next(domain.problem_stream(config, "x", (3, 4), (1, 6)))
+    answer = Sample([1], [0.0], True)
+    kept = dict.fromkeys(STYLES, 0)
+    draw = random.Random(0)
+    for style, _ in itertools.product(STYLES, range(2000)):
+        text = worked_solution(problem, style)
+        kept[style] += not domain._why_not(config, problem, answer, text, draw)
+    assert (kept["words"], kept["groups"]) == (2000, 0)
+    assert 150 < kept["equations"] < 250
+    config.study.styles = ("word",)
+    with pytest.raises(DcodError, match=r"study\.styles names word; there are"):
+        domain._why_not(config, problem, answer, "1 up 2", draw)
+
+
+def test_the_selected_traces_are_the_best_by_their_rule():
+    traces = [Trace(f"{i}", np.arange(4), np.array([0, 0, 1, 1], bool)) for i in range(10)]
+    scores = [3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0, 5.0, 3.0]
+    assert [t.id for t in domain.select(traces, scores, 0.3)] == ["4", "5", "7"]
+    config = recipe()
+    for text in ("likely", "likely:0", "short:1.5", "long:0.3", "short:x", "short:nan"):
+        config.study.select = text
+        with pytest.raises(DcodError, match=r"study\.select="):
+            domain.selection(config)
+    config.study.select = "short:0.3"
+    assert domain.selection(config) == ("short", 0.3)
 
 
 def test_the_order_and_the_rates(tmp_path):
@@ -335,13 +370,16 @@ def test_reduced_study(tmp_path):
     study(config)
     lines = read_results(tmp_path / "results.jsonl")
     tests = {(x["arm"], x["seed"]): x for x in lines if x["kind"] == "test"}
-    assert sorted(tests) == [(arm, seed) for arm in ("sft", "sft+sigmoid") for seed in (1, 2)]
+    names = ("sft", "sft+likely", "sft+sigmoid")
+    assert sorted(tests) == [(arm, seed) for arm in names for seed in (1, 2)]
     (reference,) = [x for x in lines if x["kind"] == "reference"]
     assert set(reference["teacher"]) == set(domain.SETS)
     for seed in (1, 2):  # one start for all arms, one for each seed
         assert tests["sft", seed]["start"] == tests["sft+sigmoid", seed]["start"]
     assert len(list((tmp_path / "starts").iterdir())) == 3  # the tuning run's, too
-    assert len(lines) == count_runs(config) + 3  # and that one, and the settings of the two arms
+    assert len(lines) == count_runs(config) + 4  # and that one, and the settings of three arms
+    chosen = [TraceDataset(path) for path in (tmp_path / "traces").glob("selected-*")]
+    assert [len(one) for one in chosen] == [12] * 3, "half of the traces, by each seed's start"
     for seed in (1, 2):  # the same batches, whatever the loss
         assert tests["sft", seed]["tokens"] == tests["sft+sigmoid", seed]["tokens"] > 0
     assert tests["sft", 1]["curves"]["ess"] == 1 > tests["sft+sigmoid", 1]["curves"]["ess"]
@@ -371,10 +409,11 @@ def test_reduced_study(tmp_path):
 
 
 def test_the_page_holds_the_results():
-    """Every table of docs/study.md is what the committed results say."""
-    page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
-    results = read_results(ROOT / "docs" / "study" / "results.jsonl")
-    assert fill_page(page, Study(results)) == page, "run python tools/make_study_page.py"
+    """Every table of the study's pages is what the committed results say."""
+    study = Study(read_results(ROOT / "docs" / "study" / "results.jsonl"))
+    for name in MAKER["PAGES"]:
+        page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        assert fill_page(page, study) == page, "run python tools/make_study_page.py"
 
 
 def line_of(condition, arm, seed, correct, start):
