@@ -78,7 +78,9 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "long-1-row": (QWEN_1B, LONG | {"data.batch_size": 1, "mesh.fsdp": 1, "mesh.context": 16}),
     "long-8-rows": (QWEN_1B, LONG | {"data.batch_size": 8, "mesh.fsdp": 4, "mesh.context": 4}),
     "nll-dots-16": (QWEN_1B, {"student.remat": "dots", "data.batch_size": 16}),
-    "nll-dots-12": (QWEN_1B, {"student.remat": "dots:12"}),
+    "nll-chunk-1024": (QWEN_1B, {"loss.head_chunk": 1024}),
+    "nll-chunk-2048": (QWEN_1B, {"loss.head_chunk": 2048}),
+    "nll-dots-8-chunk-4096": (QWEN_1B, {"student.remat": "dots:8", "loss.head_chunk": 4096}),
     "nll-dots-12-chunk-512": (QWEN_1B, {"student.remat": "dots:12", "loss.head_chunk": 512}),
     "nll-full-16": (QWEN_1B, {"data.batch_size": 16}),
 }
