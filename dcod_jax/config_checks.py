@@ -152,7 +152,7 @@ def _value_errors(flat: dict[str, Any]) -> list[str]:
         parts = value if isinstance(value, tuple) else (value,)
         texts = all(isinstance(part, str) for part in parts)
         numbers = key.startswith("study.") and all(type(part) in (int, float) for part in parts)
-        fault = "name a directory" if key == "run_dir" and not value.strip() else ""
+        fault = "name a directory" if key == "run_dir" and not str(value).strip() else ""
         if isinstance(value, tuple) and not texts and not numbers:
             fault = "hold texts"
         for part in parts:

@@ -281,7 +281,7 @@ def _score(
     forward: Forward, student: Params, teacher: Params, batch: Batch
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(KL, log q, log p) at the head's positions, [B, C]; only the first [C] are the sequence's."""
-    _, (_, stats) = forward(student, batch, jnp.int32(0), adaptive.initial(), (teacher,))
+    _, (_, stats, _) = forward(student, batch, jnp.int32(0), adaptive.initial(), (teacher,))
     found = (stats.divergence, stats.student_logprobs, stats.teacher_logprobs)
     replicated = [constrain(x, forward.mesh, None, None) for x in found]
     return replicated[0], replicated[1], replicated[2]
