@@ -45,7 +45,10 @@ def installed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory, installed):
-    """(run directory, command, output) of a run on a few prompts."""
+    """(run directory, command, output) of a run on a few prompts.
+
+    Its programs are those of docs/test_notebook.py, which are compiled once for both.
+    """
     place = tmp_path_factory.mktemp("quickstart")
     lines = (ASSETS / "competent" / "prompts.jsonl").read_text().splitlines(keepends=True)
     (place / "prompts.jsonl").write_text("".join(lines[:96]))
@@ -60,12 +63,14 @@ def quickstart(tmp_path_factory, installed):
         "--config.generate.batch_size=32",
         f"--config.compare={','.join(arms)}",
         "--config.train.steps=4",
+        "--config.train.log_every=1",
         "--config.train.eval_every=2",
         "--config.evaluate.limit=24",
         "--config.evaluate.batch_size=24",
     ]
     (place / "empty").mkdir()
-    return place / "run", command, call(command, place / "empty", site=installed)
+    output = call(command, place / "empty", site=installed, flags=xla_flags(1))
+    return place / "run", command, output
 
 
 def call(command, place, *, site=ROOT, flags=None):
@@ -167,6 +172,13 @@ def test_the_same_command_again_finds_everything_done(quickstart, installed):
     output = call(command, run.parent, site=installed)
     assert "all 4 steps are done" in output
     assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+@pytest.mark.long
+def test_it_trains_as_xla_compiles_for_users(quickstart, tmp_path, installed):
+    """With no flags of the suite: optimised in full."""
+    command = [*quickstart[1], f"--config.run_dir={tmp_path / 'run'}"]
+    check_held_out(tmp_path / "run", call(command, tmp_path, site=installed), [2, 4])
 
 
 def test_the_real_models_recipe_on_a_tiny_one(tmp_path):

@@ -29,7 +29,7 @@ def executed(tmp_path_factory):
         "compare": f"'{recipe.compare[0]}, {recipe.compare[2]}'",
         "generate.prompts": place / "prompts.jsonl",
         "generate.batch_size": 32,
-        "train.steps": 2,
+        "train.steps": 4,
         "train.log_every": 1,
         "train.eval_every": 2,
         "evaluate.limit": 24,
@@ -82,7 +82,7 @@ def test_the_last_cell_prints_one_block_to_send_back(executed):
     for wanted in (
         r"^jax \d",
         r"backend cpu, devices 1",
-        r"^discord-trace: step 2, ",
+        r"^discord-trace: step 4, ",
         r"^\| teacher \|",
     ):
         assert re.search(wanted, text, re.M), wanted
