@@ -95,6 +95,12 @@ def _programs_end_with_their_file():
 
 
 @pytest.fixture
+def compiled_as_for_users(monkeypatch):
+    """XLA's own options: two programs of one step agree to the bit only with its fusions."""
+    monkeypatch.setattr(compiler, "get_compile_options", _OPTIONS)
+
+
+@pytest.fixture
 def one_device(monkeypatch):
     """Training on one device: to compile for eight takes four times as long."""
     from dcod_jax.parallel.mesh import make_mesh

@@ -27,6 +27,8 @@ _BLOCKS = "|".join(f"{re.escape(mark)}(.*?){re.escape(end)}" for mark, end in MA
 _BLOCK = re.compile(rf"^[ \t]*(?:{_BLOCKS})\s*", re.DOTALL | re.MULTILINE)
 # Names of fields that hold reasoning, whatever else they are called.
 _THOUGHTS = re.compile(r"reasoning|think|thought|rationale|cot$|trajector", re.IGNORECASE)
+# Solutions of the data set's own, which are not the teacher's: gt_cot, reference_rationale, ...
+_GIVEN = re.compile(r"(gt|gold|ground_?truth|reference|human|expert|official)_", re.IGNORECASE)
 _ANSWERS = {"<|begin_of_solution|>": "<|end_of_solution|>", "<answer>": "</answer>"}
 _SWITCHES = "on off true false yes no none low medium high auto enabled disabled".split()
 
@@ -88,8 +90,8 @@ def has_reasoning(text: str) -> bool:
 
 
 def may_be_reasoning(name: str, value: object) -> bool:
-    """Whether a field that nothing read is named like reasoning and holds sentences."""
-    return bool(_THOUGHTS.search(name)) and _has_words(value)
+    """Whether a field that nothing read is named like a teacher's reasoning and holds sentences."""
+    return bool(_THOUGHTS.search(name)) and not _GIVEN.match(name) and _has_words(value)
 
 
 def _has_words(value: object) -> bool:

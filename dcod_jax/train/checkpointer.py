@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers as policies
 
-from dcod_jax.bounds import check, mapping, whole
+from dcod_jax.bounds import check, mapping, optional, whole
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Location, Path, as_path, remove_tree
 from dcod_jax.models import lora, transformer
@@ -36,7 +36,7 @@ from dcod_jax.types import Params, TrainState
 
 ITEMS = ("params", "opt_state", "run")
 _PROGRESS = {"iterator": mapping(), "tokens_seen": whole(0, 1 << 62)}
-_PROGRESS |= {"on_policy": mapping(), "data": mapping()}
+_PROGRESS |= {"on_policy": mapping(), "data": optional(mapping())}
 _RUN = {"step": whole(0, 1 << 53), "config": mapping(), "metrics": mapping()}
 _RUN |= {"progress": mapping(_PROGRESS)}
 REMOVED = ".removed"  # beside the steps: those that are no longer kept, until they are gone

@@ -87,7 +87,7 @@ def test_defaults_are_those_of_transformers():
 @pytest.mark.parametrize(
     ("raw", "change", "named"),
     [
-        (LLAMA, {"model_type": "mixtral"}, "model_type='mixtral'"),
+        (LLAMA, {"model_type": "qwen2_moe"}, "model_type='qwen2_moe'"),
         (LLAMA, {"model_type": "gemma3n_text"}, "model_type='gemma3n_text'"),
         (LLAMA, {"model_type": None}, "model_type=None"),
         (LLAMA, {"architectures": ["LlamaForSequenceClassification"]}, "SequenceClassification"),

@@ -198,6 +198,8 @@ def test_what_may_be_reasoning_is_left_out_where_reasoning_is() -> None:
     }
     assert texts([twice], **dropped) == [(ASKED, SAID)]
     assert texts([ENDED | {"cot": None}], reasoning_field="cot") == [(ASKED, SAID)]
+    for name in ("gt_cot", "reference_rationale", "ground_truth_reasoning"):  # not the teacher's
+        assert texts([ENDED | {name: THOUGHT}]) == [(ASKED, SAID)]
 
 
 def test_one_id_of_two_requests_is_refused_before_an_output() -> None:

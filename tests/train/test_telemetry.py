@@ -39,6 +39,7 @@ def histograms(jaxpr, *, inside):
     return count
 
 
+@pytest.mark.usefixtures("compiled_as_for_users")
 def test_statistics_are_computed_on_log_steps_by_one_program():
     """With log_every=2: NaN at step 1, at step 2 what a step that always logs has; equal bits."""
     often, fresh = steps.step_of(optim="adamw", microbatches=2)
