@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 EXAMPLES = {"gguf": 40, "model": 40, "tokenizer": 40, "template": 25, "dataset": 60}
-EXAMPLES |= {"shard": 60, "report": 60, "traces": 30}
+EXAMPLES |= {"shard": 60, "report": 60, "traces": 15}
 MEMORY = 2 << 30  # bytes, of the long form: beyond what the process has before
 
 
