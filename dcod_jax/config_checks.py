@@ -200,7 +200,9 @@ def _teacher_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
             "`python -m dcod_jax.score --config ... --config.score.overwrite=true`, or set "
             "loss.teacher=live"
         )
-    if loss.weights.needs_start and (flat["train.init_from"] or not flat["student.path"]):
+    own = "study.seeds" in flat  # a study scores with each seed's own start
+    elsewhere = flat["train.init_from"] or not flat["student.path"]
+    if loss.weights.needs_start and elsewhere and not own:
         wrong.append(
             f"loss.weights.ratio={loss.weights.ratio} compares with the start, student.path as "
             f"score.student=True scored it; got student.path={flat['student.path']!r} and "

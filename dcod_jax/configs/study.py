@@ -39,6 +39,7 @@ ARMS = (
     f"sft+short loss.divergence=nll {UNIFORM} study.select=short:0.3",
     f"sft+t1 loss.divergence=nll {SEQUENCE}=1",
     f"sft+t0.1 loss.divergence=nll {SEQUENCE}=0.1",
+    f"sft+start loss.divergence=nll {SEQUENCE}=0.3 loss.weights.ratio=start/teacher",
     f"sft+spread loss.divergence=nll {SPREAD}",
     "sft+eaft loss.divergence=nll loss.weights.name=eaft",
     "sft+idft loss.divergence=nll loss.weights.name=idft",
@@ -46,11 +47,11 @@ ARMS = (
 )
 NLL = "sft,sft+sigmoid,sft+auto"
 OWN = f"study.own_rates=true study.only={NLL}"
-SELECTED = f"{OWN},sft+likely"
+SELECTED = f"{OWN},sft+likely,sft+start"
 GIVEN = f"study.start_steps=0 student.path={TEACHER.parent / 'student'}"
 # In the order of their weight: an interrupted study has the first ones whole.
 CONDITIONS = (
-    f"main study.only={NLL},dft,jsd,gkd,sft+likely,sft+short",
+    f"main study.only={NLL},dft,jsd,gkd,sft+likely,sft+short,sft+start",
     f"start-in-the-teachers-styles {GIVEN} {SELECTED}",
     f"lacking study.start_steps=200 {SELECTED}",
     f"noise-30% study.noise=0.3 {SELECTED}",

@@ -256,22 +256,31 @@ def selection(config: Any) -> tuple[str, float]:
     return rule, share
 
 
-def open_selected(
-    path: Path, config: Any, whole: TraceDataset, start: Callable[[], StudyModel]
+def open_of_start(
+    path: Path, config: Any, whole: TraceDataset, start: Callable[[], StudyModel], *, scored: bool
 ) -> TraceDataset:
-    """The dataset at `path` of the traces that study.select keeps, made when it is not there."""
+    """The dataset at `path` that depends on the start, made when it is not there.
+
+    It has the traces that study.select keeps; scored: with the start's log-probs.
+    """
     if not (path / MANIFEST).exists():
-        rule, share = selection(config)
         traces = whole.read(range(len(whole)))
-        if rule == "short":
-            scores = [-float(trace.completion_mask.sum()) for trace in traces]
-        else:
-            known = _scored(config, start(), [dataclasses.replace(t, **_BARE) for t in traces])
-            scores = [float(np.mean(trace.logprobs)) for trace in known]
-        kept = select(traces, scores, share)
+        rule, share = selection(config) if config.study.select else ("", 1.0)
+        bare = [dataclasses.replace(trace, **_BARE) for trace in traces]
+        known = _scored(config, start(), bare) if scored or rule == "likely" else []
+        logprobs = [np.asarray(trace.logprobs) for trace in known]
         manifest = {key: whole.manifest[key] for key in ("counts", "styles")}
+        if scored:
+            pairs = zip(traces, logprobs, strict=True)
+            traces = [dataclasses.replace(trace, start_logprobs=own) for trace, own in pairs]
+            manifest["start"] = {"weights": path.name}
+        if rule:
+            likely = rule == "likely"
+            scores = [float(x.mean()) for x in logprobs] if likely else []
+            scores = scores or [-float(trace.completion_mask.sum()) for trace in traces]
+            traces = select(traces, scores, share)
         with DatasetWriter(path, shard_records=8192, manifest=manifest) as writer:
-            for trace in kept:
+            for trace in traces:
                 writer.write(trace)
     return TraceDataset(path)
 

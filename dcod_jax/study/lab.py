@@ -38,7 +38,7 @@ from dcod_jax.train.held_out import reading
 from dcod_jax.train.metrics import StepMetrics
 from dcod_jax.train.on_policy import OnPolicy
 from dcod_jax.train.optim import OptimConfig, Schedule, make_optimizer
-from dcod_jax.train.settings import optim_config
+from dcod_jax.train.settings import loss_config, optim_config
 from dcod_jax.train.setup import Student
 from dcod_jax.train.step import init_state, make_train_step
 from dcod_jax.types import Params, TrainState
@@ -70,7 +70,7 @@ def start_config(config: Any, steps: int) -> Any:
     """The config of a warm start: plain training at a constant rate, whatever the arm's loss is."""
     changes = "loss.divergence=nll loss.teacher=cached loss.anchor=0 on_policy.fraction=0 "
     changes += "loss.weights.name=uniform loss.weights.temperature=1 loss.weights.offset=0 "
-    changes += "loss.weights.unit=nats optim.schedule=constant "
+    changes += "loss.weights.unit=nats loss.weights.ratio=student/teacher optim.schedule=constant "
     changes += f"optim.learning_rate={config.study.start_learning_rate} train.steps={steps}"
     return configs.with_changes(config, changes.split())
 
@@ -121,18 +121,23 @@ class Lab:
         return self._datasets[path]
 
     def _trained_on(self, config: Any, seed: int, *, start: bool) -> TraceDataset:
-        """The traces, or the part of them that study.select keeps by the seed's start."""
+        """Those that study.select keeps, with the start's log-probs where the loss needs them."""
         whole = self.traces(config, start=start)
-        if start or not config.study.select:
+        scored = loss_config(config).weights.needs_start
+        if start or not (config.study.select or scored):
             return whole
         steps = config.study.start_steps
         begin = str(self._start_file(config, steps, seed) if steps else config.student.path)
-        of = [str(whole.directory), config.study.select, Path(begin).name]
-        name = f"selected-{hashlib.sha256(json.dumps(of).encode()).hexdigest()[:12]}"
+        of = [str(whole.directory), config.study.select, scored, Path(begin).name]
+        name = f"of-start-{hashlib.sha256(json.dumps(of).encode()).hexdigest()[:12]}"
         path = self.directory / "traces" / name
         if path not in self._datasets:
-            self._datasets[path] = domain.open_selected(
-                path, config, whole, lambda: self._student(config, self.start(config, seed))
+            self._datasets[path] = domain.open_of_start(
+                path,
+                config,
+                whole,
+                lambda: self._student(config, self.start(config, seed)),
+                scored=scored,
             )
         return self._datasets[path]
 

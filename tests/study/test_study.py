@@ -378,7 +378,7 @@ def test_reduced_study(tmp_path):
         assert tests["sft", seed]["start"] == tests["sft+sigmoid", seed]["start"]
     assert len(list((tmp_path / "starts").iterdir())) == 3  # the tuning run's, too
     assert len(lines) == count_runs(config) + 4  # and that one, and the settings of three arms
-    chosen = [TraceDataset(path) for path in (tmp_path / "traces").glob("selected-*")]
+    chosen = [TraceDataset(path) for path in (tmp_path / "traces").glob("of-start-*")]
     assert [len(one) for one in chosen] == [12] * 3, "half of the traces, by each seed's start"
     for seed in (1, 2):  # the same batches, whatever the loss
         assert tests["sft", seed]["tokens"] == tests["sft+sigmoid", seed]["tokens"] > 0
