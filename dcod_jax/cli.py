@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import gc
 import importlib
+import logging
 import os
 import pathlib
 import signal
@@ -23,6 +25,8 @@ from dcod_jax import config as configs
 from dcod_jax.compilation_cache import keep_programs
 from dcod_jax.errors import EXIT_INTERRUPTED, DcodError, nearest
 from dcod_jax.files import as_path
+
+log = logging.getLogger(__name__)
 
 ALONE = ("drift", "report", "plan")  # verbs of one process
 OWN = (
@@ -156,6 +160,7 @@ def _reported(verb: str) -> Iterator[None]:
     """
     main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _terminate) if main_thread else None
+    hook, sys.unraisablehook = sys.unraisablehook, _unraisable
     try:
         yield
     except BrokenPipeError:
@@ -170,8 +175,15 @@ def _reported(verb: str) -> Iterator[None]:
         print(f"dcod_jax.{verb}: interrupted; the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
+        gc.collect()  # what a failed read left half-done is destroyed while the hook is ours
+        sys.unraisablehook = hook
         if main_thread:
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _unraisable(found: Any) -> None:
+    """An error while an object is destroyed reaches nobody: a failed read's other tasks, closed."""
+    log.debug("while %r was destroyed: %s", found.object, found.exc_value)
 
 
 def _message(error: DcodError | OSError) -> str:

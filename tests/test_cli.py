@@ -10,6 +10,7 @@ import time
 import pytest
 
 from dcod_jax import __version__, cli, config
+from dcod_jax.errors import DcodError
 
 HEAVY = ("jax", "numpy", "transformers", "orbax", "grain", "flax", "torch", "datasets")
 
@@ -147,3 +148,21 @@ def test_a_run_dir_that_can_be_none_is_refused_before_the_work(ends, tmp_path):
         assert f"run_dir={tmp_path / name}: " in said
         assert said.count("\n") == 1
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_error_while_an_object_is_destroyed_is_no_traceback(capsys, caplog):
+    class Half:
+        def __del__(self):
+            raise OSError("too many open files")
+
+    def verb():
+        Half()
+        raise DcodError("cannot read")
+
+    caplog.set_level("DEBUG", logger="dcod_jax")
+    with pytest.raises(SystemExit), cli._reported("export"):
+        verb()
+    said = capsys.readouterr().err
+    assert "dcod_jax.export: error: cannot read\n" in said
+    assert "Traceback" not in said
+    assert "too many open files" in caplog.text
