@@ -166,6 +166,7 @@ def _reported(verb: str) -> Iterator[None]:
     except BrokenPipeError:
         raise  # of `| head`, see _readable_end
     except (DcodError, OSError) as error:
+        gc.collect()  # what a failed read left half-done is destroyed while the hook is ours
         print(f"dcod_jax.{verb}: error: {_message(error)}", file=sys.stderr)
         raise SystemExit(1) from None
     except _Terminated:
@@ -175,7 +176,6 @@ def _reported(verb: str) -> Iterator[None]:
         print(f"dcod_jax.{verb}: interrupted; the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
-        gc.collect()  # what a failed read left half-done is destroyed while the hook is ours
         sys.unraisablehook = hook
         if main_thread:
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

@@ -29,6 +29,7 @@ from dcod_jax.types import Params, Trace
 
 LARGEST = 20  # of the sum of the added numbers: a tiny model learns the facts below it in minutes
 _BARE = dict.fromkeys(("logprobs", "topk_ids", "topk_logprobs", "tail_logprobs"))
+_SHARE = "0 < SHARE <= 1"
 SETS = ("in", "operands", "longer")  # test sets, beside "validation"
 
 
@@ -214,10 +215,23 @@ def teacher_traces(config: Any, teacher: StudyModel) -> tuple[list[Trace], dict[
     return kept, {"counts": counts, "styles": styles}
 
 
+def _share(text: str) -> float:
+    """A share of the traces; 0.0 where the text is none."""
+    try:
+        share = float(text)
+    except ValueError:
+        return 0.0
+    return share if 0 < share <= 1 else 0.0
+
+
 def style_shares(config: Any) -> dict[str, float]:
     """{style: share of its traces that is kept} of study.styles; empty: all of all."""
     entries = (entry.partition(":") for entry in config.study.styles or STYLES)
-    shares = {name: float(share or 1) for name, _, share in entries}
+    shares = {name: _share(share) if mark else 1.0 for name, mark, share in entries}
+    if not all(shares.values()):
+        raise DcodError(
+            f"study.styles={config.study.styles}: expected STYLE or STYLE:SHARE, {_SHARE}"
+        )
     if unknown := shares.keys() - STYLES.keys():
         raise DcodError(f"study.styles names {', '.join(unknown)}; there are {', '.join(STYLES)}")
     return shares
@@ -244,14 +258,11 @@ def select(traces: Sequence[Trace], scores: Sequence[float], share: float) -> li
 def selection(config: Any) -> tuple[str, float]:
     """study.select "likely:0.3" -> ("likely", 0.3); raises DcodError for anything else."""
     rule, _, text = config.study.select.partition(":")
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if rule not in ("likely", "short") or not 0 < share <= 1:
+    share = _share(text)
+    if rule not in ("likely", "short") or not share:
         raise DcodError(
             f"study.select={config.study.select!r}: expected likely:SHARE (the traces most "
-            "probable under the start, mean log-prob a token) or short:SHARE, 0 < SHARE <= 1"
+            f"probable under the start, mean log-prob a token) or short:SHARE, {_SHARE}"
         )
     return rule, share
 

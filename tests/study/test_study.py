@@ -173,6 +173,9 @@ def test_a_style_is_kept_in_part():
     config.study.styles = ("word",)
     with pytest.raises(DcodError, match=r"study\.styles names word; there are"):
         domain._why_not(config, problem, answer, "1 up 2", draw)
+    config.study.styles = ("words:x",)
+    with pytest.raises(DcodError, match="expected STYLE or STYLE:SHARE"):
+        domain.style_shares(config)
 
 
 def test_the_selected_traces_are_the_best_by_their_rule():
