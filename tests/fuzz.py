@@ -27,7 +27,7 @@ from dcod_jax.data.traces import find_sources, read_traces
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.problems import read_problems
 from dcod_jax.files import file_entry
-from dcod_jax.models import gguf, hf
+from dcod_jax.models import gguf, gguf_tokenizer, hf
 from dcod_jax.report import command as report
 from dcod_jax.report import data as report_data
 
@@ -145,7 +145,7 @@ def _write_gguf(file: Path) -> None:
 
 def _read_gguf(home: Path) -> None:
     gguf.read_gguf(home / "model.gguf")
-    gguf.export_tokenizer(home / "model.gguf", home / "out")
+    gguf_tokenizer.export_tokenizer(home / "model.gguf", home / "out")
 
 
 def _read_model(home: Path) -> None:

@@ -24,8 +24,8 @@ LEVELS = """
     data.reasoning data.presets data.raw data.lines data.schema data.unpack data.columns
     data.answers data.forms
     data.traces data.pipeline
-    models.gguf_metadata models.gguf models.hf data.template_process data.templates data.tokenizer
-    data.turns data.chat data.conversation
+    models.gguf_metadata models.gguf models.gguf_tokenizer models.hf
+    data.template_process data.templates data.tokenizer data.turns data.chat data.conversation
     sample.stop_strings sample.sampling sample.decoding sample.sampler
     evaluate.numerals evaluate.spelling evaluate.units evaluate.regions evaluate.parts
     evaluate.equality evaluate.algebra evaluate.prose evaluate.expressions evaluate.answers

@@ -26,7 +26,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from dcod_jax.errors import DcodError
 from dcod_jax.init_student.prune import chosen_layers, keep_layers
 from dcod_jax.models import config as configs
-from dcod_jax.models import gguf, hf
+from dcod_jax.models import gguf, gguf_tokenizer, hf
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.counts import num_params
 from dcod_jax.types import Params
@@ -71,7 +71,7 @@ def write_model(
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as name:
         partial = Path(name) / "model"
         hf.save_params(partial, config, params, dtype=dtype, max_shard_bytes=MAX_SHARD_BYTES)
-        gguf.export_tokenizer(gguf_file, partial)
+        gguf_tokenizer.export_tokenizer(gguf_file, partial)
         generation = {
             "bos_token_id": config.bos_token_id,
             "eos_token_id": list(config.eos_token_ids),

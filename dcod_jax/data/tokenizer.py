@@ -60,7 +60,7 @@ def load_tokenizer(path: Location, *, template: TemplateChoice = OWN) -> Tokeniz
     """
     source = as_path(path)
     if source.suffix == ".gguf":
-        from dcod_jax.models.gguf import export_tokenizer
+        from dcod_jax.models.gguf_tokenizer import export_tokenizer
 
         with tempfile.TemporaryDirectory() as directory:
             export_tokenizer(source, directory)

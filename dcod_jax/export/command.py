@@ -47,7 +47,7 @@ from dcod_jax.files import (
 from dcod_jax.locks import locked
 from dcod_jax.models import hf, lora, peft
 from dcod_jax.models.config import ModelConfig, to_hf
-from dcod_jax.models.gguf import export_tokenizer
+from dcod_jax.models.gguf_tokenizer import export_tokenizer
 from dcod_jax.parallel import hosts
 from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.train.checkpoint_reader import read_student

@@ -339,6 +339,7 @@ FAMILIES: dict[str, Family] = {
         options=lambda raw: {"qk_norm": "head"},
         types=layer_types.all_by_use_sliding_window,
         mixture=MixtureKeys(experts=128, per_token=8, width="moe_intermediate_size"),
+        gguf=("qwen3moe",),
     ),
     "mixtral": Family(
         architecture="MixtralForCausalLM",
@@ -351,6 +352,8 @@ FAMILIES: dict[str, Family] = {
             normalized=True,
             block_sparse=True,
         ),
+        gguf=("llama",),  # with experts
+        gguf_interleaved=True,
     ),
     "olmoe": Family(
         architecture="OlmoeForCausalLM",
@@ -358,6 +361,7 @@ FAMILIES: dict[str, Family] = {
         keys=("attention_bias", "hidden_act", "clip_qkv"),
         options=lambda raw: {"qk_norm": "projection"},
         mixture=MixtureKeys(experts=64, per_token=8, width="intermediate_size"),
+        gguf=("olmoe",),
     ),
 }
 

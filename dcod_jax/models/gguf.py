@@ -1,4 +1,4 @@
-"""GGUF files: weights (dequantised) and tokenizer, through the `gguf` package (extra gguf)."""
+"""GGUF files: weights (dequantised), through the `gguf` package (extra gguf)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
 
-from dcod_jax.bounds import array, check, optional, text, whole
-from dcod_jax.copies import Mirror, local_copy
+from dcod_jax.copies import local_copy
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Location, Path, as_path
 from dcod_jax.models import config as configs
@@ -27,35 +23,6 @@ from dcod_jax.types import Params
 
 if TYPE_CHECKING:  # an extra
     from gguf import GGUFReader
-
-_QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-# tokenizer.ggml.pre -> the pre-tokenizer (and normalizer) that the HF tokenizer has.
-PRE_TOKENIZERS: dict[str, tuple[Any, Any]] = {
-    "smollm": (
-        pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
-            ]
-        ),
-        None,
-    ),
-    "qwen2": (
-        pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(_QWEN2_SPLIT), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        ),
-        normalizers.NFC(),
-    ),
-}
-
-_CONTROL, _USER_DEFINED = 3, 4  # token types of the format
 
 # What a header may announce, far above any model of today: each item costs memory when it is read.
 _MOST = {"GGUF.kv_count": 1 << 16, "GGUF.tensor_count": 1 << 17, "items of an array": 1 << 21}
@@ -112,29 +79,13 @@ def _reader() -> type[GGUFReader]:
     return Reader
 
 
-_ID = optional(whole(0, 1 << 24))
-_NAMED = {
-    "bos_token": "bos_token_id",
-    "eos_token": "eos_token_id",
-    "unk_token": "unknown_token_id",
-    "pad_token": "padding_token_id",
-}
-_TOKENIZER = {
-    "tokens": array(text()),
-    "merges": array(text()),
-    "token_type": array(whole(0, 255)),
-    **dict.fromkeys(_NAMED.values(), _ID),
-}
-_REST = {"context_length": optional(whole(1, 2**31 - 1)), "chat_template": optional(text())}
-
-
 def _check_count(name: str, count: int) -> None:
     if count > _MOST.get(name, count):
         raise ValueError(f"it announces {count} {name}; at most {_MOST[name]} are read")
 
 
 @dataclasses.dataclass(frozen=True)
-class _File:
+class GgufFile:
     """An open GGUF file; its tensors are mapped, not read."""
 
     path: Path
@@ -148,13 +99,13 @@ class _File:
             raise DcodError(f"{self.path}: metadata key {key} is no text ({error})") from error
 
 
-def _open(location: Location) -> _File:
+def open_gguf(location: Location) -> GgufFile:
     path = as_path(location)
     if not path.is_file():
         raise DcodError(f"{path}: no such .gguf file; check the path")
     reader = _reader()
     try:
-        return _File(path, reader(local_copy(path)))
+        return GgufFile(path, reader(local_copy(path)))
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise DcodError(f"{path}: not a whole GGUF file ({error}); download it again") from error
 
@@ -173,7 +124,7 @@ def read_gguf(
     Raises DcodError for another architecture or quantisation, for metadata that cannot be honoured
     exactly, and for tensors that are missing or unknown (rope_freqs of Llama 3.1 among them).
     """
-    opened = _open(file)
+    opened = open_gguf(file)
     path = opened.path
     config, tensors = _read_head(opened)
     expected = {slot.name: slot for slot in slots(config, "gguf")}
@@ -217,7 +168,7 @@ def _dequantised(tensor: Any, path: Path, *, rows: slice = slice(None)) -> np.nd
         ) from error
 
 
-def _read_head(file: _File) -> tuple[ModelConfig, dict[str, Any]]:
+def _read_head(file: GgufFile) -> tuple[ModelConfig, dict[str, Any]]:
     """(config, {tensor name: tensor})."""
     tensors = {tensor.name: tensor for tensor in file.reader.tensors}
     if "token_embd.weight" not in tensors:
@@ -235,67 +186,4 @@ def _read_head(file: _File) -> tuple[ModelConfig, dict[str, Any]]:
 
 def read_config(location: Location) -> ModelConfig:
     """The config of a GGUF file; raises DcodError as read_gguf does."""
-    return _read_head(_open(location))[0]
-
-
-def export_tokenizer(file: Location, directory: Location) -> PreTrainedTokenizerFast:
-    """Write the file's tokenizer and chat template in HF form into directory.
-
-    Raises DcodError for a tokenizer whose pre-tokenizer is not known here exactly: another one
-    would give other ids without any sign of it.
-    """
-    opened = _open(file)
-    path, get = opened.path, opened.get
-    model, pre = get("tokenizer.ggml.model"), get("tokenizer.ggml.pre")
-    if model != "gpt2" or pre not in PRE_TOKENIZERS:
-        raise DcodError(
-            f"{path}: tokenizer.ggml.model={model!r} with tokenizer.ggml.pre={pre!r} is not "
-            f"supported (supported: gpt2 with {', '.join(sorted(PRE_TOKENIZERS))}); "
-            f"use the HF tokenizer of this model"
-        )
-    if get("tokenizer.ggml.add_bos_token", False):
-        raise DcodError(f"{path}: tokenizer.ggml.add_bos_token=true is not supported")
-    values = {key: get(f"tokenizer.ggml.{key}") for key in _TOKENIZER}
-    check(values, _TOKENIZER, source=f"{path}: tokenizer.ggml")
-    tokens, types = values["tokens"], values["token_type"]
-    if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
-        raise DcodError(
-            f"{path}: tokenizer.ggml has {len(tokens)} tokens, {len(set(tokens))} of them "
-            f"different, and {len(types)} token types; download it again"
-        )
-    tokenizer = _bpe(path, tokens, values["merges"], pre)
-    for token, kind in zip(tokens, types, strict=True):
-        if kind in (_CONTROL, _USER_DEFINED):
-            tokenizer.add_tokens([AddedToken(token, normalized=False, special=kind == _CONTROL)])
-    ids = {name: values[key] for name, key in _NAMED.items() if values[key] is not None}
-    if wrong := [name for name, index in ids.items() if index >= len(tokens)]:
-        raise DcodError(f"{path}: {wrong[0]} has the id {ids[wrong[0]]}, of {len(tokens)} tokens")
-    length, template = get(f"{get('general.architecture')}.context_length"), "chat_template"
-    rest = {"context_length": length, template: get(f"tokenizer.{template}")}
-    check(rest, _REST, source=path)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        clean_up_tokenization_spaces=False,
-        model_max_length=length,
-        **{name: tokens[index] for name, index in ids.items()},
-    )
-    fast.chat_template = rest[template]
-    with Mirror(as_path(directory)) as local:
-        fast.save_pretrained(local)
-    return fast
-
-
-def _bpe(path: Path, tokens: list[str], merges: list[str], pre: str) -> Tokenizer:
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    pairs = []
-    for merge in merges:
-        left, _, right = merge.partition(" ")
-        if not {left, right, left + right} <= vocabulary.keys():
-            raise DcodError(f"{path}: the merge {merge[:80]!r} is not of two tokens that make one")
-        pairs.append((left, right))
-    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=pairs, fuse_unk=False))
-    tokenizer.pre_tokenizer, normalizer = PRE_TOKENIZERS[pre]
-    if normalizer is not None:
-        tokenizer.normalizer = normalizer
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
+    return _read_head(open_gguf(location))[0]

@@ -10,8 +10,12 @@ import numpy as np
 from dcod_jax.errors import DcodError
 from dcod_jax.models.families import FAMILIES, Raw
 
-# general.architecture -> model_type
-ARCHITECTURES = {name: key for key, family in FAMILIES.items() for name in family.gguf}
+# (general.architecture, whether it has experts) -> model_type
+ARCHITECTURES = {
+    (name, family.mixture is not None): key
+    for key, family in FAMILIES.items()
+    for name in family.gguf
+}
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 
 # Key below the architecture -> the HF key of the same meaning, where HF has one for the family.
@@ -34,6 +38,9 @@ _SAME = {
     "embedding_scale": "embedding_multiplier",
     "residual_scale": "residual_multiplier",
     "logit_scale": "logits_scaling",
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
 }
 _REQUIRED = (
     *("embedding_length", "feed_forward_length", "block_count", "attention.head_count"),
@@ -43,8 +50,12 @@ _REQUIRED = (
 _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "rope.scaling.type": (None, "none"),
     "rope.scale_linear": (None, 1.0),
-    "expert_count": (None, 0),
     "attention.causal": (None, True),
+    "attention.clamp_kqv": (None, 0.0),
+    "expert_shared_count": (None, 0),
+    "expert_group_count": (None, 0, 1),
+    "expert_gating_func": (None, 0, 1),  # softmax
+    "expert_weights_scale": (None, 0.0, 1.0),
 }
 # Those of _SAME that are refused with any other value where the family has no such key.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -55,7 +66,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("embedding_scale", "residual_scale", "logit_scale"), (None, 1.0)),
     "attention.scale": (None,),
     "rope.freq_base_swa": (None,),
+    **dict.fromkeys(("expert_count", "expert_used_count", "expert_feed_forward_length"), (None, 0)),
 }
+_NORMALIZED = ("qwen3_moe", "mixtral")  # whose experts' weights llama.cpp makes add up to 1
 
 
 def _short(value: Any) -> Any:
@@ -75,45 +88,17 @@ def raw_config(
     factors reads one of the two tensors of longrope. Raises DcodError for another architecture, a
     missing key, and metadata that cannot be honoured exactly.
     """
-    architecture = get("general.architecture")
-    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
-        raise DcodError(
-            f"{path}: general.architecture={architecture!r} is not supported "
-            f"(supported: {', '.join(sorted(ARCHITECTURES))})"
-        )
-    model_type = ARCHITECTURES[architecture]
-    family = FAMILIES[model_type]
-    own = {*family.defaults, *family.keys, *(_SAME[key] for key in _REQUIRED), "rope_theta"}
-    own |= {"sliding_window"} if model_type == "phi3" else set()
-    values = {key: _short(get(f"{architecture}.{key}")) for key in (*_SAME, *_ACCEPTED)}
-    windowed = model_type in ("gemma3_text", "phi3")  # what the absent key means has changed
-    for key in (*_REQUIRED, *["attention.sliding_window"] * windowed):
-        if values[key] is None:
-            raise DcodError(
-                f"{path}: metadata key {architecture}.{key} is missing; convert the model again"
-            )
-    ignored = {key: accepted for key, accepted in _NEUTRAL.items() if _SAME[key] not in own}
-    accepted = {f"{architecture}.{key}": one for key, one in (_ACCEPTED | ignored).items()}
-    ropes = _ropes(architecture, get, shapes, factors)
-    if ropes:
-        del accepted[f"{architecture}.rope.scaling.type"]
-    for key, one in {"split.count": (None, 0, 1), **accepted}.items():
-        if get(key) not in one:
-            raise DcodError(
-                f"{path}: {key}={get(key)!r} is not supported (supported: {one[-1]!r} or absent); "
-                f"use the HF directory of this model"
-            )
+    architecture, model_type = _model_type(get, path)
+    family, ropes = FAMILIES[model_type], _ropes(architecture, get, shapes, factors)
+    values = _values(architecture, model_type, get, scaled=bool(ropes), path=path)
     stops = [get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
     stops = list(dict.fromkeys(stop for stop in stops if stop is not None))
     raw = {
         "rope_theta": 10000.0,
-        **{name: values[key] for key, name in _SAME.items() if values[key] is not None},
-    }
-    raw = {name: value for name, value in raw.items() if name in own}
-    raw |= {
+        **values,
         "model_type": model_type,
-        "num_key_value_heads": values["attention.head_count_kv"],
-        "head_dim": values["attention.key_length"],
+        "num_key_value_heads": values.get("num_key_value_heads"),
+        "head_dim": values.get("head_dim"),
         "vocab_size": shapes["token_embd.weight"][0],
         "attention_bias": "blk.0.attn_q.bias" in shapes,
         "mlp_bias": "blk.0.ffn_up.bias" in shapes,
@@ -128,6 +113,8 @@ def raw_config(
         raw["query_pre_attn_scalar"] = _query_scalar(raw, head_dim)
     if "attention_multiplier" in family.keys:
         raw.setdefault("attention_multiplier", head_dim**-0.5)
+    if family.mixture is not None:
+        raw["norm_topk_prob"] = model_type in _NORMALIZED
     if model_type == "phi3":
         raw["sliding_window"] = raw["sliding_window"] or None
     rotated = get(f"{architecture}.rope.dimension_count")
@@ -139,6 +126,57 @@ def raw_config(
             )
         raw["partial_rotary_factor"] = rotated / head_dim
     return raw
+
+
+def _model_type(get: Callable[[str], Any], path: object) -> tuple[str, str]:
+    """(general.architecture, model_type)."""
+    architecture = get("general.architecture")
+    experts = bool(get(f"{architecture}.expert_count"))
+    if not isinstance(architecture, str) or (architecture, experts) not in ARCHITECTURES:
+        names = [f"{name}{' with experts' * some}" for name, some in sorted(ARCHITECTURES)]
+        raise DcodError(
+            f"{path}: general.architecture={architecture!r}{' with experts' * experts} is not "
+            f"supported (supported: {', '.join(names)})"
+        )
+    return architecture, ARCHITECTURES[architecture, experts]
+
+
+def _values(
+    architecture: str, model_type: str, get: Callable[[str], Any], *, scaled: bool, path: object
+) -> Raw:
+    """The values of the HF keys that the file has; scaled: its ropes are read elsewhere."""
+    family = FAMILIES[model_type]
+    own = {*family.defaults, *family.keys, *(_SAME[key] for key in _REQUIRED), "rope_theta"}
+    own |= {"num_key_value_heads", "head_dim"}
+    own |= {"sliding_window"} if model_type == "phi3" else set()
+    own -= {"sliding_window"} if model_type == "mixtral" else set()  # llama.cpp has it not
+    required = list(_REQUIRED)
+    if model_type in ("gemma3_text", "phi3"):  # what the absent key means has changed
+        required.append("attention.sliding_window")
+    if family.mixture is not None:
+        own |= {"num_experts", "num_experts_per_tok"}
+        required += ["expert_used_count"]
+        required += ["expert_feed_forward_length"] * (family.mixture.width in family.defaults)
+    values = {key: _short(get(f"{architecture}.{key}")) for key in _SAME}
+    for key in required:
+        if values[key] is None:
+            raise DcodError(
+                f"{path}: metadata key {architecture}.{key} is missing; convert the model again"
+            )
+    accepted = _ACCEPTED | {key: one for key, one in _NEUTRAL.items() if _SAME[key] not in own}
+    if family.mixture is not None:
+        accepted["expert_weights_norm"] = (None, model_type in _NORMALIZED)
+    if scaled:
+        del accepted["rope.scaling.type"]
+    accepted = {f"{architecture}.{key}": one for key, one in accepted.items()}
+    for key, one in {"split.count": (None, 0, 1), **accepted}.items():
+        if get(key) not in one:
+            raise DcodError(
+                f"{path}: {key}={get(key)!r} is not supported (supported: {one[-1]!r} or absent); "
+                f"use the HF directory of this model"
+            )
+    found = {name: values[key] for key, name in _SAME.items() if values[key] is not None}
+    return {name: value for name, value in found.items() if name in own}
 
 
 def _query_scalar(raw: Raw, head_dim: int) -> int:

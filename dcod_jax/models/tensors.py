@@ -91,7 +91,9 @@ def slots(config: ModelConfig, form: Form) -> list[Slot]:
         for index in np.ndindex(*leaf.shape[:depth]):
             layer, expert = (*index, None, None)[:2]
             full = name.format(layer=layer, expert=expert)
-            place = (expert, leaf.shape[1]) if form == "stacked" and expert is not None else None
+            place = None
+            if form in ("stacked", "gguf") and expert is not None:
+                place = (expert, leaf.shape[1])
             more = (one.transposed, one.rope_heads, rows, place)
             found.append(Slot(full, path, index, shape, *more))
     return found

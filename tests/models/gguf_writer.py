@@ -9,6 +9,8 @@ from tokenizers import pre_tokenizers
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *LETTERS, "Ġt", "12", "he", "the"]
 MERGES = ["Ġ t", "1 2", "h e", "t he"]
+NAMES = {"gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "mixtral": "llama"}
+EXPERTS = ("qwen3_moe", "mixtral", "olmoe")
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
 
 
@@ -37,12 +39,47 @@ def write_tokenizer(writer, pre):
     writer.add_chat_template(TEMPLATE)
 
 
+def finish(writer):
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_vocabulary(file, pre="smollm", *, architecture="llama", flags=None):
+    """A file of the byte-level tokenizer alone."""
+    writer = package.GGUFWriter(file, architecture)
+    write_tokenizer(writer, pre)
+    for key, value in (flags or {}).items():
+        writer.add_bool(f"tokenizer.ggml.{key}", value)
+    finish(writer)
+    return file
+
+
+def write_pieces(file, pieces, *, architecture="llama", flags=None, texts=None, kind="llama"):
+    """A file of a SentencePiece tokenizer alone; pieces: (token, score, type)."""
+    tokens, scores, types = zip(*pieces, strict=True)
+    writer = package.GGUFWriter(file, architecture)
+    writer.add_tokenizer_model(kind)
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types(types)
+    for name, token in (("unk", "<unk>"), ("bos", "<s>"), ("eos", "</s>")):
+        if token in tokens:
+            getattr(writer, f"add_{name}_token_id")(tokens.index(token))
+    for key, value in (flags or {}).items():
+        writer.add_bool(f"tokenizer.ggml.{key}", value)
+    for key, value in (texts or {}).items():
+        writer.add_string(key, value)
+    finish(writer)
+    return file
+
+
 def add_family(writer, config, rope):
     """What llama.cpp's converter writes for one family only."""
-    kind, writes = config.model_type, writer.add_key_value
+    kind, writes, name = config.model_type, writer.add_key_value, writer.arch
     number, whole = package.GGUFValueType.FLOAT32, package.GGUFValueType.UINT32
     if kind in ("gemma2", "gemma3_text", "phi3"):
-        name = {"gemma3_text": "gemma3"}.get(kind, kind)
         writes(f"{name}.attention.sliding_window", config.sliding_window or 0, whole)
     if kind == "gemma2":
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
@@ -50,6 +87,12 @@ def add_family(writer, config, rope):
     if kind == "gemma3_text" and rope["rope_type"] == "linear":
         writes("gemma3.rope.scaling.type", "linear", package.GGUFValueType.STRING)
         writes("gemma3.rope.scaling.factor", rope["factor"], number)
+    if kind in EXPERTS:
+        experts = getattr(config, "num_local_experts", None) or config.num_experts
+        writes(f"{name}.expert_count", experts, whole)
+        writes(f"{name}.expert_used_count", config.num_experts_per_tok, whole)
+    if kind == "qwen3_moe":
+        writes(f"{name}.expert_feed_forward_length", config.moe_intermediate_size, whole)
     if kind == "granite":
         for key, name in {
             "attention.scale": "attention_multiplier",
@@ -72,12 +115,23 @@ def add_family(writer, config, rope):
                 writer.add_tensor(f"rope_factors_{name}.weight", factors)
 
 
+def tensors(model):
+    """(name, values) of a torch model, of all experts of a layer in one as the converter has it."""
+    for name, tensor in model.state_dict().items():
+        values = tensor.numpy()
+        if name.endswith("experts.gate_up_proj"):
+            for one, part in zip(("gate", "up"), np.split(values, 2, axis=1), strict=True):
+                yield name.replace("gate_up", one) + ".weight", part
+        else:
+            yield name + ".weight" * ("experts" in name), values
+
+
 def write_gguf(
     file, pair, *, pre="smollm", quantise=(), extra=None, drop=(), metadata=None, ids=None
 ):
     """A GGUF of the pair's torch model, written from the torch side only."""
     config = pair.model.config
-    architecture = {"gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
+    architecture = NAMES.get(config.model_type, config.model_type)
     writer = package.GGUFWriter(file, architecture)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -101,12 +155,11 @@ def write_gguf(
         package.MODEL_ARCH[architecture.upper()], config.num_hidden_layers
     )
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, tensor in pair.model.state_dict().items():
+    for name, values in tensors(pair.model):
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         tied = name == "lm_head.weight" and config.tie_word_embeddings
         if tied or target in drop:
             continue
-        values = tensor.numpy()
         kind = name.split(".")[-2]
         if architecture in ("llama", "smollm3", "granite") and kind in heads:
             values = permute(values, heads[kind])
@@ -119,8 +172,5 @@ def write_gguf(
             writer.add_tensor(target, np.ascontiguousarray(values))
     for name, values in (extra or {}).items():
         writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return file

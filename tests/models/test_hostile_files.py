@@ -13,7 +13,7 @@ from tiny import write_tokenizer
 
 from dcod_jax.data.tokenizer import load_tokenizer
 from dcod_jax.errors import DcodError
-from dcod_jax.models import gguf
+from dcod_jax.models import gguf, gguf_tokenizer
 
 U8, U32, STRING, ARRAY, U64 = 0, 4, 8, 9, 10
 
@@ -100,7 +100,10 @@ def test_metadata_of_a_wrong_kind_is_named(pair, tmp_path):
         for change in (struct.pack("<II", U32, 1 << 30), struct.pack("<II", STRING, 0)):
             file.write_bytes(good[:place] + change + good[place + len(change) :])
             with pytest.raises(DcodError):
-                (gguf.export_tokenizer(file, tmp_path / "tokenizer"), gguf.read_config(file))
+                (
+                    gguf_tokenizer.export_tokenizer(file, tmp_path / "tokenizer"),
+                    gguf.read_config(file),
+                )
     small = good.replace(
         key("llama.block_count") + struct.pack("<II", U32, 2),
         key("llama.block_count") + struct.pack("<II", U32, 10**9),
@@ -115,7 +118,7 @@ def test_metadata_of_a_wrong_kind_is_named(pair, tmp_path):
         )
     )
     with pytest.raises(DcodError, match="eos_token has the id 1000000"):
-        gguf.export_tokenizer(file, tmp_path / "tokenizer")
+        gguf_tokenizer.export_tokenizer(file, tmp_path / "tokenizer")
 
 
 # File -> changes of it that nobody means: (key path, value).
