@@ -1,12 +1,14 @@
-"""Servers with prompt log-probs as vLLM, SGLang and llama-cpp-python document them, on a table.
+"""Servers with log-probs as vLLM, SGLang and both of llama.cpp's document them, on a table.
 
 The model is a table of log-probs of the next token, by the token before. What a dialect sends was
 written from vLLM's and SGLang's documentation of /v1/completions and /generate, and from
-llama-cpp-python's create_completion, its shift of texts without a bos token included.
+llama-cpp-python's create_completion, its shift of texts without a bos token included. llama-server
+is as its own code: it tells of the token that it samples, unless that ends inside a character.
 """
 
 from __future__ import annotations
 
+import codecs
 import collections
 import contextlib
 import http.server
@@ -16,7 +18,7 @@ import threading
 
 import numpy as np
 
-from dcod_jax.data.tokenizer import decode
+from dcod_jax.data.tokenizer import decode, token_bytes
 
 
 def table(vocabulary: int, *, seed: int = 0) -> np.ndarray:
@@ -99,6 +101,22 @@ class FakeServer(http.server.ThreadingHTTPServer):
         usage = {"prompt_tokens": len(ids), "completion_tokens": 1}
         return {"choices": [{"text": body["prompt"], "logprobs": said}], "usage": usage}
 
+    def llama_server(self, body):
+        row, special = self.model[body["prompt"][-1]], self.tokenizer.added_tokens_decoder
+        [[token, bias]] = body["logit_bias"]
+        sampled = np.argmax(row + bias * (np.arange(len(row)) == token))
+
+        def said(token):
+            text = "" if token in special else self.text(token)
+            return {"id": int(token), "token": text, "logprob": row[token]}
+
+        top = [said(t) for t in self.top(body["prompt"][-1], body["n_probs"])]
+        found = [said(sampled) | {"top_logprobs": top}]
+        reader = codecs.getincrementaldecoder("utf-8")("replace")
+        reader.decode(*token_bytes(self.tokenizer, [int(sampled)]))
+        told = {} if reader.getstate()[0] else {"completion_probabilities": found}
+        return {"tokens_evaluated": len(body["prompt"])} | told
+
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -117,10 +135,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         server = self.server
         card = {"id": server.name, "object": "model", "max_model_len": server.longest}
+        if server.dialect == "llama_server":
+            card["owned_by"] = "llamacpp"
         said = {
             "/v1/models": {"object": "list", "data": [card]},
             "/version": {"version": "0.11.0"},
             "/get_model_info": {"model_path": "org/big", "is_generation": True},
+            "/props": {"model_path": "big.gguf", "build_info": "b1", "is_sleeping": False},
         }
         said = None if server.proxied and self.path != "/v1/models" else said.get(self.path)
         self._send(said or {"detail": "Not Found"}, 200 if said else 404)

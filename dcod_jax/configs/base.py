@@ -92,7 +92,7 @@ def get_config() -> Any:
     c.score.overwrite = False  # replace log-probs that another teacher wrote
     # URL of a server that scores in place of teacher.path and knows the model as teacher.name
     c.score.server = ""  # http://host:8000 (docs/teachers.md)
-    c.score.dialect = "vllm"  # vllm | sglang | llama_cpp: how score.server is asked
+    c.score.dialect = "vllm"  # vllm | sglang | llama_server | llama_cpp: how it is asked
     c.score.concurrency = 16  # requests to a server at one time
     c.score.retries = 8  # attempts after the first one at a request that failed
     c.score.timeout = 600.0  # seconds after which a request has failed

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -141,10 +141,11 @@ def add_scores(
             _clean(path, manifest)
         return manifest
     if dataset.scored and not overwrite:
-        name = (manifest.get("teacher") or {}).get("name", "the source of the traces")
+        before = manifest.get("teacher") or {"name": "the source of the traces"}
+        differ = [*_differences(before, teacher), *_differences(manifest.get("score"), settings)]
         raise DcodError(
-            f"{path} already holds log-probs from {name}, made with settings "
-            f"{manifest.get('score')}; set score.overwrite=True to replace them"
+            f"{path} already holds log-probs from {before['name']}; different: "
+            f"{', '.join(differ)}; set score.overwrite=True to replace them"
         )
     blocks, shards = score_blocks(path, manifest, teacher, settings), manifest["shards"]
     done = scored_shards(path, blocks, overwrite=overwrite)
@@ -201,6 +202,16 @@ def _sums(traces: Sequence[Trace]) -> dict[str, Any]:
     found = {"logprob": logprob, "mass": mass, "top_k": score_kind(traces[0])[1]}
     found |= {"spans": len(places) - 1, "longest_span": int(np.diff(places).max())}
     return found | {"teachers": teachers}
+
+
+def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:
+    """The values of nested objects that are not the same, by key."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        yield from [] if before == now else [f"{key or 'score'} (it was {before!r}, now {now!r})"]
+        return
+    for name in sorted(before | now):
+        inner = f"{key}.{name}".lstrip(".")
+        yield from _differences(before.get(name), now.get(name), inner)
 
 
 def _by_teacher(notes: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:

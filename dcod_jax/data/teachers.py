@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from dcod_jax.errors import DcodError, nearest
 
-DIALECTS = ("vllm", "sglang", "llama_cpp")
+DIALECTS = ("vllm", "sglang", "llama_cpp", "llama_server")
 TEACHER, WEIGHT = "teacher", "weight"  # in the meta of a prepared trace
 
 
@@ -129,7 +129,7 @@ def config_errors(flat: Mapping[str, Any]) -> list[str]:
         wrong.append(
             f"score.top_k={flat['score.top_k']}: the dialect llama_cpp names the most probable "
             "tokens by their texts, and special tokens have none there; set score.top_k=0 (the "
-            "trace token), or serve the model with vLLM or SGLang"
+            "trace token), or serve the model with llama-server, vLLM or SGLang"
         )
     return wrong
 

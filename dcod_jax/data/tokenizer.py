@@ -198,16 +198,27 @@ _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 _DECODERS = {"Replace", "ByteFallback", "Strip", "Metaspace", "Fuse", "ByteLevel"}
 
 
-def decoders(tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """The steps of the tokenizer's decoder."""
-    own: Any = tokenizer.backend_tokenizer.decoder
-    decoder = {} if own is None else json.loads(own.__getstate__())
-    return decoder.get("decoders", [decoder] if decoder else [])
+def steps_of(tokenizer: Tokenizer, part: str) -> list[dict[str, Any]]:
+    """The steps of the tokenizer's normalizer, pre_tokenizer or decoder."""
+    own: Any = getattr(tokenizer.backend_tokenizer, part)
+    step = {} if own is None else json.loads(own.__getstate__())
+    waiting, found = [step] if step else [], []
+    while waiting:
+        step = waiting.pop(0)
+        inner = step.get(f"{part.replace('_', '')}s")  # of a Sequence
+        waiting, found = [*(inner or ()), *waiting], [*found, *([] if inner else [step])]
+    return found
 
 
 def is_byte_level(tokenizer: Tokenizer) -> bool:
     """Whether each token of the vocabulary is a string of bytes (Qwen, Llama 3, SmolLM2)."""
-    return any(step["type"] == "ByteLevel" for step in decoders(tokenizer))
+    return any(step["type"] == "ByteLevel" for step in steps_of(tokenizer, "decoder"))
+
+
+def adds_space(tokenizer: Tokenizer) -> bool:
+    """Whether a first word may get a space before it, as SentencePiece's and some byte-level do."""
+    before = (step.get("add_prefix_space") for step in steps_of(tokenizer, "pre_tokenizer"))
+    return not is_byte_level(tokenizer) or any(before)
 
 
 @functools.lru_cache(maxsize=4)
@@ -228,7 +239,7 @@ def token_bytes(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[bytes]:
 @functools.lru_cache(maxsize=4)
 def _spelled(tokenizer: Tokenizer) -> list[bytes]:
     """token_bytes of the whole vocabulary."""
-    steps = decoders(tokenizer)
+    steps = steps_of(tokenizer, "decoder")
     kinds = [str(step["type"]) for step in steps]
     spaces = [step["replacement"] for step in steps if step["type"] == "Metaspace"]
     for step in steps:

@@ -57,8 +57,11 @@ def _data_lines(manifest: dict[str, Any]) -> Sequence[str]:
         f"{totals['completion_tokens']:,} of them written by the teacher",
     ]
     if teacher:
-        for about in (teacher.get("teachers") or {"": teacher}).values():
-            lines.append("- teacher: " + ", ".join(f"{k} `{v}`" for k, v in about.items() if v))
+        for name, about in (teacher.get("teachers") or {"": teacher}).items():
+            traces = manifest.get("by_teacher", {}).get(name, {}).get("traces")
+            told = {"traces": traces} | about
+            named = ", ".join(f"{key} `{value}`" for key, value in told.items() if value)
+            lines.append(f"- teacher{name and ' ' + name}: {named}")
     if "mean_logprob" in manifest:
         lines.append(f"- mean log-prob that the teacher gives them: {manifest['mean_logprob']:.4f}")
     if "counts" in manifest:

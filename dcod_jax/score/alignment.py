@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from dcod_jax.data.chat import EMPTY_THINKING
 from dcod_jax.data.conversation import recall
 from dcod_jax.data.reasoning import MARKS
-from dcod_jax.data.tokenizer import Tokenizer, added_tokens, is_byte_level, token_bytes
+from dcod_jax.data.tokenizer import Tokenizer, added_tokens, adds_space, steps_of, token_bytes
 from dcod_jax.data.turns import shared_prefix
 from dcod_jax.errors import DcodError
 from dcod_jax.types import Trace
@@ -156,8 +156,9 @@ def _turn_spans(content: str, ours: _Turn, theirs: _Turn) -> tuple[list[int], li
 
     def ends(place: _Place, to_ours: Float[np.ndarray, " P"]) -> tuple[np.ndarray, np.ndarray]:
         """(where each token ends in our text, -1 in front of it, 0 inside, 1 behind it)."""
-        last = np.cumsum([len(piece) for piece in place.pieces]) - place.start
-        first = last - [len(piece) for piece in place.pieces]
+        sizes = np.array([len(piece) for piece in place.pieces], int)  # none: an empty turn
+        last = np.cumsum(sizes) - place.start
+        first = last - sizes
         length = place.stop - place.start
         side = np.where((first < -left) & (last <= -left), -1, 0)
         side[(first >= length + right) & (last > length + right)] = 1
@@ -200,38 +201,47 @@ def _places(content: str, ours: _Turn, theirs: _Turn) -> tuple[_Place, _Place]:
         missing = theirs
     written = b"".join(token_bytes(missing.tokenizer, missing.ids)).decode("utf-8", "replace")
     at = max(shared_prefix(written.lstrip(), text) - 10, 0)
-    normalizer = missing.tokenizer.backend_tokenizer.normalizer
+    steps = (str(step["type"]) for step in steps_of(missing.tokenizer, "normalizer"))
+    changes = ", ".join(steps) or "none"
     raise DcodError(
         f"the {missing.side}'s tokens write {written.lstrip()[at : at + 40]!r} for the text "
         f"{text[at : at + 40]!r}; a tokenizer that changes the text (its normalizer: "
-        f"{type(normalizer).__name__}), or has no token for a part of it, has no log-probs of it"
+        f"{changes}), or has no token for a part of it, has no log-probs of it"
     )
 
 
 def _place(turn: _Turn, texts: Sequence[str]) -> _Place | None:
     """Of the first of the texts that the tokens write."""
-    raw = token_bytes(turn.tokenizer, turn.ids)
     for text in texts:
-        found = []
-        for pieces in (raw, _without_dummies(turn, raw)):
-            start, content = b"".join(pieces).rfind(text.encode()), text.encode()
-            if start >= 0:
-                found.append(_Place(turn, text, pieces, start, start + len(content)))
-        if found:
-            return min(found, key=lambda place: place.start)
+        content = text.encode()
+        pieces = _pieces(turn, content)
+        if (start := b"".join(pieces).rfind(content)) >= 0:
+            return _Place(turn, text, pieces, start, start + len(content))
     return None
 
 
-def _without_dummies(turn: _Turn, pieces: list[bytes]) -> list[bytes]:
-    """Without the space that SentencePiece puts before a first word, where one can be."""
-    if is_byte_level(turn.tokenizer):
-        return pieces
-    added = added_tokens(turn.tokenizer)
-    first = [True, *(token in added for token in turn.ids)]
-    return [
-        piece[1:] if piece[:1] == b" " and begins else piece
-        for piece, begins in zip(pieces, first, strict=False)
-    ]
+def _pieces(turn: _Turn, text: bytes) -> list[bytes]:
+    """What each token writes, without the space that a tokenizer puts before a first word.
+
+    One can be at the begin and behind added tokens, and is one more than the text has there.
+    """
+    pieces, at = token_bytes(turn.tokenizer, turn.ids), 0
+    if adds_space(turn.tokenizer):
+        added = added_tokens(turn.tokenizer)
+        for i, before in enumerate([None, *turn.ids[:-1]][: len(pieces)]):
+            if before is not None:
+                if before not in added:
+                    continue
+                found, size = text.find(added[before].encode(), at), len(added[before].encode())
+                at = found + size if found >= 0 else at
+            if _spaces(b"".join(pieces[i:])) > _spaces(text[at:]):
+                pieces[i] = pieces[i][1:]
+    return pieces
+
+
+def _spaces(text: bytes) -> int:
+    """How many it begins with."""
+    return len(text) - len(text.lstrip(b" "))
 
 
 def _positions(theirs: str, ours: str) -> Float[np.ndarray, " P"]:

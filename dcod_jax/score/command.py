@@ -290,8 +290,12 @@ def _report(path: Path, manifest: dict[str, Any]) -> None:
     if manifest["top_k"]:
         text += f", top-{manifest['top_k']} hold {manifest['captured_mass']:.2%} of the mass"
     print(text)
-    for name, own in manifest.get("by_teacher", {}).items():
+    by_teacher = manifest.get("by_teacher", {})
+    for name in manifest["teacher"].get("teachers", {}):
+        own = by_teacher.get(name)
         print(
-            f"  {name}: {own['traces']:,} traces, {own['completion_tokens']:,} completion tokens, "
-            f"mean log-prob {own['mean_logprob']:.4f}"
+            f"  {name}: no trace is its own"
+            if own is None
+            else f"  {name}: {own['traces']:,} traces, {own['completion_tokens']:,} completion "
+            f"tokens, mean log-prob {own['mean_logprob']:.4f}"
         )

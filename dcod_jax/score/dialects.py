@@ -9,17 +9,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import ml_dtypes
 import numpy as np
 
-from dcod_jax.data.tokenizer import Tokenizer, decode
+from dcod_jax.data.tokenizer import Tokenizer, decode, token_bytes
 from dcod_jax.errors import DcodError
 from dcod_jax.score.scoring import TAIL_FLOOR
 from dcod_jax.types import Trace
 
+Body: TypeAlias = dict[str, Any]
 _IMPOSSIBLE = -1000.0  # servers write -inf, which JSON has not, as a number below this
 _LEAST_TAIL = math.log(2.0**-24)  # of 1 minus a sum of float32 probabilities
 
@@ -57,23 +59,17 @@ class Asked:
 # ---------------------------------------------------------------- dialects
 
 
-def _vllm_body(asked: Asked) -> dict[str, Any]:
+def _vllm_bodies(asked: Asked) -> list[Body]:
     # What is sampled behind the prompt is not read; the settings keep an older server, whose
     # prompt log-probs follow them, at the model's own distribution.
-    return {
-        "model": asked.model,
-        "prompt": asked.ids,
-        "max_tokens": 1,
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "repetition_penalty": 1.0,
-        "prompt_logprobs": max(asked.top_k, 1),
-    }
+    body = {"model": asked.model, "prompt": asked.ids, "max_tokens": 1, "temperature": 1.0}
+    body |= {"top_p": 1.0, "repetition_penalty": 1.0, "prompt_logprobs": max(asked.top_k, 1)}
+    return [body]
 
 
-def _vllm_read(answer: Any, asked: Asked) -> list[Position]:
+def _vllm_read(answers: Sequence[Any], asked: Asked) -> list[Position]:
     """prompt_logprobs: null, then for each token {id: {logprob, rank, decoded_token}}."""
-    entries = answer["choices"][0]["prompt_logprobs"]
+    entries = answers[0]["choices"][0]["prompt_logprobs"]
     _length(entries, len(asked.ids), "prompt_logprobs")
     found = []
     for place in asked.places:
@@ -88,8 +84,8 @@ def _vllm_read(answer: Any, asked: Asked) -> list[Position]:
     return found
 
 
-def _sglang_body(asked: Asked) -> dict[str, Any]:
-    return {
+def _sglang_bodies(asked: Asked) -> list[Body]:
+    body = {
         "input_ids": asked.ids,
         "sampling_params": {"max_new_tokens": 1, "temperature": 1.0, "top_p": 1.0},
         "return_logprob": True,
@@ -97,11 +93,12 @@ def _sglang_body(asked: Asked) -> dict[str, Any]:
         "top_logprobs_num": asked.top_k,
         "return_text_in_logprobs": True,
     }
+    return [body]
 
 
-def _sglang_read(answer: Any, asked: Asked) -> list[Position]:
+def _sglang_read(answers: Sequence[Any], asked: Asked) -> list[Position]:
     """meta_info.input_token_logprobs and input_top_logprobs: [log-prob, id, text]."""
-    about, first = answer["meta_info"], asked.places[0] - 1
+    about, first = answers[0]["meta_info"], asked.places[0] - 1
     _length(about["input_token_logprobs"], len(asked.ids) - first, "input_token_logprobs")
     tops = about["input_top_logprobs"] if asked.top_k else about["input_token_logprobs"]
     _length(tops, len(asked.ids) - first, "input_top_logprobs")
@@ -122,23 +119,19 @@ def _listed(entry: Any) -> Candidate:
     return Candidate(token_id, logprob, text)
 
 
-def _llama_body(asked: Asked) -> dict[str, Any]:
-    return {
-        "model": asked.model,
-        "prompt": decode(asked.tokenizer, asked.ids),  # it takes no ids
-        "max_tokens": 1,
-        "temperature": 0.0,
-        "echo": True,
-        "logprobs": 1,
-    }
+def _llama_cpp_bodies(asked: Asked) -> list[Body]:
+    text = decode(asked.tokenizer, asked.ids)  # it takes no ids
+    body = {"model": asked.model, "prompt": text, "max_tokens": 1, "temperature": 0.0}
+    return [body | {"echo": True, "logprobs": 1}]
 
 
-def _llama_read(answer: Any, asked: Asked) -> list[Position]:
+def _llama_cpp_read(answers: Sequence[Any], asked: Asked) -> list[Position]:
     """logprobs.tokens (texts, without those of bos tokens), token_logprobs and top_logprobs.
 
     llama-cpp-python gives a text that does not begin with bos the log-probs of the position before.
     The greedy token behind the text tells: it must be the most probable one at its own position.
     """
+    [answer] = answers
     count, given = answer["usage"]["prompt_tokens"], answer["choices"][0]["logprobs"]
     texts, bos = given["tokens"], asked.tokenizer.bos_token_id
     kept = [place for place, token_id in enumerate(asked.ids) if token_id != bos]
@@ -170,19 +163,72 @@ def _llama_read(answer: Any, asked: Asked) -> list[Position]:
     return found
 
 
-class Dialect(NamedTuple):
-    """How a kind of server is asked, and its answer read."""
+def _llama_server_bodies(asked: Asked) -> Iterator[Body]:
+    """One request for each completion token: the server tells of tokens that it samples alone.
 
-    path: str  # of the request, below the server's URL
+    A bias makes it sample the trace's token; the log-probs are of the logits without the bias. Of
+    a token that ends inside a character it tells nothing: there it samples the one that ends the
+    trace, and tells of the whole vocabulary.
+    """
+    ids = asked.ids
+    for place in asked.places:
+        inside = _ends_inside_character(asked.tokenizer, ids[place])
+        yield {
+            "prompt": ids[:place],
+            "n_predict": 1,
+            "n_probs": len(asked.tokenizer) if inside else max(asked.top_k, 1),
+            "logit_bias": [[ids[asked.places[-1]] if inside else ids[place], 1e4]],
+            "samplers": ["top_k"],
+            "top_k": 1,
+            "ignore_eos": False,
+            "cache_prompt": True,  # the tokens before are read once
+            "response_fields": ["completion_probabilities", "tokens_evaluated"],
+        }
+
+
+def _llama_server_read(answers: Sequence[Any], asked: Asked) -> list[Position]:
+    """completion_probabilities[0] of each: id, token, logprob, and top_logprobs of that form."""
+    found = []
+    for place, answer in zip(asked.places, answers, strict=True):
+        if (read := answer["tokens_evaluated"]) != place:
+            raise DcodError(f"it read {read} of the {place} tokens before token {place}")
+        [sampled] = answer["completion_probabilities"]
+        said = [sampled, *sampled["top_logprobs"]]
+        given = [Candidate(one["id"], one["logprob"], one["token"]) for one in said]
+        own = [one for one in given if one.token_id == asked.ids[place]]
+        if not own:
+            raise DcodError(f"it has no log-prob of the token {asked.ids[place]} at {place}")
+        found.append(Position(own[0], given[1:]))
+    return found
+
+
+def _ends_inside_character(tokenizer: Tokenizer, token_id: int) -> bool:
+    [piece] = token_bytes(tokenizer, [token_id])
+    last = re.search(rb"[\xc0-\xff][\x80-\xbf]*$", piece)  # its first byte tells its length
+    return last is not None and len(last[0]) < 2 + (last[0] >= b"\xe0") + (last[0] >= b"\xf0")
+
+
+class Dialect(NamedTuple):
+    """How a kind of server is asked, and its answers read."""
+
+    path: str  # of the requests, below the server's URL
     about: str  # where the server tells of itself; empty: nowhere
-    body: Callable[[Asked], dict[str, Any]]
-    read: Callable[[Any, Asked], list[Position]]
+    told: tuple[str, ...]  # what of that belongs to the model's identity; empty: all
+    bodies: Callable[[Asked], Iterable[Body]]  # the requests of a trace
+    read: Callable[[Sequence[Any], Asked], list[Position]]
 
 
 DIALECTS = {
-    "vllm": Dialect("/v1/completions", "/version", _vllm_body, _vllm_read),
-    "sglang": Dialect("/generate", "/get_model_info", _sglang_body, _sglang_read),
-    "llama_cpp": Dialect("/v1/completions", "", _llama_body, _llama_read),
+    "vllm": Dialect("/v1/completions", "/version", (), _vllm_bodies, _vllm_read),
+    "sglang": Dialect("/generate", "/get_model_info", (), _sglang_bodies, _sglang_read),
+    "llama_cpp": Dialect("/v1/completions", "", (), _llama_cpp_bodies, _llama_cpp_read),
+    "llama_server": Dialect(
+        "/completion",
+        "/props",
+        ("model_path", "model_ftype", "build_info"),
+        _llama_server_bodies,
+        _llama_server_read,
+    ),
 }
 
 

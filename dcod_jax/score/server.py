@@ -98,16 +98,20 @@ class ServedTeacher:
         asked = Asked(trace, places, top_k, self.name, self.tokenizer)
         dialect = DIALECTS[self.entry.dialect]
         what = f"{self.url}{dialect.path}, trace {trace.id!r}"
-        limit = (1 << 20) + count * (top_k + 2) * _ENTRY_BYTES
-        answer = self._answer(dialect.path, dialect.body(asked), limit, what, stopped)
+        limit = (1 << 20) + (count * (top_k + 2) + len(self.tokenizer)) * _ENTRY_BYTES
+        answers = []
+        for body in dialect.bodies(asked):
+            if stopped.is_set():  # by another trace's error, which is the one shown
+                raise _RefusedError(f"{what}: stopped")
+            answers.append(self._answer(dialect.path, body, limit, what, stopped))
         try:
-            return scored(asked, dialect.read(answer, asked))
+            return scored(asked, dialect.read(answers, asked))
         except DcodError as error:
             raise DcodError(f"{what}: {error}") from None
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise DcodError(
                 f"{what}: not an answer of the dialect {self.entry.dialect} with the prompt's "
-                f"log-probs ({type(error).__name__}: {str(error)[:80]}): {str(answer)[:200]}"
+                f"log-probs ({type(error).__name__}: {str(error)[:80]}): {str(answers[-1])[:200]}"
             ) from None
 
     def _answer(
@@ -181,11 +185,18 @@ def open_server(entry: TeacherEntry, settings: Any, tokenizer: Tokenizer) -> Ser
             f"{url} has the models {', '.join(map(str, cards)) or 'none'}, not {entry.model!r}; "
             "set teacher.name (model= in score.teachers) to one of them"
         )
-    told = {key: cards[entry.model].get(key) for key in ("root", "max_model_len")}
+    card = cards[entry.model]
+    if card.get("owned_by") == "llamacpp" and entry.dialect != "llama_server":
+        raise DcodError(
+            f"{url} is llama.cpp's llama-server, which tells nothing of a prompt's tokens in the "
+            f"dialect {entry.dialect}; set score.dialect=llama_server (dialect= in score.teachers)"
+        )
+    told = {key: card.get(key) for key in ("root", "max_model_len")}
     if path := DIALECTS[entry.dialect].about:
         with contextlib.suppress(_RefusedError):  # a proxy may pass /v1 alone
-            more = get(path)
-            told |= more if isinstance(more, dict) else {}
+            more, names = get(path), DIALECTS[entry.dialect].told
+            if isinstance(more, dict):
+                told |= {key: more[key] for key in names or more if key in more}
     about |= {k: v for k, v in told.items() if isinstance(v, str | int) and len(str(v)) <= 200}
     longest = about.get("max_model_len", 0)
     return dataclasses.replace(teacher, longest=longest if isinstance(longest, int) else 0)

@@ -123,7 +123,7 @@ def joint_provenance(found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     if list(found) == [""]:
         return found[""]
     return {
-        "name": ", ".join(found),
+        "name": ", ".join(sorted(found)),
         "weights": joint_weights({name: about["weights"] for name, about in found.items()}),
         "teachers": dict(found),
     }

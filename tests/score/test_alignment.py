@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from other_tokenizers import CHATML, TURNS, byte_level, chain, sentencepiece
-from tokenizers import decoders, normalizers
+from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
 from dcod_jax import config as configs
@@ -184,6 +184,47 @@ def test_the_space_of_sentencepiece_is_no_text(prefix, swap, template):
     assert b"".join(ours[:-1]).strip() == "Hello world 中 the".encode()
 
 
+SCHEMES = ("bytes", "prepend", "first", "always", "never", "none")
+
+
+def spaced(scheme):
+    """A tokenizer with <tool>, and with a space before first words in this way."""
+    tokenizer = sentencepiece(SPACED, prefix=scheme == "prepend", template=CHATML)
+    inner, before = tokenizer.backend_tokenizer, pre_tokenizers
+    if scheme == "bytes":
+        tokenizer = byte_level([*chain(" B")])
+        inner = tokenizer.backend_tokenizer
+        inner.pre_tokenizer = before.ByteLevel(add_prefix_space=True, use_regex=False)
+    elif scheme not in ("prepend", "none"):
+        inner.normalizer = None
+        inner.pre_tokenizer = before.Metaspace(prepend_scheme=scheme, split=False)
+        steps = [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=scheme)]
+        inner.decoder = decoders.Sequence(steps)
+    tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
+    return tokenizer
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_space_before_a_first_word_is_told_from_one_of_the_text(scheme, swap):
+    pair = byte_level([]), spaced(scheme)
+    student, teacher = pair[::-1] if swap else pair
+    trace = trace_of(student, asked("Hello<tool>B <tool> B<tool>  B"))
+    _, ours, theirs = both(student, teacher, trace)
+    assert len(ours) == len(theirs)
+    assert b"".join(theirs[:-1]).count(b"<tool>") == 3
+    for one, other in zip(ours[:-1], theirs[:-1], strict=True):
+        assert one.strip() == other.strip()
+
+
+def test_a_turn_of_no_tokens_is_its_end():
+    student = byte_level([])
+    teacher = byte_level([], template=TURNS, normalizer=normalizers.Strip())
+    _, ours, theirs = both(student, teacher, trace_of(student, asked("  ")))
+    assert theirs == [b"", b"", b"<eos>"]
+    assert ours == [b" ", b" ", b"<|im_end|>"]
+
+
 def test_turns_and_ends_are_matched_by_role():
     student, teacher = byte_level([]), byte_level([*chain("Hello")], template=TURNS)
     messages = [*asked("Hello"), *asked(" Hello  ", "And?"), *asked("Hello", "Why?")]
@@ -255,6 +296,11 @@ def test_canonically_equal_characters_are_the_same_text(sides):
         assert ours == theirs == [bytes([b]) for b in text.encode()] + [b"<|im_end|>"]
 
 
+NESTED = normalizers.Sequence(
+    [normalizers.Sequence([normalizers.NFKC()]), normalizers.Strip(right=False)]
+)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -262,7 +308,7 @@ def test_canonically_equal_characters_are_the_same_text(sides):
             lambda t: setattr(t.backend_tokenizer, "normalizer", normalizers.Lowercase()),
             "Lowercase",
         ),
-        (lambda t: setattr(t.backend_tokenizer, "normalizer", normalizers.NFKC()), "NFKC"),
+        (lambda t: setattr(t.backend_tokenizer, "normalizer", NESTED), "NFKC, Strip"),
         (lambda t: setattr(t.backend_tokenizer, "decoder", decoders.WordPiece()), "WordPiece"),
         (lambda t: setattr(t, "chat_template", "{{ raise_exception('no') }}"), "trace 't'"),
     ],

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from fake_servers import serve
+from other_tokenizers import byte_level
 
 from dcod_jax.data.teachers import TeacherEntry
 from dcod_jax.data.tokenizer import load_tokenizer
@@ -16,7 +17,7 @@ from dcod_jax.score import scoring, server
 from dcod_jax.types import Trace
 
 BOS = 2  # <user>: the tiny template begins with it, as SmolLM2's does with <|im_start|>
-DIALECTS = ("vllm", "sglang", "llama_cpp")
+DIALECTS = ("vllm", "sglang", "llama_cpp", "llama_server")
 MODEL = fake_servers.table(49)
 
 
@@ -53,7 +54,7 @@ def short_pauses(monkeypatch):
 
 @pytest.mark.parametrize(
     ("dialect", "top_k"),
-    [*((dialect, k) for dialect in ("vllm", "sglang") for k in (0, 3, 49)), ("llama_cpp", 0)],
+    [(d, k) for d in DIALECTS for k in (0, 3, 49) if d != "llama_cpp" or not k],
 )
 def test_scores_are_the_servers(tokenizer, dialect, top_k):
     traces = make_traces()
@@ -84,7 +85,7 @@ def test_token_ids_are_sent_where_the_dialect_takes_them(tokenizer, monkeypatch)
         with serve(dialect, MODEL, tokenizer) as fake:
             open_server(fake, tokenizer).score([trace], top_k=2 * (dialect != "llama_cpp"))
             asked[dialect] = fake.bodies
-            assert fake.keys == ["Bearer secret"]
+            assert set(fake.keys) == {"Bearer secret"}
     [(path, body)] = asked["vllm"]
     assert (path, body["prompt"], body["prompt_logprobs"]) == ("/v1/completions", ids, 2)
     [(path, body)] = asked["sglang"]
@@ -92,6 +93,39 @@ def test_token_ids_are_sent_where_the_dialect_takes_them(tokenizer, monkeypatch)
     [(path, body)] = asked["llama_cpp"]
     assert (path, body["echo"]) == ("/v1/completions", True)
     assert tokenizer.encode(body["prompt"], add_special_tokens=False) == ids
+    places = np.flatnonzero(trace.completion_mask).tolist()
+    assert [body["prompt"] for _, body in asked["llama_server"]] == [ids[:at] for at in places]
+    assert [body["logit_bias"][0][0] for _, body in asked["llama_server"]] == ids[places[0] :]
+
+
+def test_llama_server_tells_of_tokens_that_end_inside_a_character():
+    """It leaves those out that it samples; the whole vocabulary has them."""
+    pieces = byte_level([])
+    model = fake_servers.table(len(pieces), seed=1)
+    text = pieces.encode("a é🙂 z", add_special_tokens=False)
+    ids = np.array([*text, pieces.eos_token_id], np.int32)
+    trace = Trace("t", ids, np.arange(len(ids)) >= 1)
+    with serve("llama_server", model, pieces) as fake:
+        [found] = open_server(fake, pieces).score([trace], top_k=2)
+        asked = [body["n_probs"] for _, body in fake.bodies]
+        fake.change = lambda answer: answer | {"tokens_evaluated": 1}
+        with pytest.raises(DcodError, match="'t': it read 1 of the 2 tokens before token 2"):
+            open_server(fake, pieces).score([trace], top_k=0)
+        fake.change = lambda answer: _top(answer, [])
+        with pytest.raises(DcodError, match=r"it has no log-prob of the token \d+ at 2"):
+            open_server(fake, pieces).score([trace], top_k=0)
+    assert asked == [2, 258, 2, 258, 2, 2, 2, 2, 2, 2]
+    rows = model[ids[:-1]]
+    np.testing.assert_array_equal(
+        found.logprobs, rows[np.arange(len(rows)), ids[1:]].astype(np.float32)
+    )
+    np.testing.assert_array_equal(found.topk_ids, np.argsort(-rows, axis=-1)[:, :2])
+
+
+def _top(answer, entries):
+    for said in answer.get("completion_probabilities", []):
+        said["top_logprobs"] = entries
+    return answer
 
 
 def test_failed_attempts_are_repeated_and_a_refusal_is_not(tokenizer):
@@ -147,12 +181,19 @@ def test_what_the_server_is_and_reads(tokenizer):
         fake.name = "other"
         with pytest.raises(DcodError, match=r"has the models other, not 'big'; set teacher.name"):
             open_server(fake, tokenizer)
+    with serve("llama_server", MODEL, tokenizer) as fake:
+        about = open_server(fake, tokenizer).provenance()["server"]
+        assert (about["model_path"], about["build_info"]) == ("big.gguf", "b1")
+        assert "is_sleeping" not in about  # it changes by itself
+        entry = TeacherEntry("", server=fake.url, model="big", dialect="llama_cpp")
+        settings = types.SimpleNamespace(concurrency=1, retries=0, timeout=5.0)
+        with pytest.raises(DcodError, match=r"is llama.cpp's llama-server.*=llama_server"):
+            server.open_server(entry, settings, tokenizer)
     with serve("sglang", MODEL, tokenizer) as fake:
         about = open_server(fake, tokenizer).provenance()["server"]
         assert about["model_path"] == "org/big"
         fake.dialect = "vllm"  # asked for SGLang's path, which it does not have
         entry = TeacherEntry("", server=fake.url, model="big", dialect="sglang")
-        settings = types.SimpleNamespace(concurrency=1, retries=0, timeout=5.0)
         fake.faults = [404]
         with pytest.raises(DcodError, match=r"/generate, trace 't0': the server refuses: 404"):
             server.open_server(entry, settings, tokenizer).score(make_traces(1), top_k=0)

@@ -22,8 +22,9 @@ from dcod_jax.inspect import command as inspect
 from dcod_jax.models import hf
 from dcod_jax.prepare.command import is_prepared, prepare
 from dcod_jax.report.traces import Seen, shown
-from dcod_jax.score.command import score
+from dcod_jax.score.command import _report, score
 from dcod_jax.score.scoring import ScoreSettings, score_traces
+from dcod_jax.score.teacher import joint_provenance
 from dcod_jax.train.command import missing_verbs
 from dcod_jax.train.setup import expected_teacher
 
@@ -86,6 +87,10 @@ def test_each_teacher_scores_its_own_traces(tmp_path, model, capsys):
     for told in (None, manifest["teacher"]):
         assert expected_teacher(config, told) == manifest["teacher"]["weights"]  # the server is off
     assert missing_verbs(config) == ["prepare"]
+    told = manifest["teacher"]["teachers"]
+    assert joint_provenance(dict(reversed(told.items()))) == manifest["teacher"]
+    _report(tmp_path, manifest | {"by_teacher": {"a": manifest["by_teacher"]["a"]}})
+    assert "  org/b: no trace is its own" in capsys.readouterr().out
     found = traces_of(config)
     of_b = {name: t for name, t in found.items() if t.meta["teacher"] == "org/b"}
     assert set(of_b) == {e["id"] for e in [records[0], records[3], *records[6:]]}
@@ -101,7 +106,9 @@ def test_each_teacher_scores_its_own_traces(tmp_path, model, capsys):
     rows = dict(inspect._manifest_rows(dataset))
     assert "weights served: big" in rows["teacher org/b"]
     assert "completion_tokens" in rows["of a"]
-    lines = [line for line in card._data_lines(manifest) if line.startswith("- teacher:")]
+    lines = [line for line in card._data_lines(manifest) if line.startswith("- teacher")]
+    starts = ["- teacher a: traces `4`, ", "- teacher org/b: traces `6`, "]
+    assert [line.startswith(start) for line, start in zip(lines, starts, strict=True)] == [True] * 2
     assert [name in line for name, line in zip(weights.values(), lines, strict=True)] == [True] * 2
     trace, tokenizer = of_b[records[0]["id"]], load_tokenizer(model)
     seen = Seen("x", "train", [trace], tokenizer, [np.asarray(trace.logprobs)], None, "")
@@ -161,7 +168,10 @@ def test_a_trace_of_no_teacher_is_refused(tmp_path, model):
         config.score.server, config.teacher.name = fake.url, "big"
         assert score(config)["train"]["teacher"]["weights"] == "served: big"  # one for all
         fake.longest = 1024
-        with pytest.raises(DcodError, match=r"holds log-probs from big.*score.overwrite"):
+        with pytest.raises(
+            DcodError,
+            match=r"different: server.max_model_len \(it was 512, now 1024\); set score.overwr",
+        ):
             score(config)
 
 
