@@ -63,7 +63,8 @@ def get_config() -> Any:
     c.data.verify_checksums = True  # hash every shard when the dataset is opened
 
     c.prepare = ConfigDict()
-    c.prepare.form = "auto"  # a public data set's columns by name: openr1, s1k, ... (docs/data.md)
+    # auto, or a preset: the names of a public data set's columns
+    c.prepare.form = "auto"  # auto | openr1 | s1k | ... (docs/data.md)
     c.prepare.prompt_field = ""  # name of the prompt field; empty: prompt or a synonym
     c.prepare.completion_field = ""  # or name_* for several; empty: completion or a synonym
     c.prepare.answer_field = "answer"  # name of the reference answer field

@@ -1,39 +1,22 @@
 """Answers of APIs, alone or in a batch file: as OpenAI's choices, whatever the dialect.
 
-Known are OpenAI's chat, completions and Responses, Anthropic's Messages, Gemini and Ollama.
+Known are OpenAI's chat, completions and Responses, Anthropic's Messages, Bedrock's Converse,
+Cohere, Gemini and Ollama.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Any
 
 from dcod_jax.data import raw, schema
 from dcod_jax.data.columns import Row
 from dcod_jax.data.raw import BadRecordError, Fields, Message, RawTrace, Record, Turns
+from dcod_jax.data.told import finish
 
-# What ends a completion before it is whole, and what ends a whole one, in the words of the APIs.
-_CUT_OFF = re.compile(
-    "length|max|limit|exceed|filter|safety|recitation|blocklist|prohibited|spii|guardrail|abort|"
-    "cancel|error|fail|time|incomplete|truncat|insufficient|malformed|refusal|pause|toxic|language"
-)
-_WHOLE = re.compile("stop|eos|end|complete|finish|tool|function|done|succe")
+_ENVELOPE = ("id", "type", "model", "usage", "container", "stop_reason", "stop_sequence")
+_SAID = ("message", "text", "content", "logprobs", "tool_calls")
 _KNOWN = ("choices", "candidates", "output", "content", "message")  # where an answer is
-
-
-def finish(value: Any) -> str:
-    """A finish reason in lower case: {"type": "stop"} and FinishReason.STOP are stop."""
-    value = value.get("type") if isinstance(value, dict) else value
-    text = str(value or "").lower().rpartition(".")[2]
-    return "" if text in ("none", "null", "unknown", "finish_reason_unspecified") else text
-
-
-def is_cut_off(reason: str) -> bool | None:
-    """Whether a completion with this finish reason is not whole; None where it is not known."""
-    if _CUT_OFF.search(reason):
-        return True
-    return False if _WHOLE.search(reason) else None
 
 
 def sampled(beside: Record, turns: Turns, **more: Any) -> RawTrace:
@@ -41,14 +24,25 @@ def sampled(beside: Record, turns: Turns, **more: Any) -> RawTrace:
     more |= {n: raw.read_list(beside, n) for n in ("token_ids", "logprobs") if n not in more}
     given = beside.get("finish_reason")
     more["finish_reason"] = "" if isinstance(given, list) else finish(given)
-    return RawTrace(turns.messages, unsupervised=turns.unsupervised, extras=turns.extras, **more)
+    more |= {"unsupervised": turns.unsupervised, "extras": turns.extras, "told": turns.told}
+    return RawTrace(turns.messages, **more)
+
+
+def batch_name(record: Record) -> str | None:
+    """The name that a request of a batch and its output share; Gemini's files call it key."""
+    paired = isinstance(record.get("request") or record.get("response"), dict) or "error" in record
+    name = record.get("custom_id")
+    name = record.get("key") if name is None and paired else name
+    return None if name is None else str(name)
 
 
 def is_request(record: Record) -> bool:
     """Whether a line belongs to the request file of a batch: it holds prompts for the outputs."""
     body = record.get("body") or record.get("params")
+    if "custom_id" not in record and "key" in record and "error" not in record:
+        body = record.get("request")
     return (
-        "custom_id" in record
+        batch_name(record) is not None
         and isinstance(body, dict)
         and record.get("response") is None
         and "choices" not in body
@@ -62,7 +56,7 @@ def answer_of(record: Record) -> Record | None:
         return response.get("body") or {} if "body" in response else response
     if "custom_id" in record and isinstance(result, dict):  # Anthropic's batches
         return result.get("message") or {"error": result.get("error") or result.get("type")}
-    if "custom_id" in record and record.get("error"):
+    if batch_name(record) is not None and record.get("error"):
         return {"error": record["error"]}
     choices, message, output = (record.get(key) for key in ("choices", "message", "output"))
     first = output[0] if isinstance(output, list) and output else None
@@ -90,7 +84,8 @@ def read(row: Row) -> tuple[list[Message], list[RawTrace], Record]:
     status = envelope.get("status_code") if isinstance(envelope, dict) else None
     request = record.get("request") or record
     asked = request.get("body") or request.get("params") or request
-    problem = record.get("error") or body.get("error")
+    asked = asked["request"] if isinstance(asked.get("request"), dict) else asked  # Gemini's files
+    problem = record.get("error") or body.get("error") or body.get("promptFeedback")
     choices = [] if problem or status not in (None, 200) else _choices(body)
     if not choices:
         problem = str(problem or "the body has no choices")[:200]
@@ -115,7 +110,8 @@ def _prompt(row: Row, asked: Record) -> list[Message]:
     except BadRecordError as error:
         if "expected the field" not in str(error):
             raise
-        of = f" for custom_id {row.record['custom_id']!r}" if row.record.get("custom_id") else ""
+        name = batch_name(row.record)
+        of = f" for custom_id {name!r}" if name else ""
         raise BadRecordError(
             f"no prompt{of}: a batch output has none of its own; name the request file before it "
             "(data.traces=requests.jsonl,outputs.jsonl), or write messages beside the answer"
@@ -139,11 +135,15 @@ def _choices(body: Record) -> list[Any]:
             | {"finish_reason": c.get("finishReason")}
             for c in body["candidates"]
         ]
-    if isinstance(body.get("message"), dict):  # Ollama
-        reason = "length" if body.get("done") is False else body.get("done_reason")
-        return [{"message": body["message"], "finish_reason": reason}]
+    message = (output if isinstance(output, dict) else body).get("message")  # Converse has both
+    if isinstance(message, dict):  # Ollama, Cohere
+        names = ("done_reason", "finish_reason", "stop_reason", "stopReason")
+        reason = next((body[name] for name in names if body.get(name)), None)
+        reason = "length" if body.get("done") is False else reason
+        return [{"message": message, "finish_reason": reason}]
     if body.get("content") is not None and "choices" not in body:  # Anthropic
-        return [{"message": body, "finish_reason": body.get("stop_reason")}]
+        message = {key: value for key, value in body.items() if key not in _ENVELOPE}
+        return [{"message": message, "finish_reason": body.get("stop_reason")}]
     if "choices" in body or not body:
         return body.get("choices") or []
     raise BadRecordError(
@@ -177,15 +177,21 @@ def _choice(choice: Record, name: str, fields: Fields) -> RawTrace:
         raise BadRecordError(f"{name} is a piece of a streamed answer; join the pieces to messages")
     if message is None and text is None:
         raise BadRecordError(f"{name} must have a message or a text")
-    given = {"role": "assistant", **(message or {"content": text})}
+    own = {key: choice[key] for key in raw.REASONING_KEYS if choice.get(key)}
+    given = {"role": "assistant", **(message or {"content": text, **own})}
     spoken = [given.get(key) for key in ("content", *raw.REASONING_KEYS, "tool_calls")]
+    if choice.get("error"):  # OpenRouter: the provider failed on the way
+        return RawTrace([], failed=f"{name} failed: {str(choice['error'])[:200]}")
     if not any(spoken) or all(isinstance(s, str) and not s.strip() for s in spoken if s):
         why = given.get("refusal") or choice.get("finish_reason") or "no text"
         return RawTrace([], failed=f"{name} is empty ({str(why)[:200]})")
     place = f"{name}.message" if message else f"{name}.text"
     message = raw.read_message(given, place, fields)
     texts, logprobs = _choice_logprobs(choice.get("logprobs"))
-    return sampled(choice, Turns([message]), logprobs=logprobs, token_bytes=texts)
+    extras = raw.unread(given, message, place, fields)
+    told = tuple({k: v for k, v in of.items() if k not in _SAID} for of in (choice, given))
+    turns = Turns([message], extras=frozenset(f"message.{key}" for key in extras), told=told)
+    return sampled(choice, turns, logprobs=logprobs, token_bytes=texts)
 
 
 def _choice_logprobs(value: Any) -> tuple[list[bytes] | None, list[Any] | None]:

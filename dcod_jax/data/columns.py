@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dcod_jax.data import presets, raw, schema
-from dcod_jax.data.presets import CONVERSATIONS, Fields
+from dcod_jax.data.presets import CONVERSATIONS, Fields, leaves, listed, plain
 from dcod_jax.data.raw import BadRecordError, Message, Record, Turns
 from dcod_jax.data.reasoning import is_switch
 
@@ -22,19 +23,17 @@ _SHARED = {"id", "custom_id", "model", "temperature"}  # read in every form
 
 
 def find(record: Record, names: Sequence[str]) -> str | None:
-    """The record's own spelling of the first of the names that it has a value for.
-
-    Case, "_", "-" and spaces do not matter: finishReason is finish_reason.
-    """
+    """The record's own spelling of the first of the names that it has a value for, as `plain`."""
     for name in names:
         if record.get(name) is not None:
             return name
-    own = {_plain(str(key)): key for key, value in record.items() if value is not None}
-    return next((own[_plain(name)] for name in names if _plain(name) in own), None)
+    own = {plain(str(key)): key for key, value in record.items() if value is not None}
+    return next((own[plain(name)] for name in names if plain(name) in own), None)
 
 
-def _plain(name: str) -> str:
-    return re.sub(r"[\s_-]", "", name.lower())
+def unreadable(name: str) -> bool:
+    """Whether a column holds what is no text, or the place of it."""
+    return bool(presets.UNREADABLE.fullmatch(plain(name)))
 
 
 def _numbered(record: Record, pattern: str) -> list[str]:
@@ -140,29 +139,37 @@ def missing(record: Record, fields: Fields, part: str) -> BadRecordError:
     names = [chosen] if chosen else list({"prompt": presets.PROMPTS}.get(part, presets.COMPLETIONS))
     known = " or ".join(names[:6]) + (" (docs/data.md names all)" if len(names) > 6 else "")
     known += "" if chosen or part == "prompt" else ", or messages"
+    have = [name if value is not None else f"{name} (null)" for name, value in record.items()]
+    return BadRecordError(
+        f"no {part}: expected the field {known}, found {', '.join(have) or 'nothing'}"
+        f"{hint(record, fields, part, names)}; prepare.{part}_field names another one"
+    )
+
+
+def hint(record: Record, fields: Fields, part: str, names: Sequence[str] = ()) -> str:
+    """What may be the missing part of a record, and the key for it."""
+    chosen: str = getattr(fields, part)
     talks = [n for n in record if n not in (chosen, "rejected") and _answered(record, str(n))]
     given = [name for name, value in record.items() if value is not None]
     close = [m for n in names for m in difflib.get_close_matches(n, given, n=1, cutoff=0.7)]
-    hint = f" (the nearest is {close[0]!r})" if close else ""
-    have = [name if value is not None else f"{name} (null)" for name, value in record.items()]
+    found = f" (the nearest is {close[0]!r})" if close else ""
     looks = presets.propose(record)
+    better = [n for n in ("chosen", "preferred_output") if n in given]
     if looks and not chosen:
-        hint += f"; these are the columns of prepare.form={looks[0]}"
-    elif len(several := _siblings(record)) > 1 and part == "completion":
+        return f"{found}; these are the columns of prepare.form={looks[0]}"
+    if part == "completion" and len(several := _siblings(record)) > 1:
         stem = re.sub(r"\d+$", "*", several[0])
-        hint += f"; for {', '.join(several)} set prepare.completion_field={stem}"
-    elif "chosen" in record and part == "completion":
-        hint += "; of a preference pair the better one is prepare.completion_field=chosen"
-    elif talks and part == "completion":
-        hint += f"; {talks[0]} holds messages: prepare.completion_field={talks[0]}"
-    elif {"role", "content"} <= record.keys() or {"from", "value"} <= record.keys():
-        hint += '; one message alone is no record: write {"messages": [...]}'
-    elif list(record) == ["text"]:
-        hint += "; in one text prompt and completion cannot be told apart: write messages"
-    return BadRecordError(
-        f"no {part}: expected the field {known}, found "
-        f"{', '.join(have) or 'nothing'}{hint}; prepare.{part}_field names another one"
-    )
+        return f"{found}; for {', '.join(several)} set prepare.completion_field={stem}"
+    if part == "completion" and better:
+        key = f"prepare.completion_field={better[0]}"
+        return f"{found}; of a preference pair the better one is {key}"
+    if part == "completion" and talks:
+        return f"{found}; {talks[0]} holds messages: prepare.completion_field={talks[0]}"
+    if {"role", "content"} <= record.keys() or {"from", "value"} <= record.keys():
+        return found + '; one message alone is no record: write {"messages": [...]}'
+    if list(record) == ["text"]:
+        found += "; in one text prompt and completion cannot be told apart: write messages"
+    return found
 
 
 def _siblings(record: Record) -> list[str]:
@@ -178,20 +185,33 @@ class Row:
     def __init__(self, record: Record, fields: Fields, *, nulls: Sequence[str] = ()):
         self.record, self.fields = record, fields
         self.nulls = nulls  # names of columns without a value
-        self.used = {*_SHARED, *(n for n in presets.UNREADABLE if not record.get(n))}
+        self.used = {*_SHARED, *(n for n in map(str, record) if unreadable(n) and not record[n])}
         self.tools: list[Any] | None = None
+
+    @functools.cached_property
+    def leaves(self) -> list[tuple[str, Any]]:
+        """Names and values of the record, those inside of objects with a dotted name."""
+        return list(leaves(self.record))
 
     def get(self, name: str) -> Any:
         self.used.add(name)
         return self.record.get(name)
 
-    def unread(self) -> frozenset[str]:
-        return frozenset(map(str, self.record)) - self.used
+    def unread(self) -> dict[str, Any]:
+        """Columns that nothing read, and what tells of a completion inside of objects."""
+        return {
+            name: value
+            for name, value in self.leaves
+            if name not in self.used and ("." not in name or presets.TELLING.search(name))
+            if name.partition(".")[0] not in self.used
+        }
 
     def prompt(self, *, first: str = "") -> list[Message]:
         """The prompt of the record; the column `first` is preferred where the record has it."""
         chosen = self.fields.prompt
-        name = first if self.record.get(first) is not None else None
+        name = first if self.record.get(first) is not None and not chosen else None
+        said = {n: v for n, v in self.record.items() if not isinstance(v, str) or v.strip()}
+        name = name or find(said, [chosen] if chosen else presets.PROMPTS)
         name = name or find(self.record, [chosen] if chosen else presets.PROMPTS)
         name = name or (None if chosen else find(self.record, CONVERSATIONS))
         if name is None:
@@ -211,8 +231,8 @@ class Row:
 
     def _history(self) -> list[Message]:
         """Earlier turns in a column of their own: [[question, answer], ...] or messages."""
-        value = self.get("history")
-        if not value:
+        value = listed(self.get("history"))
+        if not value or (isinstance(value, str) and not value.strip()):
             return []
         if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
             return raw.read_messages(value, "history", self.fields).messages
@@ -234,7 +254,8 @@ class Row:
             value = self.get(find(self.record, [name]) or name)
             if value is None or (isinstance(value, str) and not value.strip()):
                 continue
-            value = value["parts"] if isinstance(value, dict) and "parts" in value else value
+            value = value.get("parts", value) if isinstance(value, dict) else value
+            value = [value] if isinstance(value, dict) else value
             text = raw.read_text(value, name)
             if own is not None and own.strip() != text.strip():
                 inside = find(self.record, CONVERSATIONS) or "the messages"
@@ -252,30 +273,27 @@ class Row:
         chosen = self.fields.reasoning_field
         if chosen:
             self._check_there(chosen, "reasoning_field", self.record)
+        found = {}
         for name in [chosen] if chosen else presets.REASONINGS:
             own = find(self.record, [name])
             value = self.record[own] if own else None
-            if isinstance(value, dict):
-                value = next((v for v in map(value.get, ("content", "text")) if v), value)
-            if own is None or is_switch(value) or not isinstance(value, str | list):
+            if own is None or own in found or is_switch(value):
                 continue
-            self.used.add(own)
-            if isinstance(value, list) and value and isinstance(value[0], dict):
-                return ["".join(raw.parts(value, own))]
-            texts = [text or "" for text in value] if isinstance(value, list) else [value]
-            if not all(isinstance(text, str) for text in texts):
-                raise BadRecordError(
-                    f"{own} must be a string or strings, found {raw.kind_of(value)}"
-                )
-            if any(text.strip() for text in texts):
-                return texts
-        return []
+            if texts := raw.thoughts(value, own):
+                self.used.add(own)
+                found[own] = texts
+        if len({" ".join(" ".join(texts).split()) for texts in found.values()}) > 1:
+            raise BadRecordError(
+                f"the reasoning in {' and '.join(found)} differs; prepare.reasoning_field names "
+                "the one that is meant"
+            )
+        return next(iter(found.values()), [])
 
     def _check_there(self, chosen: str, key: str, known: Record) -> None:
         """Refuse the name of a column that the record does not have, not even as null."""
         inside = [m for v in known.values() if isinstance(v, list) for m in v if _dict(m)]
-        have = [*known, *self.record, *self.nulls, *(name for m in inside for name in m)]
-        if _plain(chosen) not in {_plain(str(name)) for name in have}:
+        have = [*known, *self.record, *self.nulls, *(name for m in inside for name, _ in leaves(m))]
+        if plain(chosen) not in {plain(str(name)) for name in have}:
             close = difflib.get_close_matches(chosen, map(str, have), n=1)
             raise BadRecordError(
                 f"no field {chosen!r}, which prepare.{key} names (null where a record has none); "
@@ -283,14 +301,12 @@ class Row:
                 + (f" (the nearest is {close[0]!r})" if close else "")
             )
 
-    def with_reasoning(self, turns: Turns, texts: list[str]) -> Turns:
+    def with_reasoning(self, turns: Turns, thought: str) -> Turns:
         """A conversation whose last message has its reasoning in a column beside it."""
         last = turns.messages[-1]
-        if not texts or last["role"] != "assistant":
+        if not thought or last["role"] != "assistant":
             return turns
-        if len(texts) > 1:
-            raise BadRecordError(f"{len(texts)} texts of reasoning for one conversation")
-        content = raw.fold(last["content"], texts[0], "the last message", self.fields)
+        content = raw.fold(last["content"], thought, "the last message", self.fields)
         messages = [*turns.messages[:-1], last | {"content": content}]
         return dataclasses.replace(turns, messages=messages)
 
@@ -348,31 +364,3 @@ class Row:
         if isinstance(value, list) and len(value) == count:
             return value[index]
         return value
-
-    def place_of(self, text: str, index: int, count: int) -> tuple[int, int] | None:
-        """(index, length) of the record's lists that tell of this completion."""
-        if count > 1:
-            return index, count
-        for value in self.record.values():
-            if isinstance(value, list) and len(value) > 1 and text in value:
-                return value.index(text), len(value)
-        return 0, 1
-
-    def beside(
-        self, names: Sequence[str], at: tuple[int, int] | None, told: Callable[[Any, str], Any]
-    ) -> Any:
-        """What the first of the columns that tells of this completion says of it.
-
-        `told` gives None for a value that says nothing.
-        """
-        for name in names:
-            own = find(self.record, [name])
-            value = self.record[own] if own else None
-            if isinstance(value, list) and at is not None:
-                if at[1] > 1 and len(value) != at[1]:
-                    raise BadRecordError(f"{own} has {len(value)} entries for {at[1]} completions")
-                value = value[at[0]] if len(value) == at[1] else None
-            if own and (found := told(value, name)) is not None:
-                self.used.add(own)
-                return found
-        return None

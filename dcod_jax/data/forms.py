@@ -11,12 +11,21 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from dcod_jax.data import answers, presets, raw, schema
-from dcod_jax.data.answers import finish, is_cut_off, sampled
-from dcod_jax.data.columns import Row, completion_columns, ends_with_answer, missing
-from dcod_jax.data.raw import BadRecordError, Fields, RawTrace, Record, Turns, truth
-from dcod_jax.data.reasoning import may_be_reasoning, unfinished
-from dcod_jax.data.unpack import unpacked
+from dcod_jax.data import answers, raw, schema
+from dcod_jax.data.answers import sampled
+from dcod_jax.data.columns import (
+    Row,
+    completion_columns,
+    ends_with_answer,
+    hint,
+    missing,
+    unreadable,
+)
+from dcod_jax.data.presets import listed
+from dcod_jax.data.raw import BadRecordError, Fields, RawTrace, Record, Turns
+from dcod_jax.data.reasoning import may_be_reasoning
+from dcod_jax.data.told import finished, judged
+from dcod_jax.data.unpack import nulls, unpacked
 
 # (prompt, completions of it, the mapping that holds id, answer, model and temperature); the prompt
 # is empty where a completion is a whole conversation.
@@ -35,29 +44,46 @@ class Form:
 def _read_completion(row: Row) -> Parsed:
     completions = []
     names = completion_columns(row.record, row.fields)
+    steps = row.record.get("labels")
     for name in names:
         value, reasoning = row.get(name), row.reasoning()
         texts = value if isinstance(value, list) and not _is_one(value) else [value]
         if not texts:
             raise BadRecordError(f"{name} must be a non-empty list, found an empty one")
+        if isinstance(steps, list) and len(steps) == len(texts) > 1:
+            raise BadRecordError(
+                f"{name} and labels may be the steps of one solution (TRL's stepwise form); join "
+                "the steps to one completion, or rename labels to correct where each is a whole one"
+            )
         alone = len(texts) == 1 and len(names) == 1
         for index, text in enumerate(texts):
             place = name if texts is not value else f"{name}[{index}]"
-            thought = reasoning[index : index + 1]
-            if not alone and (text is None or text == ""):
+            thought = "".join(reasoning[index : index + 1])
+            if (not alone or isinstance(text, dict)) and not thought and _is_blank(text):
                 completions.append(RawTrace([], failed=f"{place} is empty"))
                 continue
             turns, beside = _said(row, text, place, thought)
-            more = _trace(row, turns) if alone and not beside else sampled(beside, turns)
-            completions.append(_judged(row, more, str(text), index, len(texts)))
+            trace = sampled(beside, turns)
+            trace = _of_record(row, trace) if alone and not beside else trace
+            completions.append(judged(row, trace, str(text), index, len(texts)))
         if len(reasoning) not in (0, len(texts)):
             raise BadRecordError(
                 f"{len(reasoning)} texts of reasoning for {len(texts)} completions in {name}"
             )
-    return Turns(row.prompt()), completions, row.record
+    if "outputs" in names:  # vLLM's
+        row.used |= {"prompt_token_ids", "request_id", "finished", "metrics", "prompt_logprobs"}
+    first = "messages" if names == ["outputs"] else ""
+    return Turns(row.prompt(first=first)), completions, row.record
 
 
-_TEXTS = ("text", "content", "completion", "response", "output", "generated_text")
+def _of_record(row: Row, trace: RawTrace) -> RawTrace:
+    """The only completion of a record, which has its token ids, log-probs and finish reason."""
+    row.used |= {"token_ids", "logprobs", "finish_reason"}
+    turns = Turns(trace.messages, trace.unsupervised, trace.extras)
+    return dataclasses.replace(sampled(row.record, turns), told=trace.told)
+
+
+_TEXTS = ("text", "content", "completion", "response", "output", "generated_text", "generation")
 
 
 def _is_one(value: list[Any]) -> bool:
@@ -66,17 +92,42 @@ def _is_one(value: list[Any]) -> bool:
     return isinstance(first, dict) and any(key in first for key in ("role", "from", "type"))
 
 
-def _said(row: Row, item: Any, name: str, thought: list[str]) -> tuple[Turns, Record]:
+# Keys of such an object that are no message's.
+_OWN = ("role", "from", "message", "index", "token_ids", "logprobs", "cumulative_logprob")
+
+
+def _is_blank(item: Any) -> bool:
+    """Whether one of several completions, or an object, holds neither text nor reasoning."""
+    if not isinstance(item, dict):
+        return item is None or (isinstance(item, str) and not item.strip())
+    keys = [key for key in (*_TEXTS, *raw.REASONING_KEYS) if key in item]
+    return bool(keys) and all(_is_blank(item[key]) for key in keys)
+
+
+def _said(row: Row, item: Any, name: str, thought: str) -> tuple[Turns, Record]:
     """One completion of any kind, and the mapping with its finish reason and log-probs."""
     if isinstance(item, list) and item and isinstance(item[0], dict):
         return row.with_reasoning(_messages(row, item, name), thought), {}
     if not isinstance(item, dict):
-        return raw.assistant(item, name, row.fields, "".join(thought)), {}
-    key = next((key for key in _TEXTS if item.get(key) is not None), None)
+        return raw.assistant(item, name, row.fields, thought), {}
+    inner = item["message"] if isinstance(item.get("message"), dict) else item
+    key = next((key for key in _TEXTS if inner.get(key) is not None), None)
     if key is None:
         raise BadRecordError(f"{name} must be a text, found an object of {', '.join(item)}")
     schema.check(item, schema.SAMPLE, name)
-    return raw.assistant(item[key], f"{name}.{key}", row.fields, "".join(thought)), item
+    ids, logprobs = item.get("token_ids"), item.get("logprobs")
+    if ids and logprobs and len(ids) == len(logprobs):
+        logprobs = [_position_logprob(e, t) for e, t in zip(logprobs, ids, strict=True)]
+        item = item | {"logprobs": logprobs}
+    given = {k: v for k, v in inner.items() if k not in (*_TEXTS, *_OWN)}
+    said = given | {"role": "assistant", "content": inner[key]}
+    message = raw.read_message(said, name, row.fields)
+    turns = row.with_reasoning(Turns([message]), thought)
+    extras = raw.unread(given, turns.messages[0], name, row.fields)
+    column = name.partition("[")[0]
+    told = {k: v for k, v in item.items() if k not in _TEXTS}
+    names = frozenset(f"{column}[].{key}" for key in extras)
+    return dataclasses.replace(turns, extras=names, told=(told,)), item
 
 
 def _messages(row: Row, value: list[Any], name: str) -> Turns:
@@ -96,41 +147,22 @@ def _messages(row: Row, value: list[Any], name: str) -> Turns:
 def _read_conversation(row: Row) -> Parsed:
     [name] = completion_columns(row.record, row.fields)
     turns = raw.read_messages(row.get(name), name, row.fields)
-    turns = row.with_reasoning(turns, row.reasoning())
-    messages = turns.messages
+    reasoning, messages = row.reasoning(), turns.messages
     if messages[-1]["role"] != "assistant":
         raise BadRecordError(
             f"the last of {name} is by {messages[-1]['role']!r}, and there is no completion"
+            f"{hint(row.record, row.fields, 'completion')}"
         )
+    if len(reasoning) > 1:
+        raise BadRecordError(f"{len(reasoning)} texts of reasoning for one conversation")
+    turns = row.with_reasoning(turns, "".join(reasoning))
     first = next((m["role"] for m in messages if m["role"] != "system"), "")
     if first == "assistant":
         raise BadRecordError(f"{name} has no prompt before its first assistant message")
-    trace = _trace(row, turns)
+    trace = _of_record(row, sampled({}, turns))
     if not trace.supervised():
         raise BadRecordError(f"no turn of {name} is supervised: each has weight 0 or train false")
-    last = row.record[name][-1]  # may tell how it ended
-    reason = finish(last.get("finish_reason") or last.get("stop_reason"))
-    if is_cut_off(reason):
-        trace = dataclasses.replace(trace, finish_reason=reason)
-    return Turns([]), [_judged(row, trace, trace.completion_text(), 0, 1)], row.record
-
-
-def _read_outputs(row: Row) -> Parsed:
-    completions = []
-    for index, output in enumerate(row.get("outputs")):
-        name = f"outputs[{index}]"
-        if "text" not in output:
-            raise BadRecordError(f"{name} must have a text")
-        if not (output["text"] or "").strip():
-            completions.append(RawTrace([], failed=f"{name} is empty"))
-            continue
-        ids, logprobs = raw.read_list(output, "token_ids"), raw.read_list(output, "logprobs")
-        if logprobs is not None and ids is not None and len(ids) == len(logprobs):
-            logprobs = [_position_logprob(e, t) for e, t in zip(logprobs, ids, strict=True)]
-        turns = raw.assistant(output["text"], f"{name}.text", row.fields)
-        completions.append(sampled(output, turns, logprobs=logprobs))
-    row.used |= {"prompt_token_ids", "request_id", "finished", "metrics", "prompt_logprobs"}
-    return Turns(row.prompt(first="messages")), _all_judged(row, completions), row.record
+    return Turns([]), [judged(row, trace, trace.completion_text(), 0, 1)], row.record
 
 
 def _position_logprob(entry: Any, token: object) -> object:
@@ -153,8 +185,7 @@ def _read_sglang(row: Row) -> Parsed:
     turns = raw.assistant(text, "text", row.fields)
     beside = {"finish_reason": info.get("finish_reason")}
     completion = sampled(beside, turns, token_ids=ids, logprobs=logprobs)
-    judged = _all_judged(row, [completion])
-    return Turns(row.prompt()), judged, {"id": info.get("id"), **row.record}
+    return Turns(row.prompt()), _all_judged(row, [completion]), {"id": info.get("id"), **row.record}
 
 
 # ---------------------------------------------------------------- one completion
@@ -165,67 +196,19 @@ def _read_answer(row: Row) -> Parsed:
     return Turns(prompt), _all_judged(row, completions), known
 
 
-def _trace(row: Row, turns: Turns) -> RawTrace:
-    row.used |= {"token_ids", "logprobs", "finish_reason"}
-    return sampled(row.record, turns)
-
-
-def _told_finish(value: Any, name: str) -> str | None:
-    """A finish reason; stop_reason may be the text or id that ended it (vLLM), status anything."""
-    reason = finish(value) if isinstance(value, str | dict) else ""
-    loose = name in ("stop_reason", "status")
-    return None if not reason or (loose and is_cut_off(reason) is None) else reason
-
-
-def _told_verdict(value: Any, name: str) -> bool | None:
-    """A verdict; `label` is one only where it is a boolean (KTO)."""
-    boolean = str(value).strip().lower() in ("true", "false")
-    return truth(value) if name != "label" or boolean else None
-
-
-def _judged(row: Row, trace: RawTrace, text: str, index: int, count: int) -> RawTrace:
-    """With what the record tells of this completion: that it was cut off, that it is wrong."""
-    at = row.place_of(text, index, count)
-    reason = row.beside(presets.FINISHES, at, _told_finish) or ""
-    reason = trace.finish_reason if is_cut_off(trace.finish_reason) else reason
-    told = [(name, True) for name in presets.CUT] + [(name, False) for name in presets.COMPLETE]
-    signs = [
-        f"{name} is {str(cut).lower()}"
-        for name, cut in told
-        if row.beside((name,), at, lambda value, _: truth(value)) is cut
-    ]
-    verdicts = [row.beside((name,), at, _told_verdict) for name in presets.VERDICTS]
-    verdicts = [verdict for verdict in verdicts if verdict is not None]
-    return dataclasses.replace(
-        trace,
-        finish_reason=reason or trace.finish_reason,
-        unfinished="".join(signs[:1]),
-        verdict=any(verdicts) if verdicts else None,
-    )
-
-
 def _all_judged(row: Row, completions: list[RawTrace]) -> list[RawTrace]:
-    count = len(completions)
-    return [
-        trace if trace.failed else _judged(row, trace, trace.completion_text(), index, count)
-        for index, trace in enumerate(completions)
-    ]
-
-
-def _finished(trace: RawTrace) -> RawTrace:
-    """With `unfinished` from all signs of it."""
-    text = trace.completion_text()
-    calls = "tool_calls" in trace.messages[trace.supervised()[-1]]
-    why = trace.unfinished or ("" if calls else unfinished(text))  # a call is an answer
-    cut = is_cut_off(trace.finish_reason) if trace.finish_reason else False
-    if cut is None:
-        raise BadRecordError(
-            f"finish_reason is {trace.finish_reason[:60]!r}, and whether the completion ended by "
-            "itself is not known; write stop where it did, length where it was cut off"
-        )
-    if cut:
-        why = f"finish_reason is {trace.finish_reason}"
-    return dataclasses.replace(trace, unfinished=why)
+    """With the reasoning of a column beside them, and what the record tells of each."""
+    count, reasoning = len(completions), row.reasoning()
+    if len(reasoning) not in (0, count):
+        raise BadRecordError(f"{len(reasoning)} texts of reasoning for {count} completions")
+    found = []
+    for index, trace in enumerate(completions):
+        if not trace.failed:
+            turns = row.with_reasoning(Turns(trace.messages), "".join(reasoning[index : index + 1]))
+            trace = dataclasses.replace(trace, messages=turns.messages)
+            trace = judged(row, trace, trace.completion_text(), index, count)
+        found.append(trace)
+    return found
 
 
 FORMS: dict[str, Form] = {
@@ -240,15 +223,6 @@ FORMS: dict[str, Form] = {
         '"meta_info": {"finish_reason": {"type": "stop"}}}',
         matches=lambda record, fields: isinstance(record.get("meta_info"), dict),
         read=_read_sglang,
-    ),
-    "vLLM generate": Form(
-        example='{"prompt": "2+2?", "outputs": [{"text": "4", "token_ids": [19, 2]}]}',
-        matches=lambda record, fields: (
-            isinstance(record.get("outputs"), list)
-            and bool(record["outputs"])
-            and isinstance(record["outputs"][0], dict)
-        ),
-        read=_read_outputs,
     ),
     "prompt and completion (plain, TRL, Alpaca)": Form(
         example='{"prompt": "2+2?", "completion": "4", "answer": "4"}',
@@ -267,6 +241,32 @@ FORMS: dict[str, Form] = {
 }
 
 
+def _check_template_kwargs(record: Record) -> None:
+    """Refuse what a record alone would have its template write into the prompt (TRL)."""
+    given = listed(record.get("chat_template_kwargs"))
+    for name, value in given.items() if isinstance(given, dict) else ():
+        if value and isinstance(value, str | list | dict):
+            raise BadRecordError(
+                f"chat_template_kwargs.{name} changes the prompt of this record alone, and one "
+                "template serves all; write it into system or tools, or take it out"
+            )
+
+
+def _asked(prompt: list[raw.Message], completion: RawTrace) -> list[raw.Message]:
+    """The prompt, without the completion where it is there again as the last message."""
+    if not prompt or prompt[-1]["role"] != "assistant" or "tool_calls" in prompt[-1]:
+        return prompt
+    if (
+        len(prompt) > 1
+        and prompt[-1]["content"].split() == completion.messages[0]["content"].split()
+    ):
+        return prompt[:-1]
+    raise BadRecordError(
+        "the prompt ends with an assistant message, and the completion would be a second answer "
+        "to it; join them to one message, or take one out"
+    )
+
+
 def read_record(
     record: object, fields: Fields, *, source: str, requests: Mapping[str, Record]
 ) -> list[RawTrace]:
@@ -278,7 +278,7 @@ def read_record(
         raise BadRecordError(f"expected a JSON object, found {raw.kind_of(record)}")
     schema.check(record, schema.RECORD)
     whole = unpacked({n: value for n, value in record.items() if value is not None}, fields)
-    if shown := [name for name in presets.UNREADABLE if whole.get(name)]:
+    if shown := [name for name, value in whole.items() if unreadable(name) and value]:
         raise BadRecordError(
             f"the record has {shown[0]}, and only text can be read; take the column out where the "
             "text is enough"
@@ -286,14 +286,14 @@ def read_record(
     form = next((form for form in FORMS.values() if form.matches(whole, fields)), None)
     if form is None:
         raise missing(record, fields, "completion")
-    asked = None if whole.get("request") else requests.get(str(whole.get("custom_id")))
-    nulls = [str(name) for name in record if name not in whole]
-    row = Row(whole | ({"request": asked} if asked else {}), fields, nulls=nulls)
+    asked = None if whole.get("request") else requests.get(answers.batch_name(whole) or "")
+    _check_template_kwargs(whole)
+    row = Row(whole | ({"request": asked} if asked else {}), fields, nulls=nulls(record, fields))
     prompt, completions, known = form.read(row)
     if not completions:
         raise BadRecordError("the record has no completion: its list of samples is empty")
-    name = known.get("id") if known.get("custom_id") is None else known["custom_id"]
-    base = source if name is None else str(name)
+    name = answers.batch_name(known)
+    base = str(known.get("id") or source) if name is None else name
     answer, temperature = row.answer(known), known.get("temperature")
     about = {
         "source": source,
@@ -301,7 +301,7 @@ def read_record(
         "answer": answer,
         "model": known["model"] if isinstance(known.get("model"), str) else "",
         "temperature": float(temperature) if isinstance(temperature, int | float) else None,
-        "tools": row.tools or raw.read_tools(row.get("tools")),
+        "tools": row.tools or raw.read_tools(row.get("tools"), row.get("functions")),
     }
     traces = []
     for index, completion in enumerate(completions):
@@ -312,20 +312,20 @@ def read_record(
             traces.append(dataclasses.replace(completion, **about))
             continue
         lead = row.system(prompt.messages or completion.messages)
-        earlier = [*lead, *prompt.messages]
+        earlier = [*lead, *_asked(prompt.messages, completion)]
         turns = Turns(completion.messages, completion.unsupervised).after(earlier)
         trace = dataclasses.replace(
             completion,
             messages=turns.messages,
             unsupervised=turns.unsupervised,
             first_completion=len(earlier) if prompt.messages else 0,
-            extras=completion.extras,
             **about,
         )
-        traces.append(_finished(trace))
-    extras = row.unread() | prompt.extras
-    for name in sorted(row.unread()):
-        if may_be_reasoning(name, whole.get(name)):
+        traces.append(finished(trace))
+    unread = row.unread()
+    extras = frozenset(unread) | prompt.extras
+    for name in sorted(unread):
+        if may_be_reasoning(name, unread[name]):
             for trace in traces:
                 if not trace.failed:
                     raw.check_reasoned(name, trace.completion_text(), fields)

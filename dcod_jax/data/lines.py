@@ -34,7 +34,8 @@ _BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{\]}]', re.DOTALL)
 _HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 # How files of other kinds begin, which are told by their names.
 _MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"\xfd7zXZ": ".xz"}
-_MAGIC |= {b"PAR1": ".parquet", b"PK\x03\x04": ".zip, which is not read: unpack it"}
+_MAGIC |= {b"PAR1": ".parquet", b"ARROW1": ".arrow", b"\xff\xff\xff\xff": ".arrow"}
+_MAGIC |= {b"PK\x03\x04": ".zip, which is not read: unpack it"}
 _OUTSIDE, _INSIDE = re.compile(rb'["\[\]{},]'), re.compile(rb'["\\]')
 
 
@@ -50,10 +51,15 @@ class TooLong:
 Content: TypeAlias = bytes | dict[str, Any] | TooLong | BadRecordError
 
 
+def suffixes(path: Path) -> tuple[str, str]:
+    """(what a file's name says that it holds, how it is packed), in lower case."""
+    suffix = path.suffix.lower()
+    return (as_path(path.stem).suffix.lower(), suffix) if suffix in PACKED else (suffix, "")
+
+
 def is_records(name: str) -> bool:
     """Whether a file of this name is read here."""
-    packed = next((end for end in PACKED if name.endswith(end)), "")
-    return name.removesuffix(packed).endswith(SUFFIXES)
+    return suffixes(as_path(name))[0] in SUFFIXES
 
 
 @contextlib.contextmanager
@@ -61,7 +67,7 @@ def open_file(path: Path) -> Iterator[io.BufferedReader]:
     """The file's bytes, unpacked where its name ends in .gz, .bz2, .xz or .zst."""
     with path.open("rb") as packed, contextlib.ExitStack() as stack:
         try:
-            stream = _unpacked(path.suffix, packed)
+            stream = _unpacked(path.suffix.lower(), packed)
             yield stack.enter_context(io.BufferedReader(stream, PIECE))
         except (
             EOFError,
@@ -72,15 +78,20 @@ def open_file(path: Path) -> Iterator[io.BufferedReader]:
         ) as e:
             raise _damaged(path, e) from e
         except OSError as error:  # bz2 and zstd tell of damage by an OSError without a number
-            if path.suffix not in PACKED or error.errno is not None:
+            if path.suffix.lower() not in PACKED or error.errno is not None:
                 raise
             raise _damaged(path, error) from error
 
 
 def _damaged(path: Path, error: Exception) -> DcodError:
-    kind = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix, path.suffix[1:])
+    suffix = path.suffix.lower()
+    kind = {".gz": "gzip", ".zst": "zstd"}.get(suffix, suffix[1:])
     why = str(error) or type(error).__name__
-    return DcodError(f"{path} is not a whole {kind} file: {why}; pack it again")
+    with path.open("rb") as file:
+        begins = file.read(8)
+    packed = any(begins.startswith(magic) for magic, end in _MAGIC.items() if end == suffix)
+    cure = "" if packed else f", or name it without {path.suffix} where it is not packed"
+    return DcodError(f"{path} is not a whole {kind} file: {why}; pack it again{cure}")
 
 
 def _unpacked(suffix: str, packed: Any) -> Any:
@@ -112,7 +123,7 @@ def read_contents(location: str, *, limit: int) -> Iterator[tuple[str, Content]]
     """("file:line", what is there) of every record; nothing above `limit` bytes is held."""
     path = as_path(location)
     with open_file(path) as file:
-        table = _TABLES.get(as_path(path.stem).suffix if path.suffix in PACKED else path.suffix)
+        table = _TABLES.get(suffixes(path)[0])
         start = file.peek(4096)[:4096]
         if start.startswith((b"\xff\xfe", b"\xfe\xff")):
             kind = "UTF-32" if start.startswith(b"\xff\xfe\0\0") else "UTF-16"
@@ -142,8 +153,7 @@ def count_records(location: str) -> int:
     path = as_path(location)
     with open_file(path) as file:
         start = file.peek(4096)[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
-        plain = as_path(path.stem).suffix if path.suffix in PACKED else path.suffix
-        if plain not in _TABLES and not start.startswith(b"["):
+        if suffixes(path)[0] not in _TABLES and not start.startswith(b"["):
             return sum(block.count(b"\n") for block in iter(lambda: file.read(PIECE), b""))
     return sum(1 for _ in read_contents(location, limit=PIECE))
 

@@ -7,6 +7,9 @@ A new data set is a line in PRESETS. Names are compared without regard to case; 
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dcod_jax.data.reasoning import Reasoning
@@ -15,7 +18,8 @@ PROMPT_FIELDS = ("prompt", "question", "problem", "instruction")
 PROMPTS = (*PROMPT_FIELDS, "query", "input")
 COMPLETIONS = (
     *("completion", "completions", "response", "responses", "output", "outputs"),
-    *("generation", "generations", "generated_solution", "attempt"),
+    *("generation", "generations", "generated_solution", "generated_text", "output_text"),
+    "attempt",
 )
 HUMAN = ("solution",)  # read where nothing else can be the completion
 CONVERSATIONS = ("messages", "conversations", "conversation", "contents")
@@ -23,12 +27,48 @@ ANSWERS = ("answer", "final_answer", "expected_answer", "reference_answer", "gol
 ANSWERS = (*ANSWERS, "ground_truth", "gt_answer")
 SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction")
 REASONINGS = ("reasoning_content", "reasoning", "thinking", "thinking_trajectories")
-FINISHES = ("finish_reason", "finish_reasons", "done_reason", "stop_reason", "status")
-COMPLETE = ("is_reasoning_complete", "is_complete", "is_finished", "finished", "completed", "done")
-CUT = ("truncated", "is_truncated", "cut_off")  # true where the completion is not whole
-VERDICTS = ("correct", "is_correct", "correctness", "correctness_math_verify", "correctness_llama")
-VERDICTS = (*VERDICTS, "verified", "is_verified", "passed", "label")
-UNREADABLE = ("image", "images", "video", "videos", "audio", "audios")
+REASONINGS = (*REASONINGS, "reasoning_contents", "reasonings", "thinkings")
+UNREADABLE = re.compile("(image|video|audio)s?(paths?|files?|urls?)?")  # of a `plain` name
+# What is worth naming inside of an object that nothing read.
+TELLING = re.compile(
+    r"\.[^.]*(reason|think|thought|rationale|cot$|correct|verif|reward|score|grade|judg|answer|"
+    r"truth|stop|trunc|instruction|tools$|system)[^.]*$",
+    re.IGNORECASE,
+)
+# Parts of an API's request or answer, which are read as such.
+_CONTAINERS = {"response", "request", "body", "result", "message", "params", "usage"}
+_CONTAINERS |= {"modelInput", "modelOutput", "tools", "input", "output", "prompt", "completion"}
+
+
+def plain(name: str) -> str:
+    """A name without what does not matter in it: finishReason is finish_reason."""
+    return re.sub(r"[\s_-]", "", name.lower())
+
+
+def listed(value: Any) -> Any:
+    """A list or object that a table holds as its text; else the value: "[True]" -> [True]."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    text = value
+    if re.fullmatch(r"\s*\[[\w\s,'.-]*\]\s*", text):  # as Python writes flags and words
+        for own, word in (("'", '"'), ("True", "true"), ("False", "false"), ("None", "null")):
+            text = text.replace(own, word)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return value
+    return found if isinstance(found, list | dict) else value
+
+
+def leaves(record: Mapping[str, Any], depth: int = 3) -> Iterator[tuple[str, Any]]:
+    """Names and values, those inside of objects with a dotted name: metadata.is_correct."""
+    for name, value in record.items():
+        yield name, value
+        short = not isinstance(value, str) or len(value) < 1 << 16
+        inner = listed(value) if depth and short and name not in _CONTAINERS else None
+        if isinstance(inner, dict) and inner:
+            inside = leaves({str(key): inner[key] for key in inner}, depth - 1)
+            yield from ((f"{name}.{key}", found) for key, found in inside)
 
 
 _AS_WRITTEN = Reasoning()
@@ -46,10 +86,18 @@ class Fields:
     reasoning: Reasoning = _AS_WRITTEN
     teacher: str = "teacher"
     weight: str = ""  # empty: traces have no weights
+    verdict: str = ""  # a preset's column with a verdict under a name of its own
+
+    def chosen(self) -> list[str]:
+        """The names that are no synonyms."""
+        parts = (self.prompt, self.completion, self.answer, self.reasoning_field)
+        return [name for name in (*parts, self.teacher, self.weight, self.verdict) if name]
 
 
-def _preset(prompt: str, completion: str, answer: str = "answer", reasoning: str = "") -> Fields:
-    return Fields(prompt, completion, answer, reasoning_field=reasoning)
+def _preset(
+    prompt: str, completion: str, answer: str = "answer", reasoning: str = "", verdict: str = ""
+) -> Fields:
+    return Fields(prompt, completion, answer, reasoning_field=reasoning, verdict=verdict)
 
 
 _CHAT = _preset("", "messages")
@@ -57,9 +105,15 @@ _SHAREGPT = _preset("", "conversations")
 PRESETS = {
     "openr1": _preset("problem", "generations", "answer"),
     "openthoughts": _SHAREGPT,
+    "openthoughts_metadata": _preset(
+        "problem", "deepseek_solution", "", reasoning="deepseek_reasoning"
+    ),
     "bespoke_stratos": _SHAREGPT,
     "s1k": _preset("question", "attempt", reasoning="thinking_trajectories"),
-    "s1k_1_1": _preset("question", "deepseek_attempt", reasoning="deepseek_thinking_trajectory"),
+    "s1k_1_1": _preset(
+        *("question", "deepseek_attempt", "answer"),
+        *("deepseek_thinking_trajectory", "deepseek_grade"),
+    ),
     "limo": _preset("question", "solution", "answer"),
     "deepmath": _preset("question", "r1_solution_*", "final_answer"),
     "numinamath": _CHAT,
@@ -109,6 +163,7 @@ def fields_of(prepare: Any, reasoning: Reasoning) -> Fields:
         system_prompt=prepare.system_prompt,
         reasoning_field=prepare.reasoning_field or preset.reasoning_field,
         reasoning=reasoning,
+        verdict=preset.verdict,
         teacher=prepare.teacher_field,
         weight=prepare.weight_field,
     )

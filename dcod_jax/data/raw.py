@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from dcod_jax.data.presets import Fields
+from dcod_jax.data.presets import TELLING, Fields, leaves, listed
 from dcod_jax.data.reasoning import Reasoning, has_reasoning, is_switch, may_be_reasoning
 from dcod_jax.errors import DcodError
 
@@ -18,12 +18,25 @@ _OTHERS = {"human": "user", "gpt": "assistant", "model": "assistant"}
 _OTHERS |= {"observation": "tool", "function_response": "tool", "function": "tool"}
 _OTHERS |= {"ai": "assistant", "chatgpt": "assistant"}
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+# Where a part of type thinking has its text, in the words of the APIs.
+_THINKING = ("thinking", "reasoning", "text", "content", "summary")
+_THINKING = (*_THINKING, "reasoningContent", "reasoningText")  # Bedrock
 _REASONING_PARTS = ("reasoning_details", "thinking_blocks", "thought", "thoughts")
 # Whether a turn is trained on, in the words of trainers; and keys that may be another's.
-_TRAINED = ("weight", "train", "loss", "trainable", "train_on_turn", "loss_weight", "loss_mask")
+_TRAINED = (
+    "weight",
+    "train",
+    "training",
+    "loss",
+    "trainable",
+    "train_on_turn",
+    "loss_weight",
+    "loss_mask",
+)
 _MAYBE_TRAINED = re.compile("mask|train|loss|learn|supervis", re.IGNORECASE)
 # A message's other keys that carry nothing to train on.
-_PLAIN_KEYS = {"role", "from", "content", "value", "text", "parts", *REASONING_KEYS}
+_TEXTS = ("content", "value", "text", "parts")
+_PLAIN_KEYS = {"role", "from", *_TEXTS, *REASONING_KEYS}
 _PLAIN_KEYS |= {*_REASONING_PARTS, *_TRAINED, "masked", "finish_reason", "stop_reason"}
 _PLAIN_KEYS |= {"refusal", "annotations", "audio", "tool_calls", "function_call"}
 
@@ -47,6 +60,8 @@ class RawTrace:
     failed: str = ""  # why a request gave no completion
     unfinished: str = ""  # why the completion is not whole
     verdict: bool | None = None  # the record's own judgement of this completion
+    verdict_of: str = ""  # the columns that give it
+    told: tuple[Record, ...] = ()  # what is of this completion alone, to judge it by
     unsupervised: frozenset[int] = frozenset()  # assistant messages that are not the teacher's
     extras: frozenset[str] = frozenset()  # columns of the record that nothing reads
 
@@ -88,6 +103,7 @@ class Turns:
     messages: list[Message]
     unsupervised: frozenset[int] = frozenset()
     extras: frozenset[str] = frozenset()
+    told: tuple[Record, ...] = ()  # what supervised messages tell of themselves
 
     def after(self, earlier: list[Message]) -> Turns:
         shifted = frozenset(i + len(earlier) for i in self.unsupervised)
@@ -137,14 +153,29 @@ def parts(value: object, name: str) -> tuple[str, str]:
         place = "text" if kind in ("output_text", "input_text") else place
         if place not in texts or kind == "reasoning.encrypted":
             raise BadRecordError(f"{name} has a part of type {kind!r}; only text is supported")
-        keys = ("thinking", "text", "content", "summary") if place == "thinking" else ("text",)
+        keys = _THINKING if place == "thinking" else ("text",)
+        if not any(key in part for key in keys):
+            raise BadRecordError(f"{name} has a part of type {kind!r} without {' or '.join(keys)}")
         inner = next((part[key] for key in keys if part.get(key)), "")
+        inner = [inner] if isinstance(inner, dict) else inner
         inner = "".join(parts(inner, f"{name}.{place}")) if isinstance(inner, list) else inner
         place = "thinking" if part.get("thought") is True else place  # Gemini
         if not isinstance(inner, str):
             raise BadRecordError(f"{name}.{place} must be a string, found {kind_of(inner)}")
         texts[place].append(inner)
     return "".join(texts["text"]), "\n".join(texts["thinking"])
+
+
+def thoughts(value: object, name: str) -> list[str]:
+    """The texts of a field of reasoning: one, one for each completion, or [] where it has none."""
+    if isinstance(value, dict):
+        value = next((value[key] for key in _THINKING if value.get(key)), None)
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return ["".join(parts(value, name))]
+    texts = value if isinstance(value, list) else [value] if isinstance(value, str) else []
+    if not all(text is None or isinstance(text, str) for text in texts):
+        raise BadRecordError(f"{name} must be a string or strings, found {kind_of(value)}")
+    return [text or "" for text in texts] if any((text or "").strip() for text in texts) else []
 
 
 def check_unicode(text: str, name: str) -> str:
@@ -162,21 +193,21 @@ def read_messages(value: object, name: str, fields: Fields) -> Turns:
     """The messages of a conversation; system messages without text are left out."""
     if not isinstance(value, list) or not value:
         raise BadRecordError(f"{name} must be a non-empty list of messages, found {kind_of(value)}")
-    messages, skipped, extras = [], set(), set()
+    messages, skipped, extras, told = [], set(), set(), []
     for index, item in enumerate(value):
         message = read_message(item, f"{name}[{index}]", fields)
-        unread = {k: v for k, v in item.items() if k not in _PLAIN_KEYS}
-        extras |= {f"{name}[].{k}" for k, v in unread.items() if v not in (None, "", [], {})}
-        if message["role"] == "assistant":
-            _check_unread(unread, message, f"{name}[{index}]", fields)
+        extras |= {f"{name}[].{key}" for key in unread(item, message, f"{name}[{index}]", fields)}
         if not message["content"].strip() and "tool_calls" not in message:
             continue
-        if message["role"] == "assistant" and not _is_supervised(item, f"{name}[{index}]"):
-            skipped.add(len(messages))
+        if message["role"] == "assistant":
+            if _is_supervised(item, f"{name}[{index}]"):
+                told.append({k: v for k, v in item.items() if k not in _TEXTS})
+            else:
+                skipped.add(len(messages))
         messages.append(message)
     if not messages:
         raise BadRecordError(f"{name} holds no message with text")
-    return Turns(messages, frozenset(skipped), frozenset(extras))
+    return Turns(messages, frozenset(skipped), frozenset(extras), tuple(told))
 
 
 def _is_supervised(message: Record, name: str) -> bool:
@@ -187,16 +218,26 @@ def _is_supervised(message: Record, name: str) -> bool:
     return all(truth(value) == (key != "masked") for key, value in given.items())
 
 
-def _check_unread(unread: Record, message: Message, name: str, fields: Fields) -> None:
-    """Refuse keys of an assistant's message that may say what its turn lacks."""
-    for key, value in unread.items():
-        if _MAYBE_TRAINED.search(key) and value is not None:
+def unread(item: Record, message: Message, name: str, fields: Fields) -> list[str]:
+    """Keys of a message that nothing reads.
+
+    Refuses those of an assistant's that may say what its turn lacks.
+    """
+    found = {k: v for k, v in item.items() if k not in _PLAIN_KEYS}
+    found = {
+        k: v
+        for k, v in leaves(found)
+        if v not in (None, "", [], {}) and k != fields.reasoning_field
+    }
+    for key, value in found.items() if message["role"] == "assistant" else ():
+        if _MAYBE_TRAINED.search(key) and "." not in key:
             raise BadRecordError(
                 f"{name}.{key} may say whether the turn is trained on; known are "
                 f"{', '.join(_TRAINED)} (0 or false: not) and masked; rename it, or take it out"
             )
         if may_be_reasoning(key, value):
             check_reasoned(key, message["content"], fields)
+    return [key for key in found if "." not in key or TELLING.search(key)]
 
 
 def check_reasoned(name: str, text: str, fields: Fields) -> None:
@@ -211,6 +252,8 @@ def check_reasoned(name: str, text: str, fields: Fields) -> None:
 
 def read_message(value: object, name: str, fields: Fields) -> Message:
     """A message of any dialect: role or from, content, value or parts; reasoning is folded in."""
+    if isinstance(value, dict) and "parts" in value and value.keys().isdisjoint(("role", "from")):
+        value = {"role": "user", **value}  # Gemini's, which may leave it out
     by = "from" if isinstance(value, dict) and "from" in value and "role" not in value else "role"
     texts = ("value", "content", "text") if by == "from" else ("content", "value", "parts", "text")
     text = next((t for t in texts if isinstance(value, dict) and value.get(t) is not None), "")
@@ -271,12 +314,20 @@ def _read_calls(message: Record, name: str) -> dict[str, Any]:
 def _reasoning_of(message: Record, name: str, fields: Fields) -> str:
     """The reasoning of a message that has it in a key of its own."""
     chosen = fields.reasoning_field
-    given = {key: value for key, value in message.items() if value and not is_switch(value)}
-    keys = (chosen,) if chosen in message else REASONING_KEYS
+    own = dict(leaves(message)) if "." in chosen else message
+    given = {key: value for key, value in own.items() if value and not is_switch(value)}
+    keys = (chosen,) if chosen in own else REASONING_KEYS
     if keys is REASONING_KEYS and given.keys().isdisjoint(keys):
         keys = _REASONING_PARTS
     found = {key: given[key] for key in keys if key in given}
-    texts = {key: "".join(parts(value, f"{name}.{key}")) for key, value in found.items()}
+    texts = {key: "\n".join(thoughts(value, f"{name}.{key}")) for key, value in found.items()}
+    for key, text in texts.items():
+        readable = isinstance(value := found[key], str | list) or (
+            isinstance(value, dict) and not value.keys().isdisjoint(_THINKING)
+        )
+        if not text and not readable:
+            raise BadRecordError(f"{name}.{key} must be a string, found {kind_of(value)}")
+    texts = {key: text for key, text in texts.items() if text}
     if len({" ".join(text.split()) for text in texts.values()}) > 1:
         raise BadRecordError(
             f"{name} has different reasoning in {' and '.join(texts)}; "
@@ -304,8 +355,13 @@ def assistant(value: object, name: str, fields: Fields, reasoning: str = "") -> 
     return Turns([{"role": "assistant", "content": content}])
 
 
-def read_tools(value: object) -> list[Any] | None:
-    """Tool definitions: a list, or its JSON text; None where there are none."""
+def read_tools(value: object, functions: object = None) -> list[Any] | None:
+    """Tool definitions: a list, or its JSON text; None where there are none.
+
+    functions: OpenAI's older form of them.
+    """
+    if isinstance(older := listed(functions), list) and not value:
+        value = [{"type": "function", "function": one} for one in older]
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)

@@ -26,7 +26,15 @@ MARKS = {
 _BLOCKS = "|".join(f"{re.escape(mark)}(.*?){re.escape(end)}" for mark, end in MARKS.items())
 _BLOCK = re.compile(rf"^[ \t]*(?:{_BLOCKS})\s*", re.DOTALL | re.MULTILINE)
 # Names of fields that hold reasoning, whatever else they are called.
-_THOUGHTS = re.compile(r"reasoning|think|thought|rationale|cot$|trajector", re.IGNORECASE)
+_THOUGHTS = re.compile(
+    r"reasoning|think|thought|rationale|cot$|trajector|scratchpad|monolog", re.IGNORECASE
+)
+# Names that tell about reasoning: reasoning_type, thinking_level.
+_ABOUT = re.compile(
+    r"(type|mode|model|style|level|category|tokens|length|language|source|format|quality|score|"
+    r"domain|skill|topic|tag)s?$",
+    re.IGNORECASE,
+)
 # Solutions of the data set's own, which are not the teacher's: gt_cot, reference_rationale, ...
 _GIVEN = re.compile(r"(gt|gold|ground_?truth|reference|human|expert|official)_", re.IGNORECASE)
 _ANSWERS = {"<|begin_of_solution|>": "<|end_of_solution|>", "<answer>": "</answer>"}
@@ -51,7 +59,7 @@ class Reasoning:
         ("so", "4") -> "<think>\\nso\\n</think>\\n\\n4". Raises DcodError where the completion has
         other reasoning of its own.
         """
-        text = self.complete(text)
+        text, reasoning = self.complete(text), self._bare(reasoning, text)
         own, answer = split(text)
         if reasoning.strip() and own.strip() and own.split() != reasoning.split():
             raise DcodError(
@@ -64,6 +72,17 @@ class Reasoning:
         if own.strip() or not reasoning.strip():
             return text
         return f"{self.opening}{reasoning.strip()}{self.closing}{answer.lstrip()}"
+
+    def _bare(self, reasoning: str, text: str) -> str:
+        """The reasoning of a field without its marks: "<think>so</think>" -> "so"."""
+        inside, answer = split(self.complete(reasoning))
+        if inside and answer.strip() and answer.split() != split(text)[1].split():
+            raise DcodError(
+                "the field of reasoning holds reasoning and another answer than the completion; "
+                "set prepare.completion_field to the one that is meant"
+            )
+        mark = next((mark for mark in MARKS if reasoning.lstrip().startswith(mark)), "")
+        return inside or reasoning.lstrip().removeprefix(mark)
 
     def complete(self, text: str) -> str:
         """With the opening mark where a completion begins after it: "so</think>4" and its kind."""
@@ -91,7 +110,9 @@ def has_reasoning(text: str) -> bool:
 
 def may_be_reasoning(name: str, value: object) -> bool:
     """Whether a field that nothing read is named like a teacher's reasoning and holds sentences."""
-    return bool(_THOUGHTS.search(name)) and not _GIVEN.match(name) and _has_words(value)
+    name = name.rpartition(".")[2]
+    named = _THOUGHTS.search(name) and not _GIVEN.match(name) and not _ABOUT.search(name)
+    return bool(named) and _has_words(value)
 
 
 def _has_words(value: object) -> bool:
@@ -114,7 +135,7 @@ def unfinished(text: str) -> str:
         place = found + len(parts[mark])
         if mark in MARKS and not text[place:].strip():
             return f"nothing follows {parts[mark]}"
-    for mark, end in MARKS.items():  # one that is begun on a later line
+    for mark, end in parts.items():  # one that is begun on a later line
         *_, last = (0, *(m.end() for m in re.finditer(rf"(?m)^[ \t]*{re.escape(mark)}", text)))
         if last and text.find(end, last) < 0:
             return f"{mark} is not ended by {end}"

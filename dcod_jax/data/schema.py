@@ -66,7 +66,7 @@ _RESPONSE = {"status_code": int, "body": dict}
 RECORD = {
     "response": (str, [object], _RESPONSE),
     "request": (str, {"body": ASKED, "params": ASKED, **ASKED}),
-    "choices": ([_CHOICE], [str]),
+    "choices": ([_CHOICE], [str], str, {}),  # of a question, too
     "outputs": (str, [_OUTPUT], [str]),
     "output_ids": [_token_id],
     "meta_info": (str, _SGLANG),

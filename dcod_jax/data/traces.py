@@ -10,20 +10,24 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import pyarrow
+
 from dcod_jax.copies import local_copy, local_directory
 from dcod_jax.data import lines, schema
-from dcod_jax.data.answers import is_request
+from dcod_jax.data.answers import batch_name, is_request
 from dcod_jax.data.forms import read_record
 from dcod_jax.data.lines import Content, TooLong
 from dcod_jax.data.raw import BadRecordError, Fields, RawTrace
 from dcod_jax.errors import DcodError
 from dcod_jax.files import NO_HUB_ID, Path, as_path, find, why_no_hub_id
 
-_SUFFIXES = f"{', '.join(lines.SUFFIXES)}, each of them also .gz, .bz2, .xz or .zst, or .parquet"
-_SAVED = ("dataset_info.json", "dataset_dict.json")  # what save_to_disk leaves
+_SUFFIXES = f"{', '.join(lines.SUFFIXES)}, each also .gz, .bz2, .xz or .zst, or .parquet or .arrow"
+_TABLES = (".parquet", ".arrow")
+_SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk leaves
 # Directories of other things, by a file in them.
 _OTHERS = {"*.array_record": "a prepared dataset (data.dataset)", "*.safetensors": "a model"}
 LONGEST = 8 << 20  # bytes of a record
@@ -32,7 +36,7 @@ HINT = "mend the record, or set prepare.on_bad_record=quarantine to go on withou
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One place to read from; `kind` is jsonl, parquet, saved (save_to_disk) or hub."""
+    """One place to read from; `kind` is jsonl, parquet, arrow, saved (save_to_disk) or hub."""
 
     kind: str
     path: str
@@ -91,10 +95,10 @@ def _near(path: Path) -> str:
 def _file(path: Path, *, key: str) -> Source:
     if lines.is_records(path.name):
         return Source("jsonl", str(path))
-    if path.suffix == ".parquet":
-        return Source("parquet", str(path))
-    inner = as_path(path.stem).suffix if path.suffix in lines.PACKED else ""
-    raise DcodError(f"{key}: {path} has the suffix {inner + path.suffix!r}; expected {_SUFFIXES}")
+    if path.suffix.lower() in _TABLES:
+        return Source(path.suffix.lower()[1:], str(path))
+    suffix = "".join(lines.suffixes(path))
+    raise DcodError(f"{key}: {path} has the suffix {suffix!r}; expected {_SUFFIXES}")
 
 
 def _directory(path: Path, *, split: str, key: str) -> list[Source]:
@@ -106,9 +110,10 @@ def _directory(path: Path, *, split: str, key: str) -> list[Source]:
     files = sorted(
         p
         for p in path.rglob("*")
-        if (lines.is_records(p.name) or p.suffix == ".parquet") and p.is_file()
+        if (lines.is_records(p.name) or p.suffix.lower() in _TABLES) and p.is_file()
     )
-    named = [p for p in files if p.stem.startswith(split) or p.parent.name == split]
+    of_split = re.compile(rf"(.*[-_.])?{re.escape(split)}")  # train-00000-of-00002, x_train
+    named = [p for p in files if of_split.match(p.stem) or p.parent.name == split]
     if not files:
         raise DcodError(
             f"{key}: {path} holds no traces: expected an HF dataset (save_to_disk), or files of "
@@ -205,7 +210,7 @@ def _traces_of(
     record = lines.parse(content) if isinstance(content, bytes) else content
     if isinstance(record, dict) and is_request(record):
         schema.check(record, {"body": schema.ASKED, "params": schema.ASKED})
-        name = str(record["custom_id"])
+        name = batch_name(record) or ""
         if name in requests and name not in answered and requests[name] != record:
             raise BadRecordError(
                 f"custom_id {name!r} has another request before, and no output between them: "
@@ -216,7 +221,7 @@ def _traces_of(
         answered.discard(name)
         return []
     if isinstance(record, dict):
-        answered.add(str(record.get("custom_id")))
+        answered.add(batch_name(record) or "")
     return read_record(record, fields, source=where, requests=requests)
 
 
@@ -229,9 +234,21 @@ def _as_text(content: object) -> str:
 
 
 def _read_rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
-    label = source.path if source.kind == "parquet" else f"{source.path}[{source.split}]"
+    label = source.path if f".{source.kind}" in _TABLES else f"{source.path}[{source.split}]"
     for number, row in enumerate(_open_rows(source), 1):
         yield f"{label}:{number}", dict(row)
+
+
+def _open_arrow(path: str) -> Any:
+    """The rows of an .arrow file: a stream, as the datasets package writes it, or a file."""
+    import datasets
+    from datasets.table import InMemoryTable
+
+    with pyarrow.memory_map(path) as file:
+        if file.read(6) != b"ARROW1":
+            return datasets.Dataset.from_file(path)
+        file.seek(0)
+        return datasets.Dataset(InMemoryTable(pyarrow.ipc.open_file(file).read_all()))
 
 
 def _open_rows(source: Source) -> Any:
@@ -245,8 +262,10 @@ def _open_rows(source: Source) -> Any:
             return datasets.load_dataset(source.path, split=source.split, streaming=True)
         if source.kind == "parquet":
             return datasets.Dataset.from_parquet(str(local_copy(path)))
+        if source.kind == "arrow":
+            return _open_arrow(str(local_copy(path)))
         found: Any = datasets.load_from_disk(str(local_directory(path)))
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, ValueError, pyarrow.ArrowException, DatasetsError) as error:
         if source.kind != "hub":
             raise DcodError(f"{source.path} is not a readable HF dataset: {error}") from error
         reason = f"{type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0]}"

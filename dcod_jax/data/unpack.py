@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from dcod_jax.data import lines, presets
-from dcod_jax.data.presets import Fields
+from dcod_jax.data.presets import Fields, leaves, listed
 from dcod_jax.data.raw import BadRecordError, Record
 
 
@@ -16,17 +16,60 @@ def unpacked(record: Record, fields: Fields) -> dict[str, Any]:
     {"messages": '[{"role": "user", "content": "a"}]'} -> {"messages": [{"role": "user", ...}]}
     """
     texts = {*presets.PROMPTS, *presets.COMPLETIONS, fields.prompt, fields.completion}
-    found = dict(record)
-    for name, value in record.items():
+    thoughts = {*presets.REASONINGS, fields.reasoning_field}
+    found = _named_as_openai(record)
+    for name, value in tuple(found.items()):
         talk = name in presets.CONVERSATIONS
-        if not talk and name not in texts:
+        if name == "choices":
+            found[name] = listed(value)
+        if not talk and name not in texts | thoughts:
             continue
-        if isinstance(value, dict) and name != "response" and {"role", "from"} & value.keys():
+        answer = listed(value) if name in presets.COMPLETIONS else None
+        if isinstance(value, dict) and isinstance(value.get("messages"), list):
+            found[name] = value["messages"]
+            if value.get("tools") and "tools" not in found:
+                found["tools"] = value["tools"]
+        elif isinstance(value, dict) and name != "response" and {"role", "from"} & value.keys():
             both = isinstance(value.get("role", value.get("from")), list)
             found[name] = _transposed(value, name) if both else [value]
+        elif isinstance(answer, dict) and _is_answer(answer) and "response" in (name, *found):
+            found[name] = answer
+        elif isinstance(answer, dict) and _is_answer(answer):
+            found["response"] = answer
+            del found[name]
         elif isinstance(value, str) and value.lstrip().startswith("["):
-            found[name] = _from_text(value, name, lists=talk or name.endswith("s"))
-    return found
+            lists = talk or name.endswith("s") or name in thoughts
+            found[name] = _from_text(value, name, lists=lists)
+    inside = dict(leaves(record)) if any("." in name for name in fields.chosen()) else {}
+    chosen = {name: inside.get(name) for name in fields.chosen() if "." in name}
+    return found | {name: value for name, value in chosen.items() if value is not None}
+
+
+def nulls(record: Record, fields: Fields) -> list[str]:
+    """Columns without a value, and names inside of objects without one, or of no object."""
+    found = [str(name) for name, value in record.items() if value is None]
+    dotted = [name for name in fields.chosen() if "." in name]
+    inside = dict(leaves(record)) if dotted else {}
+    there = [name for name in dotted if name in inside or name.partition(".")[0] in found]
+    return [*found, *there]
+
+
+def _named_as_openai(record: Record) -> dict[str, Any]:
+    """With the names of OpenAI's batches where the record is a line of Bedrock's."""
+    if not isinstance(record.get("modelInput"), dict):
+        return dict(record)
+    found = {k: v for k, v in record.items() if k not in ("recordId", "modelInput", "modelOutput")}
+    failed = {"error": record.get("error", "there is no modelOutput")}
+    found |= {"custom_id": record.get("recordId"), "request": record["modelInput"]}
+    return found | {"response": record.get("modelOutput") or failed}
+
+
+def _is_answer(value: Record) -> bool:
+    """Whether an object is the whole answer of an API, and not one text."""
+    several, spoken = value.get("choices") or value.get("candidates"), value.get("message")
+    if isinstance(several, list) and several:
+        return isinstance(several[0], dict)
+    return isinstance(spoken, dict) and spoken.get("role") == "assistant"
 
 
 def _transposed(value: Record, name: str) -> list[dict[str, Any]]:

@@ -113,7 +113,9 @@ class Filter:
             elif count := chat.tokens_above(self.tokenizer, whole, limit):
                 self._drop(trace, f"over {count:,} tokens, data.max_length={limit}", "too_long")
             elif settings.filter_correct and trace.verdict is False:
-                self._drop(trace, "the record's own verdict is false", "wrong_answer")
+                self._drop(
+                    trace, f"the record's own verdict is false: {trace.verdict_of}", "wrong_answer"
+                )
             else:
                 yield trace, text, trace.answer if settings.filter_correct else None
 

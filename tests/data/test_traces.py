@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import datasets
+import pyarrow
 import pytest
 
 from dcod_jax.data.forms import FORMS, read_record
@@ -291,6 +292,13 @@ def test_a_packed_file_is_read_as_what_it_holds(tmp_path) -> None:
     assert len(read(tmp_path)) == 4
 
 
+@pytest.mark.parametrize("name", ["T.JSONL", "t.Json", "t.jsonl.GZ"])
+def test_upper_case_in_a_files_name_does_not_matter(tmp_path, name) -> None:
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(GOOD) if name.endswith("GZ") else GOOD)
+    assert len(read(path)) == len(read(tmp_path)) == 1
+
+
 def test_a_bad_record_in_a_packed_file_is_named(tmp_path) -> None:
     path = pack(tmp_path / "t.jsonl.gz", GOOD + b'{"prompt": "p", "completion": "c')
     with pytest.raises(DcodError, match=r"t.jsonl.gz:2: truncated JSON"):
@@ -367,7 +375,15 @@ def test_hf_datasets_by_path(tmp_path) -> None:
     datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "dict")
     (tmp_path / "parquet" / "train").mkdir(parents=True)
     table.to_parquet(tmp_path / "parquet" / "train" / "0.parquet")
-    for name in ("saved", "dict", "parquet"):
+    table.to_parquet(tmp_path / "upper.PARQUET")
+    (tmp_path / "cache").mkdir()  # as the datasets package keeps what it has downloaded
+    (tmp_path / "cache" / "dataset_info.json").write_text("{}")
+    for name in ("train", "test"):
+        stream = tmp_path / "saved" / "data-00000-of-00001.arrow"
+        (tmp_path / "cache" / f"mine-{name}.arrow").write_bytes(stream.read_bytes())
+    with pyarrow.ipc.new_file(str(tmp_path / "file.arrow"), table.data.schema) as file:
+        file.write_table(table.data.table)
+    for name in ("saved", "dict", "parquet", "upper.PARQUET", "cache", "file.arrow"):
         sources = find_sources(str(tmp_path / name))
         traces = list(read_traces(sources, Fields()))
         assert [(t.prompt_text(), t.answer) for t in traces] == [("p", "4"), ("q", None)]

@@ -32,11 +32,14 @@ def texts(records: list, **changes) -> list:
     return found
 
 
+CONVERSE = [{"reasoningContent": {"reasoningText": {"text": THOUGHT}}}, {"text": SAID}]
 GEMINI = [{"text": THOUGHT, "thought": True}, {"text": SAID}]
 RIGHT = {
     "columns that belong to the prompt": [
         {"instruction": "Add", "context": "two and three.", "response": WHOLE},
         {"Instruction": "Add", "Input": "two and three.", "Output": WHOLE},
+        {"instruction": "", "input": ASKED, "output": WHOLE},
+        {"question": ASKED, "choices": {"text": ["5", "6"], "label": ["A", "B"]}, "output": WHOLE},
     ],
     "packed messages": [
         {"messages": json.dumps(TALK)},
@@ -45,6 +48,11 @@ RIGHT = {
         {"prompt": json.dumps(TALK[:1]), "completion": json.dumps(TALK[1:])},
         {"prompt": TALK[0], "completion": TALK[1]},
         {"prompt": ASKED, "completions": json.dumps([WHOLE])},
+        {"prompt": ASKED, "completion": SAID, "reasoning": json.dumps([THOUGHT])},
+        {"conversation": {"messages": TALK}},
+        {"messages": [USER], "choices": json.dumps([{"message": WHOLE_TURN}])},
+        {"messages": [USER], "response": json.dumps({"choices": [{"message": WHOLE_TURN}]})},
+        {"messages": [USER], "completion": {"choices": [{"message": WHOLE_TURN}]}},
         {"contents": [{"parts": [{"text": ASKED}], "role": "user"},
                       {"parts": GEMINI, "role": "model"}]},
     ],
@@ -53,6 +61,21 @@ RIGHT = {
         {"prompt": ASKED, "responses": [{"content": WHOLE, "model": "m"}]},
         {"prompt": ASKED, "completions": [TALK[1:], TALK[1:]]},
         {"prompt": TALK[:1], "completion": [PLAIN_TURN], "reasoning": THOUGHT},
+        *({"prompt": ASKED, name: [{"text": SAID, "reasoning_content": THOUGHT}]}
+          for name in ("completions", "outputs", "choices")),
+        {"prompt": ASKED, "completion": {"content": SAID, "reasoning": THOUGHT}},
+        {"prompt": ASKED, "response": PLAIN_TURN | {"reasoning": THOUGHT}},
+        {"prompt": ASKED, "completions": [{"message": PLAIN_TURN | {"thinking": THOUGHT}}]},
+        {"prompt": ASKED, "outputs": [{"text": SAID}], "reasoning": THOUGHT},
+        {"prompt": ASKED, "text": SAID, "reasoning_content": THOUGHT,
+         "meta_info": {"finish_reason": {"type": "stop"}}},
+        {"messages": TALK, "choices": [{"message": WHOLE_TURN}]},  # the answer is in the log, too
+    ],
+    "reasoning with its marks": [
+        *({"prompt": ASKED, "completion": SAID, "reasoning": text} for text in (
+            f"<think>\n{THOUGHT}\n</think>", f"{THOUGHT}\n</think>", f"<think>{THOUGHT}",
+            f"{WHOLE}")),
+        {"messages": [USER, PLAIN_TURN | {"thinking": f"<think>{THOUGHT}</think>"}]},
     ],
     "reasoning in parts": [
         {"messages": [USER, PLAIN_TURN | {"reasoning_details": [
@@ -61,6 +84,11 @@ RIGHT = {
         {"messages": [USER, PLAIN_TURN | {"thought": THOUGHT, "thinking": True}]},
         {"messages": [USER, {"role": "model", "parts": GEMINI}]},
         {"prompt": ASKED, "completion": SAID, "reasoning": {"content": THOUGHT}},
+        {"messages": [USER, PLAIN_TURN | {"reasoning": {"content": THOUGHT}}]},
+        {"messages": [USER, PLAIN_TURN | {"reasoning": [THOUGHT]}]},
+        {"messages": [USER, {"role": "assistant", "content": [
+            {"type": "reasoning", "reasoning": THOUGHT}, {"type": "text", "text": SAID}]}]},
+        {"messages": [USER, {"role": "assistant", "content": CONVERSE}]},
     ],
     "answers of APIs": [
         {"request": {"messages": [USER]}, "response": {"choices": [{"message": WHOLE_TURN}]}},
@@ -76,6 +104,14 @@ RIGHT = {
          "result": {"type": "succeeded", "message": PLAIN_TURN | {"reasoning": THOUGHT}}},
         {"messages": [USER], "message": PLAIN_TURN | {"thinking": THOUGHT}, "done": True},
         {"prompt": ASKED, "response": WHOLE, "done": True, "done_reason": "stop"},
+        {"messages": [USER], "response": {"finish_reason": "COMPLETE", "message": {
+            "role": "assistant", "content": [BLOCK, {"type": "text", "text": SAID}]}}},  # Cohere
+        {"messages": [USER], "response": {"stopReason": "end_turn", "output": {"message": {
+            "role": "assistant", "content": CONVERSE}}}},
+        {"recordId": "1", "modelInput": {"messages": [USER]}, "modelOutput": {
+            "role": "assistant", "content": [BLOCK, {"type": "text", "text": SAID}]}},
+        {"contents": [{"parts": [{"text": ASKED}]}],
+         "candidates": [{"content": {"parts": GEMINI}}]},
     ],
     "roles": [
         {"messages": [{"role": "USER ", "content": ASKED}, {"role": "ai", "content": WHOLE}]},
@@ -98,6 +134,7 @@ def test_neighbours_of_the_cases_give_the_same_text(kind) -> None:
         *({key: value} for key in ("weight", "train", "loss") for value in (0, False, "false")),
         *({key: 0} for key in ("trainable", "train_on_turn", "loss_weight", "loss_mask")),
         {"masked": True},
+        {"training": False},
     ],
 )
 def test_a_turn_that_is_marked_is_not_supervised(turn) -> None:
@@ -118,6 +155,15 @@ DROPPED = {
         {"messages": [USER, PLAIN_TURN | {"finish_reason": "length"}]},
         {"input": ASKED, "output": ITEMS, "status": "incomplete"},
         {"messages": [USER], "message": PLAIN_TURN, "done": False},
+        *(ENDED | {name: {"finish_reason": "length"}} for name in ("metadata", "details")),
+        ENDED | {"metadata": '{"finish_reason": "length"}'},
+        ENDED | {"stop_type": "limit"},
+        ENDED | {"finish_reason": "stop", "native_finish_reason": "MAX_TOKENS"},
+        {"prompt": ASKED, "completions": [{"text": SAID, "stop_reason": "max_tokens"}]},
+        {"prompt": ASKED, "outputs": [{"text": SAID, "meta_info": {"finish_reason": "length"}}]},
+        {"messages": [USER], "response": {"message": PLAIN_TURN, "finish_reason": "MAX_TOKENS"}},
+        {"messages": [USER, PLAIN_TURN | {"response_metadata": {"finish_reason": "length"}}]},
+        {"messages": [USER, PLAIN_TURN | {"finish_reason": "length"}, USER, PLAIN_TURN]},
     ],
     "is (true|false)": [
         ENDED | {"truncated": True},
@@ -125,24 +171,43 @@ DROPPED = {
         ENDED | {"is_finished": 0},
         {"prompt": TALK[:1], "completion": [PLAIN_TURN], "completed": False},
         {"prompt": ASKED, "choices": [{"message": PLAIN_TURN}], "finished": False},
+        *(ENDED | {name: True} for name in ("incomplete", "is_incomplete", "was_truncated",
+          "truncation", "hit_max_tokens", "max_tokens_reached", "stopped_limit", "overlong")),
+        {"messages": [USER, PLAIN_TURN | {"truncated": True}]},
+        {"prompt": ASKED, "completions": [{"text": SAID, "truncated": True}]},
     ],
     "wrong": [
         *(ENDED | {"correct": value} for value in (0, 0.0, "false", "False")),
         ENDED | {"label": False},
         {"prompt": TALK[:1], "completion": [PLAIN_TURN], "label": False},
         {"prompt": ASKED, "outputs": [{"text": SAID}], "is_correct": [False]},
+        *(ENDED | {name: word} for name, word in (
+            ("correct", "incorrect"), ("correctness", "wrong"), ("passed", "fail"),
+            ("verified", "unverified"), ("judgement", "wrong"), ("r1_correctness", "False"))),
+        *(ENDED | {name: True} for name in ("incorrect", "is_wrong", "wrong", "failed")),
+        *(ENDED | {name: False} for name in ("kto_tag", "success", "answer_correct")),
+        ENDED | {"metadata": {"is_correct": False}},
+        {"prompt": ASKED, "generations": [SAID], "correct": "[False]"},
+        {"messages": [USER, PLAIN_TURN | {"info": {"correct": False}}]},
+        {"prompt": ASKED, "completions": [{"text": SAID, "correct": False}]},
+        {"prompt": ASKED, "choices": [{"message": PLAIN_TURN, "correct": False}]},
     ],
     "is not ended by": [
         {"prompt": ASKED, "completion": f"Sure.\n<think>\n{THOUGHT}"},
         {"prompt": ASKED, "completion": f"{WHOLE}\n<think>again"},
         {"prompt": ASKED, "completion": f"◁think▷{THOUGHT}"},
+        {"prompt": ASKED, "completion": f"{WHOLE}\n<answer>5"},
+        {"messages": [USER, {"role": "assistant", "content": "<think>so"}, USER, WHOLE_TURN]},
     ],
-    "the request failed|is empty": [
+    "the request failed|is empty|failed: ": [
         {"custom_id": "1", "response": None, "error": {"message": "rate"}},
         {"custom_id": "1", "result": {"type": "errored", "error": {"type": "overloaded"}}},
-        {"prompt": ASKED, "completions": [None, ""]},
+        {"prompt": ASKED, "completions": [None, "", {"text": " "}]},
+        {"key": "1", "error": {"message": "rate"}},
+        {"messages": [USER], "response": {"promptFeedback": {"blockReason": "SAFETY"}}},
+        {"messages": [USER], "choices": [{"message": PLAIN_TURN, "error": {"code": 502}}]},
     ],
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("why", DROPPED)
@@ -156,6 +221,8 @@ def test_neighbours_of_the_cases_are_dropped(why) -> None:
         ENDED | {"finish_reason": reason} for reason in ("FinishReason.STOP", "eos", "unknown")
     ]
     whole += [ENDED | {"stop_reason": "###"}, ENDED | {"label": 0}, ENDED | {"correct": 1}]
+    whole += [ENDED | {"correctness": 3}, ENDED | {"wrong": False}, ENDED | {"correct": "right"}]
+    whole += [ENDED | {"stats": {"correct": 0, "total": 8}}, ENDED | {"reasoning_type": "by hand"}]
     assert texts(whole) == [(ASKED, SAID)] * len(whole)
 
 
@@ -180,6 +247,18 @@ REFUSED = [
     ({"prompt": ASKED, "choices": [{"delta": {"content": "a"}}]}, {}, "a streamed answer"),
     ({"messages": [USER], "response": {"words": "a"}}, {}, "the answer holds words"),
     ({"input": ASKED, "output": [*ITEMS, {"type": "web_search_call"}]}, {}, "web_search_call"),
+    (ENDED | {"metadata": {"reasoning": THOUGHT}}, {}, r"reasoning_field=metadata\.reasoning"),
+    (ENDED | {"metadata": {"a": 1}}, {"reasoning_field": "metadata.cot"}, "no field 'metadata.c"),
+    ({"messages": [USER, PLAIN_TURN | {"info": {"think_content": THOUGHT}}]}, {}, "info.think_con"),
+    (ENDED | {"reasoning": THOUGHT, "thinking": "Other."}, {}, "reasoning and thinking differ"),
+    (ENDED | {"reasoning": f"<think>{THOUGHT}</think>Six."}, {}, "another answer than the compl"),
+    ({"messages": [USER, {"role": "assistant", "content": [{"type": "thinking"}]}]}, {}, "without"),
+    ({"prompt": ASKED, "completions": ["a", "b"], "labels": [True, False]}, {}, "stepwise"),
+    ({"conversations": SHARED[:1], "chosen": SHARED[1]}, {}, "completion_field=chosen"),
+    ({"messages": [USER], "reasoning": THOUGHT, "answer": SAID}, {}, "form=dolphin_r1"),
+    ({"prompt": TALK, "completion": "More."}, {}, "the prompt ends with an assistant message"),
+    ({"messages": TALK, "chat_template_kwargs": {"xml_tools": ["f"]}}, {}, "kwargs.xml_tools"),
+    (ENDED | {"image_path": "a.png"}, {}, "has image_path, and only text can be read"),
 ]
 
 
@@ -221,6 +300,39 @@ def test_system_text_of_any_name_is_in_the_prompt() -> None:
     ):
         [trace] = reading(record)
         assert trace.messages[0] == {"role": "system", "content": "S"}, record
+
+
+def test_a_dotted_name_is_a_field_inside_of_an_object() -> None:
+    record = ENDED | {"metadata": {"reasoning": THOUGHT}, "reward_model": {"ground_truth": "5"}}
+    names = {"reasoning_field": "metadata.reasoning", "answer": "reward_model.ground_truth"}
+    [trace] = reading(record, **names)
+    assert (trace.completion_text(), trace.answer) == (WHOLE, "5")
+    assert texts([ENDED | {"metadata": None}], reasoning_field="metadata.reasoning")
+    turn = PLAIN_TURN | {"info": {"think_content": THOUGHT}}
+    assert texts([{"messages": [USER, turn]}], reasoning_field="info.think_content") == [
+        (ASKED, WHOLE)
+    ]
+
+
+def test_what_is_unread_inside_of_objects_is_listed() -> None:
+    record = {"messages": [USER, WHOLE_TURN | {"info": {"verify_score": 0.5, "source": "x"}}]}
+    [trace] = reading(record | {"reward_model": {"ground_truth": "5", "style": "rule"}})
+    assert trace.extras == {
+        *("messages[].info", "messages[].info.verify_score"),
+        *("reward_model", "reward_model.ground_truth"),
+    }
+
+
+def test_a_verdict_names_its_columns_and_one_that_is_true_is_enough() -> None:
+    [trace] = reading(ENDED | {"correct": False, "metadata": {"math_verify": False}})
+    assert trace.verdict_of == "correct, metadata.math_verify"
+    assert reading(ENDED | {"correct": False, "correctness_llama": True})[0].verdict
+
+
+def test_a_batch_of_gemini_is_paired_by_its_key() -> None:
+    asked = {"key": "k", "request": {"contents": [{"parts": [{"text": ASKED}]}]}}
+    answer = {"candidates": [{"content": {"parts": GEMINI}, "finishReason": "STOP"}]}
+    assert texts([asked, {"key": "k", "response": answer}]) == [(ASKED, WHOLE)]
 
 
 def test_empty_reasoning_is_none() -> None:

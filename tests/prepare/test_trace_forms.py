@@ -112,10 +112,13 @@ SHARED = [{"from": "human", "value": ASKED}, {"from": "gpt", "value": WHOLE}]
 ROWS = {
     "openr1": {"problem": ASKED, "generations": [WHOLE], "solution": "By hand.", "messages": TALK},
     "openthoughts": {"system": "S", "conversations": SHARED},
+    "openthoughts_metadata": {"problem": ASKED, "deepseek_reasoning": THOUGHT}
+    | {"deepseek_solution": SAID, "ground_truth_solution": "By hand."},
     "bespoke_stratos": {"system": "S", "conversations": SHARED},
     "s1k": {"question": ASKED, "thinking_trajectories": [THOUGHT], "attempt": SAID},
     "s1k_1_1": {"question": ASKED, "deepseek_thinking_trajectory": THOUGHT, "solution": "By hand."}
-    | {"deepseek_attempt": SAID, "gemini_attempt": "No.", "gemini_thinking_trajectory": "So."},
+    | {"deepseek_attempt": SAID, "gemini_attempt": "No.", "gemini_thinking_trajectory": "So."}
+    | {"deepseek_grade": "Yes"},
     "limo": {"question": ASKED, "solution": WHOLE, "answer": "5"},
     "deepmath": {"question": ASKED, "final_answer": "5", "r1_solution_1": f"{THOUGHT}\n</think>"}
     | {"r1_solution_2": WHOLE},

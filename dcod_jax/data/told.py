@@ -1,0 +1,160 @@
+"""What a record tells of a completion beside its text: that it was cut off, that it is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from dcod_jax.data.columns import Row
+from dcod_jax.data.presets import leaves, listed, plain
+from dcod_jax.data.raw import BadRecordError, RawTrace, truth
+from dcod_jax.data.reasoning import unfinished
+
+# What ends a completion before it is whole, and what ends a whole one, in the words of the APIs.
+_CUT_OFF = re.compile(
+    "length|max|limit|exceed|filter|safety|recitation|blocklist|prohibited|spii|guardrail|abort|"
+    "cancel|error|fail|time|incomplete|truncat|insufficient|malformed|refusal|pause|toxic|language"
+)
+_WHOLE = re.compile("stop|eos|end|complete|finish|tool|function|done|succe")
+# Names of columns and keys, as `plain` writes them: finish_reasons is finishreasons.
+_FINISH = re.compile(r".*finishreasons?|donereason|stopreason|stoptype|status")
+_KNOWN_WORDS = re.compile(r"finishreasons?|donereason")  # the others may hold anything
+_COMPLETE = re.compile(
+    r"(is|was|has)?(reasoning|generation|response|completion|output)?(complete|completed|finished|done)"
+)
+_LIMIT = "(max|length|limit|token|context)"
+_CUT = re.compile(
+    r"(is|was|got)?(truncated|truncation|cutoff|incomplete|unfinished|overlong)|stoppedlimit|"
+    rf"(hit|reached|exceeded|exceeds){_LIMIT}.*|{_LIMIT}.*(hit|reached|exceeded)"
+)
+_OF = "(is|was|all|answer|final|response|solution|generation|completion|output|model|r1)*"
+_RIGHT = re.compile(
+    rf"{_OF}(correct|correctness|verified|passed|verdict|judge?ment|mathverify)(mathverify|llama)?"
+)
+_WRONG = re.compile(rf"{_OF}(incorrect|wrong|failed)")
+_BOOLEAN = re.compile(r"label|ktotag|pass|(is)?(success|successful|resolved)")
+_KINDS = {"finish": _FINISH, "complete": _COMPLETE, "cut": _CUT}
+_KINDS |= {"right": _RIGHT, "wrong": _WRONG, "boolean": _BOOLEAN}
+_WORDS = dict.fromkeys("correct right pass passed verified valid".split(), True)
+_WORDS |= dict.fromkeys("incorrect wrong fail failed unverified invalid".split(), False)
+
+
+def finish(value: Any) -> str:
+    """A finish reason in lower case: {"type": "stop"} and FinishReason.STOP are stop."""
+    value = value.get("type") if isinstance(value, dict) else value
+    text = str(value or "").lower().rpartition(".")[2]
+    return "" if text in ("none", "null", "unknown", "finish_reason_unspecified") else text
+
+
+def is_cut_off(reason: str) -> bool | None:
+    """Whether a completion with this finish reason is not whole; None where it is not known."""
+    if _CUT_OFF.search(reason):
+        return True
+    return False if _WHOLE.search(reason) else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _kind(name: str, verdict: str) -> str:
+    """What a column or key of this name tells of a completion; "" for nothing."""
+    leaf = plain(name.rpartition(".")[2])
+    if name == verdict:
+        return "right"
+    if leaf == "status" and "." in name:
+        return ""
+    return next((kind for kind, names in _KINDS.items() if names.fullmatch(leaf)), "")
+
+
+def _reason(name: str, value: Any) -> str:
+    reason = finish(value) if isinstance(value, str | dict) else ""
+    known = _KNOWN_WORDS.fullmatch(plain(name))  # stop_reason may be what ended it (vLLM)
+    return "" if not known and is_cut_off(reason) is None else reason
+
+
+def _verdict(name: str, value: Any, kind: str) -> bool | None:
+    if not isinstance(value, str | bool | int | float):
+        return None
+    word, nested = str(value).strip().lower(), "." in name
+    if kind == "boolean" and not nested and word not in ("true", "false"):
+        return None  # a label may be a class
+    if nested and isinstance(value, int | float) and not isinstance(value, bool):
+        return None  # a count
+    found = _WORDS.get(word, truth(value))
+    return found if found is None or kind != "wrong" else not found
+
+
+def _tells(row: Row, trace: RawTrace, at: tuple[int, int]) -> Iterator[tuple[str, str, Any]]:
+    """(name, kind, value) of what tells of one completion: in its own object, in the record."""
+    verdict = row.fields.verdict
+    for known in trace.told:
+        for name, value in leaves(known):
+            if kind := _kind(name, ""):
+                yield name, kind, value
+    for name, value in row.leaves:
+        if not (kind := _kind(name, verdict)):
+            continue
+        if isinstance(given := listed(value), list):
+            if at[1] > 1 and len(given) != at[1] and "." not in name:
+                raise BadRecordError(f"{name} has {len(given)} entries for {at[1]} completions")
+            value = given[at[0]] if len(given) == at[1] else None
+        yield name, kind, value
+
+
+def _place_of(row: Row, text: str, index: int, count: int) -> tuple[int, int]:
+    """(index, length) of the record's lists that tell of this completion."""
+    if count > 1:
+        return index, count
+    for value in row.record.values():
+        if isinstance(value, list) and len(value) > 1 and text in value:
+            return value.index(text), len(value)
+    return 0, 1
+
+
+def judged(row: Row, trace: RawTrace, text: str, index: int, count: int) -> RawTrace:
+    """With what the record tells of this completion: that it was cut off, that it is wrong."""
+    if trace.failed:
+        return trace
+    reasons, verdicts, sign, read = [trace.finish_reason], {}, "", set()
+    for name, kind, value in _tells(row, trace, _place_of(row, text, index, count)):
+        if kind == "finish":
+            found = _reason(name, value) or None
+            reasons.append(found or "")
+        elif kind in ("complete", "cut"):
+            found = truth(value)
+            cut = found is (kind == "cut") and found is not None
+            sign = sign or (f"{name} is {str(found).lower()}" if cut else "")
+        elif (found := _verdict(name, value, kind)) is not None:
+            verdicts[name] = found
+        if found is not None:
+            row.used.add(name)
+            read.add(name)
+    given = list(filter(None, reasons))
+    return dataclasses.replace(
+        trace,
+        finish_reason=next(filter(is_cut_off, given), next(iter(given), "")),
+        unfinished=sign,
+        verdict=any(verdicts.values()) if verdicts else None,
+        verdict_of=", ".join(verdicts),
+        extras=frozenset(e for e in trace.extras if e.partition("].")[2] not in read),
+        told=(),
+    )
+
+
+def finished(trace: RawTrace) -> RawTrace:
+    """With `unfinished` from all signs of it, in any supervised turn."""
+    why = trace.unfinished
+    for index in trace.supervised():
+        message = trace.messages[index]
+        if "tool_calls" not in message:  # a call is an answer
+            why = why or unfinished(message["content"])
+    cut = is_cut_off(trace.finish_reason) if trace.finish_reason else False
+    if cut is None:
+        raise BadRecordError(
+            f"finish_reason is {trace.finish_reason[:60]!r}, and whether the completion ended by "
+            "itself is not known; write stop where it did, length where it was cut off"
+        )
+    if cut:
+        why = f"finish_reason is {trace.finish_reason}"
+    return dataclasses.replace(trace, unfinished=why)
