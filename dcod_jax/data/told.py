@@ -38,7 +38,7 @@ _WRONG = re.compile(rf"{_OF}(incorrect|wrong|failed)")
 _BOOLEAN = re.compile(r"label|ktotag|pass|(is)?(success|successful|resolved)")
 _KINDS = {"finish": _FINISH, "complete": _COMPLETE, "cut": _CUT}
 _KINDS |= {"right": _RIGHT, "wrong": _WRONG, "boolean": _BOOLEAN}
-_WORDS = dict.fromkeys("correct right pass passed verified valid".split(), True)
+_WORDS: dict[str, bool] = dict.fromkeys("correct right pass passed verified valid".split(), True)
 _WORDS |= dict.fromkeys("incorrect wrong fail failed unverified invalid".split(), False)
 
 
