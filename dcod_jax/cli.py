@@ -29,12 +29,8 @@ from dcod_jax.files import as_path
 log = logging.getLogger(__name__)
 
 ALONE = ("drift", "report", "plan")  # verbs of one process
-OWN = (
-    "hosts.process_id",
-    "train.progress",
-    "log_level",
-    "compilation_cache",
-)  # keys that each process has for itself
+# Keys that each process has for itself.
+OWN = ("hosts.process_id", "train.progress", "log_level", "compilation_cache")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,14 +96,23 @@ def overview() -> str:
     )
 
 
+@contextlib.contextmanager
+def _readable_end() -> Iterator[None]:
+    """Where the reader of the output left (`| head`), the process ends without a traceback."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
+        raise SystemExit(141) from None  # as a shell says of SIGPIPE
+
+
+@_readable_end()
 def run(verb: str, argv: Sequence[str] | None = None) -> None:
     """Entry of `dcod <verb>` and `python -m dcod_jax.<verb>`."""
-    with _readable_end():
-        _run(verb, sys.argv[1:] if argv is None else list(argv))
-
-
-def _run(verb: str, words: list[str]) -> None:
-    entry = VERBS[verb]
+    entry, words = VERBS[verb], sys.argv[1:] if argv is None else list(argv)
     if verb == "doctor":
         from dcod_jax.doctor import doctor
 
@@ -131,19 +136,6 @@ def _command(verb: str, function: str) -> Callable[[Any], object]:
     return getattr(importlib.import_module(f"dcod_jax.{verb}.command"), function)
 
 
-@contextlib.contextmanager
-def _readable_end() -> Iterator[None]:
-    """Where the reader of the output left (`| head`), the process ends without a traceback."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(nowhere, stream.fileno())
-        raise SystemExit(141) from None  # as a shell says of SIGPIPE
-
-
 class _Terminated(SystemExit):
     """SIGTERM came where no state but that on disk is needed to go on."""
 
@@ -154,10 +146,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def _reported(verb: str) -> Iterator[None]:
-    """An error that a user can mend is printed as it is, with exit code 1.
-
-    Ctrl-C ends with 130, SIGTERM with EXIT_INTERRUPTED; `train` saves first while it trains.
-    """
+    """An error that a user can mend is printed as it is: exit code 1; Ctrl-C 130; SIGTERM 75."""
     main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _terminate) if main_thread else None
     hook, sys.unraisablehook = sys.unraisablehook, _unraisable

@@ -25,7 +25,10 @@ def keep_programs(key: str) -> None:
 
     if not key or jax.config.values["jax_compilation_cache_dir"]:
         return
-    place = str(_default() if key == AUTO else pathlib.Path(key).expanduser())
+    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
+    home = home if home.is_absolute() else pathlib.Path.home() / ".cache"
+    auto = home / "dcod_jax" / "programs"
+    place = str(auto if key == AUTO else pathlib.Path(key).expanduser())
     own: dict[str, Any] = {"jax_compilation_cache_dir": key if "://" in key else place}
     own["jax_persistent_cache_min_compile_time_secs"] = 0.0  # a start has many small programs
     if "://" not in key:  # a store has no lock, which removing needs
@@ -43,10 +46,3 @@ def keep_programs(key: str) -> None:
     for name, value in own.items():
         if name.upper() not in os.environ:
             jax.config.update(name, value)
-
-
-def _default() -> pathlib.Path:
-    """$XDG_CACHE_HOME/dcod_jax/programs, in ~/.cache where that is not an absolute path."""
-    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
-    home = home if home.is_absolute() else pathlib.Path.home() / ".cache"
-    return home / "dcod_jax" / "programs"

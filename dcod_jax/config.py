@@ -193,16 +193,13 @@ def variants(config: Any) -> Iterator[tuple[str, Any]]:
     for text in config.compare:
         name, *changes = text.split()
         own = {"run_dir": str(as_path(config.run_dir) / name), "compare": ()}
-        variant = _copy(config, own | {"data.dataset": dataset_dir(config)})
-        yield name, _changed(variant, changes)
+        own["data.dataset"] = dataset_dir(config)
+        yield name, with_changes(replace(config, own), changes)
 
 
 def with_changes(config: Any, changes: Sequence[str]) -> Any:
     """The config with ("dotted.key=value", ...) assigned as on the command line, and checked."""
-    return _changed(_copy(config, {}), changes)
-
-
-def _changed(copy: Any, changes: Sequence[str]) -> Any:
+    copy = _copy(config, {})
     for change in changes:
         key, _, value = change.partition("=")
         assign(copy, key, value)
@@ -252,10 +249,7 @@ def to_config(values: dict[str, Any]) -> Any:
 
 
 def check(config: Any) -> None:
-    """Everything that can be refused before a device or a file is touched.
-
-    Raises DcodError with one line for each mistake, all of them at once.
-    """
+    """Raise DcodError with a line for each thing to refuse before a device or a file is touched."""
     from dcod_jax.config_checks import config_errors  # loads jax, which --help does not
     from dcod_jax.train.settings import loss_config
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from dcod_jax.data.presets import PRESETS
@@ -103,10 +103,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda x: x == 0 or (x > 1 and math.isfinite(x)),
         "optim.spike_factor",
     ),
-    "be in (0, 1]": (
-        lambda x: 0 < x <= 1,
-        "generate.top_p evaluate.top_p loss.weights.threshold",
-    ),
+    "be in (0, 1]": (lambda x: 0 < x <= 1, "generate.top_p evaluate.top_p loss.weights.threshold"),
     "be -1 or at least 1": (
         lambda x: x == -1 or x >= 1,
         "mesh.data mesh.fsdp mesh.expert mesh.tensor mesh.context mesh.slices",
@@ -128,26 +125,18 @@ BECAUSE = {
 }
 
 
-_FREE = ("mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor", "mesh.context")
-
-
-def _range_errors(flat: dict[str, Any]) -> list[str]:
-    wrong = []
+def _range_errors(flat: dict[str, Any]) -> Iterator[str]:
     for must, (holds, names) in RANGES.items():
         for key in names.split():
-            if key.startswith("study.") and key not in flat:
-                continue
-            value = flat[key]  # a text: AUTO, or refused with the weights
-            if isinstance(value, str) or holds(value):
-                continue
-            why = f"; {BECAUSE[key]}" if key in BECAUSE else ""
-            wrong.append(f"{key}={value} must {must}{why}")
-    return wrong
+            value = flat.get(key, AUTO) if key.startswith("study.") else flat[key]
+            # A text is AUTO, or refused with the weights.
+            if not isinstance(value, str) and not holds(value):
+                why = f"; {BECAUSE[key]}" if key in BECAUSE else ""
+                yield f"{key}={value} must {must}{why}"
 
 
-def _value_errors(flat: dict[str, Any]) -> list[str]:
+def _value_errors(flat: dict[str, Any]) -> Iterator[str]:
     """Values that no key can have: not finite, beyond int32, no text of a path, mixed tuples."""
-    wrong = []
     for key, value in flat.items():
         parts = value if isinstance(value, tuple) else (value,)
         texts = all(isinstance(part, str) for part in parts)
@@ -165,36 +154,37 @@ def _value_errors(flat: dict[str, Any]) -> list[str]:
             ):
                 fault = "be a text without NUL characters and half surrogates"
         if fault:
-            wrong.append(f"{key}={str(value)[:80]!r} must {fault}")
-    return wrong
+            yield f"{key}={str(value)[:80]!r} must {fault}"
 
 
-def _variant_errors(flat: dict[str, Any]) -> list[str]:
+def _variant_errors(flat: dict[str, Any]) -> Iterator[str]:
     """Variants of `compare` that would not get a directory of their own in run_dir."""
-    wrong, names = [], []
+    names = []
     for text in flat["compare"]:
         name, *changes = text.split() or [""]
         names.append(name)
         if not NAME.fullmatch(name):
-            wrong.append(
+            yield (
                 f"compare: {text[:80]!r} must begin with a name of letters, digits and ._+-%, "
                 'which is its directory in run_dir: "sft loss.weights.name=uniform"'
             )
         for change in changes:
             if change.partition("=")[0] in ("run_dir", "compare"):
-                wrong.append(f"compare: {name} must not change {change}; its directory is its name")
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        wrong.append(f"compare: {', '.join(twice)} is named more than once")
-    return wrong
+                yield f"compare: {name} must not change {change}; its directory is its name"
+    yield from _twice("compare", names)
 
 
-def _teacher_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
+def _twice(key: str, names: list[str]) -> list[str]:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    return [f"{key}: {', '.join(twice)} is named more than once"] if twice else []
+
+
+def _teacher_errors(flat: dict[str, Any], loss: LossConfig) -> Iterator[str]:
     """Losses whose teacher cannot give what they need, with the command that makes it."""
-    wrong: list[str] = []
     if loss.teacher == "live" and not flat["teacher.path"]:
-        wrong.append("loss.teacher=live needs teacher.path (an HF directory or a .gguf file)")
+        yield "loss.teacher=live needs teacher.path (an HF directory or a .gguf file)"
     if loss.needs_top_k and not flat["score.top_k"]:
-        wrong.append(
+        yield (
             f"loss.divergence={loss.divergence} needs the teacher's distribution; log-probs of the "
             "trace tokens (score.top_k=0) are not enough. Set score.top_k=64 in the recipe and run "
             "`python -m dcod_jax.score --config ... --config.score.overwrite=true`, or set "
@@ -203,48 +193,43 @@ def _teacher_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
     own = "study.seeds" in flat  # a study scores with each seed's own start
     elsewhere = flat["train.init_from"] or not flat["student.path"]
     if loss.weights.needs_start and elsewhere and not own:
-        wrong.append(
+        yield (
             f"loss.weights.ratio={loss.weights.ratio} compares with the start, student.path as "
             f"score.student=True scored it; got student.path={flat['student.path']!r} and "
             f"train.init_from={flat['train.init_from']!r}: the training must begin at student.path"
         )
     if loss.weights.needs_start and flat["on_policy.fraction"]:
-        wrong.append(
+        yield (
             f"loss.weights.ratio={loss.weights.ratio} needs the start's log-probs, which are not "
             "known of completions sampled on the way; set on_policy.fraction=0"
         )
     if flat["on_policy.fraction"] and (
         loss.teacher != "live" or loss.divergence == "nll" or loss.alpha != 1
     ):
-        wrong.append(
+        yield (
             "on_policy.fraction > 0 needs loss.teacher=live (only a live teacher knows the "
             "student's own completions), a loss.divergence other than nll, and loss.alpha=1 (nll "
             "on own samples teaches nothing); got "
             f"teacher={loss.teacher}, divergence={loss.divergence}, alpha={loss.alpha}"
         )
-    return wrong
 
 
-def _hosts_errors(flat: dict[str, Any]) -> list[str]:
+def _hosts_errors(flat: dict[str, Any]) -> Iterator[str]:
     """hosts.* that cannot describe a run of several processes."""
     address, count, own = (flat[f"hosts.{k}"] for k in ("coordinator", "processes", "process_id"))
-    if not address:
-        if count or own != -1:
-            return [
-                f"hosts.processes={count} and hosts.process_id={own} need hosts.coordinator="
-                "host:port of process 0; leave all three out where hosts.cluster knows them"
-            ]
-        return []
-    wrong = []
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        wrong.append(f"hosts.coordinator={address!r} must be host:port of process 0")
-    if not 0 <= own < count:
-        wrong.append(
+    if not address and (count or own != -1):
+        yield (
+            f"hosts.processes={count} and hosts.process_id={own} need hosts.coordinator="
+            "host:port of process 0; leave all three out where hosts.cluster knows them"
+        )
+    if address and (not host or not port.isdigit()):
+        yield f"hosts.coordinator={address!r} must be host:port of process 0"
+    if address and not 0 <= own < count:
+        yield (
             f"hosts.process_id={own} must be one of 0 to {count - 1} (hosts.processes={count}), a "
             "different one on each host"
         )
-    return wrong
 
 
 def _profile_errors(text: str, steps: int) -> list[str]:
@@ -257,59 +242,58 @@ def _profile_errors(text: str, steps: int) -> list[str]:
     ]
 
 
-def _local_errors(directory: str, every: int, save_every: int) -> list[str]:
+def _local_errors(flat: dict[str, Any]) -> Iterator[str]:
     """train.local_* that could not give a checkpoint, or would put it in the wrong place."""
+    names = ("local_dir", "local_every", "save_every")
+    directory, every, save_every = (flat[f"train.{name}"] for name in names)
     if "://" in directory:
-        return [
+        yield (
             f"train.local_dir={directory} must be a directory on each host's own disk, such as "
             "/mnt/disk/dcod_jax; for more frequent checkpoints in run_dir lower train.save_every"
-        ]
-    if bool(directory) != (every > 0):
-        return [
+        )
+    elif bool(directory) != (every > 0):
+        yield (
             f"train.local_dir={directory!r} and train.local_every={every} need each other: the "
             "directory on each host's own disk, and the steps between checkpoints in it"
-        ]
-    if 0 < save_every <= every:
-        return [
+        )
+    elif 0 < save_every <= every:
+        yield (
             f"train.local_every={every} must be less than train.save_every={save_every}, or the "
             "checkpoints in run_dir would be the newer ones"
-        ]
-    return []
+        )
 
 
-def _lora_errors(flat: dict[str, Any]) -> list[str]:
+def _lora_errors(flat: dict[str, Any]) -> Iterator[str]:
     """student.lora.* that names no adapters, or adapters without a base."""
-    wrong, targets = [], flat["student.lora.targets"]
+    rank, targets, base = (
+        flat["student.lora.rank"],
+        flat["student.lora.targets"],
+        flat["student.path"],
+    )
     for target in targets:
         try:
             re.compile(target)
         except re.error as error:
-            wrong.append(f"student.lora.targets: {target!r} is no regular expression ({error})")
-    if flat["export.adapter"] and not flat["student.lora.rank"]:
-        wrong.append("export.adapter needs student.lora.rank > 0: there are no adapters to write")
-    if flat["export.adapter"] and flat["student.path"].endswith(".gguf"):
-        wrong.append(
-            "export.adapter: PEFT has no adapters beside a .gguf file; set export.adapter=false"
-        )
-    if not flat["student.lora.rank"]:
-        return wrong
-    if not targets:
-        wrong.append("student.lora.targets is empty; name linear maps, such as ('.*_proj',)")
-    if not flat["student.path"]:
-        wrong.append("student.lora.rank > 0 needs student.path: the frozen base of the adapters")
-    if "study.seeds" in flat:
-        wrong.append("study trains all parameters of its students: leave student.lora.rank=0")
-    return wrong
+            yield f"student.lora.targets: {target!r} is no regular expression ({error})"
+    if flat["export.adapter"] and not rank:
+        yield "export.adapter needs student.lora.rank > 0: there are no adapters to write"
+    if flat["export.adapter"] and base.endswith(".gguf"):
+        yield "export.adapter: PEFT has no adapters beside a .gguf file; set export.adapter=false"
+    if rank and not targets:
+        yield "student.lora.targets is empty; name linear maps, such as ('.*_proj',)"
+    if rank and not base:
+        yield "student.lora.rank > 0 needs student.path: the frozen base of the adapters"
+    if rank and "study.seeds" in flat:
+        yield "study trains all parameters of its students: leave student.lora.rank=0"
 
 
-def _sampling_errors(flat: dict[str, Any]) -> list[str]:
+def _sampling_errors(flat: dict[str, Any]) -> Iterator[str]:
     """Of generate.* and evaluate.*: stop strings, greedy samples, and sets that are not known."""
-    wrong: list[str] = []
-    for part in ("generate", "evaluate"):
-        if not all(isinstance(text, str) and text for text in flat[f"{part}.stop"]):
-            wrong.append(f"{part}.stop={flat[f'{part}.stop']!r} must be non-empty texts")
+    for key in ("generate.stop", "evaluate.stop"):
+        if not all(isinstance(text, str) and text for text in flat[key]):
+            yield f"{key}={flat[key]!r} must be non-empty texts"
     if flat["evaluate.samples"] > 1 and flat["evaluate.temperature"] == 0:
-        wrong.append(
+        yield (
             f"evaluate.samples={flat['evaluate.samples']} with evaluate.temperature=0 would ask "
             "for the same greedy answer again; set a temperature such as 0.6"
         )
@@ -318,20 +302,59 @@ def _sampling_errors(flat: dict[str, Any]) -> list[str]:
         try:
             name, place, *_ = parse_set(entry)
         except ValueError as error:
-            wrong.append(str(error))
+            yield str(error)
             continue
         names.append(name)
         if place and not NAME.fullmatch(name):
-            wrong.append(f"evaluate.sets: {name!r} must be of letters, digits and ._+-%")
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        wrong.append(f"evaluate.sets: {', '.join(twice)} is named more than once")
-    return wrong
+            yield f"evaluate.sets: {name!r} must be of letters, digits and ._+-%"
+    yield from _twice("evaluate.sets", names)
+
+
+def _shape_errors(flat: dict[str, Any]) -> Iterator[str]:
+    """Sizes of rows, batches and the mesh that do not fit together."""
+    longest, length, context = flat["data.max_length"], flat["data.seq_len"], flat["mesh.context"]
+    rows, pieces = flat["data.batch_size"], flat["train.microbatches"]
+    if longest > length:
+        yield (
+            f"data.max_length={longest} must not exceed data.seq_len={length}: a trace has to fit "
+            "into one packed row"
+        )
+    axes = [f"mesh.{axis}" for axis in ("data", "fsdp", "expert", "tensor", "context")]
+    free = [f"{key}=-1" for key in axes if flat[key] == -1]
+    if len(free) > 1:
+        yield (
+            f"{' and '.join(free)}: only one may take the devices that are left; give the others a "
+            "number"
+        )
+    if context > 1 and length % (2 * context):
+        yield (
+            f"data.seq_len={length} must be a multiple of {2 * context} = 2 * mesh.context="
+            f"{context}: each device holds an early and a late chunk of a row"
+        )
+    if pieces > 0 and rows % pieces:
+        yield f"data.batch_size={rows} must be a multiple of train.microbatches={pieces}"
+
+
+def _conflicts(flat: dict[str, Any]) -> Iterator[str]:
+    """Settings that exclude each other."""
+    skips = flat["optim.on_nonfinite"] != "stop" or flat["optim.spike_factor"]
+    if "study.seeds" in flat and skips:
+        yield (
+            "study compares runs that take every step: leave optim.on_nonfinite=stop and "
+            "optim.spike_factor=0"
+        )
+    if flat["train.gradient_dtype"] == "bfloat16" != flat["student.compute_dtype"]:
+        yield (
+            "train.gradient_dtype=bfloat16 needs student.compute_dtype=bfloat16: float32 gradients "
+            "are not rounded for their sum"
+        )
+    if flat["student.path"] and flat["student.config"]:
+        yield "student.path and student.config are both set: weights from one or none"
 
 
 def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
     """What is wrong in {dotted key: value} and its loss record; empty if all is well."""
-    if wrong := _value_errors(flat):
+    if wrong := list(_value_errors(flat)):
         return wrong  # the other checks compute with the values
     wrong += _variant_errors(flat)
     for key, allowed in CHOICES.items():
@@ -344,50 +367,14 @@ def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
         wrong += _teacher_errors(flat, loss)
     if (kept := flat["student.remat"]) != "auto" and (must := remat.fault(kept)):
         wrong.append(f"student.remat={kept!r} must be auto, {must}")
-    wrong += _range_errors(flat)
-    wrong += teacher_errors(flat)
-    wrong += _hosts_errors(flat)
     wrong += _profile_errors(flat["profile.steps"], flat["train.steps"])
-    wrong += _lora_errors(flat)
-    wrong += _sampling_errors(flat)
     variables = {key: flat[key] for key in ("student.template_kwargs", "teacher.template_kwargs")}
     wrong += choice_errors(variables, flat["student.template_date"])
-    local = (flat["train.local_dir"], flat["train.local_every"])
-    wrong += _local_errors(*local, flat["train.save_every"])
-    if flat["data.max_length"] > flat["data.seq_len"]:
-        wrong.append(
-            f"data.max_length={flat['data.max_length']} must not exceed "
-            f"data.seq_len={flat['data.seq_len']}: a trace has to fit into one packed row"
-        )
-    free = [name for name in _FREE if flat[name] == -1]
-    if len(free) > 1:
-        wrong.append(
-            f"{' and '.join(f'{name}=-1' for name in free)}: only one may take the devices that "
-            "are left; give the others a number"
-        )
-    if flat["mesh.context"] > 1 and flat["data.seq_len"] % (2 * flat["mesh.context"]):
-        wrong.append(
-            f"data.seq_len={flat['data.seq_len']} must be a multiple of "
-            f"{2 * flat['mesh.context']} = 2 * mesh.context={flat['mesh.context']}: each device "
-            "holds an early and a late chunk of a row"
-        )
-    if flat["data.batch_size"] % flat["train.microbatches"]:
-        wrong.append(
-            f"data.batch_size={flat['data.batch_size']} must be a multiple of "
-            f"train.microbatches={flat['train.microbatches']}"
-        )
-    if "study.seeds" in flat and (
-        flat["optim.on_nonfinite"] != "stop" or flat["optim.spike_factor"]
-    ):
-        wrong.append(
-            "study compares runs that take every step: leave optim.on_nonfinite=stop and "
-            "optim.spike_factor=0"
-        )
-    if flat["train.gradient_dtype"] == "bfloat16" != flat["student.compute_dtype"]:
-        wrong.append(
-            "train.gradient_dtype=bfloat16 needs student.compute_dtype=bfloat16: float32 gradients "
-            "are not rounded for their sum"
-        )
-    if flat["student.path"] and flat["student.config"]:
-        wrong.append("student.path and student.config are both set: weights from one or none")
-    return wrong + settings.held_out_errors(flat) + grid.config_errors(flat)
+    return wrong + [error for check in _CHECKS for error in check(flat)]
+
+
+_CHECKS: tuple[Callable[[dict[str, Any]], Iterable[str]], ...] = (
+    *(_range_errors, _shape_errors, _conflicts, _hosts_errors, _local_errors),
+    *(_lora_errors, _sampling_errors, teacher_errors),
+    *(settings.held_out_errors, grid.config_errors),
+)

@@ -70,17 +70,14 @@ def _packages(problems: list[str]) -> Iterator[str]:
         else:
             yield f"{requirement.name} {importlib.metadata.version(requirement.name)}"
     for extra, requirements in sorted(wanted.items()):
-        lacking = [lack for requirement in requirements if (lack := _lack_of_extra(requirement))]
+        lacking = []
+        for one in requirements:
+            if one.name == "jax" and one.extras:  # it needs what that extra of jax names
+                one = Requirement("libtpu" if "tpu" in one.extras else "jax-cuda13-plugin")
+            if one.name != "dcod_jax" and (lack := _lack(one)):
+                lacking.append(lack)
         how = f": {'; '.join(lacking)} (pip install 'dcod_jax[{extra}]')"
         yield f"extra {extra}{how if lacking else ': ready'}"
-
-
-def _lack_of_extra(requirement: Requirement) -> str:
-    """As _lack; an extra that names another package's extra needs what that one names."""
-    if requirement.name == "jax" and requirement.extras:
-        plugin = "libtpu" if "tpu" in requirement.extras else "jax-cuda13-plugin"
-        return _lack(Requirement(plugin))
-    return "" if requirement.name == "dcod_jax" else _lack(requirement)
 
 
 def _memory() -> Iterator[str]:

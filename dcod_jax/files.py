@@ -32,10 +32,7 @@ Location: TypeAlias = str | os.PathLike[str] | RemotePath  # what as_path makes 
 
 
 def as_path(path: Location) -> Path:
-    """The path of a text: remote where it has a scheme ("gs://bucket/run"), else local.
-
-    Raises DcodError for a scheme without a name behind it ("gs://").
-    """
+    """The path of a text: remote where it has a scheme ("gs://bucket/run"), else local."""
     if isinstance(path, (pathlib.Path, RemotePath)):
         return path
     text = os.fspath(path)
@@ -123,10 +120,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_own(path: Path, *marks: str) -> Path:
-    """The path, where nothing is there yet or a file whose two ends hold all marks.
-
-    Raises DcodError for anything else: only what the program wrote itself is ever replaced.
-    """
+    """The path, where nothing is there yet or a file whose two ends hold all marks."""
     if not (path.exists() or (isinstance(path, pathlib.Path) and path.is_symlink())):
         return path
     seen = b""

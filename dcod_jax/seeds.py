@@ -25,8 +25,8 @@ def bits(seed: int, domain: str, index: int = 0) -> np.random.Philox:
     return np.random.Philox(np.random.SeedSequence((seed, index), spawn_key=spawn))
 
 
-def key_seed(seed: int, domain: str, index: int = 0) -> int:
+def key_seed(seed: int, domain: str) -> int:
     """What jax.random.key is made of: 31 bits of the stream; for "generate" the seed itself."""
     if domain == "generate":
         return seed  # traces that were sampled before there were domains stay the same
-    return int(bits(seed, domain, index).random_raw() >> 33)
+    return int(bits(seed, domain).random_raw() >> 33)

@@ -123,8 +123,9 @@ def get_config() -> Any:
     c.loss.weights.name = "sigmoid"  # docs/losses.md has their formulas
     # What the log-ratio r compares; start: the student before training, scored by score.student
     c.loss.weights.ratio = "student/teacher"  # student/teacher | start/teacher | student/start
-    # The paper's temperature and offset are unknown to us; the defaults are ours.
-    c.loss.weights.temperature = _or_auto(1.0)  # of r, or auto; 1/exponent of q_power and eaft
+    # What the weight's signal is divided by: r, or the logarithm of q (q_power) or of an entropy
+    # (eaft), where a temperature of 2 takes the square root. The paper's values are unknown to us.
+    c.loss.weights.temperature = _or_auto(1.0)  # a number, or auto
     # Of the temperature. spread: the deviation of r over the stream's traces, or its tokens
     c.loss.weights.unit = "nats"  # nats | spread (of traces where scope is sequence)
     c.loss.weights.offset = _or_auto(0.0)  # added to the log-ratio inside the sigmoid, or "auto"

@@ -34,13 +34,12 @@ from dcod_jax.data.tokenizer import (
     tokenizer_fingerprint,
 )
 from dcod_jax.data.turns import stop_ids
-from dcod_jax.drift.curves import Curve
+from dcod_jax.drift.curves import Curve, excess_difference
 from dcod_jax.drift.scores import (
     DriftModel,
     DriftSettings,
     Measured,
     Scored,
-    excess_difference,
     measure,
     to_samples,
 )
@@ -169,7 +168,7 @@ class _Run:
             log.info("%s: measured before; nothing to do", final)
             self._keep(0, done.teacher)
             return done
-        parts = [self._part(name, block) for block, _ in self._blocks()]
+        parts = [self.folder / f"{name}.part-{block:06d}.npz" for block, _ in self._blocks()]
         found = [_read(part, request) for part in parts]
         before = sum(part is not None for part in found)
         if before:
@@ -180,7 +179,9 @@ class _Run:
             student: DriftModel | None = None
             for place, (block, members) in enumerate(self._blocks()):
                 if (kept := found[place]) is None:
-                    student = student or self._load(path)
+                    if student is None:
+                        loaded = hf.load_model(path, dtype=jnp.float32, mesh=self.mesh)
+                        student = DriftModel(*loaded, self.config.student.compute_dtype)
                     found[place] = kept = self._measure(student, block, members, advance)
                     _write(parts[place], kept, request)
                 self._keep(block, kept.teacher)
@@ -200,9 +201,6 @@ class _Run:
         for start in range(0, len(self.prompts), size):
             yield start, self.prompts[start : start + size]
 
-    def _part(self, name: str, block: int) -> Path:
-        return self.folder / f"{name}.part-{block:06d}.npz"
-
     def _measure(
         self,
         student: DriftModel,
@@ -211,8 +209,7 @@ class _Run:
         advance: Callable[[int], None],
     ) -> Measured:
         if self.teacher is None:
-            model_config, params = self.source.load(self.mesh)
-            self.teacher = DriftModel(model_config, params, self.source.dtype)
+            self.teacher = DriftModel(*self.source.load(self.mesh), self.source.dtype)
         settings = self.config.drift
         stops = {*stop_ids(self.teacher.config, self.source.tokenizer)}
         stops |= {*stop_ids(student.config, self.tokenizer)}
@@ -245,10 +242,6 @@ class _Run:
         if len(self.drawn) == first_prompt * self.config.drift.samples:
             self.drawn += to_samples(scored)
 
-    def _load(self, path: Path) -> DriftModel:
-        model_config, params = hf.load_model(path, dtype=jnp.float32, mesh=self.mesh)
-        return DriftModel(model_config, params, self.config.student.compute_dtype)
-
     def _request(self, path: Path) -> dict[str, Any]:
         """All that the numbers depend on."""
         settings = self.config.drift
@@ -267,20 +260,14 @@ class _Run:
 
 def _arrays(measured: Measured) -> dict[str, np.ndarray]:
     """{"<side>.<field of Scored>": array}."""
-    return {
-        f"{side}.{name}": values
-        for side in SIDES
-        for name, values in vars(getattr(measured, side)).items()
-    }
+    sides = {side: vars(getattr(measured, side)) for side in SIDES}
+    return {f"{s}.{name}": values for s, fields in sides.items() for name, values in fields.items()}
 
 
 def _measured(arrays: Mapping[str, np.ndarray]) -> Measured:
     """The inverse of _arrays."""
     names = [field.name for field in dataclasses.fields(Scored)]
-    student, teacher = (
-        Scored(**{name: arrays[f"{side}.{name}"] for name in names}) for side in SIDES
-    )
-    return Measured(student, teacher)
+    return Measured(*(Scored(*(arrays[f"{side}.{name}"] for name in names)) for side in SIDES))
 
 
 def _join(parts: Sequence[Measured]) -> Measured:
@@ -330,7 +317,8 @@ def summary(
         ratios = one.log_ratios(**resampling)
         row["log_ratio"] = {side: _json(curve) for side, curve in ratios.items()}
         if name != baseline:
-            row["difference"] = _json(excess_difference(measured[baseline], one, **resampling))
+            pair = measured[baseline].kls(), one.kls()
+            row["difference"] = _json(excess_difference(*pair, **resampling))
         models[name] = row
     return {
         "teacher": teacher,

@@ -106,13 +106,6 @@ class Measured:
         }
 
 
-def excess_difference(
-    first: Measured, second: Measured, *, resamples: int = 2000, seed: int = 0
-) -> Curve:
-    """ExAccErr of the second student minus the first, paired over prompts."""
-    return drift_curves.excess_difference(first.kls(), second.kls(), resamples=resamples, seed=seed)
-
-
 def to_samples(scored: Scored) -> list[Sample]:
     """The sequences as a sampler gives them; log-probs are the teacher's."""
     return [
@@ -199,11 +192,7 @@ def _score_sequences(
     *,
     on_batch: Callable[[int], None] | None = None,
 ) -> Scored:
-    """KL(p‖q) and both log-probs along sequences; `prompts` has one entry for each of `drawn`.
-
-    The loss code of a live teacher, whose chunked head keeps both models' logits to head_chunk
-    tokens at a time. Each sequence is its own prompt (0, 1, ...) in the result.
-    """
+    """KL(p‖q) and both log-probs along sequences, by the loss code of a live teacher."""
     forward, mesh = _forward(teacher, student, settings), settings.mesh
     count, width = len(drawn), settings.max_new_tokens
     out = Scored(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +28,7 @@ Scores = tuple[np.ndarray, np.ndarray]  # float64: of heads [L, N], of MLP chann
 def texts_of(
     place: Location, count: int, config: ModelConfig, tokenizer: Tokenizer
 ) -> list[np.ndarray]:
-    """The token ids of `count` traces of a dataset, evenly spread over it.
-
-    Raises DcodError for traces of another tokenizer, or longer than the model's positions, and for
-    a mixture of experts.
-    """
+    """The token ids of `count` traces of a dataset, evenly spread over it."""
     if config.mixture is not None:
         raise DcodError(
             f"--choose activations: model_type={config.model_type!r} has experts, which each see "
@@ -81,12 +77,7 @@ def mean_activations(config: ModelConfig, params: Params, texts: Sequence[np.nda
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _layer(
-    config: ModelConfig,
-    kind: LayerKind,
-    layers: Params,
-    layer: int | Array,
-    x: Array,
-    mask: Array,
+    config: ModelConfig, kind: LayerKind, layers: Params, layer: int | Array, x: Array, mask: Array
 ) -> tuple[Array, Array, Array]:
     """(x behind the layer, sums of absolute outputs of its heads, of its channels)."""
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), mask.shape)
@@ -105,8 +96,13 @@ def _layer(
         mesh=None,
         kind="auto",
     )
-    seen: list[Array] = []
-    block.mlp.down_proj = _noting(block.mlp.down_proj, seen.append)
+    seen, down_proj = [], block.mlp.down_proj
+
+    def noted(x: Array) -> Array:
+        seen.append(x)
+        return down_proj(x)
+
+    block.mlp.down_proj = noted
     x = block.finish(x, mixed)
     [channels] = seen
     return (
@@ -114,11 +110,3 @@ def _layer(
         (jnp.abs(mixed) * mask[..., None, None]).sum((0, 1, 3)),
         (jnp.abs(channels) * mask[..., None]).sum((0, 1)),
     )
-
-
-def _noting(inner: Callable[[Array], Array], note: Callable[[Array], None]) -> Callable:
-    def call(x: Array) -> Array:
-        note(x)
-        return inner(x)
-
-    return call

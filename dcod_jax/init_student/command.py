@@ -28,10 +28,7 @@ MAX_SHARD_BYTES = 4 * 10**9
 
 
 def init_student(args: argparse.Namespace) -> Path:
-    """Read, prune and write; returns the directory, which appears whole or not at all.
-
-    Raises DcodError for an `out` that exists, and for what the model cannot be pruned to.
-    """
+    """Read, prune and write; returns the directory, which appears whole or not at all."""
     out, source = as_path(args.out), as_path(args.model)
     if not isinstance(out, pathlib.Path) or out.exists():
         raise DcodError(f"{out} must be a local directory that is not there yet; choose another")
@@ -44,7 +41,9 @@ def init_student(args: argparse.Namespace) -> Path:
     layers = list(range(before.num_layers))
     if args.layers:
         layers = prune.chosen_layers(args.layers, before.num_layers)
-    dtype = args.dtype or ("float32" if source.suffix == ".gguf" else _dtype(source))
+    raw = {} if args.dtype or source.suffix == ".gguf" else hf.load_config(source)[1]
+    stored = raw.get("dtype") or raw.get("torch_dtype")
+    dtype = args.dtype or (stored if stored in ("bfloat16", "float16") else "float32")
     texts = texts_of(args.data, args.traces, before, tokenizer) if args.data else []
     config, params = _pruned(args, *hf.load_model(source, dtype=jnp.dtype(dtype)), layers, texts)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -77,12 +76,6 @@ def _pruned(
     if args.mlp:
         config, params = prune.keep_channels(config, params, args.mlp, scores=channels)
     return config, params
-
-
-def _dtype(source: Path) -> str:
-    raw = hf.load_config(source)[1]
-    found = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    return found if found in ("bfloat16", "float16") else "float32"
 
 
 def _card(

@@ -93,10 +93,7 @@ def keep_heads(
     *,
     scores: np.ndarray | None = None,
 ) -> tuple[ModelConfig, Params]:
-    """The model with so many query heads and kv groups; 0: those that it has, or their ratio.
-
-    scores: of the heads, [L, N].
-    """
+    """The model with so many heads and kv groups; 0: its own, or their ratio. scores: [L, N]."""
     N, G = config.num_heads, config.num_kv_heads
     groups = kv_heads or G
     heads = heads or groups * (N // G)

@@ -194,13 +194,6 @@ def _spread(
     )
 
 
-def _teaches(cfg: WeightConfig, tokens: Tokens) -> Bool[Array, ""]:
-    """Whether the batch has completion tokens, and all their log-ratios are finite."""
-    r = weights.log_ratio(cfg, tokens.student_logprobs, tokens.teacher_logprobs, tokens.extra)
-    count, total = _totals(tokens.loss_mask.astype(jnp.float32), jnp.where(tokens.loss_mask, r, 0))
-    return (count > 0) & jnp.isfinite(total)
-
-
 def retemper(
     cfg: WeightConfig, state: LossState, tokens: Tokens, useful: Bool[Array, ""] | None = None
 ) -> LossState:
@@ -213,11 +206,15 @@ def retemper(
     if not cfg.automatic:
         return state
     mask = tokens.loss_mask
-    scoped = jnp.where(mask, weights.scoped_log_ratio(cfg, tokens), 0.0)
+    scoped = jnp.where(mask, weights.scoped_signal(cfg, tokens), 0.0)
     counts = weights.shares(cfg, tokens)
     first = (state.temperature >= MAX_TEMPERATURE) & (state.offset == 0.0)
     keep = jnp.where(first, 0.0, cfg.smoothing)
-    taught = _teaches(cfg, tokens) if useful is None else useful
+    taught = useful
+    if taught is None:
+        r = weights.token_signal(cfg, *tokens[:2], tokens.extra)
+        count, total = _totals(mask.astype(jnp.float32), jnp.where(mask, r, 0))
+        taught = (count > 0) & jnp.isfinite(total)
     after = _spread(cfg, state, scoped, counts) if cfg.unit == "spread" else state
     if cfg.unit != "spread" or cfg.offset == AUTO:
         by_tokens = cfg.temperature == AUTO and cfg.target_loss  # the loss is one of tokens

@@ -10,6 +10,7 @@ the student's.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -51,8 +52,7 @@ class LossConfig:
         return DIVERGENCES[self.divergence].value is not None
 
     @property
-    def needs_top_k(self) -> bool:
-        """Whether the trace dataset must hold the teacher's top-k."""
+    def needs_top_k(self) -> bool:  # in the trace dataset
         return self.needs_distribution and self.teacher == "cached"
 
     @property
@@ -66,34 +66,31 @@ class LossConfig:
         return DIVERGENCES[self.divergence].parameter == "interpolation"
 
 
-def config_errors(cfg: LossConfig) -> list[str]:
+def config_errors(cfg: LossConfig) -> Iterator[str]:
     """What is wrong across the keys of loss.*; config_checks.py checks each key by itself."""
-    errors = []
     if cfg.taid.end < cfg.taid.start:
-        errors.append(f"loss.taid_end={cfg.taid.end} must be >= loss.taid_start={cfg.taid.start}")
+        yield f"loss.taid_end={cfg.taid.end} must be >= loss.taid_start={cfg.taid.start}"
     if cfg.temperature != 1 and cfg.divergence == "nll":
-        errors.append(
-            f"loss.temperature={cfg.temperature} is nothing for loss.divergence=nll; set it to 1"
-        )
+        yield f"loss.temperature={cfg.temperature} is nothing for loss.divergence=nll; set it to 1"
     elif cfg.temperature != 1 and cfg.teacher == "cached":
-        errors.append(
+        yield (
             f"loss.temperature={cfg.temperature} needs the teacher's whole distribution (how a "
             "tempered tail is spread is not in a top-k cache): set loss.teacher=live, or "
             "loss.temperature=1"
         )
     uneven = cfg.weights.varies and cfg.weights.normalize == "mean"
     if cfg.anchor > 0 and (cfg.divergence == "nll" or uneven):
-        errors.append(
+        yield (
             f"loss.anchor={cfg.anchor} is a share of the divergence outside the weights: it needs "
             "a loss.divergence other than nll, and loss.weights.normalize=none or sequence (the "
             "divisor Σw of mean would scale it)"
         )
     if weights.WEIGHTS[cfg.weights.name].signed and cfg.divergence != "nll":
-        errors.append(
+        yield (
             f"loss.weights.name={cfg.weights.name} weighs the log-prob of the sampled token, and "
             f"loss.divergence={cfg.divergence} is about the others, too; set loss.divergence=nll"
         )
-    return errors + weight_errors.config_errors(cfg.weights)
+    yield from weight_errors.config_errors(cfg.weights)
 
 
 def compact(batch: Batch) -> Batch:
@@ -185,7 +182,12 @@ class DistillLoss:
         weights_config = self.config.weights
         spans = small.span_ids is not None and weights_config.joins_spans
         if weights_config.across or spans:
-            tokens = self._tokens(hidden, matrix, small, known, teacher_matrix)
+            extra = known.start_logprobs
+            unread = small.teacher_logprobs  # in the place of log q
+            tokens = tokens_of(small, unread, small.teacher_logprobs, extra)
+            asked = teacher_matrix is not None and weights_config.needs_teacher
+            if weights_config.moves or asked:
+                tokens = self._observe(hidden, matrix, small, known, teacher_matrix)
             weight = weights.weigh(weights_config, tokens, step, loss_state)
             known = known._replace(weights=weight)
         shared = _Shared(teacher_matrix, jnp.asarray(step, jnp.int32), loss_state)
@@ -234,21 +236,6 @@ class DistillLoss:
         return jax.tree.map(lambda new, old: jnp.where(sums.count > 0, new, old), moved, state)
 
     # ------------------------------------------------------------ per batch
-
-    def _tokens(
-        self,
-        hidden: Array,
-        matrix: Array,
-        small: Batch,
-        known: _Known,
-        teacher_matrix: Array | None,
-    ) -> Tokens:
-        """What weights read, before the loss: a pass over the logits where a model is read."""
-        cfg = self.config.weights
-        if cfg.moves or (teacher_matrix is not None and cfg.needs_teacher):
-            return self._observe(hidden, matrix, small, known, teacher_matrix)
-        unread = small.teacher_logprobs
-        return tokens_of(small, unread, small.teacher_logprobs, known.start_logprobs)
 
     def _observe(
         self,
@@ -368,7 +355,7 @@ class DistillLoss:
                 pair = distributions.dense(teacher_logits, logits, cfg.temperature)
         weight, extra = known.weights, self._extra(logits, known)
         if weight is None:
-            r = weights.log_ratio(cfg.weights, logprobs, teacher_logprobs, extra)
+            r = weights.token_signal(cfg.weights, logprobs, teacher_logprobs, extra)
             weight = weights.raw(cfg.weights, r, shared.loss_state)
             weight = weights.warm(cfg.weights, weight, shared.step)
         if known.trace_weights is not None:

@@ -27,10 +27,7 @@ LANES = 128  # a plane begins where a tile of a TPU does
 
 
 def _on_each_device(head: VocabHead, function: Any, *inputs: Array, wide: bool = False) -> Any:
-    """The function on a device's own piece; the first input is as wide as V, as is a wide result.
-
-    On several devices the logits are [S, rows, Tc, V], split over the mesh as in the head.
-    """
+    """The function on each device's piece; its first input, and a `wide` result, have V."""
     if head.mesh is None or head.mesh.size == 1:
         return function(*inputs)
     names = ("shards", None, None, "vocab"), ("shards", None, None, None)
@@ -61,10 +58,7 @@ def _local(
 def _planes(
     ids: Int[Array, "*N K"], vocab: int, valid: Array | int
 ) -> Iterator[tuple[slice, Bool[Array, "*N W"]]]:
-    """(slice of the vocabulary, which of its entries belong to the rest), plane after plane.
-
-    ids: distinct, except where they are `vocab`, which is none.
-    """
+    """(slice of the vocabulary, which of its entries belong to the rest), plane after plane."""
     width = -(-vocab // (PLANES * LANES)) * LANES
     bits = jnp.where(ids < vocab, jnp.int32(1) << (ids // width), 0)
     words = jnp.zeros((*ids.shape[:-1], width), jnp.int32).at[_at(ids % width)].add(bits)

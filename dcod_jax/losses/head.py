@@ -143,16 +143,6 @@ class VocabHead:
         everywhere = jnp.ones(targets.shape, bool)
         return self.loss(hidden, matrix, targets, everywhere, no_loss, aux=aux, shared=shared)[1]
 
-    def logprobs(
-        self, hidden: Float[Array, "B T D"], matrix: Float[Array, "V D"], targets: Int[Array, "B T"]
-    ) -> Float[Array, "B T"]:
-        """log q(targets[t]) at every position, float32, without gradient."""
-
-        def of(logits: Array, targets: Array, aux: Any, shared: Any) -> Array:
-            return target_logprobs(self.masked(logits), targets)
-
-        return self.observe(hidden, matrix, targets, of)
-
 
 # ---------------------------------------------------------------- pieces of a batch
 

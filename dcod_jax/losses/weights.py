@@ -78,12 +78,10 @@ class WeightConfig:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the weight reads the teacher's log-probabilities."""
         return "teacher" in self.reads
 
     @property
     def needs_start(self) -> bool:
-        """Whether the weight reads the log-probabilities of the student's start."""
         return "start" in self.reads
 
     @property
@@ -252,18 +250,15 @@ WEIGHTS: dict[str, Weight] = {
 # ---------------------------------------------------------------- per token
 
 
-def log_ratio(
+def token_signal(
     cfg: WeightConfig,
     student_logprobs: Float[Array, "*N"],
     teacher_logprobs: Float[Array, "*N"],
     extra: Float[Array, "*N"] | None = None,
 ) -> Float[Array, "*N"]:
-    """The signal of each token, without gradient: sg[log q - log p], sg[log q], ...
-
-    extra: log q of the start, or the entropy, of the weights that read it.
-    """
-    parties = {"student": student_logprobs, "teacher": teacher_logprobs}
-    parties |= dict.fromkeys(("start", "entropy", "top_entropy"), extra)
+    """The signal of each token, without gradient; extra: log q of the start, or the entropy."""
+    parties = dict.fromkeys(("start", "entropy", "top_entropy"), extra)
+    parties |= {"student": student_logprobs, "teacher": teacher_logprobs}
     entry = WEIGHTS[cfg.name]
     names = cfg.ratio.split("/") if entry.reads == "ratio" else entry.reads.split()
     if not names:
@@ -296,13 +291,13 @@ def warm(
 # ---------------------------------------------------------------- per segment
 
 
-def span_log_ratio(cfg: WeightConfig, tokens: Tokens) -> Float[Array, "B T"]:
+def span_signal(cfg: WeightConfig, tokens: Tokens) -> Float[Array, "B T"]:
     """The signal of each token, or its mean or sum over the token's span where there are spans.
 
     A span is the student's and the teacher's tokens of one text; the ratio of the text is the sum.
     spans [1 1 2], r [-1 -3 -2] -> mean [-2 -2 -2], sum [-4 -4 -2], token [-1 -3 -2].
     """
-    r = log_ratio(cfg, tokens.student_logprobs, tokens.teacher_logprobs, tokens.extra)
+    r = token_signal(cfg, tokens.student_logprobs, tokens.teacher_logprobs, tokens.extra)
     if tokens.span_ids is None or not cfg.joins_spans:
         return r
     total = segment_total(jnp.where(tokens.loss_mask, r, 0.0), tokens.span_ids)
@@ -312,13 +307,13 @@ def span_log_ratio(cfg: WeightConfig, tokens: Tokens) -> Float[Array, "B T"]:
     return total / jnp.maximum(count, 1.0)
 
 
-def scoped_log_ratio(cfg: WeightConfig, tokens: Tokens) -> Float[Array, "B T"]:
+def scoped_signal(cfg: WeightConfig, tokens: Tokens) -> Float[Array, "B T"]:
     """The signal, or its mean over the segment's completion tokens up to and with t, or over all.
 
     prefix, all in the mask, one segment: [-1 -3 -2] -> [-1 -2 -2]. Of a cumulative weight the share
     of the segment's Σ|r| that lies before t: [0 1/6 4/6].
     """
-    r = span_log_ratio(cfg, tokens)
+    r = span_signal(cfg, tokens)
     if WEIGHTS[cfg.name].cumulative:
         size = jnp.where(tokens.loss_mask, jnp.abs(r), 0.0)
         whole = jnp.maximum(segment_total(size, tokens.segment_ids), jnp.finfo(jnp.float32).tiny)
@@ -351,7 +346,7 @@ def weigh(
     0 outside loss_mask. With normalize "sequence" the completion tokens of each segment have
     mean weight 1 (all 0 where every weight of the segment underflows).
     """
-    bounded = raw(cfg, scoped_log_ratio(cfg, tokens), tempering)
+    bounded = raw(cfg, scoped_signal(cfg, tokens), tempering)
     weights = jnp.where(tokens.loss_mask, warm(cfg, bounded, step), 0.0)
     if cfg.normalize != "sequence" or not cfg.varies:
         return weights

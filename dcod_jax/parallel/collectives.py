@@ -21,10 +21,7 @@ from dcod_jax.parallel.mesh import AXES, RULES, constrain, parts, platform, spec
 
 
 def per_shard(
-    function: Callable[..., Any],
-    mesh: Mesh,
-    inputs: Sequence[Any],
-    output: Sequence[Any],
+    function: Callable[..., Any], mesh: Mesh, inputs: Sequence[Any], output: Sequence[Any]
 ) -> Callable[..., Any]:
     """Run a function on each device's own piece of arrays with these logical dimensions.
 

@@ -74,7 +74,9 @@ def session(settings: Any, *, notices: bool) -> Iterator[None]:
     try:
         barrier("joining")
         monitor.beat()  # every process knows all hosts before one can be lost
-        with _quiet(), _terminable(notices=notices):
+        # Without the preemption service SIGTERM ends this process, and the others follow.
+        handled = () if notices else (signal.SIGTERM,)
+        with _quiet(), _handling(_terminate, *handled):
             yield
         _leave(monitor)
     except SystemExit as error:
@@ -100,11 +102,9 @@ def refuse_peers(settings: Any, verb: str) -> None:
 def _has_peers(settings: Any) -> bool:
     if settings.coordinator:
         return settings.processes > 1
-    return settings.cluster not in ("none", "auto") or (settings.cluster == "auto" and _on_tpu())
-
-
-def _on_tpu() -> bool:
-    """Whether this machine has TPU chips that JAX will use."""
+    if settings.cluster != "auto":
+        return settings.cluster != "none"
+    # On a machine with TPU chips that JAX will use.
     platforms = jax.config.jax_platforms or ""  # pyright: ignore[reportAttributeAccessIssue]
     if platforms and "tpu" not in platforms:
         return False
@@ -160,13 +160,8 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _terminable(*, notices: bool) -> contextlib.AbstractContextManager[None]:
-    """Without the preemption service SIGTERM ends this process, and the others follow."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(EXIT_INTERRUPTED)
-
-    return contextlib.nullcontext() if notices else _handling(end, signal.SIGTERM)
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(EXIT_INTERRUPTED)
 
 
 @contextlib.contextmanager
@@ -232,16 +227,18 @@ def barrier(name: str) -> None:
         monitor.barrier(name)
 
 
-def exchange(name: str, text: str) -> list[str]:
-    """Every process's text, in the order of the processes; all must call it."""
-    return _joined[0].exchange(name, text) if _joined else [text]
+def exchange(name: str, value: Any) -> list[Any]:
+    """Every process's JSON value, in the order of the processes; all must call it."""
+    if not _joined:
+        return [value]
+    return [json.loads(text) for text in _joined[0].exchange(name, json.dumps(value))]
 
 
-def from_first(name: str, find: Callable[[], str]) -> str:
+def from_first(name: str, find: Callable[[], Any]) -> Any:
     """What process 0 finds; it alone looks. All must call it, but within `alone`."""
     if not _joined or _alone.get():
         return find()
-    return exchange(name, find() if first() else "")[0]
+    return exchange(name, find() if first() else None)[0]
 
 
 @contextlib.contextmanager
@@ -256,9 +253,7 @@ def alone() -> Iterator[None]:
 
 def agree(name: str, values: dict[str, Any]) -> None:
     """Raise DcodError where a process has other values; it names the process and the keys."""
-    everyone = [
-        json.loads(text) for text in exchange(f"compare {name}", json.dumps(values, sort_keys=True))
-    ]
+    everyone = exchange(f"compare {name}", values)
     for process, other in enumerate(everyone):
         wrong = [
             f"\n  {key}: {everyone[0].get(key)!r} on process 0, {other.get(key)!r} on process "
@@ -283,10 +278,10 @@ def check_shared(directory: Location) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / name).write_text("")
     barrier(f"writing to {directory}")
-    seen = exchange("see the test file", str(int((directory / name).exists())))
+    seen = exchange("see the test file", (directory / name).exists())
     if first():
         (directory / name).unlink()
-    blind = [str(process) for process, text in enumerate(seen) if text == "0"]
+    blind = [str(process) for process, found in enumerate(seen) if not found]
     if blind:
         raise DcodError(
             f"process {', '.join(blind)} does not see what process 0 writes to "

@@ -26,13 +26,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "batch": ("slices", "data", "fsdp", "expert"),
     "replica": ("slices", "data"),  # of "batch", what does not split parameters
     "length": ("context",),
-    "shards": (
-        "slices",
-        "data",
-        "fsdp",
-        "expert",
-        "context",
-    ),  # batch and length folded into one dimension
+    "shards": ("slices", "data", "fsdp", "expert", "context"),  # batch and length in one dimension
     "embed": ("fsdp", "expert", "context"),
     "experts": ("expert",),
     "expert_embed": ("fsdp", "context"),  # of an expert's matrices
@@ -157,10 +151,7 @@ def sharding(mesh: Mesh, logical: Sequence[str | None]) -> NamedSharding:
 
 
 def put(x: Any, layout: Sharding | None) -> jax.Array:
-    """Place a value that every process has on devices, also on those of other processes.
-
-    layout: None for the default device. Every process must call it.
-    """
+    """Place a value that every process has on devices, others' too; every process must call it."""
     if layout is None or layout.is_fully_addressable:
         return jax.device_put(x, layout)
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -208,10 +199,7 @@ def constrain(x: jax.Array, mesh: Mesh | None, *logical: str | None) -> jax.Arra
 
 
 def check_divides(mesh: Mesh, dimensions: dict[str, tuple[str, int]]) -> None:
-    """Refuse sizes that the mesh cannot split: {"config key": (logical axis, size)}.
-
-    Raises DcodError naming the key, the size and the product of the mesh axes.
-    """
+    """Refuse sizes that the mesh cannot split: {"config key": (logical axis, size)}."""
     for key, (logical, size) in dimensions.items():
         pieces = parts(mesh, logical)
         if size % pieces:

@@ -36,10 +36,7 @@ MAX_COMPILATIONS = 13  # of the search for the largest batch
 
 
 def plan(config: Any) -> dict[str, Any]:
-    """Compile, search, print tables and write run_dir/plan.json; returns its content.
-
-    Raises DcodError where neither the recipe nor any remedy fits.
-    """
+    """Compile, search, print tables and write run_dir/plan.json; returns its content."""
     if not config.plan.topology:
         raise DcodError("plan.topology is empty: --topology v5e:4x4 (or v5p:2x2x4, ..., cpu:8)")
     path = check_own(as_path(config.run_dir) / "plan.json", '"topology"', '"attempts"')

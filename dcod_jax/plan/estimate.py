@@ -27,10 +27,7 @@ def attention_flops(model: ModelConfig, tokens: int, length: int) -> float:
 
 
 def step_flops(config: Any, model: ModelConfig, head_tokens: int) -> float:
-    """Operations of the models in one train step: the student's, and a live teacher's forward pass.
-
-    head_tokens: positions of a row that the vocabulary head is compiled for.
-    """
+    """Operations of the models in one train step; head_tokens: positions of a row in the head."""
     rows, length = config.data.batch_size, config.data.seq_len
     total = rows * flops_per_row(model, length, head_tokens)
     if config.loss.teacher == "live":

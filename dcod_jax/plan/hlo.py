@@ -149,10 +149,7 @@ def _mesh_groups(sizes: str, axes: str, devices: np.ndarray | None) -> tuple[tup
 
 
 def trip_count(loop: Instruction, found: Mapping[str, list[Instruction]]) -> int:
-    """Iterations of a while loop: what the compiler knows, else the constant of its condition.
-
-    Raises ValueError where neither says it.
-    """
+    """Iterations of a while loop: what the compiler knows, else the constant of its condition."""
     if known := _TRIPS.search(loop.rest):
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)

@@ -31,9 +31,8 @@ from dcod_jax.plan.chips import Chip
 from dcod_jax.score import scoring
 from dcod_jax.train.checkpointer import sharded_shapes
 from dcod_jax.train.forward import TeacherModel, make_forward
-from dcod_jax.train.optim import make_optimizer
-from dcod_jax.train.settings import loss_config, optim_config
-from dcod_jax.train.step import init_state, make_train_step
+from dcod_jax.train.settings import loss_config
+from dcod_jax.train.step import configured_step, init_state
 from dcod_jax.types import Batch, Params
 
 log = logging.getLogger(__name__)
@@ -91,7 +90,10 @@ def target(config: Any) -> Target:
     kind, _, shape = name.partition(":")
     limit = config.plan.hbm_gib * chips.GIB or None
     if kind in ("cpu", "gpu"):
-        devices = _own_devices(kind)
+        try:
+            devices = jax.devices(kind)
+        except RuntimeError:  # no such backend
+            devices = []
         if not shape.isdigit() or not 1 <= int(shape) <= len(devices):
             flag = f"XLA_FLAGS=--xla_force_host_platform_device_count={shape or 'N'}"
             more = {"cpu": f"start it with {flag}", "gpu": "pip install '.[gpu]', or name fewer"}
@@ -114,14 +116,6 @@ def target(config: Any) -> Target:
         )
     devices = _describe(name, chip, slices)
     return Target(name, devices, chip, limit or chip.hbm_usable, slices)
-
-
-def _own_devices(kind: str) -> Sequence[Any]:
-    """The host's devices of this kind, "cpu" or "gpu"."""
-    try:
-        return jax.devices(kind)
-    except RuntimeError:  # no such backend
-        return ()
 
 
 def _describe(name: str, chip: Chip, slices: int) -> tuple[Any, ...]:
@@ -209,7 +203,6 @@ def train_program(config: Any, devices: Sequence[Any], *, valid_vocab: int | Non
     """The train step of the train verb, traced on shapes: .jaxpr, .lower()."""
     mesh = make_mesh(**config.mesh, devices=devices)
     model = student_of(config)
-    optimizer, schedule = make_optimizer(optim_config(config), config.train.steps)
     teacher, frozen = None, ()
     if config.loss.teacher == "live":
         architecture = hf.read_config(config.teacher.path)
@@ -219,17 +212,9 @@ def train_program(config: Any, devices: Sequence[Any], *, valid_vocab: int | Non
         dtype = jnp.dtype(config.student.compute_dtype)
         frozen += (_shapes(lora.without_adapter(model), dtype, mesh),)
     vocab = valid_vocab or model.vocab_size
-    step: Any = make_train_step(
-        make_forward(config, model, mesh=mesh, valid_vocab=vocab, teacher=teacher),
-        optimizer,
-        schedule,
-        batch_size=config.data.batch_size,
-        microbatches=config.train.microbatches,
-        offload=config.optim.offload,
-        log_every=config.train.log_every,
-        steps=config.train.steps,
-        token_weights=loss_config(config).weights.varies,
-    )
+    forward = make_forward(config, model, mesh=mesh, valid_vocab=vocab, teacher=teacher)
+    step: Any
+    optimizer, step = configured_step(config, forward)
     params = _shapes(model, jnp.float32, mesh)
     options: dict[str, Any] = {"model_config": model, "offload": config.optim.offload}
     state = init_state(params, optimizer, mesh=mesh, abstract=True, **options)
@@ -249,12 +234,11 @@ def score_program(
         batch_tokens=config.score.batch_tokens,
         shards=scoring.batch_shards(mesh),
     )[0]
-    settings = scoring.ScoreSettings(
-        top_k=config.score.top_k,
-        batch_tokens=config.score.batch_tokens,
-        head_chunk=config.loss.head_chunk,
+    settings = scoring.score_settings(
+        config,
         compute_dtype=config.teacher.dtype,
         valid_vocab=model.vocab_size,
+        top_k=config.score.top_k,
         kernel=config.student.attention,
     )
     layout = sharding(mesh, ("batch", None))

@@ -39,7 +39,7 @@ from dcod_jax.report.data import (
     skipped,
     weighed,
 )
-from dcod_jax.report.traces import Seen, histogram, see, shown
+from dcod_jax.report.traces import histogram, see, shown
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +51,7 @@ SCRIPTS = (VENDOR + "uPlot.min.js", "charts.js", "tables.js", "traces.js", "main
 
 
 def report(config: Any) -> Path | None:
-    """Write the page of the config's runs and those of report.runs; returns its path.
-
-    Only the first process writes (None elsewhere); on several processes the traces are left out.
-    """
+    """Write the page of the config's runs and report.runs; None where another process does."""
     if jax.process_index():
         return None
     own = [as_path(variant.run_dir) for _, variant in configs.variants(config)]
@@ -88,7 +85,9 @@ def collect(runs: Sequence[Run], *, settings: Any) -> dict[str, Any]:
         if not settings.traces:
             continue
         try:
-            seen = _see(run, settings)
+            if jax.process_count() > 1:
+                raise DcodError("on several processes; run `python -m dcod_jax.report` on one host")
+            seen = see(run, count=max(settings.traces, settings.histogram_traces))
         except DcodError as error:
             notes.append(f"{run.name}: traces are not shown: {error}")
             continue
@@ -110,20 +109,11 @@ def collect(runs: Sequence[Run], *, settings: Any) -> dict[str, Any]:
     }
 
 
-def _see(run: Run, settings: Any) -> Seen:
-    if jax.process_count() > 1:
-        raise DcodError("on several processes; run `python -m dcod_jax.report` on one host")
-    return see(run, count=max(settings.traces, settings.histogram_traces))
-
-
 # ---------------------------------------------------------------- page
 
 
 def page(data: dict[str, Any]) -> str:
-    """The HTML text. Texts of traces are data in it, never markup, and its policy forbids the rest.
-
-    Only the page's own style and scripts are allowed, by their hashes; nothing may be loaded.
-    """
+    """The HTML text; its policy allows only the page's own style and scripts, by their hashes."""
     style = "\n".join(map(_asset, STYLES))
     script = f"/*\n{_asset(VENDOR + 'LICENSE')}*/\n" + "\n".join(map(_asset, SCRIPTS))
     parts = {

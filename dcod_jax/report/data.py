@@ -103,10 +103,7 @@ class Run:
 
 
 def find_runs(directories: Sequence[Path]) -> list[Run]:
-    """The runs in these directories: each is a run itself, or holds those of `compare`.
-
-    Raises DcodError for a directory without any.
-    """
+    """The runs in these directories: each is a run itself, or holds those of `compare`."""
     runs: list[Run] = []
     for directory in directories:
         candidates = [directory] if _is_run(directory) else sorted(directory.glob("*"))
@@ -184,10 +181,7 @@ def _metrics(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 
 def goodput(run: Run, notes: list[str]) -> dict[str, Any] | None:
-    """{"starts", "goodput", "seconds": {part: seconds}} of goodput.json, or None without one.
-
-    A file of another form is left out with a note.
-    """
+    """{"starts", "goodput", "seconds": {part: seconds}} of goodput.json, if it can be read."""
     path = run.path / GOODPUT
     if not path.is_file():
         return None
@@ -200,10 +194,7 @@ def goodput(run: Run, notes: list[str]) -> dict[str, Any] | None:
 
 
 def weighed(run: Run, notes: list[str]) -> dict[str, Any] | None:
-    """{"step", "most", "least"}: the traces of most and of least weight in the last line with any.
-
-    None without such a line; one of another form is left out with a note.
-    """
+    """{"step", "most", "least"} of the last line of trace_weights.jsonl, if it can be read."""
     path = run.path / TRACES
     lines = _bytes(path).splitlines() if path.is_file() else []
     return _checked(path, _WEIGHED, notes, content=lines[-1]) if lines else None
@@ -267,10 +258,7 @@ def evaluations(runs: Sequence[Run], notes: list[str]) -> list[dict[str, Any]]:
 
 
 def drifts(runs: Sequence[Run], notes: list[str], *, points: int) -> list[dict[str, Any]]:
-    """Every drift.json of the runs, its curves at about `points` lengths.
-
-    A file of another form is left out with a note.
-    """
+    """Every readable drift.json of the runs, its curves at about `points` lengths."""
     found = []
     for root in dict.fromkeys(run.root for run in runs):
         path = root / "drift.json"
@@ -314,10 +302,7 @@ def _thin_drift(row: dict[str, Any], points: int) -> dict[str, Any]:
 def _result(
     path: Path, bounds: dict[str, Bound], root: Path, runs: Sequence[Run], notes: list[str]
 ) -> dict[str, Any] | None:
-    """A file of {"models": {name: row}} with {"source", "runs": {model: place of its run}}.
-
-    None without a file, and with a note of what is wrong in it.
-    """
+    """A file of {"models": {name: row}} with "source" and "runs", {model: place of its run}."""
     if not path.is_file() or (result := _checked(path, bounds, notes)) is None:
         return None
     names = ["student" if run.path == root else run.path.name for run in runs]
@@ -331,10 +316,7 @@ def _result(
 def _checked(
     path: Path, bounds: dict[str, Bound], notes: list[str], *, content: bytes | None = None
 ) -> dict[str, Any] | None:
-    """What the bounds name of a JSON file, or None and a note that says what is wrong in it.
-
-    content: the part of the file that is read, if not all of it.
-    """
+    """What the bounds name of a JSON file, or of `content`; None and a note if it is wrong."""
     try:
         found = _parse(_bytes(path) if content is None else content, path)
         check(found, bounds, source=path)

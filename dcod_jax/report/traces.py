@@ -24,7 +24,7 @@ from dcod_jax.models import hf
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.report.data import Run
-from dcod_jax.score.scoring import ScoreSettings, score_traces
+from dcod_jax.score.scoring import score_settings, score_traces
 from dcod_jax.train.checkpoint_reader import read_student
 from dcod_jax.train.checkpointer import finished
 from dcod_jax.train.metrics import read_metrics
@@ -32,6 +32,7 @@ from dcod_jax.train.settings import loss_config
 from dcod_jax.types import Params, Trace
 
 BINS = 40
+_LATE = 1 << 30  # a step after any warmup
 _weigh = jax.jit(weights.weigh, static_argnums=0)
 
 
@@ -49,25 +50,18 @@ class Seen:
 
 
 def see(run: Run, *, count: int) -> Seen:
-    """The first `count` held-out traces (training ones where none are held out) and their weights.
-
-    The student is the run's export, else its newest checkpoint. Raises DcodError for what is
-    missing.
-    """
+    """The first held-out (else training) traces, weighed by the run's export or checkpoint."""
     _check_config(run)
     dataset = _dataset(run)
-    export = _export(run)
+    # The run may have been moved since.
+    exports = export_path(run.config), run.path / "export"
+    export = next((path for path in exports if (path / MARKER).is_file()), None)
     tokenizer = load_tokenizer(export) if export else student_tokenizer(run.config.student)
     check_fingerprints(dataset, tokenizer=tokenizer_fingerprint(tokenizer))
     traces = dataset.read(range(min(count, len(dataset))))
     source, model_config, params, mesh = _student(run, export)
-    settings = ScoreSettings(
-        top_k=0,
-        batch_tokens=run.config.score.batch_tokens,
-        head_chunk=run.config.loss.head_chunk,
-        compute_dtype=run.config.student.compute_dtype,
-        valid_vocab=len(tokenizer),
-    )
+    dtype = run.config.student.compute_dtype
+    settings = score_settings(run.config, compute_dtype=dtype, valid_vocab=len(tokenizer))
     scored = score_traces(model_config, params, traces, settings=settings, mesh=mesh)
     student = [np.asarray(trace.logprobs, np.float32) for trace in scored]
     cfg = loss_config(run.config).weights
@@ -95,13 +89,8 @@ def token_weights(
     traces: Sequence[Trace],
     *,
     tempering: Tempering | None = None,
-    step: int = 1 << 30,
 ) -> list[np.ndarray]:
-    """The train step's weight of every completion token, after any warmup.
-
-    Scope and sequence normalisation are applied; the batch normalisation, which needs a batch, is
-    not.
-    """
+    """The train step's weight of every completion token, before the batch normalisation."""
     shape = (len(student), max(len(one) for one in student))
     log_q, log_p, log_start = (np.zeros(shape, np.float32) for _ in range(3))
     mask, starts = np.zeros(shape, bool), np.ones(shape, np.int32)
@@ -117,7 +106,7 @@ def token_weights(
     spans = starts.cumsum(axis=1, dtype=np.int32)
     parts = (log_q, log_p, mask, mask.astype(np.int32), spans, log_start)
     tokens = Tokens(*map(jnp.asarray, parts))
-    found = np.asarray(_weigh(cfg, tokens, step, tempering))
+    found = np.asarray(_weigh(cfg, tokens, _LATE, tempering))
     return [found[row, : len(one)] for row, one in enumerate(student)]
 
 
@@ -166,12 +155,6 @@ def _dataset(run: Run) -> TraceDataset:
             if (path / MANIFEST).is_file():
                 return TraceDataset(path, verify=False)
     raise DcodError(f"no trace dataset in {root}")
-
-
-def _export(run: Run) -> Path | None:
-    """The run's export, also where the run was moved since."""
-    places = export_path(run.config), run.path / "export"
-    return next((path for path in places if (path / MARKER).is_file()), None)
 
 
 def _student(run: Run, export: Path | None) -> tuple[str, ModelConfig, Params, Mesh]:

@@ -30,14 +30,7 @@ from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.counts import num_params
 from dcod_jax.models.layers import capped, transposed_matmul
 from dcod_jax.models.transformer import head_weight, logical_axes
-from dcod_jax.parallel.mesh import (
-    constrain,
-    is_names,
-    memory,
-    parts,
-    platform,
-    with_tensor,
-)
+from dcod_jax.parallel.mesh import constrain, is_names, memory, parts, platform, with_tensor
 from dcod_jax.sample.sampling import Settings, choose
 from dcod_jax.types import Params
 
@@ -165,12 +158,7 @@ def cast_params(params: Params, *, form: DecodingForm) -> Params:
         x = x if names[-1] == "norm" else x.astype(form.compute_dtype)
         return constrain(x, form.mesh, *names)
 
-    cast = jax.tree.map(
-        one,
-        logical_axes(form.config),
-        params,
-        is_leaf=is_names,
-    )
+    cast = jax.tree.map(one, logical_axes(form.config), params, is_leaf=is_names)
     cast = transpose_kernels(cast) if form.transposed else cast
     return split_layers(cast) if form.split else cast
 
@@ -243,10 +231,7 @@ def prefill(
     chunk: int,
     form: DecodingForm,
 ) -> Rows:
-    """Put P prompts into the rows `places` and draw their first tokens.
-
-    T is a multiple of `chunk`, the tokens of a row in one step. A place out of range is skipped.
-    """
+    """Put P prompts, T a multiple of `chunk`, into the rows `places`, if these are in range."""
     last = jnp.maximum(lengths - 1, 0)
     parts = last.max() // chunk + 1
 
@@ -304,10 +289,7 @@ def decode(
     most_alive: Int[Array, ""],
     form: DecodingForm,
 ) -> Rows:
-    """Decode until at most `most_alive` rows are alive, or most_steps steps.
-
-    `stopped` [R] rows have reached a stop string and are dead from now on.
-    """
+    """Decode until at most most_alive rows live, or most_steps steps; `stopped` rows are dead."""
     head = head_weight(form.config, params)
     everyone = jnp.arange(rows.tokens.shape[0])
 

@@ -36,10 +36,7 @@ class Settings:
 def make_settings(
     *, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> Settings:
-    """Checked settings; temperature 0 is greedy, which no filter changes: the likeliest stays.
-
-    Raises DcodError for a value out of its range.
-    """
+    """Checked settings; temperature 0 is greedy, which no filter changes: the likeliest stays."""
     if not (temperature >= 0 and math.isfinite(temperature)):
         raise DcodError(f"temperature={temperature} must be >= 0 and finite (0: greedy)")
     if not 0 < top_p <= 1:
@@ -59,16 +56,9 @@ def make_settings(
 
 
 def choose(
-    logits: Float[Array, "B V"],
-    keys: Shaped[Array, " B"],
-    settings: Settings,
-    *,
-    valid_vocab: int,
+    logits: Float[Array, "B V"], keys: Shaped[Array, " B"], settings: Settings, *, valid_vocab: int
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """Next tokens, each with its row's own key, and their log-probabilities at temperature 1.
-
-    The log-probabilities are those of the model, whatever temperature and filters chose among.
-    """
+    """Next tokens, each with its row's own key, and their log-probabilities at temperature 1."""
     if valid_vocab < logits.shape[-1]:
         logits = jnp.where(jnp.arange(logits.shape[-1]) < valid_vocab, logits, MASKED)
     if settings.mode == "greedy":

@@ -46,10 +46,7 @@ class Alignment(NamedTuple):
 
 
 def align(student: Tokenizer, teacher: Tokenizer, trace: Trace) -> Alignment:
-    """Encode the student's trace for the teacher and match the two.
-
-    Raises DcodError that names the trace where a tokenizer or template changes a turn's text.
-    """
+    """Encode the student's trace for the teacher and match the two, or refuse it by name."""
     conversation = recall(student, trace)
     try:
         try:
@@ -75,10 +72,7 @@ def align(student: Tokenizer, teacher: Tokenizer, trace: Trace) -> Alignment:
 
 
 def with_scores(trace: Trace, alignment: Alignment, logprobs: Float[np.ndarray, " N"]) -> Trace:
-    """The trace with each span's log p, in equal shares of its student tokens.
-
-    logprobs: of the teacher's completion tokens.
-    """
+    """The trace with each span's log p (`logprobs` of its tokens) in equal shares of its tokens."""
     of_ours, of_theirs = alignment.student_spans, alignment.teacher_spans
     counted, sizes = of_theirs >= 0, np.bincount(of_ours)
     totals = np.bincount(
@@ -245,10 +239,7 @@ def _spaces(text: bytes) -> int:
 
 
 def _positions(theirs: str, ours: str) -> Float[np.ndarray, " P"]:
-    """The place in our text of each place in theirs, bytes; a half inside characters that differ.
-
-    The texts are canonically equal.
-    """
+    """The place in our text of each byte of the equal theirs; a half where forms differ."""
     left, right = _characters(theirs)[::-1], _characters(ours)[::-1]
     places, at = [0.0], 0
     while left:

@@ -45,7 +45,7 @@ from dcod_jax.logs import track
 from dcod_jax.parallel import hosts
 from dcod_jax.prepare.command import check_settings, earlier_dataset
 from dcod_jax.score.alignment import ONLY_TEXT, score_aligned
-from dcod_jax.score.scoring import ScoreSettings, score_traces
+from dcod_jax.score.scoring import score_settings, score_traces
 from dcod_jax.score.server import ServedTeacher, open_server
 from dcod_jax.score.teacher import (
     Teacher,
@@ -95,7 +95,7 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
         return done
     with locked(dataset_lock(config), what=f"data.dataset={root}"):
         hosts.barrier("the lock of data.dataset")
-        mesh, process, processes = hosts.share(config)
+        mesh, *place = hosts.share(config)
         k = config.score.top_k
         scorers = {name: _scorer(config, one, mesh, top_k=k) for name, one in teachers.items()}
         for name, teacher in others.items():
@@ -104,27 +104,12 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
         own = _scorer(config, start, mesh, top_k=0) if start else None
         before = earlier_dataset(root)
         known = known_scores([before / s.name for s in splits], teacher=about, settings=stored)
+        score_shard = functools.partial(_score_shard, scorers, start=own, known=known)
         for split in splits:
-            if split.name in done:
-                if hosts.first():
-                    tidy(split, done[split.name])
-                continue
-            work = _work(config, split, about, stored, process=process, processes=processes)
-            label = f"scoring {split.name}"
-            with track(label, work[0], done=work[1], enabled=config.train.progress) as advance:
-                done[split.name] = add_scores(
-                    split,
-                    teacher=about,
-                    settings=stored,
-                    score_shard=functools.partial(
-                        _score_shard, scorers, start=own, known=known, on_tokens=advance
-                    ),
-                    overwrite=config.score.overwrite,
-                    write=processes > 1 or hosts.first(),
-                    process=process,
-                    processes=processes,
-                )
-            _report(split, done[split.name])
+            if split.name not in done:
+                done[split.name] = _score_split(config, split, about, stored, score_shard, *place)
+            elif hosts.first():
+                tidy(split, done[split.name])
         if hosts.first():
             remove_tree(before)
     return done
@@ -212,13 +197,9 @@ def _scorer(config: Any, teacher: Teacher | ServedTeacher, mesh: Mesh, *, top_k:
     if isinstance(teacher, ServedTeacher):
         return functools.partial(teacher.score, top_k=top_k)
     model_config, params = teacher.load(mesh)
-    settings = ScoreSettings(
-        top_k=top_k,
-        batch_tokens=config.score.batch_tokens,
-        head_chunk=config.loss.head_chunk,
-        compute_dtype=teacher.dtype,
-        valid_vocab=len(teacher.tokenizer),
-        kernel=config.student.attention,
+    vocab, kernel = len(teacher.tokenizer), config.student.attention
+    settings = score_settings(
+        config, compute_dtype=teacher.dtype, valid_vocab=vocab, top_k=top_k, kernel=kernel
     )
     return functools.partial(score_traces, model_config, params, settings=settings, mesh=mesh)
 
@@ -231,10 +212,7 @@ def _score_shard(
     known: KnownScores,
     on_tokens: Callable[[int], None],
 ) -> list[Trace]:
-    """The traces in their order, each scored by its own teacher, or with the scores it had.
-
-    start: the model whose log-probs lie beside the teacher's.
-    """
+    """The traces, each scored by its own teacher (and `start`), or with the scores that it had."""
     found = {place: known.of(trace) for place, trace in enumerate(traces)}
     left: dict[str, list[int]] = {}
     for place, trace in enumerate(traces):
@@ -256,25 +234,38 @@ def _score_shard(
     return [trace for _, trace in sorted(found.items()) if trace is not None]
 
 
-def _work(
+def _score_split(
     config: Any,
     split: Path,
     teacher: dict[str, Any],
     settings: dict[str, Any],
-    *,
+    score_shard: Callable[..., list[Trace]],
     process: int,
     processes: int,
-) -> tuple[int, int]:
-    """Tokens of this process's shards, and those that an interrupted run has behind it."""
-    manifest = read_manifest(split)
+) -> dict[str, Any]:
+    """Score this process's shards, but for those that an interrupted run finished."""
+    manifest, overwrite = read_manifest(split), config.score.overwrite
     shards = manifest["shards"]
     blocks = score_blocks(split, manifest, teacher, settings)
-    finished = scored_shards(split, blocks, overwrite=config.score.overwrite)
+    finished = scored_shards(split, blocks, overwrite=overwrite)
     if finished:
         print(f"{split}: going on behind {len(finished)} of {len(shards)} shards")
-    own = range(process, len(shards), processes)
-    total = sum(shards[number]["tokens"] for number in own)
-    return total, sum(shards[number]["tokens"] for number in own if number in finished)
+    tokens = {number: shards[number]["tokens"] for number in range(process, len(shards), processes)}
+    before = sum(count for number, count in tokens.items() if number in finished)
+    label, shown = f"scoring {split.name}", config.train.progress
+    with track(label, sum(tokens.values()), done=before, enabled=shown) as advance:
+        manifest = add_scores(
+            split,
+            teacher=teacher,
+            settings=settings,
+            score_shard=functools.partial(score_shard, on_tokens=advance),
+            overwrite=overwrite,
+            write=processes > 1 or hosts.first(),
+            process=process,
+            processes=processes,
+        )
+    _report(split, manifest)
+    return manifest
 
 
 def _report(path: Path, manifest: dict[str, Any]) -> None:

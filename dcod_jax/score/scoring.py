@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -36,6 +37,14 @@ class ScoreSettings:
     compute_dtype: str
     valid_vocab: int  # the tokenizer's real size; rows above it are padding
     kernel: str = "auto"  # of attention
+
+
+def score_settings(
+    config: Any, *, compute_dtype: str, valid_vocab: int, top_k: int = 0, kernel: str = "auto"
+) -> ScoreSettings:
+    """With the batches of score.batch_tokens and the chunks of loss.head_chunk."""
+    sizes = config.score.batch_tokens, config.loss.head_chunk
+    return ScoreSettings(top_k, *sizes, compute_dtype, valid_vocab, kernel)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +104,10 @@ def score_traces(
         batch_tokens=settings.batch_tokens,
         shards=batch_shards(mesh),
     )
-    for batch, out in _one_ahead(
-        batches, lambda b: _launch(config, params, traces, b, settings, mesh)
+    started = ((b, _launch(config, params, traces, b, settings, mesh)) for b in batches)
+    # A result is fetched after the next batch was started on the device.
+    for (batch, out), _ in itertools.pairwise(
+        itertools.chain(started, [(TraceBatch((), 0, 0), ())])
     ):
         arrays = jax.device_get(out)
         for row, i in enumerate(batch.members):
@@ -104,20 +115,6 @@ def score_traces(
         if on_tokens is not None:
             on_tokens(sum(len(traces[i].token_ids) for i in batch.members))
     return [t for t in scored if t is not None]
-
-
-def _one_ahead(
-    batches: Sequence[TraceBatch], launch: Callable[[TraceBatch], Any]
-) -> Iterator[tuple[TraceBatch, Any]]:
-    """Results in order, each given out after the next batch was started on the device."""
-    waiting: tuple[TraceBatch, Any] | None = None
-    for batch in batches:
-        started = (batch, launch(batch))
-        if waiting is not None:
-            yield waiting
-        waiting = started
-    if waiting is not None:
-        yield waiting
 
 
 def _check_trace(config: ModelConfig, trace: Trace, *, valid_vocab: int) -> None:

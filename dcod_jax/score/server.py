@@ -67,11 +67,7 @@ class ServedTeacher:
         }
 
     def score(
-        self,
-        traces: Sequence[Trace],
-        *,
-        top_k: int,
-        on_tokens: Callable[[int], None] | None = None,
+        self, traces: Sequence[Trace], *, top_k: int, on_tokens: Callable[[int], None] | None = None
     ) -> list[Trace]:
         """The traces with their log-probs; the first that fails ends the others."""
         stopped, found = threading.Event(), []
@@ -164,10 +160,7 @@ def _ask(url: str, body: dict[str, Any] | None, *, limit: int, timeout: float, w
 
 
 def open_server(entry: TeacherEntry, settings: Any, tokenizer: Tokenizer) -> ServedTeacher:
-    """The teacher behind entry.server; settings: score.* (concurrency, retries, timeout).
-
-    Raises DcodError when the server cannot be reached or does not have the model.
-    """
+    """The teacher behind entry.server; settings: score.* (concurrency, retries, timeout)."""
     url = entry.server.rstrip("/").removesuffix("/v1")
     about: dict[str, Any] = {}
     options = (settings.concurrency, settings.retries, settings.timeout)

@@ -45,10 +45,7 @@ class Teacher:
 
 
 def own_tokenizer(entry: TeacherEntry, *, date: str) -> Tokenizer:
-    """The tokenizer of a teacher that does not share the student's, with its own chat template.
-
-    date: of config.student.template_date.
-    """
+    """The tokenizer of a teacher that does not share the student's, with its own chat template."""
     variables = tuple(filter(None, entry.template_kwargs.split(",")))
     choice = TemplateChoice(entry.chat_template, variables, date)
     return load_tokenizer(as_path(entry.tokenizer or entry.path), template=choice)
@@ -74,9 +71,7 @@ def _name_of(path: Path) -> str:
 
 
 def open_start(config: Any) -> Teacher:
-    """student.path, the start of the training, as a model that scores or samples; in
-    student.compute_dtype.
-    """
+    """student.path, the start, as a model that scores or samples in student.compute_dtype."""
     if not config.student.path:
         raise DcodError("student.path is empty; the student's own log-probs or samples need it")
     student, named = config.student, {"name": "", "revision": "", "tokenizer": ""}
@@ -109,10 +104,7 @@ def joint_weights(weights: Mapping[str, str]) -> str:
 
 
 def expected_weights(entries: Sequence[TeacherEntry], told: Mapping[str, Any] | None = None) -> str:
-    """What a manifest of a dataset that these teachers scored has as its teacher's weights.
-
-    told: what the manifest says of its teacher (see entry_weights).
-    """
+    """The weights that a manifest has for these teachers; told: as entry_weights has it."""
     told = told or {}
     each = told.get("teachers") or {"": told}
     return joint_weights({e.name: entry_weights(e, each.get(e.name)) for e in entries})

@@ -30,17 +30,9 @@ from dcod_jax.files import from_json
 MAIN = "main"  # the condition whose learning rates the others take over, where it has the arm
 # Keys that say where things are or what else is run, not what a run is.
 _ELSEWHERE = (
-    "run_dir",
-    "study.arms",
-    "study.conditions",
-    "study.only",
-    "study.seeds",
-    "study.tuning_seeds",
-    "study.learning_rates",
-    "study.own_rates",
-    "teacher.name",
-    "data.prefetch",
-)
+    "run_dir study.arms study.conditions study.only study.seeds study.tuning_seeds "
+    "study.learning_rates study.own_rates teacher.name data.prefetch"
+).split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,10 +203,7 @@ def tuning_seeds(config: Any) -> list[int]:
 
 
 def best_rate(results: Results, condition: str, arm: str, own: Any) -> float | None:
-    """The rate with the highest mean validation accuracy over the tuning seeds.
-
-    The lower rate wins a tie; None where runs of the grid are missing.
-    """
+    """The rate of the highest mean accuracy over the tuning seeds; None where runs are missing."""
     sums: dict[float, float] = {}
     for rate in sorted(own.study.learning_rates):
         keys = [("tune", condition, arm, seed, rate) for seed in tuning_seeds(own)]

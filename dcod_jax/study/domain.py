@@ -23,7 +23,7 @@ from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.answers import extract_answer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.sample.sampler import Sample, decoding_params, sample
-from dcod_jax.score.scoring import ScoreSettings, score_traces
+from dcod_jax.score.scoring import score_settings, score_traces
 from dcod_jax.study.arithmetic import STYLES, Chain, worked_traces
 from dcod_jax.types import Params, Trace
 
@@ -115,10 +115,7 @@ def disturb(text: str, draw: random.Random) -> str:
 
 
 def to_trace(tokenizer: Any, name: str, prompt: str, completion: str) -> Trace:
-    messages = [
-        {"role": "user", "content": prompt},
-        {"role": "assistant", "content": completion},
-    ]
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
     ids, mask = chat.encode(tokenizer, messages)
     return Trace(name, ids, mask)
 
@@ -140,10 +137,7 @@ class StudyModel:
         """Continuations; options are temperature, seed and indices of `sample`."""
         return sample(
             decoding_params(
-                self.config,
-                self.params,
-                valid_vocab=len(self.tokenizer),
-                compute_dtype="float32",
+                self.config, self.params, valid_vocab=len(self.tokenizer), compute_dtype="float32"
             ),
             prompts,
             max_new_tokens=config.generate.max_new_tokens,
@@ -270,10 +264,7 @@ def selection(config: Any) -> tuple[str, float]:
 def open_of_start(
     path: Path, config: Any, whole: TraceDataset, start: Callable[[], StudyModel], *, scored: bool
 ) -> TraceDataset:
-    """The dataset at `path` that depends on the start, made when it is not there.
-
-    It has the traces that study.select keeps; scored: with the start's log-probs.
-    """
+    """The dataset at `path` of study.select, `scored` by the start; made if missing."""
     if not (path / MANIFEST).exists():
         traces = whole.read(range(len(whole)))
         rule, share = selection(config) if config.study.select else ("", 1.0)
@@ -306,10 +297,7 @@ def traces_path(directory: Path, config: Any, *, start: bool) -> Path:
 def open_traces(
     path: Path, config: Any, teacher: StudyModel | None, tokenizer: Any
 ) -> TraceDataset:
-    """The trace dataset at traces_path, made when it is not there.
-
-    With a teacher: its samples, scored with score.top_k. Without: the start's worked solutions.
-    """
+    """The dataset at traces_path, made if missing: the teacher's samples, or the start's."""
     if not (path / MANIFEST).exists():
         if teacher is None:
             traces, report = start_traces(config, tokenizer), {}
@@ -338,11 +326,7 @@ def _settings(config: Any, kind: str) -> dict[str, Any]:
 
 
 def _scored(config: Any, teacher: StudyModel, traces: list[Trace]) -> list[Trace]:
-    settings = ScoreSettings(
-        top_k=min(config.score.top_k, len(teacher.tokenizer)),
-        batch_tokens=config.score.batch_tokens,
-        head_chunk=config.loss.head_chunk,
-        compute_dtype="float32",
-        valid_vocab=len(teacher.tokenizer),
-    )
+    vocab = len(teacher.tokenizer)
+    top_k = min(config.score.top_k, vocab)
+    settings = score_settings(config, compute_dtype="float32", valid_vocab=vocab, top_k=top_k)
     return score_traces(teacher.config, teacher.params, traces, settings=settings)

@@ -71,11 +71,7 @@ def read_params(
     best_metric: str = "",
     key: str = "run_dir",
 ) -> tuple[Params, Record]:
-    """(parameters laid out as `like`, record) of a run, or of the checkpoint that is named.
-
-    Default: the best by `best_metric`, else the newest. Raises DcodError when there is none, when
-    it is damaged, or when a shape differs.
-    """
+    """(parameters laid out as `like`, record) of the step, else the best, else the newest."""
 
     def read(path: Path) -> tuple[Params, Record]:
         record = _checked_record(path, "run", "params")

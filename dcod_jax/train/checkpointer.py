@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import types
@@ -94,15 +95,13 @@ class Checkpointer:
             raise DcodError(
                 f"run_dir={run_dir}: checkpoints need a local directory or gs://bucket/name"
             )
+        self._explained = functools.partial(explain, self.directory, local=local)
         self.place = epath.Path(str(self.directory))  # Orbax's own way to gs://
         kept: list[Any] = [policies.LatestN(keep)]
         # local_checkpoints.py removes half-written local ones.
         options: dict[str, Any] = {"cleanup_tmp_directories": not local}
         if best_metric:
-            options |= {
-                "best_fn": lambda metrics: rank(metrics, best_metric),
-                "best_mode": "min",
-            }
+            options |= {"best_fn": lambda metrics: rank(metrics, best_metric), "best_mode": "min"}
             kept.append(
                 policies.BestN(
                     get_metric_fn=options["best_fn"],
@@ -115,7 +114,10 @@ class Checkpointer:
         self._retention = policies.AnyPreservationPolicy(kept)
         options["preservation_policy"] = self._retention
         self._saving, asynchronous = 0, ocp.options.AsyncOptions()
-        asynchronous.post_finalization_callback = self._add_checksums
+        # Called on the first process when all is written and nothing has its name.
+        asynchronous.post_finalization_callback = lambda: checksums.write(
+            self._unnamed(), self._saving
+        )
         if jax.process_count() > 1 and not local:
             self._all_written = ocp.multihost.get_barrier_sync_fn()
             asynchronous.barrier_sync_fn = self._barrier
@@ -125,15 +127,13 @@ class Checkpointer:
         asynchronous.create_directories_asynchronously = not (local or beside_local)
         options["async_options"] = asynchronous
         logging.getLogger("absl").addFilter(_unexpected)
-        with self._explained("open"):
+        with self._explained(what="open"):
             self.directory.mkdir(parents=True, exist_ok=True)
             if local:
                 self.manager = _local_manager(self.place, options)
             else:
                 self.manager = ocp.CheckpointManager(
-                    self.place,
-                    item_names=ITEMS,
-                    options=ocp.CheckpointManagerOptions(**options),
+                    self.place, item_names=ITEMS, options=ocp.CheckpointManagerOptions(**options)
                 )
 
     def steps(self) -> list[int]:
@@ -150,13 +150,14 @@ class Checkpointer:
         progress = {key: getattr(snapshot, key) for key in names}
         run = {key: getattr(snapshot, key) for key in ("step", "config", "metrics")}
         run[checksums.PROMISED] = checksums.NAME
+        tree: Any = ocp.args.PyTreeSave if self.local else ocp.args.StandardSave
         items = ocp.args.Composite(
-            params=self._args_to_save(snapshot.state.params),
-            opt_state=self._args_to_save(_moments(snapshot.state)),
+            params=tree(snapshot.state.params),
+            opt_state=tree(_moments(snapshot.state)),
             run=ocp.args.JsonSave(run | {"progress": progress}),
         )
         ranked = snapshot.metrics if self.best_metric in snapshot.metrics else None
-        with self._explained("save"):
+        with self._explained(what="save"):
             self.manager.wait_until_finished()  # its checksums are those of the step before
             self._remove_old()
             self._saving = snapshot.step
@@ -172,23 +173,15 @@ class Checkpointer:
         unnamed = list(self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
         return unnamed[0] if unnamed else self.directory / str(self._saving)
 
-    def _add_checksums(self) -> None:
-        """Called by Orbax on the first process when all is written and nothing has its name."""
-        checksums.write(self._unnamed(), self._saving)
-
     def _barrier(self, *, key: str, timeout_ms: int) -> None:
         """Called by Orbax on each process; before the barrier behind its arrays it hashes them."""
         if "async_write_complete" in key and not isinstance(self.directory, RemotePath):
             checksums.write_part(self._unnamed(), jax.process_index())
         self._all_written(key=key, timeout_ms=timeout_ms)
 
-    def reload(self) -> None:
-        """Look at the directory again, where something else changed it."""
-        self.manager.reload()
-
     def wait(self) -> None:
         """Until everything started is on disk; raises DcodError when it could not be written."""
-        with self._explained("save"):
+        with self._explained(what="save"):
             self.manager.wait_until_finished()
             self.manager.check_for_errors()
             self._remove_old()
@@ -200,7 +193,7 @@ class Checkpointer:
         removal of an older one, the next start has nothing to save.
         """
         self.wait()
-        with self._explained("remove"):
+        with self._explained(what="remove"):
             steps, context = self.steps(), policies.PreservationContext()
             found: list[Any] = [
                 types.SimpleNamespace(step=s, metrics=self.manager.metrics(s)) for s in steps
@@ -212,20 +205,21 @@ class Checkpointer:
         self.manager.close()
 
     def restore(self, like: TrainState, *, step: int | None = None) -> Snapshot:
-        """The run at a step (default: the newest), laid out as the arrays or shapes of `like`.
-
-        Raises DcodError when there is no checkpoint, when it is damaged, or when a shape differs.
-        """
+        """The run at a step (default: the newest), laid out as the arrays or shapes of `like`."""
         steps = self.steps()
         if step is None and steps:
             step = steps[-1]
         elif step is None or step not in steps:
             asked = "a checkpoint" if step is None else f"step {step}"
             raise DcodError(f"{self.directory}: {asked} was expected, but it holds steps {steps}")
-        trees = {"params": like.params, "opt_state": _moments(like)}
-        items = {name: self._restoring(tree) for name, tree in trees.items()}
+        items: dict[str, Any] = {}
+        for name, tree in (("params", like.params), ("opt_state", _moments(like))):
+            items[name] = ocp.args.StandardRestore(tree := restoring(tree))
+            if self.local:
+                how = ocp.checkpoint_utils.construct_restore_args(tree)
+                items[name] = ocp.args.PyTreeRestore(tree, restore_args=how)
         checksums.verify(self.directory, step, ITEMS, steps=steps, alone=self.local)
-        with self._explained("restore", step):
+        with self._explained(step):
             check_shapes(self.place / str(step) / "params", like.params)
             args = ocp.args.Composite(**items, run=ocp.args.JsonRestore())
             found: Any = self.manager.restore(step, args=args)
@@ -236,21 +230,6 @@ class Checkpointer:
             loss_state=found["opt_state"]["loss"],
         )
         return Snapshot(state=state, **record_of(found["run"], source=self.directory / str(step)))
-
-    def _args_to_save(self, tree: PyTree) -> ocp.args.CheckpointArgs:
-        return ocp.args.PyTreeSave(tree) if self.local else ocp.args.StandardSave(tree)
-
-    def _restoring(self, like: PyTree) -> ocp.args.CheckpointArgs:
-        like = restoring(like)
-        if not self.local:
-            return ocp.args.StandardRestore(like)
-        how = ocp.checkpoint_utils.construct_restore_args(like)
-        return ocp.args.PyTreeRestore(like, restore_args=how)
-
-    def _explained(
-        self, what: str, step: int | None = None
-    ) -> contextlib.AbstractContextManager[None]:
-        return explain(self.directory, step, what=what, local=self.local)
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ class Checkpoints:
         while steps := self.shared.steps():
             with self._damage_allowed(self.shared.directory, steps, steps[-1]):
                 return self.shared.restore(like)
-            self.shared.reload()
+            self.shared.manager.reload()  # something else changed the directory
         return None
 
     @contextlib.contextmanager
@@ -60,19 +60,11 @@ class Checkpoints:
             log.warning("%s; set aside", error)
             checksums.set_aside(home, step)
 
-    def due(self, step: int, *, stop: bool) -> bool:
-        """Whether to save at this step; `stop`: the loop ends here."""
-        if self._shared_due(step, stop=stop):
-            return step not in self.shared.steps()
-        return self.local.due(step)
-
-    def save(self, snapshot: Snapshot, *, stop: bool) -> None:
-        """Start writing the checkpoint that is due."""
-        shared = self._shared_due(snapshot.step, stop=stop)
-        (self.shared if shared else self.local).save(snapshot)
-
-    def _shared_due(self, step: int, *, stop: bool) -> bool:
-        return stop or bool(self.every and step > 0 and step % self.every == 0)
+    def due(self, step: int, *, stop: bool) -> Checkpointer | LocalCheckpoints | None:
+        """Where to save at this step, if at all; `stop`: the loop ends here."""
+        if stop or (self.every and step > 0 and step % self.every == 0):
+            return None if step in self.shared.steps() else self.shared
+        return self.local if self.local.due(step) else None
 
     def close(self) -> None:
         """Wait until the last shared checkpoint is whole; only then remove the local ones."""

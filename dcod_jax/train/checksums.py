@@ -15,15 +15,7 @@ import xxhash
 
 from dcod_jax.bounds import array, check, either, mapping, text, whole
 from dcod_jax.errors import DcodError
-from dcod_jax.files import (
-    Path,
-    file_size,
-    from_json,
-    move_tree,
-    remove_tree,
-    replace_file,
-    to_json,
-)
+from dcod_jax.files import Path, file_size, from_json, move_tree, remove_tree, replace_file, to_json
 from dcod_jax.parallel import hosts
 from dcod_jax.stores import RemotePath
 
@@ -54,10 +46,7 @@ def write(directory: Path, step: int) -> None:
 
 
 def write_part(directory: Path, process: int) -> None:
-    """The checksums of the array files that this process wrote, which are not changed later.
-
-    Their item's directory still has Orbax's temporary name.
-    """
+    """The checksums of this process's arrays, whose item still has Orbax's temporary name."""
     own = [name for name in _names(directory) if f"/ocdbt.process_{process}/d/" in name]
     found = _checksums(directory, own)
     named = {name.replace(".orbax-checkpoint-tmp/", "/"): found[name] for name in found}

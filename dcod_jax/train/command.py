@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -67,10 +66,7 @@ def runs_ready(config: Any) -> Iterator[list[tuple[str, Any]]]:
 
 
 def release_memory() -> None:
-    """Return freed memory to the system, where the C library can (glibc).
-
-    The process otherwise keeps it, and the next run would need its state on top.
-    """
+    """Return freed memory to the system where the C library can (glibc): the next run needs it."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -80,18 +76,14 @@ def release_memory() -> None:
 
 
 def make_inputs(config: Any) -> None:
-    """Sample, prepare and score what the recipe names and is not there yet.
-
-    Several hosts make nothing: DcodError with the commands to run first.
-    """
+    """Sample, prepare and score what is not there yet; several hosts are told the commands."""
     if jax.process_count() > 1:
         # Only process 0 looks, because hashing the raw traces takes a while.
-        def look() -> str:
+        def look() -> list[str]:
             with hosts.alone():
-                return json.dumps(_unfinished(config))
+                return _unfinished(config)
 
-        unfinished = json.loads(hosts.from_first("look for unfinished steps", look))
-        if unfinished:
+        if unfinished := hosts.from_first("look for unfinished steps", look):
             commands = "\n".join(f"  python -m dcod_jax.{verb} --config ..." for verb in unfinished)
             raise DcodError(
                 f"{configs.dataset_dir(config)} is not ready for training on "
@@ -132,10 +124,7 @@ def missing_verbs(config: Any) -> list[str]:
 
 
 def _lacks_scores(config: Any, *, new_traces: bool = False) -> bool:
-    """Whether a variant needs log-probs of a teacher or the start that are not there.
-
-    No model is loaded.
-    """
+    """Whether log-probs of a teacher or the start are needed and not there; loads no model."""
     runs = [variant for _, variant in configs.variants(config)]
     places = [] if new_traces else dataset_splits(config).values()
     manifests = [read_manifest(path) for path in places]

@@ -65,10 +65,7 @@ def guarded(
         skip = ~(jnp.isfinite(loss) & jnp.isfinite(norm) & (norm <= limit(state, factor)))
         changes, inner = optimizer.update(updates, state.inner, params, **more)
         taken = Guarded(
-            inner,
-            state.norms.at[state.taken % WINDOW].set(norm),
-            state.taken + 1,
-            state.skipped,
+            inner, state.norms.at[state.taken % WINDOW].set(norm), state.taken + 1, state.skipped
         )
         changes = jax.tree.map(lambda x: jnp.where(skip, jnp.zeros_like(x), x), changes)
         state = choose(skip, state, taken)

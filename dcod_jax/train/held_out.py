@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,8 +28,9 @@ from dcod_jax.losses.reduce import Sums
 from dcod_jax.models import lora
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel import hosts
+from dcod_jax.sample.decoding import DecodingParams
 from dcod_jax.sample.sampler import decoding_params
-from dcod_jax.train.settings import loss_config, problems_every
+from dcod_jax.train.settings import loss_config
 from dcod_jax.types import Params, TrainState
 
 
@@ -44,11 +44,7 @@ class Questions:
 
 
 def questions(config: Any, model: ModelConfig, tokenizer: Tokenizer) -> Questions | None:
-    """What train.eval_problems asks in the form of evaluate.*; None where it is empty.
-
-    Raises DcodError for a file or field that is not there, and for a prompt that leaves no room for
-    evaluate.max_new_tokens.
-    """
+    """What train.eval_problems asks in the form of evaluate.*; None where it is empty."""
     if not config.train.eval_problems:
         return None
     found = problem_file(config, config.train.eval_problems)
@@ -73,24 +69,18 @@ class HeldOut:
         eval_step: Callable[..., Sums],
         base: tuple[Params, ...] = (),
     ):
-        """dataset: the held-out traces, or None where there are none.
-
-        base: the frozen parameters beside those of a state, if there are any.
-        """
-        self.config, self.model, self.tokenizer, self.mesh = config, model, tokenizer, mesh
-        self.base = base
+        """dataset: the held-out traces, if there are any; base: as copy_to_sample has it."""
+        self.config, self.tokenizer, self.mesh = config, tokenizer, mesh
         self.eval_step = eval_step
+        self.decoding = functools.partial(
+            copy_to_sample, config, model, mesh, base=base, valid_vocab=len(tokenizer)
+        )
         self._measures: dict[str, tuple[int, Callable[[TrainState], dict[str, float]]]] = {}
-        if dataset is not None and config.train.eval_every:
-            self._measures["eval/nll"] = (
-                config.train.eval_every,
-                functools.partial(self._loss, dataset),
-            )
+        if dataset is not None and (every := config.train.eval_every):
+            self._measures["eval/nll"] = every, functools.partial(self._loss, dataset)
         if asked := questions(config, model, tokenizer):
-            self._measures["eval/accuracy"] = (
-                problems_every(config),
-                functools.partial(self._accuracy, asked),
-            )
+            every = config.train.eval_problems_every or config.train.eval_every
+            self._measures["eval/accuracy"] = every, functools.partial(self._accuracy, asked)
 
     def known(self, name: str) -> str:
         """The metric's name where the run measures it (eval/loss with eval/nll), else ""."""
@@ -129,21 +119,11 @@ class HeldOut:
         }
 
     def _accuracy(self, asked: Questions, state: TrainState) -> dict[str, float]:
-        """Share of right greedy answers with its 95 % interval (Wilson), and of unfinished ones.
-
-        All processes decode together on the run's mesh. A copy of the parameters in the compute
-        dtype lives meanwhile.
-        """
+        """Right greedy answers with a 95 % interval (Wilson); all processes decode together."""
         settings, prepare, count = self.config.evaluate, self.config.prepare, len(asked.problems)
         with Grader(timeout=prepare.grade_timeout, workers=prepare.workers) as grader:
             given = answer(
-                decoding_params(
-                    self.model,
-                    lora.join(state.params, *self.base) if self.base else state.params,
-                    valid_vocab=len(self.tokenizer),
-                    compute_dtype=self.config.student.compute_dtype,
-                    mesh=self.mesh,
-                ),
+                self.decoding(state),
                 self.tokenizer,
                 [(problem, 0) for problem in asked.problems],
                 asked.prompts,
@@ -156,8 +136,8 @@ class HeldOut:
                 on_batch=lambda sequences, tokens: hosts.moved(),
             )
         # A comparison is bounded in time, so the grades of the first process hold for all.
-        own = json.dumps([sum(g.correct for g in given), sum(not g.finished for g in given)])
-        correct, unfinished = json.loads(hosts.exchange("the grades", own)[0])
+        own = [sum(g.correct for g in given), sum(not g.finished for g in given)]
+        correct, unfinished = hosts.exchange("the grades", own)[0]
         low, high = wilson(correct, count)
         return {
             "eval/accuracy": correct / count,
@@ -165,6 +145,21 @@ class HeldOut:
             "eval/accuracy_high": high,
             "eval/unfinished": unfinished / count,
         }
+
+
+def copy_to_sample(
+    config: Any,
+    model: ModelConfig,
+    mesh: Mesh,
+    state: TrainState,
+    *,
+    base: tuple[Params, ...],
+    valid_vocab: int,
+) -> DecodingParams:
+    """A copy of the state's parameters, beside `base` if there is any, to sample with."""
+    params = lora.join(state.params, *base) if base else state.params
+    dtype = config.student.compute_dtype
+    return decoding_params(model, params, valid_vocab=valid_vocab, compute_dtype=dtype, mesh=mesh)
 
 
 def reading(config: Any, mesh: Mesh, *, whole: bool = False) -> dict[str, Any]:

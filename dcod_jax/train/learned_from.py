@@ -52,11 +52,7 @@ def _traces(dataset: TraceDataset) -> str:
 def goes_on_with(
     now: dict[str, Any], found: Record, directory: Path, *, accept: bool, steps: int
 ) -> dict[str, Any]:
-    """The record of the run that goes on from `found` with the parts `now`.
-
-    Raises DcodError, which names each part that differs with both values, unless `accept`. A run
-    whose `steps` are done learns nothing more and keeps its record.
-    """
+    """The record of a run that goes on from `found` with `now`, if that is equal or `accept`."""
     if not found.data:
         log.info(
             "%s: step %d has no record of what the run learned from (an earlier version saved it); "

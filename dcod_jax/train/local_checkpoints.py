@@ -63,8 +63,7 @@ class LocalCheckpoints:
         shared = max(self.shared.steps(), default=0)
         known = hosts.first() and self.identity.is_file()
         then = self.identity.read_bytes().decode(errors="replace").split() if known else []
-        sent = json.dumps([then, own[0], shared])
-        then, own[0], shared = json.loads(hosts.exchange("local checkpoints", sent)[0])
+        then, own[0], shared = hosts.exchange("local checkpoints", [then, own[0], shared])[0]
         found = None
         if len(then) != 3 or not _ID.fullmatch(then[0]):  # the id becomes a directory's name
             then = []
@@ -95,8 +94,7 @@ class LocalCheckpoints:
             own: list[int] = []
             with contextlib.suppress(OSError):  # a failing disk has none
                 own = finished(self.home / name / "checkpoints")
-            sent = hosts.exchange("local steps", json.dumps([HOST, own]))
-            everyone = [json.loads(text) for text in sent]
+            everyone = hosts.exchange("local steps", [HOST, own])
             names = [f"process {i} ({host})" for i, (host, _) in enumerate(everyone)]
             held = [have for _, have in everyone]
             step, newest, lacking = agree(held, after=after, before=before)

@@ -13,20 +13,21 @@ from jax.sharding import Mesh
 from dcod_jax import config as configs
 from dcod_jax.data import chat, pipeline
 from dcod_jax.errors import EXIT_INTERRUPTED
-from dcod_jax.files import as_path, forget_unfinished, replace_file
+from dcod_jax.files import Path, as_path, forget_unfinished, replace_file
 from dcod_jax.locks import check_held, locked
 from dcod_jax.losses.reduce import Sums
 from dcod_jax.parallel import hosts
 from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.plan.remat import choose_remat
 from dcod_jax.train import learned_from
+from dcod_jax.train.checkpointer import Checkpointer, Snapshot
 from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.train.forward import make_forward
 from dcod_jax.train.held_out import HeldOut, reading
+from dcod_jax.train.local_checkpoints import LocalCheckpoints
 from dcod_jax.train.on_policy import OnPolicy
-from dcod_jax.train.optim import make_optimizer
 from dcod_jax.train.profiling import GOODPUT
-from dcod_jax.train.settings import best_metric, optim_config
+from dcod_jax.train.settings import best_metric
 from dcod_jax.train.setup import (
     Student,
     initial_snapshot,
@@ -35,7 +36,7 @@ from dcod_jax.train.setup import (
     load_student,
     open_datasets,
 )
-from dcod_jax.train.step import make_eval_step, make_train_step
+from dcod_jax.train.step import configured_step, make_eval_step
 from dcod_jax.train.telemetry import Pending, Telemetry
 from dcod_jax.types import Params
 
@@ -43,10 +44,7 @@ log = logging.getLogger(__name__)
 
 
 def fit(config: Any, *, name: str = "", until: int = 0) -> int:
-    """Train one variant to train.steps, or resume it; returns the number of steps done.
-
-    until: stop at this step as at the last one, measured and saved; a later call goes on.
-    """
+    """Train to train.steps, or to the step `until` for now; returns the number of steps done."""
     entered = time.monotonic()
     hosts.check_joined()
     student = load_student(config)
@@ -69,11 +67,7 @@ def _fit(config: Any, name: str, student: Student, entered: float, end: int) -> 
     batches = pipeline.train_batches(
         train_set, seed=config.seed, **reading(config, mesh, whole=config.on_policy.fraction > 0)
     )
-    if run.iterator:
-        own, accept = batches.get_state()["stream"], config.train.accept_changed_data
-        batches.set_state(learned_from.position(run.iterator, own, accept=accept))
-    elif hosts.first():
-        replace_file(run_dir / "config.json", configs.to_json(config).encode())
+    _begin(config, run, batches, run_dir)
     if run.step >= end:
         log.info("%s: all %d steps are done", run_dir, end)
         if hosts.first():
@@ -88,24 +82,16 @@ def _fit(config: Any, name: str, student: Student, entered: float, end: int) -> 
     with hosts.interruption() as interrupted, telemetry:
         # The order is part of exactness: evaluate -> save -> advance the iterator -> step.
         while True:
-            began = time.monotonic()
-            last = run.step == end
+            began, last = time.monotonic(), run.step == end
             stop = interrupted(run.step) or last
             evaluate = held_out.due(run.step, run.metrics, last=last)
-            save = checkpoints.due(run.step, stop=stop)
-            if evaluate or save:
+            checkpointer = checkpoints.due(run.step, stop=stop)
+            if evaluate or checkpointer:
                 telemetry.settle()
             if evaluate:
-                with telemetry.timed("eval", f"{', '.join(evaluate)} at step {run.step}"):
-                    run.metrics = run.metrics | held_out.measure(evaluate, run.state)
-                telemetry.held_out()
-            if save:
-                with telemetry.timed("save", f"saving step {run.step}"):
-                    check_held(run_dir / ".train.lock", what=f"run_dir={run_dir}")
-                    telemetry.writer.sync()  # a resumed run needs the lines up to its checkpoint
-                    run.iterator = batches.get_state()
-                    checkpoints.save(run, stop=stop)
-                telemetry.goodput.saved(run.step)
+                _measure(evaluate, run, held_out, telemetry)
+            if checkpointer:
+                _save(config, run, batches, telemetry, checkpointer)
             if stop:
                 break
             step = run.step + 1
@@ -121,21 +107,47 @@ def _fit(config: Any, name: str, student: Student, entered: float, end: int) -> 
         with telemetry.timed("save"):
             checkpoints.close()
     if not last:
-        log.warning(
-            "%s: interrupted, saved at step %d in %.1f s; the same command goes on",
-            run_dir,
-            run.step,
-            time.monotonic() - began,
-        )
+        text = "%s: interrupted, saved at step %d in %.1f s; the same command goes on"
+        log.warning(text, run_dir, run.step, time.monotonic() - began)
         raise SystemExit(EXIT_INTERRUPTED)
     return run.step
+
+
+def _begin(config: Any, run: Snapshot, batches: Any, run_dir: Path) -> None:
+    """Put the data where the run goes on; a run that begins writes its config."""
+    if run.iterator:
+        own, accept = batches.get_state()["stream"], config.train.accept_changed_data
+        batches.set_state(learned_from.position(run.iterator, own, accept=accept))
+    elif hosts.first():
+        replace_file(run_dir / "config.json", configs.to_json(config).encode())
+
+
+def _measure(names: list[str], run: Snapshot, held_out: HeldOut, telemetry: Telemetry) -> None:
+    with telemetry.timed("eval", f"{', '.join(names)} at step {run.step}"):
+        run.metrics = run.metrics | held_out.measure(names, run.state)
+    telemetry.held_out()
+
+
+def _save(
+    config: Any,
+    run: Snapshot,
+    batches: Any,
+    telemetry: Telemetry,
+    checkpointer: Checkpointer | LocalCheckpoints,
+) -> None:
+    run_dir = as_path(config.run_dir)
+    with telemetry.timed("save", f"saving step {run.step}"):
+        check_held(run_dir / ".train.lock", what=f"run_dir={run_dir}")
+        telemetry.writer.sync()  # a resumed run needs the lines up to its checkpoint
+        run.iterator = batches.get_state()
+        checkpointer.save(run)
+    telemetry.goodput.saved(run.step)
 
 
 def _make_steps(
     config: Any, student: Student, mesh: Mesh, base: tuple[Params, ...]
 ) -> tuple[optax.GradientTransformation, Callable[..., Any], Callable[..., Sums]]:
     """(optimizer, train step, held-out step); the steps are of (state, batch) alone."""
-    optimizer, schedule = make_optimizer(optim_config(config), config.train.steps)
     teacher, teacher_params = load_live_teacher(config, student, mesh)
     forward = make_forward(
         config,
@@ -145,17 +157,7 @@ def _make_steps(
         teacher=teacher,
         remat=choose_remat(config, mesh.devices.flat),
     )
-    train_step = make_train_step(
-        forward,
-        optimizer,
-        schedule,
-        batch_size=config.data.batch_size,
-        microbatches=config.train.microbatches,
-        offload=config.optim.offload,
-        log_every=config.train.log_every,
-        steps=config.train.steps,
-        token_weights=forward.loss.config.weights.varies,
-    )
+    optimizer, train_step = configured_step(config, forward)
     eval_step = make_eval_step(forward)
     return (
         optimizer,

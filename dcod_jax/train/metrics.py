@@ -88,10 +88,14 @@ def packed_where(
 
 def quantile_of(ordered: Array, count: Array, quantile: float) -> Array:
     """Linear interpolation among the first `count` values, as numpy does it; NaN without any."""
-    place = quantile * (count - 1.0)
+    return _interpolated(lambda rank: ordered[rank.astype(jnp.int32)], count, quantile)
+
+
+def _interpolated(ranked: Callable[[Array], Array], count: Array, quantile: float) -> Array:
+    """The quantile of values of which ranked(i) is the i-th in order."""
+    place, last = quantile * (count - 1.0), jnp.maximum(count - 1, 0)
     low = jnp.floor(place)
-    below = ordered[jnp.maximum(low, 0).astype(jnp.int32)]
-    above = ordered[jnp.clip(low + 1, 0, jnp.maximum(count - 1, 0)).astype(jnp.int32)]
+    below, above = ranked(jnp.maximum(low, 0)), ranked(jnp.minimum(jnp.maximum(low + 1, 0), last))
     return jnp.where(count > 0, below + (place - low) * (above - below), jnp.nan)
 
 
@@ -118,13 +122,7 @@ def quantiles(
     def ranked(rank: Array) -> Array:
         return means[jnp.minimum(jnp.searchsorted(upto, rank, side="right"), BINS - 1)]
 
-    found = {}
-    for name, quantile in wanted.items():
-        place = quantile * (upto[-1] - 1.0)
-        low = jnp.floor(place)
-        below, above = ranked(low), ranked(jnp.minimum(low + 1, upto[-1] - 1))
-        found[name] = jnp.where(upto[-1] > 0, below + (place - low) * (above - below), jnp.nan)
-    return found
+    return {name: _interpolated(ranked, upto[-1], quantile) for name, quantile in wanted.items()}
 
 
 def weight_statistics(
@@ -174,7 +172,7 @@ def measure(
     """Metrics of a compact batch that only log steps need: scalars, NaN where there is none."""
     mask = small.loss_mask
     read = (stats.student_logprobs, stats.teacher_logprobs, stats.extra)
-    scoped = weights.scoped_log_ratio(cfg.weights, tokens_of(small, *read))
+    scoped = weights.scoped_signal(cfg.weights, tokens_of(small, *read))
     bounded = weights.raw(cfg.weights, scoped, loss_state)
     order = segment_cumsum(mask.astype(jnp.float32), small.segment_ids) - 1.0
     measured = {
@@ -282,10 +280,7 @@ class MetricsWriter:
     def write(
         self, step: int, values: Mapping[str, Any], traces: Mapping[str, Any] | None = None
     ) -> None:
-        """One line {"step": step, key: value, ...} of the values that are available.
-
-        traces: what a line of trace_weights.jsonl says; without any there is none.
-        """
+        """One line of the available values; `traces` is a line of trace_weights.jsonl."""
         found = available(values)
         line = {"step": step, **found}
         if not self.enabled or (step == self._start and line.keys() in self._written):
@@ -338,8 +333,7 @@ def _keep_lines(path: Path, start: int) -> list[dict[str, Any]]:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Lines of a metrics file; one that a killed process wrote in part is left out."""
-    whole = path.read_bytes()
-    lines = []
+    whole, lines = path.read_bytes(), []
     for number, line in enumerate(whole[: whole.rfind(b"\n") + 1].splitlines(), 1):
         try:
             found = from_json(line)

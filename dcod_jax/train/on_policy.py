@@ -20,8 +20,8 @@ from dcod_jax.data import packing
 from dcod_jax.data.codec import Columns
 from dcod_jax.data.pipeline import HostBatch, host_slice
 from dcod_jax.data.turns import stop_ids
-from dcod_jax.models import lora
-from dcod_jax.sample.sampler import decoding_params, sample
+from dcod_jax.sample.sampler import sample
+from dcod_jax.train.held_out import copy_to_sample
 from dcod_jax.train.setup import Student
 from dcod_jax.types import Params, TrainState
 
@@ -38,10 +38,7 @@ class OnPolicy:
         spent: dict[str, Any],
         base: tuple[Params, ...] = (),
     ):
-        """spent: the cost so far, which is counted on here; {} for a new run.
-
-        base: the frozen parameters beside those of a state, if there are any.
-        """
+        """spent: the cost so far, counted on here; base: as held_out.copy_to_sample has it."""
         self.config, self.student, self.mesh, self.base = config, student, mesh, base
         self.host, self.hosts = host_slice(mesh, config.data.batch_size)
         self.spent = spent
@@ -59,15 +56,10 @@ class OnPolicy:
             return *self._own_rows(batch, trace_index), self._metrics(on=False)
         start = time.monotonic()
         prompts, sources = _prompts(batch, trace_index)
-        settings = self.config.on_policy
+        settings, of = self.config.on_policy, (self.config, self.student.config, self.mesh)
+        vocab = self.student.valid_vocab
         samples = sample(
-            decoding_params(
-                self.student.config,
-                lora.join(state.params, *self.base) if self.base else state.params,
-                valid_vocab=self.student.valid_vocab,
-                compute_dtype=self.config.student.compute_dtype,
-                mesh=self.mesh,
-            ),
+            copy_to_sample(*of, state, base=self.base, valid_vocab=vocab),
             prompts,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
@@ -110,15 +102,9 @@ def _prompts(batch: HostBatch, trace_index: np.ndarray) -> tuple[list[list[int]]
 
 
 def _pack(
-    prompts: list[list[int]],
-    completions: list[list[int]],
-    sources: list[int],
-    like: HostBatch,
+    prompts: list[list[int]], completions: list[list[int]], sources: list[int], like: HostBatch
 ) -> tuple[HostBatch, np.ndarray, int]:
-    """(rows of the shape of `like`, the trace of each position, how many sequences had no room).
-
-    A completion is cut where a row ends; a sequence that no row has room for is left out.
-    """
+    """(rows of the shape of `like`, the trace of each position, how many had no room)."""
     rows, seq_len = like["tokens"].shape
     capacity = like["head_positions"].shape[1]
     kept = [

@@ -76,12 +76,7 @@ def make_optimizer(
     """The optimizer and its learning-rate schedule over `steps` optimizer steps."""
     schedule = make_schedule(cfg, steps)
     adamw = optax.adamw(
-        schedule,
-        b1=cfg.b1,
-        b2=cfg.b2,
-        eps=cfg.eps,
-        weight_decay=cfg.weight_decay,
-        mask=decay_mask,
+        schedule, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay, mask=decay_mask
     )
     clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm > 0 else optax.identity()
     optimizer = optax.chain(clip, adamw)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from dcod_jax.losses.adaptive import TaidConfig
@@ -30,44 +31,30 @@ def optim_config(config: Any) -> OptimConfig:
     return OptimConfig(**config.optim.to_dict())
 
 
-def problems_every(config: Any) -> int:
-    """Steps between two rounds of train.eval_problems."""
-    return config.train.eval_problems_every or config.train.eval_every
-
-
 def best_metric(config: Any) -> str:
     """train.best_metric as metrics.jsonl names it; "" where checkpoints are kept by age only."""
     name = config.train.best_metric
     return f"eval/{name.removeprefix('eval/')}" if name else ""
 
 
-def held_out_errors(flat: dict[str, Any]) -> list[str]:
+def held_out_errors(flat: dict[str, Any]) -> Iterator[str]:
     """train.best_metric that is not measured or not where a checkpoint is; problems never asked."""
-    best, path, own = (
-        flat[f"train.{key}"] for key in ("best_metric", "eval_problems", "eval_problems_every")
-    )
+    names = ("best_metric", "eval_problems", "eval_problems_every", "save_every")
+    best, path, own, save = (flat[f"train.{name}"] for name in names)
     key = "train.eval_problems_every" if own else "train.eval_every"
-    wrong = []
+    needed = "train.eval_problems, a JSONL file of {prompt, answer}"
     if path and not flat[key]:
-        wrong.append(
+        yield (
             f"train.eval_problems={path} is never asked: set train.eval_problems_every, the steps "
             "between two rounds (0: train.eval_every, which is 0 too)"
         )
     if own and not path:
-        wrong.append(
-            f"train.eval_problems_every={own} needs train.eval_problems, a JSONL file of "
-            "{prompt, answer}"
-        )
+        yield f"train.eval_problems_every={own} needs {needed}"
     if best.endswith("accuracy") and not path:
-        wrong.append(
-            f"train.best_metric={best} needs train.eval_problems, a JSONL file of "
-            "{prompt, answer}"
-        )
-    key = key if best.endswith("accuracy") else "train.eval_every"
-    save, every = flat["train.save_every"], flat[key]
+        yield f"train.best_metric={best} needs {needed}"
+    every = flat[key := key if best.endswith("accuracy") else "train.eval_every"]
     if save and every and best and save % every:
-        wrong.append(
+        yield (
             f"train.save_every={save} must be a multiple of {key}={every}, or the best checkpoint "
             f"by {best} could not be told; or set train.best_metric=''"
         )
-    return wrong

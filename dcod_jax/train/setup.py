@@ -130,15 +130,10 @@ def load_student(config: Any) -> Student:
 
 
 def expected_teacher(config: Any, told: dict[str, Any] | None) -> str | None:
-    """Hash of the teacher whose log-probs the loss needs in the dataset; None: of any, or none.
-
-    told: what the dataset's manifest says of its teacher.
-    """
-    needed = loss_config(config).needs_cache
+    """Hash of the teacher whose log-probs are needed; None: of any. told: the manifest's."""
+    needed = loss_config(config).needs_cache and config.prepare.logprobs != "require"
     entries = teacher_entries(config)
-    if not needed or not entries or config.prepare.logprobs == "require":
-        return None
-    return expected_weights(entries, told)
+    return expected_weights(entries, told) if needed and entries else None
 
 
 def expected_start(config: Any) -> str | None:
@@ -196,10 +191,7 @@ def _check_shared(config: Any, student: Student, other: Tokenizer) -> None:
 def load_live_teacher(
     config: Any, student: Student, mesh: Mesh
 ) -> tuple[TeacherModel | None, tuple[Params, ...]]:
-    """The teacher of loss.teacher=live and its frozen parameters, sharded as the student's.
-
-    Raises DcodError when its tokenizer is another one than the student's.
-    """
+    """The teacher of loss.teacher=live and its frozen parameters, sharded as the student's."""
     if config.loss.teacher != "live":
         return None, ()
     teacher = open_teacher(config.teacher, template=template_of(config.student))
@@ -238,11 +230,8 @@ def initial_snapshot(
     5. student.config: random parameters.
     """
     shapes = sharded_shapes(student.config, mesh)
-    options: dict[str, Any] = {
-        "mesh": mesh,
-        "model_config": student.config,
-        "offload": config.optim.offload,
-    }
+    options: dict[str, Any] = {"mesh": mesh, "model_config": student.config}
+    options["offload"] = config.optim.offload
     like = init_state(shapes, optimizer, **options, abstract=True)
     if found := checkpoints.restore(like, before=config.train.steps):
         _check_same_run(config, found.config, checkpoints.shared.directory)
@@ -293,10 +282,7 @@ def random_params(model_config: ModelConfig, seed: int, shardings: Params) -> Pa
 
 
 def _check_same_run(config: Any, earlier: dict[str, Any], directory: Path) -> None:
-    """Refuse to continue a run with other settings: the result would be neither run.
-
-    A key that the run's version did not have is another setting only if it is not at its default.
-    """
+    """Refuse other settings than the run's; a key that it did not have must be at its default."""
     before = configs.keys(configs.to_config(earlier))
     endless = config.optim.schedule == "constant" and config.loss.divergence != "taid"
     free = FREE + (["train.steps"] if endless else [])

@@ -20,17 +20,12 @@ from dcod_jax.losses.routing import statistics
 from dcod_jax.losses.weights import Tokens
 from dcod_jax.models import lora, transformer
 from dcod_jax.models.config import ModelConfig
-from dcod_jax.parallel.mesh import (
-    batch_shards,
-    constrain,
-    describe,
-    sharding,
-    tree_shardings,
-)
+from dcod_jax.parallel.mesh import batch_shards, constrain, describe, sharding, tree_shardings
 from dcod_jax.train import guard, metrics
 from dcod_jax.train.forward import Forward
 from dcod_jax.train.metrics import StepMetrics
-from dcod_jax.train.optim import Schedule
+from dcod_jax.train.optim import Schedule, make_optimizer
+from dcod_jax.train.settings import optim_config
 from dcod_jax.types import Batch, LossState, Params, TrainState
 
 _Rows = tuple[TokenStats, Array | None]  # statistics of tokens [B,C], and routing [B,L,R]
@@ -54,10 +49,7 @@ def state_shardings(
     *,
     offload: bool = False,
 ) -> TrainState:
-    """Shardings in the structure of the state; the optimizer's moments follow the parameters.
-
-    offload: the moments live in host memory between steps.
-    """
+    """Shardings in the structure of the state; `offload` puts the moments into host memory."""
     trained = functools.partial(lora.trained, model_config)
     params = tree_shardings(mesh, trained(transformer.logical_axes(model_config)))
     shapes = jax.eval_shape(optimizer.init, trained(transformer.param_shapes(model_config)))
@@ -105,7 +97,7 @@ def init_state(
 
 
 def _microbatches(
-    per_piece: Callable[[Any, Batch], tuple[Any, Any]],
+    per_piece: Callable[[Any, Batch], Any],
     carry: Any,
     batch: Batch,
     *,
@@ -133,12 +125,7 @@ def _microbatches(
 
 
 def _accumulate(
-    forward: Forward,
-    state: TrainState,
-    batch: Batch,
-    frozen: tuple[Params, ...],
-    *,
-    microbatches: int,
+    forward: Forward, state: TrainState, batch: Batch, frozen: tuple[Params, ...], microbatches: int
 ) -> tuple[Params, _Rows]:
     """Gradient of the loss sum, and per-token statistics and routing of the whole batch.
 
@@ -172,12 +159,7 @@ def _accumulate(
 
 
 def _temper_now(
-    forward: Forward,
-    state: TrainState,
-    batch: Batch,
-    frozen: tuple[Params, ...],
-    *,
-    microbatches: int,
+    forward: Forward, state: TrainState, batch: Batch, frozen: tuple[Params, ...], microbatches: int
 ) -> TrainState:
     """The state with the automatic temperature of this very batch: one more forward pass."""
 
@@ -192,13 +174,19 @@ def _temper_now(
 def _update(
     state: TrainState,
     gradients: Params,
-    moments: Any,
     loss: Array,
     *,
     optimizer: optax.GradientTransformationExtraArgs,
     schedule: Schedule,
+    place: Any,
 ) -> tuple[Params, Any, dict[str, Array]]:
-    """(parameters, optimizer state, metrics) after one update, or as before where it is skipped."""
+    """(parameters, optimizer state, metrics); place: where moments in host memory go."""
+    if place is not None:
+        moments = jax.device_put(state.opt_state, place)
+    else:
+        # What is done to the moments alone (a TPU lays the embedding's out anew) would else be
+        # done first, and lie beside the activations of the whole step.
+        gradients, moments = jax.lax.optimization_barrier((gradients, state.opt_state))
     norm = optax.tree.norm(gradients)
     measured = {"grad_norm": norm, "nonfinite": ~(jnp.isfinite(loss) & jnp.isfinite(norm))}
     opt_state: Any
@@ -215,6 +203,38 @@ def _update(
     return params, opt_state, measured
 
 
+def _measured(
+    forward: Forward,
+    rows: _Rows,
+    small: Batch,
+    sums: Sums,
+    loss_state: LossState,
+    changed: dict[str, Array],
+    *,
+    logged: Array | bool,
+    token_weights: bool,
+) -> StepMetrics:
+    """The metrics of a step; those of a log step are NaN in others, a branch on the device."""
+    (stats, routing), cfg = rows, forward.loss.config
+    always = changed | {
+        "loss": reduce.finish(sums, cfg.weights.normalize),
+        "tokens/completion": sums.count,
+        "tokens/total": sums.tokens,
+    }
+    names, values = metrics.packed_where(
+        logged,
+        lambda: (
+            metrics.measure(cfg, small, sums, stats, loss_state)
+            | ({} if routing is None else statistics(routing.sum(0), sums.tokens))
+        ),
+    )
+    return StepMetrics(
+        constrain(jnp.concatenate([metrics.pack(always), values]), forward.mesh),
+        (*always, *names),
+        constrain(stats.weights, forward.mesh, "batch") if token_weights else None,
+    )
+
+
 def make_train_step(
     forward: Forward,
     optimizer: optax.GradientTransformation,
@@ -229,69 +249,66 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """Jitted (state, batch) -> (next state, metrics on the device); the state is donated.
 
-    What is frozen comes behind them (`Forward.frozen_axes`): it is sharded like the student's
-    parameters and belongs to neither the state nor the gradient. Gradients are sums over completion
-    tokens, added over micro-batches in float32 and divided once by the global divisor. offload: the
-    optimizer's moments live in host memory between steps. Statistics of the batch are computed in
-    steps that metrics.is_logged by log_every and steps, and are NaN in others: a branch on the
-    device of the one program. token_weights: the metrics hold them. Raises DcodError where
-    batch_size cannot be split.
+    What is frozen comes behind them (`Forward.frozen_axes`), sharded as the student's parameters.
+    Gradients are sums over completion tokens, added over micro-batches in float32 and divided once
+    by the global divisor. offload: the optimizer's moments live in host memory between steps.
+    log_every, steps: as metrics.is_logged has them. token_weights: the metrics hold them. Raises
+    DcodError where batch_size cannot be split.
     """
     mesh, loss = forward.mesh, forward.loss
     optimizer = optax.with_extra_args_support(optimizer)
     check_batch(batch_size, microbatches, mesh)
     transformer.check_mesh(forward.model, mesh)
-    pieces = {"microbatches": microbatches}
     layout = state_shardings(forward.model, optimizer, mesh, offload=offload)
-    on_device = state_shardings(forward.model, optimizer, mesh).opt_state
+    on_device = state_shardings(forward.model, optimizer, mesh).opt_state if offload else None
 
     def train_step(
         state: TrainState, batch: Batch, *frozen: Params
     ) -> tuple[TrainState, StepMetrics]:
         before = state
         if adaptive.same_step(loss.config.weights):
-            state = _temper_now(forward, state, batch, frozen, **pieces)
-        gradients, (stats, routing) = _accumulate(forward, state, batch, frozen, **pieces)
+            state = _temper_now(forward, state, batch, frozen, microbatches)
+        gradients, rows = _accumulate(forward, state, batch, frozen, microbatches)
         small = jax.tree.map(lambda x: constrain(x, mesh, "batch"), distill.compact(batch))
-        sums = reduce.token_sums(stats, small.loss_mask, batch.segment_ids)
+        sums = reduce.token_sums(rows[0], small.loss_mask, batch.segment_ids)
         gradients = reduce.mean_gradients(gradients, sums, loss.config.weights.normalize)
-        if offload:
-            moments = jax.device_put(state.opt_state, on_device)
-        else:
-            # What is done to the moments alone (a TPU lays the embedding's out anew) would else be
-            # done first, and lie beside the activations of the whole step.
-            gradients, moments = jax.lax.optimization_barrier((gradients, state.opt_state))
         params, opt_state, changed = _update(
-            state, gradients, moments, sums.loss, optimizer=optimizer, schedule=schedule
+            state, gradients, sums.loss, optimizer=optimizer, schedule=schedule, place=on_device
         )
-        always = changed | {
-            "loss": reduce.finish(sums, loss.config.weights.normalize),
-            "tokens/completion": sums.count,
-            "tokens/total": sums.tokens,
-        }
-        names, values = metrics.packed_where(
-            log_every == 1 or metrics.is_logged(state.step + 1, log_every, steps),
-            lambda: (
-                metrics.measure(loss.config, small, sums, stats, state.loss_state)
-                | ({} if routing is None else statistics(routing.sum(0), sums.tokens))
-            ),
+        logged = log_every == 1 or metrics.is_logged(state.step + 1, log_every, steps)
+        measured = _measured(
+            *(forward, rows, small, sums, state.loss_state, changed),
+            logged=logged,
+            token_weights=token_weights,
         )
-        loss_state = loss.learned(state.loss_state, state.step, small, sums, stats)
+        loss_state = loss.learned(state.loss_state, state.step, small, sums, rows[0])
         if "skipped" in changed:
             loss_state = guard.choose(changed["skipped"], before.loss_state, loss_state)
-        measured = StepMetrics(
-            constrain(jnp.concatenate([metrics.pack(always), values]), mesh),
-            (*always, *names),
-            constrain(stats.weights, mesh, "batch") if token_weights else None,
-        )
-        state = TrainState(state.step + 1, params, opt_state, loss_state)  # pyright: ignore
-        return state, measured
+        return TrainState(state.step + 1, params, opt_state, loss_state), measured  # pyright: ignore
 
     return jax.jit(
         train_step,
         in_shardings=(layout, sharding(mesh, ("batch",)), *_frozen_layout(forward)),
         out_shardings=(layout, None),  # of the metrics as constrained
         donate_argnums=0,
+    )
+
+
+def configured_step(
+    config: Any, forward: Forward
+) -> tuple[optax.GradientTransformation, Callable[..., tuple[TrainState, StepMetrics]]]:
+    """(optimizer, train step) of optim.*, train.* and data.batch_size."""
+    optimizer, schedule = make_optimizer(optim_config(config), config.train.steps)
+    return optimizer, make_train_step(
+        forward,
+        optimizer,
+        schedule,
+        batch_size=config.data.batch_size,
+        microbatches=config.train.microbatches,
+        offload=config.optim.offload,
+        log_every=config.train.log_every,
+        steps=config.train.steps,
+        token_weights=forward.loss.config.weights.varies,
     )
 
 

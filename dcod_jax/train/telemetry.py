@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
 import math
 import time
@@ -160,10 +159,7 @@ class Telemetry:
         return found
 
     def settle(self) -> None:
-        """Fetch the numbers of the steps since the last time; count them, and write a log step's.
-
-        Raises DcodError for the first step whose loss or gradient is not finite.
-        """
+        """Fetch, count and write the steps since the last time; not finite is an error."""
         if not self.pending:
             return
         steps, self.pending = self.pending, []
@@ -261,9 +257,9 @@ class Telemetry:
     def _traces(self, done: Pending) -> str:
         """Ids of the traces of a batch, on all processes."""
         traces = np.unique(done.trace_index[done.trace_index >= 0])
-        own = json.dumps([trace.id for trace in self.dataset.read(traces)])
+        own = [trace.id for trace in self.dataset.read(traces)]
         everyone = hosts.exchange("the traces of the batch", own)  # the loss is the same on all
-        return ", ".join(dict.fromkeys(name for text in everyone for name in json.loads(text)))
+        return ", ".join(dict.fromkeys(name for names in everyone for name in names))
 
     def _not_finite(self, done: Pending, values: dict[str, float]) -> str:
         ids = self._traces(done)

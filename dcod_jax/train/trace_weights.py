@@ -7,7 +7,6 @@ come here: they fetch the tokens' weights of this process's rows.
 from __future__ import annotations
 
 import collections
-import json
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -19,7 +18,6 @@ from jaxtyping import Float, Int, Shaped
 from dcod_jax.data.dataset import TraceDataset
 from dcod_jax.data.teachers import TEACHER
 from dcod_jax.parallel import hosts
-from dcod_jax.types import Trace
 
 SHOWN = 3  # traces of most and of least weight
 KINDS = 12  # sources, and teachers, named apart; the rest are "other"
@@ -47,11 +45,6 @@ def own_rows(array: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
-def source_of(trace: Trace) -> str:
-    """The file or split of the trace's record, without its place in it."""
-    return _PLACE.sub("", str(trace.meta.get("source", ""))) or "unknown"
-
-
 def summary(
     own: Iterable[tuple[int, float, int]], dataset: TraceDataset
 ) -> tuple[dict[str, float], dict[str, Any]]:
@@ -61,8 +54,8 @@ def summary(
     equal. weights/source/<name> is that source's share of Σ of the tokens' weights and
     tokens/source/<name> its share of the tokens; both only where there are two sources or more.
     """
-    texts = hosts.exchange("the traces' weights", json.dumps(list(own)))
-    rows = sorted(tuple(row) for text in texts for row in json.loads(text))
+    everyone = hosts.exchange("the traces' weights", list(own))
+    rows = sorted(tuple(row) for rows in everyone for row in rows)
     if not rows:
         return {}, {}
     traces = dataset.read([row[0] for row in rows])
@@ -72,10 +65,9 @@ def summary(
     metrics = {"weights/traces": float(len(rows))}
     if squares > 0:
         metrics["weights/traces_effective"] = float(np.square(means.sum()) / squares)
-    for kind, names in (
-        ("source", [source_of(trace) for trace in traces]),
-        ("teacher", [str(trace.meta.get(TEACHER, "unknown")) for trace in traces]),
-    ):
+    sources = [_PLACE.sub("", str(trace.meta.get("source", ""))) or "unknown" for trace in traces]
+    teachers = [str(trace.meta.get(TEACHER, "unknown")) for trace in traces]
+    for kind, names in (("source", sources), ("teacher", teachers)):
         for what, amounts in (("weights", means * counts), ("tokens", counts)):
             metrics |= _shares(f"{what}/{kind}", names, counts, amounts)
     order = sorted(range(len(rows)), key=lambda i: (-means[i], i))

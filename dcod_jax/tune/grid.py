@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from dcod_jax.errors import DcodError, nearest
@@ -112,17 +112,15 @@ def planned(flat: Mapping[str, Any]) -> tuple[list[tuple[str, ...]], list[Rung]]
     return found, rungs(len(found), steps=steps, factor=flat["tune.factor"], budget=budget)
 
 
-def config_errors(flat: Mapping[str, Any]) -> list[str]:
+def config_errors(flat: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with a grid: it could not be tried, compared or paid for."""
     if not flat["tune.grid"] or flat["tune.factor"] < 2:  # which config_checks.py refuses
-        return []
-    wrong = []
+        return
     if flat["compare"]:
-        wrong.append("tune.grid and compare are both set: they are two ways to name variants")
+        yield "tune.grid and compare are both set: they are two ways to name variants"
     if not flat["train.best_metric"]:
-        wrong.append("tune.grid needs train.best_metric, by which it chooses: accuracy or eval/nll")
+        yield "tune.grid needs train.best_metric, by which it chooses: accuracy or eval/nll"
     try:
         planned(flat)
     except DcodError as error:
-        wrong.append(str(error))
-    return wrong
+        yield str(error)

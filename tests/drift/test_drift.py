@@ -15,12 +15,11 @@ from transformers import AutoModelForCausalLM
 from dcod_jax import config as configs
 from dcod_jax.drift import command as verb
 from dcod_jax.drift import scores as drift_scores
-from dcod_jax.drift.curves import Sequences, position_means
+from dcod_jax.drift.curves import Sequences, excess_difference, position_means
 from dcod_jax.drift.scores import (
     DriftModel,
     DriftSettings,
     draw_samples,
-    excess_difference,
     measure,
 )
 from dcod_jax.errors import DcodError
@@ -170,7 +169,7 @@ def test_no_logits_of_a_whole_batch_exist(pair, measured):
 
 
 def test_a_students_difference_to_itself_is_nothing(measured):
-    found = excess_difference(measured, measured, resamples=20)
+    found = excess_difference(measured.kls(), measured.kls(), resamples=20)
     assert np.nanmax(np.abs(found.value)) == 0
 
 

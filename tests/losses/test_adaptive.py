@@ -409,7 +409,7 @@ def test_the_target_is_met_by_the_scoped_weights(scope):
     r, where = jnp.asarray(ratios()["both signs"]) * 4, (jnp.asarray(mask), WHERE[1])
     tokens = Tokens(r, jnp.zeros((B, T)), *where)
     state = jax.jit(adaptive.retemper, static_argnums=0)(cfg, adaptive.initial(), tokens)
-    w = np.float64(weights.raw(cfg, weights.scoped_log_ratio(cfg, tokens), state))
+    w = np.float64(weights.raw(cfg, weights.scoped_signal(cfg, tokens), state))
     places = [(n == SEGMENTS) & (np.arange(B)[:, None] == row) & mask
               for row, n in itertools.product(range(B), (1, 2, 3))]  # fmt: skip
     w = np.array([w[place][0] for place in places]) if scope == "sequence" else w[mask]

@@ -286,7 +286,11 @@ def test_extreme_logits_stay_finite():
         )
         assert np.isfinite(loss)
         assert all(np.isfinite(g).all() for g in gradients)
-    logprobs = VocabHead(8).logprobs(1e4 * hidden, head_weight, batch.targets)
+
+    def of(logits, targets, *_):
+        return target_logprobs(logits, targets)
+
+    logprobs = VocabHead(8).observe(1e4 * hidden, head_weight, batch.targets, of)
     assert np.isfinite(logprobs).all()
 
 

@@ -54,7 +54,12 @@ def chunked(hidden, head_weight, targets, loss_mask, aux, **options):
 
 
 def token_logprobs(hidden, head_weight, targets, **options):
-    return VocabHead(**options).logprobs(hidden, head_weight, targets)
+    head = VocabHead(**options)
+
+    def of(logits, targets, *_):
+        return target_logprobs(head.masked(logits), targets)
+
+    return head.observe(hidden, head_weight, targets, of)
 
 
 def both(function, inputs, **options):

@@ -64,13 +64,13 @@ def test_each_token_of_a_span_has_the_log_ratio_of_its_text(span):
     parts = (batch.teacher_logprobs, batch.loss_mask, batch.segment_ids, batch.span_ids)
     tokens = Tokens(jnp.asarray(log_q), *parts)
     wanted = reference(cfg, batch, log_q)
-    found = jnp.where(batch.loss_mask, weights.span_log_ratio(cfg, tokens), 0.0)
+    found = jnp.where(batch.loss_mask, weights.span_signal(cfg, tokens), 0.0)
     np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
     # A mean over the trace is the same whether its spans are joined first or not.
     whole = dataclasses.replace(cfg, scope="sequence")
-    plain = weights.scoped_log_ratio(whole, tokens._replace(span_ids=None))
+    plain = weights.scoped_signal(whole, tokens._replace(span_ids=None))
     if span != "sum":
-        joined = weights.scoped_log_ratio(whole, tokens)
+        joined = weights.scoped_signal(whole, tokens)
         np.testing.assert_allclose(joined, plain, rtol=1e-5, atol=1e-6)
 
 

@@ -54,7 +54,7 @@ def weigh(cfg, student, teacher, step, *, mask=MASK, segments=SEGMENTS, extra=No
 
 
 def token_weights(cfg, student, teacher):
-    return weights.raw(cfg, weights.log_ratio(cfg, student, teacher), None)
+    return weights.raw(cfg, weights.token_signal(cfg, student, teacher), None)
 
 
 def allowed(cfg) -> bool:

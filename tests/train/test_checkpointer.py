@@ -268,8 +268,9 @@ def test_a_run_goes_on_from_the_whole_step_where_it_may(two_steps, damaged, capl
     assert_equal(found.state, two_steps[1][0])
     assert "run/metadata has checksum" in caplog.text
     assert (damaged / "damaged" / "2" / "run" / "metadata").is_file()
-    assert checkpoints.due(2, stop=False)
-    checkpoints.save(dataclasses.replace(found, step=2), stop=False)
+    due = checkpoints.due(2, stop=False)
+    assert due is checkpoints.shared
+    due.save(dataclasses.replace(found, step=2))
     checkpoints.close()
     assert policy(damaged, "stop").restore(make_state(), before=9).step == 2
 

@@ -241,14 +241,14 @@ def beside(monkeypatch, answers):
 
 
 def test_a_process_that_lacks_them_is_named_and_nobody_restores(run, monkeypatch, said):
-    beside(monkeypatch, {"local steps": [json.dumps(["host-b", []])]})
+    beside(monkeypatch, {"local steps": [["host-b", []]]})
     assert run.start()[1] is None
     assert said() == ["local checkpoints: process 1 (host-b) has none of step 3; not used"]
     assert run.steps() == []
 
 
 def test_all_take_the_older_step_when_one_cannot_read_the_newest(run, monkeypatch, said):
-    steps = json.dumps(["host-b", [2, 3]])
+    steps = ["host-b", [2, 3]]
     problems = ["the disk of b is bad", ""]
     beside(monkeypatch, {"local steps": [steps] * 2, "reading local checkpoints": problems})
     assert run.start()[1].step == 2

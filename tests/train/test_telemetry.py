@@ -125,8 +125,8 @@ def test_weights_of_traces_are_means_over_their_own_tokens(monkeypatch, tmp_path
     assert [name for name, _ in names["most"]] == [f"trace-{i}" for i in order[:3]]
     assert [name for name, _ in names["least"]] == [f"trace-{i}" for i in order[::-1][:3]]
 
-    texts = [json.dumps(found[:2]), json.dumps(found[2:])]
-    monkeypatch.setattr(trace_weights.hosts, "exchange", lambda name, own: texts)
+    everyone = [found[:2], found[2:]]
+    monkeypatch.setattr(trace_weights.hosts, "exchange", lambda name, own: everyone)
     assert trace_weights.summary(found[:2], dataset) == (numbers, names)
 
 
