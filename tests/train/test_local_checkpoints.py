@@ -17,6 +17,7 @@ from dcod_jax.parallel import hosts
 from dcod_jax.parallel import mesh as meshes
 from dcod_jax.prepare.command import prepare
 from dcod_jax.train import loop as train
+from dcod_jax.train import step as train_steps
 from dcod_jax.train.checkpoint_reader import read_params
 from dcod_jax.train.checkpointer import Checkpointer, Snapshot, finished
 from dcod_jax.train.local_checkpoints import IDENTITY, LocalCheckpoints, agree, layout
@@ -333,9 +334,9 @@ def test_a_run_that_died_goes_on_from_the_local_step_to_the_same_bits(tmp_path, 
         for name in ("whole", "died")
     )
     prepare(whole)
-    made, make = [], train.make_train_step  # compiled once for the three starts
+    made, make = [], train_steps.make_train_step  # compiled once for the three starts
     monkeypatch.setattr(
-        train,
+        train_steps,
         "make_train_step",
         lambda *args, **options: (
             made[0] if made else made.append(make(*args, **options)) or made[0]

@@ -43,6 +43,7 @@ from dcod_jax.train.checkpoint_reader import read_params
 from dcod_jax.train.checkpointer import Checkpointer, Snapshot
 from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.train.held_out import reading
+from dcod_jax.train.optim import make_optimizer
 from dcod_jax.train.settings import optim_config
 from dcod_jax.train.telemetry import Telemetry
 from dcod_jax.types import TrainState
@@ -444,7 +445,7 @@ def first_snapshot(config):
     """What the loop would begin or go on with."""
     student = train.load_student(config)
     datasets = setup.open_datasets(config, student)
-    optimizer, _ = train.make_optimizer(optim_config(config), 8)
+    optimizer, _ = make_optimizer(optim_config(config), 8)
     return setup.initial_snapshot(
         config,
         student,
