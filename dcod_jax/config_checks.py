@@ -59,7 +59,7 @@ CHOICES = {
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "be greater than 0": (
         lambda x: x > 0,
-        "data.max_length data.seq_len data.batch_size data.prefetch prepare.grade_timeout "
+        "data.max_length data.seq_len data.batch_size data.prefetch "
         "prepare.overlap_ngram prepare.shard_records score.batch_tokens score.concurrency "
         "score.timeout loss.head_chunk "
         "optim.learning_rate optim.eps train.steps train.microbatches train.log_every train.keep "
@@ -73,7 +73,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "not be negative": (
         lambda x: x >= 0,
-        "seed prepare.workers prepare.record_bytes score.top_k score.retries "
+        "seed prepare.record_bytes score.top_k score.retries "
         "loss.weights.warmup_steps loss.anchor loss.router_balance "
         "optim.warmup_steps optim.max_skipped student.lora.rank "
         "optim.weight_decay optim.clip_norm optim.final_fraction train.eval_every "

@@ -28,7 +28,6 @@ def get_config():
     c.data.max_length = 64
     c.data.seq_len = 64
     c.data.batch_size = 8
-    c.prepare.workers = 1
     c.prepare.shard_records = 16
     c.optim.schedule = "constant"
     c.train.steps = 4

@@ -133,7 +133,6 @@ def config_of(root, model, **changes):
         "data.max_length": 64,
         "data.seq_len": 64,
         "data.eval_fraction": 0.3,
-        "prepare.workers": 1,
         "train.progress": False,
     }
     config.update_from_flattened_dict(values | changes)

@@ -6,7 +6,7 @@
 A line of a file holds one answer ({"completion", "answer", "correct"}), several of one problem
 ({"code": […], "score": […], "answer"}) or those of several models ({"ground_truth", model:
 {"solution", "is_correct"}}). With --math-verify the second verdict is math-verify's own, with its
-own search for the answer, in place of the one in the file.
+own search for the answer (pip install math-verify), in place of the one in the file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dcod_jax.evaluate.answers import reference_answer
-from dcod_jax.evaluate.grading import Grader
+from dcod_jax.evaluate.grading import graded
 
 
 def answers(path: pathlib.Path) -> Iterator[tuple[str, str, bool]]:
@@ -58,14 +58,13 @@ def main() -> None:
     for path in given.files:
         found = list(answers(path))
         rows += draw.sample(found, given.limit) if 0 < given.limit < len(found) else found
-    with Grader(timeout=5, workers=1) as grader:
-        graded = list(grader.stream((row, row[0], row[1]) for row in rows))
+    grades = list(graded((row, row[0], row[1]) for row in rows))
     differ = []
-    for (completion, reference, other), ours in graded:
+    for (completion, reference, other), ours in grades:
         verdict = math_verify_verdict(completion, reference) if given.math_verify else other
         if verdict != ours.correct:
             differ.append((completion, reference, verdict, ours))
-    print(f"{len(rows)} answers, {sum(g.correct for _, g in graded)} correct by ours")
+    print(f"{len(rows)} answers, {sum(g.correct for _, g in grades)} correct by ours")
     print(f"{len(differ)} disagreements ({len(differ) / len(rows):.2%})")
     shown = draw.sample(differ, given.sample) if given.sample < len(differ) else differ
     for completion, reference, verdict, ours in shown:

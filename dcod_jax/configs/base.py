@@ -74,8 +74,6 @@ def get_config() -> Any:
     c.prepare.weight_field = ""  # field with a trace's weight in the loss; empty: none
     c.prepare.system_prompt = ""  # system message put before traces that have none
     c.prepare.filter_correct = True  # drop traces whose final answer is wrong (where answer exists)
-    c.prepare.grade_timeout = 5.0  # seconds of processor time for one answer comparison
-    c.prepare.workers = 0  # worker processes; 0: one for each core
     c.prepare.deduplicate = True  # drop traces equal in prompt and completion
     c.prepare.overlap_files = ()  # evaluation sets (JSONL): traces that overlap are dropped
     c.prepare.overlap_ngram = 13  # words in a shared n-gram that counts as overlap

@@ -41,7 +41,8 @@ _MARKUP = re.compile(
 _RETRACTED = re.compile(
     r"(?:^|(?<=[.!:;\n}$]))[ \t$*]*(?:(?:oh|hmm|ah|no|but|and)\b[,. ]*){0,2}"
     r"(?:(?:wait|oops|sorry|hold on|actually|hmm|no|apologies|my mistake)\b[^.!?\n]{0,60}?"
-    r"(?:wrong|incorrect|not (?:right|correct)|mistake|error|misread|miscalculated)"
+    r"(?:wrong|incorrect|not (?:right|correct)|mistake|error|misread|miscalculated"
+    r"|forgot|missed|overlooked|should have)"
     r"[^.!?:\n]{0,60}?[.!:,;]"
     r"|correction:|scratch that[;,.]|no,? wait,|oops,)",
     re.IGNORECASE,
@@ -49,8 +50,10 @@ _RETRACTED = re.compile(
 _STANDS = re.compile(
     r"\b(?:same|still|remains?|stands|(?:was|is) (?:right|correct))\b", re.IGNORECASE
 )
+_HYPHENS = dict.fromkeys(map(ord, "‐‑‒﹣－"), "-")
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
 _UNBRACED = re.compile(r"\\[dt]?frac\s*(?:\d\s*\d|\{[^{}]*\}\{[^{}]*\})|[^\s$\\]+")
+_BOX_LABEL = re.compile(r"(?<![A-Za-z\\])([A-Za-z](?:_\{?\w\}?)?)\s*=\s*$")
 # What parts two boxes of one answer: "$\boxed{3}$ and $y = \boxed{4}$", "(a) \boxed{3} (b) ...".
 _GLUE = re.compile(
     r"(?:(?P<joint>\n|[,;•]|\\q?quad|\n\s*-|\b(?:and|or)\b|\(?\b(?:[a-h]|[ivx]{1,4}|\d)[).:](?=\s))"
@@ -100,7 +103,7 @@ _TAG = re.compile(
 _CHOICE = re.compile(
     r"(?i:\b(?:option|choice|alternative|choose|pick|select|go with)(?: would be| must be| is)?:?"
     r"|故?选(?:项|择)?[是为]?[:：]?)\s{0,3}(?:\\text(?:bf)?\{)?[*_$(\"']{0,4}"
-    r"([A-J])(?![A-Za-z'])(?! [a-z]+ing)"
+    r"([A-J]|(?<=\()[a-j](?=\)))(?![A-Za-z'])(?! [a-z]+ing)"
 )
 _CHOICE_VALUE = re.compile(rf"[)*_]{{0,3}}[.:)]?\s+({SPAN}|(?:{NUMBER})[\w %/.]{{0,12}}?)\s*\.?$")
 # "B" as the last line, "B is the correct answer", "so it must be B".
@@ -135,6 +138,7 @@ def boxed(text: str) -> str:
     "" where there is none. "x = \boxed{3} or x = \boxed{4}" -> "3, 4".
     """
     found: list[str] = []
+    labels: list[str] = []
     start = len(text)
     for match in reversed(collections.deque(_BOXED.finditer(text), _TRIED)):
         end = match.end()
@@ -142,9 +146,7 @@ def boxed(text: str) -> str:
             content = braced(text, end, 4 * MAX_ANSWER_CHARS)
             end += len(content or "") + 2
         else:  # \boxed 5
-            bare = re.match(
-                r"\\[dt]?frac\s*(?:\d\s*\d|\{[^{}]*\}\{[^{}]*\})|[^\s$\\]+", text[end : end + 50]
-            )
+            bare = _UNBRACED.match(text[end : end + 50])
             content = bare.group(0).rstrip(".,") if bare else None
             end += len(content or "")
         if content is None or content.strip(" .…") in ("", "answer", "\\ldots", "\\dots"):
@@ -153,6 +155,10 @@ def boxed(text: str) -> str:
             break
         found.append(content.strip())
         start = match.start()
+        label = _BOX_LABEL.search(text, max(0, start - 40), start)
+        labels.append(label.group(1) if label else "")
+    if len(found) > 1 and all(labels) and len(set(labels)) == len(found):
+        found = [f"{label} = {one}" for label, one in zip(labels, found, strict=True)]
     return ", ".join(dict.fromkeys(reversed(found)))
 
 
@@ -199,7 +205,18 @@ _MARKS = {
 # Every text in which something is taken back has one of these in it.
 _RETRACTIONS = (
     *("wrong", "ncorrect", "not right", "not correct", "istake", "error", "misread"),
-    *("miscalculated", "orrection:", "cratch that", "o wait,", "o, wait,", "ops,"),
+    *(
+        "forgot",
+        "missed",
+        "verlooked",
+        "should have",
+        "miscalculated",
+        "orrection:",
+        "cratch that",
+        "o wait,",
+        "o, wait,",
+        "ops,",
+    ),
 )
 
 
@@ -236,6 +253,8 @@ def _behind(rule: str, match: re.Match[str], behind: str) -> str:
         behind = re.sub(r"^(?:[-*•>] |1[.)] (?=[^\n]*\s*\Z))", "", behind)
     if match.group(0).lstrip().startswith("|"):  # a cell of a table
         behind = behind.partition("|")[0]
+    if rule == "answer_in_other_words" and match.group(0).isascii():  # "ist 3,5"
+        behind = re.sub(r"(?<=\d),(?=\d{1,2}(?!\d))", ".", behind)
     if rule == "hash":
         return _hash_value(behind)
     if rule == "tag":
@@ -245,7 +264,8 @@ def _behind(rule: str, match: re.Match[str], behind: str) -> str:
         return json_value(behind)
     if rule == "choice":
         shown = _CHOICE_VALUE.match(behind.partition("\n")[0])
-        return f"({match.group(1)}) {shown.group(1)}" if shown else match.group(1)
+        letter = match.group(1).upper()
+        return f"({letter}) {shown.group(1)}" if shown else letter
     return value(behind)
 
 
@@ -272,6 +292,7 @@ def extract_answer(text: str, *, complete: bool = True) -> Extraction | None:
     >>> extract_answer("so 4 eggs.\n#### 4")
     Extraction(answer='4', rule='hash')
     """
+    text = text.translate(_HYPHENS)
     if any(mark in text for mark in ("<", "__", "~~")):
         text = _MARKUP.sub("", _CALCULATION.sub("", text))
     thoughts = list(_THOUGHT.finditer(text))

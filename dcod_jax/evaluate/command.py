@@ -41,7 +41,7 @@ from dcod_jax.evaluate.generations import (
     read_generations,
     to_line,
 )
-from dcod_jax.evaluate.grading import RULES, Grader
+from dcod_jax.evaluate.grading import RULES
 from dcod_jax.evaluate.metrics import (
     accuracy_table,
     detail_tables,
@@ -100,19 +100,14 @@ def compare(config: Any, paths: dict[str, str], *, detailed: bool = False) -> No
     for problem_set in sets:
         check_own(folder / problem_set.name / "results.json", '"baseline"', '"models"')
     answers: dict[str, dict[str, tuple[list[Generation], float]]] = {s.name: {} for s in sets}
-    with (
-        locked(folder / ".lock", what=str(folder)),
-        Grader(timeout=config.prepare.grade_timeout, workers=config.prepare.workers) as grader,
-    ):
+    with locked(folder / ".lock", what=str(folder)):
         hosts.barrier("the lock of evaluation")
         for name, path in paths.items():
             model = _EvaluatedModel(config, name, path)
             for problem_set in sets:
                 home = folder / problem_set.name
                 home.mkdir(parents=True, exist_ok=True)
-                answers[problem_set.name][name] = grade_set(
-                    config, model, problem_set, home, grader
-                )
+                answers[problem_set.name][name] = grade_set(config, model, problem_set, home)
     students = [name for name in paths if name not in {"start", *teacher_paths(config)}]
     baseline = students[0] if len(students) > 1 else "start"
     for problem_set in sets:
@@ -210,12 +205,12 @@ def _request(
         "sampling": dataclasses.asdict(_sampling(config)),
         "max_new_tokens": config.evaluate.max_new_tokens,
         "compute_dtype": config.student.compute_dtype,
-        "grading": [RULES, config.prepare.grade_timeout, config.evaluate.grade_truncated],
+        "grading": [RULES, config.evaluate.grade_truncated],
     }
 
 
 def grade_set(
-    config: Any, model: _EvaluatedModel, problem_set: ProblemSet, folder: Path, grader: Grader
+    config: Any, model: _EvaluatedModel, problem_set: ProblemSet, folder: Path
 ) -> tuple[list[Generation], float]:
     """(graded answers of one model to one set, seconds), kept in folder/<model>.jsonl.
 
@@ -234,7 +229,7 @@ def grade_set(
             previous = next(path for path in names if not path.exists())
             rename(path, previous)
             log.info("%s was written %s: kept as %s, asked again", path, other, previous.name)
-        _answer_rest(config, model, problem_set, form, files, grader)
+        _answer_rest(config, model, problem_set, form, files)
         manifest = files.finish()
     return read_generations(path), manifest["seconds"]
 
@@ -245,7 +240,6 @@ def _answer_rest(
     problem_set: ProblemSet,
     form: PromptForm,
     files: BlockFiles,
-    grader: Grader,
 ) -> None:
     settings, sampling = config.evaluate, _sampling(config)
     asked = [(p, k) for p in problem_set.problems for k in range(sampling.samples)]
@@ -276,7 +270,6 @@ def _answer_rest(
                 sampling=sampling,
                 max_new_tokens=settings.max_new_tokens,
                 batch_size=settings.batch_size,
-                grader=grader,
                 grade_truncated=settings.grade_truncated,
                 on_batch=lambda sequences, tokens: bar(sequences),
             )

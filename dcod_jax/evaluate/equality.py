@@ -1,7 +1,6 @@
 r"""Whether two final answers are the same: lists, sets, intervals, units and numbers.
 
-`equal` takes an answer apart; the parts that need algebra go to a function that the caller gives,
-and without one their equality is None: unknown. Standard library only.
+`equal` takes an answer apart and compares the parts. Standard library only.
 """
 
 from __future__ import annotations
@@ -9,17 +8,16 @@ from __future__ import annotations
 import dataclasses
 import fractions
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
+from dcod_jax.evaluate.algebra import same_expression
 from dcod_jax.evaluate.numerals import number, same_number
 from dcod_jax.evaluate.parts import SPANS, Parsed, is_region, parse, region
-from dcod_jax.evaluate.spelling import canonical
+from dcod_jax.evaluate.spelling import EQUALS, canonical, split
 from dcod_jax.evaluate.units import Quantity, compound, quantity, ratio_of_units
 
 MAX_ANSWER_CHARS = 500  # a longer answer is compared by its spelling only
 MAX_ITEMS = 60  # a longer list is compared by its spelling only
-
-Algebra = Callable[[str, str, float], bool]  # (predicted, reference, tolerance)
 
 _BASED = re.compile(r"([-+]?[\dA-F]*\d[\dA-F]*(?:\.\d+)?)_\{?(\d{1,2})\}?")
 _TIME = re.compile(r"\d{1,2}:\d\d")
@@ -32,18 +30,18 @@ _LETTERS = re.compile(
     r"[A-J](?:(?:\s*,\s*|\s*(?:,\s*)?\\text\{\s*and\s*\}\s*|,?\s+and\s+)[A-J])+|[A-J]{2,10}"
 )
 _LEAD = re.compile(
-    r"(?:\\text\{)?\s*(?:the )?(?:final |correct )?answer(?: is:?|:)\s*\}?\s*", re.IGNORECASE
+    r"(?:\\text\{)?\s*(?:the )?(?:final |correct )?answer(?: is:?|\s*\}?\s*:)\s*\}?\s*", re.I
 )
 # "12 (option B)", "C (12)" and "12 (C)"
 _CHOICE_BESIDE = re.compile(
     r"(?P<before>[^()]*?)\s*(?:\\text\{)?\s*,?\s*\(?(?:[Oo]ption|[Cc]hoice) "
     r"\(?(?P<named>[A-J])\)*\s*\}?"
-    r"|(?P<first>[A-J])\s*(?:\\text\{)?\s*\((?P<value>[^()]+)\)\s*\}?"
+    r"|(?P<first>[A-J])\s*(?:\\text\{)?\s*\((?P<value>[^(),]+)\)\s*\}?"
     r"|(?P<number>[^()A-Za-z]*\d[^()]*?)\s*(?:\\text\{)?\s*\((?P<last>[A-J])\)\s*\}?",
     re.DOTALL,
 )
+_AND_PART = re.compile(r"(-?\d+)\s*(?:\\text\{\s*and\s*\}|and)\s*(\\frac\{\d+\}\{\d+\}|\d+/\d+)")
 _PLAIN = re.compile(r"-?\d{1,60}(?:\.\d{1,60})?")
-_EQUATION = re.compile(r"(?<![<>!=])=(?!=)")
 # Words of one meaning, as _words spells them: without articles, spaces and a plural s.
 _SYNONYMS = {
     "dne": "doenotexist",
@@ -56,36 +54,25 @@ _SYNONYMS = {
     "nosolutionexist": "nosolution",
     "notenoughinformation": "cannotbedetermined",
     "cannotdetermine": "cannotbedetermined",
+    "notpossible": "impossible",
+    **{
+        day[:length]: day
+        for day in "monday tuesday wednesday thursday friday saturday sunday".split()
+        for length in (3, 4, 5)
+    },
+    "true": "yes",
+    "false": "no",
 }
 
 
 # ---------------------------------------------------------------- compared
 
 
-def _any(verdicts: Iterable[bool | None]) -> bool | None:
-    found: bool | None = False
-    for verdict in verdicts:
-        if verdict:
-            return True
-        found = None if verdict is None else found
-    return found
-
-
-def _all(verdicts: Iterable[bool | None]) -> bool | None:
-    found: bool | None = True
-    for verdict in verdicts:
-        if verdict is False:
-            return False
-        found = None if verdict is None else found
-    return found
-
-
 @dataclasses.dataclass(frozen=True)
 class _Comparison:
-    algebra: Algebra | None
     tolerance: float
 
-    def same(self, left: Parsed, right: Parsed) -> bool | None:
+    def same(self, left: Parsed, right: Parsed) -> bool:
         if not left.ends and not right.ends:
             return self._single(left, right)
         if left.label and right.label and left.label != right.label:
@@ -101,7 +88,7 @@ class _Comparison:
         if {left.ends, right.ends} & {"∪", "∩", "∖"}:
             ordered = left.ends == right.ends == "∖"
             return left.ends == right.ends and (
-                _all(map(self.same, left.items, right.items))
+                all(map(self.same, left.items, right.items))
                 if ordered
                 else self._as_sets(left.items, right.items)
             )
@@ -114,21 +101,21 @@ class _Comparison:
                 (intervals and brackets != {"()", "{}"}) or brackets == {"row", "column"}
             ):
                 return False  # intervals that differ at an end; (1, 2) may be a pair
-            return _all(map(self.same, left.items, right.items))
+            return all(map(self.same, left.items, right.items))
         return self._as_sets(left.items or (left,), right.items or (right,))
 
-    def _as_sets(self, left: Sequence[Parsed], right: Sequence[Parsed]) -> bool | None:
+    def _as_sets(self, left: Sequence[Parsed], right: Sequence[Parsed]) -> bool:
         table = [[self.same(one, other) for other in right] for one in left]
-        return _all([*map(_any, table), *map(_any, zip(*table, strict=True))])
+        return all([*map(any, table), *map(any, zip(*table, strict=True))])
 
-    def _single(self, left: Parsed, right: Parsed) -> bool | None:
+    def _single(self, left: Parsed, right: Parsed) -> bool:
         if _squeeze(left.text) == _squeeze(right.text) and left.label == right.label:
             return True
         letters = len(left.label) == len(right.label) == 1
         if letters and left.label != right.label:  # x = 1 is not y = 1
             return False
         texts = [left.text, right.text]
-        equations = [bool(_EQUATION.search(text)) for text in texts]
+        equations = [len(split(text, EQUALS)) > 1 for text in texts]
         if equations[0] != equations[1] and (label := left.label or right.label):
             wholes = [text if one else f"{label} = {text}"
                       for text, one in zip(texts, equations, strict=True)]  # fmt: skip
@@ -146,9 +133,9 @@ class _Comparison:
             )
         if first.modulus and second.modulus and first.modulus != second.modulus:
             return False
-        return self._value(first, second)
+        return self._value(first, second) or _congruent(first, second)
 
-    def _value(self, left: Quantity, right: Quantity) -> bool | None:
+    def _value(self, left: Quantity, right: Quantity) -> bool:
         if _squeeze(left.value) == _squeeze(right.value):
             return left.factor == right.factor
         clocks = [_clock(one) for one in (left, right)]
@@ -166,34 +153,35 @@ class _Comparison:
             return words[0] == words[1]
         if any(words) and any(number(one.value) is not None for one in (left, right)):
             return False
-        first, second = (_BASED.fullmatch(_squeeze(one.value)) for one in (left, right))
-        if first or second:
-            texts = [m.groups() if m else (_squeeze(one.value), None)
-                     for m, one in ((first, left), (second, right))]  # fmt: skip
-            bases = {base for _, base in texts if base}
-            return len(bases) == 1 and texts[0][0] == texts[1][0]
+        based = [_BASED.fullmatch(_squeeze(one.value)) for one in (left, right)]
+        if any(based):
+            return _same_digits(based, [_squeeze(one.value) for one in (left, right)])
         percent = [one.value.endswith("%") for one in (left, right)]
         texts = [one.value.removesuffix("%").strip() for one in (left, right)]
         texts = [t if one.factor == 1 else _times(t, one.factor)
                  for t, one in zip(texts, (left, right), strict=True)]  # fmt: skip
-        same = self._leaf(*texts)
-        if same is not True and percent[0] != percent[1]:
-            hundredth = [_times(t, fractions.Fraction(1, 100)) if p else t
-                         for t, p in zip(texts, percent, strict=True)]  # fmt: skip
-            same = _any([same, self._leaf(*hundredth)])
-        return same
+        if self._leaf(*texts) or percent[0] == percent[1]:
+            return self._leaf(*texts)
+        hundredth = [_times(t, fractions.Fraction(1, 100)) if p else t
+                     for t, p in zip(texts, percent, strict=True)]  # fmt: skip
+        return self._leaf(*hundredth)
 
-    def _leaf(self, left: str, right: str) -> bool | None:
+    def _leaf(self, left: str, right: str) -> bool:
         same = same_number(left, right, self.tolerance)
-        if same is None and any(t.count("(") != t.count(")") for t in (left, right)):
-            return False
-        if same is None and self.algebra is not None:
-            return self.algebra(left, right, self.tolerance)
-        return same
+        return same_expression(left, right, self.tolerance) if same is None else same
 
 
 def _squeeze(text: str) -> str:
     return re.sub(r"\s+", "", text)
+
+
+def _congruent(left: Quantity, right: Quantity) -> bool:
+    """10 and 3 modulo 7; "7 mod 4" is 3."""
+    values = [number(one.value) for one in (left, right)]
+    modulus = number(left.modulus or right.modulus)
+    if not modulus or values[0] is None or values[1] is None:
+        return False
+    return values[0] % modulus == values[1] % modulus
 
 
 def _times(value: str, factor: fractions.Fraction | int) -> str:
@@ -207,6 +195,20 @@ def _ratio(value: str) -> list[fractions.Fraction]:
         return []
     terms = [fractions.Fraction(term.strip()) for term in value.split(":")]
     return [term / terms[0] for term in terms] if terms[0] else terms
+
+
+def _same_digits(based: list[re.Match[str] | None], texts: list[str]) -> bool:
+    """Numbers with their bases, by value; by digits where one side has no base."""
+    digits = [match.group(1) if match else text
+              for match, text in zip(based, texts, strict=True)]  # fmt: skip
+    if None in based or not all(re.fullmatch(r"-?[\dA-F]+", text) for text in digits):
+        return digits[0] == digits[1]
+    try:
+        values = [int(text, int(match.group(2)) if match else 10)
+                  for match, text in zip(based, digits, strict=True)]  # fmt: skip
+    except ValueError:  # a digit that the base does not have
+        return False
+    return values[0] == values[1]
 
 
 def _clock(one: Quantity) -> tuple[int, int] | None:
@@ -226,13 +228,14 @@ def _clock(one: Quantity) -> tuple[int, int] | None:
 def _words(text: str) -> str:
     """Words without case, articles and marks; "" for what is no word but mathematics."""
     plain = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).strip().strip(".,\"'")
-    plain = re.sub(r"^(yes|no|true|false),.*", r"\1", plain, flags=re.IGNORECASE | re.DOTALL)
     if not _WORDS.fullmatch(plain) or set(plain) <= set("xyz "):
         return ""
     if len(plain) == 1:
-        return plain
+        return plain if plain.isupper() else ""  # e is a number
     words = re.findall("[a-z]+", plain.lower())
-    joined = "".join(w.removesuffix("s") for w in words if w not in ("the", "a", "an"))
+    joined = "".join(
+        w.removesuffix("s") if len(w) > 3 else w for w in words if w not in ("the", "a", "an")
+    )
     return _SYNONYMS.get(joined, joined) or plain
 
 
@@ -256,37 +259,37 @@ def _letters(text: str) -> tuple[str, bool]:
     return "".join(sorted(letters)), "A" <= text[1] <= "J"
 
 
-def equal(
-    predicted: str, reference: str, *, tolerance: float = 0.0, algebra: Algebra | None = None
-) -> bool | None:
-    """Whether two final answers are the same; None where that takes the missing `algebra`.
+def equal(predicted: str, reference: str, *, tolerance: float = 0.0) -> bool:
+    """Whether two final answers are the same; what is not understood is not.
 
     A unit, label, base or percent sign may be left out on one side. Numbers may differ by
     `tolerance`.
     """
     if _PLAIN.fullmatch(predicted) and _PLAIN.fullmatch(reference):
-        return same_number(predicted, reference, tolerance)
+        return bool(same_number(predicted, reference, tolerance))
     left, right = (_LEAD.sub("", canonical(text), count=1) for text in (predicted, reference))
     if _squeeze(left) == _squeeze(right):
         return bool(left)
     if max(len(left), len(right)) > MAX_ANSWER_CHARS:
         return False
+    several = [_letters(re.sub(r"[()]", "", text)) for text in (left, right)]
+    if several[0][0] and several[1][0] and not (several[0][1] and several[1][1]):  # "A, C" and "AC"
+        return several[0][0] == several[1][0]
     letters = [_choice(text) for text in (left, right)]
     if letters[1][0] and left.upper() == letters[1][0]:
         return True
     if letters[0][0] and letters[1][0]:
         return letters[0][0] == letters[1][0]
-    several = [_letters(text) for text in (left, right)]
-    if several[0][0] and several[1][0] and several[0][1] != several[1][1]:  # "A, C" and "AC"
-        return several[0][0] == several[1][0]
     sides = [rest if letter and rest else text
              for (letter, rest), text in zip(letters, (left, right), strict=True)]  # fmt: skip
-    comparison = _Comparison(algebra, tolerance)
-    return _any(comparison.same(parse(one), parse(other))
+    comparison = _Comparison(tolerance)
+    return any(comparison.same(parse(one), parse(other))
                 for one in _spellings(sides[0]) for other in _spellings(sides[1]))  # fmt: skip
 
 
 def _spellings(text: str) -> list[str]:
     r"""What an answer says in several ways: "2\pi \approx 6.28" -> 2\pi, 6.28; 2 h 30 min."""
     parts = [part for part in re.split(r"\\approx(?![A-Za-z])", text) if part.strip()]
+    if match := _AND_PART.fullmatch(text):  # the list, or the mixed number
+        parts.append(canonical(f"{match.group(1)} {match.group(2)}"))
     return compound(text) or parts or [text]

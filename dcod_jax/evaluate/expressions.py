@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 
+from dcod_jax.evaluate.numerals import IN_CHINESE, IN_WORDS
 from dcod_jax.evaluate.prose import CHANCE, COMPOUND, NUMBER, PRECISION, SPAN, right_side, sentence
 
 _LINE = 2_000  # characters of a line that are searched
@@ -70,6 +71,11 @@ _PHRASE = re.compile(
     r"do(?:es)? not exist|undefined|impossible|cannot be determined|none of (?:the above|these))\b",
     re.IGNORECASE,
 )
+_PHRASE_OF = re.compile(
+    r"\b(infinitely many|no) (?:\w+ )?(?:solutions?|values?|roots?)"
+    r" (?:to|for|of|in|among|with)\b[^.,;:=]*$",
+    re.IGNORECASE,
+)
 _REFUSED = re.compile(
     r"\b(?:(?:can ?not|can't|could not|couldn't|unable to|not able to|do not know how to) (?:be )?"
     r"(?:solved?|answer(?:ed)?|determined?|find|found|comput\w+|calculat\w+)|(?:don't|do not) know"
@@ -84,9 +90,10 @@ _VERDICT = re.compile(
     r"|.*\b(?:is|therefore,?|thus,?|hence,?|so,?)[\s*_\"]+(true|false|yes|no)[\W_]*$",
     re.IGNORECASE,
 )
-_WEEKDAY = re.compile(
-    r"\b((?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day|January|February|March|April|June|July|August"
-    r"|September|October|November|December)[.!*]*$"
+_NAME = re.compile(
+    r"\b(?:is|was|be) [*\"]*([A-Z][a-z]+(?: [A-Z][a-z]+){0,3})[.!*\"]*$"
+    r"|\b((?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day|January|February|March|April|June|July"
+    r"|August|September|October|November|December)[.!*]*$"
 )
 # What stands behind an answer and has numbers of its own.
 _ASIDE = re.compile(
@@ -121,9 +128,14 @@ def last_expression(text: str) -> str:
         best = best or (found[-1] if found else None)
         if phrase := _PHRASE.search(sentence(line[best.end() if best else 0 :])):
             return phrase.group(0)
+        if best and (phrase := _PHRASE_OF.search(line, 0, best.start())) and best is found[-1]:
+            return phrase.group(1)
         if best is None:
-            if match := _WEEKDAY.search(line.strip()):
-                return match.group(1)
+            if match := _NAME.search(line.strip()):
+                return match.group(1) or match.group(2)
+            words = [m.group(0) for p in (IN_WORDS, IN_CHINESE) for m in p.finditer(line)]
+            if words:
+                return words[-1]
             continue
         if results := list(_RESULT.finditer(line)):  # "= 3 more than 1/5 pound": the result
             behind = _EXPRESSION.match(line, results[-1].end())

@@ -10,7 +10,7 @@ from typing import Any
 
 from dcod_jax.data.tokenizer import Tokenizer
 from dcod_jax.data.turns import stop_ids
-from dcod_jax.evaluate.grading import Expected, Grader
+from dcod_jax.evaluate.grading import Expected, graded
 from dcod_jax.evaluate.problems import Problem, read_records
 from dcod_jax.evaluate.prompts import PLAIN_STOP
 from dcod_jax.files import Location, as_path
@@ -47,7 +47,7 @@ class Generation:
     finished: bool  # False: cut at max_new_tokens
     tokens: int
     sample: int = 0  # which of the problem's answers
-    reason: str = ""  # of the grade: one of grading.REASONS
+    reason: str = ""  # of the grade: "correct" or why not
     repeats: bool = False  # ends in a loop
     difficulty: str = ""
 
@@ -68,7 +68,6 @@ def answer(
     sampling: Sampling,
     max_new_tokens: int,
     batch_size: int,
-    grader: Grader,
     grade_truncated: bool = False,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> list[Generation]:
@@ -89,7 +88,7 @@ def answer(
         **sample_options(sampling, tokenizer),
     )
     texts = [text_of(tokenizer, one) for one in drawn]
-    graded = grader.stream(
+    grades = graded(
         (
             (problem, number, one, text),
             text,
@@ -111,7 +110,7 @@ def answer(
             repeats=loops(text),
             difficulty=problem.difficulty,
         )
-        for (problem, number, one, text), grade in graded
+        for (problem, number, one, text), grade in grades
     ]
 
 

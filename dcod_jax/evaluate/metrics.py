@@ -227,7 +227,6 @@ def degenerate(generations: Sequence[Generation]) -> dict[str, float]:
         "no_answer": sum(g.extracted is None for g in generations) / total,
         "truncated": sum(not g.finished for g in generations) / total,
         "loops": sum(g.repeats for g in generations) / total,
-        "ungradable": sum(g.reason in ("timeout", "stalled", "error") for g in generations) / total,
     }
 
 
@@ -334,7 +333,6 @@ def _defect_table(title: str, details: Rows) -> Table:
         "no_answer": "no answer",
         "truncated": "cut off",
         "loops": "ends in a loop",
-        "ungradable": "grading timeout or error",
     }
     title += ": degenerate outputs, share of all answers"
     table = number_table(title, "model", *headings.values())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fractions
 import re
+from collections.abc import Sequence
 
 _DECIMALS = fractions.Fraction(5, 10**7)  # two decimals are equal to six places ...
 _DIGITS = fractions.Fraction(5, 10**6)  # ... and to six significant digits
@@ -40,6 +41,15 @@ _PARTS = {"half": 2, "halve": 2, "quarter": 4, "third": 3} | {
     f"{word}th": place
     for place, word in enumerate("four fif six seven eigh nin ten eleven twelf".split(), 4)
 }
+_ORDINALS = {
+    word: place
+    for place, word in enumerate(
+        "first second third fourth fifth sixth seventh eighth ninth tenth".split(), 1
+    )
+}
+_PLACE = re.compile(
+    rf"(?:\\text\{{)?\s*(?:the )?({'|'.join(_ORDINALS)})(?: place)?\s*\}}?", re.IGNORECASE
+)
 _WORD = rf"(?:{'|'.join([*_UNITS[::-1], *_TENS, *MULTIPLIERS])})(?![A-Za-z])"
 _PART = rf"(?:{'|'.join(_PARTS)})s?(?![A-Za-z])"
 _COUNT = rf"(?:\d+|an?|{_WORD}(?:(?:[ -]| and ){_WORD})*)"
@@ -52,12 +62,23 @@ _SPELLED = re.compile(
     rf"(?: and (?P<more>an?|{_WORD})[ -](?P<rest>{_PART}))?)"
     r"(?=$|[ ,.%](?!\d))(?P<unit> percent(?![a-z]))?(?:(?: of)? an?(?= [a-z]))?"
 )
+# A number in words inside a sentence; "one" alone is mostly a pronoun.
+IN_WORDS = re.compile(
+    rf"(?<![A-Za-z-])(?:(?:minus|negative) )?(?:half a (?:dozen|million)"
+    rf"|(?!one\b(?! hundred| thousand| and)){_WORD}(?:(?:[ -]| and ){_WORD})*(?:[ -]{_PART})?)",
+    re.IGNORECASE,
+)
 _CHINESE = {sign: value for value, sign in enumerate("零一二三四五六七八九")} | {"两": 2, "〇": 0}
 _CHINESE_POWERS = {"十": 10, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8}
 _CHINESE_NUMBER = rf"[{''.join((*_CHINESE, *_CHINESE_POWERS))}]+"
 _IN_CHINESE = re.compile(
     rf"(?:(?P<percent>百分之)|(?P<bottom>{_CHINESE_NUMBER})分之)?(?P<number>{_CHINESE_NUMBER})"
     r"(?P<unit>[\u4e00-\u9fff]{0,2})"
+)
+
+
+IN_CHINESE = re.compile(
+    rf"(?<=[是为有得剩共需要])({_CHINESE_NUMBER})(?=[\u4e00-\u9fff]?[。，！]|$)"
 )
 
 
@@ -83,6 +104,16 @@ def close(left: fractions.Fraction | complex, right: fractions.Fraction | comple
     return difference <= _DECIMALS and difference <= _DIGITS * max(abs(left), abs(right))
 
 
+def is_rounded(texts: tuple[str, str], values: Sequence[fractions.Fraction | complex]) -> bool:
+    """Whether an exact value was rounded to a decimal: a reference's 3 digits, an answer's 6."""
+    decimals = [re.fullmatch(r"[-+]?(\d*)\.(\d+)", text.strip()) for text in texts]
+    for decimal, text, digits in zip(decimals, (texts[1], texts[0]), (6, 3), strict=True):
+        if decimal and "." not in text and len("".join(decimal.groups()).lstrip("0")) >= digits:
+            unit = fractions.Fraction(1, 10 ** len(decimal.group(2)))
+            return abs(values[0] - values[1]) <= unit / 2
+    return False
+
+
 def same_number(left: str, right: str, tolerance: float) -> bool | None:
     """Whether two numbers are equal; None where one is no number."""
     first, second = number(left), number(right)
@@ -93,6 +124,7 @@ def same_number(left: str, right: str, tolerance: float) -> bool | None:
         first == second
         or (rounded and close(first, second))
         or abs(first - second) <= fractions.Fraction(tolerance)
+        or is_rounded((left, right), (first, second))
     )
 
 
@@ -164,6 +196,8 @@ def in_digits(text: str) -> str:
             return f"{value}%"
         if bottom := _from_chinese(match.group("bottom") or "一"):
             return latex(value / bottom) + match.group("unit")
+    if match := _PLACE.fullmatch(text):
+        return str(_ORDINALS[match.group(1).lower()])
     if not re.match(r"(?:\\text\{)?\s*(?:[A-Za-z]{3}|an? |\d+ (?:\\text\{ ?)?and )", text):
         return text
     plain = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)

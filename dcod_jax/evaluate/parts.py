@@ -13,10 +13,10 @@ import re
 
 from dcod_jax.evaluate.numerals import latex, number
 from dcod_jax.evaluate.regions import LINE, Region, interval, point
-from dcod_jax.evaluate.spelling import braced
+from dcod_jax.evaluate.spelling import braced, split
 
 _LABEL = re.compile(
-    r"([^=<>+*/^\d,;(-][^=<>+*/^,;(]*(?:\([^()=]*\))?|\([^()=]*\))\s*(?:=|\\equiv|\\approx)(?!=)"
+    r"([^=<>+*/^\d,;(-](?:[^=<>+*/^,;(-]|-(?=[a-z]{2}))*(?:\([^()=]*\))?|\([^()=]*\))\s*(?:=|\\equiv|\\approx)(?!=)"
 )
 _SET_BUILDER = re.compile(
     r"(?:\\\{)?\s*([A-Za-z])\s*(?:\\in\s*(?:\\mathbb\{R\}|R))?\s*(?:\||:)\s*(.*?)(?:\\\})?",
@@ -85,20 +85,6 @@ class Parsed:
     items: tuple[Parsed, ...] = ()
     variable: str = ""
     label: str = ""  # what stands before an equals sign
-
-
-def split(text: str, separator: re.Pattern[str]) -> list[str]:
-    """The parts between separators that stand in no bracket."""
-    parts, depth, start, place = [], 0, 0, 0
-    while place < len(text):
-        match = separator.match(text, place) if depth == 0 else None
-        if match and not (match.group(0)[0].isalpha() and text[place - 1 : place].isalpha()):
-            parts.append(text[start:place])
-            start = place = match.end()
-            continue
-        depth += (text[place] in "([{⟨") - (text[place] in ")]}⟩")
-        place += 1
-    return [part for part in (p.strip() for p in [*parts, text[start:]]) if part]
 
 
 def _enclosed(text: str) -> tuple[str, str]:
@@ -205,7 +191,8 @@ def _matrix(match: re.Match[str], text: str) -> Parsed:
         return parse(", ".join(row.replace("&", "").rstrip(",;. ") for row in rows))
     cells = [tuple(parse(cell) for cell in row.split("&")) for row in rows]
     if len(rows) == 1:
-        return Parsed(text, "row", cells[0])
+        (row,) = cells
+        return Parsed(text, "row", row) if len(row) > 1 else parse(rows[0])
     if all(len(row) == 1 for row in cells):
         return Parsed(text, "column", tuple(row[0] for row in cells))
     return Parsed(text, "[]", tuple(Parsed(text, "[]", row) for row in cells))
@@ -287,7 +274,7 @@ def parse(text: str) -> Parsed:
         return Parsed(text, "∖", tuple(map(parse, sides)))
     if len(parts := split(text, _SEPARATOR)) > 1:
         return _several(text, parts)
-    if label := _LABEL.match(text):
+    if (label := _LABEL.match(text)) and label[0].count("{") == label[0].count("}"):
         value = parse(text[label.end() :].rpartition("=")[2])
         return dataclasses.replace(value, text=text, label=label.group(1).strip()) if (
             value.ends
@@ -297,11 +284,12 @@ def parse(text: str) -> Parsed:
             return Parsed(text, sign, tuple(map(parse, parts)))
     brackets, content = _enclosed(_TRANSPOSED.sub("", text))
     if brackets:
-        items = tuple(map(parse, split(content, _COMMA)))
-        if len(items) > 1 or brackets == "{}":
-            return Parsed(text, "column" if _TRANSPOSED.search(text) else brackets, items)
-        if brackets == "()":
+        parts = split(content, _COMMA)
+        if brackets == "()" and len(parts) == 1:  # each part is parsed once: brackets may be deep
             return parse(content)
+        if len(parts) > 1 or brackets == "{}":
+            ends = "column" if _TRANSPOSED.search(text) else brackets
+            return Parsed(text, ends, tuple(map(parse, parts)))
     if len(pair := re.split(r"\\pm(?![A-Za-z])", text)) == 2:
         return Parsed(text, ",", tuple(parse(sign.join(pair)) for sign in "+-"))
     return _relation(text) or Parsed(text)

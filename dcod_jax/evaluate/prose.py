@@ -67,6 +67,10 @@ _VERB = re.compile(
     r"bought|saves?|saved|eats?|ate|runs?|ran|gives?|gave|receives?|received|owes?|should|will|can)\b"
     r"|="
 )  # fmt: skip
+_OTHER_VERB = re.compile(
+    r"\b(?!radius|plus|minus|times|units|less|axis|is|class|bus|towards|degrees)[a-z]+(?:s|ed) "
+    r"(?=\$?\d)"
+)
 _UNIT_WORDS = re.compile(rf"[*$]{{0,3}}({NUMBER})[*$]{{0,3}}((?: [A-Za-z]{{1,20}}){{1,4}})\**")
 _MULTIPLIER = re.compile(
     r"\s*\b(?:dozen|hundred|thousand|million|billion|trillion|percent|times|half|over|plus|"
@@ -191,7 +195,7 @@ def _number_of(words: str) -> str | None:
             return match.group(1)
     if (leading := _before_words(words)) is not None:
         return leading
-    if len(words.split()) > 3 and (verb := _VERB.search(words)):
+    if len(words.split()) > 3 and (verb := _VERB.search(words) or _OTHER_VERB.search(words)):
         for place in range(verb.end(), len(words)):
             if (leading := _before_words(words[place:].strip())) is not None:
                 return leading

@@ -43,6 +43,8 @@ _UNICODE = {
 # Commands with one meaning: the pattern is without its backslash.
 _COMMANDS = [
     (r"(?:[dtc]|nice|s|x)frac(?![A-Za-z])", r"\\frac"),
+    (r"[dt]binom(?![A-Za-z])", r"\\binom"),
+    (r"triangle(?![A-Za-z])", "triangle "),
     (r"(?:(?:text)?color\s*\{\w*\}|(?:tiny|small|normalsize|[lL]arge|LARGE|[hH]uge|checkmark"
      r"|underline|ensuremath)(?![A-Za-z]))", ""),
     (r"q?quad\s*(?:\\text\{\s*and\s*\}\s*)?(?=[-\d]|\\frac|\([a-z]\))", ", "),
@@ -72,12 +74,14 @@ _COMMANDS = [
     (r"(?:textdollar|dollar)(?![A-Za-z])", "￥"),
     (r"Omega(?![A-Za-z])", "Ω"),
     (r"mu(?![A-Za-z])\s*(?:\\text\{)?\s*(?=[A-Za-z])", "u"),
+    (r"phantom\s*\{[^{}]*\}", ""),
     (r"[()\[\]]", ""),
     (r"%", "%"),
     (r"#", "#"),
     (r"&", "&"),
 ]  # fmt: skip
 _COMMAND_RULES = [(re.compile(r"\\" + pattern), new) for pattern, new in _COMMANDS]
+EQUALS = re.compile(r"(?<![<>!=])=(?!=)")
 _MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
 _THOUSANDS = [
     re.compile(r"(?<=\d)\s*(?:\{,\}|,\\!)\s*(?=\d{3}(?!\d))"),
@@ -86,13 +90,17 @@ _THOUSANDS = [
 _COMMA_THOUSANDS = re.compile(
     r"(?<![\d.,])(?:\d{1,3}(?:,(?: (?=000))?\d{3})+|\d{1,2}(?:,\d\d)+,\d{3})(?!\d|,\d)"
 )
-_UNDERSCORE_THOUSANDS = re.compile(r"(?<=\d)_(?=\d{3}(?!\d))")
+_UNDERSCORE_THOUSANDS = re.compile(r"(?<=\d)[_'](?=\d{3}(?!\d))")
 _SPACE_THOUSANDS = re.compile(r"(?<![\d.,/^_} ])(?<!\d )\d{1,3}(?: \d{3})+(?![\d/]| \d)")
 _ROOT = re.compile(
     r"(?:√|(?<![A-Za-z\\])sqrt)\s*(\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z])|\\pi|\(([^()]*)\)|\{([^{}]*)\})"
 )
 _INDEXED_ROOT = re.compile(r"\^\{(\d)\}√")
 _ARGUMENT = re.compile(r"\s*(\{|\\[A-Za-z]+|[^\s{}\\])")
+_TRIGONOMETRIC_DEGREES = re.compile(
+    r"\\?\b((?:sin|cos|tan|cot|sec|csc)(?:\^\{?\w+\}?)?)\s*\(?\s*(\d+(?:\.\d+)?)\s*"
+    r"\^\s*\{?\s*\\circ\s*\}?\s*\)?"
+)
 _MIXED = re.compile(
     r"(?<![\d.,/^_\w}])(\d{1,9})"
     r"(?: (\d{1,9})/(\d{1,9})|\s*\\frac\{(\d{1,9})\}\{(\d{1,9})\})(?![\d/.])"
@@ -107,12 +115,53 @@ _REPEATING = re.compile(
 )
 
 
+def _over(match: re.Match[str]) -> str:
+    return f"\\{'frac' if match.group(2) == 'over' else 'binom'}{{{match[1]}}}{{{match[3]}}}"
+
+
+def _integer_variable(match: re.Match[str]) -> str:
+    """k\\pi, k \\in Z -> n\\pi: the name of a variable that is any integer does not count."""
+    return re.sub(rf"(?<![A-Za-z\\]){match.group(2)}(?![A-Za-z])", "n", match.group(1))
+
+
+def _month(match: re.Match[str]) -> str:
+    return next(month for month in _MONTHS.split("|") if month.startswith(match.group(1)))
+
+
 def _large(match: re.Match[str]) -> str:
     name = {"k": "thousand", "m": "million", "b": "billion"}[match.group(2)[0].lower()]
     return f"{match.group(1)} {name}"
 
 
 _REWRITTEN = [  # (what is written in this way, its one spelling)
+    (re.compile(r'^"([^"]*)"$'), r"\1"),
+    (re.compile(r"^=\s*"), ""),
+    (re.compile(r"(^|[(\[,=])\s*\+\s*(?=\S)"), r"\1"),
+    (
+        re.compile(
+            r"(?:^|\{)((?:[^{}]|\{[^{}]*\})*?)\\(over|choose)(?![A-Za-z])"
+            r"((?:[^{}]|\{[^{}]*\})*)(?:\}|$)"
+        ),
+        _over,
+    ),
+    (
+        re.compile(
+            r"(?<![\w\\])(?:\{\}\s*)?[_^]?\s*\{?(\d+)\}?\s*(?:\\text\{)?([CP])\}?\s*_?\{?(\d+)\}?(?!\w)"
+        ),
+        r"\2(\1,\3)",
+    ),
+    (re.compile(r"(?<![A-Za-z\\])([CP])_\{?(\w)\}?\^\{?(\w)\}?(?!\w)"), r"\1(\2,\3)"),
+    (re.compile(r"(?<![A-Za-z\\])([CP])\^\{?(\w)\}?_\{?(\w)\}?(?!\w)"), r"\1(\3,\2)"),
+    (re.compile(r"(?<=\S)\s*\+\s*c$"), " + C"),
+    (
+        re.compile(
+            r"^(.*?[^,\s(])[\s,(]*(?:\\text\{[ ,(]*(?:where|for|with)?(?: (?:any|some|all))?"
+            r"(?: integers?)?\s*\}|(?:where|for|with) )?\s*(?<![A-Za-z])([a-z])\s*"
+            r"(?:\\in\s*(?:\\mathbb\{Z\}|Z)"
+            r"|(?:\\text\{)?\s*(?:is|are) (?:an |any )?integers?\}?)\)?$"
+        ),
+        _integer_variable,
+    ),
     (re.compile(r"\\text\{\s*([￥€£¥₹])\s*\}"), r"\1"),
     (re.compile(r"(?<![A-Za-z])(?:US|USD|A|AU|C|CA|HK|NZ|S)\s*(?=￥)"), ""),
     (re.compile(r"(?:\\text\{\s*)?(?<![A-Za-z])USD\s*\}?\s*(?=\d)"), "￥"),
@@ -159,7 +208,16 @@ _REWRITTEN = [  # (what is written in this way, its one spelling)
     (re.compile(r"^(?:12(?::00)? )?(?:\\text\{)?noon\}?$"), "12:00 pm"),
     (re.compile(r"^(?:12(?::00)? )?(?:\\text\{)?midnight\}?$"), "12:00 am"),
     (re.compile(r"^(\d{1,2})(?::00)? o'clock$"), r"\1:00"),
-    (re.compile(rf"^(\d{{1,2}}) (?:of )?({_MONTHS})\b", re.IGNORECASE), r"\2 \1"),
+    (re.compile(r"\b(Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sep|Oct|Nov|Dec)t?\.?(?= \d|$)"), _month),
+    (re.compile(rf"^(\d{{1,2}}) (?:of )?({_MONTHS})\b,?", re.IGNORECASE), r"\2 \1"),
+    (re.compile(rf"^({_MONTHS}) (\d{{1,2}}), (\d{{4}})$"), r"\1 \2 \3"),
+    (re.compile(r"\\text\{\s*([\dA-F]+)\s*\}(?=\s*_)"), r"\1"),
+    (
+        re.compile(
+            r"^(?:\\text\{)?(yes|no|true|false)\b\s*\}?\s*[,.;:(]\s*(?!yes|no|true|false).*$", re.I
+        ),
+        r"\1",
+    ),
     (re.compile(r"^(\d+)\s*(?:\\text\{)?\s*to\s*\}?\s*(\d+)$"), r"\1:\2"),
     (re.compile(r"^(-?\d[\d.]*)\s*=\s*([A-Za-z])$"), r"\2 = \1"),
     (
@@ -194,6 +252,20 @@ def braced(text: str, start: int, limit: int) -> str | None:
     return None
 
 
+def split(text: str, separator: re.Pattern[str]) -> list[str]:
+    """The parts between separators that stand in no bracket."""
+    parts, depth, start, place = [], 0, 0, 0
+    while place < len(text):
+        match = separator.match(text, place) if depth == 0 else None
+        if match and not (match.group(0)[0].isalpha() and text[place - 1 : place].isalpha()):
+            parts.append(text[start:place])
+            start = place = match.end()
+            continue
+        depth += (text[place] in "([{⟨") - (text[place] in ")]}⟩")
+        place += 1
+    return [part for part in (p.strip() for p in [*parts, text[start:]]) if part]
+
+
 def _letter(character: str) -> str:
     r"""What NFKC does not do: "π" -> "\pi ", "½" -> "\frac{1}{2}"."""
     if character in _UNICODE:
@@ -221,9 +293,11 @@ def _ascii(text: str) -> str:
 
 def _with_braces(text: str) -> str:
     r"""Arguments of \frac and \sqrt in braces: "\frac \pi4" -> "\frac{\pi}{4}"."""
-    for match in reversed(list(re.finditer(r"\\(frac|sqrt)(?![A-Za-z])(\s*\[[^\[\]]*\])?", text))):
+    for match in reversed(
+        list(re.finditer(r"\\(frac|sqrt|binom)(?![A-Za-z])(\s*\[[^\[\]]*\])?", text))
+    ):
         rest, arguments = match.end(), ""
-        for _ in range(2 if match.group(1) == "frac" else 1):
+        for _ in range(1 if match.group(1) == "sqrt" else 2):
             found = _ARGUMENT.match(text, rest)
             if found is None:
                 break
@@ -284,6 +358,7 @@ def canonical(answer: str) -> str:
     text = text.replace("\n", r" \\ ")
     text = re.sub(r"(?<=[\w)}])\*\*(?=[\w({-])", "^", text).replace("**", "")
     text = text.replace("<=", r"\le ").replace(">=", r"\ge ").replace("~", " ")
+    text = _TRIGONOMETRIC_DEGREES.sub(r"\\\1(\\frac{\\pi}{180}\\cdot \2)", text)
     text = re.sub(
         r"\^\s*\{?\s*\\circ\s*\}?\s*(?:\\text\{\s*)?([CF])\b\s*\}?", r" \\text{deg\1}", text
     )

@@ -2,10 +2,10 @@
 
 It reads generate.prompts and writes run_dir/traces.jsonl, with the model's log-probs of its own
 tokens. Useless traces go to traces.rejected.jsonl with the reason: empty, truncated, and, where the
-prompt has a reference answer and prepare.filter_correct is set, wrong_answer, no_answer,
-grading_timeout, grading_stalled or grading_error. The same command after an interruption goes on
-with the blocks that are left (data/blocks.py). Of several processes each samples every n-th block
-with the teacher on its own devices, where it fits there; the result has the bytes of one process.
+prompt has a reference answer and prepare.filter_correct is set, wrong_answer or no_answer. The same
+command after an interruption goes on with the blocks that are left (data/blocks.py). Of several
+processes each samples every n-th block with the teacher on its own devices, where it fits there;
+the result has the bytes of one process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dcod_jax.data.tokenizer import template_fingerprint, tokenizer_fingerprint
 from dcod_jax.data.turns import stop_ids
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.generations import sample_options, sampling_of, text_of
-from dcod_jax.evaluate.grading import REJECTED_AS, Grader
+from dcod_jax.evaluate.grading import REJECTED_AS, graded
 from dcod_jax.evaluate.problems import Problem, read_problems
 from dcod_jax.files import Path, as_path, file_sha256
 from dcod_jax.locks import locked
@@ -106,10 +106,7 @@ def _sample_rest(
     prompts = _encode_prompts(config, teacher, problems)
     draw = _sampler(config, teacher, mesh)
     total, enabled = sum(map(len, own)), config.train.progress
-    with (
-        Grader(timeout=config.prepare.grade_timeout, workers=config.prepare.workers) as grader,
-        track("sampling", total, unit="traces", enabled=enabled) as bar,
-    ):
+    with track("sampling", total, unit="traces", enabled=enabled) as bar:
         for block in own:
             asked = [(problems[index // copies], index % copies) for index in block]
             samples = draw(
@@ -120,7 +117,7 @@ def _sample_rest(
             lines: list[list[str]] = [[], []]  # of what is accepted, of what is rejected
             reasons: collections.Counter[str] = collections.Counter()
             to_grade = _to_grade(config, teacher, asked, samples)
-            for (record, reason), grade in grader.stream(to_grade):
+            for (record, reason), grade in graded(to_grade):
                 if grade is not None and not grade.correct:
                     reason = REJECTED_AS[grade.reason]
                 if reason:

@@ -31,7 +31,6 @@ from dcod_jax.data.tokenizer import (
 )
 from dcod_jax.data.traces import Source, describe, find_sources
 from dcod_jax.errors import DcodError
-from dcod_jax.evaluate.grading import Grader
 from dcod_jax.files import (
     Path,
     as_path,
@@ -55,7 +54,7 @@ LAST = f"train/{MANIFEST}"  # makes the directory a prepared dataset
 _SETTINGS = (
     "data.split data.eval_fraction data.max_length prepare.prompt_field prepare.completion_field "
     "prepare.form prepare.reasoning prepare.reasoning_field prepare.record_bytes "
-    "prepare.answer_field prepare.system_prompt prepare.filter_correct prepare.grade_timeout "
+    "prepare.answer_field prepare.system_prompt prepare.filter_correct "
     "prepare.deduplicate prepare.overlap_ngram prepare.logprobs prepare.on_bad_record "
     "prepare.shard_records prepare.teacher_field prepare.weight_field"
 ).split()
@@ -236,10 +235,9 @@ def _write_dataset(config: Any, root: Path) -> None:
     # What is no Unicode stays the JSON escape that it was in the traces.
     with (
         dropped.open("w", encoding="utf-8", errors="backslashreplace") as quarantine,
-        Grader(timeout=settings.grade_timeout, workers=settings.workers) as grader,
         track(f"preparing {root.name}", total, unit="records", enabled=shown) as advance,
     ):
-        run = Filter(config, tokenizer, quarantine, grader=grader, advance=advance)
+        run = Filter(config, tokenizer, quarantine, advance=advance)
         counts = {}
         for key, name in (("data.eval_traces", "eval"), ("data.traces", "train")):
             if sources[key]:

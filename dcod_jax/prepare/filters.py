@@ -2,10 +2,9 @@
 
 A trace is dropped for the first of these that holds, counted and written to the quarantine:
 bad_record (with prepare.on_bad_record=quarantine; otherwise it stops the run), failed_request,
-truncated, no_reasoning (with prepare.reasoning=keep), wrong_answer, no_answer, grading_timeout,
-grading_stalled, grading_error (with a reference answer or the record's own verdict),
-held_out_prompt, duplicate, overlap, too_long. What could not be tokenised for its length is
-too_long at once.
+truncated, no_reasoning (with prepare.reasoning=keep), wrong_answer, no_answer (with a reference
+answer or the record's own verdict), held_out_prompt, duplicate, overlap, too_long. What could not
+be tokenised for its length is too_long at once.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from dcod_jax.data.tokenizer import Tokenizer
 from dcod_jax.data.traces import HINT, Source, read_traces
 from dcod_jax.data.turns import reasoning_rule
 from dcod_jax.errors import DcodError
-from dcod_jax.evaluate.grading import REJECTED_AS, Grader
+from dcod_jax.evaluate.grading import REJECTED_AS, graded
 from dcod_jax.prepare import overlap
 from dcod_jax.prepare.delivered import as_sampled, delivered_logprobs
 from dcod_jax.types import Trace
@@ -54,11 +53,10 @@ class Filter:
         tokenizer: Tokenizer,
         quarantine: io.TextIOBase,
         *,
-        grader: Grader,
         advance: Callable[[int], None],
     ):
         self.config, self.tokenizer, self.quarantine = config, tokenizer, quarantine
-        self.grader, self.advance = grader, advance
+        self.advance = advance
         prepare = config.prepare
         self.fields = fields_of(prepare, reasoning_rule(tokenizer, prepare.reasoning))
         self.index = overlap.build_index(
@@ -83,7 +81,7 @@ class Filter:
 
     def run(self, sources: Sequence[Source]) -> Iterator[tuple[RawTrace, Trace]]:
         """(RawTrace, Trace) of what is kept."""
-        for trace, grade in self.grader.stream(self._to_grade(sources)):
+        for trace, grade in graded(self._to_grade(sources)):
             if grade is not None and not grade.correct:
                 detail = (
                     f"answer {grade.extracted!r} by rule {grade.rule}, expected {trace.answer!r}"

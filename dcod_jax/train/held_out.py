@@ -19,7 +19,6 @@ from dcod_jax.data.dataset import TraceDataset
 from dcod_jax.data.teachers import parse_weight
 from dcod_jax.data.tokenizer import Tokenizer
 from dcod_jax.evaluate.generations import Sampling, answer, evaluation_sampling
-from dcod_jax.evaluate.grading import Grader
 from dcod_jax.evaluate.problems import Problem, problem_file
 from dcod_jax.evaluate.prompts import encode_prompts, prompt_form
 from dcod_jax.evaluate.statistics import wilson
@@ -120,22 +119,19 @@ class HeldOut:
 
     def _accuracy(self, asked: Questions, state: TrainState) -> dict[str, float]:
         """Right greedy answers with a 95 % interval (Wilson); all processes decode together."""
-        settings, prepare, count = self.config.evaluate, self.config.prepare, len(asked.problems)
-        with Grader(timeout=prepare.grade_timeout, workers=prepare.workers) as grader:
-            given = answer(
-                self.decoding(state),
-                self.tokenizer,
-                [(problem, 0) for problem in asked.problems],
-                asked.prompts,
-                indices=range(count),
-                sampling=asked.sampling,
-                max_new_tokens=settings.max_new_tokens,
-                batch_size=settings.batch_size,
-                grader=grader,
-                grade_truncated=settings.grade_truncated,
-                on_batch=lambda sequences, tokens: hosts.moved(),
-            )
-        # A comparison is bounded in time, so the grades of the first process hold for all.
+        settings, count = self.config.evaluate, len(asked.problems)
+        given = answer(
+            self.decoding(state),
+            self.tokenizer,
+            [(problem, 0) for problem in asked.problems],
+            asked.prompts,
+            indices=range(count),
+            sampling=asked.sampling,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+            grade_truncated=settings.grade_truncated,
+            on_batch=lambda sequences, tokens: hosts.moved(),
+        )
         own = [sum(g.correct for g in given), sum(not g.finished for g in given)]
         correct, unfinished = hosts.exchange("the grades", own)[0]
         low, high = wilson(correct, count)

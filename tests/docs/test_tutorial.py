@@ -21,7 +21,6 @@ BLOCKS = re.findall(r"^```bash( cloud)?\n(.*?)^```$", PAGE, re.M | re.S)
 # What the reduced form changes: sizes, the mesh of one CPU device, the embedded models' own prompt.
 REDUCED = {
     "prepare.system_prompt": "",
-    "prepare.workers": 1,
     "generate.samples": 2,
     "generate.max_new_tokens": 72,
     "generate.batch_size": 64,

@@ -26,7 +26,6 @@ def config(tmp_path):
     config.evaluate.max_new_tokens = 4
     config.evaluate.limit = 5
     config.evaluate.batch_size = 8
-    config.prepare.workers = 1
     config.train.progress = False
     return config
 
@@ -134,7 +133,7 @@ def test_samples_of_a_set_are_counted_in_every_way(scripted, capsys):
     groups = [(g["difficulty"], g["problems"], g["accuracy"]) for g in shown["by_difficulty"]]
     assert groups == [("1", 1, 0.5), ("2", 1, 0.0)]
     assert sum(part["answers"] for part in shown["by_length"]) == 8
-    rates = {"no_answer": 1 / 8, "truncated": 1 / 8, "loops": 0.0, "ungradable": 0.0}
+    rates = {"no_answer": 1 / 8, "truncated": 1 / 8, "loops": 0.0}
     assert shown["degenerate"] == rates
     assert shown["reasons"] == {"correct": 2, "no_answer": 1, "wrong": 5}
     kept = read_generations(folder / "math500" / "start.jsonl")

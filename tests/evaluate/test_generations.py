@@ -10,7 +10,6 @@ from dcod_jax.data.tokenizer import load_tokenizer
 from dcod_jax.data.turns import stop_ids
 from dcod_jax.evaluate import generations
 from dcod_jax.evaluate.generations import Sampling
-from dcod_jax.evaluate.grading import Grader
 from dcod_jax.evaluate.metrics import measure
 from dcod_jax.evaluate.problems import read_problems
 from dcod_jax.evaluate.statistics import wilson
@@ -27,17 +26,15 @@ def tokenizer(tmp_path_factory):
 def ask(config, params, tokenizer, problems, **options):
     """One greedy answer to each problem."""
     model = decoding_params(config, params, valid_vocab=len(tokenizer), compute_dtype="float32")
-    with Grader(timeout=10.0, workers=1) as grader:
-        return generations.answer(
-            model,
-            tokenizer,
-            [(problem, 0) for problem in problems],
-            [chat.encode_prompt(tokenizer, problem.messages) for problem in problems],
-            indices=range(len(problems)),
-            sampling=Sampling(),
-            grader=grader,
-            **options,
-        )
+    return generations.answer(
+        model,
+        tokenizer,
+        [(problem, 0) for problem in problems],
+        [chat.encode_prompt(tokenizer, problem.messages) for problem in problems],
+        indices=range(len(problems)),
+        sampling=Sampling(),
+        **options,
+    )
 
 
 def test_a_scripted_model_gets_the_grade_it_earned(tmp_path, tokenizer, monkeypatch):

@@ -197,7 +197,7 @@ def test_options_that_cannot_be_read_are_named(tmp_path, fields, message):
     ],
 )
 def test_a_choice_is_right_by_its_letter_or_its_value(text, correct):
-    assert grade([(text, "(B) 21.5")], workers=1)[0].correct == correct
+    assert grade(text, "(B) 21.5").correct == correct
 
 
 def test_a_list_written_as_text_and_plain_fields_are_read_too(tmp_path):
@@ -408,8 +408,7 @@ def test_the_built_in_exemplars_are_right_and_no_problem_of_the_set():
     records = [json.loads(line) for line in EXEMPLARS.read_text().splitlines()]
     assert len(records) == 8
     answers = ["17", "7", "50", "1/2", "20", "\\sqrt{12}", "55", "4"]
-    grades = grade([(a, b) for (_, a), b in zip(pairs, answers, strict=True)], workers=1)
-    assert all(g.correct for g in grades)
+    assert all(grade(a, b).correct for (_, a), b in zip(pairs, answers, strict=True))
     with pytest.raises(DcodError, match=r"shots=9.* has 8 exemplars"):
         read_exemplars("", 9)
 

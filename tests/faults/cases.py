@@ -44,7 +44,6 @@ def get_config():
     c.data.max_length = 64
     c.data.seq_len = 64
     c.data.batch_size = 4
-    c.prepare.workers = 1
     c.prepare.shard_records = 4
     c.generate.prompts = "{place}/problems.jsonl"
     c.generate.samples = 4

@@ -173,7 +173,7 @@ def run(
 def _printed(reader: Connection) -> str:
     os.set_blocking(reader.fileno(), False)
     parts = []
-    with contextlib.suppress(BlockingIOError):  # a grader that is about to end holds the pipe, too
+    with contextlib.suppress(BlockingIOError):  # another process may hold the pipe, too
         while part := os.read(reader.fileno(), 1 << 16):
             parts.append(part)
     return b"".join(parts).decode(errors="replace")

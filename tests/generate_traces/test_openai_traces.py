@@ -315,7 +315,6 @@ def prepared(home, tmp_path, traces):
     config.student.tokenizer = str(home)
     config.prepare.logprobs = "require"
     config.prepare.deduplicate = False
-    config.prepare.workers = 1
     prepare(config)
     dataset = TraceDataset(tmp_path / "run" / "dataset" / "train")
     return dataset.read(range(len(dataset)))

@@ -44,7 +44,6 @@ def get_config():
     c.data.max_length = 64
     c.data.seq_len = 64
     c.data.batch_size = 8
-    c.prepare.workers = 1
     c.prepare.shard_records = 16
     c.generate.prompts = {traces!r}
     c.generate.max_new_tokens = 8

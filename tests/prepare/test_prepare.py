@@ -66,7 +66,6 @@ def config(tmp_path, tokenizer_dir):
     c.run_dir = str(tmp_path / "run")
     c.student.tokenizer = str(tokenizer_dir)
     c.data.traces = str(write(tmp_path / "traces.jsonl", [record(i) for i in range(5)]))
-    c.prepare.workers = 1
     c.train.progress = False
     return c
 
@@ -470,7 +469,6 @@ def test_real_qwen_traces(config, shared_data) -> None:
     """800 traces of MATH problems: 737 right by our grader, the rest quarantined."""
     config.data.traces = str(shared_data / "qwen25_math_traces" / "math_cot_100.jsonl")
     config.data.max_length = 100_000
-    config.prepare.workers = 2
     config.prepare.overlap_files = (str(shared_data / "math500" / "test.jsonl"),)
     config.prepare.overlap_ngram = 1000  # whole prompts only
     root = prepare(config)

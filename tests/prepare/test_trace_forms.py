@@ -23,7 +23,6 @@ from dcod_jax.data.tokenizer import decode
 from dcod_jax.data.traces import find_sources, read_traces
 from dcod_jax.data.turns import reasoning_rule
 from dcod_jax.errors import DcodError
-from dcod_jax.evaluate.grading import Grader
 from dcod_jax.prepare.filters import Filter
 
 CASES = Path(__file__).parents[1] / "data" / "cases" / "trace_forms.jsonl"
@@ -55,19 +54,13 @@ def tokenizer():
     return chatml_tokenizer()
 
 
-@pytest.fixture(scope="module")
-def grader():
-    with Grader(timeout=20.0, workers=1) as found:
-        yield found
-
-
-def outcome(path: Path, tokenizer, grader, keys) -> dict:
+def outcome(path: Path, tokenizer, keys) -> dict:
     """{"kept": [[prompt, supervised], ...], "dropped": {reason: n}, "unread": [...]}."""
     config = get_config()
     for key, value in keys.items():
         configs.assign(config, key, value)
     quarantine = io.StringIO()
-    run = Filter(config, tokenizer, quarantine, grader=grader, advance=lambda n: None)
+    run = Filter(config, tokenizer, quarantine, advance=lambda n: None)
     kept = []
     for _, trace in run.run(find_sources(str(path))):
         ids, mask = trace.token_ids, trace.completion_mask
@@ -94,13 +87,13 @@ ALL = [json.loads(line) for line in CASES.read_text(encoding="utf-8").splitlines
 
 
 @pytest.mark.parametrize("case", ALL, ids=lambda case: case["id"])
-def test_a_form_gives_what_it_should(case, tmp_path, tokenizer, grader) -> None:
+def test_a_form_gives_what_it_should(case, tmp_path, tokenizer) -> None:
     path, right = write(case, tmp_path), case["right"]
     if "refused" in right:
         with pytest.raises(DcodError, match=right["refused"]):
-            outcome(path, tokenizer, grader, case["keys"])
+            outcome(path, tokenizer, case["keys"])
         return
-    assert outcome(path, tokenizer, grader, case["keys"]) == right
+    assert outcome(path, tokenizer, case["keys"]) == right
 
 
 # ---------------------------------------------------------------- presets
@@ -266,22 +259,20 @@ def test_what_is_not_whole_is_seen(record) -> None:
     assert trace.unfinished
 
 
-def test_keep_drops_traces_without_reasoning(tmp_path, tokenizer, grader) -> None:
+def test_keep_drops_traces_without_reasoning(tmp_path, tokenizer) -> None:
     rows = [{"prompt": "a", "completion": WHOLE}, {"prompt": "b", "completion": SAID}]
     path = write({"records": rows}, tmp_path)
-    found = outcome(path, tokenizer, grader, {"prepare.reasoning": "keep"})
+    found = outcome(path, tokenizer, {"prepare.reasoning": "keep"})
     assert (len(found["kept"]), found["dropped"]) == (1, {"no_reasoning": 1})
 
 
 # ---------------------------------------------------------------- what is dropped
 
 
-def test_traces_that_differ_in_the_system_prompt_are_not_duplicates(
-    tmp_path, tokenizer, grader
-) -> None:
+def test_traces_that_differ_in_the_system_prompt_are_not_duplicates(tmp_path, tokenizer) -> None:
     rows = [{"prompt": "a", "completion": "b", "system": text} for text in ("S", "T", "S")]
     path = write({"records": rows}, tmp_path)
-    found = outcome(path, tokenizer, grader, {})
+    found = outcome(path, tokenizer, {})
     assert (len(found["kept"]), found["dropped"]) == (2, {"duplicate": 1})
 
 
@@ -315,22 +306,22 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("line", HOSTILE, ids=range(len(HOSTILE)))
-def test_a_malformed_record_is_set_aside(line, tmp_path, tokenizer, grader) -> None:
+def test_a_malformed_record_is_set_aside(line, tmp_path, tokenizer) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text(line + '\n{"prompt": "p", "completion": "c"}\n')
     keys = {"prepare.on_bad_record": "quarantine"}
-    found = outcome(path, tokenizer, grader, keys)
+    found = outcome(path, tokenizer, keys)
     assert (len(found["kept"]), found["dropped"]) == (1, {"bad_record": 1})
     with pytest.raises(DcodError, match=r"t\.jsonl:1: "):
-        outcome(path, tokenizer, grader, {})
+        outcome(path, tokenizer, {})
 
 
-def test_a_long_line_is_too_long_before_it_is_parsed(tmp_path, tokenizer, grader) -> None:
+def test_a_long_line_is_too_long_before_it_is_parsed(tmp_path, tokenizer) -> None:
     path = tmp_path / "t.jsonl"
     long = json.dumps({"prompt": "p", "completion": "a" * 30_000_000})
     middle = json.dumps({"prompt": "p", "completion": "a b " * 100_000})
     path.write_text(f'{long}\n{middle}\n{{"prompt": "p", "completion": "c"}}\n')
-    found = outcome(path, tokenizer, grader, {})
+    found = outcome(path, tokenizer, {})
     assert (len(found["kept"]), found["dropped"]) == (1, {"too_long": 2})
 
 

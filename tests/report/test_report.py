@@ -66,7 +66,6 @@ def place(tmp_path_factory):
     config.teacher.path = str(place / "teacher")
     config.student.path = str(place / "start")
     config.teacher.dtype = config.student.compute_dtype = "float32"
-    config.prepare.workers = 1
     config.train.progress = False
     config.compare = ("sft loss.weights.name=uniform", "discord loss.weights.temperature=0.5")
     config.report.traces = 5
@@ -311,7 +310,7 @@ def test_weights_without_the_teachers_logprobs_are_absent(place, tmp_path):
     shutil.copytree(Path(place.run_dir) / "dataset", dataset)
     config = configs.load_recipe(configs.BASE)
     config.update_from_flattened_dict({"run_dir": str(tmp_path), "data.traces": place.data.traces})
-    config.student.path, config.prepare.workers = place.student.path, 1
+    config.student.path = place.student.path
     config.data.max_length = config.data.seq_len = 192
     config.train.progress = False
     shutil.rmtree(dataset)

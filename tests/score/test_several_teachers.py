@@ -41,7 +41,7 @@ def make_config(tmp_path: Path, model: Path, records: list[dict]):
     config.run_dir, config.student.path = str(tmp_path / "run"), str(model)
     config.data.traces = str(tiny.write_jsonl(tmp_path / "a.jsonl", records))
     config.teacher.dtype = "float32"
-    config.prepare.workers, config.prepare.shard_records = 1, 4
+    config.prepare.shard_records = 4
     config.score.batch_tokens, config.score.concurrency, config.score.retries = 256, 2, 0
     config.train.progress = False
     return config

@@ -24,7 +24,6 @@ from dcod_jax.data.tokenizer import load_tokenizer, template_fingerprint, tokeni
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.answers import extract_answer
 from dcod_jax.evaluate.generations import Sampling, answer
-from dcod_jax.evaluate.grading import Grader
 from dcod_jax.evaluate.problems import Problem, read_problems
 from dcod_jax.models import hf
 from dcod_jax.sample.sampler import decoding_params
@@ -331,18 +330,16 @@ def test_shipped_models_can_what_the_recipe_says(split: str) -> None:
         decoded = decoding_params(
             config, params, valid_vocab=len(tokenizer), compute_dtype="float32"
         )
-        with Grader(timeout=5.0, workers=1) as grader:
-            graded = answer(
-                decoded,
-                tokenizer,
-                [(problem, 0) for problem in problems],
-                [chat.encode_prompt(tokenizer, problem.messages) for problem in problems],
-                indices=range(len(problems)),
-                sampling=Sampling(),
-                max_new_tokens=recipe.evaluate.max_new_tokens,
-                batch_size=len(problems),
-                grader=grader,
-            )
+        graded = answer(
+            decoded,
+            tokenizer,
+            [(problem, 0) for problem in problems],
+            [chat.encode_prompt(tokenizer, problem.messages) for problem in problems],
+            indices=range(len(problems)),
+            sampling=Sampling(),
+            max_new_tokens=recipe.evaluate.max_new_tokens,
+            batch_size=len(problems),
+        )
         return sum(g.correct for g in graded) / len(graded)
 
     assert accuracy("teacher", problems) >= 0.8

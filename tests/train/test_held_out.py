@@ -42,7 +42,6 @@ def config(tmp_path_factory):
         "data.eval_fraction": 0.2,
         "data.max_length": 32,
         "data.seq_len": 32,
-        "prepare.workers": 1,
         "loss.weights.name": "uniform",
         "evaluate.max_new_tokens": 8,
         "evaluate.batch_size": 4,

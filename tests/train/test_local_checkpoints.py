@@ -309,7 +309,6 @@ def get_config():
     c.data.max_length = 64
     c.data.seq_len = 64
     c.data.batch_size = 8
-    c.prepare.workers = 1
     c.optim.learning_rate = 3e-3
     c.train.steps = 6
     c.train.log_every = 1

@@ -193,7 +193,6 @@ def recipe(place, run_dir, **changes):
             "data.max_length": 64,
             "data.seq_len": 64,
             "data.batch_size": 8,
-            "prepare.workers": 1,
             "loss.weights.name": "uniform",
             "optim.schedule": "constant",
             "optim.learning_rate": 1e-2,

@@ -169,7 +169,6 @@ def config(tmp_path_factory):
         "data.dataset": str(place / "dataset"),
         "data.max_length": 32,
         "data.seq_len": 64,
-        "prepare.workers": 1,
         "optim.learning_rate": 3e-3,
         "optim.schedule": "constant",
         "optim.on_nonfinite": "skip",

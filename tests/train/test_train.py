@@ -64,7 +64,6 @@ def get_config():
     c.data.max_length = 64
     c.data.seq_len = 64
     c.data.batch_size = 16
-    c.prepare.workers = 1
     c.prepare.shard_records = 32
     c.optim.learning_rate = 3e-3
     c.train.steps = 8
