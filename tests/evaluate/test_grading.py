@@ -153,7 +153,7 @@ def test_algebra_agrees_and_keeps_order() -> None:
 def test_an_answer_that_is_made_to_take_forever_is_wrong_at_once(answer: str) -> None:
     started = time.process_time()
     assert grade(f"\\boxed{{{answer}}}", "5 + x").reason == "wrong"
-    assert time.process_time() - started < 1.0
+    assert time.process_time() - started < 2.0  # under beartype; without bounds, days
 
 
 def test_an_item_without_a_reference_passes_ungraded() -> None:
