@@ -67,8 +67,11 @@ def open_file(path: Path) -> Iterator[io.BufferedReader]:
     """The file's bytes, unpacked where its name ends in .gz, .bz2, .xz or .zst."""
     with path.open("rb") as packed, contextlib.ExitStack() as stack:
         try:
-            stream = _unpacked(path.suffix.lower(), packed)
-            yield stack.enter_context(io.BufferedReader(stream, PIECE))
+            stream = io.BufferedReader(_unpacked(path.suffix.lower(), packed), PIECE)
+            stack.enter_context(stream)
+            if stream.peek(32).startswith(b"version https://git-lfs"):
+                raise DcodError(f"{path} is a pointer of Git LFS and not the file: git lfs pull")
+            yield stream
         except (
             EOFError,
             zlib.error,
@@ -201,7 +204,9 @@ def _elements(file: io.BufferedReader, *, limit: int) -> Iterator[tuple[int, Con
         if depth == 0:
             rest = chunk[taken:] + file.read(PIECE)
             if rest.strip():
-                yield element.line, b"what follows the array: " + rest.strip()[:30]
+                told = rest.strip()[:30].decode("utf-8", "replace")
+                why = f"invalid JSON: the file goes on with {told!r} behind the ] of its array"
+                yield element.line, BadRecordError(f"{why}; write a record a line")
             return
         element.add(chunk[taken:])
     if not element.blank:
@@ -264,12 +269,12 @@ def _rows(
                         else f"is one cell, {row[0][:60]!r}"
                     )
                     raise csv.Error(f"the header {why}; columns are parted by {comma!r}")
-            elif len(row) != len(header):
+            elif row and len(row) != len(header):
                 yield (
                     rows.line_num,
                     BadRecordError(f"{len(row)} cells, where the header names {len(header)}"),
                 )
-            else:
+            elif row:  # a blank line is none
                 yield rows.line_num, {n: v or None for n, v in zip(header, row, strict=True)}
             number = rows.line_num
     except (csv.Error, UnicodeDecodeError) as error:
@@ -291,7 +296,8 @@ def parse(line: bytes) -> Any:
         ends = text[-30:]
         cut = error.pos >= len(text) or error.msg.startswith("Unterminated")
         what = f"truncated JSON (the line ends {ends!r})" if cut else "invalid JSON"
-        if text in ("{", "data: [DONE]") or text.startswith("data: "):
+        several = text in ("{", "data: [DONE]") or text.startswith("data: ")
+        if several or error.msg == "Extra data":
             what += "; a record is one line, or one element of an array"
         elif not cut and error.pos < 3:
             what += f" (the line begins {text[:30]!r})"

@@ -60,7 +60,7 @@ def is_cut_off(reason: str) -> bool | None:
 def _kind(name: str, verdict: str) -> str:
     """What a column or key of this name tells of a completion; "" for nothing."""
     leaf = plain(name.rpartition(".")[2])
-    if name == verdict:
+    if name and name == verdict:
         return "right"
     if leaf == "status" and "." in name:
         return ""

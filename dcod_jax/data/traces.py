@@ -144,8 +144,11 @@ def _describe(source: Source) -> dict[str, Any]:
             while block := stream.read(lines.PIECE):
                 digest.update(block)
                 size += len(block)
-    plain = source.kind == "jsonl"
-    records = lines.count_records(source.path) if plain else len(_open_rows(source))
+    if source.kind == "jsonl":
+        records = lines.count_records(source.path)
+    else:
+        table = f".{source.kind}" in _TABLES
+        records = _table(source)[0] if table else len(_open_rows(source))
     found = {"path": source.path, "kind": source.kind, "bytes": size, "sha256": digest.hexdigest()}
     return (
         found | {"records": records} | ({"split": source.split} if source.kind == "saved" else {})
@@ -234,21 +237,37 @@ def _as_text(content: object) -> str:
 
 
 def _read_rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
-    label = source.path if f".{source.kind}" in _TABLES else f"{source.path}[{source.split}]"
-    for number, row in enumerate(_open_rows(source), 1):
-        yield f"{label}:{number}", dict(row)
+    if f".{source.kind}" in _TABLES:
+        label, rows = source.path, (row for batch in _table(source)[1] for row in batch.to_pylist())
+    else:
+        label, rows = f"{source.path}[{source.split}]", _open_rows(source)
+    try:
+        for number, row in enumerate(rows, 1):
+            yield f"{label}:{number}", dict(row)
+    except pyarrow.ArrowException as error:
+        raise _unreadable(source, error) from error
 
 
-def _open_arrow(path: str) -> Any:
-    """The rows of an .arrow file: a stream, as the datasets package writes it, or a file."""
-    import datasets
-    from datasets.table import InMemoryTable
+def _table(source: Source) -> tuple[int, Iterator[pyarrow.RecordBatch]]:
+    """Number of rows of a .parquet or .arrow file (a stream or a file), and the rows."""
+    from pyarrow import parquet
 
-    with pyarrow.memory_map(path) as file:
-        if file.read(6) != b"ARROW1":
-            return datasets.Dataset.from_file(path)
+    path = str(local_copy(as_path(source.path)))
+    try:
+        if source.kind == "parquet":
+            table = parquet.ParquetFile(path, memory_map=True)
+            return table.metadata.num_rows, table.iter_batches(64)
+        file = pyarrow.memory_map(path)
+        read = pyarrow.ipc.open_file if file.read(6) == b"ARROW1" else pyarrow.ipc.open_stream
         file.seek(0)
-        return datasets.Dataset(InMemoryTable(pyarrow.ipc.open_file(file).read_all()))
+        rows = read(file).read_all()
+        return rows.num_rows, iter(rows.to_batches(max_chunksize=64))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _unreadable(source, error) from error
+
+
+def _unreadable(source: Source, error: Exception) -> DcodError:
+    return DcodError(f"{source.path} is not a readable table or HF dataset: {error}")
 
 
 def _open_rows(source: Source) -> Any:
@@ -260,14 +279,10 @@ def _open_rows(source: Source) -> Any:
     try:
         if source.kind == "hub":
             return datasets.load_dataset(source.path, split=source.split, streaming=True)
-        if source.kind == "parquet":
-            return datasets.Dataset.from_parquet(str(local_copy(path)))
-        if source.kind == "arrow":
-            return _open_arrow(str(local_copy(path)))
         found: Any = datasets.load_from_disk(str(local_directory(path)))
-    except (OSError, ValueError, pyarrow.ArrowException, DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         if source.kind != "hub":
-            raise DcodError(f"{source.path} is not a readable HF dataset: {error}") from error
+            raise _unreadable(source, error) from error
         reason = f"{type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0]}"
         raise DcodError(
             f"data.traces: there is no file or directory {source.path!r} here, and the hub "

@@ -59,16 +59,23 @@ def test_an_array_is_read_element_by_element(tmp_path, monkeypatch, piece) -> No
     assert lines.count_records(str(path)) == len(values)
 
 
+def parse_all(path) -> None:
+    for _, content in contents(path):
+        if isinstance(content, BadRecordError):
+            raise content
+        lines.parse(content)
+
+
 def test_an_array_without_its_end_or_with_more_behind_it(tmp_path) -> None:
     path = tmp_path / "t.json"
     for text, problem in (
         ('[{"a": 1},\n{"a"', "truncated JSON"),
-        ("[1] [2]", "invalid JSON"),
+        ("[1] [2]", r"invalid JSON: the file goes on with '\[2\]' behind"),
         ("[1,,2]", "truncated JSON"),
     ):
         path.write_text(text)
         with pytest.raises(BadRecordError, match=problem):
-            [lines.parse(content) for _, content in contents(path)]
+            parse_all(path)
     path.write_text("  []\n")
     assert contents(path) == []
     path.write_text('[1, "' + "a" * 50 + '", 2]')
@@ -77,11 +84,11 @@ def test_an_array_without_its_end_or_with_more_behind_it(tmp_path) -> None:
 
 def test_a_table_has_a_header_and_absent_cells(tmp_path) -> None:
     path = tmp_path / "t.csv"
-    path.write_text('\ufeffprompt,completion,answer\n"a, ""b""\nc",d,\ne,f\n', encoding="utf-8")
+    path.write_text('\ufeffprompt,completion,answer\n"a, ""b""\nc",d,\n\ne,f\n\n', encoding="utf-8")
     (_, row), (where, short) = contents(path)
     assert row == {"prompt": 'a, "b"\nc', "completion": "d", "answer": None}
     assert isinstance(short, BadRecordError)
-    assert where == "4"
+    assert where == "5"
     path.write_bytes(b"prompt\n\xff\n")
     with pytest.raises(DcodError, match=r"t.csv:2: not a readable table"):
         contents(path)
@@ -127,6 +134,7 @@ def test_packed_files_are_read_and_a_damaged_one_is_named(tmp_path, kind) -> Non
         (rb'{"a": {"b": ["x\ud83d"]}}', r"a\.b\[0\] holds '\\ud83d' at character 1"),
         (rb'{"a\ud800": 1}', r"a name in the record holds '\\ud800'"),
         (b"1" * 5000, "invalid JSON"),
+        (b'{"a": 1}{"a": 2}', "a record is one line"),
     ],
 )
 def test_json_that_nothing_could_use_is_refused(line, message) -> None:

@@ -350,6 +350,9 @@ FILES = [
     ("t.jsonl", b"data: {}\n", "a record is one line"),
     ("t.jsonl", b"{'prompt': 'a'}\n", "the line begins"),
     ("t.csv", b"prompt,completion,weight\na,b,x\n", "found 'x'"),
+    ("t.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    ("t.parquet", b'{"prompt": "a"}\n', "is not a readable table"),
+    ("t.arrow", b"junk", "is not a readable table"),
 ]
 
 
@@ -362,6 +365,7 @@ def test_a_file_that_would_be_read_wrongly_is_refused(name, content, message, tm
 
 
 def test_cells_of_a_table_are_numbers_and_verdicts(tmp_path) -> None:
-    (tmp_path / "t.csv").write_text("prompt,completion,w,correct\na,b,0.5,True\na,c,1,False\n")
+    rows = ",prompt,completion,w,correct\n0,a,b,0.5,True\n1,a,c,1,False\n"  # pandas numbers them
+    (tmp_path / "t.csv").write_text(rows)
     found = read_traces(find_sources(str(tmp_path / "t.csv")), Fields(weight="w"))
     assert [(trace.weight, trace.verdict) for trace in found] == [(0.5, True), (1.0, False)]
