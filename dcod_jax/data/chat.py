@@ -36,6 +36,8 @@ from dcod_jax.data.turns import (
     render_chat,
     render_turns_ahead,
     shared_prefix,
+    special_names,
+    special_tokens,
     turn_ending,
     turn_tokens,
 )
@@ -135,7 +137,7 @@ def _whole_spans(
 ) -> Text:
     """The same, all in the text that the template gives the whole conversation."""
     marked = bool(_MARKERS.search(template))
-    render_turns_ahead(tokenizer, messages, supervised, template=template, tools=tools)
+    render_turns_ahead(tokenizer, [(messages, supervised, tools)])
     text, marks = render_chat(tokenizer, messages, template=template, tools=tools)
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if marked and len(marks) != len(turns):
@@ -233,11 +235,14 @@ def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def _cut(tokenizer: Tokenizer, text: str, border: int, whole: list[int]) -> int | None:
     """How many tokens of `whole` come before the character `border`; None inside a token."""
-    rest = _ids(tokenizer, text[border:]) if len(text) - border < border else whole
-    if len(rest) < len(whole) and whole[len(whole) - len(rest) :] == rest:
-        cut = len(whole) - len(rest)  # told from the shorter side; nothing merges with a special
-        if whole[cut - 1] in tokenizer.all_special_ids:
-            return cut
+    # Nothing merges with a special token: the text behind the last one tells.
+    before = list(special_tokens(tokenizer).finditer(text, 0, border))
+    names = special_names(tokenizer)
+    places = [place for place, token in enumerate(whole) if token in names][: len(before)]
+    if before and [names[whole[place]] for place in places] == [found[0] for found in before]:
+        rest, start = _ids(tokenizer, text[before[-1].end() : border]), places[-1] + 1
+        if whole[start : start + len(rest)] == rest:
+            return start + len(rest)
     prefix = _ids(tokenizer, text[:border])
     return len(prefix) if whole[: len(prefix)] == prefix else None
 

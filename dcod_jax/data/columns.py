@@ -27,8 +27,16 @@ def find(record: Record, names: Sequence[str]) -> str | None:
     for name in names:
         if record.get(name) is not None:
             return name
-    own = {plain(str(key)): key for key, value in record.items() if value is not None}
-    return next((own[plain(name)] for name in names if plain(name) in own), None)
+    own = _by_plain(tuple(key for key, value in record.items() if value is not None))
+    return next((own[found] for found in map(_asked, names) if found in own), None)
+
+
+@functools.lru_cache(maxsize=16)  # records of a file mostly have the same columns
+def _by_plain(names: tuple[str, ...]) -> dict[str, str]:
+    return {plain(str(name)): name for name in names}
+
+
+_asked = functools.lru_cache(maxsize=1024)(plain)  # of names in the code or the config
 
 
 def unreadable(name: str) -> bool:

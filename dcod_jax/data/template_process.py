@@ -135,10 +135,12 @@ def render(
     return {"text": "".join(parts), "spans": state["spans"]}
 
 
-def answer(request: bytes | dict[str, Any]) -> dict[str, Any]:
-    """The reply to one request; {"refused": ...} for what the template or the sandbox refuses."""
+def answer(
+    messages: list[dict[str, Any]], names: dict[str, Any], *, template: str, date: str
+) -> dict[str, Any]:
+    """The reply to one text; {"refused": ...} for what the template or the sandbox refuses."""
     try:
-        return render(**(json.loads(request) if isinstance(request, bytes) else request))
+        return render(template, messages, names, date)
     except jinja2.TemplateError as error:
         return {"refused": str(error) or type(error).__name__}
     except MemoryError:
@@ -155,20 +157,19 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this one
 
-    def limited(request: bytes | dict[str, Any]) -> bytes:
+    def limited(text: list[Any], shared: dict[str, str]) -> bytes:
         # At the end of a timer its signal's default action ends the process.
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
         signal.setitimer(signal.ITIMER_REAL, wall_seconds)
-        reply = json.dumps(answer(request)).encode()
+        reply = json.dumps(answer(*text, **shared)).encode()
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         return reply
 
-    for line in sys.stdin.buffer:  # one request, or a list of them
-        if line[:1] == b"[":
-            sys.stdout.buffer.write(b"[%b]\n" % b",".join(map(limited, json.loads(line))))
-        else:
-            sys.stdout.buffer.write(limited(line) + b"\n")
+    for line in sys.stdin.buffer:  # [{"template", "date"}, [[messages, names], ...]]
+        shared, texts = json.loads(line)
+        replies = [limited(text, shared) for text in texts]
+        sys.stdout.buffer.write(b"[%b]\n" % b",".join(replies))
         sys.stdout.buffer.flush()
 
 

@@ -52,22 +52,26 @@ class _Renderer:
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
-        self.known: dict[bytes, dict[str, Any]] = {}  # the replies to the last list of requests
+        self.known: dict[str, dict[str, Any]] = {}  # the replies to what was asked for ahead
+        self.template = ""  # of `known`
         self.lock = threading.Lock()
 
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        content = json.dumps(request).encode()
-        return self.known.get(content) or self._exchange(content + b"\n")
+    def ask(self, template: str, text: str) -> dict[str, Any]:
+        known = self.known if template == self.template else {}
+        return known.get(text) or self._exchange(template, [text])[0]
 
-    def ask_ahead(self, requests: Sequence[dict[str, Any]]) -> None:
-        """One exchange for several requests; where it fails, each will be asked by itself."""
-        contents = [json.dumps(request).encode() for request in requests]
-        replies = self._exchange(b"[%b]\n" % b",".join(contents))
-        whole = isinstance(replies, list) and not any("limit" in reply for reply in replies)
-        self.known = dict(zip(contents, replies, strict=True)) if whole else {}
+    def ask_ahead(self, template: str, texts: Sequence[str]) -> None:
+        """One exchange for texts not all known; where it fails, each will be asked by itself."""
+        if template != self.template or not self.known.keys() >= set(texts):
+            replies = self._exchange(template, texts)
+            whole = not any("limit" in reply for reply in replies)
+            self.known = dict(zip(texts, replies, strict=True)) if whole else {}
+            self.template = template
 
-    def _exchange(self, content: bytes) -> Any:
-        """The reply to one request or to a list of them; {"limit"} where the process ended."""
+    def _exchange(self, template: str, texts: Sequence[str]) -> list[dict[str, Any]]:
+        """The reply to each text; {"limit"} where the process ended."""
+        shared = json.dumps({"template": template, "date": _date(template)})
+        content = f"[{shared}, [{', '.join(texts)}]]\n".encode()
         with self.lock:
             process = self.process = self.process or _start()
             stdin, stdout = _pipes(process)
@@ -85,7 +89,8 @@ class _Renderer:
             -signal.SIGPROF: f"{CPU_SECONDS:g} s of CPU",
             -signal.SIGALRM: f"{WALL_SECONDS:g} s",
         }
-        return {"limit": limits.get(code, f"its process can do (it ended with {code})")}
+        reason = limits.get(code, f"its process can do (it ended with {code})")
+        return [{"limit": reason} for _ in texts]
 
     def close(self) -> None:
         with self.lock:
@@ -215,18 +220,14 @@ def _assignment(text: str) -> str:
     return f"{{% set {name} = {name} if {name} is defined else {literal} +%}}"
 
 
-def _request(
-    template: str, messages: Sequence[dict[str, Any]], names: dict[str, Any]
-) -> dict[str, Any]:
-    date = _date(template)
-    return {"template": template, "messages": list(messages), "names": names, "date": date}
-
-
 def render_ahead(
     template: str, texts: Sequence[tuple[Sequence[dict[str, Any]], dict[str, Any]]]
 ) -> None:
-    """Have what `render` will be asked for, (messages, names) each, rendered in one exchange."""
-    _renderer(os.getpid()).ask_ahead([_request(template, *text) for text in texts])
+    """Have what `render` will be asked for, (messages, names) each, rendered in one exchange.
+
+    Nothing is done where that of the last call is asked for again, in part or whole.
+    """
+    _renderer(os.getpid()).ask_ahead(template, [json.dumps(text) for text in texts])
 
 
 def render(
@@ -238,7 +239,7 @@ def render(
     DATE, or the date that `with_choice` wrote into it. Raises TemplateError when the template
     refuses the messages, fails, or passes its limits of time, memory and length.
     """
-    reply = _renderer(os.getpid()).ask(_request(template, messages, names))
+    reply = _renderer(os.getpid()).ask(template, json.dumps((messages, names)))
     if "limit" in reply:
         raise TemplateError(
             f"the chat template needs more than {reply['limit']} for one conversation; "

@@ -8,12 +8,12 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dcod_jax.data.reasoning import MARKS, Reasoning
 from dcod_jax.data.templates import TemplateError, render, render_ahead
-from dcod_jax.data.tokenizer import Tokenizer, chat_template
+from dcod_jax.data.tokenizer import Tokenizer, added_tokens, chat_template
 from dcod_jax.errors import DcodError
 from dcod_jax.models.config import ModelConfig
 
@@ -28,6 +28,13 @@ def special_tokens(tokenizer: Tokenizer) -> re.Pattern[str]:
     names = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
     longest_first = sorted((name for name in names if name.strip()), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+@functools.lru_cache(maxsize=4)
+def special_names(tokenizer: Tokenizer) -> dict[int, str]:
+    """The special tokens among the added ones."""
+    names, special = added_tokens(tokenizer), special_tokens(tokenizer)
+    return {token: name for token, name in names.items() if special.fullmatch(name)}
 
 
 def render_chat(
@@ -53,16 +60,19 @@ def _names(tokenizer: Tokenizer, tools: Sequence[Any] | None, *, prompt: bool) -
 
 def render_turns_ahead(
     tokenizer: Tokenizer,
-    messages: Sequence[Message],
-    supervised: Sequence[int],
-    *,
-    template: str,
-    tools: Sequence[Any] | None = None,
+    conversations: Iterable[tuple[Sequence[Message], Sequence[int], Sequence[Any] | None]],
 ) -> None:
-    """Render a conversation and the prompts of its supervised turns in one exchange."""
-    whole, prompt = (_names(tokenizer, tools, prompt=flag) for flag in (False, True))
-    before = [(messages[:index], prompt) for index in supervised]
-    render_ahead(template, [(messages, whole), *before])
+    """Render conversations and the prompts of their supervised turns in one exchange.
+
+    conversations: of each the messages, the places of its supervised ones, and its tools.
+    """
+    if (template := chat_template(tokenizer)) is None:
+        return
+    texts = []
+    for messages, supervised, tools in conversations:
+        whole, prompt = (_names(tokenizer, tools, prompt=flag) for flag in (False, True))
+        texts += [(messages, whole), *((messages[:index], prompt) for index in supervised)]
+    render_ahead(template, texts)
 
 
 def shared_prefix(left: str | bytes, right: str | bytes) -> int:

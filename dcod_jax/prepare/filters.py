@@ -13,7 +13,7 @@ import collections
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from dcod_jax.data import chat
@@ -24,12 +24,14 @@ from dcod_jax.data.reasoning import has_reasoning
 from dcod_jax.data.teachers import TEACHER, WEIGHT, teacher_entries, teacher_of_file
 from dcod_jax.data.tokenizer import Tokenizer
 from dcod_jax.data.traces import HINT, Source, read_traces
-from dcod_jax.data.turns import reasoning_rule
+from dcod_jax.data.turns import reasoning_rule, render_turns_ahead
 from dcod_jax.errors import DcodError
-from dcod_jax.evaluate.grading import REJECTED_AS, graded
+from dcod_jax.evaluate.grading import REJECTED_AS, Grade, graded
 from dcod_jax.prepare import overlap
 from dcod_jax.prepare.delivered import as_sampled, delivered_logprobs
 from dcod_jax.types import Trace
+
+BLOCK, BLOCK_CHARACTERS = 64, 1 << 19  # most traces rendered together; about so many characters
 
 
 @dataclasses.dataclass
@@ -42,6 +44,23 @@ class Counts:
     def manifest(self) -> dict[str, Any]:
         read = self.kept + sum(self.dropped.values())
         return {"read": read, "kept": self.kept, "dropped": dict(sorted(self.dropped.items()))}
+
+
+_Graded = tuple[RawTrace, Grade | None]
+
+
+def _blocks(graded: Iterable[_Graded]) -> Iterator[list[_Graded]]:
+    """Traces whose texts are rendered together."""
+    block: list[_Graded] = []
+    size = 0
+    for trace, grade in graded:
+        block.append((trace, grade))
+        size += sum(len(message["content"]) for message in trace.messages)
+        if len(block) == BLOCK or size > BLOCK_CHARACTERS:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
 
 
 class Filter:
@@ -81,17 +100,21 @@ class Filter:
 
     def run(self, sources: Sequence[Source]) -> Iterator[tuple[RawTrace, Trace]]:
         """(RawTrace, Trace) of what is kept."""
-        for trace, grade in graded(self._to_grade(sources)):
-            if grade is not None and not grade.correct:
-                detail = (
-                    f"answer {grade.extracted!r} by rule {grade.rule}, expected {trace.answer!r}"
-                )
-                self._drop(trace, detail, REJECTED_AS[grade.reason])
-            elif known := self._known(trace):
-                self._drop(trace, *known)
-            elif encoded := self._encode(trace):
-                self.counts.kept += 1
-                yield trace, encoded
+        for block in _blocks(graded(self._to_grade(sources))):
+            right = (trace for trace, grade in block if grade is None or grade.correct)
+            render_turns_ahead(
+                self.tokenizer, ((t.messages, t.supervised(), t.tools) for t in right)
+            )
+            for trace, grade in block:
+                if grade is not None and not grade.correct:
+                    found = f"answer {grade.extracted!r} by rule {grade.rule}"
+                    detail = f"{found}, expected {trace.answer!r}"
+                    self._drop(trace, detail, REJECTED_AS[grade.reason])
+                elif known := self._known(trace):
+                    self._drop(trace, *known)
+                elif encoded := self._encode(trace):
+                    self.counts.kept += 1
+                    yield trace, encoded
 
     def _to_grade(self, sources: Sequence[Source]) -> Iterator[tuple[RawTrace, str, str | None]]:
         """(whole trace, completion, reference answer where it is graded)."""
