@@ -11,12 +11,13 @@ from transformers import PreTrainedTokenizerFast
 
 from dcod_jax.config import dataset_dir
 from dcod_jax.configs.base import get_config
-from dcod_jax.data import chat
+from dcod_jax.data import chat, templates
 from dcod_jax.data.conversation import FIELDS, recall
 from dcod_jax.data.dataset import TraceDataset, read_manifest
 from dcod_jax.data.tokenizer import load_tokenizer, template_fingerprint, tokenizer_fingerprint
 from dcod_jax.errors import DcodError
 from dcod_jax.prepare import command as verb
+from dcod_jax.prepare import filters
 from dcod_jax.prepare.command import is_prepared, prepare
 
 CHATML = (
@@ -143,6 +144,29 @@ def test_the_traces_at_rest(config, tokenizer_dir) -> None:
     assert dataset.manifest["tokenizer"]["fingerprint"] == tokenizer_fingerprint(tokenizer)
     assert dataset.manifest["template"]["fingerprint"] == template_fingerprint(tokenizer)
     assert not dataset.scored
+
+
+def test_templates_and_tokens_of_many_traces_are_made_together(config, monkeypatch) -> None:
+    exchanges, encoded = [], []
+    exchange, ids = templates._Renderer._exchange, chat._ids
+
+    def counted(renderer, template, texts):
+        exchanges.append(len(texts))
+        return exchange(renderer, template, texts)
+
+    def measured(tokenizer, text):
+        encoded.append(len(text))
+        return ids(tokenizer, text)
+
+    monkeypatch.setattr(templates._Renderer, "_exchange", counted)
+    monkeypatch.setattr(chat, "_ids", measured)
+    monkeypatch.setattr(filters, "BLOCK", 4)
+    long = [record(i, prompt=f"{i}. " * 200, completion=f"{i}: " * 200) for i in range(10)]
+    write(Path(config.data.traces), [entry | {"answer": None} for entry in long])
+    prepare(config)
+    assert [count for count in exchanges if count > 1] == [8, 8, 4]  # a text and a prompt each
+    texts = sum(len(entry["prompt"] + entry["completion"]) for entry in long)
+    assert sum(encoded) < 1.2 * texts  # once, and what is between special tokens
 
 
 def test_a_users_file_where_prepare_works_is_left(config) -> None:
