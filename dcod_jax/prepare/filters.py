@@ -49,11 +49,11 @@ class Counts:
 _Graded = tuple[RawTrace, Grade | None]
 
 
-def _blocks(graded: Iterable[_Graded]) -> Iterator[list[_Graded]]:
+def _blocks(items: Iterable[_Graded]) -> Iterator[list[_Graded]]:
     """Traces whose texts are rendered together."""
     block: list[_Graded] = []
     size = 0
-    for trace, grade in graded:
+    for trace, grade in items:
         block.append((trace, grade))
         size += sum(len(message["content"]) for message in trace.messages)
         if len(block) == BLOCK or size > BLOCK_CHARACTERS:
