@@ -1,5 +1,6 @@
 """Recipes and the command line: precedence, types, and messages that name the mistake."""
 
+import functools
 import re
 
 import pytest
@@ -153,6 +154,8 @@ def test_every_number_of_the_config_has_a_range_and_refuses_nonsense():
         wrong = NO_NUMBERS if isinstance(value, float) else (10**20, -(10**20), 2**31)
         for one in wrong:
             assert any(key in text for text in errors(flat, {key: one})), (key, one)
+        if key in config_checks.RANGES["be greater than 0"][1].split():
+            assert [text for text in errors(flat, {key: 0}) if text.startswith(f"{key}=0 must")]
     for key in ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", "mesh.slices"):
         assert errors(flat, {key: 0}) == [f"{key}=0 must be -1 or at least 1"]
         assert errors(flat, {key: -2})
@@ -187,11 +190,13 @@ def test_texts_and_lists_of_texts_are_checked(change, said):
     assert said in found[0]
 
 
+@functools.cache
+def base_loss():
+    return settings.loss_config(config.to_config(config.load_recipe(config.BASE).to_dict()))
+
+
 def errors(flat, change):
-    return config_checks.config_errors(
-        flat | change,
-        settings.loss_config(config.to_config(config.load_recipe(config.BASE).to_dict())),
-    )
+    return config_checks.config_errors(flat | change, base_loss())
 
 
 def test_help_lists_every_key_with_its_comment(capsys):
