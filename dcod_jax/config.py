@@ -37,9 +37,9 @@ def load(argv: Sequence[str], *, verb: str) -> Any:
     """
     recipe, overrides, wants_help = _parse(argv)
     config = load_recipe(recipe or (STUDY if verb == "study" else BASE))
-    if lacking := [key for key in keys(load_recipe(BASE)) if key not in keys(config)]:
+    if lacking := keys(load_recipe(BASE)).keys() - keys(config).keys():
         raise DcodError(
-            f"{recipe}: get_config() returned a config without {lacking[0]!r}; begin with "
+            f"{recipe}: get_config() returned a config without {min(lacking)!r}; begin with "
             "`from dcod_jax.configs.base import get_config` and change what it returns"
         )
     for key, text in overrides:
@@ -259,10 +259,7 @@ def check(config: Any) -> None:
 
 
 def comments() -> dict[str, str]:
-    """{dotted key: comment} as written in configs/base.py and, for `study`, configs/study.py.
-
-    A key's comment is that of its line, after the comment lines directly above it.
-    """
+    """{dotted key: comment}: that of its line in a base file, after the comment lines above it."""
     found: dict[str, str] = {}
     above: list[str] = []
     for line in (BASE.read_text() + STUDY.read_text()).splitlines():

@@ -139,10 +139,7 @@ def check_own(path: Path, *marks: str) -> Path:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[pathlib.Path]:
-    """Yield a local file to write, which becomes `path` when the body ends without an error.
-
-    After a crash at any moment `path` has its old content or the new, whole.
-    """
+    """Yield a local file, which becomes `path` whole when the body ends without an error."""
     if isinstance(path, RemotePath):
         with tempfile.TemporaryDirectory(prefix="dcod_jax-") as directory:
             yield pathlib.Path(directory) / path.name

@@ -90,11 +90,7 @@ def excess_difference(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Curve:
-    """ExAccErr of the second student minus that of the first, in percentage points, paired.
-
-    Each is (KLs on the student's own sequences, KLs on the teacher's). All four are resampled by
-    the same draws of prompts. Raises DcodError when the sets have different prompts.
-    """
+    """ExAccErr of the second student minus the first's, paired; each (own KLs, the teacher's)."""
     pairs = [(_PromptSums(own), _PromptSums(other)) for own, other in (first, second)]
     if len({tuple(sums.names) for pair in pairs for sums in pair}) != 1:
         raise DcodError("a paired difference needs both students measured on the same prompts")

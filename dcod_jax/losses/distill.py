@@ -10,6 +10,7 @@ the student's.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -192,12 +193,7 @@ class DistillLoss:
             known = known._replace(weights=weight)
         shared = _Shared(teacher_matrix, jnp.asarray(step, jnp.int32), loss_state)
         targets, mask = small.targets, small.loss_mask
-
-        def token_loss(
-            logits: Array, targets: Array, known: _Known, shared: _Shared
-        ) -> tuple[Array, TokenStats]:
-            return self._token_loss(logits, targets, known, shared, hidden.dtype)
-
+        token_loss = functools.partial(self._token_loss, gradient_dtype=hidden.dtype)
         total, stats = self.head.loss(
             hidden, matrix, targets, mask, token_loss, aux=known, shared=shared
         )

@@ -296,10 +296,7 @@ def bytes_needed(message: str) -> float | None:
 
 
 def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
-    """Floating point operations of the matrix products of a jaxpr, loops multiplied.
-
-    Global, recomputation included; those inside Pallas kernels are not seen.
-    """
+    """Operations of a jaxpr's matrix products, loops multiplied; Pallas kernels are not seen."""
     total = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":

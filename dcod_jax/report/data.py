@@ -224,10 +224,7 @@ def _positions(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def thin(found: Sequence[tuple[int, float]], points: int) -> list[tuple[int, float]]:
-    """About `points` of the (step, value) pairs: the first, the last, and the extremes between.
-
-    Of each stretch of steps the lowest and the highest value stay, so a spike stays a spike.
-    """
+    """About `points` of the (step, value) pairs: the ends, and the extremes of each stretch."""
     if len(found) <= points:
         return list(found)
     stretches = max((points - 2) // 2, 1)
@@ -243,11 +240,7 @@ def thin(found: Sequence[tuple[int, float]], points: int) -> list[tuple[int, flo
 
 
 def evaluations(runs: Sequence[Run], notes: list[str]) -> list[dict[str, Any]]:
-    """Every results.json of the runs: its content with {"source", "set", "runs"}.
-
-    set names the folder of a problem set, "" for the evaluation's own; runs maps models to runs.
-    A file of another form is left out with a note.
-    """
+    """Every readable results.json with "source", "set" (its folder) and "runs", {model: place}."""
     found = []
     for root in dict.fromkeys(run.root for run in runs):
         folder = root / "evaluation"

@@ -101,10 +101,7 @@ def decoding_mesh(config: ModelConfig, mesh: Mesh, dtype: np.dtype, limit: float
 
 
 def prefill_chunk(longest: int) -> int:
-    """Tokens of a row in one prefill step: 42 -> 48, 100 -> 64, 600 -> 128, 5000 -> 256.
-
-    Larger ones read the weights less often, smaller ones pad less.
-    """
+    """Tokens of a row in one prefill step: 42 -> 48, 100 -> 64, 600 -> 128, 5000 -> 256."""
     step, small, most = PREFILL_CHUNKS
     if longest > small:
         return min(max(1 << ((longest - 1) // 8).bit_length(), small), most)

@@ -59,11 +59,7 @@ def decoding_params(
     compute_dtype: DTypeLike,
     mesh: Mesh | None = None,
 ) -> DecodingParams:
-    """The parameters in the form that `sample` decodes with: a copy in compute_dtype.
-
-    Whoever only samples can let go of params. valid_vocab: rows of the vocabulary above it are
-    padding, which is never drawn.
-    """
+    """A copy of the parameters in the form that `sample` decodes with, in compute_dtype."""
     form = decoding.decoding_form(
         config, valid_vocab=valid_vocab, compute_dtype=compute_dtype, mesh=mesh
     )

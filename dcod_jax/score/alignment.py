@@ -91,10 +91,7 @@ def score_aligned(
     score: Callable[..., list[Trace]],
     on_tokens: Callable[[int], None] = lambda count: None,
 ) -> list[Trace]:
-    """The traces with the log-probs of a teacher that `score`s its own token ids.
-
-    score, on_tokens: as in scoring.py; the tokens that on_tokens is told are the student's.
-    """
+    """The traces with the log-probs of a teacher that `score`s its own token ids."""
     found = [align(student, teacher, trace) for trace in traces]
     own, theirs = (
         [t.token_ids.size for t in side] for side in (traces, [a.teacher for a in found])

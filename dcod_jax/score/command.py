@@ -158,10 +158,7 @@ def _open_teachers(config: Any) -> dict[str, Teacher | ServedTeacher]:
 def _other_tokenizers(
     config: Any, splits: Sequence[Path], teachers: Mapping[str, Teacher | ServedTeacher]
 ) -> tuple[Tokenizer | None, dict[str, Teacher | ServedTeacher]]:
-    """The student's tokenizer, and the teachers that have another one than the traces.
-
-    Those have their own chat template. Only the padded vocabulary of the others may differ.
-    """
+    """The student's tokenizer, and the teachers with another one, with their own template."""
     datasets = [TraceDataset(split, verify=False) for split in splits]  # add_scores verifies
     made = {(data.manifest.get("tokenizer") or {}).get("fingerprint") for data in datasets}
     others = {

@@ -166,11 +166,7 @@ def start_traces(config: Any, tokenizer: Any) -> list[Trace]:
 
 
 def teacher_traces(config: Any, teacher: StudyModel) -> tuple[list[Trace], dict[str, Any]]:
-    """`study.traces` samples of the teacher and how they came about.
-
-    Wrong answers are dropped where prepare.filter_correct says so, and with study.styles every
-    trace in another style; then study.noise of them are disturbed.
-    """
+    """`study.traces` samples of the teacher, filtered, then disturbed; and how they came about."""
     study = config.study
     stream = training_problems(config, "traces", study.terms)
     draw = random.Random(f"{config.seed} noise")

@@ -142,11 +142,7 @@ class Lab:
         return self._datasets[path]
 
     def start(self, config: Any, seed: int) -> Params:
-        """The seed's warm start of study.start_steps steps, which all arms share.
-
-        The seed decides the initial parameters and the order of the worked solutions. Without
-        start_steps all seeds begin at student.path.
-        """
+        """The seed's warm start, which all arms share; without study.start_steps student.path."""
         if not config.study.start_steps:
             return self._given_start(config)
         shape = (config.study.width, config.study.layers)

@@ -74,11 +74,7 @@ def init_state(
     abstract: bool = False,
     offload: bool = False,
 ) -> TrainState:
-    """State of step 0 around params, which the first train step will donate.
-
-    abstract: params may be ShapeDtypeStructs, and the state holds ShapeDtypeStructs with shardings.
-    offload: the optimizer's moments live in host memory between steps.
-    """
+    """State of step 0 around params, arrays or `abstract` shapes; the first step donates it."""
     layout = state_shardings(model_config, optimizer, mesh, offload=offload)
 
     def others(params: Params) -> tuple[Array, Any, LossState]:
