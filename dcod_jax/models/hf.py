@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -194,11 +193,9 @@ def save_params(
         if writes:
             directory.mkdir(parents=True, exist_ok=True)
         for file, names in split.filename_to_tensors.items():
-            tensors = {}
+            tensors: dict[str, Any] = {}  # of the last file let go
             for name in names:
-                parts = [tensor_of(flat, slot, dtype=dtype) for slot in named[name]]
-                if kept := [part for part in parts if part is not None]:
-                    tensors[name] = kept[0] if len(kept) == 1 else np.concatenate(kept)
+                tensors[name] = tensor_of(flat, *named[name], dtype=dtype)
                 hosts.moved()
             if writes:
                 write_shard(files[file], tensors)

@@ -265,20 +265,29 @@ def _rows_program(layout: Sharding | None) -> Callable[..., jax.Array]:
     return jax.jit(rows, static_argnums=2, out_shardings=layout)
 
 
-def tensor_of(flat: dict[str, Any], slot: Slot, *, dtype: DTypeLike) -> np.ndarray | None:
-    """One tensor as the file has it; on other processes than the first it is None.
+def tensor_of(flat: dict[str, Any], *parts: Slot, dtype: DTypeLike) -> np.ndarray | None:
+    """One tensor as the file has it, of all slots that it holds; None on other processes.
 
     Every process must call it: they gather the blocks of an array of several processes' devices
     together, and the first one alone copies them to its host.
     """
-    leaf, keeps, layout = flat[slot.path], jax.process_index() == 0, None
+    shape = parts[0].file_shape if jax.process_index() == 0 else (0,) * len(parts[0].shape)
+    host = np.empty(shape, jnp.dtype(dtype))
+    for slot in parts:
+        first = 0 if slot.rows is None else slot.rows[0]
+        _copy(flat[slot.path], slot, host[first : first + slot.shape[0]])
+    return host if jax.process_index() == 0 else None
+
+
+def _copy(leaf: Any, slot: Slot, host: np.ndarray) -> None:
+    """The slot of a leaf into rows of its tensor, block by block; on the first process alone."""
+    keeps, layout = jax.process_index() == 0, None
     apart = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
     if apart:
         layout = meshes.sharding(cast(Any, leaf.sharding).mesh, ())
     elif not keeps:
-        return None
+        return
     first, count = (slot.index[0], 1) if slot.index else (0, len(leaf))
-    host = np.empty(slot.shape if keeps else (0,) * len(slot.shape), jnp.dtype(dtype))
     view = host.T if slot.transposed else host
     view = view[None] if slot.index else view
     rest = leaf.shape[max(len(slot.index), 1) :]
@@ -288,7 +297,6 @@ def tensor_of(flat: dict[str, Any], slot: Slot, *, dtype: DTypeLike) -> np.ndarr
         rows = _rows_program(layout)(leaf, start, stop - start, *slot.index[1:])
         if keeps:
             view[start - first : stop - first] = rows.addressable_data(0) if apart else rows
-    return host if keeps else None
 
 
 def check_structure(config: ModelConfig, params: Params, form: Form) -> None:

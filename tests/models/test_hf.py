@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from types import SimpleNamespace
 
 import jax
@@ -12,13 +13,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from conftest import _SMALL
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dcod_jax import copies, files
 from dcod_jax.errors import DcodError
 from dcod_jax.models import config as configs
-from dcod_jax.models import hf, tensor_files
+from dcod_jax.models import hf, tensor_files, transformer
 from dcod_jax.models import tensors as tensor_forms
 from dcod_jax.models.tensors import flatten
 from dcod_jax.parallel import hosts
@@ -126,6 +128,23 @@ def test_a_piece_goes_through_the_host_in_blocks(model_dir, monkeypatch, devices
         other[path] = other[path].at[(-1,) * other[path].ndim].add(1e-3)
         with pytest.raises(DcodError, match=f"{path} reads back as another"):
             hf.check_saved(directory, config, tensor_forms.unflatten(other), dtype="float32")
+
+
+def test_writing_holds_one_file_and_nothing_of_the_last(tmp_path, monkeypatch):
+    """Counted exactly, for a model of a tensor a file, the largest of which hold two matrices."""
+    monkeypatch.setattr(tensor_forms, "STAGED", 1 << 14)
+    shape = {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 1024}
+    config = configs.from_hf(_SMALL | shape | {"model_type": "phi3", "tie_word_embeddings": True})
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape), transformer.param_shapes(config))
+    tracemalloc.start()
+    try:
+        hf.save_params(tmp_path, config, params, dtype="float32", max_shard_bytes=1 << 20)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    largest = max(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    assert largest > 2 << 20
+    assert peak < 1.3 * largest
 
 
 @pytest.fixture
