@@ -82,7 +82,8 @@ def layer_keys(family: Family, config: Any) -> Raw:
 def _ropes(family: Family, raw: Raw, source: str) -> dict[str, Rope]:
     """The rope of each layer type, in the form of transformers 4 or 5."""
     old = raw.get("rope_scaling") or {}
-    new = raw.get("rope_parameters") or family.defaults.get("rope_parameters") or {}
+    new = raw.get("rope_parameters")
+    new = family.defaults.get("rope_parameters", {}) if new is None else new
     nested = {key: value for key, value in new.items() if isinstance(value, dict)}
     if not family.two_ropes:
         key = "rope_scaling" if old else "rope_parameters"
@@ -97,6 +98,10 @@ def _ropes(family: Family, raw: Raw, source: str) -> dict[str, Rope]:
     local = raw[family.local_theta] if family.local_theta else family.defaults["rope_theta"]
     if sliding.get("rope_theta") is None and not family.local_theta and raw["rope_theta"] != local:
         raise refuse(source, "rope_theta", raw["rope_theta"], f"{local}, or in rope_parameters")
+    if "type" in old and "rope_type" not in old and not family.local_theta:
+        raise refuse(
+            source, "rope_scaling.type", old["type"], "none; transformers 5 reads rope_type"
+        )
     if {**full, **old}.get("truncate") is False:
         raise refuse(source, "rope_parameters.truncate", False, "true, where layer types differ")
     return {
