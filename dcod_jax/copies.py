@@ -8,13 +8,16 @@ import hashlib
 import logging
 import os
 import pathlib
-import tempfile
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
+
+import numpy as np
 
 from dcod_jax.bounds import check, text
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Path, file_sha256, read_json, to_json
+from dcod_jax.files import Path, file_sha256, read_json, scratch, to_json
 from dcod_jax.stores import RemotePath
 
 log = logging.getLogger(__name__)
@@ -34,7 +37,7 @@ def local_copy(path: Path, *, sha256: str = "") -> pathlib.Path:
     with _copying(path):
         copy = _cached(sha256 or f"{path}\n{path.version()}") / path.name
         if not copy.is_file() or (sha256 and _digest(copy, _state(copy)) != sha256):
-            _fetch(path, copy)
+            _put(copy, path.download)
             if sha256 and (found := _digest(copy, _state(copy))) != sha256:
                 copy.unlink()
                 raise DcodError(
@@ -99,10 +102,7 @@ def _read_note(path: Path) -> dict[str, str] | None:
 
 def _write_note(path: Path, noted: dict[str, str]) -> None:
     try:
-        _note(path).parent.mkdir(parents=True, exist_ok=True)
-        temporary = _note(path).with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_bytes(to_json(noted))
-        os.replace(temporary, _note(path))
+        _put(_note(path), lambda temporary: temporary.write_bytes(to_json(noted)))
     except OSError as error:
         log.info("%s: its hash is not kept in %s (%s)", path, _note(path).parent, error)
 
@@ -119,8 +119,17 @@ def local_directory(
         for file in files:
             copy = copies / file.relative_to(path)
             if not copy.is_file():
-                _fetch(file, copy)
+                _put(copy, file.download)
     return copies
+
+
+def read_arrays(path: Path, *, mend: str) -> dict[str, np.ndarray]:
+    """{name: array} of an .npz file; a DcodError for what is none ends in `mend`."""
+    try:
+        with local_copy(path).open("rb") as file, np.load(file) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DcodError(f"{path}: not whole, or no file of arrays ({error}); {mend}") from error
 
 
 @contextlib.contextmanager
@@ -140,15 +149,12 @@ def _cached(content: str) -> pathlib.Path:
     return pathlib.Path(home) / hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
-def _fetch(path: RemotePath, copy: pathlib.Path) -> None:
-    """Download under a name of this process, because others may fetch the same file."""
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    temporary = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
-    try:
-        path.download(temporary)
-        os.replace(temporary, copy)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _put(file: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
+    """Write a file of the cache under a name of this process: others may write it as well."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with scratch(_cached("").parent) as directory:
+        write(directory / file.name)
+        os.replace(directory / file.name, file)
 
 
 class Mirror:
@@ -165,8 +171,7 @@ class Mirror:
         if isinstance(path, pathlib.Path):
             self.directory = path
             return
-        spool = tempfile.TemporaryDirectory(prefix="dcod_jax-")
-        self.directory = pathlib.Path(self._opened.enter_context(spool))
+        self.directory = self._opened.enter_context(scratch())
         for name in fetch:
             if (path / name).is_file():
                 (path / name).download(self.directory / name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import glob
 import hashlib
 import json
@@ -141,9 +142,9 @@ def check_own(path: Path, *marks: str) -> Path:
 def atomic_write(path: Path) -> Iterator[pathlib.Path]:
     """Yield a local file, which becomes `path` whole when the body ends without an error."""
     if isinstance(path, RemotePath):
-        with tempfile.TemporaryDirectory(prefix="dcod_jax-") as directory:
-            yield pathlib.Path(directory) / path.name
-            path.upload(pathlib.Path(directory) / path.name)
+        with scratch() as directory:
+            yield directory / path.name
+            path.upload(directory / path.name)
         return
     temporary = _temporary(path)
     try:
@@ -179,6 +180,43 @@ def replace_file(path: Path, content: bytes) -> None:
             temporary.write_bytes(content)
     except OSError as error:
         raise DcodError(f"cannot write {path}: {error}; free space and run it again") from error
+
+
+@contextlib.contextmanager
+def scratch(home: pathlib.Path | None = None) -> Iterator[pathlib.Path]:
+    """Yield a new directory in `home`, or where the system has its own; removed at the end.
+
+    Those that killed processes left there are removed, too: each process holds the lock of its
+    own, which ends however the process does. Where a file system has no locks they stay.
+    """
+    home = home or pathlib.Path(tempfile.gettempdir())
+    for other in home.glob(f"{_SCRATCH}*"):
+        with contextlib.suppress(OSError), _directory_lock(other, fcntl.LOCK_NB):
+            remove_tree(other)
+    with contextlib.ExitStack() as held:
+        while True:
+            path = pathlib.Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=home))
+            with contextlib.suppress(OSError):
+                held.enter_context(_directory_lock(path))
+            if path.is_dir():  # another process may have removed it before it was locked
+                break
+        try:
+            yield path
+        finally:
+            remove_tree(path)
+
+
+_SCRATCH = ".dcod_jax.partial-"
+
+
+@contextlib.contextmanager
+def _directory_lock(path: pathlib.Path, wait: int = 0) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | wait)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def forget_unfinished(path: Path) -> None:

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
-from dcod_jax.bounds import check, mapping
+from dcod_jax.bounds import Bound, check, either, mapping, number
+from dcod_jax.errors import DcodError
 from dcod_jax.files import (
     Path,
     atomic_write,
@@ -32,17 +34,24 @@ from dcod_jax.parallel import hosts
 class Blocks:
     """The finished blocks of one request for the result at `path`."""
 
-    def __init__(self, path: Path, request: dict[str, Any]):
-        self.request = json.loads(to_json(request))
+    def __init__(self, path: Path, request: dict[str, Any], *, note: Bound | None = None):
+        """note: what is noted of a block."""
+        self.request, self.note = json.loads(to_json(request)), note or mapping()
         self.key = hashlib.sha256(to_json(self.request)).hexdigest()[:8]
         self.directory = path.with_name(f"{path.name}.partial-{self.key}")
 
     def done(self) -> dict[range, dict[str, Any]]:
-        """{indices: counts} of the finished blocks, in their order."""
-        return {
-            range(*map(int, file.stem.split("-"))): read_json(file)
-            for file in sorted(self.directory.glob("*-*.json"))
-        }
+        """{indices: counts} of the finished blocks, in their order; no two may overlap."""
+        found, end = {}, 0
+        for file in sorted(self.directory.glob("*-*.json")):
+            if not re.fullmatch(r"\d{9,18}-\d{9,18}", file.stem):
+                continue  # nobody's
+            block = range(*map(int, file.stem.split("-")))
+            if not end <= block.start < block.stop:
+                raise DcodError(f"{file}: beside the blocks before {end}; move it away")
+            found[block], end = read_json(file), block.stop
+            check({"note": found[block]}, {"note": self.note}, source=file)
+        return found
 
     def commit(self, block: range, counts: dict[str, Any]) -> None:
         """Note that a block is finished; what it consists of must be on the disk before."""
@@ -53,8 +62,12 @@ class Blocks:
 class BlockFiles(Blocks):
     """JSONL files that grow together; the first one gives its name to the manifest."""
 
-    def __init__(self, paths: Sequence[Path], request: dict[str, Any]):
-        super().__init__(paths[0], request)
+    def __init__(
+        self, paths: Sequence[Path], request: dict[str, Any], *, counts: Sequence[str] = ()
+    ):
+        """counts: names of numbers, or of objects of numbers, that are noted of every block."""
+        self.counts = dict.fromkeys(counts, _COUNT)
+        super().__init__(paths[0], request, note=mapping(self.counts, items=_COUNT))
         self.paths = list(paths)
         self.manifest = paths[0].with_name(paths[0].name + ".manifest.json")
 
@@ -67,7 +80,8 @@ class BlockFiles(Blocks):
         if not self.manifest.exists():
             return None, "by something else (it has no manifest)"
         found = read_json(self.manifest)
-        check(found, {"request": mapping(), "files": mapping()}, source=self.manifest)
+        parts = {"request": mapping(), "files": mapping(), **self.counts}
+        check(found, parts, source=self.manifest)
         changed = [k for k, v in self.request.items() if found["request"].get(k) != v]
         if changed:
             return None, f"with other {', '.join(changed)}"
@@ -124,6 +138,10 @@ class BlockFiles(Blocks):
                     manifest = _sum(list(done.values())) | {"request": self.request}
                     replace_file(self.manifest, to_json(manifest | {"files": hashes}))
         remove_tree(self.directory)
+
+
+_NUMBER = number(0, 1e300)
+_COUNT = either(_NUMBER, mapping(items=_NUMBER))
 
 
 def _name(block: range) -> str:

@@ -59,9 +59,10 @@ LENGTHS = "lengths.npy"
 _SIZE = whole(0, 1 << 53)
 _FILE = {"file": text(255), "bytes": _SIZE, "sha256": text(64)}
 _TOTALS = ("records", "tokens", "completion_tokens")
+SHARD = mapping({**_FILE, **dict.fromkeys(_TOTALS, _SIZE)})
 _MADE_BY = optional(mapping({"fingerprint": optional(text()), "weights": optional(text())}))
 _FIELDS = {
-    "shards": array(mapping({**_FILE, **dict.fromkeys(_TOTALS, _SIZE)}), fewest=1, most=1 << 20),
+    "shards": array(SHARD, fewest=1, most=1 << 20),
     "lengths": mapping(_FILE),
     "totals": mapping(dict.fromkeys(_TOTALS, _SIZE)),
     "scored": flag(),

@@ -134,7 +134,10 @@ def read_contents(location: str, *, limit: int) -> Iterator[tuple[str, Content]]
                 f"{path}: {kind}, where UTF-8 is expected; convert it: iconv -f {kind} -t UTF-8"
             )
         if other := next((end for magic, end in _MAGIC.items() if start.startswith(magic)), ""):
-            raise DcodError(f"{path} holds no text but a packed file: its name must end in {other}")
+            mend = "write it as JSONL"
+            if not path.name.endswith(other):
+                mend = f"its name must end in {other}"
+            raise DcodError(f"{path} holds no text but a packed file: {mend}")
         if start.startswith(b"\xef\xbb\xbf"):
             file.read(3)
         if table:
@@ -154,11 +157,17 @@ def _blank(line: bytes | TooLong) -> bool:
 def count_records(location: str) -> int:
     """Records of a JSON array or a table; lines of a JSONL file, empty ones included."""
     path = as_path(location)
-    with open_file(path) as file:
-        start = file.peek(4096)[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
-        if suffixes(path)[0] not in _TABLES and not start.startswith(b"["):
+    if suffixes(path)[0] not in _TABLES and not is_array(path):
+        with open_file(path) as file:
             return sum(block.count(b"\n") for block in iter(lambda: file.read(PIECE), b""))
     return sum(1 for _ in read_contents(location, limit=PIECE))
+
+
+def is_array(path: Path) -> bool:
+    """Whether a file, which is no table, is one JSON array."""
+    with open_file(path) as file:
+        start = file.peek(4096)[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
+    return suffixes(path)[0] not in _TABLES and start.startswith(b"[")
 
 
 def _lines(file: io.BufferedReader, *, limit: int) -> Iterator[tuple[int, bytes | TooLong]]:

@@ -110,7 +110,8 @@ def _check_one_of(value: Any, shapes: tuple[Any, ...], name: str) -> None:
         try:
             check(value, shape, name)
         except BadRecordError as error:
-            errors.append((_outer(shape) is type(value), error))
+            rank = 2 if _outer(shape) is type(value) else callable(shape) and shape is not str
+            errors.append((rank, error))  # a function says more of a number than "a string"
         else:
             return
     raise max(errors, key=lambda found: found[0])[1]

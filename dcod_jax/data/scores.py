@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from dcod_jax import bounds
 from dcod_jax.data.blocks import Blocks
 from dcod_jax.data.codec import encode, score_kind
 from dcod_jax.data.dataset import (
     MANIFEST,
+    SHARD,
     TraceDataset,
     read_manifest,
     remove_unlisted,
@@ -32,6 +34,11 @@ from dcod_jax.parallel import hosts
 from dcod_jax.types import Trace
 
 _NOTES = "scores"
+_NUMBER, _COUNT = bounds.number(-1e300, 1e300), bounds.whole(0, 1 << 53)
+_REQUEST = bounds.mapping({"teacher": bounds.mapping(), "settings": bounds.mapping()})
+_NOTE = {"shard": SHARD, "request": _REQUEST, "logprob": _NUMBER, "mass": _NUMBER}
+_NOTE |= dict.fromkeys(("top_k", "spans", "longest_span"), _COUNT)
+_NOTE |= {"teachers": bounds.mapping(items=bounds.array(_NUMBER, fewest=3, most=3))}
 
 
 def score_blocks(
@@ -40,7 +47,15 @@ def score_blocks(
     """The notes of one scoring: who scores, how, and which shards. Only an equal one goes on."""
     source = [shard["sha256"] for shard in manifest["shards"]]
     request = {"teacher": teacher, "settings": settings, "source": source}
-    return Blocks(directory / _NOTES, request)
+    return Blocks(directory / _NOTES, request, note=bounds.mapping(_NOTE))
+
+
+def _requests(directory: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """(file, who scores and how) of each note of any scoring."""
+    for file in sorted(directory.glob(f"{_NOTES}.partial-*/*-*.json")):
+        note = read_json(file)
+        bounds.check(note, {"request": _REQUEST}, source=file)
+        yield file, note["request"]
 
 
 def scored_shards(directory: Path, blocks: Blocks, *, overwrite: bool) -> dict[int, dict[str, Any]]:
@@ -48,8 +63,8 @@ def scored_shards(directory: Path, blocks: Blocks, *, overwrite: bool) -> dict[i
 
     Raises DcodError when another scoring is unfinished and `overwrite` is not given.
     """
-    for file in sorted(directory.glob(f"{_NOTES}.partial-*/*-*.json")):
-        found, own = read_json(file)["request"], blocks.request
+    own = blocks.request
+    for file, found in _requests(directory):
         if found != own and not overwrite:
             raise DcodError(
                 f"{file.parent}: an unfinished scoring has teacher {found['teacher']} and "
@@ -267,8 +282,7 @@ def tidy(directory: Path, manifest: dict[str, Any]) -> None:
     Nothing is removed where another teacher's scoring is unfinished: it would begin anew.
     """
     own = manifest["teacher"], manifest["score"]
-    requests = [read_json(f)["request"] for f in directory.glob(f"{_NOTES}.partial-*/*-*.json")]
-    if all((request["teacher"], request["settings"]) == own for request in requests):
+    if all((found["teacher"], found["settings"]) == own for _, found in _requests(directory)):
         _clean(directory, manifest)
 
 

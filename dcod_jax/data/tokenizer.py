@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -26,6 +25,7 @@ from dcod_jax.files import (
     as_path,
     file_size,
     read_json,
+    scratch,
     why_no_hub_id,
 )
 
@@ -62,7 +62,7 @@ def load_tokenizer(path: Location, *, template: TemplateChoice = OWN) -> Tokeniz
     if source.suffix == ".gguf":
         from dcod_jax.models.gguf_tokenizer import export_tokenizer
 
-        with tempfile.TemporaryDirectory() as directory:
+        with scratch() as directory:
             export_tokenizer(source, directory)
             return load_tokenizer(directory, template=template)
     if source.is_dir() and not (source / "tokenizer.json").is_file():

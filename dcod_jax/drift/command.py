@@ -13,8 +13,6 @@ import hashlib
 import json
 import logging
 import math
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +22,7 @@ import numpy as np
 from rich.table import Table
 
 from dcod_jax import seeds
-from dcod_jax.copies import local_copy
+from dcod_jax.copies import read_arrays
 from dcod_jax.data import chat
 from dcod_jax.data.templates import template_of
 from dcod_jax.data.tokenizer import (
@@ -285,12 +283,12 @@ def _read(path: Path, request: dict[str, Any]) -> Measured | None:
     """What _write wrote; None where there is nothing, or another request's answer (said so)."""
     if not path.is_file():
         return None
-    try:
-        with np.load(local_copy(path)) as file:
-            if str(file["request"]) == to_json(request).decode():
-                return _measured(file)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DcodError(f"{path}: not what drift wrote ({error}); move it away") from error
+    arrays = read_arrays(path, mend="move it away")
+    if str(arrays.get("request")) == to_json(request).decode():
+        try:
+            return _measured(arrays)
+        except KeyError as error:
+            raise DcodError(f"{path}: not what drift wrote (no {error}); move it away") from error
     log.info("%s is of other models or settings: measured anew", path)
     return None
 

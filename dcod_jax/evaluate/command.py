@@ -219,7 +219,8 @@ def grade_set(
     """
     form = prompt_form(config, problem_set)
     path = folder / f"{model.name}.jsonl"
-    files = BlockFiles([path], _request(config, model, problem_set, form))
+    request = _request(config, model, problem_set, form)
+    files = BlockFiles([path], request, counts=("answered", "seconds"))
     manifest, other = files.finished()
     if manifest is None:
         hosts.barrier(f"look for the answers of {model.name}")

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dcod_jax.bounds import Bound, check, flag, mapping, optional, text, whole
 from dcod_jax.data.tokenizer import Tokenizer
 from dcod_jax.data.turns import stop_ids
 from dcod_jax.evaluate.grading import Expected, graded
@@ -174,5 +175,17 @@ def to_line(generation: Generation) -> str:
 
 
 def read_generations(path: Location) -> list[Generation]:
-    """The generations of a file of such lines."""
-    return [Generation(**record) for _, record in read_records(as_path(path))]
+    """The generations of a file of such lines; DcodError for a line that is none."""
+    found = []
+    for source, record in read_records(as_path(path)):
+        check(record, _LINE, source=source)
+        found.append(Generation(**mapping(_LINE).kept(record)))
+    return found
+
+
+_LINE: dict[str, Bound] = dict.fromkeys(
+    ("id", "completion", "answer", "reason", "difficulty"), text(1 << 26)
+)
+_LINE |= dict.fromkeys(("correct", "finished", "repeats"), flag())
+_LINE |= {"extracted": optional(text(1 << 26)), "tokens": whole(0, 1 << 53)}
+_LINE |= {"sample": whole(0, 1 << 53)}

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from dcod_jax.data import lines
 from dcod_jax.data.presets import PROMPT_FIELDS
+from dcod_jax.data.raw import BadRecordError
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.answers import reference_answer
 from dcod_jax.evaluate.benchmarks import BENCHMARKS, Benchmark, SetEntry, parse_set
 from dcod_jax.evaluate.options import option_reference, read_options, with_options
-from dcod_jax.files import Location, Path, as_path, from_json
+from dcod_jax.files import Location, Path, as_path
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ _MARKS = {"hash": "####", "boxed": "\\boxed"}
 # Where the field of a file is named.
 PREPARE_KEYS = "set prepare.{}"
 SET_KEYS = "write {}=NAME behind the file in evaluate.sets"
+LONGEST = 1 << 25  # bytes of a record
 Record = dict[str, Any]
 
 
@@ -85,39 +87,29 @@ def problem_sets(config: Any) -> list[ProblemSet]:
 
 
 def read_records(path: Path) -> Iterator[tuple[str, Record]]:
-    """(file:line, record) of a JSONL file, (file[i], record) of one JSON array.
+    """(file:line, record) of a file of records (data/lines.py), one in memory at a time.
 
-    Raises DcodError for what is no JSON object.
+    Those of a JSON array are file[0], file[1], ... Raises DcodError for what is no JSON object, and
+    for a record beyond LONGEST.
     """
     if not path.is_file():
         raise DcodError(f"{path}: no such file; expected a JSONL file of problems")
-    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if content.lstrip()[:1] == b"[":
-        values = _from_json(content, str(path), "is the array cut off?")
-        rows: Iterable[tuple[str, Any]] = ((f"{path}[{i}]", v) for i, v in enumerate(values))
-    else:
-        lines = ((f"{path}:{i}", line) for i, line in enumerate(content.split(b"\n"), 1))
-        rows = (
-            (at, _from_json(raw, at, "is the line cut off?")) for at, raw in lines if raw.strip()
-        )
-    for source, record in rows:
+    array = lines.is_array(path)
+    for place, (line, content) in enumerate(lines.read_contents(str(path), limit=LONGEST)):
+        source = f"{path}[{place}]" if array else line
+        if isinstance(content, lines.TooLong):
+            raise DcodError(
+                f"{source}: {content.size:,} bytes, more than the {LONGEST:,} of a record"
+            )
+        try:
+            record = lines.parse(content) if isinstance(content, bytes) else content
+        except BadRecordError as error:
+            record = error
+        if isinstance(record, BadRecordError):
+            raise DcodError(f"{source}: {record}")
         if not isinstance(record, dict):
             raise DcodError(f"{source}: expected a JSON object, got {type(record).__name__}")
-        try:
-            json.dumps(record, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError as error:
-            half = error.object[error.start]
-            raise DcodError(f"{source}: {half!a} is half a surrogate pair, no text") from None
         yield source, record
-
-
-def _from_json(raw: bytes, source: str, advice: str) -> Any:
-    try:
-        return from_json(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DcodError(f"{source}: not UTF-8 at byte {error.start} of the line") from None
-    except ValueError as error:
-        raise DcodError(f"{source}: not JSON ({error}); {advice}") from None
 
 
 def _collect(
@@ -136,8 +128,6 @@ def _collect(
     found: dict[str, Problem] = {}
     without = [] if skipped is None else skipped
     for number, (source, record) in enumerate(rows):
-        if limit and len(found) == limit:
-            break
         problem = parse(record, source, str(number))
         if problem is None:
             without.append(source)
@@ -149,6 +139,8 @@ def _collect(
             lead = {"role": "system", "content": system_prompt}
             problem = dataclasses.replace(problem, messages=[lead, *problem.messages])
         found[problem.id] = problem
+        if len(found) == limit:  # 0: none
+            break
     if without:
         log.warning(
             "%d problems are skipped, as their reference answer is empty (the first: %s)",

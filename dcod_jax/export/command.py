@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from typing import Any
 
 import jax.numpy as jnp
@@ -41,6 +40,7 @@ from dcod_jax.files import (
     read_json,
     recover,
     remove_tree,
+    scratch,
     to_json,
     unfinished,
 )
@@ -132,9 +132,9 @@ def rehearse(config: Any) -> None:
     home = _tokenizer_home(config)
     tokenizer = load_tokenizer(home, template=template_of(student))
     check_destination(export_path(config))
-    with tempfile.TemporaryDirectory(prefix="dcod_jax-") as name:
+    with scratch() as directory:
         write_small(
-            as_path(name),
+            directory,
             model_config,
             home,
             tokenizer,
@@ -142,7 +142,7 @@ def rehearse(config: Any) -> None:
             dtype=config.export.dtype,
             base=base,
         )
-        check_small(as_path(name), model_config, tokenizer)
+        check_small(directory, model_config, tokenizer)
 
 
 def _tokenizer_home(config: Any) -> Path:

@@ -71,7 +71,8 @@ def generate_traces(config: Any) -> Path:
         teacher = open_teacher(config.teacher, template=template_of(config.student))
     path = traces_path(config)
     path.parent.mkdir(parents=True, exist_ok=True)
-    files = BlockFiles([path, path.with_name(REJECTED)], _request(config, teacher))
+    counts = ("sampled", "traces", "tokens", "rejected")
+    files = BlockFiles([path, path.with_name(REJECTED)], _request(config, teacher), counts=counts)
     manifest, other = files.finished()
     if other:
         raise DcodError(f"{path} was written {other}; move it away or change run_dir")

@@ -116,7 +116,9 @@ def _read_checkpoint(run_dir: str) -> tuple[Any, Any, Path]:
     """(model config, parameters, tokenizer directory) of a run's newest checkpoint."""
     from dcod_jax.train.checkpoint_reader import read_record, read_student
 
-    student = read_record(run_dir, key="--checkpoint").config["student"]
+    student = read_record(run_dir, key="--checkpoint").config.get("student")
+    if not student:
+        raise DcodError(f"--checkpoint={run_dir}: its record does not say of which student it is")
     source = as_path(student["path"] or student["config"])
     config, params, _ = read_student(run_dir, source, mesh=None, key="--checkpoint")
     return config, params, as_path(student["tokenizer"] or source)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
-import os
 import pathlib
 import sys
 from typing import Any
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from dcod_jax.copies import changed_since_hashed, content_sha256
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Location, Path, as_path, read_json
+from dcod_jax.files import Location, Path, as_path, read_json, scratch
 from dcod_jax.models import config as configs
 from dcod_jax.models import gguf, lora, peft
 from dcod_jax.models.config import ModelConfig
@@ -186,12 +186,14 @@ def save_params(
         filename_pattern=single.replace(".", "{suffix}."),
         max_shard_size=sys.maxsize if form == "peft" else max_shard_bytes,
     )
-    files = {name: directory / f".{name}.{os.getpid()}.tmp" for name in split.filename_to_tensors}
-    flat = flatten(params)
+    flat, unnamed, opened = flatten(params), directory, contextlib.ExitStack()
     writes = jax.process_index() == 0
     try:
         if writes:
             directory.mkdir(parents=True, exist_ok=True)
+        if writes and isinstance(directory, pathlib.Path):
+            unnamed = opened.enter_context(scratch(directory))
+        files = {name: unnamed / f".{name}.tmp" for name in split.filename_to_tensors}
         for file, names in split.filename_to_tensors.items():
             tensors: dict[str, Any] = {}  # of the last file let go
             for name in names:
@@ -207,8 +209,7 @@ def save_params(
             f"all of it was written; free some space or change the path"
         ) from error
     finally:
-        for temporary in files.values():
-            temporary.unlink(missing_ok=True)
+        opened.close()
 
 
 def weights_fingerprint(path: Location) -> str:

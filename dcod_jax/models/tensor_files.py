@@ -221,7 +221,7 @@ def publish(directory: Path, files: dict[str, Path], split: StateDictSplit) -> N
         (directory / INDEX).unlink(missing_ok=True)
     else:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        temporary = directory / f".{INDEX}.{os.getpid()}.tmp"
+        temporary = next(iter(files.values())).with_name(f".{INDEX}.tmp")
         temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (directory / SINGLE).unlink(missing_ok=True)
         (directory / INDEX).unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from dcod_jax import config as configs
+from dcod_jax.bounds import check, mapping, number, optional, text, whole
 from dcod_jax.configs.study import study_keys
 from dcod_jax.errors import DcodError
 from dcod_jax.files import from_json
@@ -53,8 +54,8 @@ class Run:
 def _named(entries: Any, key: str) -> dict[str, list[str]]:
     """("sft a=1 b=2", ...) -> {"sft": ["a=1", "b=2"]}."""
     found: dict[str, list[str]] = {}
-    for text in entries:
-        name, *changes = text.split()
+    for entry in entries:
+        name, *changes = entry.split()
         if name in found:
             raise DcodError(f"study.{key}: {name!r} comes twice; names must differ")
         found[name] = changes
@@ -170,17 +171,36 @@ class Results:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a results file; raises DcodError with the line that is not JSON."""
+    """The whole lines of a results file; raises DcodError with the line that is none of its."""
     if not path.is_file():
         raise DcodError(f"{path}: no such file; python -m dcod_jax.study writes it")
     lines = []
-    *whole, _ = path.read_bytes().split(b"\n")
-    for number, raw in enumerate(whole, 1):
+    *complete, _ = path.read_bytes().split(b"\n")
+    for place, raw in enumerate(complete, 1):
         try:
-            lines.append(from_json(raw))
+            line = from_json(raw)
         except ValueError as error:
-            raise DcodError(f"{path}:{number}: not JSON ({error}); remove the line") from None
+            raise DcodError(f"{path}:{place}: not JSON ({error}); remove the line") from None
+        source = f"{path}:{place} (remove the line, and its run is done again)"
+        check({"line": line}, {"line": mapping({"kind": text()})}, source=source)
+        if line["kind"] not in _LINES:
+            raise DcodError(f"{source}: kind={line['kind']!r:.80} is none of {', '.join(_LINES)}")
+        check(line, _LINES[line["kind"]], source=source)
+        lines.append(line)
     return lines
+
+
+_NUMBER, _SHARE = number(-1e308, 1e308), number(0, 1)
+_RUN = {"condition": text(), "arm": text(), "seed": whole(-(1 << 63), 1 << 63), "rate": _NUMBER}
+_HEX = optional(mapping(items=text()))
+_MEASURED = {"curves": optional(mapping(items=_NUMBER))}
+_MEASURED |= {"drift": optional(mapping(items=optional(_NUMBER)))}
+_LINES = {
+    "settings": {"condition": text(), "arm": text(), "settings": mapping()},
+    "reference": {"condition": text(), "teacher": mapping(items=_SHARE)},
+    "tune": _RUN | _MEASURED | {"accuracy": mapping({"validation": _SHARE})},
+    "test": _RUN | _MEASURED | {"accuracy": mapping(items=_SHARE), "correct": _HEX, "start": _HEX},
+}
 
 
 def to_hex(correct: np.ndarray) -> str:

@@ -21,6 +21,7 @@ import numpy as np
 import optax
 
 from dcod_jax import config as configs
+from dcod_jax.copies import read_arrays
 from dcod_jax.data import pipeline
 from dcod_jax.data.dataset import TraceDataset
 from dcod_jax.data.tokenizer import load_tokenizer
@@ -152,9 +153,11 @@ class Lab:
             self._train_starts(config, sorted(wanted), seed)
         model_config = self.model_config(config)
         leaves, tree = jax.tree.flatten(transformer.param_shapes(model_config))
-        with np.load(path) as stored:
-            arrays = [jnp.asarray(stored[f"{i}"]) for i in range(len(leaves))]
-        return jax.tree.unflatten(tree, arrays)
+        mend = "remove it, and it is trained again"
+        stored = read_arrays(path, mend=mend)
+        if [x.shape for x in stored.values()] != [leaf.shape for leaf in leaves]:
+            raise DcodError(f"{path}: not the parameters of this model; {mend}")
+        return jax.tree.unflatten(tree, [jnp.asarray(x) for x in stored.values()])
 
     def _given_start(self, config: Any) -> Params:
         """The parameters of student.path; raises DcodError for another shape than study.*."""

@@ -20,12 +20,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers as policies
 
-from dcod_jax.bounds import check, mapping, optional, whole
+from dcod_jax.bounds import array, check, flag, mapping, number, optional, text, whole
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Location, Path, as_path, remove_tree
 from dcod_jax.models import lora, transformer
@@ -37,12 +38,19 @@ from dcod_jax.types import Params, TrainState
 
 ITEMS = ("params", "opt_state", "run")
 _PROGRESS = {"iterator": mapping(), "tokens_seen": whole(0, 1 << 62)}
-_PROGRESS |= {"on_policy": mapping(), "data": optional(mapping())}
-_RUN = {"step": whole(0, 1 << 53), "config": mapping(), "metrics": mapping()}
+_PROGRESS |= {"on_policy": mapping(items=number(0, 1e300)), "data": optional(mapping())}
+_DATA = {"parts": mapping(), "changes": array(mapping())}
+_LORA = {"rank": whole(0, 1 << 20), "alpha": number(0, 1e9), "rslora": flag()}
+_STUDENT = dict.fromkeys(("path", "config", "tokenizer", "compute_dtype"), text())
+_STUDENT |= {"lora": optional(mapping(_LORA | {"targets": array(text())}))}
+_RUN = {"step": whole(0, 1 << 53), "metrics": mapping()}
+_RUN |= {"config": mapping({"student": optional(mapping(_STUDENT))})}
 _RUN |= {"progress": mapping(_PROGRESS)}
 REMOVED = ".removed"  # beside the steps: those that are no longer kept, until they are gone
 # What Orbax warns of at each save of a local checkpoint, and at each without held-out metrics.
 EXPECTED_WARNINGS = ("primary_host=None", "did not provide metrics")
+# Orbax asks for them at each save, for a log line; tensorstore 0.1 frees none, 50 KB a save.
+tensorstore.experimental_collect_matching_metrics = lambda *_: []
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -85,10 +93,8 @@ class Checkpointer:
         local: bool = False,
         beside_local: bool = False,
     ):
-        """local: run_dir is of this process alone, which saves its shards and waits for no other.
-
-        beside_local: such checkpoints are written in the same run.
-        """
+        """local: run_dir is of this process alone, which saves its shards and waits for no other;
+        beside_local: such checkpoints are written in the same run."""
         self.local, self.best_metric = local, best_metric
         self.directory = as_path(run_dir).resolve() / "checkpoints"
         if isinstance(self.directory, RemotePath) and self.directory.protocol != "gs":
@@ -195,9 +201,8 @@ class Checkpointer:
         self.wait()
         with self._explained(what="remove"):
             steps, context = self.steps(), policies.PreservationContext()
-            found: list[Any] = [
-                types.SimpleNamespace(step=s, metrics=self.manager.metrics(s)) for s in steps
-            ]
+            metrics = self.manager.metrics
+            found: list[Any] = [types.SimpleNamespace(step=s, metrics=metrics(s)) for s in steps]
             kept = self._retention.should_preserve(found, context=context)
             for step in (step for step, stays in zip(steps, kept, strict=True) if not stays):
                 self.manager.delete(step)
@@ -322,10 +327,13 @@ def step_of(name: str) -> int | None:
 def record_of(run: Any, *, source: object) -> dict[str, Any]:
     """The fields of Record from a checkpoint's item `run`; DcodError for one of another type."""
     check({"run": run}, {"run": mapping(_RUN)}, source=source)
+    if known := run["progress"].get("data"):
+        check(known, _DATA, source=source)
     for name, value in run["metrics"].items():
         if type(value) not in (int, float):  # it may be NaN
             raise DcodError(f"{source}: run.metrics[{name!r}]={value!r:.80} must be a number")
-    return {key: run[key] for key in ("step", "config", "metrics")} | run["progress"]
+    found = {key: run[key] for key in ("step", "config", "metrics")}
+    return found | mapping(_PROGRESS).kept(run["progress"])
 
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:

@@ -10,6 +10,7 @@ import hashlib
 import logging
 from typing import Any
 
+from dcod_jax.bounds import check, text, whole
 from dcod_jax.data.dataset import TraceDataset
 from dcod_jax.data.tokenizer import Tokenizer, template_fingerprint, tokenizer_fingerprint
 from dcod_jax.errors import DcodError
@@ -86,6 +87,8 @@ def goes_on_with(
 
 def position(state: dict[str, Any], stream: str, *, accept: bool) -> dict[str, Any]:
     """Where the pipeline goes on: in other traces, if accepted, at the start of the next epoch."""
+    wanted = {"epoch": whole(0, 1 << 53), "row": whole(0, 1 << 53), "stream": text()}
+    check(state, wanted, source="the checkpoint's position in the data")
     if state["stream"] == stream or not accept:
         return state
     log.warning("other traces: going on at the beginning of epoch %d", state["epoch"] + 1)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from dcod_jax.bounds import check, mapping, number, whole
 from dcod_jax.copies import Mirror
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Location, Path, as_path, from_json, replace_file
@@ -333,16 +334,14 @@ def _keep_lines(path: Path, start: int) -> list[dict[str, Any]]:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Lines of a metrics file; one that a killed process wrote in part is left out."""
-    whole, lines = path.read_bytes(), []
-    for number, line in enumerate(whole[: whole.rfind(b"\n") + 1].splitlines(), 1):
+    content, lines = path.read_bytes(), []
+    # Of traces the lines name what is no number.
+    values = None if path.name == TRACES else number(-math.inf, math.inf)
+    bounds = {"line": mapping({"step": whole(0, 1 << 53)}, items=values)}
+    for place, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
         try:
-            found = from_json(line)
-            if type(found["step"]) is not int:
-                raise TypeError(f"step={found['step']!r:.80}")
-            lines.append(found)
-        except (ValueError, KeyError, TypeError) as error:
-            raise DcodError(
-                f"{path}:{number}: expected a JSON object with step, as training writes it "
-                f"({error!r}); take the line out"
-            ) from None
+            lines.append(from_json(line))
+        except ValueError as error:
+            raise DcodError(f"{path}:{place}: not JSON ({error}); take the line out") from None
+        check({"line": lines[-1]}, bounds, source=f"{path}:{place} (take the line out)")
     return lines

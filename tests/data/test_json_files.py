@@ -1,18 +1,26 @@
 """JSON files that nest 100,000 deep, or hold what no run wrote, are named, whichever they are."""
 
 import contextlib
+import io
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
+import tiny
 
-from dcod_jax.data import dataset
+from dcod_jax.copies import read_arrays
+from dcod_jax.data import blocks, dataset, scores
 from dcod_jax.data.blocks import BlockFiles
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate import problems
+from dcod_jax.evaluate.generations import read_generations
+from dcod_jax.evaluate.metrics import measure
 from dcod_jax.files import read_json
-from dcod_jax.models import hf
+from dcod_jax.models import hf, lora
+from dcod_jax.models.config import from_hf
 from dcod_jax.study import conditions
-from dcod_jax.train import checksums, metrics
+from dcod_jax.train import checksums, learned_from, metrics
 from dcod_jax.train.checkpoint_reader import read_record
 from dcod_jax.train.checkpointer import finished
 from dcod_jax.train.profiling import PARTS, Goodput
@@ -38,12 +46,31 @@ def test_deep_nesting_is_named(tmp_path, name, read) -> None:
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("[" * 100_000 + "\n")
-    with pytest.raises(DcodError, match="nested too deep"):
+    with pytest.raises(DcodError, match=r"nested (too|more than 200) deep"):
         read(path)
 
 
-RUN = {"step": 8, "config": {}, "metrics": {}}
-RUN |= {"progress": {"iterator": {}, "tokens_seen": 1, "on_policy": {}, "data": {}}}
+LORA = {"rank": 1, "alpha": 1.0, "rslora": False, "targets": ["q_proj"]}
+STUDENT = {"path": "", "config": "", "tokenizer": "", "compute_dtype": "float32", "lora": LORA}
+RUN = {"step": 8, "config": {"student": STUDENT}, "metrics": {"eval/nll": 1.0}}
+RUN |= {"progress": {"iterator": {}, "tokens_seen": 1, "on_policy": {"tokens": 1}}}
+RUN["progress"]["data"] = {"parts": {"tokenizer": "x"}, "changes": [{}]}
+REQUEST = {"teacher": {}, "settings": {}, "source": []}
+SHARD = {"file": "x", "bytes": 1, "sha256": "", "records": 1, "tokens": 1, "completion_tokens": 1}
+NOTE = {"shard": SHARD, "request": REQUEST, "logprob": -1.0, "mass": 0.0}
+NOTE |= {"top_k": 0, "spans": 1, "longest_span": 1, "teachers": {"": [1, 2, -3.0]}}
+GENERATION = {"id": "a", "completion": "", "answer": "1", "extracted": None, "correct": True}
+GENERATION |= {"finished": True, "tokens": 1, "sample": 0, "reason": "", "repeats": False}
+GENERATION |= {"difficulty": ""}
+COUNTS, METRICS = {"done": 1, "by": {"a": 1}}, {"step": 1, "loss": 0.5}
+FIRST = "000000000-000000001.json"
+MODEL = from_hf(tiny.raw_config(), source="tiny")
+RESULT = {"kind": "tune", "condition": "main", "arm": "sft", "seed": 1, "rate": 1e-3}
+RESULT |= {
+    "accuracy": {"validation": 0.5, "in": 1.0},
+    "curves": {"nll": 1.0},
+    "drift": {"excess": 1},
+}
 ATTEMPT = {"from_step": 0, "step": 1, "elapsed": 1.0, "steps_at_save": {"1": 1.0}, "ended": ""}
 ATTEMPT |= dict.fromkeys(PARTS, 0.0)
 
@@ -52,23 +79,56 @@ def _goodput(path):
     Goodput(path.parent, 1, entered=0.0, enabled=True)
 
 
+# What follows uses what it read, as its verbs do.
+
+
+def _run(path):
+    record = read_record(path.parents[3])
+    lora.with_adapter(MODEL, (record.config.get("student") or {}).get("lora"))
+    learned_from.goes_on_with({}, record, path, accept=True, steps=9)
+    return sum(record.on_policy.values())
+
+
+def _notes(path):
+    blocks = scores.score_blocks(path.parents[1], {"shards": []}, {}, {})
+    assert scores.scored_shards(path.parents[1], blocks, overwrite=False) == {}  # no such file
+    [note] = blocks.done().values()
+    scores._by_teacher([note])
+    return note["logprob"] + note["mass"] + note["spans"]
+
+
 def _blocks(path):
     path.with_name("a").touch()
-    BlockFiles([path.with_name("a")], {"seed": 0}).finished()
+    BlockFiles([path.with_name("a")], {"seed": 0}, counts=("done", "by")).finished()
+
+
+def _counts(path):
+    files = BlockFiles([path.parents[1] / "a"], {"seed": 0}, counts=("done", "by"))
+    assert blocks._sum(list(files.done().values()) * 2)["done"] == 2
+    assert files.pending(2, 1) == (1, [range(1, 2)])
+
+
+def _study(path):
+    results = conditions.Results(path)
+    return [round(line["accuracy"]["validation"], 9) for line in results.done.values()]
 
 
 @pytest.mark.parametrize(
     ("name", "read", "good"),
     [
-        ("checkpoints/8/run/metadata", lambda path: read_record(path.parents[3]), RUN),
+        ("checkpoints/8/run/metadata", _run, RUN),
         ("goodput.json", _goodput, {"attempts": [ATTEMPT]}),
-        ("a.manifest.json", _blocks, {"request": {"seed": 0}, "files": {}}),
+        ("a.manifest.json", _blocks, {"request": {"seed": 0}, "files": {}} | COUNTS),
+        (f"{BlockFiles([Path('a')], {'seed': 0}).directory}/{FIRST}", _counts, COUNTS),
+        (f"{scores.score_blocks(Path(), {'shards': []}, {}, {}).directory}/{FIRST}", _notes, NOTE),
+        ("results.jsonl", _study, RESULT),
+        ("a.jsonl", lambda path: measure(read_generations(path), seconds=1.0), GENERATION),
         (
             "tune.json",
             lambda path: _Results(path, (), [], "eval/nll"),
             {"plan": {"candidates": [], "rounds": [], "metric": "eval/nll"}, "results": []},
         ),
-        ("metrics.jsonl", metrics.read_metrics, {"step": 1}),
+        ("metrics.jsonl", lambda path: sum(metrics.read_metrics(path)[0].values()), METRICS),
     ],
 )
 def test_what_a_run_reads_of_its_own_is_checked_to_the_leaves(tmp_path, name, read, good):
@@ -90,6 +150,27 @@ def test_what_a_run_reads_of_its_own_is_checked_to_the_leaves(tmp_path, name, re
         inner[key] = kept
     path.write_text(json.dumps(good) + "\n")
     read(path)
+
+
+def test_blocks_that_overlap_are_named(tmp_path):
+    files = BlockFiles([tmp_path / "a"], {"seed": 0})
+    files.write(range(0, 4), ["x"], {})
+    (files.directory / "a-b.json").touch()  # nobody's
+    assert files.pending(6, 4) == (4, [range(4, 6)])
+    files.write(range(2, 6), ["x"], {})
+    with pytest.raises(DcodError, match=r"2-0+6\.json: beside the blocks before 4"):
+        files.pending(6, 4)
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "cut", "array", "pickled"])
+def test_arrays_that_are_not_whole_are_named(tmp_path, kind):
+    whole, one, path = io.BytesIO(), io.BytesIO(), tmp_path / "start.npz"
+    np.savez(whole, a=np.arange(9), b=np.array([{}]) if kind == "pickled" else np.arange(9))
+    np.save(one, np.arange(9))
+    contents = {"empty": b"", "text": b"text", "array": one.getvalue()}
+    path.write_bytes(contents.get(kind, whole.getvalue()[: -50 if kind == "cut" else None]))
+    with pytest.raises(DcodError, match=r"start\.npz: not whole, .*; remove it"):
+        read_arrays(path, mend="remove it")
 
 
 @pytest.mark.parametrize(

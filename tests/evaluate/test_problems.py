@@ -10,6 +10,7 @@ from dcod_jax import config as configs
 from dcod_jax.data import chat
 from dcod_jax.data.tokenizer import load_tokenizer
 from dcod_jax.errors import DcodError
+from dcod_jax.evaluate import problems
 from dcod_jax.evaluate.answers import reference_answer
 from dcod_jax.evaluate.benchmarks import BENCHMARKS, BOXED, SetEntry, parse_set
 from dcod_jax.evaluate.grading import grade
@@ -62,8 +63,8 @@ def test_the_assistants_own_turn_is_not_part_of_the_question(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"prompt": "1', "not JSON"),
-        (b'{"prompt": "\xff"}', "not UTF-8"),
+        (b'{"prompt": "1', "truncated JSON"),
+        (b'{"prompt": "\xff"}', "invalid UTF-8 at byte 12"),
         (b'["prompt"]', "expected a JSON object, got list"),
         (b'{"text": "1", "answer": "1"}', "no prompt.*prepare.prompt_field"),
         (b'{"prompt": "1"}', "no field 'answer'.*prepare.answer_field"),
@@ -72,11 +73,13 @@ def test_the_assistants_own_turn_is_not_part_of_the_question(tmp_path):
         (b'{"id": "x", "prompt": "1", "answer": "1"}', "used before at .*:1"),
         (b'{"prompt": "1", "answer": ["1", "2"]}', "text or a number, got .*several answers"),
         (b'{"prompt": "1", "answer": true}', "text or a number, got True"),
+        (b'{"prompt": "1", "answer": "' + b"1" * 90 + b'"}', "120 bytes, more than the 100 of a"),
         (b'{"prompt": "1", "answer": NaN}', "text or a number, got nan"),
         (b'{"prompt": "1", "answer": "1", "x": "\\ud83d"}', "half a surrogate pair"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, line, message):
+def test_a_bad_line_is_named(tmp_path, monkeypatch, line, message):
+    monkeypatch.setattr(problems, "LONGEST", 100)
     file = tmp_path / "bad.jsonl"
     file.write_bytes(b'{"id": "x", "prompt": "2", "answer": "2"}\n\n' + line + b"\n")
     with pytest.raises(DcodError, match=f"bad.jsonl:3: .*{message}"):
@@ -325,8 +328,10 @@ def test_one_json_array_is_a_file_of_problems(tmp_path):
     with pytest.raises(DcodError, match=r"p\.json\[1\]: expected a JSON object, got int"):
         read_problems(file)
     file.write_text('[{"prompt": "1?",')
-    with pytest.raises(DcodError, match=r"p\.json: not JSON .*is the array cut off"):
+    with pytest.raises(DcodError, match=r"p\.json\[0\]: truncated JSON"):
         read_problems(file)
+    file.write_text('[{"prompt": "1?", "answer": 1}, {"prom')
+    assert len(read_problems(file, limit=1)) == 1  # no more is read
 
 
 def test_an_id_that_is_null_is_none(tmp_path):

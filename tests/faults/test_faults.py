@@ -12,12 +12,17 @@ import re
 import shutil
 import signal
 import subprocess
+import warnings
 
 import pytest
-from cases import AFTER, case_of, write_place
-from forked import KILLED, Fault, warm
+from cases import AFTER, case_of, read, write_place
+from forked import KILLED, Fault, run, warm
 
 from dcod_jax import files
+from dcod_jax.copies import local_copy
+from dcod_jax.stores import RemotePath
+from dcod_jax.train.checkpointer import finished
+from dcod_jax.train.metrics import read_metrics
 
 JUMP = 300.0  # seconds of the clock, forth and back
 # The last change before which a verb is killed; the first four once left files that no restart
@@ -85,7 +90,16 @@ def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.filterwarnings("ignore:os.fork")  # JAX runs threads; the child uses none of them
+def killed_in_a_fork(function):
+    """Call what kills its process in a fork: JAX runs threads, and the child uses none of them."""
+    with warnings.catch_warnings(action="ignore"):
+        child = os.fork()
+    if not child:
+        function()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
 @pytest.mark.parametrize(
     ("exchange", "killed_in", "left"),
     [
@@ -110,15 +124,31 @@ def test_a_directory_killed_while_it_is_replaced_is_the_old_or_the_new(
         real(path, name)
 
     monkeypatch.setattr(files, killed_in, {"rename": rename, "remove_tree": die}[killed_in])
-    child = os.fork()
-    if not child:
-        files.publish(tmp_path / "new", final, last="file")
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    killed_in_a_fork(lambda: files.publish(tmp_path / "new", final, last="file"))
     monkeypatch.undo()
     assert final.exists() == exchange
     files.recover(final)
     assert (final / "file").read_text() == left
+
+
+def test_what_a_killed_writer_left_goes_at_the_next_start_of_one(copy_cache, memory, monkeypatch):
+    """A download by each of two processes: one is killed in it, and one is still at work."""
+
+    def half(path, file):
+        file.write_bytes(b"hal")
+        die()
+
+    (source := memory / "file").write_bytes(b"whole")
+    copy_cache.mkdir()
+    with files.scratch(copy_cache) as own:
+        with monkeypatch.context() as patch:
+            patch.setattr(RemotePath, "download", half)
+            killed_in_a_fork(lambda: local_copy(source))
+        assert len(list(copy_cache.glob("*partial*/file"))) == 1
+        copy = local_copy(source)
+        assert copy.read_bytes() == b"whole"
+        assert {own, copy.parent} == set(copy_cache.iterdir())
+    assert [copy.parent] == list(copy_cache.iterdir())
 
 
 def test_a_directory_takes_the_place_of_another_or_of_nothing(tmp_path):
@@ -140,6 +170,7 @@ def told(case, fault, text):
     assert "Traceback" not in ended.text
     assert text in ended.text.splitlines()[-1]
     case.check_whole()
+    return ended.text
 
 
 @contextlib.contextmanager
@@ -176,16 +207,55 @@ def test_on_a_read_only_disk(place, verb):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("share", [0, 0.3, 0.7])
 @pytest.mark.parametrize("verb", AFTER)
-def test_on_a_full_disk(place, verb):
-    case = case_of(place, verb)
+def test_on_a_full_disk(place, verb, share):
+    """Full from the beginning, or where it has room for a share of what the verb adds to it."""
+    case, page = case_of(place, verb), 4096
     case.begin()
-    with mounted(case.home, "-t tmpfs -o size=4m tmpfs"):
+    with mounted(case.home, "-t tmpfs -o size=8m tmpfs"):
         shutil.copytree(case.before, case.home, dirs_exist_ok=True)
+        room = int(share * sum(case.sizes)) // page * page
         with contextlib.suppress(OSError), (case.home / ".filler").open("wb") as filler:
             while True:
-                filler.write(bytes(4096))
+                filler.write(bytes(page))
                 filler.flush()
-        told(case, Fault(), "space left")
+        os.truncate(case.home / ".filler", (case.home / ".filler").stat().st_size - room)
+        text = told(case, Fault(), "space left")
+        last = text.splitlines()[-1]
+        assert str(case.home) in last, text
+        assert re.search("free (some )?(disk )?space", last), text
+        assert text.count("space left") == 1, text
+        assert len(text.splitlines()) < 30, text
         (case.home / ".filler").unlink()
         case.check_end()
+
+
+@pytest.mark.long
+def test_readers_of_every_kind_while_a_run_saves(place):
+    """And a second trainer, which is refused; the run ends as if nobody had looked."""
+    case, steps = case_of(place, "train"), 150
+    case.begin()
+    recipe, run_dir = f"--config={place / 'recipe.py'}", case.home / "run"
+    verbs = ("report", "export", "evaluate", "drift")
+    readers = [(verb, [recipe]) for verb in verbs]
+    readers += [("inspect", [str(case.home / "dataset"), f"--checkpoint={run_dir}"])]
+    words = [recipe, "--config.evaluate.problems=", f"--config.train.steps={steps}"]
+    ended = []
+
+    def look(process):
+        if not finished(run_dir / "checkpoints"):
+            return
+        verb, arguments = readers[len(ended) % len(readers)]
+        ended.append((verb, run(verb, arguments, home=case.home)))
+        assert ended[-1][1].code == 0, ended[-1]
+        second = run("train", words, home=case.home)
+        assert second.code == 1 or not process.is_alive(), second
+        assert "is in use by process" in second.text or not process.is_alive(), second
+
+    trained = run("train", words, home=case.home, meanwhile=look)
+    assert trained.code == 0, trained
+    assert {verb for verb, _ in ended} >= {*verbs, "inspect"}, [verb for verb, _ in ended]
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, steps + 1))
+    read(case.home)

@@ -68,7 +68,7 @@ def test_a_named_prompt_field_comes_first(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", r"eval.jsonl:1: not JSON"),
+        ("{", r"eval.jsonl:1: truncated JSON"),
         ('{"text": "x"}', r"eval.jsonl:1: no prompt; expected one of prompt, .*found text"),
         ("[1]", r"eval.jsonl\[0\]: expected a JSON object, got int"),
         ('{"prompt": 5}', r"eval.jsonl:1: prompt must be a string"),

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import tempfile
 from pathlib import Path
 
@@ -314,6 +315,13 @@ def test_a_malformed_record_is_set_aside(line, tmp_path, tokenizer) -> None:
     assert (len(found["kept"]), found["dropped"]) == (1, {"bad_record": 1})
     with pytest.raises(DcodError, match=r"t\.jsonl:1: "):
         outcome(path, tokenizer, {})
+
+
+def test_a_number_that_is_not_finite_is_named_as_one() -> None:
+    with pytest.raises(
+        raw.BadRecordError, match="temperature must be a finite number, found 'inf'"
+    ):
+        schema.check({"temperature": math.inf}, schema.RECORD)
 
 
 def test_a_long_line_is_too_long_before_it_is_parsed(tmp_path, tokenizer) -> None:

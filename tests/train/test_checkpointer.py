@@ -1,6 +1,7 @@
 """Checkpoints: exact, asynchronous, never half-read, and clear when the disk is not."""
 
 import dataclasses
+import gc
 import json
 import math
 import shutil
@@ -120,6 +121,14 @@ def test_a_checkpoint_without_metrics_is_no_warning(tmp_path, caplog):
     checkpointer, _ = write(tmp_path, [None, 1.0])
     checkpointer.close()
     assert [record for record in caplog.records if record.levelname == "WARNING"] == []
+
+
+def test_a_save_leaves_no_numbers_of_tensorstore_in_memory(tmp_path):
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    checkpointer.save(Snapshot(state=make_state(), step=1))
+    checkpointer.close()
+    lists = [one for one in gc.get_objects() if type(one) is list and len(one) == 1]
+    assert not [one for (one,) in lists if type(one) is dict and one.keys() == {"value"}]
 
 
 def test_without_a_best_metric_only_age_decides(tmp_path):
