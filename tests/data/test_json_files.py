@@ -15,7 +15,6 @@ from dcod_jax.data.blocks import BlockFiles
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate import problems
 from dcod_jax.evaluate.generations import read_generations
-from dcod_jax.evaluate.metrics import measure
 from dcod_jax.files import read_json
 from dcod_jax.models import hf, lora
 from dcod_jax.models.config import from_hf
@@ -122,7 +121,7 @@ def _study(path):
         (f"{BlockFiles([Path('a')], {'seed': 0}).directory}/{FIRST}", _counts, COUNTS),
         (f"{scores.score_blocks(Path(), {'shards': []}, {}, {}).directory}/{FIRST}", _notes, NOTE),
         ("results.jsonl", _study, RESULT),
-        ("a.jsonl", lambda path: measure(read_generations(path), seconds=1.0), GENERATION),
+        ("a.jsonl", lambda path: read_generations(path)[0].tokens + 1, GENERATION),
         (
             "tune.json",
             lambda path: _Results(path, (), [], "eval/nll"),
