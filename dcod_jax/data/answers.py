@@ -206,4 +206,6 @@ def _choice_logprobs(value: Any) -> tuple[list[bytes] | None, list[Any] | None]:
         return texts, [(entry or {}).get("logprob") for entry in entries]
     if (logprobs := value.get("token_logprobs")) is not None:
         return [str(token).encode() for token in value.get("tokens") or []], logprobs
-    raise BadRecordError("choice.logprobs has neither content nor token_logprobs")
+    if value.keys().isdisjoint(("content", "token_logprobs")):
+        raise BadRecordError("choice.logprobs has neither content nor token_logprobs")
+    return None, None

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from dcod_jax.data import presets, raw, schema
@@ -39,6 +39,7 @@ def _by_plain(names: tuple[str, ...]) -> dict[str, str]:
 _asked = functools.lru_cache(maxsize=1024)(plain)  # of names in the code or the config
 
 
+@functools.lru_cache(maxsize=1024)
 def unreadable(name: str) -> bool:
     """Whether a column holds what is no text, or the place of it."""
     return bool(presets.UNREADABLE.fullmatch(plain(name)))
@@ -54,27 +55,24 @@ def _numbered(record: Record, pattern: str) -> list[str]:
 
 def ends_with_answer(record: Record, name: str, fields: Fields) -> bool:
     """Whether a column is a whole conversation, to be taken as it is."""
-    value = record.get(name)
     if name in CONVERSATIONS:
         return True
-    if not (isinstance(value, list) and value and isinstance(value[0], dict)):
-        return False
-    first, last = (m.get("role", m.get("from")) for m in (value[0], _dict(value[-1])))
-    asked = first not in ("assistant", "gpt", "model") and (
-        "role" in value[0] or "from" in value[0]
-    )
-    answered = last in ("assistant", "gpt", "model")
-    return name in (fields.completion, fields.prompt) and asked and answered
+    chosen = name in (fields.completion, fields.prompt)
+    return chosen and _answered(record, name) and _by(record[name][0]) not in ("", *_ANSWERING)
 
 
-def _dict(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
+_ANSWERING = ("assistant", "gpt", "model")
+
+
+def _by(message: object) -> str:
+    """The role that a message names, or ""."""
+    found = message if isinstance(message, dict) else {}
+    return str(found.get("role", found.get("from", "")))
 
 
 def _answered(record: Record, name: str) -> bool:
     value = record.get(name)
-    last = _dict(value[-1]) if isinstance(value, list) and value else {}
-    return last.get("role", last.get("from")) in ("assistant", "gpt", "model")
+    return isinstance(value, list) and bool(value) and _by(value[-1]) in _ANSWERING
 
 
 def completion_columns(record: Record, fields: Fields) -> list[str]:
@@ -299,7 +297,9 @@ class Row:
 
     def _check_there(self, chosen: str, key: str, known: Record) -> None:
         """Refuse the name of a column that the record does not have, not even as null."""
-        inside = [m for v in known.values() if isinstance(v, list) for m in v if _dict(m)]
+        inside = [
+            m for v in known.values() if isinstance(v, list) for m in v if isinstance(m, dict)
+        ]
         have = [*known, *self.record, *self.nulls, *(name for m in inside for name, _ in leaves(m))]
         if plain(chosen) not in {plain(str(name)) for name in have}:
             close = difflib.get_close_matches(chosen, map(str, have), n=1)

@@ -1,7 +1,7 @@
 """Raw records, in any of the forms users have, to traces.
 
 A form is one entry of FORMS; a record is read by the first form that matches it. A new form is a
-function that reads it and an entry here; where the columns of a data set have names of their own,
+function that reads it and an entry there; where the columns of a data set have names of their own,
 an entry in presets.PRESETS is enough. Several samples of one prompt are several traces.
 """
 
@@ -32,21 +32,12 @@ from dcod_jax.data.unpack import nulls, unpacked
 Parsed: TypeAlias = tuple[Turns, list[RawTrace], Record]
 
 
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """A form of raw record: a JSON example, how it is recognised, and how it is read."""
-
-    example: str
-    matches: Callable[[Record, Fields], bool]
-    read: Callable[[Row], Parsed]  # raises BadRecordError
-
-
 def _read_completion(row: Row) -> Parsed:
     completions = []
     names = completion_columns(row.record, row.fields)
     steps = row.record.get("labels")
     for name in names:
-        value, reasoning = row.get(name), row.reasoning()
+        value = row.get(name)
         texts = value if isinstance(value, list) and not _is_one(value) else [value]
         if not texts:
             raise BadRecordError(f"{name} must be a non-empty list, found an empty one")
@@ -56,9 +47,10 @@ def _read_completion(row: Row) -> Parsed:
                 "the steps to one completion, or rename labels to correct where each is a whole one"
             )
         alone = len(texts) == 1 and len(names) == 1
-        for index, text in enumerate(texts):
+        for index, (text, thought) in enumerate(
+            zip(texts, _thoughts(row, len(texts)), strict=True)
+        ):
             place = name if texts is not value else f"{name}[{index}]"
-            thought = "".join(reasoning[index : index + 1])
             if (not alone or isinstance(text, dict)) and not thought and _is_blank(text):
                 completions.append(RawTrace([], failed=f"{place} is empty"))
                 continue
@@ -66,14 +58,18 @@ def _read_completion(row: Row) -> Parsed:
             trace = sampled(beside, turns)
             trace = _of_record(row, trace) if alone and not beside else trace
             completions.append(judged(row, trace, str(text), index, len(texts)))
-        if len(reasoning) not in (0, len(texts)):
-            raise BadRecordError(
-                f"{len(reasoning)} texts of reasoning for {len(texts)} completions in {name}"
-            )
     if "outputs" in names:  # vLLM's
         row.used |= {"prompt_token_ids", "request_id", "finished", "metrics", "prompt_logprobs"}
     first = "messages" if names == ["outputs"] else ""
     return Turns(row.prompt(first=first)), completions, row.record
+
+
+def _thoughts(row: Row, count: int) -> list[str]:
+    """The reasoning of each of `count` completions, from a column; "" where it has none."""
+    found = row.reasoning()
+    if len(found) not in (0, count):
+        raise BadRecordError(f"{len(found)} texts of reasoning for {count} completions")
+    return found or [""] * count
 
 
 def _of_record(row: Row, trace: RawTrace) -> RawTrace:
@@ -147,15 +143,13 @@ def _messages(row: Row, value: list[Any], name: str) -> Turns:
 def _read_conversation(row: Row) -> Parsed:
     [name] = completion_columns(row.record, row.fields)
     turns = raw.read_messages(row.get(name), name, row.fields)
-    reasoning, messages = row.reasoning(), turns.messages
+    messages = turns.messages
     if messages[-1]["role"] != "assistant":
         raise BadRecordError(
             f"the last of {name} is by {messages[-1]['role']!r}, and there is no completion"
             f"{hint(row.record, row.fields, 'completion')}"
         )
-    if len(reasoning) > 1:
-        raise BadRecordError(f"{len(reasoning)} texts of reasoning for one conversation")
-    turns = row.with_reasoning(turns, "".join(reasoning))
+    turns = row.with_reasoning(turns, _thoughts(row, 1)[0])
     first = next((m["role"] for m in messages if m["role"] != "system"), "")
     if first == "assistant":
         raise BadRecordError(f"{name} has no prompt before its first assistant message")
@@ -198,46 +192,28 @@ def _read_answer(row: Row) -> Parsed:
 
 def _all_judged(row: Row, completions: list[RawTrace]) -> list[RawTrace]:
     """With the reasoning of a column beside them, and what the record tells of each."""
-    count, reasoning = len(completions), row.reasoning()
-    if len(reasoning) not in (0, count):
-        raise BadRecordError(f"{len(reasoning)} texts of reasoning for {count} completions")
-    found = []
+    count, found = len(completions), []
+    thoughts = _thoughts(row, count)
     for index, trace in enumerate(completions):
         if not trace.failed:
-            turns = row.with_reasoning(Turns(trace.messages), "".join(reasoning[index : index + 1]))
+            turns = row.with_reasoning(Turns(trace.messages), thoughts[index])
             trace = dataclasses.replace(trace, messages=turns.messages)
             trace = judged(row, trace, trace.completion_text(), index, count)
         found.append(trace)
     return found
 
 
-FORMS: dict[str, Form] = {
-    "answer of an API, OpenAI or vLLM batch output": Form(
-        example='{"custom_id": "1", "request": {"body": {"prompt": "2+2?"}}, '
-        '"response": {"body": {"choices": [{"text": "4"}]}}}',
-        matches=lambda record, fields: answers.answer_of(record) is not None,
-        read=_read_answer,
-    ),
-    "SGLang generate": Form(
-        example='{"prompt": "2+2?", "text": "4", "output_ids": [19, 2], '
-        '"meta_info": {"finish_reason": {"type": "stop"}}}',
-        matches=lambda record, fields: isinstance(record.get("meta_info"), dict),
-        read=_read_sglang,
-    ),
-    "prompt and completion (plain, TRL, Alpaca)": Form(
-        example='{"prompt": "2+2?", "completion": "4", "answer": "4"}',
-        matches=lambda record, fields: any(
-            not ends_with_answer(record, name, fields)
-            for name in completion_columns(record, fields)
-        ),
-        read=_read_completion,
-    ),
-    "conversation (TRL, ShareGPT)": Form(
-        example='{"conversations": [{"from": "human", "value": "2+2?"}, '
-        '{"from": "gpt", "value": "4"}]}',
-        matches=lambda record, fields: bool(completion_columns(record, fields)),
-        read=_read_conversation,
-    ),
+def _is_completion(record: Record, fields: Fields) -> bool:
+    names = completion_columns(record, fields)
+    return any(not ends_with_answer(record, name, fields) for name in names)
+
+
+# What a record is recognised by, and the reader of it, which raises BadRecordError.
+FORMS: dict[str, tuple[Callable[[Record, Fields], bool], Callable[[Row], Parsed]]] = {
+    "answer": (lambda record, _: answers.answer_of(record) is not None, _read_answer),
+    "sglang": (lambda record, _: isinstance(record.get("meta_info"), dict), _read_sglang),
+    "completion": (_is_completion, _read_completion),
+    "conversation": (lambda record, f: bool(completion_columns(record, f)), _read_conversation),
 }
 
 
@@ -256,10 +232,8 @@ def _asked(prompt: list[raw.Message], completion: RawTrace) -> list[raw.Message]
     """The prompt, without the completion where it is there again as the last message."""
     if not prompt or prompt[-1]["role"] != "assistant" or "tool_calls" in prompt[-1]:
         return prompt
-    if (
-        len(prompt) > 1
-        and prompt[-1]["content"].split() == completion.messages[0]["content"].split()
-    ):
+    said, again = (turn["content"].split() for turn in (completion.messages[0], prompt[-1]))
+    if len(prompt) > 1 and said == again:
         return prompt[:-1]
     raise BadRecordError(
         "the prompt ends with an assistant message, and the completion would be a second answer "
@@ -283,13 +257,13 @@ def read_record(
             f"the record has {shown[0]}, and only text can be read; take the column out where the "
             "text is enough"
         )
-    form = next((form for form in FORMS.values() if form.matches(whole, fields)), None)
-    if form is None:
+    read = next((read for matches, read in FORMS.values() if matches(whole, fields)), None)
+    if read is None:
         raise missing(record, fields, "completion")
     asked = None if whole.get("request") else requests.get(answers.batch_name(whole) or "")
     _check_template_kwargs(whole)
     row = Row(whole | ({"request": asked} if asked else {}), fields, nulls=nulls(record, fields))
-    prompt, completions, known = form.read(row)
+    prompt, completions, known = read(row)
     if not completions:
         raise BadRecordError("the record has no completion: its list of samples is empty")
     name = answers.batch_name(known)

@@ -66,10 +66,11 @@ def _named_as_openai(record: Record) -> dict[str, Any]:
 
 def _is_answer(value: Record) -> bool:
     """Whether an object is the whole answer of an API, and not one text."""
-    several, spoken = value.get("choices") or value.get("candidates"), value.get("message")
-    if isinstance(several, list) and several:
-        return isinstance(several[0], dict)
-    return isinstance(spoken, dict) and spoken.get("role") == "assistant"
+    several = value.get("choices") or value.get("candidates") or [{"message": value.get("message")}]
+    first = several[0] if isinstance(several, list) else None
+    keys = first.keys() if isinstance(first, dict) else set()
+    said = first.get("message") if isinstance(first, dict) else None
+    return {"text", "finish_reason"} <= keys or "content" in keys or isinstance(said, dict)
 
 
 def _transposed(value: Record, name: str) -> list[dict[str, Any]]:

@@ -36,11 +36,22 @@ def read_one(tmp_path, record, **kwargs) -> RawTrace:
     return trace
 
 
+EXAMPLES = {
+    "answer": {"custom_id": "1", "request": {"body": {"prompt": "2+2?"}}}
+    | {"response": {"body": {"choices": [{"text": "4", "logprobs": {"content": None}}]}}},
+    "sglang": {"prompt": "2+2?", "text": "4", "output_ids": [19, 2]}
+    | {"meta_info": {"finish_reason": {"type": "stop"}}},
+    "completion": {"prompt": "2+2?", "completion": "4", "answer": "4"},
+    "conversation": {
+        "conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]
+    },
+}
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_the_example_of_a_form_is_read_by_that_form_alone(name) -> None:
-    record = json.loads(FORMS[name].example)
-    first = next(other for other, form in FORMS.items() if form.matches(record, PLAIN))
-    assert first == name
+    record = EXAMPLES[name]
+    assert next(other for other, (matches, _) in FORMS.items() if matches(record, PLAIN)) == name
     [trace] = read_record(record, PLAIN, source="f:1", requests={})
     assert (trace.prompt_text(), trace.completion_text()) == ("2+2?", "4")
 

@@ -302,6 +302,11 @@ def test_system_text_of_any_name_is_in_the_prompt() -> None:
         assert trace.messages[0] == {"role": "system", "content": "S"}, record
 
 
+def test_a_completion_of_json_is_a_text() -> None:
+    for text in ('{"choices": [{"text": "A"}]}', '{"message": "hi"}', '["a"]', "[1] See"):
+        assert texts([{"prompt": ASKED, "completion": text}]) == [(ASKED, text)]
+
+
 def test_a_dotted_name_is_a_field_inside_of_an_object() -> None:
     record = ENDED | {"metadata": {"reasoning": THOUGHT}, "reward_model": {"ground_truth": "5"}}
     names = {"reasoning_field": "metadata.reasoning", "answer": "reward_model.ground_truth"}
