@@ -141,7 +141,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             "/v1/models": {"object": "list", "data": [card]},
             "/version": {"version": "0.11.0"},
             "/get_model_info": {"model_path": "org/big", "is_generation": True},
-            "/props": {"model_path": "big.gguf", "build_info": "b1", "is_sleeping": False},
+            "/props": {"model_path": "big.gguf", "build_info": "b1", "total_slots": 3},
         }
         said = None if server.proxied and self.path != "/v1/models" else said.get(self.path)
         self._send(said or {"detail": "Not Found"}, 200 if said else 404)

@@ -184,12 +184,19 @@ def open_server(entry: TeacherEntry, settings: Any, tokenizer: Tokenizer) -> Ser
             f"{url} is llama.cpp's llama-server, which tells nothing of a prompt's tokens in the "
             f"dialect {entry.dialect}; set score.dialect=llama_server (dialect= in score.teachers)"
         )
-    told = {key: card.get(key) for key in ("root", "max_model_len")}
+    told, slots = {key: card.get(key) for key in ("root", "max_model_len")}, None
     if path := DIALECTS[entry.dialect].about:
         with contextlib.suppress(_RefusedError):  # a proxy may pass /v1 alone
             more, names = get(path), DIALECTS[entry.dialect].told
             if isinstance(more, dict):
                 told |= {key: more[key] for key in names or more if key in more}
+                slots = more.get("total_slots")
     about |= {k: v for k, v in told.items() if isinstance(v, str | int) and len(str(v)) <= 200}
     longest = about.get("max_model_len", 0)
-    return dataclasses.replace(teacher, longest=longest if isinstance(longest, int) else 0)
+    # A trace more than llama-server's slots would have it read another's prompt at each token.
+    own = min(teacher.concurrency, slots) if isinstance(slots, int) and slots > 0 else None
+    return dataclasses.replace(
+        teacher,
+        longest=longest if isinstance(longest, int) else 0,
+        concurrency=own or teacher.concurrency,
+    )

@@ -184,7 +184,8 @@ def test_what_the_server_is_and_reads(tokenizer):
     with serve("llama_server", MODEL, tokenizer) as fake:
         about = open_server(fake, tokenizer).provenance()["server"]
         assert (about["model_path"], about["build_info"]) == ("big.gguf", "b1")
-        assert "is_sleeping" not in about  # it changes by itself
+        assert "total_slots" not in about  # which is no other model, but limits the requests
+        assert [open_server(fake, tokenizer, concurrency=n).concurrency for n in (2, 16)] == [2, 3]
         entry = TeacherEntry("", server=fake.url, model="big", dialect="llama_cpp")
         settings = types.SimpleNamespace(concurrency=1, retries=0, timeout=5.0)
         with pytest.raises(DcodError, match=r"is llama.cpp's llama-server.*=llama_server"):
