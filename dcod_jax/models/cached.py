@@ -105,6 +105,56 @@ def split_layers(params: Params) -> Params:
     return {**params, "layers": layers_}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Slots:
+    """Where a cache of `capacity` slots has the new tokens of its rows, and which chunks they see.
+
+    A token outside is at `capacity`, which mode="drop" drops; a negative index would wrap round.
+    """
+
+    at: Array  # [B, S]
+    rows: Array | None
+    capacity: int
+    end: Array | int  # chunks up to the last one that is seen
+
+    @property
+    def chunk(self) -> int:
+        return _cache_chunk(self.capacity)
+
+    @property
+    def places(self) -> Array:
+        return (jnp.arange(len(self.at)) if self.rows is None else self.rows)[:, None]
+
+    def first(self, window: int | None) -> Array | int:
+        """The first chunk that one of the rows sees."""
+        if window is None or self.chunk == self.capacity:
+            return 0
+        first = jnp.maximum(jnp.min(self.at) - window + 1, 0) // self.chunk
+        return jnp.minimum(first, self.end - 1)  # where no row is inside, too
+
+    def part(self, x: Array, index: Any, number: Array, axis: int) -> Array:
+        """One chunk of a layer."""
+        layer = jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+        part = jax.lax.dynamic_slice_in_dim(layer, number * self.chunk, self.chunk, axis)
+        return part if self.rows is None else jnp.take(part, self.rows, axis=0, mode="clip")
+
+
+def _slots(positions: Array, capacity: int, rows: Array | None) -> _Slots:
+    inside, chunk = (positions >= 0) & (positions < capacity), _cache_chunk(capacity)
+    end = 1 if chunk == capacity else jnp.max(jnp.where(inside, positions, 0)) // chunk + 1
+    return _Slots(jnp.where(inside, positions, capacity), rows, capacity, end)
+
+
+def _layer_axes(config: ModelConfig, transposed: bool) -> Params:
+    """Logical axes of the layers; transposed: a kernel's are (layers, out, in)."""
+
+    def of(path: tuple[Any, ...], names: tuple[str, ...]) -> tuple[str, ...]:
+        return (names[0], *names[:0:-1]) if transposed and path[-1].key == "kernel" else names
+
+    axes = logical_axes(config)["layers"]
+    return jax.tree_util.tree_map_with_path(of, axes, is_leaf=is_names)
+
+
 def forward_with_cache(
     config: ModelConfig,
     params: Params,
@@ -125,29 +175,10 @@ def forward_with_cache(
     out of range is not written. Layers are stacked or split; transposed: kernels are [out, in].
     """
     decoder_graph, block_graph = graphs(config, transposed=transposed)
-    layer_axes = logical_axes(config)["layers"]
-    if transposed:  # (layers, in, out) -> (layers, out, in); scales and biases have one axis beside
-        layer_axes = jax.tree_util.tree_map_with_path(
-            lambda path, names: (names[0], *names[:0:-1]) if path[-1].key == "kernel" else names,
-            layer_axes,
-            is_leaf=is_names,
-        )
-    ropes = rope_tables(config, positions)
-    capacity = cache.values[0].shape[3]
-    chunk = _cache_chunk(capacity)
-    # Out of range goes to M, which mode="drop" drops; a negative index would wrap round instead.
-    inside = (positions >= 0) & (positions < capacity)
-    slots = jnp.where(inside, positions, capacity)
-    end = 1 if chunk == capacity else jnp.max(jnp.where(inside, positions, 0)) // chunk + 1
+    layer_axes, ropes = _layer_axes(config, transposed), rope_tables(config, positions)
+    slots = _slots(positions, cache.values[0].shape[3], rows)
     dtypes = WeightDtypes(jnp.dtype(compute_dtype), jnp.dtype(compute_dtype))
-    places = (jnp.arange(tokens.shape[0]) if rows is None else rows)[:, None]
-
-    def first_chunk(window: int | None) -> Array | int:
-        """The first chunk that one of the rows sees."""
-        if window is None or chunk == capacity:
-            return 0
-        first = jnp.maximum(jnp.min(slots) - window + 1, 0) // chunk
-        return jnp.minimum(first, end - 1)  # where no row is inside, too
+    scores = {"scale": config.score_scale, "softcap": config.attention_softcap}
 
     def block(kind: LayerKind, carry: tuple[Array, Array, Array], xs: tuple[Params, Any]) -> Any:
         (x, keys, values), (layer, index) = carry, xs
@@ -155,26 +186,15 @@ def forward_with_cache(
         module = nnx.merge(block_graph, layer)
         query, key, value = module.project(x, ropes[kind.rope])
         # The whole cache is carried and written in place: stacking it anew would copy it.
-        keys = keys.at[index, places, :, :, slots].set(key.astype(keys.dtype), mode="drop")
-        values = values.at[index, places, :, slots].set(value.astype(values.dtype), mode="drop")
-
-        def part(x: Array, number: Array, axis: int) -> Array:
-            layer = jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
-            slice_ = jax.lax.dynamic_slice_in_dim(layer, number * chunk, chunk, axis)
-            return slice_ if rows is None else jnp.take(slice_, rows, axis=0, mode="clip")
+        places, at = slots.places, slots.at
+        keys = keys.at[index, places, :, :, at].set(key.astype(keys.dtype), mode="drop")
+        values = values.at[index, places, :, at].set(value.astype(values.dtype), mode="drop")
 
         def read(number: Array) -> tuple[Array, Array]:
-            return part(keys, number, 3), part(values, number, 2)
+            return slots.part(keys, index, number, 3), slots.part(values, index, number, 2)
 
-        mixed = cached_attention(
-            query,
-            read,
-            positions,
-            (first_chunk(kind.window), end),
-            scale=config.score_scale,
-            softcap=config.attention_softcap,
-            window=kind.window,
-        )
+        chunks = slots.first(kind.window), slots.end
+        mixed = cached_attention(query, read, positions, chunks, **scores, window=kind.window)
         if config.mixture is None:
             return (module.finish(x, mixed), keys, values), None
         x = module.add_attention(x, mixed)

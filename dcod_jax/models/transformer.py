@@ -254,6 +254,56 @@ def rope_tables(
     return tables
 
 
+def _block(
+    kind: LayerKind,
+    x: Array,
+    layer: Params,
+    *,
+    config: ModelConfig,
+    ropes: dict[Rope | None, Any],
+    segment_ids: Array,
+    run: Callable[..., Any],
+    mesh: Mesh | None,
+    kernel: str,
+) -> tuple[Array, Array | None]:
+    """A layer's output and its routing; run is _with_weights."""
+    graph, axes, experts = graphs(config)[1], logical_axes(config)["layers"], config.mixture
+    x = checkpoint_name(x, remats.BLOCK_INPUT)
+    rope = ropes[kind.rope] or ()
+    heads = run(
+        lambda layer, x, *rope: nnx.merge(graph, layer).project(x, rope or None),
+        layer,
+        axes,
+        ("q_proj", "k_proj", "v_proj"),
+        tuple((_TOKENS, value) for value in (x, *rope)),
+        (_HEADS, _KV_HEADS, _KV_HEADS),
+    )
+    scores = {"scale": config.score_scale, "softcap": config.attention_softcap}
+    where = {"window": kind.window, "mesh": mesh, "kind": kernel}
+    mixed = attention.attention(*heads, segment_ids, **scores, **where)
+    half = "finish" if experts is None else "add_attention"
+    x = run(
+        lambda layer, x, mixed: getattr(nnx.merge(graph, layer), half)(x, mixed),
+        layer,
+        axes,
+        ("o_proj", *(_MLP if experts is None else ())),
+        ((_TOKENS, x), (_HEADS, mixed)),
+        _TOKENS,
+    )
+    routing = None
+    if experts is not None:
+        x, routing = run(
+            functools.partial(apply_experts, graph, mesh),
+            layer,
+            axes,
+            ("router", *_MLP),
+            ((_TOKENS, x), (_TOKENS[:2], segment_ids > 0)),
+            (_TOKENS, _TOKENS),
+            own=True,
+        )
+    return meshes.constrain(x, mesh, "batch", "length", None), routing
+
+
 def hidden_states(
     config: ModelConfig, params: Params, tokens: Int[Array, "B T"], **options: Any
 ) -> Float[Array, "B T D"]:
@@ -295,59 +345,11 @@ def forward(
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     length, inputs = tokens.shape[1], (tokens, segment_ids, positions)
     tokens, segment_ids, positions = (attention.to_pieces(x, mesh, kind=kernel) for x in inputs)
-    decoder_graph, block_graph = graphs(config)
-    layer_axes = logical_axes(config)["layers"]
     ropes = rope_tables(config, positions, segment_ids)
     dtypes = WeightDtypes(jnp.dtype(compute_dtype), jnp.dtype(gradient_dtype or compute_dtype))
     run = functools.partial(_with_weights, dtypes=dtypes, mesh=mesh, placed=placed)
-
-    half, used = "finish", ("o_proj", *_MLP)
-    if config.mixture is not None:
-        half, used = "add_attention", ("o_proj",)
-
-    def block(kind: LayerKind, x: Array, layer: Params) -> tuple[Array, Array | None]:
-        x = checkpoint_name(x, remats.BLOCK_INPUT)
-        rope = ropes[kind.rope] or ()
-        query, key, value = run(
-            lambda layer, x, *rope: nnx.merge(block_graph, layer).project(x, rope or None),
-            layer,
-            layer_axes,
-            ("q_proj", "k_proj", "v_proj"),
-            tuple((_TOKENS, value) for value in (x, *rope)),
-            (_HEADS, _KV_HEADS, _KV_HEADS),
-        )
-        mixed = attention.attention(
-            query,
-            key,
-            value,
-            segment_ids,
-            scale=config.score_scale,
-            softcap=config.attention_softcap,
-            window=kind.window,
-            mesh=mesh,
-            kind=kernel,
-        )
-        x = run(
-            lambda layer, x, mixed: getattr(nnx.merge(block_graph, layer), half)(x, mixed),
-            layer,
-            layer_axes,
-            used,
-            ((_TOKENS, x), (_HEADS, mixed)),
-            _TOKENS,
-        )
-        routing = None
-        if config.mixture is not None:
-            x, routing = run(
-                functools.partial(apply_experts, block_graph, mesh),
-                layer,
-                layer_axes,
-                ("router", *_MLP),
-                ((_TOKENS, x), (_TOKENS[:2], segment_ids > 0)),
-                (_TOKENS, _TOKENS),
-                own=True,
-            )
-        return meshes.constrain(x, mesh, "batch", "length", None), routing
-
+    shared = {"config": config, "ropes": ropes, "segment_ids": segment_ids, "kernel": kernel}
+    block = functools.partial(_block, run=run, mesh=mesh, **shared)
     where = {"mesh": mesh, "length": "length"}
     x = embed(params, tokens, scale=config.embedding_scale, compute_dtype=compute_dtype, **where)
     start, stacked, routed = 0, params["layers"], []
@@ -358,7 +360,7 @@ def forward(
         routed.append(out)
         start += count
     outer = {name: value for name, value in params.items() if name != "layers"}
-    hidden = attention.from_pieces(nnx.merge(decoder_graph, outer).final(x), mesh, length)
+    hidden = attention.from_pieces(nnx.merge(graphs(config)[0], outer).final(x), mesh, length)
     if config.mixture is None:
         return hidden, None
     return hidden, jnp.swapaxes(_joined(routed).sum(2), 0, 1)
@@ -375,21 +377,13 @@ def logits(
     params: Params,
     tokens: Int[Array, "B T"],
     *,
-    segment_ids: Int[Array, "B T"] | None = None,
-    positions: Int[Array, "B T"] | None = None,
     compute_dtype: DTypeLike = jnp.float32,
-    mesh: Mesh | None = None,
+    **options: Any,
 ) -> Float[Array, "B T V"]:
-    """All logits at once, float32: for parity checks and tiny models; training never forms them."""
-    hidden = hidden_states(
-        config,
-        params,
-        tokens,
-        segment_ids=segment_ids,
-        positions=positions,
-        compute_dtype=compute_dtype,
-        mesh=mesh,
-    )
+    """All logits at once, float32, with the options of `forward`: for parity checks and tiny
+    models; training never forms them.
+    """
+    hidden = hidden_states(config, params, tokens, compute_dtype=compute_dtype, **options)
     weight = head_weight(config, params).astype(compute_dtype)
     products = jnp.einsum("btd,vd->btv", hidden, weight, preferred_element_type=jnp.float32)
     return layers.capped(products, config.final_softcap)
