@@ -288,7 +288,8 @@ class Row:
             if texts := raw.thoughts(value, own):
                 self.used.add(own)
                 found[own] = texts
-        if len({" ".join(" ".join(texts).split()) for texts in found.values()}) > 1:
+        differ = len({" ".join(" ".join(texts).split()) for texts in found.values()}) > 1
+        if differ and self.fields.reasoning.policy != "drop":
             raise BadRecordError(
                 f"the reasoning in {' and '.join(found)} differs; prepare.reasoning_field names "
                 "the one that is meant"

@@ -116,8 +116,8 @@ def kind_of(value: object) -> str:
 
 def truth(value: object) -> bool | None:
     """true, 1, "True" and their like, and their opposites; None for what is neither."""
-    words = {"true": True, "yes": True, "1": True, "1.0": True}
-    words |= {"false": False, "no": False, "0": False, "0.0": False}
+    words = dict.fromkeys("true yes y 1 1.0".split(), True)
+    words |= dict.fromkeys("false no n 0 0.0".split(), False)
     known = isinstance(value, bool | int | float | str)
     return words.get(str(value).strip().lower()) if known else None
 
@@ -328,7 +328,8 @@ def _reasoning_of(message: Record, name: str, fields: Fields) -> str:
         if not text and not readable:
             raise BadRecordError(f"{name}.{key} must be a string, found {kind_of(value)}")
     texts = {key: text for key, text in texts.items() if text}
-    if len({" ".join(text.split()) for text in texts.values()}) > 1:
+    differ = len({" ".join(text.split()) for text in texts.values()}) > 1
+    if differ and fields.reasoning.policy != "drop":
         raise BadRecordError(
             f"{name} has different reasoning in {' and '.join(texts)}; "
             "prepare.reasoning_field names the one that is meant"

@@ -38,7 +38,10 @@ _ABOUT = re.compile(
 # Solutions of the data set's own, which are not the teacher's: gt_cot, reference_rationale, ...
 _GIVEN = re.compile(r"(gt|gold|ground_?truth|reference|human|expert|official)_", re.IGNORECASE)
 _ANSWERS = {"<|begin_of_solution|>": "<|end_of_solution|>", "<answer>": "</answer>"}
-_SWITCHES = "on off true false yes no none low medium high auto enabled disabled".split()
+_SWITCHES = (
+    "on off true false yes no none low medium high auto enabled disabled minimal max xhigh default "
+    "think no_think thinking nan null n/a"
+).split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +64,14 @@ class Reasoning:
         """
         text, reasoning = self.complete(text), self._bare(reasoning, text)
         own, answer = split(text)
+        if self.policy == "drop":
+            found = reasoning.strip() or _BLOCK.search(text)
+            return _BLOCK.sub("", text).lstrip("\n") if found else text
         if reasoning.strip() and own.strip() and own.split() != reasoning.split():
             raise DcodError(
                 "the completion holds reasoning, and so does a field beside it, and they differ; "
                 "set prepare.reasoning_field to the one that is meant, or take one out"
             )
-        if self.policy == "drop":
-            found = reasoning.strip() or _BLOCK.search(text)
-            return _BLOCK.sub("", text).lstrip("\n") if found else text
         if own.strip() or not reasoning.strip():
             return text
         return f"{self.opening}{reasoning.strip()}{self.closing}{answer.lstrip()}"

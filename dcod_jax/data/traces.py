@@ -28,6 +28,7 @@ from dcod_jax.files import NO_HUB_ID, Path, as_path, find, why_no_hub_id
 _SUFFIXES = f"{', '.join(lines.SUFFIXES)}, each also .gz, .bz2, .xz or .zst, or .parquet or .arrow"
 _TABLES = (".parquet", ".arrow")
 _SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk leaves
+_INFO = ("dataset_info.json", "dataset_infos.json")  # beside files of the hub
 # Directories of other things, by a file in them.
 _OTHERS = {"*.array_record": "a prepared dataset (data.dataset)", "*.safetensors": "a model"}
 LONGEST = 8 << 20  # bytes of a record
@@ -107,11 +108,7 @@ def _directory(path: Path, *, split: str, key: str) -> list[Source]:
             raise DcodError(f"{key}: {path} is {what}, and holds no raw traces")
     if any((path / name).is_file() for name in _SAVED):
         return [Source("saved", str(path), split)]
-    files = sorted(
-        p
-        for p in path.rglob("*")
-        if (lines.is_records(p.name) or p.suffix.lower() in _TABLES) and p.is_file()
-    )
+    files = sorted(p for p in path.rglob("*") if _is_traces(p, path) and p.is_file())
     of_split = re.compile(rf"(.*[-_.])?{re.escape(split)}")  # train-00000-of-00002, x_train
     named = [p for p in files if of_split.match(p.stem) or p.parent.name == split]
     if not files:
@@ -120,6 +117,13 @@ def _directory(path: Path, *, split: str, key: str) -> list[Source]:
             f"{_SUFFIXES}"
         )
     return [_file(p, key=key) for p in (named or files)]
+
+
+def _is_traces(file: Path, directory: Path) -> bool:
+    """Whether a file of a directory is of traces: hidden ones and what a hub adds are not."""
+    named = lines.is_records(file.name) or file.suffix.lower() in _TABLES
+    hidden = any(part.startswith(".") for part in str(file.relative_to(directory)).split("/"))
+    return named and not hidden and file.name not in _INFO
 
 
 def describe(sources: Sequence[Source]) -> list[dict[str, Any]]:

@@ -310,6 +310,13 @@ def test_upper_case_in_a_files_name_does_not_matter(tmp_path, name) -> None:
     assert len(read(path)) == len(read(tmp_path)) == 1
 
 
+def test_hidden_files_and_what_a_hub_adds_are_no_traces(tmp_path) -> None:
+    for name in ("t.jsonl", "._t.jsonl", ".cache/t.jsonl", "dataset_infos.json", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(GOOD if name == "t.jsonl" else b"{}")
+    assert len(read(tmp_path)) == 1
+
+
 def test_a_bad_record_in_a_packed_file_is_named(tmp_path) -> None:
     path = pack(tmp_path / "t.jsonl.gz", GOOD + b'{"prompt": "p", "completion": "c')
     with pytest.raises(DcodError, match=r"t.jsonl.gz:2: truncated JSON"):

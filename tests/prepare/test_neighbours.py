@@ -183,7 +183,8 @@ DROPPED = {
         {"prompt": ASKED, "outputs": [{"text": SAID}], "is_correct": [False]},
         *(ENDED | {name: word} for name, word in (
             ("correct", "incorrect"), ("correctness", "wrong"), ("passed", "fail"),
-            ("verified", "unverified"), ("judgement", "wrong"), ("r1_correctness", "False"))),
+            ("verified", "unverified"), ("is_correct", "N"), ("judgement", "wrong"),
+            ("r1_correctness", "False"))),
         *(ENDED | {name: True} for name in ("incorrect", "is_wrong", "wrong", "failed")),
         *(ENDED | {name: False} for name in ("kto_tag", "success", "answer_correct")),
         ENDED | {"metadata": {"is_correct": False}},
@@ -222,6 +223,7 @@ def test_neighbours_of_the_cases_are_dropped(why) -> None:
     ]
     whole += [ENDED | {"stop_reason": "###"}, ENDED | {"label": 0}, ENDED | {"correct": 1}]
     whole += [ENDED | {"correctness": 3}, ENDED | {"wrong": False}, ENDED | {"correct": "right"}]
+    whole += [ENDED | {"reasoning": word} for word in ("minimal", "no_think")]
     whole += [ENDED | {"stats": {"correct": 0, "total": 8}}, ENDED | {"reasoning_type": "by hand"}]
     assert texts(whole) == [(ASKED, SAID)] * len(whole)
 
@@ -271,6 +273,10 @@ def test_neighbours_of_the_cases_are_refused(record, changes, message) -> None:
 def test_what_may_be_reasoning_is_left_out_where_reasoning_is() -> None:
     dropped = {"reasoning": Reasoning("drop")}
     assert texts([ENDED | {"cot": THOUGHT}], **dropped) == [(ASKED, SAID)]
+    several = [ENDED | {"reasoning": THOUGHT, "thinking": "Other."}]
+    several += [ENDED | {"completion": WHOLE, "reasoning": "Other words."}]
+    several += [{"messages": [USER, PLAIN_TURN | {"reasoning": THOUGHT, "thinking": "Other."}]}]
+    assert texts(several, **dropped) == [(ASKED, SAID)] * 3  # which of them is meant is no matter
     twice = {
         "prompt": ASKED,
         "completion": f"{WHOLE[: -len(SAID)]}<think>\nagain\n</think>\n{SAID}",
