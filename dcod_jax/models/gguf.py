@@ -17,7 +17,7 @@ from dcod_jax.errors import DcodError
 from dcod_jax.files import Location, Path, as_path
 from dcod_jax.models import config as configs
 from dcod_jax.models.config import ModelConfig
-from dcod_jax.models.gguf_metadata import LONG, SHORT, raw_config
+from dcod_jax.models.gguf_metadata import BESIDE, raw_config
 from dcod_jax.models.tensors import Part, Slot, assemble, shardings_of, slots
 from dcod_jax.types import Params
 
@@ -122,14 +122,14 @@ def read_gguf(
     """(config, params) of a GGUF file, dequantised, sharded over mesh if one is given.
 
     Raises DcodError for another architecture or quantisation, for metadata that cannot be honoured
-    exactly, and for tensors that are missing or unknown (rope_freqs of Llama 3.1 among them).
+    exactly, and for tensors that are missing or unknown.
     """
     opened = open_gguf(file)
     path = opened.path
     config, tensors = _read_head(opened)
     expected = {slot.name: slot for slot in slots(config, "gguf")}
-    longrope = any(kind.rope and kind.rope.switches_at for kind in config.layer_kinds)
-    beside = {LONG, SHORT} if longrope else set()
+    ropes = [kind.rope.kind for kind in config.layer_kinds if kind.rope]
+    beside = set().union(*(BESIDE.get(rope, set()) for rope in ropes))
     for name in sorted(expected.keys() ^ (tensors.keys() - beside)):
         state = "missing" if name in expected else "not part of this architecture here"
         raise DcodError(f"{path}: tensor {name} is {state}; use the HF directory of this model")

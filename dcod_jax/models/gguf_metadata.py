@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dcod_jax.errors import DcodError
+from dcod_jax.models import rope
 from dcod_jax.models.families import FAMILIES, Raw
 
 # (general.architecture, whether it has experts) -> model_type
@@ -17,6 +18,8 @@ ARCHITECTURES = {
     for name in family.gguf
 }
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+FREQS = "rope_freqs.weight"  # what llama.cpp divides each frequency by
+BESIDE = {"longrope": {LONG, SHORT}, "llama3": {FREQS}}  # tensors that say a rope of this kind
 
 # Key below the architecture -> the HF key of the same meaning, where HF has one for the family.
 _SAME = {
@@ -85,12 +88,14 @@ def raw_config(
 ) -> Raw:
     """The config.json of a file with these metadata and tensors (name -> shape).
 
-    factors reads one of the two tensors of longrope. Raises DcodError for another architecture, a
+    factors reads a tensor of BESIDE. Raises DcodError for another architecture, a
     missing key, and metadata that cannot be honoured exactly.
     """
     architecture, model_type = _model_type(get, path)
     family, ropes = FAMILIES[model_type], _ropes(architecture, get, shapes, factors)
     values = _values(architecture, model_type, get, scaled=bool(ropes), path=path)
+    if architecture == "llama" and FREQS in shapes:
+        ropes = {"rope_scaling": _llama3(factors(FREQS), values.get("rope_theta", 1e4), path)}
     stops = [get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
     stops = list(dict.fromkeys(stop for stop in stops if stop is not None))
     raw = {
@@ -210,3 +215,21 @@ def _ropes(
     if architecture == "gemma3" and get(f"{scaling}.type") == "linear":
         return {"rope_scaling": {"rope_type": "linear", "factor": _short(get(f"{scaling}.factor"))}}
     return {}
+
+
+def _llama3(given: list[float], theta: float, path: object) -> Raw:
+    """The rope of Llama 3.1 and later, whose factors these are; their lengths are one and all."""
+    length, dims = 8192, 2 * len(given)
+    size, source = {"head_dim": dims, "max_position_embeddings": length}, f"{path}: {FREQS}"
+    scaling = {"rope_type": "llama3", "factor": _short(max(given)), "low_freq_factor": 1.0}
+    scaling |= {"high_freq_factor": 4.0, "original_max_position_embeddings": length}
+    plain, scaled = (
+        np.array(rope.frequencies(rope.read(one, size, fraction=1.0, source=source), dims))
+        for one in ({"rope_theta": theta}, {"rope_theta": theta, **scaling})
+    )
+    if not np.allclose(plain / scaled, given, rtol=1e-4):
+        raise DcodError(
+            f"{path}: {FREQS} are not the factors of Llama 3.1 (of {length} positions, wavelengths "
+            f"up to a fourth of them kept); use the HF directory of this model"
+        )
+    return scaling

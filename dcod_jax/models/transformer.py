@@ -270,7 +270,7 @@ def _block(
     graph, axes, experts = graphs(config)[1], logical_axes(config)["layers"], config.mixture
     x = checkpoint_name(x, remats.BLOCK_INPUT)
     rope = ropes[kind.rope] or ()
-    heads = run(
+    query, key, value = run(
         lambda layer, x, *rope: nnx.merge(graph, layer).project(x, rope or None),
         layer,
         axes,
@@ -280,7 +280,7 @@ def _block(
     )
     scores = {"scale": config.score_scale, "softcap": config.attention_softcap}
     where = {"window": kind.window, "mesh": mesh, "kind": kernel}
-    mixed = attention.attention(*heads, segment_ids, **scores, **where)
+    mixed = attention.attention(query, key, value, segment_ids, **scores, **where)
     half = "finish" if experts is None else "add_attention"
     x = run(
         lambda layer, x, mixed: getattr(nnx.merge(graph, layer), half)(x, mixed),

@@ -146,6 +146,10 @@ def write_gguf(
     if getattr(config, "head_dim", None):
         writer.add_key_length(config.head_dim)
     add_family(writer, config, rope)
+    if rope["rope_type"] == "llama3":
+        scaled = pair.model.model.rotary_emb.inv_freq.numpy()
+        plain = rope["rope_theta"] ** (-np.arange(len(scaled)) / len(scaled))
+        writer.add_tensor("rope_freqs.weight", (plain / scaled).astype(np.float32))
     for key, value in (metadata or {}).items():
         writer.add_key_value(key, value, package.GGUFValueType.STRING)
     for key, value in (ids or {}).items():

@@ -47,6 +47,15 @@ LONGROPE = {
         **FACTORS,
     },
 }
+# Of these four frequencies the last is divided by the whole factor.
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 GRANITE = {
     "attention_multiplier": 0.25,
     "embedding_multiplier": 12.0,
@@ -59,6 +68,7 @@ EXPERTS = {"num_experts": 3, "num_local_experts": 3, "num_experts_per_tok": 2}
 @pytest.mark.parametrize(
     ("model_type", "more"),
     [
+        ("llama", {"rope_parameters": LLAMA3, "max_position_embeddings": 16384}),
         ("gemma", {"head_dim": 16}),
         ("gemma2", GEMMA),
         ("gemma3_text", {**GEMMA, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
@@ -141,7 +151,8 @@ def test_quantised_tensors_are_dequantised_and_unpermuted(pair, tmp_path):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"extra": {"rope_freqs.weight": np.ones(4, np.float32)}}, r"rope_freqs\.weight"),
+        ({"extra": {"rope_freqs.weight": np.float32([1, 1, 2, 8])}}, r"are not the factors of"),
+        ({"extra": {"rope_other.weight": np.ones(4, np.float32)}}, r"rope_other\.weight"),
         ({"drop": ["blk.1.ffn_up.weight"]}, r"blk\.1\.ffn_up\.weight is missing"),
         ({"drop": ["token_embd.weight"]}, r"token_embd\.weight is missing"),
         ({"metadata": {"llama.rope.scaling.type": "yarn"}}, r"rope\.scaling\.type='yarn'"),

@@ -118,6 +118,7 @@ def check_scores(place, config):
     wanted = torch_logprobs(place / "teacher", trace.token_ids)[:, :valid]
     wanted = wanted - np.log(np.exp(wanted).sum(-1, keepdims=True))
     wanted = wanted[np.flatnonzero(trace.completion_mask) - 1]
+    assert trace.logprobs is not None
     np.testing.assert_array_equal(trace.topk_ids, np.argsort(-wanted, axis=-1)[:, :6])
     at = np.arange(len(wanted)), trace.token_ids[trace.completion_mask]
     np.testing.assert_allclose(trace.logprobs, wanted[at], atol=1e-4)
