@@ -122,7 +122,7 @@ def _directory(path: Path, *, split: str, key: str) -> list[Source]:
 def _is_traces(file: Path, directory: Path) -> bool:
     """Whether a file of a directory is of traces: hidden ones and what a hub adds are not."""
     named = lines.is_records(file.name) or file.suffix.lower() in _TABLES
-    hidden = any(part.startswith(".") for part in str(file.relative_to(directory)).split("/"))
+    hidden = "/." in str(file).removeprefix(str(directory))
     return named and not hidden and file.name not in _INFO
 
 
