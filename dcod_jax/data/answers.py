@@ -177,8 +177,7 @@ def _choice(choice: Record, name: str, fields: Fields) -> RawTrace:
         raise BadRecordError(f"{name} is a piece of a streamed answer; join the pieces to messages")
     if message is None and text is None:
         raise BadRecordError(f"{name} must have a message or a text")
-    own = {key: choice[key] for key in raw.REASONING_KEYS if choice.get(key)}
-    given = {"role": "assistant", **(message or {"content": text, **own})}
+    given = raw.with_own_reasoning({"role": "assistant", **(message or {"content": text})}, choice)
     spoken = [given.get(key) for key in ("content", *raw.REASONING_KEYS, "tool_calls")]
     if choice.get("error"):  # OpenRouter: the provider failed on the way
         return RawTrace([], failed=f"{name} failed: {str(choice['error'])[:200]}")

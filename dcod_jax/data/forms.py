@@ -115,7 +115,8 @@ def _said(row: Row, item: Any, name: str, thought: str) -> tuple[Turns, Record]:
     if ids and logprobs and len(ids) == len(logprobs):
         logprobs = [_position_logprob(e, t) for e, t in zip(logprobs, ids, strict=True)]
         item = item | {"logprobs": logprobs}
-    given = {k: v for k, v in inner.items() if k not in (*_TEXTS, *_OWN)}
+    given = raw.with_own_reasoning(inner, item)
+    given = {k: v for k, v in given.items() if k not in (*_TEXTS, *_OWN)}
     said = given | {"role": "assistant", "content": inner[key]}
     message = raw.read_message(said, name, row.fields)
     turns = row.with_reasoning(Turns([message]), thought)

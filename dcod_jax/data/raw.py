@@ -116,7 +116,7 @@ def kind_of(value: object) -> str:
 
 def truth(value: object) -> bool | None:
     """true, 1, "True" and their like, and their opposites; None for what is neither."""
-    words = dict.fromkeys("true yes y 1 1.0".split(), True)
+    words: dict[str, bool] = dict.fromkeys("true yes y 1 1.0".split(), True)
     words |= dict.fromkeys("false no n 0 0.0".split(), False)
     known = isinstance(value, bool | int | float | str)
     return words.get(str(value).strip().lower()) if known else None
@@ -335,6 +335,13 @@ def _reasoning_of(message: Record, name: str, fields: Fields) -> str:
             "prepare.reasoning_field names the one that is meant"
         )
     return next(iter(texts.values()), "")
+
+
+def with_own_reasoning(message: Message, beside: Record) -> Message:
+    """A message with the reasoning that is beside it in its choice or object."""
+    if any(message.get(key) for key in REASONING_KEYS):
+        return message
+    return message | {key: beside[key] for key in REASONING_KEYS if beside.get(key)}
 
 
 def fold(text: str, reasoning: str, name: str, fields: Fields) -> str:

@@ -20,7 +20,7 @@ _CUT_OFF = re.compile(
 )
 _WHOLE = re.compile("stop|eos|end|complete|finish|tool|function|done|succe")
 # Names of columns and keys, as `plain` writes them: finish_reasons is finishreasons.
-_FINISH = re.compile(r".*finishreasons?|donereason|stopreason|stoptype|status")
+_FINISH = re.compile(r"(.*finish|done|stop)reasons?|stoptypes?|status")
 _KNOWN_WORDS = re.compile(r"finishreasons?|donereason")  # the others may hold anything
 _COMPLETE = re.compile(
     r"(is|was|has)?(reasoning|generation|response|completion|output)?(complete|completed|finished|done)"
@@ -30,7 +30,7 @@ _CUT = re.compile(
     r"(is|was|got)?(truncated|truncation|cutoff|incomplete|unfinished|overlong)|stoppedlimit|"
     rf"(hit|reached|exceeded|exceeds){_LIMIT}.*|{_LIMIT}.*(hit|reached|exceeded)"
 )
-_OF = "(is|was|all|answer|final|response|solution|generation|completion|output|model|r1)*"
+_OF = "(is|was|all|answer|final|response|solution|generation|completion|output|model|tests?|r1)*"
 _RIGHT = re.compile(
     rf"{_OF}(correct|correctness|verified|passed|verdict|judge?ment|mathverify)(mathverify|llama)?"
 )
