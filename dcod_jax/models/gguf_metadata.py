@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from dcod_jax.bounds import check
 from dcod_jax.errors import DcodError
 from dcod_jax.models import rope
+from dcod_jax.models.config import BOUNDS
 from dcod_jax.models.families import FAMILIES, Raw
 
 # (general.architecture, whether it has experts) -> model_type
@@ -49,6 +51,7 @@ _REQUIRED = (
     *("embedding_length", "feed_forward_length", "block_count", "attention.head_count"),
     *("context_length", "attention.layer_norm_rms_epsilon"),
 )
+_SIZES = "hidden_size num_hidden_layers num_attention_heads head_dim rope_theta".split()
 # Key -> the values under which the model computed here is llama.cpp's.
 _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "rope.scaling.type": (None, "none"),
@@ -94,8 +97,6 @@ def raw_config(
     architecture, model_type = _model_type(get, path)
     family, ropes = FAMILIES[model_type], _ropes(architecture, get, shapes, factors)
     values = _values(architecture, model_type, get, scaled=bool(ropes), path=path)
-    if architecture == "llama" and FREQS in shapes:
-        ropes = {"rope_scaling": _llama3(factors(FREQS), values.get("rope_theta", 1e4), path)}
     stops = [get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
     stops = list(dict.fromkeys(stop for stop in stops if stop is not None))
     raw = {
@@ -113,7 +114,11 @@ def raw_config(
         "pad_token_id": get("tokenizer.ggml.padding_token_id"),
         **ropes,
     }
+    check(raw, {key: BOUNDS[key] for key in _SIZES}, source=path)
     head_dim = raw["head_dim"] or raw["hidden_size"] // raw["num_attention_heads"]
+    if architecture == "llama" and FREQS in shapes:
+        given = factors(FREQS) if shapes[FREQS] == (head_dim // 2,) else []
+        raw["rope_scaling"] = _llama3(given, head_dim, raw["rope_theta"], path)
     if "query_pre_attn_scalar" in family.keys:
         raw["query_pre_attn_scalar"] = _query_scalar(raw, head_dim)
     if "attention_multiplier" in family.keys:
@@ -124,9 +129,9 @@ def raw_config(
         raw["sliding_window"] = raw["sliding_window"] or None
     rotated = get(f"{architecture}.rope.dimension_count")
     if rotated is not None and rotated != head_dim:
-        if not family.phi3_rope:
+        if not family.phi3_rope or not isinstance(rotated, int):
             raise DcodError(
-                f"{path}: {architecture}.rope.dimension_count={rotated} is not supported "
+                f"{path}: {architecture}.rope.dimension_count={rotated!r} is not supported "
                 f"(supported: the head size, {head_dim})"
             )
         raw["partial_rotary_factor"] = rotated / head_dim
@@ -217,17 +222,18 @@ def _ropes(
     return {}
 
 
-def _llama3(given: list[float], theta: float, path: object) -> Raw:
-    """The rope of Llama 3.1 and later, whose factors these are; their lengths are one and all."""
-    length, dims = 8192, 2 * len(given)
-    size, source = {"head_dim": dims, "max_position_embeddings": length}, f"{path}: {FREQS}"
-    scaling = {"rope_type": "llama3", "factor": _short(max(given)), "low_freq_factor": 1.0}
+def _llama3(given: list[float], head_dim: int, theta: float, path: object) -> Raw:
+    """The rope of Llama 3.1 and later, whose factors these are; they differ in the largest only."""
+    length, source = 8192, f"{path}: {FREQS}"
+    size = {"head_dim": head_dim, "max_position_embeddings": length}
+    largest = _short(max(given, default=1.0))
+    scaling = {"rope_type": "llama3", "factor": largest, "low_freq_factor": 1.0}
     scaling |= {"high_freq_factor": 4.0, "original_max_position_embeddings": length}
     plain, scaled = (
-        np.array(rope.frequencies(rope.read(one, size, fraction=1.0, source=source), dims))
+        np.array(rope.frequencies(rope.read(one, size, fraction=1.0, source=source), head_dim))
         for one in ({"rope_theta": theta}, {"rope_theta": theta, **scaling})
     )
-    if not np.allclose(plain / scaled, given, rtol=1e-4):
+    if len(given) != len(plain) or not np.allclose(plain / scaled, given, rtol=1e-4):
         raise DcodError(
             f"{path}: {FREQS} are not the factors of Llama 3.1 (of {length} positions, wavelengths "
             f"up to a fourth of them kept); use the HF directory of this model"

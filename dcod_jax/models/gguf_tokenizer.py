@@ -131,7 +131,7 @@ def export_tokenizer(file: Location, directory: Location) -> PreTrainedTokenizer
 def _values(file: GgufFile) -> dict[str, Any]:
     """The checked metadata of the tokenizer, by their names below tokenizer.ggml."""
     model, pre = (file.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
-    if model != "llama" and (model != "gpt2" or pre not in BYTE_LEVEL):
+    if model != "llama" and (model != "gpt2" or pre not in list(BYTE_LEVEL)):
         raise DcodError(
             f"{file.path}: tokenizer.ggml.model={model!r} with tokenizer.ggml.pre={pre!r} is not "
             f"supported (supported: llama, and gpt2 with {', '.join(sorted(BYTE_LEVEL))}); "

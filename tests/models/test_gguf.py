@@ -16,6 +16,8 @@ from gguf_writer import write_gguf
 
 from dcod_jax.errors import DcodError
 from dcod_jax.models import gguf, hf, transformer
+from dcod_jax.models.config import from_hf
+from dcod_jax.models.gguf_metadata import raw_config
 from dcod_jax.models.rope import frequencies
 from dcod_jax.models.tensors import flatten
 
@@ -110,6 +112,43 @@ def _assert_same_rope(one, other):
         for beyond in (False, True):
             pair = (frequencies(rope, 8, beyond=beyond) for rope in (one, other))
             np.testing.assert_allclose(*pair, rtol=1e-6)
+
+
+WRONG = {
+    "attention.head_count": (0, "4", [4], 0.5),
+    "attention.key_length": (7, "8", [8]),
+    "embedding_length": ("32", [32]),
+    "block_count": (0, "x", [1]),
+    "rope.freq_base": ("x", [1.0]),
+    "rope.dimension_count": ("8", [8]),
+    "expert_count": ("x", [4]),
+    "general.architecture": (["llama"], 3, None),
+}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_metadata_of_a_wrong_kind_are_refused(key):
+    good = {
+        "general.architecture": "llama",
+        "llama.embedding_length": 32,
+        "llama.feed_forward_length": 48,
+        "llama.block_count": 1,
+        "llama.attention.head_count": 4,
+        "llama.context_length": 64,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    }
+    shapes = {"token_embd.weight": (16, 32), "rope_freqs.weight": (4,)}
+
+    def read(**changes):
+        own = good | changes
+        raw = raw_config(own.get, shapes, lambda name: [1.0, 1.0, 1.0, 1.0], path="m.gguf")
+        return from_hf(raw, source="m.gguf")
+
+    assert read().head_dim == 8
+    for value in WRONG[key]:
+        name = key if key.startswith("general") else f"llama.{key}"
+        with pytest.raises(DcodError, match=r"m\.gguf"):
+            read(**{name: value})
 
 
 @pytest.mark.parametrize("pair", ["llama"], indirect=True)
