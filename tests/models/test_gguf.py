@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import types
+from typing import Any
 
 import family_models
 import gguf as package
@@ -114,7 +115,7 @@ def _assert_same_rope(one, other):
             np.testing.assert_allclose(*pair, rtol=1e-6)
 
 
-WRONG = {
+WRONG: dict[str, tuple[Any, ...]] = {
     "attention.head_count": (0, "4", [4], 0.5),
     "attention.key_length": (7, "8", [8]),
     "embedding_length": ("32", [32]),
@@ -128,7 +129,7 @@ WRONG = {
 
 @pytest.mark.parametrize("key", WRONG)
 def test_metadata_of_a_wrong_kind_are_refused(key):
-    good = {
+    good: dict[str, Any] = {
         "general.architecture": "llama",
         "llama.embedding_length": 32,
         "llama.feed_forward_length": 48,
@@ -139,7 +140,7 @@ def test_metadata_of_a_wrong_kind_are_refused(key):
     }
     shapes = {"token_embd.weight": (16, 32), "rope_freqs.weight": (4,)}
 
-    def read(**changes):
+    def read(**changes: Any):
         own = good | changes
         raw = raw_config(own.get, shapes, lambda name: [1.0, 1.0, 1.0, 1.0], path="m.gguf")
         return from_hf(raw, source="m.gguf")
@@ -190,7 +191,10 @@ def test_quantised_tensors_are_dequantised_and_unpermuted(pair, tmp_path):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"extra": {"rope_freqs.weight": np.float32([1, 1, 2, 8])}}, r"are not the factors of"),
+        (
+            {"extra": {"rope_freqs.weight": np.array([1, 1, 2, 8], np.float32)}},
+            r"are not the factors",
+        ),
         ({"extra": {"rope_other.weight": np.ones(4, np.float32)}}, r"rope_other\.weight"),
         ({"drop": ["blk.1.ffn_up.weight"]}, r"blk\.1\.ffn_up\.weight is missing"),
         ({"drop": ["token_embd.weight"]}, r"token_embd\.weight is missing"),
