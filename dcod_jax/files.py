@@ -148,10 +148,22 @@ def atomic_write(path: Path) -> Iterator[pathlib.Path]:
         return
     temporary = _temporary(path)
     try:
-        yield temporary
-        _commit(temporary, path)
+        with naming(path):
+            yield temporary
+            _commit(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """The system's refusal of a write names no file: that of the body names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def _temporary(path: pathlib.Path) -> pathlib.Path:
@@ -179,7 +191,8 @@ def replace_file(path: Path, content: bytes) -> None:
         with atomic_write(path) as temporary:
             temporary.write_bytes(content)
     except OSError as error:
-        raise DcodError(f"cannot write {path}: {error}; free space and run it again") from error
+        why = error.strerror or error
+        raise DcodError(f"cannot write {path}: {why}; free space and run it again") from error
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import hashlib
 import json
@@ -125,6 +126,8 @@ def _acquire(path: pathlib.Path, held: list[int], *, what: str, shared: bool) ->
             )
         os.write(held[0], _line())
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # the lock is held, and names no holder
+            return
         log.warning("%s: this file system has no locks (%s); start one process alone", path, error)
 
 

@@ -36,6 +36,7 @@ from dcod_jax.files import (
     file_entry,
     file_sha256,
     file_size,
+    naming,
     publish,
     read_json,
     recover,
@@ -86,7 +87,7 @@ def export(config: Any) -> Path:
         merged=not config.export.adapter,
     )
     dtype = "float32" if model_config.lora else config.export.dtype
-    with locked(path.with_name(f".{path.name}.lock"), what=f"export.path={path}"):
+    with locked(path.with_name(f".{path.name}.lock"), what=f"export.path={path}"), naming(path):
         checks = export_model(
             params,
             model_config,

@@ -15,7 +15,7 @@ from dcod_jax.data.tokenizer import load_tokenizer
 from dcod_jax.errors import DcodError
 from dcod_jax.export.check import check_small
 from dcod_jax.export.command import write_small
-from dcod_jax.files import Path, as_path, publish, scratch
+from dcod_jax.files import Path, as_path, naming, publish, scratch
 from dcod_jax.init_student import prune
 from dcod_jax.init_student.activations import mean_activations, texts_of
 from dcod_jax.models import hf
@@ -46,7 +46,7 @@ def init_student(args: argparse.Namespace) -> Path:
     texts = texts_of(args.data, args.traces, before, tokenizer) if args.data else []
     config, params = _pruned(args, *hf.load_model(source, dtype=jnp.dtype(dtype)), layers, texts)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with scratch(out.parent) as directory:
+    with naming(out), scratch(out.parent) as directory:
         made = directory / "model"
         hf.save_params(made, config, params, dtype=dtype, max_shard_bytes=MAX_SHARD_BYTES)
         write_small(made, config, source, tokenizer, OWN, dtype=dtype, base="")

@@ -36,6 +36,7 @@ from dcod_jax.files import (
     as_path,
     file_sha256,
     move_tree,
+    naming,
     publish,
     remove_tree,
     unfinished,
@@ -234,6 +235,7 @@ def _write_dataset(config: Any, root: Path) -> None:
     shown = config.train.progress and total > 0
     # What is no Unicode stays the JSON escape that it was in the traces.
     with (
+        naming(root),
         dropped.open("w", encoding="utf-8", errors="backslashreplace") as quarantine,
         track(f"preparing {root.name}", total, unit="records", enabled=shown) as advance,
     ):

@@ -26,7 +26,7 @@ from dcod_jax import config as configs
 from dcod_jax.bounds import check, mapping, number, optional, text, whole
 from dcod_jax.configs.study import study_keys
 from dcod_jax.errors import DcodError
-from dcod_jax.files import from_json
+from dcod_jax.files import from_json, naming
 
 MAIN = "main"  # the condition whose learning rates the others take over, where it has the arm
 # Keys that say where things are or what else is run, not what a run is.
@@ -125,7 +125,7 @@ class Results:
         """Write one line, forced to the disk; a torn line before it is cut off."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(line, sort_keys=True, allow_nan=False) + "\n"
-        with open(self.path, "ab+") as file:
+        with naming(self.path), open(self.path, "ab+") as file:
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
             file.write(text.encode())
