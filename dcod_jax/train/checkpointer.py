@@ -48,7 +48,9 @@ _RUN |= {"config": mapping({"student": optional(mapping(_STUDENT))})}
 _RUN |= {"progress": mapping(_PROGRESS)}
 REMOVED = ".removed"  # beside the steps: those that are no longer kept, until they are gone
 # What Orbax warns of at each save of a local checkpoint, and at each without held-out metrics.
+# And what it logs, with a traceback, of an error that the next save or wait raises.
 EXPECTED_WARNINGS = ("primary_host=None", "did not provide metrics")
+EXPECTED_WARNINGS += ("_SignalingThread.run() raised an exception",)
 # Orbax asks for them at each save, for a log line; tensorstore 0.1 frees none, 50 KB a save.
 tensorstore.experimental_collect_matching_metrics = lambda *_: []
 

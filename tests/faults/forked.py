@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import fcntl
 import importlib
+import logging
 import multiprocessing
 import os
 import resource
@@ -73,6 +74,7 @@ def perform(verb: str, words: list[str], output: Connection, home: str, fault: F
     for descriptor in (1, 2):
         os.dup2(output.fileno(), descriptor)
     changes: list[str] = []
+    logging.getLogger().handlers.clear()  # of what was imported before the verb's own
     _arm(fault, home, changes)
     try:
         cli.run(verb, words)
