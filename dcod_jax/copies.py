@@ -12,8 +12,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-
-import numpy as np
+from typing import Any
 
 from dcod_jax.bounds import check, text
 from dcod_jax.errors import DcodError
@@ -123,8 +122,10 @@ def local_directory(
     return copies
 
 
-def read_arrays(path: Path, *, mend: str) -> dict[str, np.ndarray]:
+def read_arrays(path: Path, *, mend: str) -> dict[str, Any]:
     """{name: array} of an .npz file; a DcodError for what is none ends in `mend`."""
+    import numpy as np  # which a verb's --help does not load
+
     try:
         with local_copy(path).open("rb") as file, np.load(file) as arrays:
             return dict(arrays)
