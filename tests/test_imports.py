@@ -27,7 +27,7 @@ LEVELS = """
     models.gguf_metadata models.gguf models.gguf_tokenizer models.hf
     data.template_process data.templates data.tokenizer data.turns data.chat data.conversation
     sample.stop_strings sample.sampling sample.decoding sample.sampler
-    evaluate.numerals evaluate.spelling evaluate.algebra evaluate.units evaluate.regions
+    evaluate.numerals evaluate.spelling evaluate.operations evaluate.algebra evaluate.units evaluate.regions
     evaluate.parts evaluate.equality evaluate.prose evaluate.expressions evaluate.answers
     evaluate.benchmarks evaluate.options evaluate.grading evaluate.problems evaluate.prompts
     evaluate.generations evaluate.statistics evaluate.metrics

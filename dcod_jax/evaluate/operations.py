@@ -1,0 +1,123 @@
+"""Operations on numbers that stay exact where they can: powers, roots, binomials, logarithms.
+
+Sizes are bounded. Standard library only.
+"""
+
+from __future__ import annotations
+
+import cmath
+import fractions
+import math
+import operator
+from collections.abc import Callable
+
+Value = fractions.Fraction | complex
+
+MAX_BITS = 20_000  # of an exact power
+MAX_TERMS = 1_000  # of a sum or product
+EXACT = 1e-11  # values that differ by less, relatively, are equal
+
+
+class UnknownError(Exception):
+    """What stands here is not understood, or has no value."""
+
+
+def whole(value: Value) -> int:
+    if isinstance(value, fractions.Fraction) and value.denominator == 1:
+        return value.numerator
+    raise UnknownError
+
+
+def real(value: Value) -> fractions.Fraction | float:
+    if isinstance(value, fractions.Fraction):
+        return value
+    if abs(value.imag) > EXACT * abs(value.real):
+        raise UnknownError
+    return value.real
+
+
+def _root(value: fractions.Fraction, degree: int) -> Value:
+    """The real root where there is one, exact where it is rational."""
+    if value < 0 and degree % 2:
+        return -_root(-value, degree)
+    if value >= 0 and degree <= 64:
+        parts = [round(int(n) ** (1 / degree)) if n < 1 << 1000 and degree > 2 else math.isqrt(n)
+                 for n in (value.numerator, value.denominator)]  # fmt: skip
+        found = fractions.Fraction(*parts) if parts[1] else None
+        if found is not None and found**degree == value:
+            return found
+    return complex(value) ** (1 / degree)
+
+
+def power(base: Value, exponent: Value) -> Value:
+    if not isinstance(exponent, fractions.Fraction):
+        return complex(base) ** complex(exponent)
+    power, degree = exponent.numerator, exponent.denominator
+    if not isinstance(base, fractions.Fraction):
+        base = complex(base)
+        if degree > 1 and degree % 2 and not base.imag and base.real < 0:  # the real root
+            return complex(-((-base.real) ** (1 / degree))) ** power
+        return base ** (power if degree == 1 else complex(exponent))
+    size = max(base.numerator.bit_length(), base.denominator.bit_length())
+    if size > 1 and (size * abs(power) > MAX_BITS or degree > 64):
+        return complex(base) ** complex(exponent)
+    return (_root(base, degree) if degree > 1 else base) ** power
+
+
+def _binomial(n: Value, k: Value) -> Value:
+    if isinstance(k, fractions.Fraction) and k.denominator == 1 and 0 <= k <= MAX_TERMS:
+        return math.prod(((n - i) / (i + 1) for i in range(int(k))), start=fractions.Fraction(1))
+    return factorial(n) / factorial(k) / factorial(n - k)
+
+
+def factorial(value: Value) -> Value:
+    if isinstance(value, fractions.Fraction) and value.denominator == 1 and value >= 0:
+        if value > MAX_TERMS:
+            raise UnknownError
+        return fractions.Fraction(math.factorial(int(value)))
+    return complex(math.gamma(real(value) + 1))
+
+
+def _rounded(sign: int) -> Callable[[Value], Value]:
+    return lambda v: fractions.Fraction(sign * math.floor(sign * real(v) + EXACT))
+
+
+def _integers(function: Callable[..., int]) -> Callable[..., Value]:
+    return lambda *values: fractions.Fraction(function(*map(whole, values)))
+
+
+def _inverse(function: Callable[[complex], complex]) -> Callable[[Value], Value]:
+    return lambda value: 1 / function(complex(value))
+
+
+def _log(value: Value, base: Value | None = None) -> Value:
+    return cmath.log(value) / cmath.log(10 if base is None else base)
+
+
+def _absolute(value: Value) -> Value:
+    return abs(value) if isinstance(value, fractions.Fraction) else complex(abs(value))
+
+
+FUNCTIONS: dict[str, Callable[..., Value]] = {
+    **{f"\\{name}": getattr(cmath, name) for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh")},
+    **{f"\\arc{name}": getattr(cmath, f"a{name}") for name in ("sin", "cos", "tan")},
+    **{"\\cot": _inverse(cmath.tan), "\\sec": _inverse(cmath.cos), "\\csc": _inverse(cmath.sin)},
+    **{"\\ln": cmath.log, "\\exp": cmath.exp, "\\log": _log, "\\lg": _log},
+}
+OF_SEVERAL: dict[str, Callable[..., Value]] = {
+    **{"\\gcd": _integers(math.gcd), "\\lcm": _integers(math.lcm)},
+    **{"\\max": lambda *v: max(v, key=real), "\\min": lambda *v: min(v, key=real)},
+    **{"C": _binomial, "P": lambda n, k: _binomial(n, k) * factorial(k)},
+}
+OF_TWO: dict[str, Callable[..., Value]] = {"\\frac": operator.truediv, "\\binom": _binomial}
+BETWEEN: dict[str, Callable[..., Value]] = {
+    **dict.fromkeys(("*", "\\cdot", "\\times"), operator.mul),
+    **dict.fromkeys(("/", "\\div"), operator.truediv),
+    **dict.fromkeys(("mod", "\\bmod", "\\mod"), operator.mod),
+}
+AROUND: dict[str, Callable[..., Value]] = {
+    "\\lfloor": _rounded(1),
+    "\\lceil": _rounded(-1),
+    "|": _absolute,
+}
+CONSTANTS: dict[str, Value] = {"\\pi": complex(math.pi), "e": complex(math.e), "i": 1j}
