@@ -85,6 +85,8 @@ class _Comparison:
             first, second = region(left), region(right)
             if first is not None and second is not None:
                 return first.same(second)
+        if "<" in (left.ends, right.ends):
+            return _squeeze(left.text) == _squeeze(right.text)
         if {left.ends, right.ends} & {"∪", "∩", "∖"}:
             ordered = left.ends == right.ends == "∖"
             return left.ends == right.ends and (

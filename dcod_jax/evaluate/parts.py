@@ -11,8 +11,10 @@ import math
 import operator
 import re
 
-from dcod_jax.evaluate.numerals import latex, number
-from dcod_jax.evaluate.regions import LINE, Region, interval, point
+from dcod_jax.evaluate.algebra import read
+from dcod_jax.evaluate.numerals import number
+from dcod_jax.evaluate.operations import EXACT
+from dcod_jax.evaluate.regions import LINE, End, Region, interval, point, where
 from dcod_jax.evaluate.spelling import braced, split
 
 _LABEL = re.compile(
@@ -55,18 +57,6 @@ _EMPTY = {"\\{\\}", "\\emptyset", "emptyset", "theemptyset"} | {
     f"no{kind}solution{end}" for kind in ("", "real") for end in ("", "s")
 }
 _INTEGERS = {"\\mathbb{z}", "allintegers", "integers"}
-_ABSOLUTE = re.compile(
-    r"(?:(?P<low>[^|<>]+?)\s*(?P<above><|\\le)\s*)?\|(?P<inner>[^|]+)\|"
-    r"\s*(?P<sign><|\\le|>|\\ge|\\ne)\s*(?P<bound>[^|<>=]+)"
-)
-_ABSOLUTE_LAST = re.compile(
-    r"(?P<bound>[^|<>=]+?)\s*(?P<sign><|\\le|>|\\ge|\\ne)\s*\|(?P<inner>[^|]+)\|"
-)
-_LINEAR = re.compile(
-    r"(?:(?P<first>[-+]?[\d.]+|[-+]?\\frac\{\d+\}\{\d+\})\s*(?=[-+]))?"
-    r"(?P<factor>[-+]?\s*(?:[\d.]+|\\frac\{\d+\}\{\d+\})?)\s*(?P<variable>[A-Za-z])"
-    r"\s*(?P<last>[-+]\s*(?:[\d.]+|\\frac\{\d+\}\{\d+\}))?"
-)  # fmt: skip
 _FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "\\ne": "\\ne"}
 SPANS = ("()", "[]", "(]", "[)")
 
@@ -85,6 +75,7 @@ class Parsed:
     items: tuple[Parsed, ...] = ()
     variable: str = ""
     label: str = ""  # what stands before an equals sign
+    held: Region | None = None  # of a relation that is no interval of its variable, such as x^2 < 4
 
 
 def _enclosed(text: str) -> tuple[str, str]:
@@ -114,68 +105,34 @@ def _ray(variable: str, sign: str, bound: str) -> Parsed:
 
 
 def _relation(text: str) -> Parsed | None:
-    r"""x<3 or 1\le x<4 as an interval; None where it is no such relation of one variable."""
-    if found := _absolute(text):
-        return found
+    r"""x<3 or 1\le x<4 as an interval; None where it is no relation of one variable."""
     parts = _RELATION.split(text)
     terms, signs = parts[::2], parts[1::2]
     if signs == ["\\ne"] and _VARIABLE.fullmatch(terms[0]):
         rays = tuple(_ray(terms[0], sign, terms[1]) for sign in "<>")
         return Parsed(text, "∪", rays, terms[0])
-    if "\\ne" in signs or len(terms) not in (2, 3):
+    if len(terms) not in (2, 3) or not all(terms):
         return None
+    if "\\ne" not in signs and (found := _simple(text, terms, signs)):
+        return found
+    found = where(terms, signs)
+    return found and Parsed(text, "<", variable=found[0], held=found[1])
+
+
+def _simple(text: str, terms: list[str], signs: list[str]) -> Parsed | None:
+    """x < b and a < x < b as an interval, whatever a and b are."""
     if len(terms) == 2:
         if _VARIABLE.fullmatch(terms[0]):
             return _ray(terms[0], signs[0], terms[1])
-        return _ray(terms[1], _FLIPPED[signs[0]], terms[0]) if (
-            _VARIABLE.fullmatch(terms[1])) else None  # fmt: skip
-    if all(sign in (">", "\\ge") for sign in signs):
-        terms, signs = terms[::-1], [_FLIPPED[s] for s in signs[::-1]]
-    if any(sign in (">", "\\ge") for sign in signs) or not _VARIABLE.fullmatch(terms[1]):
-        return None
-    ends = "(["[signs[0] == "\\le"] + ")]"[signs[1] == "\\le"]
-    return Parsed(text, ends, (Parsed(terms[0]), Parsed(terms[2])), terms[1])
-
-
-def _absolute(text: str) -> Parsed | None:
-    """|2x - 1| < 3 as the interval or the union that it is."""
-    match = _ABSOLUTE.fullmatch(text) or _ABSOLUTE_LAST.fullmatch(text)
-    inner = match and _LINEAR.fullmatch(match.group("inner").strip())
-    if match is None or inner is None:
-        return None
-    sign, bound = match.group("sign"), match.group("bound").strip()
-    if match.re is _ABSOLUTE_LAST:
-        sign = _FLIPPED[sign]
-    size, variable = number(bound), inner.group("variable")
-    if size is not None and size < 0:
-        return None
-    factor = re.sub(r"\s", "", inner.group("factor"))
-    scale = number(f"{factor}1" if factor in ("", "+", "-") else factor)
-    shifts = [number(re.sub(r"\s", "", inner.group(name) or "0")) for name in ("first", "last")]
-    if scale is None or not scale or shifts[0] is None or shifts[1] is None:
-        return None
-    shift = shifts[0] + shifts[1]
-    if size is not None:
-        ends = sorted([(size - shift) / scale, (-size - shift) / scale])
-        low, high = map(latex, ends)
-    elif shift == 0 and abs(scale) == 1:
-        low, high = f"-({bound})", bound
-    else:
-        return None
-    outside = (_ray(variable, sign.replace("ge", "le").replace(">", "<"), low),
-               _ray(variable, sign, high)) if sign in (">", "\\ge") else ()  # fmt: skip
-    if outside:
-        return Parsed(text, "∪", outside, variable)
-    if sign == "\\ne":
-        left_out = tuple(map(Parsed, dict.fromkeys((low, high))))
-        return Parsed(text, "∖", (_line(text), Parsed(text, ",", left_out)), variable)
-    ends = "()" if sign == "<" else "[]"
-    inside = Parsed(text, ends, (Parsed(low), Parsed(high)), variable)
-    rest = match.groupdict().get("low")
-    if rest is None:
-        return inside
-    beyond = _absolute(f"|{match.group('inner')}|{_FLIPPED[match.group('above')]}{rest}")
-    return beyond and Parsed(text, "∩", (inside, beyond), variable)
+        if _VARIABLE.fullmatch(terms[1]):
+            return _ray(terms[1], _FLIPPED[signs[0]], terms[0])
+    elif _VARIABLE.fullmatch(terms[1]):
+        if all(sign in (">", "\\ge") for sign in signs):
+            terms, signs = terms[::-1], [_FLIPPED[s] for s in signs[::-1]]
+        if not any(sign in (">", "\\ge") for sign in signs):
+            ends = "(["[signs[0] == "\\le"] + ")]"[signs[1] == "\\le"]
+            return Parsed(text, ends, (Parsed(terms[0]), Parsed(terms[2])), terms[1])
+    return None
 
 
 def _line(text: str) -> Parsed:
@@ -209,7 +166,7 @@ def _several(text: str, parts: list[str]) -> Parsed:
     if single:
         regions = [region(item) for item in items]
         known = [one for one in regions if one is not None]
-        covered = len(known) == len(regions) and functools.reduce(operator.or_, known) == LINE
+        covered = len(known) == len(regions) and functools.reduce(operator.or_, known).same(LINE)
         both = _AND.search(text) or "\\ne" in text or (covered and not re.search(r"\bor\b", text))
         return _common(text, items, variables.pop()) if both else (
             Parsed(text, "∪", items, variables.pop()))  # fmt: skip
@@ -300,13 +257,25 @@ def parse(text: str) -> Parsed:
 _INFINITE = {"\\infty": math.inf, "+\\infty": math.inf, "-\\infty": -math.inf}
 
 
+def _end(text: str) -> End | None:
+    if (known := _INFINITE.get(text.replace(" ", ""), number(text))) is not None:
+        return known
+    expression = read(text)
+    value = expression({}) if expression and not expression.names else None
+    if isinstance(value, complex):
+        return value.real if abs(value.imag) < EXACT * abs(value) else None
+    return value
+
+
 def region(parsed: Parsed) -> Region | None:
     """The real numbers that an answer holds; None where its ends are no plain numbers."""
+    if parsed.held is not None:
+        return parsed.held
     if parsed.ends == "":
-        value = number(parsed.text)
+        value = _end(parsed.text)
         return None if value is None else point(value)
     if parsed.ends in SPANS:
-        ends = [_INFINITE.get(i.text.replace(" ", ""), number(i.text)) for i in parsed.items]
+        ends = [_end(item.text) for item in parsed.items]
         if len(ends) != 2 or ends[0] is None or ends[1] is None:
             return None
         return interval(parsed.ends, ends[0], ends[1])

@@ -1,89 +1,131 @@
-r"""Sets of real numbers with known ends: unions, intersections and what they leave out.
+"""Sets of real numbers, as what holds for a number and where that may change.
 
-`Region` is the entry; ends are exact. Standard library only.
+Two sets are the same where they agree at every end, between the ends and beyond them. Standard
+library only.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import fractions
+import functools
+import itertools
 import math
-from collections.abc import Iterable
+import operator
+from collections.abc import Callable
 
+from dcod_jax.evaluate.algebra import read
 from dcod_jax.evaluate.numerals import close
+from dcod_jax.evaluate.operations import Value
 
-End = fractions.Fraction | float  # a float is infinite
-
-
-@dataclasses.dataclass(frozen=True, order=True)
-class Span:
-    """An interval; an end with its side: -1 just below the number, 0 at it, 1 just above it.
-
-    (1, 3] is low=(1, 1), high=(3, 0); the point 2 is low=(2, 0), high=(2, 0).
-    """
-
-    low: tuple[End, int]
-    high: tuple[End, int]
+End = fractions.Fraction | float
+_GRID = [fractions.Fraction(n, 4) for n in range(-200, 201)]  # between which ends are looked for
+_ZERO = 1e-9
+_SIGNS: dict[str, Callable[[End], bool]] = {
+    "<": lambda difference: difference < 0,
+    "\\le": lambda difference: difference <= 0,
+    ">": lambda difference: difference > 0,
+    "\\ge": lambda difference: difference >= 0,
+    "\\ne": lambda difference: difference != 0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """Spans in order, none of which touch each other."""
+    """The numbers for which `holds`; it is the same for all numbers between two `ends`."""
 
-    spans: tuple[Span, ...]
-
-    @classmethod
-    def of(cls, spans: Iterable[Span]) -> Region:
-        """The union of spans: (1,3] and (3,5) are (1,5), (1,3) and (3,5) are not."""
-        merged: list[Span] = []
-        for span in sorted(s for s in spans if s.low <= s.high):
-            last = merged[-1] if merged else None
-            touches = last is not None and (
-                span.low <= last.high
-                or (span.low[0] == last.high[0] and span.low[1] - last.high[1] == 1)
-            )
-            if last is not None and touches:
-                merged[-1] = Span(last.low, max(last.high, span.high))
-            else:
-                merged.append(span)
-        return cls(tuple(merged))
+    ends: frozenset[End]
+    holds: Callable[[End], bool]
 
     def __or__(self, other: Region) -> Region:
-        return Region.of((*self.spans, *other.spans))
+        return Region(self.ends | other.ends, lambda x: self.holds(x) or other.holds(x))
 
     def __and__(self, other: Region) -> Region:
-        return Region.of(
-            Span(max(a.low, b.low), min(a.high, b.high)) for a in self.spans for b in other.spans
-        )
+        return Region(self.ends | other.ends, lambda x: self.holds(x) and other.holds(x))
 
     def __invert__(self) -> Region:
-        edges = [(-math.inf, 1)]
-        for span in self.spans:
-            edges += [(span.low[0], span.low[1] - 1), (span.high[0], span.high[1] + 1)]
-        edges.append((math.inf, -1))
-        pairs = zip(edges[::2], edges[1::2], strict=True)
-        return Region.of(Span(low, high) for low, high in pairs)
+        return Region(self.ends, lambda x: not self.holds(x))
 
     def same(self, other: Region) -> bool:
-        """Equal ends, decimals to six digits."""
-        return len(self.spans) == len(other.spans) and all(
-            a[1] == b[1] and (a[0] == b[0] or (not _infinite(a, b) and close(a[0], b[0])))
-            for one, two in zip(self.spans, other.spans, strict=True)
-            for a, b in ((one.low, two.low), (one.high, two.high))
-        )
+        """Whether both hold the same numbers; ends are equal to six digits."""
+        ends: list[End] = []
+        for end in sorted(self.ends | other.ends):
+            if not ends or not close(end, ends[-1]):
+                ends.append(end)
+        between = [(one + two) / 2 for one, two in itertools.pairwise(ends)]
+        beyond = [ends[0] - 1, ends[-1] + 1] if ends else [fractions.Fraction(0)]
+        return all(self.holds(x) == other.holds(x) for x in (*ends, *between, *beyond))
 
 
-def _infinite(*ends: tuple[End, int]) -> bool:
-    return any(isinstance(value, float) for value, _ in ends)
+def _difference(left: End, right: End) -> End:
+    """0 for what is equal to six digits."""
+    difference = left - right
+    return 0.0 if math.isfinite(difference) and close(left, right) else difference
 
 
 def interval(brackets: str, low: End, high: End) -> Region:
     """ "[)" and 1, 3 -> [1,3)."""
-    return Region.of([Span((low, int(brackets[0] == "(")), (high, -int(brackets[1] == ")")))])
+    above = _SIGNS[">" if brackets[0] == "(" else "\\ge"]
+    below = _SIGNS["<" if brackets[1] == ")" else "\\le"]
+    ends = frozenset(end for end in (low, high) if math.isfinite(end))
+    return Region(ends, lambda x: above(_difference(x, low)) and below(_difference(x, high)))
 
 
 def point(value: End) -> Region:
-    return Region.of([Span((value, 0), (value, 0))])
+    return interval("[]", value, value)
+
+
+def where(terms: list[str], signs: list[str]) -> tuple[str, Region] | None:
+    r"""The variable, and the numbers for which -1 < 2x - 3 \le 5 holds; None for several."""
+    names: set[str] = set()
+    found = []
+    for left, sign, right in zip(terms, signs, terms[1:], strict=False):
+        difference = read(f"{left}-({right})")
+        if difference is None:
+            return None
+        difference.work = 0
+        names |= difference.names
+        found.append((difference, sign))
+    if len(names) != 1:
+        return None
+    (name,) = names
+    regions = [_where(lambda x, f=f: _real(f({name: x})), _SIGNS[sign]) for f, sign in found]
+    return name, functools.reduce(operator.and_, regions)
+
+
+def _real(value: Value | None) -> End | None:
+    if isinstance(value, complex):
+        return None if abs(value.imag) > _ZERO else 0.0 if abs(value.real) < _ZERO else value.real
+    return value
+
+
+def _where(difference: Callable[[End], End | None], sign: Callable[[End], bool]) -> Region:
+    def holds(x: End) -> bool:
+        found = difference(x)
+        return found is not None and sign(found)
+
+    zero, one = difference(fractions.Fraction(0)), difference(fractions.Fraction(1))
+    if zero is not None and one is not None and zero != one:  # a linear one has its exact end
+        end = zero / (zero - one)
+        if difference(end) == 0 and difference(-end - 1) == zero - (end + 1) * (one - zero):
+            return Region(frozenset([end]), holds)
+    values = [(x, found) for x in _GRID if (found := difference(x)) is not None]
+    ends = {x for x, found in values if found == 0}
+    for (low, before), (high, after) in itertools.pairwise(values):
+        if before * after < 0:
+            ends.add(_between(difference, float(low), float(high), rising=after > 0))
+    return Region(frozenset(ends), holds)
+
+
+def _between(
+    difference: Callable[[End], End | None], low: float, high: float, *, rising: bool
+) -> float:
+    """Where a function changes its sign, by bisection."""
+    for _ in range(60):
+        middle = (low + high) / 2
+        found = difference(fractions.Fraction(middle))
+        low, high = (low, middle) if found is not None and (found > 0) == rising else (middle, high)
+    return round(high, 12)
 
 
 LINE = interval("()", -math.inf, math.inf)
