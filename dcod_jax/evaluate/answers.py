@@ -44,6 +44,7 @@ _RETRACTED = re.compile(
     r"(?:wrong|incorrect|not (?:right|correct)|mistake|error|misread|miscalculated"
     r"|forgot|missed|overlooked|should have)"
     r"[^.!?:\n]{0,60}?[.!:,;]"
+    r"|actually,? (?:it's|it is|it should be|the answer is) (?=[-$\\]*\d)"
     r"|correction:|scratch that[;,.]|no,? wait,|oops,)",
     re.IGNORECASE,
 )
@@ -111,7 +112,8 @@ _BARE = re.compile(
     r"^[ \t>*_(\[]{0,6}([A-J])[ \t)*_.\]]{0,6}\s{0,9}\Z"
     r"|(?<![A-Za-z])([A-J])[)*_]{0,3} is (?:the )?(?:correct|right|best|answer)[^\n]{0,40}\Z"
     r"|\A[\s(\[*]{0,6}([a-e])[)\].*]{0,4}\s*\Z"
-    r"|\b(?i:so|hence|thus|therefore|must be|it's|it is|answer)[,:]? (?:it's |it is |it must be )?"
+    r"|\b(?i:so|hence|thus|therefore|must be|(?:best|correct) is|it's|it is|answer)[,:]?"
+    r" (?:it's |it is |it must be )?"
     r"[*(]{0,3}([A-J])[)*]{0,3}(?:, not \(?[A-J]\)?)?[.!]?\s*\Z"
     r"|\A\s*([A-J](?:\s*,\s*[A-J]){0,8},?\s*(?:and\s+|,\s*)[A-J])[.!]?\s*\Z",
     re.MULTILINE,
@@ -204,20 +206,9 @@ _MARKS = {
 }
 # Every text in which something is taken back has one of these in it.
 _RETRACTIONS = (
-    *("wrong", "ncorrect", "not right", "not correct", "istake", "error", "misread"),
-    *(
-        "forgot",
-        "missed",
-        "verlooked",
-        "should have",
-        "miscalculated",
-        "orrection:",
-        "cratch that",
-        "o wait,",
-        "o, wait,",
-        "ops,",
-    ),
-)
+    "wrong|ncorrect|not right|not correct|istake|error|misread|forgot|missed|verlooked|should have"
+    "|miscalculated|ctually|orrection:|cratch that|o wait,|o, wait,|ops,"
+).split("|")
 
 
 def _marked(text: str, *, complete: bool) -> Extraction | None:

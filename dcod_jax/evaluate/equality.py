@@ -230,6 +230,7 @@ def _clock(one: Quantity) -> tuple[int, int] | None:
 def _words(text: str) -> str:
     """Words without case, articles and marks; "" for what is no word but mathematics."""
     plain = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).strip().strip(".,\"'")
+    plain = re.sub(r"(?i)^(?:it is|it's|there (?:is|are))\s+", "", plain)
     if not _WORDS.fullmatch(plain) or set(plain) <= set("xyz "):
         return ""
     if len(plain) == 1:

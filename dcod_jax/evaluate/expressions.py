@@ -97,7 +97,9 @@ _NAME = re.compile(
 )
 # What stands behind an answer and has numbers of its own.
 _ASIDE = re.compile(
-    r"\[\d{1,2}\](?=[\s.,]|$)"
+    r"(?<=\d)(?: [a-z]+)?,? (?:after|found) (?!.*\b(?:is|are|was|were|has|have|he|she|it)\b)"
+    r"[^.!?'=]*(?=[.!?]?\s*$)"
+    r"|\[\d{1,2}\](?=[\s.,]|$)"
     r"|\((?:from|see|by|using|as|via|word|to|rounded|step|eq|equation)\b[^()\n]{0,60}\)"
     r"|(?:,? (?:by|from|in|see|as shown in|using) )"
     r"(?:step|equation|eq\.|figure|table|theorem|lemma)s? \(?\d+\)?"

@@ -78,7 +78,7 @@ _IN_CHINESE = re.compile(
 
 
 IN_CHINESE = re.compile(
-    rf"(?<=[是为有得剩共需要])({_CHINESE_NUMBER})(?=[\u4e00-\u9fff]?[。，！]|$)"
+    rf"(?<=[是为有得剩下共需要了])({_CHINESE_NUMBER})(?=[\u4e00-\u9fff]?[。，！]|$)"
 )
 
 

@@ -46,8 +46,8 @@ _LEAD = re.compile(
     re.IGNORECASE,
 )
 _CLAUSE = re.compile(
-    r"(?<=\S)(?:,\s*|\s+)(?:because|since|so that|so|which|when|where|if|as|but|not|after|instead|"
-    r"assuming|given that|while|whereas|rather)\b.*|，?因为.*",
+    r"(?<=\S)(?:,\s*|\s+)\(?(?:because|since|so that|so|which|when|where|if|as|but|not|after|"
+    r"instead|assuming|given that|while|whereas|rather)\b.*|，?因为.*",
     re.IGNORECASE | re.DOTALL,
 )
 _NOT_BUT = re.compile(

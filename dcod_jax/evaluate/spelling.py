@@ -6,6 +6,7 @@ r"""One spelling of a final answer: Unicode, LaTeX and number formats brought to
 from __future__ import annotations
 
 import fractions
+import functools
 import re
 import unicodedata
 
@@ -40,47 +41,35 @@ _UNICODE = {
     **{"″": '"', "µ": r"\mu ", "✓": "", "✅": "", "✔": "", "\ufe0f": ""},
     **{"∛": r"\sqrt[3]√", "∜": r"\sqrt[4]√", "…": r"\ldots ", "。": ".", "’": "'", "′": "'"},
 }
-# Commands with one meaning: the pattern is without its backslash.
-_COMMANDS = [
-    (r"(?:[dtc]|nice|s|x)frac(?![A-Za-z])", r"\\frac"),
-    (r"[dt]binom(?![A-Za-z])", r"\\binom"),
-    (r"triangle(?![A-Za-z])", "triangle "),
-    (r"(?:(?:text)?color\s*\{\w*\}|(?:tiny|small|normalsize|[lL]arge|LARGE|[hH]uge|checkmark"
-     r"|underline|ensuremath)(?![A-Za-z]))", ""),
+# What a command becomes; those with arguments of their own come first.
+_WITH_ARGUMENT = [(re.compile(rf"\\(?:{pattern})"), new) for pattern, new in (
+    (r"(?:(?:text)?color\s*\{\w*\}|phantom\s*\{[^{}]*\})|!\s*", ""),
     (r"q?quad\s*(?:\\text\{\s*and\s*\}\s*)?(?=[-\d]|\\frac|\([a-z]\))", ", "),
-    (r"(?:text(?:bf|it|rm|sf|tt|normal|md|up)?|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox)\s*(?=\{)",
-     r"\\text"),
-    (r"operatorname\*?\s*(?=\{)", r"\\text"),
-    (r"(?:left|right|[bB]igg?[lr]?|displaystyle|limits|boldsymbol|bf|rm|it)(?![A-Za-z])\.?", ""),
-    (r"(?:quad|qquad|enspace|thinspace)(?![A-Za-z])", " "),
-    (r"[,;:> ]", " "),
-    (r"!\s*", ""),
-    (r"(?:leqslant|leqq|leq|le)(?![A-Za-z])", r"\\le "),
-    (r"(?:geqslant|geqq|geq|ge)(?![A-Za-z])", r"\\ge "),
-    (r"(?:neq|ne)(?![A-Za-z])", r"\\ne "),
-    (r"lt(?![A-Za-z])", "<"),
-    (r"gt(?![A-Za-z])", ">"),
-    (r"(?:varnothing|empty)(?![A-Za-z])", r"\\emptyset "),
-    (r"(?:mid|vert|lvert|rvert)(?![A-Za-z])", "|"),
-    (r"(?:lbrace)(?![A-Za-z])", r"\\{"),
-    (r"(?:rbrace)(?![A-Za-z])", r"\\}"),
-    (r"lbrack(?![A-Za-z])", "["),
-    (r"rbrack(?![A-Za-z])", "]"),
-    (r"(?:[lc]?dots)(?![A-Za-z])", "..."),
-    (r"degrees?(?![A-Za-z])", r"^\\circ "),
-    (r"colon(?![A-Za-z])", ":"),
-    (r"pounds(?![A-Za-z])", "£"),
-    (r"euros?(?![A-Za-z])", "€"),
-    (r"(?:textdollar|dollar)(?![A-Za-z])", "￥"),
-    (r"Omega(?![A-Za-z])", "Ω"),
+    (r"(?:(?:text(?:bf|it|rm|sf|tt|normal|md|up)?|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox)"
+     r"|operatorname\*?)\s*(?=\{)", r"\\text"),
+    (r"(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?", ""),
     (r"mu(?![A-Za-z])\s*(?:\\text\{)?\s*(?=[A-Za-z])", "u"),
-    (r"phantom\s*\{[^{}]*\}", ""),
-    (r"[()\[\]]", ""),
-    (r"%", "%"),
-    (r"#", "#"),
-    (r"&", "&"),
-]  # fmt: skip
-_COMMAND_RULES = [(re.compile(r"\\" + pattern), new) for pattern, new in _COMMANDS]
+)]  # fmt: skip
+_COMMAND = re.compile(r"\\([A-Za-z]+|[,;:> ()\[\]%#&])")
+_COMMANDS = {name: new for new, names in {
+    "": "tiny small normalsize large Large LARGE huge Huge checkmark underline ensuremath "
+        "displaystyle limits boldsymbol bf rm it ( ) [ ]",
+    " ": "quad qquad enspace thinspace , ; : >",
+    r"\frac": "dfrac tfrac cfrac nicefrac sfrac xfrac",
+    r"\binom": "dbinom tbinom",
+    r"\le ": "leqslant leqq leq le",
+    r"\ge ": "geqslant geqq geq ge",
+    r"\ne ": "neq ne",
+    r"\emptyset ": "varnothing empty",
+    r"^\circ ": "degree degrees",
+    "...": "ldots cdots dots",
+    "|": "mid vert lvert rvert",
+    "￥": "textdollar dollar",
+    "€": "euro euros",
+    **{"<": "lt", ">": "gt", "[": "lbrack", "]": "rbrack", r"\{": "lbrace", r"\}": "rbrace"},
+    **{":": "colon", "£": "pounds", "Ω": "Omega", "triangle ": "triangle"},
+    **{sign: sign for sign in "%#&"},
+}.items() for name in names.split()} | {" ": " "}  # fmt: skip
 EQUALS = re.compile(r"(?<![<>!=])=(?!=)")
 _MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
 _THOUSANDS = [
@@ -133,101 +122,63 @@ def _large(match: re.Match[str]) -> str:
     return f"{match.group(1)} {name}"
 
 
-_REWRITTEN = [  # (what is written in this way, its one spelling)
-    (re.compile(r'^"([^"]*)"$'), r"\1"),
-    (re.compile(r"^=\s*"), ""),
-    (re.compile(r"(^|[(\[,=])\s*\+\s*(?=\S)"), r"\1"),
-    (
-        re.compile(
-            r"(?:^|\{)((?:[^{}]|\{[^{}]*\})*?)\\(over|choose)(?![A-Za-z])"
-            r"((?:[^{}]|\{[^{}]*\})*)(?:\}|$)"
-        ),
-        _over,
-    ),
-    (
-        re.compile(
-            r"(?<![\w\\])(?:\{\}\s*)?[_^]?\s*\{?(\d+)\}?\s*(?:\\text\{)?([CP])\}?\s*_?\{?(\d+)\}?(?!\w)"
-        ),
-        r"\2(\1,\3)",
-    ),
-    (re.compile(r"(?<![A-Za-z\\])([CP])_\{?(\w)\}?\^\{?(\w)\}?(?!\w)"), r"\1(\2,\3)"),
-    (re.compile(r"(?<![A-Za-z\\])([CP])\^\{?(\w)\}?_\{?(\w)\}?(?!\w)"), r"\1(\3,\2)"),
-    (re.compile(r"(?<=\S)\s*\+\s*c$"), " + C"),
-    (
-        re.compile(
-            r"^(.*?[^,\s(])[\s,(]*(?:\\text\{[ ,(]*(?:where|for|with)?(?: (?:any|some|all))?"
-            r"(?: integers?)?\s*\}|(?:where|for|with) )?\s*(?<![A-Za-z])([a-z])\s*"
-            r"(?:\\in\s*(?:\\mathbb\{Z\}|Z)"
-            r"|(?:\\text\{)?\s*(?:is|are) (?:an |any )?integers?\}?)\)?$"
-        ),
-        _integer_variable,
-    ),
-    (re.compile(r"\\text\{\s*([￥€£¥₹])\s*\}"), r"\1"),
-    (re.compile(r"(?<![A-Za-z])(?:US|USD|A|AU|C|CA|HK|NZ|S)\s*(?=￥)"), ""),
-    (re.compile(r"(?:\\text\{\s*)?(?<![A-Za-z])USD\s*\}?\s*(?=\d)"), "￥"),
-    (
-        re.compile(r"^(?:\\text\{)?\s*(?:AUD|CAD|EUR|GBP|INR|RMB|CNY|JPY|HKD|NZD)\s*\}?\s*(?=\d)"),
-        "",
-    ),
-    (re.compile(r"(?<=[￥€£])([\d.,]+)\s*(?:\\text\{)?\s*([kKM]|mn|bn)\}?$"), _large),
-    (re.compile(r"(?<![A-Za-z])Rs\.?\s*(?=\d)"), "₹"),
-    (re.compile(r"^(?:#|No\.)\s*(?=\d)"), ""),
-    (
-        re.compile(r"^(?:about|approximately|roughly|around|nearly|\\approx|\\sim)\s*(?=[\d.\\-])"),
-        "",
-    ),
-    (re.compile(r"\\frac\{\\text\{([^{}]*)\}\}\{\\text\{([^{}]*)\}\}"), r"\\text{ \1/\2}"),
-    (re.compile(r"(\\text\{[^{}]*\})\s*\\cdot\s*(?=\\text)"), r"\1 "),
-    (re.compile(r"_\{\s*\\text\{\s*base\s*\}\s*"), "_{"),
-    (re.compile(r"\\text\{\s*([ie])\s*\}"), r"\1"),  # the constants, set upright
-    (
-        re.compile(r"\\text\{([^{}]*?)\s*\b(?:except|excluding)(?: for)?\s*\}"),
-        r"\\text{\1}\\setminus ",
-    ),
-    (re.compile(r"\\text(?=\{[^{}]*\\)"), ""),  # a formula in bold
-    (re.compile(r"^\\text\{([^{}]*\d[^{}]*)\}$"), r"\1"),
-    (re.compile(r"(?<=[A-Za-z}])\s*\\cdot\s*(?=(?:\\text\{)?[A-Za-z])"), " "),
-    (re.compile(r"^(?:\\text\{)?\s*not\s*\}?.+?(?:\\text\{)?\s*,?\s*\bbut\s*\}?\s*(?=\S)"), ""),
-    (re.compile(r"^([^A-Za-z]*[\d}])\s*(?:\\text\{)?\s*,\s*not\s*\}?\s*\S+$"), r"\1"),
-    (re.compile(r"(?<=[)\]])\s*U\s*(?=[(\[])"), r"\\cup "),
-    (re.compile(r"(?<![A-Za-z\\])(?:infinity|inf|oo)(?![A-Za-z])"), r"\\infty "),
-    (re.compile(r"\\text\{\s*\\infty\s*\}"), r"\\infty "),
-    (re.compile(r"^<\s*([^<>]*,[^<>]*)>$"), r"\\langle \1\\rangle"),
-    (re.compile(r"(?:\\text\{)?\s*\bis (?:greater|more|larger) than\b(?! or)\s*\}?\s*"), " > "),
-    (re.compile(r"(?:\\text\{)?\s*\bis (?:less|smaller) than\b(?! or)\s*\}?\s*"), " < "),
-    (re.compile(r"(?<![A-Za-z\\])cbrt\(([^()]*)\)"), r"\\sqrt[3]{\1}"),
-    (re.compile(r"(?<![A-Za-z\\])exp\s*\(([^()]*)\)"), r"e^{\1}"),
-    (
-        re.compile(
-            r"(?<![A-Za-z\\])(sin|cos|tan|cot|sec|csc|ln|log)(?![A-Za-z])"
-            r"(?=\s*[\d(\\]|\s+[a-z](?![A-Za-z]))"
-        ),
-        r"\\\1 ",
-    ),
-    (re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])"), r"\\pi "),
-    (re.compile(r"^(?:12(?::00)? )?(?:\\text\{)?noon\}?$"), "12:00 pm"),
-    (re.compile(r"^(?:12(?::00)? )?(?:\\text\{)?midnight\}?$"), "12:00 am"),
-    (re.compile(r"^(\d{1,2})(?::00)? o'clock$"), r"\1:00"),
-    (re.compile(r"\b(Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sep|Oct|Nov|Dec)t?\.?(?= \d|$)"), _month),
-    (re.compile(rf"^(\d{{1,2}}) (?:of )?({_MONTHS})\b,?", re.IGNORECASE), r"\2 \1"),
-    (re.compile(rf"^({_MONTHS}) (\d{{1,2}}), (\d{{4}})$"), r"\1 \2 \3"),
-    (re.compile(r"\\text\{\s*([\dA-F]+)\s*\}(?=\s*_)"), r"\1"),
-    (
-        re.compile(
-            r"^(?:\\text\{)?(yes|no|true|false)\b\s*\}?\s*[,.;:(]\s*(?!yes|no|true|false).*$", re.I
-        ),
-        r"\1",
-    ),
-    (re.compile(r"^(\d+)\s*(?:\\text\{)?\s*to\s*\}?\s*(\d+)$"), r"\1:\2"),
-    (re.compile(r"^(-?\d[\d.]*)\s*=\s*([A-Za-z])$"), r"\2 = \1"),
-    (
-        re.compile(
-            r"^(?:\\text\{)?\s*[A-Z][A-Za-z ]{1,40}\b"
-            r"(?:is|are|has|have|had|needs?|gets?|made|makes?)\s*\}?\s*(?=[-￥]?\d)"
-        ),
-        "",
-    ),
-]
+_REWRITTEN = [(re.compile(pattern), new) for pattern, new in (  # its one spelling
+    (r'^"([^"]*)"$', r"\1"),
+    (r"^=\s*", ""),
+    (r"(^|[(\[,=])\s*\+\s*(?=\S)", r"\1"),
+    (r"(?:^|\{)((?:[^{}]|\{[^{}]*\})*?)\\(over|choose)(?![A-Za-z])"
+     r"((?:[^{}]|\{[^{}]*\})*)(?:\}|$)", _over),
+    (r"(?<![\w\\])(?:\{\}\s*)?[_^]?\s*\{?(\d+)\}?\s*(?:\\text\{)?([CP])\}?\s*_?\{?(\d+)\}?(?!\w)",
+     r"\2(\1,\3)"),
+    (r"(?<![A-Za-z\\])([CP])_\{?(\w)\}?\^\{?(\w)\}?(?!\w)", r"\1(\2,\3)"),
+    (r"(?<![A-Za-z\\])([CP])\^\{?(\w)\}?_\{?(\w)\}?(?!\w)", r"\1(\3,\2)"),
+    (r"(?<=\S)\s*\+\s*c$", " + C"),
+    (r"^(.*?[^,\s(])[\s,(]*(?:\\text\{[ ,(]*(?:where|for|with)?(?: (?:any|some|all))?"
+     r"(?: integers?)?\s*\}|(?:where|for|with) )?\s*(?<![A-Za-z])([a-z])\s*"
+     r"(?:\\in\s*(?:\\mathbb\{Z\}|Z)"
+     r"|(?:\\text\{)?\s*(?:is|are) (?:an |any )?integers?\}?)\)?$", _integer_variable),
+    (r"\\text\{\s*([￥€£¥₹])\s*\}", r"\1"),
+    (r"(?<![A-Za-z])(?:US|USD|A|AU|C|CA|HK|NZ|S)\s*(?=￥)", ""),
+    (r"(?:\\text\{\s*)?(?<![A-Za-z])USD\s*\}?\s*(?=\d)", "￥"),
+    (r"^(?:\\text\{)?\s*(?:AUD|CAD|EUR|GBP|INR|RMB|CNY|JPY|HKD|NZD)\s*\}?\s*(?=\d)", ""),
+    (r"(?<=[￥€£])([\d.,]+)\s*(?:\\text\{)?\s*([kKM]|mn|bn)\}?$", _large),
+    (r"(?<![A-Za-z])Rs\.?\s*(?=\d)", "₹"),
+    (r"^(?:#|No\.)\s*(?=\d)", ""),
+    (r"^(?:about|approximately|roughly|around|nearly|\\approx|\\sim)\s*(?=[\d.\\-])", ""),
+    (r"\\frac\{\\text\{([^{}]*)\}\}\{\\text\{([^{}]*)\}\}", r"\\text{ \1/\2}"),
+    (r"(\\text\{[^{}]*\})\s*\\cdot\s*(?=\\text)", r"\1 "),
+    (r"_\{\s*\\text\{\s*base\s*\}\s*", "_{"),
+    (r"\\text\{\s*([ie])\s*\}", r"\1"),
+    (r"\\text\{([^{}]*?)\s*\b(?:except|excluding)(?: for)?\s*\}", r"\\text{\1}\\setminus "),
+    (r"(?<=[A-Za-z}])\s*\\cdot\s*(?=(?:\\text\{)?[A-Za-z])", " "),
+    (r"\\text(?=\{[^{}]*\\)", ""),
+    (r"^\\text\{([^{}]*(?:\d| and )[^{}]*)\}$", r"\1"),
+    (r"^(?:\\text\{)?\s*not\s*\}?.+?(?:\\text\{)?\s*,?\s*\bbut\s*\}?\s*(?=\S)", ""),
+    (r"^([^A-Za-z]*[\d}])\s*(?:\\text\{)?\s*,\s*not\s*\}?\s*\S+$", r"\1"),
+    (r"(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup "),
+    (r"(?<![A-Za-z\\])(?:infinity|inf|oo)(?![A-Za-z])", r"\\infty "),
+    (r"\\text\{\s*\\infty\s*\}", r"\\infty "),
+    (r"^<\s*([^<>]*,[^<>]*)>$", r"\\langle \1\\rangle"),
+    (r"(?:\\text\{)?\s*\bis (?:greater|more|larger) than\b(?! or)\s*\}?\s*", " > "),
+    (r"(?:\\text\{)?\s*\bis (?:less|smaller) than\b(?! or)\s*\}?\s*", " < "),
+    (r"(?<![A-Za-z\\])cbrt\(([^()]*)\)", r"\\sqrt[3]{\1}"),
+    (r"(?<![A-Za-z\\])exp\s*\(([^()]*)\)", r"e^{\1}"),
+    (r"(?<![A-Za-z\\])(sin|cos|tan|cot|sec|csc|ln|log)(?![A-Za-z])"
+     r"(?=\s*[\d(\\]|\s+[a-z](?![A-Za-z]))", r"\\\1 "),
+    (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
+    (r"^(?:12(?::00)? )?(?:\\text\{)?noon\}?$", "12:00 pm"),
+    (r"^(?:12(?::00)? )?(?:\\text\{)?midnight\}?$", "12:00 am"),
+    (r"^(\d{1,2})(?::00)? o'clock$", r"\1:00"),
+    (r"\b(Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sep|Oct|Nov|Dec)t?\.?(?= \d|$)", _month),
+    (rf"(?i)^(\d{{1,2}}) (?:of )?({_MONTHS})\b,?", r"\2 \1"),
+    (rf"^({_MONTHS}) (\d{{1,2}}), (\d{{4}})$", r"\1 \2 \3"),
+    (r"\\text\{\s*([\dA-F]+)\s*\}(?=\s*_)", r"\1"),
+    (r"(?i)^(?:\\text\{)?(yes|no|true|false)\b\s*\}?\s*[,.;:(]\s*(?!yes|no|true|false).*$", r"\1"),
+    (r"^(\d+)\s*(?:\\text\{)?\s*to\s*\}?\s*(\d+)$", r"\1:\2"),
+    (r"^(-?\d[\d.]*)\s*=\s*([A-Za-z])$", r"\2 = \1"),
+    (r"^(?:\\text\{)?\s*[A-Z][A-Za-z ]{1,40}\b"
+     r"(?:is|are|has|have|had|needs?|gets?|made|makes?)\s*\}?\s*(?=[-￥]?\d)", ""),
+)]  # fmt: skip
 # "1 in 6" and "one out of six" are probabilities, "5 in" is a length.
 _CHANCE = re.compile(
     r"(?:an? )?(\d[\d,]*|[a-z]{3,9})\s*(?:\\text\{)?\s*(?:in|out of)(?: every)?\s*\}?\s*"
@@ -341,6 +292,7 @@ def _chance(match: re.Match[str]) -> str:
     return f"\\frac{{{of}}}{{{among}}}" if known else match.group(0)
 
 
+@functools.lru_cache(1024)
 def canonical(answer: str) -> str:
     r"""One spelling for what is written in many ways: `$x = 10{,}000.$` -> `x = 10000`.
 
@@ -353,8 +305,10 @@ def canonical(answer: str) -> str:
     # A new row of a matrix; elsewhere a backslash that was escaped twice.
     text = _ascii(text).replace("\\\\", "\n" if "\\begin" in text else "\\")
     text = re.sub(r"\\\$", "￥", text).replace("$", "")  # what LaTeX prints as a dollar sign
-    for pattern, new in _COMMAND_RULES:
-        text = pattern.sub(new, text)
+    if "\\" in text:
+        for pattern, new in _WITH_ARGUMENT:
+            text = pattern.sub(new, text)
+        text = _COMMAND.sub(lambda m: _COMMANDS.get(m.group(1), m.group(0)), text)
     text = text.replace("\n", r" \\ ")
     text = re.sub(r"(?<=[\w)}])\*\*(?=[\w({-])", "^", text).replace("**", "")
     text = text.replace("<=", r"\le ").replace(">=", r"\ge ").replace("~", " ")
