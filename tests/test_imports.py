@@ -27,8 +27,8 @@ LEVELS = """
     models.gguf_metadata models.gguf models.gguf_tokenizer models.hf
     data.template_process data.templates data.tokenizer data.turns data.chat data.conversation
     sample.stop_strings sample.sampling sample.decoding sample.sampler
-    evaluate.numerals evaluate.spelling evaluate.operations evaluate.algebra evaluate.units evaluate.regions
-    evaluate.parts evaluate.equality evaluate.prose evaluate.expressions evaluate.answers
+    evaluate.numerals evaluate.spelling evaluate.operations evaluate.algebra evaluate.units
+    evaluate.regions evaluate.parts evaluate.equality evaluate.prose evaluate.expressions evaluate.answers
     evaluate.benchmarks evaluate.options evaluate.grading evaluate.problems evaluate.prompts
     evaluate.generations evaluate.statistics evaluate.metrics
     train.metrics train.guard train.optim train.profiling train.settings

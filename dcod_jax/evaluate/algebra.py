@@ -94,13 +94,12 @@ class Expression:
     def _checked(self, value: Value) -> Value:
         """The value; what takes too long, or is too large, has none."""
         self.work += 1
-        exact = isinstance(value, fractions.Fraction)
-        if exact:
+        if isinstance(value, fractions.Fraction):
             bits = max(value.numerator.bit_length(), value.denominator.bit_length())
             self.work += bits >> 6 if bits <= 2 * MAX_BITS else _MAX_WORK
         if self.work > _MAX_WORK:
             raise UnknownError
-        return value if exact else complex(value)
+        return value if isinstance(value, fractions.Fraction) else complex(value)
 
     def _sum(self) -> Evaluated:
         found = self._product()
@@ -192,7 +191,8 @@ class Expression:
 
     def _function(self, token: str) -> Evaluated:
         r"""\sin^2 x, \log_2 8, \ln|x|."""
-        base, exponent = [], None
+        base: list[Evaluated] = []
+        exponent: Evaluated | None = None
         if self._next == "_":
             self._take()
             base = [self._primary()]
@@ -292,10 +292,9 @@ def same_expression(left: str, right: str, tolerance: float) -> bool:
     names = sorted(first.names | second.names)
     try:
         if not names:
-            values = first({}), second({})
-            return None not in values and _same_constant((left, right), values, tolerance)
-        known = [(first(point), second(point)) for point in _points(names)]
-        known = [pair for pair in known if None not in pair]
+            constants = _values(first, second, [{}])
+            return any(_same_constant((left, right), pair, tolerance) for pair in constants)
+        known = _values(first, second, _points(names))
         if len(known) < 2:
             return False
         if equations[0]:
@@ -306,6 +305,14 @@ def same_expression(left: str, right: str, tolerance: float) -> bool:
     return all(_equal(*pair) for pair in known[:2]) and all(
         _equal(*pair) for pair in known[2:] if not any(map(_imaginary, pair))
     )
+
+
+def _values(
+    first: Expression, second: Expression, points: list[Values]
+) -> list[tuple[Value, Value]]:
+    """Both values at the points where both have one."""
+    pairs = ((first(point), second(point)) for point in points)
+    return [(one, other) for one, other in pairs if one is not None and other is not None]
 
 
 def _points(names: list[str]) -> list[Values]:
@@ -346,8 +353,11 @@ def _same_equation(
     if len(ratios) == len(known) and all(_equal(ratio, ratios[0]) for ratio in ratios):
         return ratios[0] != 0
     point = _points(names)[0]
-    solved = [[_solved(one, point, name) for one in (first, second)] for name in names]
-    return any(None not in pair and _equal(*pair) for pair in solved)
+    for name in names:
+        one, other = _solved(first, point, name), _solved(second, point, name)
+        if one is not None and other is not None and _equal(one, other):
+            return True
+    return False
 
 
 def _solved(equation: Expression, point: Values, name: str) -> Value | None:

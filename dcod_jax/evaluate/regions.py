@@ -109,8 +109,9 @@ def _where(difference: Callable[[End], End | None], sign: Callable[[End], bool])
         end = zero / (zero - one)
         if difference(end) == 0 and difference(-end - 1) == zero - (end + 1) * (one - zero):
             return Region(frozenset([end]), holds)
+    values: list[tuple[End, End]]
     values = [(x, found) for x in _GRID if (found := difference(x)) is not None]
-    ends = {x for x, found in values if found == 0}
+    ends: set[End] = {x for x, found in values if found == 0}
     for (low, before), (high, after) in itertools.pairwise(values):
         if before * after < 0:
             ends.add(_between(difference, float(low), float(high), rising=after > 0))
