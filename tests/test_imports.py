@@ -28,8 +28,9 @@ LEVELS = """
     data.template_process data.templates data.tokenizer data.turns data.chat data.conversation
     sample.stop_strings sample.sampling sample.decoding sample.sampler
     evaluate.numerals evaluate.spelling evaluate.operations evaluate.algebra evaluate.units
-    evaluate.regions evaluate.parts evaluate.equality evaluate.prose evaluate.expressions evaluate.answers
-    evaluate.benchmarks evaluate.options evaluate.grading evaluate.problems evaluate.prompts
+    evaluate.regions evaluate.parts evaluate.equality evaluate.prose evaluate.expressions
+    evaluate.answers evaluate.benchmarks evaluate.options evaluate.grading evaluate.problems
+    evaluate.prompts
     evaluate.generations evaluate.statistics evaluate.metrics
     train.metrics train.guard train.optim train.profiling train.settings
     tune.grid config_checks config doctor cli

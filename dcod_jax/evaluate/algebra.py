@@ -37,7 +37,7 @@ Values = dict[str, Value]
 Evaluated = Callable[[Values], Value]
 
 _STEPS = 400  # of an integral
-_MAX_WORK = 20_000  # operations of one expression in a comparison
+_MAX_WORK = 10_000  # operations of one expression in a comparison
 _TOKEN = re.compile(
     r"\s*((?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\w))?|\\[A-Za-z]+|mod(?![A-Za-z])"
     r"|[A-Za-z](?:_(?:\w|\{\w{1,3}\}))?'*|[-+*/^!|(){}\[\],_=])"
@@ -240,7 +240,7 @@ class Expression:
         if not known:
             self.names.discard(name)
         if integral:
-            return self._apply(lambda values: _integral(low, high, body, values, name), dict)
+            return lambda values: self._checked(_integral(low, high, body, values, name))
         function = operator.mul if token == "\\prod" else operator.add
 
         def evaluated(values: Values) -> Value:

@@ -98,13 +98,17 @@ def number(text: str) -> fractions.Fraction | None:
     return None
 
 
-def close(left: fractions.Fraction | complex, right: fractions.Fraction | complex) -> bool:
+def close(
+    left: fractions.Fraction | float | complex, right: fractions.Fraction | float | complex
+) -> bool:
     """Equal to six decimals and to six significant digits."""
     difference = abs(left - right)
     return difference <= _DECIMALS and difference <= _DIGITS * max(abs(left), abs(right))
 
 
-def is_rounded(texts: tuple[str, str], values: Sequence[fractions.Fraction | complex]) -> bool:
+def is_rounded(
+    texts: tuple[str, str], values: Sequence[fractions.Fraction | float | complex]
+) -> bool:
     """Whether an exact value was rounded to a decimal: a reference's 3 digits, an answer's 6."""
     decimals = [re.fullmatch(r"[-+]?(\d*)\.(\d+)", text.strip()) for text in texts]
     for decimal, text, digits in zip(decimals, (texts[1], texts[0]), (6, 3), strict=True):

@@ -11,7 +11,7 @@ import math
 import operator
 from collections.abc import Callable
 
-Value = fractions.Fraction | complex
+Value = fractions.Fraction | float | complex
 
 MAX_BITS = 20_000  # of an exact power
 MAX_TERMS = 1_000  # of a sum or product
