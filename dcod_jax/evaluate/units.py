@@ -98,11 +98,11 @@ _MARKED_TAIL = re.compile(
     r"(?P<value>(?:[^\\]|\\(?!text))*[^\s+*/^=-])\s*"
     r"(?P<words>(?:\\text\{[^{}\d]*\}(?:\s*\^\s*\{?\s*-?\d\s*\}?)?[\s/]*)+)"
 )
-_PART = (
-    r"(?:(?P<sign{0}>￥|£)\s*)?(?P<number{0}>\d+(?:\.\d+)?(?:/\d+)?)(?![\d.])"
-    r"(?:\s*(?P<unit{0}>(?!and\b)[A-Za-z]+)\.?)?"
+# One part of "2 hours and 30 minutes" or "£3 50p", with what joins the next one.
+_PART = re.compile(
+    r"(?:(?P<sign>￥|£)\s*)?(?P<number>\d+(?:\.\d+)?(?:/\d+)?)(?![\d.])"
+    r"(?:\s*(?P<unit>(?!and\b)[A-Za-z]+)\.?)?(?:\s*,?\s*(?:and )?\s*(?=[￥£\d])|\s*$)"
 )
-_COMPOUND = re.compile(rf"{_PART.format(0)}(?:\s*,?\s*(?:and )?\s*{_PART.format(1)})(?P<rest>.*)")
 _FEET = re.compile(r"(\d+)\s*(?:'|\^\{?\\prime\}?)\s*(\d+(?:\.\d+)?)\s*(?:\"|'')")
 _MODULUS = re.compile(
     r"\s*\(?\s*(?:\\text\{\s*\(?\s*)?\\?[pb]?mod(?:ulo)?\s*[{}]?\s*(\w+)\s*\}?\s*\)?\s*\}?\s*$"
@@ -221,17 +221,16 @@ def compound(text: str) -> list[str]:
     plain = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
     plain = _FEET.sub(r"\1 ft \2 in", plain)
     counts: list[tuple[str, fractions.Fraction]] = []
-    while match := _COMPOUND.fullmatch(plain.strip()):
-        one = _part(match, 0)
-        if one is None:
+    place, plain = 0, plain.strip()
+    while match := _PART.match(plain, place):
+        sign, unit, place = match.group("sign"), match.group("unit"), match.end()
+        name = _CANONICAL[sign] if sign else unit and _unit(unit)
+        value = number(match.group("number"))
+        if not name or value is None or (sign and unit):
             return []
-        counts.append(one)
-        plain = plain.strip()[max(match.start("sign1"), 0) or match.start("number1") :]
-    last = re.fullmatch(_PART.format(0), plain.strip())
-    one = last and _part(last, 0)
-    if one is None or not counts:
+        counts.append((name, value))
+    if len(counts) < 2 or place < len(plain):
         return []
-    counts.append(one)
     units = [unit for unit, _ in counts]
     if units[0] == "h":  # 2h 30m
         units = ["min" if unit == "m" else unit for unit in units]
@@ -243,10 +242,3 @@ def compound(text: str) -> list[str]:
         total += count * scale[unit]
     order = sorted(units, key=lambda unit: -scale[unit])
     return [f"{latex(total / scale[unit])} \\text{{ {unit}}}" for unit in order]
-
-
-def _part(match: re.Match[str], place: int) -> tuple[str, fractions.Fraction] | None:
-    sign, unit = match.group(f"sign{place}"), match.group(f"unit{place}")
-    name = _CANONICAL[sign] if sign else unit and _unit(unit)
-    value = number(match.group(f"number{place}"))
-    return (name, value) if name and value is not None and not (sign and unit) else None

@@ -66,7 +66,6 @@ def recipe(place, run_dir, **changes):
             "data.seq_len": 48,
             "data.batch_size": 4,
             "data.eval_fraction": 0.3,
-            "prepare.workers": 1,
             "prepare.filter_correct": False,
             "score.top_k": 6,
             "score.batch_tokens": 128,
