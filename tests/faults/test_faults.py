@@ -234,7 +234,7 @@ def test_on_a_full_disk(place, verb, share):
 @pytest.mark.long
 def test_readers_of_every_kind_while_a_run_saves(place):
     """And a second trainer, which is refused; the run ends as if nobody had looked."""
-    case, steps = case_of(place, "train"), 150
+    case, steps = case_of(place, "train"), 60
     case.begin()
     recipe, run_dir = f"--config={place / 'recipe.py'}", case.home / "run"
     verbs = ("report", "export", "evaluate", "drift")
