@@ -27,6 +27,7 @@ from dcod_jax.evaluate.operations import (
     OF_TWO,
     UnknownError,
     Value,
+    add,
     factorial,
     power,
     whole,
@@ -37,7 +38,7 @@ Values = dict[str, Value]
 Evaluated = Callable[[Values], Value]
 
 _STEPS = 400  # of an integral
-_MAX_WORK = 10_000  # operations of one expression in a comparison
+_MAX_WORK = 15_000  # operations in a comparison of two answers
 _TOKEN = re.compile(
     r"\s*((?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\w))?|\\[A-Za-z]+|mod(?![A-Za-z])"
     r"|[A-Za-z](?:_(?:\w|\{\w{1,3}\}))?'*|[-+*/^!|(){}\[\],_=])"
@@ -48,6 +49,13 @@ _VARIABLE = re.compile(
 )
 _CLOSING = {"(": ")", "[": "]", "{": "}", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil", "|": "|"}
 _ENDS = {*_CLOSING.values(), *BETWEEN}
+
+
+class Work:
+    """The operations that a comparison of two answers has done."""
+
+    def __init__(self) -> None:
+        self.done = 0
 
 
 class Expression:
@@ -65,12 +73,12 @@ class Expression:
         self.place = 0
         self.names: set[str] = set()
         self.inside: list[str] = []  # the brackets that are open
-        self.work = 0
+        self.work = Work()
         self.evaluated = self._sum()
         self._take("")
 
     def __call__(self, values: Values) -> Value | None:
-        """The value; None where there is none. `work` adds up over calls."""
+        """The value; None where there is none, or where `work` is too much already."""
         try:
             value = self.evaluated(values)
         except (UnknownError, KeyError, ArithmeticError, ValueError, RecursionError, TypeError):
@@ -93,19 +101,21 @@ class Expression:
 
     def _checked(self, value: Value) -> Value:
         """The value; what takes too long, or is too large, has none."""
-        self.work += 1
+        self.work.done += 1
         if isinstance(value, fractions.Fraction):
             bits = max(value.numerator.bit_length(), value.denominator.bit_length())
-            self.work += bits >> 6 if bits <= 2 * MAX_BITS else _MAX_WORK
-        if self.work > _MAX_WORK:
+            self.work.done += bits >> 6 if bits <= 2 * MAX_BITS else _MAX_WORK
+        if self.work.done > _MAX_WORK:
             raise UnknownError
         return value if isinstance(value, fractions.Fraction) else complex(value)
 
     def _sum(self) -> Evaluated:
         found = self._product()
         while self._next in ("+", "-"):
-            function = operator.add if self._take() == "+" else operator.sub
-            found = self._apply(function, found, self._product())
+            minus = self._take() == "-"
+            term = self._product()
+            term = self._apply(lambda value: -value, term) if minus else term
+            found = self._apply(add, found, term)
         return found
 
     def _product(self) -> Evaluated:
@@ -216,6 +226,17 @@ class Expression:
         found = self._apply(FUNCTIONS[token], given, *base)
         return self._apply(power, found, exponent) if exponent else found
 
+    def _differential(self) -> int:
+        """The place of the d that ends the integral whose body begins here."""
+        inner = 0
+        for place in range(self.place, len(self.tokens)):
+            inner += self.tokens[place] == "\\int"
+            if self.tokens[place] == "d":
+                if not inner:
+                    return place
+                inner -= 1
+        raise UnknownError
+
     def _over_a_range(self, token: str) -> Evaluated:
         r"""\sum_{k=1}^{4} k^2 and \int_0^1 2x dx, by Boole's rule."""
         self._take("_")
@@ -230,17 +251,17 @@ class Expression:
         self._take("^")
         high = self._signed()
         if integral:
-            end = self.tokens.index("d", self.place)
+            end = self._differential()
             name, self.tokens[end] = self.tokens[end + 1], ""
         known = name in self.names
         body = self._sum() if integral else self._product()
         if integral:
             self._take("")
-            self.place += 1
+            self._take(name)
         if not known:
             self.names.discard(name)
         if integral:
-            return lambda values: self._checked(_integral(low, high, body, values, name))
+            return lambda values: self._integral(low(values), high(values), body, values, name)
         function = operator.mul if token == "\\prod" else operator.add
 
         def evaluated(values: Values) -> Value:
@@ -255,14 +276,15 @@ class Expression:
 
         return evaluated
 
-
-def _integral(low: Evaluated, high: Evaluated, body: Evaluated, values: Values, name: str) -> Value:
-    start, width = low(values), high(values) - low(values)
-    found: Value = fractions.Fraction(0)
-    for k in range(_STEPS + 1):
-        weight = 7 if k in (0, _STEPS) else (14, 32, 12, 32)[k % 4]
-        found += weight * body({**values, name: start + width * k / _STEPS})
-    return found * width * 2 / (45 * _STEPS)
+    def _integral(
+        self, low: Value, high: Value, body: Evaluated, values: Values, name: str
+    ) -> Value:
+        width, found = high - low, fractions.Fraction(0)
+        for k in range(_STEPS + 1):
+            weight = 7 if k in (0, _STEPS) else (14, 32, 12, 32)[k % 4]
+            term = body({**values, name: low + width * k / _STEPS})
+            found = self._checked(found + weight * term)
+        return found * width * 2 / (45 * _STEPS)
 
 
 @functools.lru_cache(256)
@@ -278,17 +300,17 @@ def read(text: str) -> Expression | None:
 # ---------------------------------------------------------------- compared
 
 
-def same_expression(left: str, right: str, tolerance: float) -> bool:
-    r"""Whether two expressions or equations are equal.
+def same_expression(left: str, right: str, tolerance: float, work: Work) -> bool:
+    r"""Whether two expressions or equations are equal; `work` adds up over calls.
 
-    >>> same_expression(r"\binom{5}{2}", "10", 0.0)
+    >>> same_expression(r"\binom{5}{2}", "10", 0.0, Work())
     True
     """
     first, second = read(left), read(right)
     equations = [len(split(text, EQUALS)) == 2 for text in (left, right)]
     if first is None or second is None or equations[0] != equations[1]:
         return False
-    first.work = second.work = 0
+    first.work = second.work = work
     names = sorted(first.names | second.names)
     try:
         if not names:
@@ -316,12 +338,14 @@ def _values(
 
 
 def _points(names: list[str]) -> list[Values]:
-    """Numbers for the variables: fractions, whole numbers and, last, negative fractions."""
+    """Numbers for the variables: fractions, whole numbers and, last, fractions of both signs."""
     draw = random.Random(0)
     fraction = [[fractions.Fraction(draw.randint(110, 390), 101) for _ in names] for _ in range(3)]
     integer = [[fractions.Fraction(n) for n in draw.sample(range(3, 60), len(names))]
                for _ in range(2)]  # fmt: skip
     rows = [*fraction[:2], *integer, [-value for value in fraction[2]]]
+    if len(names) > 1:
+        rows.append([value * (-1) ** place for place, value in enumerate(fraction[2])])
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 
@@ -348,16 +372,20 @@ def _same_constant(texts: tuple[str, str], values: tuple[Value, Value], toleranc
 def _same_equation(
     first: Expression, second: Expression, names: list[str], known: list[tuple[Value, Value]]
 ) -> bool:
-    """Whether one equation is a multiple of the other, or both have one solution for a variable."""
+    """Whether one equation is a multiple of the other, or both have one solution for variables."""
     ratios = [one / other for one, other in known if other]
     if len(ratios) == len(known) and all(_equal(ratio, ratios[0]) for ratio in ratios):
         return ratios[0] != 0
-    point = _points(names)[0]
-    for name in names:
-        one, other = _solved(first, point, name), _solved(second, point, name)
-        if one is not None and other is not None and _equal(one, other):
-            return True
-    return False
+    solved = 0
+    for place, point in enumerate(_points(names) if first.names == second.names else []):
+        for name in names:
+            one, other = _solved(first, point, name), _solved(second, point, name)
+            if one is None or other is None or (place > 1 and _imaginary(one)):
+                continue
+            if not _equal(one, other):
+                return False
+            solved += 1
+    return solved > 0
 
 
 def _solved(equation: Expression, point: Values, name: str) -> Value | None:

@@ -10,13 +10,14 @@ import fractions
 import re
 from collections.abc import Sequence
 
-from dcod_jax.evaluate.algebra import same_expression
+from dcod_jax.evaluate.algebra import Work, same_expression
 from dcod_jax.evaluate.numerals import number, same_number
 from dcod_jax.evaluate.parts import SPANS, Parsed, is_region, parse, region
 from dcod_jax.evaluate.spelling import EQUALS, canonical, split
 from dcod_jax.evaluate.units import Quantity, compound, quantity, ratio_of_units
 
 MAX_ANSWER_CHARS = 500  # a longer answer is compared by its spelling only
+_MAX_READ = 4 * MAX_ANSWER_CHARS  # a longer one is not brought to one spelling before
 MAX_ITEMS = 60  # a longer list is compared by its spelling only
 
 _BASED = re.compile(r"([-+]?[\dA-F]*\d[\dA-F]*(?:\.\d+)?)_\{?(\d{1,2})\}?")
@@ -40,6 +41,8 @@ _CHOICE_BESIDE = re.compile(
     r"|(?P<number>[^()A-Za-z]*\d[^()]*?)\s*(?:\\text\{)?\s*\((?P<last>[A-J])\)\s*\}?",
     re.DOTALL,
 )
+_OF_A_VARIABLE = re.compile(r"\||\\(?:frac|sqrt|sin|cos|tan|log|ln)(?![A-Za-z])")
+_CALCULATED = re.compile(r"\([^()]*\w\s*[-+*/^]")
 _AND_PART = re.compile(r"(-?\d+)\s*(?:\\text\{\s*and\s*\}|and)\s*(\\frac\{\d+\}\{\d+\}|\d+/\d+)")
 _PLAIN = re.compile(r"-?\d{1,60}(?:\.\d{1,60})?")
 # Words of one meaning, as _words spells them: without articles, spaces and a plural s.
@@ -71,6 +74,7 @@ _SYNONYMS = {
 @dataclasses.dataclass(frozen=True)
 class _Comparison:
     tolerance: float
+    work: Work
 
     def same(self, left: Parsed, right: Parsed) -> bool:
         if not left.ends and not right.ends:
@@ -116,6 +120,11 @@ class _Comparison:
         letters = len(left.label) == len(right.label) == 1
         if letters and left.label != right.label:  # x = 1 is not y = 1
             return False
+        if left.label and right.label and left.label != right.label:
+            of_one = 1 in (len(left.label), len(right.label))
+            if any((of_one and _OF_A_VARIABLE.match(label)) or _CALCULATED.search(label)
+                   for label in (left.label, right.label)):  # nor is |x| = 1  # fmt: skip
+                return False
         texts = [left.text, right.text]
         equations = [len(split(text, EQUALS)) > 1 for text in texts]
         if equations[0] != equations[1] and (label := left.label or right.label):
@@ -162,15 +171,16 @@ class _Comparison:
         texts = [one.value.removesuffix("%").strip() for one in (left, right)]
         texts = [t if one.factor == 1 else _times(t, one.factor)
                  for t, one in zip(texts, (left, right), strict=True)]  # fmt: skip
-        if self._leaf(*texts) or percent[0] == percent[1]:
-            return self._leaf(*texts)
+        same = self._leaf(*texts)
+        if same or percent[0] == percent[1]:
+            return same
         hundredth = [_times(t, fractions.Fraction(1, 100)) if p else t
                      for t, p in zip(texts, percent, strict=True)]  # fmt: skip
         return self._leaf(*hundredth)
 
     def _leaf(self, left: str, right: str) -> bool:
         same = same_number(left, right, self.tolerance)
-        return same_expression(left, right, self.tolerance) if same is None else same
+        return same_expression(left, right, self.tolerance, self.work) if same is None else same
 
 
 def _squeeze(text: str) -> str:
@@ -270,6 +280,8 @@ def equal(predicted: str, reference: str, *, tolerance: float = 0.0) -> bool:
     """
     if _PLAIN.fullmatch(predicted) and _PLAIN.fullmatch(reference):
         return bool(same_number(predicted, reference, tolerance))
+    if max(len(predicted), len(reference)) > _MAX_READ:
+        return bool(predicted) and _squeeze(predicted) == _squeeze(reference)
     left, right = (_LEAD.sub("", canonical(text), count=1) for text in (predicted, reference))
     if _squeeze(left) == _squeeze(right):
         return bool(left)
@@ -285,7 +297,7 @@ def equal(predicted: str, reference: str, *, tolerance: float = 0.0) -> bool:
         return letters[0][0] == letters[1][0]
     sides = [rest if letter and rest else text
              for (letter, rest), text in zip(letters, (left, right), strict=True)]  # fmt: skip
-    comparison = _Comparison(tolerance)
+    comparison = _Comparison(tolerance, Work())
     return any(comparison.same(parse(one), parse(other))
                 for one in _spellings(sides[0]) for other in _spellings(sides[1]))  # fmt: skip
 

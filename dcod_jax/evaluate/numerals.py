@@ -70,7 +70,7 @@ IN_WORDS = re.compile(
 )
 _CHINESE = {sign: value for value, sign in enumerate("零一二三四五六七八九")} | {"两": 2, "〇": 0}
 _CHINESE_POWERS = {"十": 10, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8}
-_CHINESE_NUMBER = rf"[{''.join((*_CHINESE, *_CHINESE_POWERS))}]+"
+_CHINESE_NUMBER = rf"[{''.join((*_CHINESE, *_CHINESE_POWERS))}]{{1,24}}"
 _IN_CHINESE = re.compile(
     rf"(?:(?P<percent>百分之)|(?P<bottom>{_CHINESE_NUMBER})分之)?(?P<number>{_CHINESE_NUMBER})"
     r"(?P<unit>[\u4e00-\u9fff]{0,2})"

@@ -64,8 +64,25 @@ def power(base: Value, exponent: Value) -> Value:
     return (_root(base, degree) if degree > 1 else base) ** power
 
 
+def add(left: Value, right: Value) -> Value:
+    return _settled(left + right, max(abs(left), abs(right)))
+
+
+def _settled(value: Value, scale: float | fractions.Fraction) -> Value:
+    """Zero, for what rounding left of it where terms of this size cancelled."""
+    if isinstance(value, complex) and abs(value) <= 1e-14 * scale < math.inf:
+        return fractions.Fraction(0)
+    return value
+
+
+def _near_zero(function: Callable[[complex], Value]) -> Callable[[Value], Value]:
+    return lambda value: _settled(function(complex(value)), abs(value) / 10)
+
+
 def _binomial(n: Value, k: Value) -> Value:
     if isinstance(k, fractions.Fraction) and k.denominator == 1 and 0 <= k <= MAX_TERMS:
+        if isinstance(n, fractions.Fraction) and k * n.numerator.bit_length() > 2 * MAX_BITS:
+            raise UnknownError
         return math.prod(((n - i) / (i + 1) for i in range(int(k))), start=fractions.Fraction(1))
     return factorial(n) / factorial(k) / factorial(n - k)
 
@@ -79,7 +96,12 @@ def factorial(value: Value) -> Value:
 
 
 def _rounded(sign: int) -> Callable[[Value], Value]:
-    return lambda v: fractions.Fraction(sign * math.floor(sign * real(v) + EXACT))
+    def rounded(value: Value) -> Value:
+        part = sign * real(value)
+        near = part if isinstance(part, fractions.Fraction) else part + EXACT
+        return fractions.Fraction(sign * math.floor(near))
+
+    return rounded
 
 
 def _integers(function: Callable[..., int]) -> Callable[..., Value]:
@@ -99,9 +121,15 @@ def _absolute(value: Value) -> Value:
 
 
 FUNCTIONS: dict[str, Callable[..., Value]] = {
-    **{f"\\{name}": getattr(cmath, name) for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh")},
+    **{f"\\{name}": _near_zero(getattr(cmath, name)) for name in ("sin", "cos", "tan")},
+    **{f"\\{name}": getattr(cmath, name) for name in ("sinh", "cosh", "tanh")},
     **{f"\\arc{name}": getattr(cmath, f"a{name}") for name in ("sin", "cos", "tan")},
-    **{"\\cot": _inverse(cmath.tan), "\\sec": _inverse(cmath.cos), "\\csc": _inverse(cmath.sin)},
+    "\\abs": _absolute,
+    **{
+        "\\cot": _near_zero(_inverse(cmath.tan)),
+        "\\sec": _inverse(cmath.cos),
+        "\\csc": _inverse(cmath.sin),
+    },
     **{"\\ln": cmath.log, "\\exp": cmath.exp, "\\log": _log, "\\lg": _log},
 }
 OF_SEVERAL: dict[str, Callable[..., Value]] = {

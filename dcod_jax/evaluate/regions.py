@@ -14,7 +14,7 @@ import math
 import operator
 from collections.abc import Callable
 
-from dcod_jax.evaluate.algebra import read
+from dcod_jax.evaluate.algebra import Work, read
 from dcod_jax.evaluate.numerals import close
 from dcod_jax.evaluate.operations import Value
 
@@ -83,7 +83,7 @@ def where(terms: list[str], signs: list[str]) -> tuple[str, Region] | None:
         difference = read(f"{left}-({right})")
         if difference is None:
             return None
-        difference.work = 0
+        difference.work = Work()
         names |= difference.names
         found.append((difference, sign))
     if len(names) != 1:

@@ -82,8 +82,9 @@ _COMMA_THOUSANDS = re.compile(
 _UNDERSCORE_THOUSANDS = re.compile(r"(?<=\d)[_'](?=\d{3}(?!\d))")
 _SPACE_THOUSANDS = re.compile(r"(?<![\d.,/^_} ])(?<!\d )\d{1,3}(?: \d{3})+(?![\d/]| \d)")
 _ROOT = re.compile(
-    r"(?:√|(?<![A-Za-z\\])sqrt)\s*(\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z])|\\pi|\(([^()]*)\)|\{([^{}]*)\})"
+    r"(?:√|(?<![A-Za-z\\])sqrt)\s*(\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z])|\\pi|\{([^{}]*)\})"
 )
+_ROOT_OF = re.compile(r"(?:√|(?<![A-Za-z\\])(?:sqrt|(cbrt)))\s*\(")
 _INDEXED_ROOT = re.compile(r"\^\{(\d)\}√")
 _ARGUMENT = re.compile(r"\s*(\{|\\[A-Za-z]+|[^\s{}\\])")
 _TRIGONOMETRIC_DEGREES = re.compile(
@@ -161,9 +162,8 @@ _REWRITTEN = [(re.compile(pattern), new) for pattern, new in (  # its one spelli
     (r"^<\s*([^<>]*,[^<>]*)>$", r"\\langle \1\\rangle"),
     (r"(?:\\text\{)?\s*\bis (?:greater|more|larger) than\b(?! or)\s*\}?\s*", " > "),
     (r"(?:\\text\{)?\s*\bis (?:less|smaller) than\b(?! or)\s*\}?\s*", " < "),
-    (r"(?<![A-Za-z\\])cbrt\(([^()]*)\)", r"\\sqrt[3]{\1}"),
-    (r"(?<![A-Za-z\\])exp\s*\(([^()]*)\)", r"e^{\1}"),
-    (r"(?<![A-Za-z\\])(sin|cos|tan|cot|sec|csc|ln|log)(?![A-Za-z])"
+    (r"(?<![A-Za-z\\])a(sin|cos|tan)(?=\s*\()", r"arc\1"),
+    (r"(?<![A-Za-z\\])((?:arc)?(?:sin|cos|tan)|sinh|cosh|tanh|cot|sec|csc|ln|log|exp|abs)(?![A-Za-z])"
      r"(?=\s*[\d(\\]|\s+[a-z](?![A-Za-z]))", r"\\\1 "),
     (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
     (r"^(?:12(?::00)? )?(?:\\text\{)?noon\}?$", "12:00 pm"),
@@ -192,12 +192,12 @@ _BASE_WORD = re.compile(
 )
 
 
-def braced(text: str, start: int, limit: int) -> str | None:
+def braced(text: str, start: int, limit: int, pair: str = "{}") -> str | None:
     """The content of the balanced {...} that opens at `start`, of at most `limit` characters."""
     depth = 0
     for index in range(start, min(len(text), start + limit)):
-        if text[index] in "{}" and text[index - 1 : index] != "\\":
-            depth += 1 if text[index] == "{" else -1
+        if text[index] in pair and text[index - 1 : index] != "\\":
+            depth += 1 if text[index] == pair[0] else -1
             if depth == 0:
                 return text[start + 1 : index]
     return None
@@ -237,8 +237,13 @@ def _ascii(text: str) -> str:
         text = re.sub(r"^([A-J])[、．]", r"\1. ", text)
         text = unicodedata.normalize("NFKC", "".join(map(_letter, text)))
     text = _INDEXED_ROOT.sub(r"\\sqrt[\1]√", text)
-    for _ in range(4):  # from the innermost parentheses outwards
-        text = _ROOT.sub(lambda m: rf"\sqrt{{{m.group(2) or m.group(3) or m.group(1)}}}", text)
+    for match in reversed(list(_ROOT_OF.finditer(text))):
+        inner = braced(text, match.end() - 1, len(text), "()")
+        if inner is not None:
+            root = rf"\sqrt{'[3]' if match[1] else ''}{{{inner}}}"
+            text = text[: match.start()] + root + text[match.end() + len(inner) + 1 :]
+    for _ in range(4):  # from the innermost braces outwards
+        text = _ROOT.sub(lambda m: rf"\sqrt{{{m.group(2) or m.group(1)}}}", text)
     return re.sub(r"(\\sqrt\[\d\])\\sqrt", r"\1", text)
 
 
