@@ -145,7 +145,7 @@ def _quiet():
     transformers.logging.set_verbosity(level)
 
 
-@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("every", [23, pytest.param(1, marks=pytest.mark.long)])
 def test_odd_values_are_read_as_transformers_reads_them(every, tmp_path):
     grid = [(model_type, change) for change in changes() for model_type in configs.FAMILIES]
     found, wrong = [], []
