@@ -82,7 +82,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "generate.top_k evaluate.limit evaluate.temperature evaluate.top_k evaluate.shots "
         "data.head_tokens on_policy.temperature drift.limit report.traces plan.hbm_gib "
         "hosts.processes "
-        "study.start_steps study.noise study.drift_prompts",
+        "study.start_steps study.teacher_steps study.noise study.drift_prompts",
     ),
     "be a finite number > 0": (
         lambda x: math.isfinite(x) and x > 0,

@@ -47,7 +47,7 @@ LEVELS = """
     evaluate.lm_eval_model drift.command report.arguments report.data report.traces report.command
     plan.chips plan.hlo plan.programs plan.remat plan.estimate plan.command
     train.trace_weights train.telemetry train.loop train.command tune.command
-    study.arithmetic study.domain study.conditions study.lab study.command
+    study.arithmetic study.letters study.domain study.conditions study.lab study.command
 """
 ORDER = LEVELS.split()
 PLACE = {name: place for place, name in enumerate(ORDER)}

@@ -1,8 +1,10 @@
-"""Write the tables of docs/study.md and docs/study_tables.md from docs/study/results.jsonl.
+"""Write the tables of docs/study*.md from the results in docs/study.
 
-python tools/make_study_page.py                                    # in place
-python tools/make_study_page.py --results runs/study/results.jsonl # take these results over first
-python tools/make_study_page.py --check                            # exit 1 when not up to date
+    python tools/make_study_page.py            # in place
+    python tools/make_study_page.py --recipe study --results runs/study/results.jsonl
+    python tools/make_study_page.py --check    # exit 1 when not up to date
+
+The second command takes the results of a study over first.
 
 All runs have the same problems and all arms the same seeds, so two arms are compared in pairs: a
 difference D[seed, problem] in {-1, 0, 1}.
@@ -29,7 +31,11 @@ from dcod_jax.study.conditions import MAIN, from_hex, read_results
 from dcod_jax.study.domain import SETS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES, RESULTS = ("study.md", "study_tables.md"), DOCS / "study" / "results.jsonl"
+# {recipe: (its results file in docs/study, pages with tables)}
+STUDIES = {
+    "study": ("results.jsonl", ("study.md", "study_tables.md")),
+    "study_letters": ("letters.jsonl", ("study_letters.md",)),
+}
 
 Line = dict[str, Any]
 Pick = Callable[[Line], float | None]
@@ -399,23 +405,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--results", type=Path, help="results file to copy to docs/study first")
+    parser.add_argument("--recipe", choices=STUDIES, help="write this study's pages only")
+    parser.add_argument("--results", type=Path, help="its results, copied to docs/study first")
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args()
-    if options.results and not options.check:
-        RESULTS.parent.mkdir(exist_ok=True)
-        shutil.copyfile(options.results, RESULTS)
-    try:
-        study = Study(read_results(RESULTS))
-        for path in (DOCS / name for name in PAGES):
-            page = path.read_text(encoding="utf-8")
-            filled = fill_page(page, study)
-            if options.check and filled != page:
-                sys.exit(f"error: {path} is not up to date: python tools/make_study_page.py")
-            if not options.check:
-                path.write_text(filled, encoding="utf-8")
-    except DcodError as error:
-        sys.exit(f"error: {error}")
+    if options.results and not options.recipe:
+        parser.error("--results needs --recipe, the study that it is of")
+    for recipe in [options.recipe] if options.recipe else STUDIES:
+        file, names = STUDIES[recipe]
+        results = DOCS / "study" / file
+        if options.results and not options.check:
+            results.parent.mkdir(exist_ok=True)
+            shutil.copyfile(options.results, results)
+        try:
+            study = Study(read_results(results))
+            for path in (DOCS / name for name in names):
+                page = path.read_text(encoding="utf-8")
+                filled = fill_page(page, study)
+                if options.check and filled != page:
+                    sys.exit(f"error: {path} is not up to date: python tools/make_study_page.py")
+                if not options.check:
+                    path.write_text(filled, encoding="utf-8")
+        except DcodError as error:
+            sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -79,6 +79,8 @@ def study_keys() -> Any:
     """The section `study` of a config: every key that only the study reads, with its default."""
     c: Any = ConfigDict()
     c.study = ConfigDict()
+    c.study.domain = "arithmetic"  # of the problems: arithmetic | letters
+    c.study.teacher_steps = 0  # of a teacher trained here, in every style; 0: teacher.path
     c.study.arms = ()  # losses compared by the study: ("sft loss.weights.name=uniform", ...)
     c.study.conditions = ()  # ("main", "hot generate.temperature=1.5", ...); "main" comes first
     c.study.only = ()  # names of the arms to run; empty: all

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+LARGEST = 20  # of the sum of the added numbers: a tiny model learns the facts below it in minutes
+SYMBOLS = "0123456789"  # of the steps that noise replaces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +44,20 @@ class Chain:
         """The JSONL record that `generate` and `evaluate` read."""
         prompt = self.phrasing.format(self.expression)
         return {"id": self.expression, "prompt": prompt, "answer": str(self.answer)}
+
+
+def draw_problem(draw: random.Random, terms: Sequence[int], first: Sequence[int]) -> Chain | None:
+    """A chain with a length and first operand in these inclusive ranges, or None.
+
+    The other operands are 1 to 9. No running value is negative, and the added numbers sum to at
+    most LARGEST; None where the draw is not so.
+    """
+    count = draw.randint(*terms)
+    numbers = [draw.randint(*first), *(draw.randint(1, 9) for _ in range(count - 1))]
+    operators = "".join(draw.choice("+-") for _ in range(count - 1))
+    problem = Chain(tuple(numbers), operators)
+    added = sum(n for op, n in zip("+" + operators, numbers, strict=True) if op == "+")
+    return problem if min(problem.running_values()) >= 0 and added <= LARGEST else None
 
 
 def solve_equations(problem: Chain) -> str:
@@ -77,21 +95,37 @@ def solve_groups(problem: Chain) -> str:
     return "\n".join(lines)
 
 
-STYLES = {"equations": solve_equations, "words": solve_words, "groups": solve_groups}
+Solve = Callable[[Any], str]  # a problem's steps in one style
+STYLES: Mapping[str, Solve] = {
+    "equations": solve_equations,
+    "words": solve_words,
+    "groups": solve_groups,
+}
 
 
-def worked_solution(problem: Chain, style: str) -> str:
-    """The steps in a style of STYLES, then the line "#### answer"."""
-    return f"{STYLES[style](problem)}\n#### {problem.answer}"
+def style_of(text: str) -> str:
+    """The style of STYLES that a worked solution is written in."""
+    if text.startswith(("plus", "minus")):
+        return "groups"
+    return "words" if " up " in text or " down " in text else "equations"
+
+
+def worked_solution(problem: Any, style: str, styles: Mapping[str, Solve] = STYLES) -> str:
+    """The steps in a style of `styles`, then the line "#### answer"."""
+    return f"{styles[style](problem)}\n#### {problem.answer}"
 
 
 def worked_traces(
-    problems: Iterable[Chain], shares: dict[str, float], *, seed: int
+    problems: Iterable[Any],
+    shares: Mapping[str, float],
+    *,
+    seed: int,
+    styles: Mapping[str, Solve] = STYLES,
 ) -> Iterator[dict[str, str]]:
     """One trace record a problem, its style drawn with probability proportional to `shares`."""
     names = list(shares)
     for problem in problems:
         draw = random.Random(f"{seed} style {problem.expression}")
         style = draw.choices(names, [shares[name] for name in names])[0]
-        completion = worked_solution(problem, style)
+        completion = worked_solution(problem, style, styles)
         yield {**problem.record(), "completion": completion, "style": style}

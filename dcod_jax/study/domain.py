@@ -1,4 +1,4 @@
-"""The study's problems by operand range and length, its traces, and their noise.
+"""The study's problems of a domain by operand range and length, its traces, and their noise.
 
 Test sets: "in" is drawn as the traces are; "operands" has first numbers that no training problem
 has; "longer" has more terms than the traces (the warm start saw that length in its own style,
@@ -13,10 +13,12 @@ import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from dcod_jax import config as configs
 from dcod_jax.data import chat
 from dcod_jax.data.dataset import MANIFEST, DatasetWriter, TraceDataset
 from dcod_jax.errors import DcodError
@@ -24,35 +26,40 @@ from dcod_jax.evaluate.answers import extract_answer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.sample.sampler import Sample, decoding_params, sample
 from dcod_jax.score.scoring import score_settings, score_traces
-from dcod_jax.study.arithmetic import STYLES, Chain, worked_traces
+from dcod_jax.study import arithmetic, letters
+from dcod_jax.study.arithmetic import Chain, worked_traces
 from dcod_jax.types import Params, Trace
 
-LARGEST = 20  # of the sum of the added numbers: a tiny model learns the facts below it in minutes
+DOMAINS = {"arithmetic": arithmetic, "letters": letters}  # study.domain
 _BARE = dict.fromkeys(("logprobs", "topk_ids", "topk_logprobs", "tail_logprobs"))
 _SHARE = "0 < SHARE <= 1"
 SETS = ("in", "operands", "longer")  # test sets, beside "validation"
+Problem = Chain | letters.Moves
+
+
+def domain_of(config: Any) -> ModuleType:
+    """The module of study.domain: draw_problem, STYLES, style_of, SYMBOLS."""
+    if config.study.domain not in DOMAINS:
+        raise DcodError(
+            f"study.domain={config.study.domain!r}: there are {', '.join(sorted(DOMAINS))}"
+        )
+    return DOMAINS[config.study.domain]
 
 
 def problem_stream(
     config: Any, name: str, terms: Sequence[int], first: Sequence[int]
-) -> Iterator[Chain]:
-    """Endless random problems with a length and first operand in these inclusive ranges.
+) -> Iterator[Problem]:
+    """Endless random problems of study.domain with these terms and first operands.
 
-    The other operands are 1 to 9. No running value is negative, and the added numbers sum to at
-    most LARGEST. A problem may come twice.
+    Both ranges are inclusive. A problem may come twice.
     """
-    draw = random.Random(f"{config.seed} {name}")
+    draw, kind = random.Random(f"{config.seed} {name}"), domain_of(config)
     while True:
-        count = draw.randint(*terms)
-        numbers = [draw.randint(*first), *(draw.randint(1, 9) for _ in range(count - 1))]
-        operators = "".join(draw.choice("+-") for _ in range(count - 1))
-        problem = Chain(tuple(numbers), operators)
-        added = sum(n for op, n in zip("+" + operators, numbers, strict=True) if op == "+")
-        if min(problem.running_values()) >= 0 and added <= LARGEST:
+        if problem := kind.draw_problem(draw, terms, first):
             yield problem
 
 
-def held_out(config: Any) -> dict[str, list[Chain]]:
+def held_out(config: Any) -> dict[str, list[Problem]]:
     """{"validation" and each of SETS: distinct problems}, none of which is in two of them."""
     study = config.study
     taken: set[str] = set()
@@ -62,7 +69,7 @@ def held_out(config: Any) -> dict[str, list[Chain]]:
         "operands": (study.terms, study.held_out_operands),
         "longer": (study.longer_terms, study.first_operands),
     }
-    found: dict[str, list[Chain]] = {name: [] for name in ranges}
+    found: dict[str, list[Problem]] = {name: [] for name in ranges}
     for name, (terms, first) in ranges.items():
         stream = problem_stream(config, name, terms, first)
         while len(found[name]) < study.problems:
@@ -73,44 +80,50 @@ def held_out(config: Any) -> dict[str, list[Chain]]:
     return found
 
 
-def training_problems(config: Any, name: str, terms: Sequence[int]) -> Iterator[Chain]:
+def training_problems(config: Any, name: str, terms: Sequence[int]) -> Iterator[Problem]:
     """Endless problems outside every held-out set."""
     forbidden = {p.expression for problems in held_out(config).values() for p in problems}
     stream = problem_stream(config, name, terms, config.study.first_operands)
     return (problem for problem in stream if problem.expression not in forbidden)
 
 
+def teacher_recipe(config: Any, shape: ModelConfig) -> Any:
+    """The recipe of a start that is the teacher: every style, and the given teacher's size."""
+    return configs.replace(
+        config,
+        {
+            "study.start_styles": tuple(domain_of(config).STYLES),
+            "study.start_steps": config.study.teacher_steps,
+            "study.width": shape.hidden_size,
+            "study.layers": shape.num_layers,
+        },
+    )
+
+
 # ---------------------------------------------------------------- texts
 
 
-def prompt_ids(tokenizer: Any, problem: Chain) -> list[int]:
+def prompt_ids(tokenizer: Any, problem: Problem) -> list[int]:
     return chat.encode_prompt(tokenizer, [{"role": "user", "content": problem.record()["prompt"]}])
 
 
-def is_correct(problem: Chain, text: str) -> bool:
+def is_correct(problem: Problem, text: str) -> bool:
     """Whether the text ends in the answer; the domain's answers need no algebra."""
     found = extract_answer(text)
     return found is not None and found.answer == str(problem.answer)
 
 
-def style_of(text: str) -> str:
-    """The style of STYLES that a worked solution is written in."""
-    if text.startswith(("plus", "minus")):
-        return "groups"
-    return "words" if " up " in text or " down " in text else "equations"
-
-
-def disturb(text: str, draw: random.Random) -> str:
-    """One digit of the steps replaced by another one; the last line, the answer, stays.
+def disturb(text: str, draw: random.Random, symbols: str) -> str:
+    """One of the `symbols` in the steps replaced by another; the last line, the answer, stays.
 
     Such a trace passes a filter by its final answer: "8+5=13\\n#### 13" -> "8+7=13\\n#### 13".
     """
     steps, mark, answer = text.rpartition("\n####")
-    places = [i for i, character in enumerate(steps) if character.isdigit()]
+    places = [i for i, character in enumerate(steps) if character in symbols]
     if not places:
         return text
     place = draw.choice(places)
-    other = draw.choice([digit for digit in "0123456789" if digit != steps[place]])
+    other = draw.choice([symbol for symbol in symbols if symbol != steps[place]])
     return steps[:place] + other + steps[place + 1 :] + mark + answer
 
 
@@ -158,7 +171,8 @@ def start_traces(config: Any, tokenizer: Any) -> list[Trace]:
     stream = training_problems(config, "start", study.start_terms)
     problems = [next(stream) for _ in range(study.start_problems)]
     shares = dict.fromkeys(study.start_styles, 1.0)
-    records = worked_traces(problems, shares, seed=config.seed)
+    styles = domain_of(config).STYLES
+    records = worked_traces(problems, shares, seed=config.seed, styles=styles)
     return [
         to_trace(tokenizer, f"{i}", record["prompt"], record["completion"])
         for i, record in enumerate(records)
@@ -172,7 +186,8 @@ def teacher_traces(config: Any, teacher: StudyModel) -> tuple[list[Trace], dict[
     draw = random.Random(f"{config.seed} noise")
     kept: list[Trace] = []
     counts = {"sampled": 0, "wrong": 0, "other style": 0, "unfinished": 0, "disturbed": 0}
-    styles = dict.fromkeys(STYLES, 0)
+    kind = domain_of(config)
+    styles = dict.fromkeys(kind.STYLES, 0)
     while len(kept) < study.traces:
         if counts["sampled"] >= 40 * study.traces:
             raise DcodError(
@@ -197,9 +212,12 @@ def teacher_traces(config: Any, teacher: StudyModel) -> tuple[list[Trace], dict[
             if reason:
                 counts[reason] += 1
                 continue
-            styles[style_of(text)] += 1
+            styles[kind.style_of(text)] += 1
             if draw.random() < study.noise:
-                text, counts["disturbed"] = disturb(text, draw), counts["disturbed"] + 1
+                text, counts["disturbed"] = (
+                    disturb(text, draw, kind.SYMBOLS),
+                    counts["disturbed"] + 1,
+                )
             name = f"{len(kept)}"
             kept.append(to_trace(teacher.tokenizer, name, problem.record()["prompt"], text))
     return kept, {"counts": counts, "styles": styles}
@@ -216,23 +234,24 @@ def _share(text: str) -> float:
 
 def style_shares(config: Any) -> dict[str, float]:
     """{style: share of its traces that is kept} of study.styles; empty: all of all."""
-    entries = (entry.partition(":") for entry in config.study.styles or STYLES)
+    known = domain_of(config).STYLES
+    entries = (entry.partition(":") for entry in config.study.styles or known)
     shares = {name: _share(share) if mark else 1.0 for name, mark, share in entries}
     if not all(shares.values()):
         raise DcodError(
             f"study.styles={config.study.styles}: expected STYLE or STYLE:SHARE, {_SHARE}"
         )
-    if unknown := shares.keys() - STYLES.keys():
-        raise DcodError(f"study.styles names {', '.join(unknown)}; there are {', '.join(STYLES)}")
+    if unknown := shares.keys() - known.keys():
+        raise DcodError(f"study.styles names {', '.join(unknown)}; there are {', '.join(known)}")
     return shares
 
 
-def _why_not(config: Any, problem: Chain, answer: Sample, text: str, draw: random.Random) -> str:
+def _why_not(config: Any, problem: Problem, answer: Sample, text: str, draw: random.Random) -> str:
     if not answer.finished or not text.strip():
         return "unfinished"
     if config.prepare.filter_correct and not is_correct(problem, text):
         return "wrong"
-    share = style_shares(config).get(style_of(text), 0.0)
+    share = style_shares(config).get(domain_of(config).style_of(text), 0.0)
     if share < 1 and draw.random() >= share:
         return "other style"
     return ""
@@ -318,6 +337,8 @@ def _settings(config: Any, kind: str) -> dict[str, Any]:
         found["generate"] = [config.generate.temperature, config.generate.max_new_tokens]
         found["filter"] = config.prepare.filter_correct
         found["score"] = [config.teacher.path, config.score.top_k]
+    if config.study.domain != "arithmetic":
+        found["domain"] = [config.study.domain, config.study.teacher_steps]
     return found | {"seed": config.seed}
 
 

@@ -96,6 +96,9 @@ class Lab:
         self._teacher_samples: dict[tuple[int, int], Any] = {}
         self._datasets: dict[Path, TraceDataset] = {}
         self._start_correct: dict[Path | str, dict[str, str]] = {}
+        if config.study.teacher_steps:  # no teacher of this domain is shipped
+            own = domain.teacher_recipe(config, teacher_config)
+            self.teacher = StudyModel(self.model_config(own), self.start(own, 0), self.tokenizer)
 
     # ------------------------------------------------------------ what is shared
 
@@ -181,6 +184,7 @@ class Lab:
         of = [study.width, study.layers, study.start_learning_rate, study.start_problems]
         of += [list(study.start_styles), list(study.start_terms), config.seed, seed]
         of += [data.seq_len, data.batch_size, data.head_tokens, optimizer]
+        of += [study.domain] * (study.domain != "arithmetic")
         name = hashlib.sha256(json.dumps(of).encode()).hexdigest()[:12]
         return self.directory / "starts" / f"{name}-{steps}.npz"
 

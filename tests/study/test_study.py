@@ -18,7 +18,7 @@ from dcod_jax.configs.study import study_keys
 from dcod_jax.data.dataset import TraceDataset
 from dcod_jax.errors import DcodError
 from dcod_jax.sample.sampler import Sample
-from dcod_jax.study import domain
+from dcod_jax.study import arithmetic, domain, letters
 from dcod_jax.study.arithmetic import STYLES, worked_solution
 from dcod_jax.study.command import study, wanted_starts
 from dcod_jax.study.conditions import (
@@ -100,22 +100,48 @@ def test_the_sets_are_apart_and_each_is_what_its_name_says():
             + sum(
                 n for n, op in zip(problem.numbers[1:], problem.operators, strict=True) if op == "+"
             )
-            <= domain.LARGEST
+            <= arithmetic.LARGEST
         )
 
 
-def test_noise_changes_one_digit_of_the_steps_and_styles_are_told_apart():
-    draw = random.Random(0)
-    for problem in domain.held_out(recipe())["in"]:
-        for style in STYLES:
-            text = worked_solution(problem, style)
-            assert domain.style_of(text) == style
-            noisy = domain.disturb(text, draw)
+@pytest.mark.parametrize("name", list(domain.DOMAINS))
+def test_noise_changes_one_symbol_of_the_steps_and_styles_are_told_apart(name):
+    draw, config = random.Random(0), recipe(**{"study.domain": name})
+    kind = domain.domain_of(config)
+    for problem in domain.held_out(config)["in"]:
+        for style in kind.STYLES:
+            text = worked_solution(problem, style, kind.STYLES)
+            assert kind.style_of(text) == style
+            noisy = domain.disturb(text, draw, kind.SYMBOLS)
             changed = [(a, b) for a, b in zip(text, noisy, strict=True) if a != b]
             assert len(changed) == 1
-            assert all(c.isdigit() for c in changed[0])
+            assert all(c in kind.SYMBOLS for c in changed[0])
             assert domain.is_correct(problem, noisy)
             assert not domain.is_correct(problem, text + "1")
+
+
+def test_letters_are_moved_as_their_digits_say():
+    """Each style against moves done by hand; the sets differ in first letter and length."""
+    problem = letters.Moves("dab", "1r2")
+    assert problem.record() == {"id": "dab 1 r 2", "prompt": "dab 1 r 2=", "answer": "bad"}
+    assert letters.solve_steps(problem) == "1 adb\nr bda\n2 bad"
+    assert letters.solve_words(problem) == "dab now, jump 1: adb, turn: bda, jump 2: bad"
+    assert letters.solve_tracks(problem) == "d 223\na 132\nb 311"
+    sets = domain.held_out(recipe(**{"study.domain": "letters"}))
+    assert {p.word[0] for p in sets["in"]} <= set("abcdef")
+    assert {p.word[0] for p in sets["operands"]} == set("ghi")
+    assert {len(p.moves) for p in sets["in"]} == {2, 3}
+    assert {len(p.moves) for p in sets["longer"]} == {4, 5}
+    for p in itertools.chain(*sets.values()):
+        word = list(p.word)
+        for move in p.moves:
+            if move == "r":
+                word.reverse()
+            else:
+                at = int(move) - 1
+                word[at : at + 2] = word[at + 1], word[at]
+        assert "".join(word) == p.answer
+        assert len(set(p.word)) == 3
 
 
 # ---------------------------------------------------------------- plan and results file
@@ -275,16 +301,18 @@ def test_the_shipped_recipe_reads():
     assert set(wanted_starts(config)[64, 2]) == {200, 1000, 2000}
 
 
-def test_the_shipped_results_are_of_the_shipped_recipe():
+@pytest.mark.parametrize("recipe_name", MAKER["STUDIES"])
+def test_the_shipped_results_are_of_the_shipped_recipe(recipe_name):
     """A default that changes must be pinned in the recipe, or the tables tell of other runs."""
-    config = configs.load_recipe(RECIPE)
+    config = configs.load_recipe(recipe_name)
     now = {
         (name, arm): settings_of(own)
         for name, condition in conditions(config).items()
         for arm, own in arms(condition).items()
     }
-    written = Results(ROOT / "docs" / "study" / "results.jsonl").settings
-    assert len(written.keys() & now.keys()) > 10
+    file, _ = MAKER["STUDIES"][recipe_name]
+    written = Results(ROOT / "docs" / "study" / file).settings
+    assert len(written.keys() & now.keys()) > 2
     for key in written.keys() & now.keys():
         assert written[key] == now[key], key
 
@@ -412,11 +440,12 @@ def test_reduced_study(tmp_path):
 
 
 def test_the_page_holds_the_results():
-    """Every table of the study's pages is what the committed results say."""
-    study = Study(read_results(ROOT / "docs" / "study" / "results.jsonl"))
-    for name in MAKER["PAGES"]:
-        page = (ROOT / "docs" / name).read_text(encoding="utf-8")
-        assert fill_page(page, study) == page, "run python tools/make_study_page.py"
+    """Every table of the studies' pages is what the committed results say."""
+    for file, names in MAKER["STUDIES"].values():
+        study = Study(read_results(ROOT / "docs" / "study" / file))
+        for name in names:
+            page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+            assert fill_page(page, study) == page, "run python tools/make_study_page.py"
 
 
 def line_of(condition, arm, seed, correct, start):
