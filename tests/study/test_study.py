@@ -34,7 +34,7 @@ from dcod_jax.study.conditions import (
     settings_of,
     to_hex,
 )
-from dcod_jax.study.lab import adjustable_optimizer, start_config, with_rate
+from dcod_jax.study.lab import Lab, adjustable_optimizer, start_config, with_rate
 from dcod_jax.train.optim import make_optimizer
 from dcod_jax.train.settings import loss_config, optim_config
 from dcod_jax.types import Trace, TrainState
@@ -437,6 +437,33 @@ def test_reduced_study(tmp_path):
     assert "old" not in page
     with pytest.raises(DcodError, match="no table 'nothing'"):
         fill_page("<!-- study: nothing -->\n<!-- end -->", Study(lines))
+
+
+def test_a_domain_without_a_shipped_teacher_trains_its_own(tmp_path, monkeypatch):
+    """Once, on worked solutions in every style, at the shipped teacher's size."""
+    config = recipe(
+        **{
+            "study.domain": "letters",
+            "study.teacher_steps": "3",
+            "study.start_styles": '("steps",)',
+        }
+    )
+    asked = []
+
+    def trained(lab, own, params, *, start, after_step, **_):
+        worked = lab.traces(own, start=start).read(range(24))
+        texts = [lab.tokenizer.decode(trace.token_ids) for trace in worked]
+        asked.append({letters.style_of(text.split("<|assistant|>")[1]) for text in texts})
+        after_step(own.train.steps, TrainState(jnp.int32(3), params, None, None))
+
+    monkeypatch.setattr(Lab, "train", trained)
+    shipped = Lab(recipe(), tmp_path, {}).teacher.config
+    for _ in range(2):
+        own = Lab(config, tmp_path, {}).teacher.config
+        assert asked == [set(letters.STYLES)]
+        assert (own.hidden_size, own.num_layers) == (shipped.hidden_size, shipped.num_layers)
+    [file] = (tmp_path / "starts").iterdir()
+    assert file.name.endswith("-3.npz")
 
 
 def test_the_page_holds_the_results():
