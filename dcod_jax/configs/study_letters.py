@@ -12,7 +12,7 @@ from dcod_jax.configs.study import get_config as study
 
 CONDITIONS = (
     f"main study.only={NLL}",
-    f"lacking study.start_steps=1000 {OWN}",
+    f"less-competent study.start_steps=1000 {OWN}",
     f"noise-30% study.noise=0.3 {OWN}",
     "start-in-the-teachers-styles study.start_styles=steps,words,tracks study.start_steps=1000 "
     f"{OWN}",
@@ -26,6 +26,8 @@ def get_config():
     c.study.teacher_steps = 2000
     c.study.start_styles = ("steps",)
     c.study.start_steps = 1500
+    c.generate.max_new_tokens = 96  # five moves in words
+    c.on_policy.max_new_tokens = 96
     c.study.drift_prompts = 0
     c.study.conditions = CONDITIONS
     return c
