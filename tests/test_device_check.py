@@ -15,7 +15,7 @@ def check(device, out, *options):
     """(lines of the result file, standard output) of a rehearsal."""
     absent = out.parent / "absent"  # what the machine lacks beside the wheels
     absent.mkdir()
-    for name in ("array_record", "datasets", "gguf", "grain", "math_verify", "tensorboardX"):
+    for name in ("array_record", "datasets", "gguf", "grain", "tensorboardX"):
         (absent / f"{name}.py").write_text("raise ImportError(__name__)\n")
     environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(absent)}
     command = [ROOT / "tools" / f"{device}_check.sh", "--rehearse", "--out", out, *options]

@@ -268,7 +268,8 @@ def read_record(
     if not completions:
         raise BadRecordError("the record has no completion: its list of samples is empty")
     name = answers.batch_name(known)
-    base = str(known.get("id") or source) if name is None else name
+    if name is None:
+        name = source if known.get("id") in (None, "") else str(known["id"])
     answer, temperature = row.answer(known), known.get("temperature")
     about = {
         "source": source,
@@ -282,7 +283,7 @@ def read_record(
     for index, completion in enumerate(completions):
         about["teacher"] = row.teacher(known, index, len(completions))
         about["weight"] = row.weight(known, index, len(completions))
-        about["id"] = base if len(completions) == 1 else f"{base}/{index}"
+        about["id"] = name if len(completions) == 1 else f"{name}/{index}"
         if completion.failed:
             traces.append(dataclasses.replace(completion, **about))
             continue
@@ -297,11 +298,16 @@ def read_record(
             **about,
         )
         traces.append(finished(trace))
+    extras = _extras(row, traces) | prompt.extras
+    return [dataclasses.replace(t, extras=t.extras | extras) for t in traces]
+
+
+def _extras(row: Row, traces: list[RawTrace]) -> frozenset[str]:
+    """Columns that nothing read; one with reasoning that the completions lack is refused."""
     unread = row.unread()
-    extras = frozenset(unread) | prompt.extras
     for name in sorted(unread):
         if may_be_reasoning(name, unread[name]):
             for trace in traces:
                 if not trace.failed:
-                    raw.check_reasoned(name, trace.completion_text(), fields)
-    return [dataclasses.replace(t, extras=t.extras | extras) for t in traces]
+                    raw.check_reasoned(name, trace.completion_text(), row.fields)
+    return frozenset(unread)

@@ -198,7 +198,8 @@ def _llama_server_read(answers: Sequence[Any], asked: Asked) -> list[Position]:
         own = [one for one in given if one.token_id == asked.ids[place]]
         if not own:
             raise DcodError(f"it has no log-prob of the token {asked.ids[place]} at {place}")
-        found.append(Position(own[0], given[1:]))
+        top = sorted(given[1:], key=lambda one: -one.logprob)[: asked.top_k]
+        found.append(Position(own[0], top))  # of a whole vocabulary the last have no probability
     return found
 
 

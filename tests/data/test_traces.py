@@ -88,6 +88,12 @@ def test_forms(tmp_path, record) -> None:
     assert trace.messages[trace.first_completion :][-1] == ASSISTANT
 
 
+@pytest.mark.parametrize(("given", "found"), [(0, "0"), (7, "7"), ("", "t.jsonl:1")])
+def test_an_id_may_be_zero(tmp_path, given, found) -> None:
+    trace = read_one(tmp_path, {"id": given, "prompt": "p", "completion": "c"})
+    assert trace.id.rpartition("/")[2] == found
+
+
 def test_the_fields_beside_the_text(tmp_path) -> None:
     record = {"id": 7, "prompt": "p", "completion": "c", "answer": 4}
     record |= {"token_ids": [1, 2], "logprobs": [-0.5, -1], "finish_reason": "stop"}

@@ -108,6 +108,8 @@ def test_llama_server_tells_of_tokens_that_end_inside_a_character():
     with serve("llama_server", model, pieces) as fake:
         [found] = open_server(fake, pieces).score([trace], top_k=2)
         asked = [body["n_probs"] for _, body in fake.bodies]
+        fake.change = _last_is_impossible
+        [same] = open_server(fake, pieces).score([trace], top_k=2)
         fake.change = lambda answer: answer | {"tokens_evaluated": 1}
         with pytest.raises(DcodError, match="'t': it read 1 of the 2 tokens before token 2"):
             open_server(fake, pieces).score([trace], top_k=0)
@@ -120,6 +122,14 @@ def test_llama_server_tells_of_tokens_that_end_inside_a_character():
         found.logprobs, rows[np.arange(len(rows)), ids[1:]].astype(np.float32)
     )
     np.testing.assert_array_equal(found.topk_ids, np.argsort(-rows, axis=-1)[:, :2])
+    np.testing.assert_array_equal(same.topk_ids, found.topk_ids)
+
+
+def _last_is_impossible(answer):
+    for said in answer.get("completion_probabilities", []):
+        if len(said["top_logprobs"]) > 2:
+            said["top_logprobs"][-1]["logprob"] = -3.4e38  # as llama-server writes -inf
+    return answer
 
 
 def _top(answer, entries):
