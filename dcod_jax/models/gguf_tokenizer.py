@@ -74,7 +74,7 @@ _NAMED = {
     "pad_token": "padding_token_id",
 }
 _BOUNDS = {
-    "tokens": array(text()),
+    "tokens": array(text(1 << 10)),  # each is cut at every place
     "token_type": array(whole(0, 255)),
     **dict.fromkeys(_NAMED.values(), _ID),
     **dict.fromkeys(("add_bos_token", "add_eos_token", "add_space_prefix"), optional(flag())),

@@ -108,6 +108,7 @@ def _without(*dropped):
         (_without("<s>"), {}, "add_bos_token=true without bos_token_id"),
         (_without("</s>"), {"flags": {"add_eos_token": True}}, "without eos_token_id"),
         ([*PIECES, PIECES[-1]], {}, f"{len(PIECES)} of the tokens different"),
+        ([*PIECES, ("a" * 1_025, -9.0, NORMAL)], {}, "a text of at most 1024 characters"),
     ],
 )
 def test_pieces_that_are_refused(pieces, options, named, tmp_path):
