@@ -26,7 +26,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from dcod_jax.configs.study import get_config as study_recipe
 from dcod_jax.errors import DcodError
 from dcod_jax.study import domain
 from dcod_jax.study.arithmetic import Chain, worked_traces
+from dcod_jax.study.domain import Problem
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "dcod_jax" / "assets" / "quickstart"
@@ -220,7 +221,7 @@ def jsonl(records: Iterable[dict[str, str]]) -> str:
 
 
 def shipped_problems(
-    made: dict[str, list[Chain]], competent: dict[str, list[Chain]]
+    made: dict[str, list[Chain]], competent: dict[str, list[Problem]]
 ) -> dict[str, str]:
     """{file name in the assets: content}."""
     files = {f"{name}.jsonl": made[name] for name in ("prompts", "validation", "eval")}
@@ -229,7 +230,7 @@ def shipped_problems(
     return {name: jsonl(p.record() for p in problems) for name, problems in files.items()}
 
 
-def competent_problems() -> dict[str, list[Chain]]:
+def competent_problems() -> dict[str, list[Problem]]:
     """Problems of the quickstart: held out, to sample the teacher on, and of the start."""
     config = study_recipe()
     config.study.problems = COMPETENT_SET
@@ -242,9 +243,9 @@ def competent_problems() -> dict[str, list[Chain]]:
     return found | {"worked": list(itertools.islice(worked, COMPETENT))}
 
 
-def distinct(problems: Iterator[Chain], count: int) -> list[Chain]:
+def distinct(problems: Iterator[Problem], count: int) -> list[Problem]:
     """The first `count` problems that differ; their expressions are ids."""
-    found: dict[str, Chain] = {}
+    found: dict[str, Problem] = {}
     while len(found) < count:
         problem = next(problems)
         found.setdefault(problem.expression, problem)
@@ -282,10 +283,10 @@ def make_data() -> None:
     (ASSETS / "competent").mkdir(exist_ok=True)
     for name, content in shipped_problems(made, competent).items():
         (ASSETS / name).write_text(content)
-    made["competent"] = competent["worked"]
+    solved: dict[str, Sequence[Problem]] = {**made, "competent": competent["worked"]}
     for name in SHAPES:
         styles = COMPETENT_STYLE if name == "competent" else EVERY_STYLE
-        traces = worked_traces(made[name], styles, seed=SEED)
+        traces = worked_traces(solved[name], styles, seed=SEED)
         (BUILD / f"{name}_traces.jsonl").write_text(jsonl(traces))
         start = BUILD / f"{name}_init"
         build_tokenizer().save_pretrained(str(start))
