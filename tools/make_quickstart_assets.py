@@ -224,8 +224,9 @@ def shipped_problems(
     made: dict[str, list[Chain]], competent: dict[str, list[Problem]]
 ) -> dict[str, str]:
     """{file name in the assets: content}."""
-    files = {f"{name}.jsonl": made[name] for name in ("prompts", "validation", "eval")}
-    for name in ("prompts", "validation", "eval", "longer"):
+    names = ("prompts", "validation", "eval")
+    files: dict[str, Sequence[Problem]] = {f"{name}.jsonl": made[name] for name in names}
+    for name in (*names, "longer"):
         files[f"competent/{name}.jsonl"] = competent[name]
     return {name: jsonl(p.record() for p in problems) for name, problems in files.items()}
 
