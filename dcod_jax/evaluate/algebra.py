@@ -7,6 +7,7 @@ understood has no value and equals no other. Time is bounded. Standard library o
 from __future__ import annotations
 
 import cmath
+import dataclasses
 import fractions
 import functools
 import operator
@@ -51,11 +52,12 @@ _CLOSING = {"(": ")", "[": "]", "{": "}", "\\lfloor": "\\rfloor", "\\lceil": "\\
 _ENDS = {*_CLOSING.values(), *BETWEEN}
 
 
+@dataclasses.dataclass
 class Work:
     """The operations that a comparison of two answers has done."""
 
-    def __init__(self) -> None:
-        self.done = 0
+    done: int = 0
+    imaginary: bool = False  # whether something was, on the way to a value
 
 
 class Expression:
@@ -105,15 +107,17 @@ class Expression:
         if isinstance(value, fractions.Fraction):
             bits = max(value.numerator.bit_length(), value.denominator.bit_length())
             self.work.done += bits >> 6 if bits <= 2 * MAX_BITS else _MAX_WORK
+        else:
+            value = complex(value)
+            self.work.imaginary |= _imaginary(value)
         if self.work.done > _MAX_WORK:
             raise UnknownError
-        return value if isinstance(value, fractions.Fraction) else complex(value)
+        return value
 
     def _sum(self) -> Evaluated:
         found = self._product()
         while self._next in ("+", "-"):
-            minus = self._take() == "-"
-            term = self._product()
+            minus, term = self._take() == "-", self._product()
             term = self._apply(lambda value: -value, term) if minus else term
             found = self._apply(add, found, term)
         return found
@@ -229,12 +233,10 @@ class Expression:
     def _differential(self) -> int:
         """The place of the d that ends the integral whose body begins here."""
         inner = 0
-        for place in range(self.place, len(self.tokens)):
-            inner += self.tokens[place] == "\\int"
-            if self.tokens[place] == "d":
-                if not inner:
-                    return place
-                inner -= 1
+        for place, token in enumerate(self.tokens[self.place :], self.place):
+            inner += (token == "\\int") - (token == "d")
+            if inner < 0:
+                return place
         raise UnknownError
 
     def _over_a_range(self, token: str) -> Evaluated:
@@ -323,18 +325,20 @@ def same_expression(left: str, right: str, tolerance: float, work: Work) -> bool
             return _same_equation(first, second, names, known)
     except OverflowError:
         return False
-    # A root or logarithm of a negative number is no real one, and decides nothing.
-    return all(_equal(*pair) for pair in known[:2]) and all(
-        _equal(*pair) for pair in known[2:] if not any(map(_imaginary, pair))
-    )
+    return all(_equal(*pair) for pair in known)
 
 
 def _values(
     first: Expression, second: Expression, points: list[Values]
 ) -> list[tuple[Value, Value]]:
-    """Both values at the points where both have one."""
-    pairs = ((first(point), second(point)) for point in points)
-    return [(one, other) for one, other in pairs if one is not None and other is not None]
+    """Both values where both have one; from the third point on, where both stay real."""
+    found = []
+    for place, point in enumerate(points):
+        first.work.imaginary = False
+        one, other = first(point), second(point)
+        if one is not None and other is not None and (place < 2 or not first.work.imaginary):
+            found.append((one, other))
+    return found
 
 
 def _points(names: list[str]) -> list[Values]:
