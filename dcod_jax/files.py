@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import pathlib
+import platform
 import re
 import shutil
 import tempfile
@@ -199,8 +200,9 @@ def replace_file(path: Path, content: bytes) -> None:
 def scratch(home: pathlib.Path | None = None) -> Iterator[pathlib.Path]:
     """Yield a new directory in `home`, or where the system has its own; removed at the end.
 
-    Those that killed processes left there are removed, too: each process holds the lock of its
-    own, which ends however the process does. Where a file system has no locks they stay.
+    Those that killed processes of this host left there are removed, too: each process holds the
+    lock of its own, which ends however the process does. Where a file system has no locks they
+    stay, and so do other hosts', whose locks a shared disk may not show.
     """
     home = home or pathlib.Path(tempfile.gettempdir())
     for other in home.glob(f"{_SCRATCH}*"):
@@ -219,7 +221,7 @@ def scratch(home: pathlib.Path | None = None) -> Iterator[pathlib.Path]:
             remove_tree(path)
 
 
-_SCRATCH = ".dcod_jax.partial-"
+_SCRATCH = f".dcod_jax.partial-{platform.node()}-"
 
 
 @contextlib.contextmanager
