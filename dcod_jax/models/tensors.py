@@ -274,8 +274,8 @@ def tensor_of(flat: dict[str, Any], *parts: Slot, dtype: DTypeLike) -> np.ndarra
     shape = parts[0].file_shape if jax.process_index() == 0 else (0,) * len(parts[0].shape)
     host = np.empty(shape, jnp.dtype(dtype))
     for slot in parts:
-        first = 0 if slot.rows is None else slot.rows[0]
-        _copy(flat[slot.path], slot, host[first : first + slot.shape[0]])
+        rows = host[slot.within(tuple(slice(0, size) for size in slot.shape))]
+        _copy(flat[slot.path], slot, rows.reshape(rows.shape[-len(slot.shape) :]))
     return host if jax.process_index() == 0 else None
 
 

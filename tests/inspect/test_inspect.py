@@ -202,17 +202,18 @@ def test_a_checkpoint_scores_like_the_weights_it_holds(root, student, expected, 
     directory, splits = root
     _, params = hf.load_model(student, dtype=jnp.float32)
     checkpointer = Checkpointer(tmp_path / "run")
-    named = {"student": {"path": str(student), "config": "", "tokenizer": ""}}
+    named = {"path": str(student), "config": "", "tokenizer": "", "compute_dtype": "float32"}
     state = TrainState(
         step=jnp.int32(3), params=params, opt_state={"count": jnp.int32(3)}, loss_state=initial()
     )
-    checkpointer.save(Snapshot(state=state, step=3, config=named))
+    checkpointer.save(Snapshot(state=state, step=3, config={"student": named}))
     checkpointer.close()
     path = tmp_path / "all.jsonl"
-    run(
+    code, _, error = run(
         capsys,
         *(directory / "train", "--examples", 0, "--export", path, "--checkpoint", tmp_path / "run"),
     )
+    assert code == 0, error
     for line, trace in zip(path.read_text().splitlines(), splits["train"], strict=True):
         found = json.loads(line)["student_logprobs"]
         np.testing.assert_allclose(found, expected[trace.id], atol=1e-4)

@@ -88,19 +88,10 @@ def _greedy(config, params, prompt):
 
 def _files(config, tree):
     """{name of transformers' parameter: tensor} of params or of their gradient."""
-    flat, found = flatten(tree), {}
-    for slot in sorted(slots(config, "stacked"), key=lambda slot: slot.rows or (0, 0)):
-        experts = found.setdefault(slot.name, {})
-        tensor = tensor_of(flat, slot, dtype=np.float32)
-        experts.setdefault(slot.expert, []).append(tensor)
-    joined = {
-        name: [np.concatenate(parts) for parts in experts.values()]
-        for name, experts in found.items()
-    }
-    return {
-        name: np.stack(parts) if None not in found[name] else parts[0]
-        for name, parts in joined.items()
-    }
+    flat, parts = flatten(tree), {}
+    for slot in slots(config, "stacked"):
+        parts.setdefault(slot.name, []).append(slot)
+    return {name: tensor_of(flat, *own, dtype=np.float32) for name, own in parts.items()}
 
 
 def check(raw, directory, *, with_gradient=True):
