@@ -67,16 +67,6 @@ def test_values_are_read_as_the_type_of_their_key(text, expected):
         (["--config.data.seq_len=64"], "data.max_length=2048 must not exceed data.seq_len=64"),
         (["--config.train.microbatches=3"], "must be a multiple of train.microbatches=3"),
         (["--config.train.save_every=150"], "must be a multiple of train.eval_every=100"),
-        (["--config.train.local_dir=/disk"], "train.local_every=0 need each other"),
-        (["--config.train.local_every=5"], "train.local_dir='' and train.local_every=5 need each"),
-        (
-            ["--config.train.local_dir=/disk", "--config.train.local_every=100"],
-            "train.local_every=100 must be less than train.save_every=100",
-        ),
-        (
-            ["--config.train.local_dir=gs://b/x", "--config.train.local_every=5"],
-            "train.local_dir=gs://b/x must be a directory on each host's own disk",
-        ),
         (["--seed=1"], "unknown argument '--seed=1'"),
         (["--config.seed"], "--config.seed needs a value"),
         (["--config", "no/such.py"], "no such file"),
