@@ -168,7 +168,8 @@ def _read(key: str, text: str, old: Any) -> Any:
         if kind is tuple:
             if text.startswith(("(", "[")):
                 return tuple(ast.literal_eval(text))
-            return tuple(part.strip() for part in text.split(",") if part.strip())
+            element = type(old[0]) if old else str
+            return tuple(element(part.strip()) for part in text.split(",") if part.strip())
     except (KeyError, ValueError, SyntaxError, TypeError):
         raise wrong from None
     return text

@@ -20,6 +20,8 @@ TEACHER = Path(dcod_jax.__file__).resolve().parent / "assets" / "quickstart" / "
 SIGMOID = "loss.weights.name=sigmoid"
 UNIFORM = "loss.weights.name=uniform"
 GKD = "loss.divergence=jsd loss.teacher=live on_policy.fraction=0.5"
+LIGHTNING = "loss.weights.name=advantage loss.weights.normalize=none loss.weights.clip=2"
+LIGHTNING += " loss.weights.ratio=start/teacher study.select=own"
 # A name "x+w" is method x with weights w: its tables compare it with "x".
 AUTO = "loss.weights.name=auto"
 SEQUENCE = f"{SIGMOID} loss.weights.scope=sequence loss.weights.temperature"
@@ -35,6 +37,7 @@ ARMS = (
     f"jsd loss.divergence=jsd {UNIFORM}",
     f"jsd+auto loss.divergence=jsd {AUTO}",
     f"gkd {GKD} {UNIFORM}",
+    f"lightning-opd loss.divergence=nll {LIGHTNING}",
     f"sft+likely loss.divergence=nll {UNIFORM} study.select=likely:0.3",
     f"sft+short loss.divergence=nll {UNIFORM} study.select=short:0.3",
     f"sft+t1 loss.divergence=nll {SEQUENCE}=1",
@@ -70,6 +73,7 @@ CONDITIONS = (
     "study.learning_rates=(1e-3,)",
     "main-variants study.only=sft+t1,sft+t0.1,sft+spread",
     "main-other-weights study.only=sft+eaft,sft+idft,sft+drift-share",
+    "main-offline-on-policy study.only=lightning-opd",
     "main-other-losses study.only=fkl,fkl+sigmoid,fkl+auto,jsd+auto",
     f"nine-times-the-steps train.steps=1800 study.seeds=4 study.only={NLL}",
 )
@@ -102,7 +106,7 @@ def study_keys() -> Any:
     c.study.traces = 3000  # traces of the teacher
     c.study.noise = 0.0  # share of the traces with one digit of the steps replaced
     c.study.styles = ()  # keep traces of these styles only ("words:0.1": a tenth); empty: all
-    c.study.select = ""  # train on a part of them: "likely:0.3" under the start, or "short:0.3"
+    c.study.select = ""  # a part: "likely:0.3" under the start, "short:0.3"; or "own" answers
     c.study.problems = 256  # problems in each held-out set
     c.study.drift_length = 20  # tokens over which ExAccErr is accumulated
     c.study.drift_prompts = 128  # prompts of a test run's drift measurement; 0: none

@@ -95,19 +95,44 @@ def solve_groups(problem: Chain) -> str:
     return "\n".join(lines)
 
 
+def solve_values(problem: Chain) -> str:
+    """8+5-4 -> "8 > 13 > 9"."""
+    return " > ".join(map(str, problem.running_values()))
+
+
+def solve_chain(problem: Chain) -> str:
+    """8+5-4 -> "8+5=13-4=9"."""
+    steps = zip(problem.operators, problem.numbers[1:], problem.running_values()[1:], strict=True)
+    return f"{problem.numbers[0]}" + "".join(f"{op}{number}={after}" for op, number, after in steps)
+
+
+def solve_table(problem: Chain) -> str:
+    """8+5-4 -> "+8 8; +5 13; -4 9"."""
+    steps = zip("+" + problem.operators, problem.numbers, problem.running_values(), strict=True)
+    return "; ".join(f"{op}{number} {after}" for op, number, after in steps)
+
+
 Solve = Callable[[Any], str]  # a problem's steps in one style
+# The shipped teacher writes the first three.
 STYLES: Mapping[str, Solve] = {
     "equations": solve_equations,
     "words": solve_words,
     "groups": solve_groups,
+    "values": solve_values,
+    "chain": solve_chain,
+    "table": solve_table,
 }
 
 
 def style_of(text: str) -> str:
-    """The style of STYLES that a worked solution is written in."""
+    """The style of STYLES that a worked solution of three and more terms is written in."""
     if text.startswith(("plus", "minus")):
         return "groups"
-    return "words" if " up " in text or " down " in text else "equations"
+    if " up " in text or " down " in text:
+        return "words"
+    if any(line.count("=") > 1 for line in text.splitlines()):
+        return "chain"
+    return "values" if " > " in text else "table" if "; " in text else "equations"
 
 
 def worked_solution(problem: Any, style: str, styles: Mapping[str, Solve] = STYLES) -> str:

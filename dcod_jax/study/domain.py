@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -180,14 +181,14 @@ def start_traces(config: Any, tokenizer: Any) -> list[Trace]:
 
 
 def teacher_traces(config: Any, teacher: StudyModel) -> tuple[list[Trace], dict[str, Any]]:
-    """`study.traces` samples of the teacher, filtered, then disturbed; and how they came about."""
+    """`study.traces` samples of a model, filtered, then disturbed; and how they came about."""
     study = config.study
     stream = training_problems(config, "traces", study.terms)
     draw = random.Random(f"{config.seed} noise")
     kept: list[Trace] = []
     counts = {"sampled": 0, "wrong": 0, "other style": 0, "unfinished": 0, "disturbed": 0}
     kind = domain_of(config)
-    styles = dict.fromkeys(kind.STYLES, 0)
+    styles: Counter[str] = Counter()
     while len(kept) < study.traces:
         if counts["sampled"] >= 40 * study.traces:
             raise DcodError(
@@ -220,7 +221,7 @@ def teacher_traces(config: Any, teacher: StudyModel) -> tuple[list[Trace], dict[
                 )
             name = f"{len(kept)}"
             kept.append(to_trace(teacher.tokenizer, name, problem.record()["prompt"], text))
-    return kept, {"counts": counts, "styles": styles}
+    return kept, {"counts": counts, "styles": dict(styles)}
 
 
 def _share(text: str) -> float:
@@ -266,36 +267,48 @@ def select(traces: Sequence[Trace], scores: Sequence[float], share: float) -> li
 
 def selection(config: Any) -> tuple[str, float]:
     """study.select "likely:0.3" -> ("likely", 0.3); raises DcodError for anything else."""
+    if config.study.select == "own":
+        return "own", 1.0
     rule, _, text = config.study.select.partition(":")
     share = _share(text)
     if rule not in ("likely", "short") or not share:
         raise DcodError(
             f"study.select={config.study.select!r}: expected likely:SHARE (the traces most "
-            f"probable under the start, mean log-prob a token) or short:SHARE, {_SHARE}"
+            f"probable under the start, mean log-prob a token) or short:SHARE, {_SHARE}; or own "
+            "(the start's own answers, right or wrong, scored by the teacher)"
         )
     return rule, share
 
 
 def open_of_start(
-    path: Path, config: Any, whole: TraceDataset, start: Callable[[], StudyModel], *, scored: bool
+    path: Path,
+    config: Any,
+    whole: TraceDataset,
+    start: Callable[[], StudyModel],
+    teacher: StudyModel,
+    *,
+    scored: bool,
 ) -> TraceDataset:
     """The dataset at `path` of study.select, `scored` by the start; made if missing."""
     if not (path / MANIFEST).exists():
         traces = whole.read(range(len(whole)))
+        manifest = {key: whole.manifest[key] for key in ("counts", "styles")}
         rule, share = selection(config) if config.study.select else ("", 1.0)
+        if rule == "own":
+            changes = {"prepare.filter_correct": False, "study.noise": 0.0, "study.styles": ()}
+            traces, manifest = teacher_traces(configs.replace(config, changes), start())
+            traces = _scored(config, teacher, traces)
         bare = [dataclasses.replace(trace, **_BARE) for trace in traces]
         known = _scored(config, start(), bare) if scored or rule == "likely" else []
         logprobs = [np.asarray(trace.logprobs) for trace in known]
-        manifest = {key: whole.manifest[key] for key in ("counts", "styles")}
         if scored:
             pairs = zip(traces, logprobs, strict=True)
             traces = [dataclasses.replace(trace, start_logprobs=own) for trace, own in pairs]
             manifest["start"] = {"weights": path.name}
-        if rule:
-            likely = rule == "likely"
-            scores = [float(x.mean()) for x in logprobs] if likely else []
-            scores = scores or [-float(trace.completion_mask.sum()) for trace in traces]
-            traces = select(traces, scores, share)
+        if rule == "likely":
+            traces = select(traces, [float(x.mean()) for x in logprobs], share)
+        elif rule == "short":
+            traces = select(traces, [-float(t.completion_mask.sum()) for t in traces], share)
         with DatasetWriter(path, shard_records=8192, manifest=manifest) as writer:
             for trace in traces:
                 writer.write(trace)
@@ -337,7 +350,7 @@ def _settings(config: Any, kind: str) -> dict[str, Any]:
         found["generate"] = [config.generate.temperature, config.generate.max_new_tokens]
         found["filter"] = config.prepare.filter_correct
         found["score"] = [config.teacher.path, config.score.top_k]
-    if config.study.domain != "arithmetic":
+    if config.study.domain != "arithmetic" or config.study.teacher_steps:
         found["domain"] = [config.study.domain, config.study.teacher_steps]
     return found | {"seed": config.seed}
 

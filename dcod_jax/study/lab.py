@@ -141,6 +141,7 @@ class Lab:
                 config,
                 whole,
                 lambda: self._student(config, self.start(config, seed)),
+                self.teacher,
                 scored=scored,
             )
         return self._datasets[path]

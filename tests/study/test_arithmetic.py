@@ -90,6 +90,23 @@ def check_solution(solution: str, expression: str, style: str) -> None:
             assert total == int(result)
         assert used == operands
         assert total == value(expression)
+    elif style in ("values", "chain", "table"):
+        signs = ["+", *re.findall(r"[+-]", expression)]
+        values = [value(expression[: place + 1]) for place in range(0, len(expression), 2)]
+        moves = [f"{sign}{n}" for sign, n in zip(signs, operands, strict=True)]
+        rows = zip(moves, values, strict=True)
+        expected = {
+            "values": " > ".join(map(str, values)),
+            "chain": "=".join(
+                [
+                    expression[:1] + "".join(moves[1:2]),
+                    *(f"{v}{m}" for v, m in zip(values[1:-1], moves[2:], strict=True)),
+                    f"{values[-1]}",
+                ]
+            ),
+            "table": "; ".join(f"{move} {total}" for move, total in rows),
+        }
+        assert steps == [expected[style]]
     else:
         equations = [e for step in steps for e in re.findall(r"-?\d+[+-]\d+=-?\d+", step)]
         for equation in equations:

@@ -14,9 +14,10 @@ import optax
 import pytest
 
 from dcod_jax import config as configs
-from dcod_jax.configs.study import study_keys
+from dcod_jax.configs.study import LIGHTNING, study_keys
 from dcod_jax.data.dataset import TraceDataset
 from dcod_jax.errors import DcodError
+from dcod_jax.models import transformer
 from dcod_jax.sample.sampler import Sample
 from dcod_jax.study import arithmetic, domain, letters
 from dcod_jax.study.arithmetic import STYLES, worked_solution
@@ -217,6 +218,28 @@ def test_the_selected_traces_are_the_best_by_their_rule():
     assert domain.selection(config) == ("short", 0.3)
 
 
+def test_own_answers_are_the_starts_and_scored_by_both(tmp_path):
+    """study.select=own: in place of the teacher's traces, right or wrong, with both log-probs."""
+    config = configs.with_changes(recipe(), LIGHTNING.split())
+    lab = Lab(config, tmp_path, {})
+    params = transformer.init_params(lab.model_config(config), jax.random.key(0))
+    lab.start = lambda config, seed: params
+    own = lab._trained_on(config, 1, start=False)
+    assert len(own) == config.study.traces
+    assert own.manifest["counts"]["wrong"] == 0  # an untrained start is never right, and all stay
+    for trace in own.read(range(4)):
+        ids, kept = jnp.asarray(trace.token_ids)[None], trace.completion_mask[1:]
+        for model, known in (
+            (lab.teacher, trace.logprobs),
+            (lab._student(config, params), trace.start_logprobs),
+        ):
+            logits = transformer.logits(model.config, model.params, ids)[
+                0, :-1, : len(lab.tokenizer)
+            ]
+            expected = jax.nn.log_softmax(logits)[np.arange(len(kept)), ids[0, 1:]][kept]
+            assert np.allclose(known, expected, atol=1e-4)
+
+
 def test_the_order_and_the_rates(tmp_path):
     config = plan_recipe(tmp_path, **{"study.tuning_seeds": "2"})
     done = finish(config, Results(tmp_path / "results.jsonl"))
@@ -298,6 +321,7 @@ def test_the_shipped_recipe_reads():
     config = configs.load_recipe(RECIPE)
     for name, condition in conditions(config).items():
         assert arms(condition), name
+    assert conditions(config)["short-solutions"].study.terms == (2, 3)
     assert set(wanted_starts(config)[64, 2]) == {200, 1000, 2000}
 
 
