@@ -112,8 +112,8 @@ _BARE = re.compile(
     r"^[ \t>*_(\[]{0,6}([A-J])[ \t)*_.\]]{0,6}\s{0,9}\Z"
     r"|(?<![A-Za-z])([A-J])[)*_]{0,3} is (?:the )?(?:correct|right|best|answer)[^\n]{0,40}\Z"
     r"|\A[\s(\[*]{0,6}([a-e])[)\].*]{0,4}\s*\Z"
-    r"|\b(?i:so|hence|thus|therefore|must be|(?:best|correct) is|it's|it is|answer)[,:]?"
-    r" (?:it's |it is |it must be )?"
+    r"|\b(?i:so|hence|thus|therefore|must be|(?:best|correct|right)(?: (?:one|choice))? is|it's"
+    r"|it is|answer)[,:]? (?:it's |it is |it must be )?"
     r"[*(]{0,3}([A-J])[)*]{0,3}(?:, not \(?[A-J]\)?)?[.!]?\s*\Z"
     r"|\A\s*([A-J](?:\s*,\s*[A-J]){0,8},?\s*(?:and\s+|,\s*)[A-J])[.!]?\s*\Z",
     re.MULTILINE,
@@ -179,7 +179,7 @@ def _one_answer(between: str) -> bool:
 def _hash_value(text: str) -> str:
     """What follows ####, or "" where that is a heading."""
     line, _, rest = text.partition("\n")
-    if re.match(r"(?i)(?:final )?answer\b", line) or line.rstrip().endswith(":"):
+    if re.match(r"(?i)[*_]{0,3}(?:final )?answer\b", line) or line.rstrip("*_ ").endswith(":"):
         return ""
     heading = re.match(r"[A-Za-z]{2,}|\d{1,2}[.)]\s+[A-Za-z]", line)
     return "" if heading and rest.strip() else unwrapped(line.strip().strip("*_").strip())

@@ -42,7 +42,7 @@ _CHOICE_BESIDE = re.compile(
     re.DOTALL,
 )
 _OF_A_VARIABLE = re.compile(r"\||\\(?:frac|sqrt|sin|cos|tan|log|ln)(?![A-Za-z])")
-_CALCULATED = re.compile(r"\([^()]*\w\s*[-+*/^]")
+_CALCULATED = re.compile(r"\([^()]*\w\s*[-+*/^]|^[xyz]{2,}$")
 _AND_PART = re.compile(r"(-?\d+)\s*(?:\\text\{\s*and\s*\}|and)\s*(\\frac\{\d+\}\{\d+\}|\d+/\d+)")
 _PLAIN = re.compile(r"-?\d{1,60}(?:\.\d{1,60})?")
 # Words of one meaning, as _words spells them: without articles, spaces and a plural s.
@@ -99,14 +99,16 @@ class _Comparison:
                 else self._as_sets(left.items, right.items)
             )
         brackets = {left.ends, right.ends} - {"", ","}
+        if brackets == {"()"} and left.ends != right.ends:  # y = 5, x = 3 is (3, 5)
+            left, right = map(_in_order, (left, right))
         if brackets and brackets != {"{}"}:  # the order counts
             if len(left.items) != len(right.items):
                 return False
-            intervals = len(left.items) == 2 and brackets <= {*SPANS, "{}"}
+            intervals = len(left.items) == 2 and brackets <= {*SPANS}
             if len(brackets) == 2 and (
-                (intervals and brackets != {"()", "{}"}) or brackets == {"row", "column"}
+                intervals or "{}" in brackets or brackets == {"row", "column"}
             ):
-                return False  # intervals that differ at an end; (1, 2) may be a pair
+                return False  # intervals that differ at an end, a set and a pair
             return all(map(self.same, left.items, right.items))
         return self._as_sets(left.items or (left,), right.items or (right,))
 
@@ -183,17 +185,30 @@ class _Comparison:
         return same_expression(left, right, self.tolerance, self.work) if same is None else same
 
 
+def _in_order(parsed: Parsed) -> Parsed:
+    """A list of values of different variables in the order of their names."""
+    labels = [item.label for item in parsed.items]
+    if parsed.ends != "," or len(set(labels)) < len(labels) or not all(len(x) == 1 for x in labels):
+        return parsed
+    return dataclasses.replace(
+        parsed, items=tuple(sorted(parsed.items, key=lambda item: item.label))
+    )
+
+
 def _squeeze(text: str) -> str:
-    return re.sub(r"\s+", "", text)
+    return re.sub(r"\s+(?!\d)|(?<!\d)\s+", "", text)  # 1 2 is not 12
 
 
 def _congruent(left: Quantity, right: Quantity) -> bool:
-    """10 and 3 modulo 7; "7 mod 4" is 3."""
+    """10 and 3 modulo 7; "7 mod 4" is 3, and no other number without a modulus."""
     values = [number(one.value) for one in (left, right)]
     modulus = number(left.modulus or right.modulus)
-    if not modulus or values[0] is None or values[1] is None:
+    if not modulus or values[0] is None or values[1] is None or left.measure or right.measure:
         return False
-    return values[0] % modulus == values[1] % modulus
+    plain = [value for value, one in zip(values, (left, right), strict=True) if not one.modulus]
+    return all(-modulus < value < modulus for value in plain if value is not None) and (
+        values[0] % modulus == values[1] % modulus
+    )
 
 
 def _times(value: str, factor: fractions.Fraction | int) -> str:
@@ -307,4 +322,6 @@ def _spellings(text: str) -> list[str]:
     parts = [part for part in re.split(r"\\approx(?![A-Za-z])", text) if part.strip()]
     if match := _AND_PART.fullmatch(text):  # the list, or the mixed number
         parts.append(canonical(f"{match.group(1)} {match.group(2)}"))
+    if re.fullmatch(r"[A-Z]'?\([^()]*,[^()]*\)", text):  # the point A(2, 3)
+        parts.append(text[text.index("(") :])
     return compound(text) or parts or [text]

@@ -13,7 +13,8 @@ from dcod_jax.evaluate.prose import CHANCE, COMPOUND, NUMBER, PRECISION, SPAN, r
 _LINE = 2_000  # characters of a line that are searched
 _POWER = r"(?:\^(?:\{[^{}\n]{1,12}\}|\([^()\n]{1,8}\)|-?\w{1,4})|\*\*-?\d{1,3}|[⁰¹²³⁴-⁹⁻]{1,4})"
 _CALL = (
-    r"(?:(?<![A-Za-z])(?:sqrt|cbrt|ln|log)\([^()\n]{1,30}\)|√\(?[\d.]+\)?"
+    r"(?:(?<![A-Za-z\\])\\?(?:sqrt|cbrt|exp|ln|log(?:_\w{1,3}|[₀-₉]+)?|(?:arc)?(?:sin|cos|tan))"
+    r"\([^()\n]{1,30}\)|√\(?[\d.]+\)?|(?<![A-Za-z\\])e(?=[\^⁰¹²³⁴-⁹⁻])"
     r"|\\sqrt(?:\[\d\])?\{[^{}\n]{1,40}\}|\\[dt]?frac\{[^{}\n]{1,40}\}\{[^{}\n]{1,40}\}"
     r"|\\pi\b|π|pi\b|\((?:[\d.+*/^·√π −–-]|(?<![A-Za-z])[A-Za-z](?![A-Za-z])){2,40}\))"
 )
@@ -44,13 +45,14 @@ _BRACKETS = r"[\[(][^()\[\]\n]{1,30},[^()\[\]\n]{1,30}[\])]"
 _COMPARISON = r"\$[^$\n]{1,60}[<>≤≥][^$\n]{0,60}\$"
 # What is one answer although it has words or several numbers in it.
 _WHOLE = re.compile(
-    rf"{CHANCE}|{COMPOUND}|(?<=ratio is )\d+ to \d+|(?<=ratio of )\d+ to \d+"
+    rf"{CHANCE}|{COMPOUND}|(?:\d+/\d+|\d*√\d+|\d*π) ?≈ ?\d*\.\d+"
+    r"|(?<=ratio is )\d+ to \d+|(?<=ratio of )\d+ to \d+"
     rf"|{_REAL}{_LESS}[a-z]{_LESS}{_REAL}"
     rf"|\b[a-z]{_LESS}{_REAL},? (?:and|or) [a-z]{_LESS}{_REAL}"
     rf"|{_BRACKETS}(?:\s?(?:∪|U)\s?{_BRACKETS})+|{_COMPARISON} (?:and|or) {_COMPARISON}"
 )
 _RESULT = re.compile(r"[=≈]\s*(?:\\?[$€£¥₹]\s?)?(?=[-−–]?[\d.])")
-_JOINS = re.compile(r"\s*(?:,|,?\s*\b(?:and|or)\b)\s*(?:[a-z]\s*=\s*)?")
+_JOINS = re.compile(r"\s*(?:[,，、或和]|,?\s*\b(?:and|or)\b)\s*(?:[a-z]\s*=\s*)?")
 _COMPARED = re.compile(r"(?<![A-Za-z])[a-z]\s*(?:[<>]=?|≤|≥)\s*$")
 _REJECTED = re.compile(
     r"(?:\bnot|n't(?: be)?|rather than|instead of|other than|unlike)\s*$", re.IGNORECASE
@@ -100,7 +102,10 @@ _ASIDE = re.compile(
     r"(?<=\d)(?: [a-z]+)?,? (?:after|found) (?!.*\b(?:is|are|was|were|has|have|he|she|it)\b)"
     r"[^.!?'=]*(?=[.!?]?\s*$)"
     r"|\[\d{1,2}\](?=[\s.,]|$)"
-    r"|\((?:from|see|by|using|as|via|word|to|rounded|step|eq|equation)\b[^()\n]{0,60}\)"
+    r"|\((?:(?:from|see|by|using|as|via|word|to|rounded|step|eq|equation|including|since|because"
+    r"|not|or|with|each)\b|\d[\d.]* [a-z]{3})[^(),\n]{0,60}\)"
+    r"|,? or (?:about|approximately|roughly|around) [^,;=]*?(?=\.?$)"
+    r"|,? (?:when|if|after) (?:[a-z]+ ){0,3}divided by \$?\d+\$?|,? \(?mod(?:ulo)? \$?\d+\$?\)?"
     r"|(?:,? (?:by|from|in|see|as shown in|using) )"
     r"(?:step|equation|eq\.|figure|table|theorem|lemma)s? \(?\d+\)?"
     r"|^[ \t>*_(]*(?:confidence|word count|note|difficulty|time taken|tokens?)\b[^\n:]{0,30}:.*$"

@@ -39,13 +39,12 @@ _VALUES = {word: place for place, word in enumerate(_UNITS)} | {
 }
 _PARTS = {"half": 2, "halve": 2, "quarter": 4, "third": 3} | {
     f"{word}th": place
-    for place, word in enumerate("four fif six seven eigh nin ten eleven twelf".split(), 4)
-}
-_ORDINALS = {
-    word: place
     for place, word in enumerate(
-        "first second third fourth fifth sixth seventh eighth ninth tenth".split(), 1
+        "four fif six seven eigh nin ten eleven twelf thirteen fourteen fifteen".split(), 4
     )
+}
+_ORDINALS = {"first": 1, "second": 2} | {
+    word: place for word, place in _PARTS.items() if place > 2 and word != "quarter"
 }
 _PLACE = re.compile(
     rf"(?:\\text\{{)?\s*(?:the )?({'|'.join(_ORDINALS)})(?: place)?\s*\}}?", re.IGNORECASE

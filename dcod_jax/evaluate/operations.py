@@ -125,6 +125,7 @@ FUNCTIONS: dict[str, Callable[..., Value]] = {
     **{f"\\{name}": getattr(cmath, name) for name in ("sinh", "cosh", "tanh")},
     **{f"\\arc{name}": getattr(cmath, f"a{name}") for name in ("sin", "cos", "tan")},
     "\\abs": _absolute,
+    "\\cis": lambda value: cmath.exp(1j * value),
     **{
         "\\cot": _near_zero(_inverse(cmath.tan)),
         "\\sec": _inverse(cmath.cos),

@@ -29,7 +29,7 @@ _RELATION = re.compile(r"\s*(\\le|\\ge|\\ne|<|>)\s*")
 _VARIABLE = re.compile(r"[A-Za-z](?:_\{?\w\}?)?")
 _CONJUNCTION = r"\\(?:land|wedge)(?![A-Za-z])"
 _SEPARATOR = re.compile(
-    r"[,;]\s*(?:(?:and|or)\b)?|\\text\{\s*,?\s*(?:and|or)\s*\}|(?:and|or)\b|或|和"
+    r"[,;]\s*(?:(?:and|or)\b)?|&|\\text\{\s*,?\s*(?:and|or)\s*\}|(?:and|or)\b|或|和"
     rf"|\\l?(?:or|vee)(?![A-Za-z])|{_CONJUNCTION}",
     re.IGNORECASE,
 )
@@ -155,6 +155,13 @@ def _matrix(match: re.Match[str], text: str) -> Parsed:
     return Parsed(text, "[]", tuple(Parsed(text, "[]", row) for row in cells))
 
 
+def _scaled(parsed: Parsed, factor: str) -> Parsed:
+    """A number before a matrix is one before each of its cells."""
+    items = tuple(_scaled(item, factor) for item in parsed.items)
+    text = parsed.text if items else f"({factor})({parsed.text})"
+    return dataclasses.replace(parsed, text=text, items=items)
+
+
 def _several(text: str, parts: list[str]) -> Parsed:
     """A list, or what several relations of one variable have in common or cover together."""
     items = tuple(parse(_ENUMERATED.sub("", part)) for part in parts)
@@ -187,8 +194,10 @@ def _common(text: str, items: tuple[Parsed, ...], variable: str) -> Parsed:
 def _whole(text: str) -> Parsed | None:
     """What is no list, whatever separators it has: a known set, a matrix, a set builder."""
     squeezed = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).replace(" ", "").lower()
-    if squeezed in _WHOLE_LINE or re.fullmatch(r"[a-z]\\in(?:\\mathbb\{r\}|r)", squeezed):
+    if squeezed in _WHOLE_LINE:
         return _line(text)
+    if re.fullmatch(r"[a-z]\\in(?:\\mathbb\{r\}|r)", squeezed):
+        return dataclasses.replace(_line(text), variable=text[0])
     if squeezed in _EMPTY:
         return Parsed("\\emptyset")
     if squeezed in _INTEGERS:
@@ -197,9 +206,12 @@ def _whole(text: str) -> Parsed | None:
         return _matrix(match, text)
     if "\\begin" in text:
         label = _LABEL.match(text)
-        match = _MATRIX.fullmatch(text, label.end()) if label else None
-        return dataclasses.replace(_matrix(match, text), label=label[1].strip()) if (
-            label and match) else Parsed(text)  # fmt: skip
+        start = label.end() if label else text.index("\\begin")
+        if (match := _MATRIX.fullmatch(text, start)) is None:
+            return Parsed(text)
+        if label:
+            return dataclasses.replace(_matrix(match, text), label=label[1].strip())
+        return _scaled(_matrix(match, text), text[:start])
     if match := _SET_BUILDER.fullmatch(text):
         inner = parse(match.group(2))
         if inner.variable or inner.ends == "∪":
@@ -226,11 +238,11 @@ def parse(text: str) -> Parsed:
         return Parsed(text)
     if whole := _whole(text):
         return whole
-    text = _MEMBER.sub("", text, count=1) if _MEMBER.match(text) else text
     if len(sides := split(text, _SETS["∖"])) == 2:
         return Parsed(text, "∖", tuple(map(parse, sides)))
     if len(parts := split(text, _SEPARATOR)) > 1:
         return _several(text, parts)
+    text = _MEMBER.sub("", text, count=1) if _MEMBER.match(text) else text
     if (label := _LABEL.match(text)) and label[0].count("{") == label[0].count("}"):
         value = parse(text[label.end() :].rpartition("=")[2])
         return dataclasses.replace(value, text=text, label=label.group(1).strip()) if (
@@ -247,7 +259,7 @@ def parse(text: str) -> Parsed:
         if len(parts) > 1 or brackets == "{}":
             ends = "column" if _TRANSPOSED.search(text) else brackets
             return Parsed(text, ends, tuple(map(parse, parts)))
-    if len(pair := re.split(r"\\pm(?![A-Za-z])", text)) == 2:
+    if len(pair := re.split(r"\\(?:pm|mp)(?![A-Za-z])", text)) == 2:
         return Parsed(text, ",", tuple(parse(sign.join(pair)) for sign in "+-"))
     return _relation(text) or Parsed(text)
 

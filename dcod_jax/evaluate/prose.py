@@ -22,10 +22,11 @@ CHANCE = (
 )
 _MEASURE = (
     r"(?:hours?|hrs?|h|minutes?|mins?|seconds?|secs?|days?|weeks?|months?|years?|dollars?|cents?"
-    r"|feet|foot|ft|inch(?:es)?|pounds?|lbs?|ounces?|oz|kg|g|km|m|cm|meters?)(?![A-Za-z])"
+    r"|feet|foot|ft|inch(?:es)?|pounds?|lbs?|ounces?|oz|kg|g|km|m|cm|meters?|in(?=\.?$))(?![A-Za-z])"
 )
 COMPOUND = (
-    rf"(?:(?:{NUMBER})\s?{_MEASURE}|\$(?:{NUMBER}))(?:,? (?:and )?(?:{NUMBER})\s?{_MEASURE}){{1,3}}"
+    rf"(?:(?:{NUMBER})\s?{_MEASURE}|\$(?:{NUMBER}))"
+    rf"(?:\.?,? (?:and )?(?:{NUMBER})\s?{_MEASURE}){{1,3}}"
 )
 _VALUE = (
     rf"(?:[-+−–]\s?|(?:minus|negative)\s)?(?:\\?[$€£¥₹]\s?)?(?:{NUMBER})"
@@ -41,13 +42,14 @@ _LEADING = re.compile(
     rf"(?:\s*(?:,|;|and|or)\s*(?:{SPAN}|{_VALUE}))*)(.*)"
 )
 _LEAD = re.compile(
-    r"(?:that|simply|just|therefore|thus|clearly|equal to|equals|given by|approximately|about|"
-    r"around|exactly|option|choice|indeed|now|then|hence|is:?|an?(?= \d)|=|:)\s+(?=\S)",
+    r"(?:that|simply|just|therefore|thus|clearly|equal to|equals|given by|approx(?:imately|\.)?|"
+    r"about|either|both|around|exactly|option|choice|indeed|now|then|hence|is:?|"
+    r"an?(?= \d)|=|:)\s+(?=\S)",
     re.IGNORECASE,
 )
 _CLAUSE = re.compile(
-    r"(?<=\S)(?:,\s*|\s+)\(?(?:because|since|so that|so|which|when|where|if|as|but|not|after|"
-    r"instead|assuming|given that|while|whereas|rather)\b.*|，?因为.*",
+    r"(?<=\S)(?:,\s*|\s+)\(?(?:because|since|so that|so|which|when|where|if|as|but|(?:and )?not|"
+    r"after|instead|assuming|given that|while|whereas|rather)\b.*|，?因为.*",
     re.IGNORECASE | re.DOTALL,
 )
 _NOT_BUT = re.compile(
@@ -115,7 +117,8 @@ def json_text(value: Any) -> str:
         names = {key.lower(): key for key in value}
         held = [names[n] for word in _JSON_WORDS for n in names if n.endswith(word)]
         unit = value.get("unit")
-        inner = json_text(value[held[0]]) if held else ""
+        inner = json_text(value[held[0]]) if held else ", ".join(
+            f"{name} = {json_text(one)}" for name, one in value.items())  # fmt: skip
         return f"{inner} {unit}".strip() if inner and isinstance(unit, str) else inner
     if isinstance(value, list):
         return ", ".join(map(json_text, value))
@@ -221,4 +224,6 @@ def _before_words(text: str) -> str | None:
     after = match.group(2)
     if re.search(r"\band\s+\D?\d", after):  # "5 apples and 6 oranges"
         return None
-    return match.group(1).strip() if re.match(r"[*_]{0,2}(?:,?\s+\(?[A-Za-z]|$)", after) else None
+    return (
+        match.group(1).strip() if re.match(r"[*_]{0,2}(?:,?\s+\(?[A-Za-z]|\.?$)", after) else None
+    )

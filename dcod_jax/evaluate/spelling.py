@@ -41,8 +41,10 @@ _UNICODE = {
     **{"″": '"', "µ": r"\mu ", "✓": "", "✅": "", "✔": "", "\ufe0f": ""},
     **{"∛": r"\sqrt[3]√", "∜": r"\sqrt[4]√", "…": r"\ldots ", "。": ".", "’": "'", "′": "'"},
 }
+_NAMES = "(?:arc)?(?:sin|cos|tan)|sinh|cosh|tanh|cot|sec|csc|cis|ln|log|exp|abs|gcd|lcm"
 # What a command becomes; those with arguments of their own come first.
 _WITH_ARGUMENT = [(re.compile(rf"\\(?:{pattern})"), new) for pattern, new in (
+    (rf"(?:text|mathrm|operatorname\*?)\s*\{{\s*({_NAMES})\s*\}}", r"\\\1 "),
     (r"(?:(?:text)?color\s*\{\w*\}|phantom\s*\{[^{}]*\})|!\s*", ""),
     (r"q?quad\s*(?:\\text\{\s*and\s*\}\s*)?(?=[-\d]|\\frac|\([a-z]\))", ", "),
     (r"(?:(?:text(?:bf|it|rm|sf|tt|normal|md|up)?|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox)"
@@ -88,8 +90,8 @@ _ROOT_OF = re.compile(r"(?:√|(?<![A-Za-z\\])(?:sqrt|(cbrt)))\s*\(")
 _INDEXED_ROOT = re.compile(r"\^\{(\d)\}√")
 _ARGUMENT = re.compile(r"\s*(\{|\\[A-Za-z]+|[^\s{}\\])")
 _TRIGONOMETRIC_DEGREES = re.compile(
-    r"\\?\b((?:sin|cos|tan|cot|sec|csc)(?:\^\{?\w+\}?)?)\s*\(?\s*(\d+(?:\.\d+)?)\s*"
-    r"\^\s*\{?\s*\\circ\s*\}?\s*\)?"
+    r"\\?\b((?:sin|cos|tan|cot|sec|csc|cis)(?:\^\{?\w+\}?)?)\s*(\()?\s*(\d+(?:\.\d+)?)\s*"
+    r"\^\s*\{?\s*\\circ\s*\}?(?(2)\s*\))"
 )
 _MIXED = re.compile(
     r"(?<![\d.,/^_\w}])(\d{1,9})"
@@ -112,6 +114,11 @@ def _over(match: re.Match[str]) -> str:
 def _integer_variable(match: re.Match[str]) -> str:
     """k\\pi, k \\in Z -> n\\pi: the name of a variable that is any integer does not count."""
     return re.sub(rf"(?<![A-Za-z\\]){match.group(2)}(?![A-Za-z])", "n", match.group(1))
+
+
+def _imaginary(match: re.Match[str]) -> str:
+    """sqrt(3)*I/2, as SymPy writes it."""
+    return match.group(0).replace("I", "i")
 
 
 def _month(match: re.Match[str]) -> str:
@@ -145,7 +152,11 @@ _REWRITTEN = [(re.compile(pattern), new) for pattern, new in (  # its one spelli
     (r"(?<=[￥€£])([\d.,]+)\s*(?:\\text\{)?\s*([kKM]|mn|bn)\}?$", _large),
     (r"(?<![A-Za-z])Rs\.?\s*(?=\d)", "₹"),
     (r"^(?:#|No\.)\s*(?=\d)", ""),
-    (r"^(?:about|approximately|roughly|around|nearly|\\approx|\\sim)\s*(?=[\d.\\-])", ""),
+    (r"^(?:\\text\{\s*)?(?:about|approx(?:imately|\.)?|roughly|around|nearly|\\approx|\\sim)\s*\}?\s*"
+     r"(?=[\d.\\-])", ""),
+    (r"\\text\{([^{}]*?)\s*([,;])\s*\}", r"\\text{\1}\2 "),
+    (r"\\text\{\s*([A-Z][A-Za-z ]*):\s*\}", r"\\text{\1} = "),
+    (r"\\text(?:\{\s*\.?\s*\}|\.$)", ""),
     (r"\\frac\{\\text\{([^{}]*)\}\}\{\\text\{([^{}]*)\}\}", r"\\text{ \1/\2}"),
     (r"(\\text\{[^{}]*\})\s*\\cdot\s*(?=\\text)", r"\1 "),
     (r"_\{\s*\\text\{\s*base\s*\}\s*", "_{"),
@@ -159,12 +170,12 @@ _REWRITTEN = [(re.compile(pattern), new) for pattern, new in (  # its one spelli
     (r"(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup "),
     (r"(?<![A-Za-z\\])(?:infinity|inf|oo)(?![A-Za-z])", r"\\infty "),
     (r"\\text\{\s*\\infty\s*\}", r"\\infty "),
+    (r"^(?=.*\d)(?:[-+*/().\d\s^{}I]|\\(?:sqrt|frac|pi))*$", _imaginary),
     (r"^<\s*([^<>]*,[^<>]*)>$", r"\\langle \1\\rangle"),
     (r"(?:\\text\{)?\s*\bis (?:greater|more|larger) than\b(?! or)\s*\}?\s*", " > "),
     (r"(?:\\text\{)?\s*\bis (?:less|smaller) than\b(?! or)\s*\}?\s*", " < "),
     (r"(?<![A-Za-z\\])a(sin|cos|tan)(?=\s*\()", r"arc\1"),
-    (r"(?<![A-Za-z\\])((?:arc)?(?:sin|cos|tan)|sinh|cosh|tanh|cot|sec|csc|ln|log|exp|abs)(?![A-Za-z])"
-     r"(?=\s*[\d(\\]|\s+[a-z](?![A-Za-z]))", r"\\\1 "),
+    (rf"(?<![A-Za-z\\])({_NAMES})(?![A-Za-z])(?=\s*[\d(\\_]|\s+[a-z](?![A-Za-z]))", r"\\\1 "),
     (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
     (r"^(?:12(?::00)? )?(?:\\text\{)?noon\}?$", "12:00 pm"),
     (r"^(?:12(?::00)? )?(?:\\text\{)?midnight\}?$", "12:00 am"),
@@ -172,7 +183,8 @@ _REWRITTEN = [(re.compile(pattern), new) for pattern, new in (  # its one spelli
     (r"\b(Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sep|Oct|Nov|Dec)t?\.?(?= \d|$)", _month),
     (rf"(?i)^(\d{{1,2}}) (?:of )?({_MONTHS})\b,?", r"\2 \1"),
     (rf"^({_MONTHS}) (\d{{1,2}}), (\d{{4}})$", r"\1 \2 \3"),
-    (r"\\text\{\s*([\dA-F]+)\s*\}(?=\s*_)", r"\1"),
+    (r"(?<![\w}])(?:\\text\{|\()\s*([\dA-F]+)\s*[})](?=\s*_)", r"\1"),
+    (r"\{([:.=<>])\}", r"\1"),
     (r"(?i)^(?:\\text\{)?(yes|no|true|false)\b\s*\}?\s*[,.;:(]\s*(?!yes|no|true|false).*$", r"\1"),
     (r"^(\d+)\s*(?:\\text\{)?\s*to\s*\}?\s*(\d+)$", r"\1:\2"),
     (r"^(-?\d[\d.]*)\s*=\s*([A-Za-z])$", r"\2 = \1"),
@@ -309,7 +321,8 @@ def canonical(answer: str) -> str:
         text = pattern.sub("", text)
     # A new row of a matrix; elsewhere a backslash that was escaped twice.
     text = _ascii(text).replace("\\\\", "\n" if "\\begin" in text else "\\")
-    text = re.sub(r"\\\$", "￥", text).replace("$", "")  # what LaTeX prints as a dollar sign
+    # What LaTeX prints as a dollar sign, and one that opens no formula.
+    text = re.sub(r"^(-?)\$(?=[\d.,]+$)", r"\1￥", text.replace("\\$", "￥")).replace("$", "")
     if "\\" in text:
         for pattern, new in _WITH_ARGUMENT:
             text = pattern.sub(new, text)
@@ -317,7 +330,7 @@ def canonical(answer: str) -> str:
     text = text.replace("\n", r" \\ ")
     text = re.sub(r"(?<=[\w)}])\*\*(?=[\w({-])", "^", text).replace("**", "")
     text = text.replace("<=", r"\le ").replace(">=", r"\ge ").replace("~", " ")
-    text = _TRIGONOMETRIC_DEGREES.sub(r"\\\1(\\frac{\\pi}{180}\\cdot \2)", text)
+    text = _TRIGONOMETRIC_DEGREES.sub(r"\\\1(\\frac{\\pi}{180}\\cdot \3)", text)
     text = re.sub(
         r"\^\s*\{?\s*\\circ\s*\}?\s*(?:\\text\{\s*)?([CF])\b\s*\}?", r" \\text{deg\1}", text
     )

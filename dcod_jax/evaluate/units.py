@@ -86,7 +86,7 @@ NOT_UNITS = frozenset(
     "or and to times half over plus minus squared cubed mod base equals where if i pi "
     "sin cos tan cot csc log ln exp sqrt gcd lcm arcsin arccos arctan".split()
 )
-_CURRENCY = re.compile(r"^([-+]?)\s*([€£¥₹￥₽₩])\s*(?=[-+]?[\d.])|\s*([€£¥₹￥₽₩¢Ω])\s*$")
+_CURRENCY = re.compile(r"^([-+]?)\s*([€£¥₹￥₽₩])\s*(?=[-+]?(?:[\d.]|\\frac))|\s*([€£¥₹￥₽₩¢Ω])\s*$")
 # The value ends with what is no letter; then come words up to the end.
 _TAIL = re.compile(
     r"(?P<value>.*(?:[^\sA-Za-z/(.,'-]|\\pi(?=\s)))(?P<gap>[\s,/(]*)"
