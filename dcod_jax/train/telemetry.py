@@ -25,13 +25,15 @@ from dcod_jax.plan.estimate import step_flops
 from dcod_jax.train import trace_weights
 from dcod_jax.train.checkpointer import Checkpointer, Snapshot
 from dcod_jax.train.metrics import MetricsWriter, StepMetrics, is_logged
-from dcod_jax.train.profiling import PHASES, Goodput, Tracer
+from dcod_jax.train.profiling import Tracer
 from dcod_jax.train.settings import loss_config
 from dcod_jax.train.setup import Student
 
 log = logging.getLogger(__name__)
 
 Fetched = TypeVar("Fetched")
+PHASES = ("data_wait", "dispatch", "device")  # of a step, by the host's clock (docs/profiling.md)
+PAUSES = ("eval", "save")  # between steps
 # The loop warns when the tokens that the student gives q <= 0.9 have less than this share of the
 # average weight. Evidence: docs/auto_temperature.md.
 UNKNOWN_WEIGHT = 0.6
@@ -64,14 +66,11 @@ class Telemetry:
         checkpointer: Checkpointer,
         *,
         name: str,
-        entered: float,
     ):
-        """entered: when this attempt began, of time.monotonic. run.tokens_seen is counted here."""
+        """run.tokens_seen is counted here."""
         self.config, self.run = config, run
         self.dataset, self.checkpointer = dataset, checkpointer
         run_dir = as_path(config.run_dir)
-        # Before the metrics file is opened, which drops the lines of a killed attempt.
-        self.goodput = Goodput(run_dir, run.step, entered=entered, enabled=hosts.first())
         self.tracer = Tracer(config.profile.steps, run_dir, first=run.step + 1)
         self.writer = MetricsWriter(config.run_dir, run.step)
         self.bar = track(
@@ -94,11 +93,11 @@ class Telemetry:
     def _begin_line(self, step: int) -> None:
         """Count from 0 what the next metrics line is about: the steps after this one."""
         self.line_step, self.line_tokens, self.line_began = step, 0, time.monotonic()
-        self.spent: dict[str, float] = dict.fromkeys((*PHASES, "eval", "save"), 0.0)
+        self.spent: dict[str, float] = dict.fromkeys((*PHASES, *PAUSES), 0.0)
 
     def _stepping(self) -> float:
         """Seconds of this line without evaluation and saves; never 0."""
-        paused = self.spent["eval"] + self.spent["save"]
+        paused = sum(self.spent[part] for part in PAUSES)
         return max(time.monotonic() - self.line_began - paused, 1e-9)
 
     def __enter__(self) -> Telemetry:
@@ -111,7 +110,6 @@ class Telemetry:
             self.tracer.close,
             functools.partial(self.bar.__exit__, *details),
             self.writer.close,
-            functools.partial(self.goodput.finish, failed=failed),
         ):
             try:
                 end()
@@ -120,20 +118,15 @@ class Telemetry:
                     raise
                 # The error that came first is told: on a full disk each of these fails, too.
                 log.debug("while the run ended: %s", error)
-        if not failed:
-            log.info(self.goodput.text())
 
     @contextmanager
     def timed(self, part: str, doing: str = "") -> Iterator[None]:
-        """Count the body as "eval", "save" or one of profiling.PHASES."""
+        """Count the body as one of PHASES or PAUSES."""
         if doing:
             hosts.doing(doing)
         start = time.monotonic()
         yield
-        seconds = time.monotonic() - start
-        self.spent[part] += seconds
-        if part not in PHASES:
-            self.goodput.paused(part, seconds)
+        self.spent[part] += time.monotonic() - start
 
     def dispatched(self, started: Pending) -> None:
         """Wait for the step before this one, which has just been started; settle a log step."""
@@ -153,9 +146,7 @@ class Telemetry:
     def _wait(self, step: int, until: Callable[[], Fetched]) -> Fetched:
         hosts.doing(f"the numbers of step {step}", waiting=True)
         with self.timed("device"):
-            found = until()
-        self.goodput.started()
-        return found
+            return until()
 
     def settle(self) -> None:
         """Fetch, count and write the steps since the last time; not finite is an error."""
@@ -225,13 +216,13 @@ class Telemetry:
         )
 
     def _pace(self, step: int) -> dict[str, float]:
-        """The times of a metrics line, as means over the steps since the last one."""
+        """The times since the last metrics line: of a step as means, of pauses as sums."""
         seconds, steps = self._stepping(), step - self.line_step
         pace = {
             "time/step_seconds": seconds / steps,
             "time/tokens_per_second": self.line_tokens / seconds,
             **{f"time/{name}_seconds": self.spent[name] / steps for name in PHASES},
-            **self.goodput.line(step),
+            **{f"time/{name}_seconds": self.spent[name] for name in PAUSES},
         }
         if self.peak:
             pace["time/mfu"] = self.flops * steps / seconds / self.peak
