@@ -39,8 +39,7 @@ def load(argv: Sequence[str], *, verb: str) -> Any:
     config = load_recipe(recipe or (STUDY if verb == "study" else BASE))
     if lacking := keys(load_recipe(BASE)).keys() - keys(config).keys():
         raise DcodError(
-            f"{recipe}: get_config() returned a config without {min(lacking)!r}; begin with "
-            "`from dcod_jax.configs.base import get_config` and change what it returns"
+            f"{recipe}: get_config() returned a config without {min(lacking)!r}; {_BEGIN}"
         )
     for key, text in overrides:
         assign(config, key, text)
@@ -66,9 +65,13 @@ def _parse(argv: Sequence[str]) -> tuple[str, list[tuple[str, str]], bool]:
             continue
         flag, equals, value = word.partition("=")
         if flag != "--config" and not flag.startswith("--config."):
+            name = flag.lstrip("-")
+            recipes = word.endswith(".py") or word in shipped_recipes()
+            meant = f"--config {word}" if recipes else f"--config.{name}" * (name in comments())
             raise DcodError(
-                f"unknown argument {word!r}: expected --config FILE or --config.key=value; "
-                "--help lists the keys"
+                f"unknown argument {word!r}{f'; did you mean {meant}?' if meant else ''}: expected "
+                "--config FILE or --config.key=value, a value with spaces in quotes; --help lists "
+                "the keys"
             )
         if not equals:
             if not words:
@@ -92,15 +95,27 @@ def load_recipe(path: Location) -> Any:
     sys.path.insert(0, str(path.parent))  # a recipe may import its neighbours, as a script may
     try:
         spec.loader.exec_module(module)
+        if "get_config" not in vars(module):
+            raise DcodError(f"{path}: it has no function get_config(); {_BEGIN}")
         config = module.get_config()
+    except DcodError:
+        raise
     # A recipe is the user's own code and may raise anything.
     except (Exception, SystemExit) as error:
         raise DcodError(_recipe_error(path, error)) from error
     finally:
         sys.path.remove(str(path.parent))
     if not isinstance(config, ConfigDict):
-        raise DcodError(f"{path}: get_config() returned {type(config).__name__}, not a ConfigDict")
+        raise DcodError(
+            f"{path}: get_config() returned {type(config).__name__}, not a ConfigDict; {_BEGIN}"
+        )
     return config
+
+
+_BEGIN = (
+    "begin it with `from dcod_jax.configs.base import get_config as base` and `c = base()`, change "
+    "keys of c and end it with `return c`"
+)
 
 
 def _find_recipe(path: Path) -> Path:
@@ -111,8 +126,9 @@ def _find_recipe(path: Path) -> Path:
     if path.is_file():
         return path
     names = shipped_recipes()
+    what = "a directory" if path.is_dir() else "no such file"
     raise DcodError(
-        f"--config {path}: no such file; a recipe is a Python file, or one of {', '.join(names)}"
+        f"--config {path}: {what}; a recipe is a Python file, or one of {', '.join(names)}"
         f"{nearest(path.stem, names)}"
     )
 
@@ -123,15 +139,35 @@ def shipped_recipes() -> list[str]:
 
 
 def _recipe_error(path: Path, error: BaseException) -> str:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if as_path(f.filename) == path]
-    line = frames[-1].lineno if frames else None
-    if isinstance(error, SyntaxError) and error.filename == str(path):
+    """The file, the line, and of the config's own refusals the whole key."""
+    own = str(path.absolute()) if isinstance(path, pathlib.Path) else str(path)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == own]
+    line, code = (frames[-1].lineno, frames[-1].line or "") if frames else (None, "")
+    if isinstance(error, SyntaxError) and error.filename == own:
         line = error.lineno
     text = f"{error} ({type(error).__name__})"
-    unknown = re.search(r'Key "(\w+)" does not exist', text)
-    if unknown:
-        text = f"unknown key {unknown[1]!r}{nearest(unknown[1], comments())}"
+    if found := _REFUSED.search(text):
+        name = found[1] or found[2] or found[3]
+        place = re.search(rf"\w+\.((?:\w+\.)*{name}(?:\.\w+)*)\s*[-+*/]?=", code)
+        key = place[1] if place else name
+        text = f"unknown key {key!r}{nearest(key, comments())}"
+        if found[3]:
+            text = f"{key}={found[4]!r}: expected {_EXPECTED[found[5]]}"
     return f"{path}{f':{line}' if line else ''}: {text}"
+
+
+# What ConfigDict says of a key or a section that is not there, and of a value of another type.
+_REFUSED = re.compile(
+    r'Key "(\w+)" does not exist|instead of "(\w+)"'
+    r"|field '(\w+)'.*\. (.*) is of original type.*type <class '(bool|int|float|str|tuple)'>"
+)
+_EXPECTED = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "tuple": "texts in parentheses or with commas between: ('a', 'b'), ('a',) or a,b",
+}
 
 
 def assign(config: Any, key: str, text: str) -> None:
@@ -153,7 +189,8 @@ def _parent(config: Any, key: str) -> tuple[Any, str]:
 
 def _read(key: str, text: str, old: Any) -> Any:
     kind = type(old)
-    wrong = DcodError(f"--config.{key}={text!r}: expected {kind.__name__}, such as {old!r}")
+    such = f", such as {old!r}" if kind in (int, float) else ""
+    wrong = DcodError(f"--config.{key}={text!r}: expected {_EXPECTED[kind.__name__]}{such}")
     if key == TEMPERATURE:
         wrong = DcodError(f"--config.{key}={text!r}: expected a number or '{AUTO}'")
         if text == AUTO:

@@ -142,6 +142,10 @@ def _value_errors(flat: dict[str, Any]) -> Iterator[str]:
         texts = all(isinstance(part, str) for part in parts)
         numbers = key.startswith("study.") and all(type(part) in (int, float) for part in parts)
         fault = "name a directory" if key == "run_dir" and not str(value).strip() else ""
+        if value is None:
+            fault = (
+                "have a value: its comment in dcod_jax/configs/base.py says which one means none"
+            )
         if isinstance(value, tuple) and not texts and not numbers:
             fault = "hold texts"
         for part in parts:

@@ -11,11 +11,23 @@ class DcodError(Exception):
 EXIT_INTERRUPTED = 75  # a signal stopped the run after its state was saved: start it again
 
 
+def _initials(name: str) -> str:
+    words = name.split("_")
+    return "".join(word[:1] for word in words) if len(words) > 1 else ""
+
+
 def nearest(key: str, known: Iterable[str]) -> str:
-    """'; did you mean "x"?' for the closest known dotted key or leaf name, or nothing."""
-    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
+    """'; did you mean "x"?' for the closest known dotted key or leaf name, or nothing.
+
+    Initials stand for a name (lr for learning_rate), first in the section that the key names.
+    """
+    known = list(known)
+    section, _, leaf = key.rpartition(".")
+    by_leaf = {name.rpartition(".")[2]: name for name in known}
+    close = [name for name in known if leaf and _initials(name.rpartition(".")[2]) == leaf]
+    close.sort(key=lambda name: not name.startswith(f"{section}."))
+    close = close or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not close:
-        by_leaf = {name.rpartition(".")[2]: name for name in known}
-        leaf = difflib.get_close_matches(key.rpartition(".")[2], list(by_leaf), n=1, cutoff=0.7)
-        close = [by_leaf[leaf[0]]] if leaf else []
+        leaves = difflib.get_close_matches(leaf, list(by_leaf), n=1, cutoff=0.7)
+        close = [by_leaf[name] for name in leaves]
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import difflib
 import errno
 import fcntl
 import glob
@@ -67,6 +68,18 @@ def why_no_hub_id(name: str) -> str:
         if os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE"):
             return f"{variable} is set"
     return ""
+
+
+def near(path: Path) -> str:
+    """What is there in place of a file or directory that is not."""
+    home = path.parent
+    if not home.is_dir():
+        return f"; the directory {home} is not there either"
+    names = sorted(other.name for other in home.iterdir())
+    close = difflib.get_close_matches(path.name, names, n=1)
+    if close:
+        return f"; {home / close[0]} is there"
+    return f"; {home} holds {', '.join(names[:8]) or 'nothing'}"
 
 
 def find(pattern: str) -> list[Path]:

@@ -77,22 +77,28 @@ def track(
     bar = _bar(console, unit)
     task = bar.add_task(label, total=total, completed=done, rate="", text="")
     start = shown = time.monotonic()
-    current = done
+    current = since = done
+    first = True
+    if enabled and not console.is_terminal:
+        log.info(f"{label} {done:,}/{total:,} {unit}")
 
     def advance(amount: int, text: str = "") -> None:
-        nonlocal current, shown
+        nonlocal current, shown, start, since, first
         hosts.moved()
         current += amount
         now = time.monotonic()
-        speed = (current - done) / max(now - start, 1e-9)
+        speed = (current - since) / max(now - start, 1e-9)
         rate = f"{speed:,.0f}" if speed >= 10 else f"{speed:.2f}"
         if console.is_terminal:
             bar.update(task, completed=current, rate=f"{rate} {unit}/s", text=text)
         elif enabled and (now - shown >= LINE_SECONDS or current >= total):
             shown = now
-            eta = max(total - current, 0) / max(speed, 1e-9)
+            left = max(total - current, 0)
+            eta = "" if first and left else f" ETA {left / max(speed, 1e-9):.0f} s"
             count = f"{current:,}/{total:,} {unit}"
-            log.info(f"{label} {count} {rate} {unit}/s ETA {eta:.0f} s {text}".rstrip())
+            log.info(f"{label} {count} {rate} {unit}/s{eta} {text}".rstrip())
+        if first:  # it compiled: no measure of what is left
+            first, start, since = False, now, current
 
     with bar if enabled and console.is_terminal else contextlib.nullcontext():
         yield advance

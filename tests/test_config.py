@@ -52,12 +52,12 @@ def test_values_are_read_as_the_type_of_their_key(text, expected):
     [
         (["--config.loss.weights.temprature=2"], "did you mean 'loss.weights.temperature'?"),
         (["--config.learning_rate=2"], "did you mean 'optim.learning_rate'?"),
-        (["--config.train.steps=many"], "expected int, such as 1000"),
+        (["--config.train.steps=many"], "expected a whole number, such as 1000"),
         (["--config.mesh.fsdp=-1"], "mesh.data=-1 and mesh.fsdp=-1: only one may take"),
         (["--config.student.template_kwargs=x"], "expected name=value"),
         (["--config.prepare.form=openr2"], "prepare.form='openr2' must be one of auto, openr1"),
-        (["--config.train.steps=1.5"], "expected int"),
-        (["--config.train.progress=maybe"], "expected bool"),
+        (["--config.train.steps=1.5"], "expected a whole number, such as 1000"),
+        (["--config.train.progress=maybe"], "expected true or false"),
         (
             ["--config.loss.weights.name=sigmod"],
             "loss.weights.name='sigmod' must be one of uniform, sigmoid",
@@ -67,7 +67,14 @@ def test_values_are_read_as_the_type_of_their_key(text, expected):
         (["--config.data.seq_len=64"], "data.max_length=2048 must not exceed data.seq_len=64"),
         (["--config.train.microbatches=3"], "must be a multiple of train.microbatches=3"),
         (["--config.train.save_every=150"], "must be a multiple of train.eval_every=100"),
-        (["--seed=1"], "unknown argument '--seed=1'"),
+        (["--seed=1"], "unknown argument '--seed=1'; did you mean --config.seed?"),
+        (["train.steps=5"], "did you mean --config.train.steps?"),
+        (["mine.py"], "did you mean --config mine.py?"),
+        (["--seeds=1"], "unknown argument '--seeds=1': expected --config FILE"),
+        (["--config.optim.lr=1"], "did you mean 'optim.learning_rate'?"),
+        (["--config.evaluate.bs=1"], "did you mean 'evaluate.batch_size'?"),
+        (["--config.compare=(sft, discord)"], "expected texts in parentheses or with commas"),
+        (["--config", "/"], "--config /: a directory; a recipe is a Python file"),
         (["--config.seed"], "--config.seed needs a value"),
         (["--config", "no/such.py"], "no such file"),
     ],
@@ -87,14 +94,32 @@ def test_all_mistakes_are_told_at_once():
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        (["c.loss.weights.temprature = 2"], "mine.py:5: unknown key 'temprature'"),
-        (["", "c.seed = 'x'"], "mine.py:6: Could not override field 'seed'"),
+        (
+            ["c.loss.weights.temprature = 2"],
+            "mine.py:5: unknown key 'loss.weights.temprature'; did",
+        ),
+        (
+            ["c.train.stepz = 2"],
+            "mine.py:5: unknown key 'train.stepz'; did you mean 'train.steps'?",
+        ),
+        (
+            ["c.training.steps = 2"],
+            "mine.py:5: unknown key 'training.steps'; did you mean 'train.s",
+        ),
+        (["", "c.seed = 'x'"], "mine.py:6: seed='x': expected a whole number"),
+        (["c.train.steps = 1e3"], "mine.py:5: train.steps='1000.0': expected a whole number"),
+        (["c.compare = 'a'"], "mine.py:5: compare='a': expected texts in parentheses"),
+        (["c.teacher.path = None"], "teacher.path='None' must have a value"),
         (["c.seed ="], "mine.py:5:"),
     ],
 )
-def test_a_mistake_in_a_recipe_is_named_with_its_line(tmp_path, body, said):
+def test_a_mistake_in_a_recipe_is_named_with_its_line(tmp_path, monkeypatch, body, said):
+    words = recipe(tmp_path, body)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(DcodError) as caught:
-        config.load(recipe(tmp_path, body), verb="train")
+        config.load(["--config", "mine.py"], verb="train")
+    with pytest.raises(DcodError, match=re.escape(said)):
+        config.load(words, verb="train")
     assert said in str(caught.value)
 
 
@@ -111,7 +136,7 @@ def test_a_mistake_in_a_recipe_is_named_with_its_line(tmp_path, body, said):
             ["from ml_collections import ConfigDict", "c = ConfigDict()"],
             "returned a config without",
         ),
-        (["return 3"], "get_config() returned int, not a ConfigDict"),
+        (["return 3"], "get_config() returned int, not a ConfigDict; begin it with"),
         (["c.run_dir = 'a\\0b'"], "must be a text without NUL characters"),
     ],
 )
@@ -124,7 +149,11 @@ def test_a_recipe_may_raise_anything(tmp_path, body, said):
 
 def test_a_recipe_without_get_config_or_with_a_broken_import_is_named(tmp_path):
     file = tmp_path / "mine.py"
-    for text, said in (("", "get_config"), ("\0", "null bytes"), ("import nowhere", "nowhere")):
+    for text, said in (
+        ("", r"no function get_config\(\); begin it with"),
+        ("\0", "null bytes"),
+        ("import nowhere", "nowhere"),
+    ):
         file.write_text(text)
         with pytest.raises(DcodError, match=rf"mine\.py.*{said}"):
             config.load(["--config", str(file)], verb="train")

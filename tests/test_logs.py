@@ -47,13 +47,27 @@ def test_a_level_decides_and_libraries_warn_once(capsys, level, process, expecte
     assert out == ""
 
 
-def test_progress_without_a_terminal_is_a_line_at_the_end(capsys):
+def test_progress_without_a_terminal_is_a_line_at_either_end(capsys):
     logs.configure()
     with logs.track("training", 2000, unit="steps", done=1000) as advance:
         advance(400, "nll 2")
         advance(600, "nll 1")
     with logs.track("hidden", 1, enabled=False) as advance:
         advance(1)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("training 2,000/2,000 steps ")
-    assert line.endswith(" steps/s ETA 0 s nll 1")
+    start, end = capsys.readouterr().err.splitlines()
+    assert start == "training 1,000/2,000 steps"
+    assert end.startswith("training 2,000/2,000 steps ")
+    assert end.endswith(" steps/s ETA 0 s nll 1")
+
+
+def test_the_first_batch_is_no_measure_of_what_is_left(capsys, monkeypatch):
+    """It compiles: 100 s for the first step, then 15 s for ten."""
+    clock = iter([0.0, 100.0, 115.0])
+    monkeypatch.setattr(logs.time, "monotonic", lambda: next(clock))
+    logs.configure()
+    with logs.track("training", 31, unit="steps") as advance:
+        advance(1)
+        advance(10)
+    _, first, second = capsys.readouterr().err.splitlines()
+    assert first == "training 1/31 steps 0.01 steps/s"
+    assert second == "training 11/31 steps 0.67 steps/s ETA 30 s"

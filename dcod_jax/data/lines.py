@@ -309,7 +309,8 @@ def parse(line: bytes) -> Any:
         if several or error.msg == "Extra data":
             what += "; a record is one line, or one element of an array"
         elif not cut and error.pos < 3:
-            what += f" (the line begins {text[:30]!r})"
+            table = "" if text[:1] in "{[" else "; a table's name ends in .csv, .tsv or .parquet"
+            what += f" (the line begins {text[:30]!r}{table})"
         raise BadRecordError(f"{what}: {error.msg} at column {error.colno}") from error
     except ValueError as error:  # numbers of thousands of digits
         raise BadRecordError(f"invalid JSON: {error}") from error

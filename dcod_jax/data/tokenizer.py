@@ -24,6 +24,7 @@ from dcod_jax.files import (
     Path,
     as_path,
     file_size,
+    near,
     read_json,
     scratch,
     why_no_hub_id,
@@ -74,7 +75,7 @@ def load_tokenizer(path: Location, *, template: TemplateChoice = OWN) -> Tokeniz
     if not source.exists() and why_no_hub_id(str(path)) == NO_HUB_ID:  # offline: the hub's cache
         raise DcodError(
             f"no tokenizer at {path!s}: there is no such directory, and {NO_HUB_ID}; expected a "
-            "directory with tokenizer.json, or a hub id that can be reached"
+            f"directory with tokenizer.json, or a hub id that can be reached{near(source)}"
         )
     try:
         with library_errors():

@@ -7,7 +7,6 @@ callback for bad records, is handed over and the stream goes on.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import re
@@ -23,7 +22,7 @@ from dcod_jax.data.forms import read_record
 from dcod_jax.data.lines import Content, TooLong
 from dcod_jax.data.raw import BadRecordError, Fields, RawTrace
 from dcod_jax.errors import DcodError
-from dcod_jax.files import NO_HUB_ID, Path, as_path, find, why_no_hub_id
+from dcod_jax.files import NO_HUB_ID, Path, as_path, find, near, why_no_hub_id
 
 _SUFFIXES = f"{', '.join(lines.SUFFIXES)}, each also .gz, .bz2, .xz or .zst, or .parquet or .arrow"
 _TABLES = (".parquet", ".arrow")
@@ -72,25 +71,13 @@ def _find_part(part: str, *, split: str, key: str) -> list[Source]:
     if lines.is_records(part) or (why := why_no_hub_id(part)) == NO_HUB_ID:
         raise DcodError(
             f"{key}: no such file or directory: {part} (neither a file, a directory nor a hub id, "
-            f"owner/name){_near(path)}"
+            f"owner/name){near(path)}"
         )
     if why:
         raise DcodError(
             f"{key}: there is no file or directory {part!r} here, and the hub is not asked: {why}"
         )
     return [Source("hub", part, split)]
-
-
-def _near(path: Path) -> str:
-    """What is there in place of a file that is not."""
-    home = path.parent
-    if not home.is_dir():
-        return f"; the directory {home} is not there either"
-    names = sorted(other.name for other in home.iterdir())
-    close = difflib.get_close_matches(path.name, names, n=1)
-    if close:
-        return f"; {home / close[0]} is there"
-    return f"; {home} holds {', '.join(names[:8]) or 'nothing'}"
 
 
 def _file(path: Path, *, key: str) -> Source:

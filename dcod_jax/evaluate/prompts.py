@@ -9,7 +9,7 @@ from typing import Any
 from dcod_jax.data import chat
 from dcod_jax.data.tokenizer import Tokenizer
 from dcod_jax.errors import DcodError
-from dcod_jax.evaluate.problems import Problem, ProblemSet, read_records
+from dcod_jax.evaluate.problems import Problem, ProblemSet, problem_sets, read_records
 from dcod_jax.files import as_path
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.sample.sampler import check_room
@@ -71,6 +71,13 @@ def encode_prompts(
     key = "evaluate.max_new_tokens"
     check_room(model, prompts, names, max_new_tokens=max_new_tokens, key=key)
     return prompts
+
+
+def check_sets(config: Any, tokenizer: Tokenizer, model: ModelConfig) -> None:
+    """Raise DcodError where evaluate.problems or a set cannot be read or leaves no room."""
+    most = config.evaluate.max_new_tokens
+    for one in problem_sets(config):
+        encode_prompts(prompt_form(config, one), one, tokenizer, model, max_new_tokens=most)
 
 
 def prompt_form(config: Any, problem_set: ProblemSet) -> PromptForm:

@@ -18,7 +18,16 @@ from safetensors import SafetensorError
 
 from dcod_jax.copies import changed_since_hashed, content_sha256
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Location, Path, as_path, read_json, scratch
+from dcod_jax.files import (
+    NO_HUB_ID,
+    Location,
+    Path,
+    as_path,
+    near,
+    read_json,
+    scratch,
+    why_no_hub_id,
+)
 from dcod_jax.models import config as configs
 from dcod_jax.models import gguf, lora, peft
 from dcod_jax.models.config import ModelConfig
@@ -54,7 +63,11 @@ def _directory(path: Location) -> Path:
         raise DcodError("the model path is empty; give an HF directory or a .gguf file")
     directory = as_path(path)
     if not directory.exists():
-        raise DcodError(f"{directory}: no such model directory; check the path")
+        if why_no_hub_id(str(path)) != NO_HUB_ID:
+            hint = f"; a model is read from a disk: hf download {path} --local-dir models/…"
+        else:
+            hint = near(directory)
+        raise DcodError(f"{directory}: no such model directory{hint}")
     return directory
 
 

@@ -256,6 +256,16 @@ def _write_dataset(config: Any, root: Path) -> None:
         print(f"columns that nothing read, with the number of traces: {told}")
 
 
+# The reason of most dropped records -> what keeps them.
+_HINTS = {
+    "too_long": "; raise data.max_length and data.seq_len",
+    "wrong_answer": "; prepare.filter_correct=false keeps wrong answers",
+    "no_answer": "; prepare.filter_correct=false keeps traces without an answer",
+    "all held out": "; lower data.eval_fraction",
+    "none": "; the files hold no record",
+}
+
+
 def _write_splits(
     run: Filter,
     key: str,
@@ -289,9 +299,10 @@ def _write_splits(
             run.quarantine.flush()
             dropped = run.counts.dropped.most_common()
             reasons = ", ".join(f"{reason} {count}" for reason, count in dropped)
+            hint = _HINTS.get(dropped[0][0] if dropped else "all held out" if held else "none", "")
             raise DcodError(
                 f"no trace of {key} is left for its split ({read} read, {held} held out; dropped: "
-                f"{reasons or 'none'}); the dropped records are in {quarantine}"
+                f"{reasons or 'none'}); the dropped records are in {quarantine}{hint}"
             )
         told = counts[name].manifest() | ({"read": read, "held_out": held} if held else {})
         split.manifest |= {"counts": told, **run.provenance()}

@@ -156,6 +156,11 @@ def check_room(
 ) -> None:
     """Refuse an empty prompt and one that leaves no room for max_new_tokens, by its name."""
     room = config.max_position_embeddings - max_new_tokens
+    if room < 1:
+        raise DcodError(
+            f"{key}={max_new_tokens} leaves no room for a prompt: the model has "
+            f"max_position_embeddings={config.max_position_embeddings}; lower {key}"
+        )
     for name, prompt in zip(names, prompts, strict=True):
         if not 0 < len(prompt) <= room:
             raise DcodError(

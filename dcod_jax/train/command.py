@@ -20,9 +20,10 @@ import jax
 
 from dcod_jax import config as configs
 from dcod_jax.data.dataset import read_manifest
-from dcod_jax.data.teachers import teacher_paths
+from dcod_jax.data.teachers import teacher_entries, teacher_paths
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.command import compare
+from dcod_jax.evaluate.prompts import check_sets
 from dcod_jax.export.command import export, rehearse
 from dcod_jax.files import as_path
 from dcod_jax.generate_traces.command import generate_traces, traces_path
@@ -33,13 +34,22 @@ from dcod_jax.report.command import report
 from dcod_jax.score.command import score
 from dcod_jax.train.loop import fit
 from dcod_jax.train.metrics import read_metrics
-from dcod_jax.train.setup import dataset_splits, expected_start, expected_teacher, preflight
+from dcod_jax.train.settings import loss_config
+from dcod_jax.train.setup import (
+    dataset_splits,
+    expected_start,
+    expected_teacher,
+    load_student,
+    preflight,
+)
 
 log = logging.getLogger(__name__)
 
 
 def train(config: Any) -> None:
     """The verb: missing inputs, every variant, then evaluation and export."""
+    student = load_student(next(configs.variants(config))[1])
+    check_sets(config, student.tokenizer, student.config)  # what the end asks is read first
     with runs_ready(config) as runs:
         for name, variant in runs:
             fit(variant, name=name)
@@ -131,6 +141,17 @@ def _lacks_scores(config: Any, *, new_traces: bool = False) -> bool:
     told = manifests[0].get("teacher") if manifests else None
     teacher = next(filter(None, (expected_teacher(run, told) for run in runs)), None)
     start = next(filter(None, map(expected_start, runs)), None)
+    for run in runs:
+        loss = loss_config(run)
+        told_with_them = run.prepare.logprobs == "require" or teacher_entries(run)
+        scored = bool(manifests) and all(one["scored"] for one in manifests)
+        if loss.needs_cache and not told_with_them and not scored:
+            raise DcodError(
+                f"loss.divergence={loss.divergence} with loss.weights.name={run.loss.weights.name} "
+                "needs a teacher's log-probs of the traces, and no teacher is named: set "
+                "teacher.path, score.server or score.teachers; prepare.logprobs=require where the "
+                "traces have them; or loss.weights.name=uniform or dft with loss.divergence=nll"
+            )
     if (teacher is None and start is None) or not manifests:
         return teacher is not None or start is not None
     return not all(

@@ -28,6 +28,7 @@ from dcod_jax.files import Path, as_path, check_own
 from dcod_jax.losses.divergences import DIVERGENCES
 from dcod_jax.models import hf, lora, transformer
 from dcod_jax.models.config import ModelConfig
+from dcod_jax.models.tensor_files import weight_map
 from dcod_jax.parallel import hosts
 from dcod_jax.parallel.mesh import check_divides, make_mesh, tree_shardings
 from dcod_jax.score.alignment import ONLY_TEXT
@@ -94,6 +95,12 @@ def preflight(config: Any) -> None:
     if config.train.init_from and not finished(as_path(config.run_dir) / "checkpoints"):
         find_run(config.train.init_from, key="train.init_from")
     student = load_student(config)
+    opened = [config.teacher.path] if config.loss.teacher == "live" else []
+    if not config.train.init_from and not finished(as_path(config.run_dir) / "checkpoints"):
+        opened.append(config.student.path)
+    for place in map(as_path, filter(None, opened)):
+        if place.is_dir():
+            weight_map(place)
     mesh = make_mesh(**config.mesh)
     questions(config, student.config, student.tokenizer)
     check_batch(config.data.batch_size, config.train.microbatches, mesh)

@@ -24,7 +24,8 @@ def candidates(grid: Sequence[str], known: Container[str]) -> list[tuple[str, ..
     axes: list[list[tuple[str, ...]]] = []
     for entry in grid:
         axes.append([])
-        first = entry.partition("=")[0].strip()
+        first, equals, _ = (part.strip() for part in entry.partition("="))
+        _check_key(f"{first}{equals}", entry, known)
         for text in entry.split("|"):
             changes = [text.strip()]
             if text.partition("=")[0].strip() in known:

@@ -274,8 +274,10 @@ def test_index_that_names_a_missing_file_or_tensor(model_dir):
 def test_paths_that_hold_no_model(tmp_path):
     with pytest.raises(DcodError, match="path is empty"):
         _load("")
-    with pytest.raises(DcodError, match="no such model directory"):
+    with pytest.raises(DcodError, match=r"no such model directory; .* holds nothing"):
         _load(tmp_path / "absent")
+    with pytest.raises(DcodError, match=r"no such model directory.*hf download owner/model"):
+        _load("owner/model")
     with pytest.raises(DcodError, match=r"no config\.json"):
         _load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "lla')

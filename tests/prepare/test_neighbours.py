@@ -363,6 +363,7 @@ FILES = [
     ("t.jsonl", b"\xff\xfe\0\0{\0\0\0", "UTF-32"),
     ("t.jsonl", b"data: {}\n", "a record is one line"),
     ("t.jsonl", b"{'prompt': 'a'}\n", "the line begins"),
+    ("t.jsonl", b"prompt,completion\n", "a table's name ends in .csv, .tsv or .parquet"),
     ("t.csv", b"prompt,completion,weight\na,b,x\n", "found 'x'"),
     ("t.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
     ("t.parquet", b'{"prompt": "a"}\n', "is not a readable table"),

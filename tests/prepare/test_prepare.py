@@ -252,6 +252,13 @@ def test_held_out_settings_that_cannot_be(config) -> None:
     config.data.eval_traces = config.data.traces
     with pytest.raises(DcodError, match="are both set"):
         prepare(config)
+    config.data.eval_fraction, config.data.max_length = 0.0, 4
+    with pytest.raises(DcodError, match=r"too_long.*; raise data\.max_length"):
+        prepare(config)
+    config.data.traces = str(write(Path(config.run_dir).parent / "none.jsonl", []))
+    config.data.eval_traces = ""
+    with pytest.raises(DcodError, match=r"0 read.*; the files hold no record"):
+        prepare(config)
 
 
 # ---------------------------------------------------------------- teachers and weights

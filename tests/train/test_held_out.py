@@ -17,6 +17,7 @@ from dcod_jax.models import hf, transformer
 from dcod_jax.prepare.command import prepare
 from dcod_jax.sample import decoding
 from dcod_jax.train import checkpoint_reader, checkpointer, loop, setup
+from dcod_jax.train.command import train
 from dcod_jax.train.settings import best_metric, loss_config
 from tests.train.test_checkpointer import make_state
 
@@ -160,6 +161,35 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_made(
         return setup.preflight(asked)
     with pytest.raises(DcodError, match=error):
         setup.preflight(asked)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"evaluate.problems": "none.jsonl"}, "none.jsonl: no such file"),
+        ({"evaluate.sets": ("mine=none.jsonl",)}, "none.jsonl: no such file"),
+        ({"evaluate.max_new_tokens": 252}, r"problems.jsonl:1: the prompt has \d+ tokens"),
+        ({"evaluate.max_new_tokens": 256}, "evaluate.max_new_tokens=256 leaves no room"),
+        ({"student.path": "{place}/bare"}, r"bare: no model\.safetensors"),
+        ({"student.path": "{place}/stude"}, "no such model directory; .*/student is there"),
+        ({"loss.weights.name": "auto"}, "weights.name=auto needs a teacher's log-probs.*set teach"),
+    ],
+)
+def test_what_the_end_needs_is_looked_for_before_the_work(config, changes, error):
+    """Hours of training and scoring would come before it."""
+    place = Path(config.student.path).parent
+    if not (place / "bare").exists():
+        tiny.write_tokenizer(place / "bare")
+        (place / "bare" / "config.json").write_text(json.dumps(tiny.raw_config()))
+    changes = {
+        key: value.format(place=place) if isinstance(value, str) else value
+        for key, value in changes.items()
+    }
+    problems = {"evaluate.problems": str(place / "problems.jsonl")}
+    asked = configs.replace(config, {"run_dir": str(place / "late")} | problems | changes)
+    with pytest.raises(DcodError, match=error):
+        train(asked)
+    assert not (place / "late" / "config.json").exists()
 
 
 @pytest.mark.parametrize(
