@@ -18,7 +18,7 @@ LEVELS = """
     models.blocks models.attention
     models.transformer models.counts models.lora models.cached models.tensors models.peft
     models.tensor_files
-    losses.head losses.events losses.distributions losses.divergences losses.segments losses.weights
+    losses.head losses.distributions losses.divergences losses.segments losses.weights
     losses.weight_errors losses.adaptive losses.reduce losses.routing losses.distill
     data.teachers data.codec data.dataset data.blocks data.scores data.packing
     data.reasoning data.presets data.raw data.lines data.schema data.unpack data.columns
@@ -26,13 +26,13 @@ LEVELS = """
     data.traces data.pipeline
     models.gguf_metadata models.gguf models.gguf_tokenizer models.hf
     data.template_process data.templates data.tokenizer data.turns data.chat data.conversation
-    sample.stop_strings sample.sampling sample.decoding sample.sampler
+    sample.sampling sample.decoding sample.sampler
     evaluate.numerals evaluate.spelling evaluate.operations evaluate.algebra evaluate.units
     evaluate.regions evaluate.parts evaluate.equality evaluate.prose evaluate.expressions
     evaluate.answers evaluate.benchmarks evaluate.options evaluate.grading evaluate.problems
     evaluate.prompts
     evaluate.generations evaluate.statistics evaluate.metrics
-    train.metrics train.guard train.optim train.profiling train.settings
+    train.metrics train.optim train.settings
     tune.grid config_checks config doctor cli
     train.checksums train.checkpointer train.checkpoint_reader
     train.forward train.step

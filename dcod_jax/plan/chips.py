@@ -1,7 +1,7 @@
 """What a plan needs to know of an accelerator that is not at hand: memory, speed, networks, clock.
 
 Figures are of one JAX device, which on TPU7x is a chiplet (half a chip) and elsewhere a chip.
-peak_flops, hbm_bandwidth, ici_bandwidth and dcn_bandwidth follow Google's pages
+peak_flops, ici_bandwidth and dcn_bandwidth follow Google's pages
 docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; v4's interconnect is the page's all-reduce
 bandwidth of a pod over its 4096 chips, and v4's data-centre bandwidth is not on it. ICI counts one
 direction (half of the pages' bidirectional figure). The largest slices are the pages' too; libtpu
@@ -27,7 +27,6 @@ class Chip:
     name: str  # as a topology names it: v5e of v5e:4x4
     peak_flops: float  # dense bfloat16, a second
     hbm_usable: float  # bytes
-    hbm_bandwidth: float  # bytes a second
     ici_bandwidth: float  # bytes a second into the device from its slice
     dcn_bandwidth: float | None  # bytes a second into the device from other slices
     cycle_flops: int  # matrix operations of one cycle
@@ -44,13 +43,13 @@ class Chip:
 # jax.Device.device_kind -> chip.
 CHIPS: dict[str, Chip] = {
     "TPU v4": Chip(
-        *("v4", 275e12, 30.75 * GIB, 1200e9, 268e9, None, 2**18, 3, 4096),
+        *("v4", 275e12, 30.75 * GIB, 268e9, None, 2**18, 3, 4096),
         options=(("chip_config_name", "megacore"),),
     ),
-    "TPU v5 lite": Chip("v5e", 197e12, 15.75 * GIB, 819e9, 200e9, 3.125e9, 2**17, 2, 256),
-    "TPU v5": Chip("v5p", 459e12, 95.74 * GIB, 2765e9, 600e9, 6.25e9, 2**18, 3, 6144),
-    "TPU v6 lite": Chip("v6e", 918e12, 31.25 * GIB, 1638e9, 400e9, 12.5e9, 2**19, 2, 256),
-    "TPU7x": Chip("tpu7x", 1153.5e12, 94.75 * GIB, 3690e9, 300e9, 6.25e9, 2**19, 3, 9216),
+    "TPU v5 lite": Chip("v5e", 197e12, 15.75 * GIB, 200e9, 3.125e9, 2**17, 2, 256),
+    "TPU v5": Chip("v5p", 459e12, 95.74 * GIB, 600e9, 6.25e9, 2**18, 3, 6144),
+    "TPU v6 lite": Chip("v6e", 918e12, 31.25 * GIB, 400e9, 12.5e9, 2**19, 2, 256),
+    "TPU7x": Chip("tpu7x", 1153.5e12, 94.75 * GIB, 300e9, 6.25e9, 2**19, 3, 9216),
 }
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from dcod_jax.errors import DcodError
-from dcod_jax.losses.events import event_logits
+from dcod_jax.losses.distributions import event_logits
 from dcod_jax.losses.head import VocabHead, target_logprobs
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.transformer import head_weight, hidden_states

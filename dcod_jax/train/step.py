@@ -21,10 +21,10 @@ from dcod_jax.losses.weights import Tokens
 from dcod_jax.models import lora, transformer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import batch_shards, constrain, describe, sharding, tree_shardings
-from dcod_jax.train import guard, metrics
+from dcod_jax.train import metrics
 from dcod_jax.train.forward import Forward
 from dcod_jax.train.metrics import StepMetrics
-from dcod_jax.train.optim import Schedule, make_optimizer
+from dcod_jax.train.optim import Guarded, Schedule, choose, make_optimizer
 from dcod_jax.train.settings import optim_config
 from dcod_jax.types import Batch, LossState, Params, TrainState
 
@@ -189,11 +189,11 @@ def _update(
     updates, opt_state = optimizer.update(gradients, moments, state.params, loss=loss, norm=norm)
     params: Any = optax.apply_updates(state.params, updates)
     count = state.step
-    if isinstance(opt_state, guard.Guarded):
+    if isinstance(opt_state, Guarded):
         measured["skipped"] = opt_state.skipped > moments.skipped
         measured["skipped_total"] = opt_state.skipped
         # Of parameters, too: adding an update of 0 would make a 0 of -0.
-        params = guard.choose(measured["skipped"], state.params, params)
+        params = choose(measured["skipped"], state.params, params)
         count -= moments.skipped
     measured["learning_rate"] = schedule(count)
     return params, opt_state, measured
@@ -279,7 +279,7 @@ def make_train_step(
         )
         loss_state = loss.learned(state.loss_state, state.step, small, sums, rows[0])
         if "skipped" in changed:
-            loss_state = guard.choose(changed["skipped"], before.loss_state, loss_state)
+            loss_state = choose(changed["skipped"], before.loss_state, loss_state)
         return TrainState(state.step + 1, params, opt_state, loss_state), measured  # pyright: ignore
 
     return jax.jit(

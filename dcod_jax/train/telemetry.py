@@ -1,4 +1,4 @@
-"""Numbers of a run as it goes: progress bar, metrics.jsonl, TensorBoard, and the stop at NaN."""
+"""Numbers of a run as it goes: progress bar, metrics.jsonl, TensorBoard, XProf, the stop at NaN."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
+from dcod_jax.copies import Mirror
 from dcod_jax.data.dataset import TraceDataset
 from dcod_jax.data.packing import head_capacity
 from dcod_jax.errors import DcodError
-from dcod_jax.files import as_path
+from dcod_jax.files import Path, as_path
 from dcod_jax.logs import track
 from dcod_jax.parallel import hosts
 from dcod_jax.plan import chips
@@ -25,7 +26,6 @@ from dcod_jax.plan.estimate import step_flops
 from dcod_jax.train import trace_weights
 from dcod_jax.train.checkpointer import Checkpointer, Snapshot
 from dcod_jax.train.metrics import MetricsWriter, StepMetrics, is_logged
-from dcod_jax.train.profiling import Tracer
 from dcod_jax.train.settings import loss_config
 from dcod_jax.train.setup import Student
 
@@ -41,6 +41,43 @@ UNKNOWN_WEIGHT = 0.6
 
 class DivergedError(DcodError):
     """Numbers that are not finite, or too many skipped steps: of the training, not the set-up."""
+
+
+class Tracer:
+    """An XProf trace of profile.steps ("10:13": steps 10, 11, 12 and 13) in run_dir/profile."""
+
+    def __init__(self, steps: str, run_dir: Path, *, first: int):
+        """first: the first step of this attempt."""
+        begin, _, end = steps.partition(":")
+        self.wanted = range(int(begin), int(end) + 1) if steps else range(0)
+        self.directory = run_dir / "profile"
+        self._mirror: Mirror | None = None
+        if steps and self.wanted[-1] < first:
+            log.info("profile.steps=%s are before this start at step %d: no trace", steps, first)
+
+    def step(self, step: int) -> AbstractContextManager[Any]:
+        """Its body starts this step; the trace is opened before the first that is wanted."""
+        if step in self.wanted and self._mirror is None:
+            self._mirror = Mirror(self.directory)
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # tracing every Python call would slow the steps
+            self._mirror.directory.mkdir(parents=True, exist_ok=True)
+            jax.profiler.start_trace(str(self._mirror.directory), profiler_options=options)
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
+
+    def after(self, step: int, values: Any) -> None:
+        """End the trace once the last wanted step is done on the device."""
+        if self._mirror is not None and step + 1 not in self.wanted:
+            jax.block_until_ready(values)
+            self.close()
+
+    def close(self) -> None:
+        """End the trace, where one is open."""
+        if self._mirror is not None:
+            jax.profiler.stop_trace()
+            self._mirror.close()
+            self._mirror = None
+            log.info("profile: %s (open with: tensorboard --logdir %s)", *[self.directory] * 2)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcod_jax.losses.events import LANES, PLANES, _planes, event_logits
+from dcod_jax.losses.distributions import LANES, PLANES, _planes, event_logits
 from dcod_jax.losses.head import VocabHead
 from dcod_jax.parallel.mesh import make_mesh, sharding
 

@@ -3,7 +3,7 @@
 import pytest
 
 from dcod_jax.errors import DcodError
-from dcod_jax.sample.stop_strings import StopStrings
+from dcod_jax.sample.sampler import StopStrings
 
 PIECES = ["", "a", "b", "ab", "\n", "\n\n", "Q:", " x\nQ", ":", "\ufffd", "é"]
 

@@ -11,7 +11,7 @@ import pytest
 from dcod_jax import config as configs
 from dcod_jax.config_checks import config_errors
 from dcod_jax.errors import DcodError
-from dcod_jax.train import guard
+from dcod_jax.train import optim as guard
 from dcod_jax.train.checkpointer import Checkpointer, Snapshot
 from dcod_jax.train.metrics import StepMetrics
 from dcod_jax.train.optim import OptimConfig, make_optimizer

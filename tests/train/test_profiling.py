@@ -9,8 +9,7 @@ import pytest
 
 from dcod_jax.config_checks import _profile_errors
 from dcod_jax.train import telemetry as telemetries
-from dcod_jax.train.profiling import Tracer
-from dcod_jax.train.telemetry import Telemetry
+from dcod_jax.train.telemetry import Telemetry, Tracer
 
 
 @pytest.fixture
