@@ -44,7 +44,7 @@ def mutated_json(value: Any, dice: random.Random) -> Any:
     """The value with one to three places replaced, removed or doubled."""
     for _ in range(dice.choice((1, 1, 2, 3))):
         places: list[tuple[Any, Any]] = []
-        todo = [value]
+        todo = [value] if isinstance(value, dict | list) else []
         while todo:
             one = todo.pop()
             inner = list(one.items()) if isinstance(one, dict) else list(enumerate(one))
@@ -68,11 +68,10 @@ def mutated_json(value: Any, dice: random.Random) -> Any:
     return value
 
 
-def mutated(file: Path, dice: random.Random) -> bytes:
-    """The file's bytes, of JSON mostly mutated as JSON, of JSONL one line, else as bytes."""
-    content = file.read_bytes()
-    if file.suffix in (".json", ".jsonl") and dice.random() < 0.85:
-        lines = content.splitlines() if file.suffix == ".jsonl" else [content]
+def mutated(content: bytes, suffix: str, dice: random.Random) -> bytes:
+    """A file's bytes, of JSON mostly mutated as JSON, of JSONL one line, else as bytes."""
+    if suffix in (".json", ".jsonl") and dice.random() < 0.85:
+        lines = content.splitlines() if suffix == ".jsonl" else [content]
         place = dice.randrange(len(lines))
         lines[place] = json.dumps(mutated_json(json.loads(lines[place]), dice)).encode()
         return b"\n".join([*lines, b""])
@@ -255,7 +254,7 @@ def try_one(name: str, good: Path, work: Path, seed: int) -> str:
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(good, work)
     file = work / dice.choice(files)
-    file.write_bytes(mutated(file, dice))
+    file.write_bytes(mutated(file.read_bytes(), file.suffix, dice))
     if name == "shard":
         fit_manifest(work)
     try:

@@ -22,7 +22,7 @@ from dcod_jax.evaluate.prose import (
     unwrapped,
     value,
 )
-from dcod_jax.evaluate.spelling import braced
+from dcod_jax.evaluate.spelling import braced, without_blanks
 
 _TRIED = 20  # matches of one rule, from the end; bounds the search in a text of nothing but \boxed{
 _THOUGHT = re.compile(
@@ -39,7 +39,7 @@ _MARKUP = re.compile(
 )
 # "Wait, that's wrong." and the rest of its sentence: what follows is the answer.
 _RETRACTED = re.compile(
-    r"(?:^|(?<=[.!:;\n}$]))[ \t$*]*(?:(?:oh|hmm|ah|no|but|and)\b[,. ]*){0,2}"
+    r"(?:^|(?<=[.!:;\n}$]))[ \t$*]{0,9}(?:(?:oh|hmm|ah|no|but|and)\b[,. ]*){0,2}"
     r"(?:(?:wait|oops|sorry|hold on|actually|hmm|no|apologies|my mistake)\b[^.!?\n]{0,60}?"
     r"(?:wrong|incorrect|not (?:right|correct)|mistake|error|misread|miscalculated"
     r"|forgot|missed|overlooked|should have)"
@@ -283,7 +283,7 @@ def extract_answer(text: str, *, complete: bool = True) -> Extraction | None:
     >>> extract_answer("so 4 eggs.\n#### 4")
     Extraction(answer='4', rule='hash')
     """
-    text = text.translate(_HYPHENS)
+    text = without_blanks(text.translate(_HYPHENS))
     if any(mark in text for mark in ("<", "__", "~~")):
         text = _MARKUP.sub("", _CALCULATION.sub("", text))
     thoughts = list(_THOUGHT.finditer(text))
@@ -317,6 +317,7 @@ def reference_answer(answer: str) -> str:
 
     A reference without such a mark is the answer itself ("The answer is" is not looked for).
     """
+    answer = without_blanks(answer)
     if answer_in_box := boxed(answer):
         return answer_in_box
     for pattern in (_HASH, _ANSWER_LINE):

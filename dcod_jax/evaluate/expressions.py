@@ -39,13 +39,13 @@ _EXPRESSION = re.compile(
     rf"|(?P<number>{_SIGN}(?:\\?[$€£¥₹]\s?)?(?<![A-Za-z0-9_.^])"
     rf"(?:\d{{1,3}}(?: \d{{3}})+(?![\d,]|\.\d)|(?:{NUMBER}){_MORE}?)(?:\s?\\?%)?|[½⅓⅔¼¾⅛])"
 )
-_REAL = r"[-−]?(?:\d[\d.,/]*|∞|[a-z](?![a-z]))"
+_REAL = r"[-−]?(?:\d[\d.,/]*+|∞|[a-z](?![a-z]))"
 _LESS = r"\s?(?:<=?|≤|>=?|≥|≠)\s?"
 _BRACKETS = r"[\[(][^()\[\]\n]{1,30},[^()\[\]\n]{1,30}[\])]"
 _COMPARISON = r"\$[^$\n]{1,60}[<>≤≥][^$\n]{0,60}\$"
 # What is one answer although it has words or several numbers in it.
 _WHOLE = re.compile(
-    rf"{CHANCE}|{COMPOUND}|(?:\d+/\d+|\d*√\d+|\d*π) ?≈ ?\d*\.\d+"
+    rf"(?<!\d)(?:{CHANCE}|{COMPOUND}|(?:\d+/\d+|\d*√\d+|\d*π) ?≈ ?\d*\.\d+)"
     r"|(?<=ratio is )\d+ to \d+|(?<=ratio of )\d+ to \d+"
     rf"|{_REAL}{_LESS}[a-z]{_LESS}{_REAL}"
     rf"|\b[a-z]{_LESS}{_REAL},? (?:and|or) [a-z]{_LESS}{_REAL}"

@@ -22,6 +22,10 @@ class UnknownError(Exception):
     """What stands here is not understood, or has no value."""
 
 
+def _bits(value: fractions.Fraction) -> int:
+    return max(value.numerator.bit_length(), value.denominator.bit_length())
+
+
 def whole(value: Value) -> int:
     if isinstance(value, fractions.Fraction) and value.denominator == 1:
         return value.numerator
@@ -58,7 +62,7 @@ def power(base: Value, exponent: Value) -> Value:
         if degree > 1 and degree % 2 and not base.imag and base.real < 0:  # the real root
             return complex(-((-base.real) ** (1 / degree))) ** power
         return base ** (power if degree == 1 else complex(exponent))
-    size = max(base.numerator.bit_length(), base.denominator.bit_length())
+    size = _bits(base)
     if size > 1 and (size * abs(power) > MAX_BITS or degree > 64):
         return complex(base) ** complex(exponent)
     return (_root(base, degree) if degree > 1 else base) ** power
@@ -81,7 +85,7 @@ def _near_zero(function: Callable[[complex], Value]) -> Callable[[Value], Value]
 
 def _binomial(n: Value, k: Value) -> Value:
     if isinstance(k, fractions.Fraction) and k.denominator == 1 and 0 <= k <= MAX_TERMS:
-        if isinstance(n, fractions.Fraction) and k * n.numerator.bit_length() > 2 * MAX_BITS:
+        if isinstance(n, fractions.Fraction) and k * _bits(n) > 2 * MAX_BITS:
             raise UnknownError
         return math.prod(((n - i) / (i + 1) for i in range(int(k))), start=fractions.Fraction(1))
     return factorial(n) / factorial(k) / factorial(n - k)

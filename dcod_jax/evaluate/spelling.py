@@ -309,13 +309,18 @@ def _chance(match: re.Match[str]) -> str:
     return f"\\frac{{{of}}}{{{among}}}" if known else match.group(0)
 
 
+def without_blanks(text: str) -> str:
+    """The text with no run of more than eight blanks, so that no search tries its every part."""
+    return re.sub(r"\s{9,}", lambda m: "\n\n" if "\n" in m.group(0) else "  ", text)
+
+
 @functools.lru_cache(1024)
 def canonical(answer: str) -> str:
     r"""One spelling for what is written in many ways: `$x = 10{,}000.$` -> `x = 10000`.
 
     Text stays in \text{...}; single spaces stay, as they part words.
     """
-    text = answer.strip().strip("*`").strip()
+    text = without_blanks(answer).strip().strip("*`").strip()
     text = re.sub(r"(?<![.。])[.。]$", "", text)
     for pattern in _THOUSANDS:
         text = pattern.sub("", text)

@@ -107,6 +107,7 @@ HOSTILE = {
     "limits of integrals": (_nested(30), "5"),
     "sums of integrals": (r"\sum_{j=1}^{99}\sum_{k=1}^{999}\int_0^1xdx", "5"),
     "binomial of a large number": (r"\binom{\binom{1000}{500}}{1000}", "5"),
+    "binomial of a small number": (r"\binom{10^{-4900}}{1000}", "5"),
     "many integrals": (", ".join(rf"\int_0^1xt^{k}dt" for k in range(25)), r"x, x^2\pi"),
     "two integrals, their limits exchanged": (r"\int_0^1\int_0^2 x dx dy", "1"),
     "unclosed fractions": (r"\frac{" * 4_000, "5"),
