@@ -15,7 +15,7 @@ from fake_store import contents, upload
 from dcod_jax import files
 from dcod_jax.copies import local_directory
 from dcod_jax.data.dataset import TraceDataset
-from dcod_jax.data.raw import Fields
+from dcod_jax.data.presets import Fields
 from dcod_jax.data.traces import describe, find_sources, read_traces
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.generations import Generation, read_generations, to_line

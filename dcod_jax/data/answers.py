@@ -9,19 +9,21 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from dcod_jax.data import raw, schema
+from dcod_jax.data import calls, raw, records, schema
 from dcod_jax.data.columns import Row
-from dcod_jax.data.raw import BadRecordError, Fields, Message, RawTrace, Record, Turns
+from dcod_jax.data.presets import Fields
+from dcod_jax.data.records import BadRecordError, Message, RawTrace, Record, Turns
 from dcod_jax.data.told import finish
 
 _ENVELOPE = ("id", "type", "model", "usage", "container", "stop_reason", "stop_sequence")
 _SAID = ("message", "text", "content", "logprobs", "tool_calls")
+TEXTS = ("text", "content", "completion", "response", "output", "generated_text", "generation")
 _KNOWN = ("choices", "candidates", "output", "content", "message")  # where an answer is
 
 
 def sampled(beside: Record, turns: Turns, **more: Any) -> RawTrace:
     """A completion with the token ids, log-probs and finish reason that the record has for it."""
-    more |= {n: raw.read_list(beside, n) for n in ("token_ids", "logprobs") if n not in more}
+    more |= {n: records.read_list(beside, n) for n in ("token_ids", "logprobs") if n not in more}
     given = beside.get("finish_reason")
     more["finish_reason"] = "" if isinstance(given, list) else finish(given)
     more |= {"unsupervised": turns.unsupervised, "extras": turns.extras, "told": turns.told}
@@ -45,6 +47,7 @@ def is_request(record: Record) -> bool:
         batch_name(record) is not None
         and isinstance(body, dict)
         and record.get("response") is None
+        and record.get("result") is None
         and "choices" not in body
     )
 
@@ -66,6 +69,8 @@ def answer_of(record: Record) -> Record | None:
     if choices and isinstance(choices, list) and isinstance(choices[0], dict):
         return record
     if talk or spoken or item in ("message", "reasoning", "function_call"):
+        return record
+    if isinstance(record.get("content"), str) and "tokens_predicted" in record:  # llama.cpp
         return record
     candidates = record.get("candidates")
     return record if isinstance(candidates, list) and candidates else None
@@ -94,7 +99,8 @@ def read(row: Row) -> tuple[list[Message], list[RawTrace], Record]:
     completions = [_choice(c or {}, f"choices[{i}]", row.fields) for i, c in enumerate(choices)]
     known = {**asked, **{k: v for k, v in request.items() if k != "body"}, **record}
     known.setdefault("model", body.get("model"))
-    row.tools = raw.read_tools(asked.get("tools"))
+    row.tools = calls.read_tools(asked.get("tools"))
+    row.used |= {"tools", "key"}
     return _prompt(row, asked), completions, known
 
 
@@ -132,7 +138,7 @@ def _choices(body: Record) -> list[Any]:
     if body.get("candidates"):  # Gemini
         return [
             {"message": {"content": (c.get("content") or {}).get("parts")}}
-            | {"finish_reason": c.get("finishReason")}
+            | {"finish_reason": c.get("finishReason", c.get("finish_reason"))}
             for c in body["candidates"]
         ]
     message = (output if isinstance(output, dict) else body).get("message")  # Converse has both
@@ -146,6 +152,10 @@ def _choices(body: Record) -> list[Any]:
         return [{"message": message, "finish_reason": body.get("stop_reason")}]
     if "choices" in body or not body:
         return body.get("choices") or []
+    if isinstance(output, dict) and "choices" in output:  # DashScope
+        return output["choices"] or []
+    if text := next((name for name in TEXTS if isinstance(body.get(name), str)), None):
+        return [{**body, "message": {"content": body[text]}, "text": None}]  # Ollama's generate
     raise BadRecordError(
         f"the answer holds {', '.join(map(str, body))}; expected one of {', '.join(_KNOWN)}"
     )
@@ -156,7 +166,7 @@ def _responses(body: Record, output: list[Any]) -> Record:
     content: list[Any] = []
     calls = []
     for index, item in enumerate(output):
-        kind = item.get("type", "message") if isinstance(item, dict) else raw.kind_of(item)
+        kind = item.get("type", "message") if isinstance(item, dict) else records.kind_of(item)
         if kind == "message":
             text = item.get("content") or []
             content += [{"type": "text", "text": text}] if isinstance(text, str) else text
@@ -188,8 +198,8 @@ def _choice(choice: Record, name: str, fields: Fields) -> RawTrace:
     message = raw.read_message(given, place, fields)
     texts, logprobs = _choice_logprobs(choice.get("logprobs"))
     extras = raw.unread(given, message, place, fields)
-    told = tuple({k: v for k, v in of.items() if k not in _SAID} for of in (choice, given))
-    turns = Turns([message], extras=frozenset(f"message.{key}" for key in extras), told=told)
+    told = {k: v for of in (given, choice) for k, v in of.items() if k not in _SAID}
+    turns = Turns([message], extras=frozenset(f"message.{key}" for key in extras), told=(told,))
     return sampled(choice, turns, logprobs=logprobs, token_bytes=texts)
 
 

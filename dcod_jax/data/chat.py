@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from dcod_jax.data.reasoning import MARKS
+from dcod_jax.data.reasoning import closing, is_mark, opened
 from dcod_jax.data.templates import READY
 from dcod_jax.data.tokenizer import Tokenizer, chat_template, decode, library_errors
 from dcod_jax.data.turns import (
@@ -32,7 +32,6 @@ from dcod_jax.data.turns import (
     calls_end,
     check_calls,
     check_shown,
-    opened,
     render_chat,
     render_turns_ahead,
     shared_prefix,
@@ -52,6 +51,8 @@ _FOREIGN_ENDS = (
     "<end_of_turn> <｜end▁of▁sentence｜> <|endofturn|> <|eom_id|>"
 ).split()
 _FOREIGN_TURNS = re.compile(
+    r"^\s*(?:<\|start_header_id\|>|<\|begin_of_text\|>|<｜begin▁of▁sentence｜>|<bos>|<\|im_start\|>|"
+    r"<start_of_turn>|<\|start_of_role\|>)|^analysis[\s\S]*?assistant(?:commentary|final)|"
     r"<\|im_end\|>\s*<\|im_start\|>|<\|eot_id\|>\s*<\|start_header_id\|>|"
     r"<end_of_turn>\s*<start_of_turn>|<\|end\|>\s*<\|(?:start|user|assistant|system)\|>|"
     r"<\|channel\|>\w+<\|message\|>|<｜User｜>[^<]*<｜Assistant｜>|\[INST\][^\[]*\[/INST\]"
@@ -164,7 +165,7 @@ def _whole_spans(
         end = _turn_end(tokenizer, text, start, content=content, template=template, calls=calls)
         if calls:
             until, _ = render_chat(tokenizer, messages[: index + 1], template=template, tools=tools)
-            end = calls_end(turn_tokens(tokenizer, template), text, until, end)
+            end = calls_end(turn_tokens(tokenizer, template), text, until, (start, end))
         if end > last:
             raise DcodError(
                 f"the chat template's {{% generation %}} block leaves out the end-of-turn token "
@@ -192,10 +193,10 @@ def _behind(prompt: str, content: str) -> str:
     mark = opened(prompt)
     if not mark:
         return content
-    if MARKS[mark] not in content:
+    if closing(mark) not in content:
         raise DcodError(
             f"the chat template opens {mark} in its generation prompt, and the completion has no "
-            f"{MARKS[mark]}: it would be trained as reasoning without an end. Traces without "
+            f"{closing(mark)}: it would be trained as reasoning without an end. Traces without "
             "reasoning need a template that opens none (student.chat_template, or a variable such "
             "as student.template_kwargs=enable_thinking=false)"
         )
@@ -278,7 +279,9 @@ def _encode_at(
 
 def _check_content(tokenizer: Tokenizer, messages: Sequence[Message], template: str | None) -> None:
     for message in messages:
-        if found := turn_tokens(tokenizer, template).search(message["content"]):
+        said = message["role"] == "assistant"  # which marks of reasoning belong to
+        tokens = turn_tokens(tokenizer, template).finditer(message["content"])
+        if found := next((t for t in tokens if not (said and is_mark(t[0]))), None):
             raise DcodError(
                 f"the {message['role']} message holds the special token {found.group(0)!r} as "
                 "text, which would be read as the token; remove it (vLLM: skip_special_tokens)"

@@ -9,10 +9,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from dcod_jax.data import presets, raw, schema
+from dcod_jax.data import presets, raw, records, schema
 from dcod_jax.data.presets import CONVERSATIONS, Fields, leaves, listed, plain
-from dcod_jax.data.raw import BadRecordError, Message, Record, Turns
 from dcod_jax.data.reasoning import is_switch
+from dcod_jax.data.records import BadRecordError, Message, Record, Turns
 
 # Columns that may hold a teacher's text under a name of their own: `solution` is then not taken.
 _SUSPECTS = re.compile(
@@ -58,21 +58,18 @@ def ends_with_answer(record: Record, name: str, fields: Fields) -> bool:
     if name in CONVERSATIONS:
         return True
     chosen = name in (fields.completion, fields.prompt)
-    return chosen and _answered(record, name) and _by(record[name][0]) not in ("", *_ANSWERING)
-
-
-_ANSWERING = ("assistant", "gpt", "model")
+    return chosen and _answered(record, name) and _by(record[name][0]) not in {"", *raw.ANSWERING}
 
 
 def _by(message: object) -> str:
     """The role that a message names, or ""."""
     found = message if isinstance(message, dict) else {}
-    return str(found.get("role", found.get("from", "")))
+    return str(found.get("role", found.get("from", ""))).strip().lower()
 
 
 def _answered(record: Record, name: str) -> bool:
     value = record.get(name)
-    return isinstance(value, list) and bool(value) and _by(value[-1]) in _ANSWERING
+    return isinstance(value, list) and bool(value) and _by(value[-1]) in raw.ANSWERING
 
 
 def completion_columns(record: Record, fields: Fields) -> list[str]:
@@ -158,11 +155,15 @@ def hint(record: Record, fields: Fields, part: str, names: Sequence[str] = ()) -
     talks = [n for n in record if n not in (chosen, "rejected") and _answered(record, str(n))]
     given = [name for name, value in record.items() if value is not None]
     close = [m for n in names for m in difflib.get_close_matches(n, given, n=1, cutoff=0.7)]
-    found = f" (the nearest is {close[0]!r})" if close else ""
+    close = [name for name in close if isinstance(record[name], str | list)]
+    found = f"; if it is {close[0]}: prepare.{part}_field={close[0]}" if close else ""
+    inner = [n for n in given if _holds_records(record[n])]
     looks = presets.propose(record)
     better = [n for n in ("chosen", "preferred_output") if n in given]
     if looks and not chosen:
         return f"{found}; these are the columns of prepare.form={looks[0]}"
+    if inner and not close:
+        return f"; {inner[0]} holds records: write each as a line of its own (jq -c '.{inner[0]}')"
     if part == "completion" and len(several := _siblings(record)) > 1:
         stem = re.sub(r"\d+$", "*", several[0])
         return f"{found}; for {', '.join(several)} set prepare.completion_field={stem}"
@@ -176,6 +177,13 @@ def hint(record: Record, fields: Fields, part: str, names: Sequence[str] = ()) -
     if list(record) == ["text"]:
         found += "; in one text prompt and completion cannot be told apart: write messages"
     return found
+
+
+def _holds_records(value: object) -> bool:
+    """Whether a column is an object, or a list of objects, with a prompt of its own or messages."""
+    value = value[0] if isinstance(value, list) and value else value
+    names = [*presets.PROMPTS, *CONVERSATIONS]
+    return isinstance(value, dict) and "role" not in value and find(value, names) is not None
 
 
 def _siblings(record: Record) -> list[str]:
@@ -246,7 +254,7 @@ class Row:
         for index, pair in enumerate(value if isinstance(value, list) else [value]):
             if not isinstance(pair, list) or len(pair) != 2:
                 raise BadRecordError(
-                    f"history[{index}] must be [question, answer], found {raw.kind_of(pair)}"
+                    f"history[{index}] must be [question, answer], found {records.kind_of(pair)}"
                 )
             for role, text in zip(("user", "assistant"), pair, strict=True):
                 found.append({"role": role, "content": raw.read_text(text, f"history[{index}]")})
@@ -260,8 +268,9 @@ class Row:
             value = self.get(find(self.record, [name]) or name)
             if value is None or (isinstance(value, str) and not value.strip()):
                 continue
-            value = value.get("parts", value) if isinstance(value, dict) else value
-            value = [value] if isinstance(value, dict) else value
+            value = value[0] if isinstance(value, list) and len(value) == 1 else value
+            if isinstance(value, dict):  # a message, or a part of one
+                value = value.get("parts", value.get("content", [value]))
             text = raw.read_text(value, name)
             if own is not None and own.strip() != text.strip():
                 inside = find(self.record, CONVERSATIONS) or "the messages"
@@ -328,10 +337,11 @@ class Row:
         name = find(known, names) if chosen else None
         if name is None or name in self.used - _SHARED or str(known[name]).strip() == "":
             return None
-        value = known[name]
+        value = listed(known[name])
+        value = value[0] if isinstance(value, list) and len(value) == 1 else known[name]
         self.used.add(name)
         if not isinstance(value, str) and schema.number(value):
-            kind = f"{value}" if isinstance(value, float) else raw.kind_of(value)
+            kind = f"{value}" if isinstance(value, float) else records.kind_of(value)
             raise BadRecordError(
                 f"{name} must be a string or a number, found {kind}; "
                 "prepare.answer_field names another field"
@@ -344,7 +354,7 @@ class Row:
         if value is None or isinstance(value, str):
             return (value or "").strip()
         raise BadRecordError(
-            f"{self.fields.teacher} must be the name of a teacher, found {raw.kind_of(value)}; "
+            f"{self.fields.teacher} must be the name of a teacher, found {records.kind_of(value)}; "
             "prepare.teacher_field names another field, or none where it is empty"
         )
 

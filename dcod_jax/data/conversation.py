@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from dcod_jax.data import chat
-from dcod_jax.data.raw import RawTrace
+from dcod_jax.data.records import RawTrace
 from dcod_jax.data.tokenizer import Tokenizer, decode
 from dcod_jax.errors import DcodError
 from dcod_jax.types import Trace

@@ -11,8 +11,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from dcod_jax.data import answers, raw, schema
-from dcod_jax.data.answers import sampled
+from dcod_jax.data import answers, calls, raw, records, schema
+from dcod_jax.data.answers import TEXTS, sampled
 from dcod_jax.data.columns import (
     Row,
     completion_columns,
@@ -21,9 +21,9 @@ from dcod_jax.data.columns import (
     missing,
     unreadable,
 )
-from dcod_jax.data.presets import listed
-from dcod_jax.data.raw import BadRecordError, Fields, RawTrace, Record, Turns
+from dcod_jax.data.presets import Fields, listed
 from dcod_jax.data.reasoning import may_be_reasoning
+from dcod_jax.data.records import BadRecordError, RawTrace, Record, Turns
 from dcod_jax.data.told import finished, judged
 from dcod_jax.data.unpack import nulls, unpacked
 
@@ -79,9 +79,6 @@ def _of_record(row: Row, trace: RawTrace) -> RawTrace:
     return dataclasses.replace(sampled(row.record, turns), told=trace.told)
 
 
-_TEXTS = ("text", "content", "completion", "response", "output", "generated_text", "generation")
-
-
 def _is_one(value: list[Any]) -> bool:
     """Whether a list is one completion: messages, or parts with a type."""
     first = value[0] if value else None
@@ -96,7 +93,7 @@ def _is_blank(item: Any) -> bool:
     """Whether one of several completions, or an object, holds neither text nor reasoning."""
     if not isinstance(item, dict):
         return item is None or (isinstance(item, str) and not item.strip())
-    keys = [key for key in (*_TEXTS, *raw.REASONING_KEYS) if key in item]
+    keys = [key for key in (*TEXTS, *raw.REASONING_KEYS) if key in item]
     return bool(keys) and all(_is_blank(item[key]) for key in keys)
 
 
@@ -107,22 +104,25 @@ def _said(row: Row, item: Any, name: str, thought: str) -> tuple[Turns, Record]:
     if not isinstance(item, dict):
         return raw.assistant(item, name, row.fields, thought), {}
     inner = item["message"] if isinstance(item.get("message"), dict) else item
-    key = next((key for key in _TEXTS if inner.get(key) is not None), None)
+    key = next((key for key in TEXTS if inner.get(key) is not None), None)
     if key is None:
-        raise BadRecordError(f"{name} must be a text, found an object of {', '.join(item)}")
+        raise BadRecordError(
+            f"{name} must be a text, found an object of {', '.join(item)}; of a single text the "
+            f"field can be named: prepare.completion_field={name}.{next(iter(item), 'name')}"
+        )
     schema.check(item, schema.SAMPLE, name)
     ids, logprobs = item.get("token_ids"), item.get("logprobs")
     if ids and logprobs and len(ids) == len(logprobs):
         logprobs = [_position_logprob(e, t) for e, t in zip(logprobs, ids, strict=True)]
         item = item | {"logprobs": logprobs}
     given = raw.with_own_reasoning(inner, item)
-    given = {k: v for k, v in given.items() if k not in (*_TEXTS, *_OWN)}
+    given = {k: v for k, v in given.items() if k not in (*TEXTS, *_OWN)}
     said = given | {"role": "assistant", "content": inner[key]}
     message = raw.read_message(said, name, row.fields)
     turns = row.with_reasoning(Turns([message]), thought)
     extras = raw.unread(given, turns.messages[0], name, row.fields)
     column = name.partition("[")[0]
-    told = {k: v for k, v in item.items() if k not in _TEXTS}
+    told = {k: v for k, v in item.items() if k not in TEXTS}
     names = frozenset(f"{column}[].{key}" for key in extras)
     return dataclasses.replace(turns, extras=names, told=(told,)), item
 
@@ -229,7 +229,21 @@ def _check_template_kwargs(record: Record) -> None:
             )
 
 
-def _asked(prompt: list[raw.Message], completion: RawTrace) -> list[raw.Message]:
+def _check_no_echo(record: Record, prompt: list[Message], completion: RawTrace) -> None:
+    """Refuse the prompt again before its continuation, as HF pipelines and echo=true give it."""
+    rows = [record, *(v[0] for v in record.values() if isinstance(v, list) and v)]
+    continued = {"generated_text", "choices"} & {
+        n for row in rows if isinstance(row, dict) for n in row
+    }
+    asked, said = prompt[-1]["content"].strip(), completion.messages[0]["content"].lstrip()
+    if continued and said.startswith(asked) and len(said) > len(asked) >= 8:
+        raise BadRecordError(
+            "the completion begins with its whole prompt, which would be trained as an answer; cut "
+            "it off (HF pipelines: return_full_text=False; completions of an API: no echo)"
+        )
+
+
+def _asked(prompt: list[Message], completion: RawTrace) -> list[Message]:
     """The prompt, without the completion where it is there again as the last message."""
     if not prompt or prompt[-1]["role"] != "assistant" or "tool_calls" in prompt[-1]:
         return prompt
@@ -250,14 +264,18 @@ def read_record(
     Raises BadRecordError (the caller adds `source`).
     """
     if not isinstance(record, dict):
-        raise BadRecordError(f"expected a JSON object, found {raw.kind_of(record)}")
-    schema.check(record, schema.RECORD)
-    whole = unpacked({n: value for n, value in record.items() if value is not None}, fields)
+        raise BadRecordError(f"expected a JSON object, found {records.kind_of(record)}")
+    # NaN is null, as pandas writes it.
+    there = {n: value for n, value in record.items() if value is not None and value == value}
+    schema.check(there, schema.RECORD)
+    whole = unpacked(there, fields)
     if shown := [name for name, value in whole.items() if unreadable(name) and value]:
         raise BadRecordError(
             f"the record has {shown[0]}, and only text can be read; take the column out where the "
             "text is enough"
         )
+    if (error := whole.get("error")) and isinstance(error, str | dict):
+        whole = {"custom_id": source, **whole}  # a failed request, whatever stands beside it
     read = next((read for matches, read in FORMS.values() if matches(whole, fields)), None)
     if read is None:
         raise missing(record, fields, "completion")
@@ -277,7 +295,7 @@ def read_record(
         "answer": answer,
         "model": known["model"] if isinstance(known.get("model"), str) else "",
         "temperature": float(temperature) if isinstance(temperature, int | float) else None,
-        "tools": row.tools or raw.read_tools(row.get("tools"), row.get("functions")),
+        "tools": row.tools or calls.read_tools(row.get("tools"), row.get("functions")),
     }
     traces = []
     for index, completion in enumerate(completions):
@@ -287,6 +305,8 @@ def read_record(
         if completion.failed:
             traces.append(dataclasses.replace(completion, **about))
             continue
+        if prompt.messages:
+            _check_no_echo(whole, prompt.messages, completion)
         lead = row.system(prompt.messages or completion.messages)
         earlier = [*lead, *_asked(prompt.messages, completion)]
         turns = Turns(completion.messages, completion.unsupervised).after(earlier)

@@ -21,13 +21,13 @@ from typing import Any, TypeAlias
 
 import pyarrow
 
-from dcod_jax.data.raw import BadRecordError, check_unicode
+from dcod_jax.data.records import BadRecordError, check_unicode
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Path, as_path
 
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 _TABLES = {".csv": ",", ".tsv": "\t"}
-SUFFIXES = (".jsonl", ".ndjson", ".json", *_TABLES)
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonlines", ".ldjson", *_TABLES)
 PIECE = 1 << 18  # bytes read at a time
 _DEEPEST = 200  # levels of nesting in a record
 _BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{\]}]', re.DOTALL)

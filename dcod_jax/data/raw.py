@@ -1,22 +1,29 @@
-"""One raw trace, and the checked reading of a record's messages."""
+"""The checked reading of a record's messages: their roles, texts and reasoning."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import re
-from collections.abc import Mapping
-from typing import Any, TypeAlias
+from collections.abc import Iterator
+from typing import Any
 
+from dcod_jax.data.calls import calls_of_parts, read_calls, results
 from dcod_jax.data.presets import TELLING, Fields, leaves, listed
 from dcod_jax.data.reasoning import Reasoning, has_reasoning, is_switch, may_be_reasoning
+from dcod_jax.data.records import BadRecordError, Message, Record, Turns, kind_of, truth
 from dcod_jax.errors import DcodError
 
 ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
-# ShareGPT's and Gemini's names, understood in every conversation.
-_OTHERS = {"human": "user", "gpt": "assistant", "model": "assistant"}
-_OTHERS |= {"observation": "tool", "function_response": "tool", "function": "tool"}
-_OTHERS |= {"ai": "assistant", "chatgpt": "assistant"}
+# ShareGPT's, Llama's and Gemini's names, understood in every conversation.
+_OTHERS = {"human": "user"}
+_OTHERS |= dict.fromkeys("gpt model ai chatgpt bot bing bard claude".split(), "assistant")
+_OTHERS |= dict.fromkeys(
+    "observation function_response function tool_response tool_result ipython".split(), "tool"
+)
+ANSWERING = {name for name, role in (ROLES | _OTHERS).items() if role == "assistant"}
+# Turns that are a part of an assistant's: its calls, as text; its reasoning, before its answer.
+_CALLING = ("function_call", "tool_call", "tool_calls")
+_REASONING_TURNS = ("thinking", "reasoning", "thought", "analysis")
+ANSWERING |= set(_CALLING)
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 # Where a part of type thinking has its text, in the words of the APIs.
 _THINKING = ("thinking", "reasoning", "text", "content", "summary")
@@ -33,100 +40,14 @@ _TRAINED = (
     "loss_weight",
     "loss_mask",
 )
-_MAYBE_TRAINED = re.compile("mask|train|loss|learn|supervis", re.IGNORECASE)
+_MAYBE_TRAINED = re.compile(
+    "mask|train|loss|learn|supervis|^(ignored?|skip(ped)?|excluded?|prefix|partial)$", re.IGNORECASE
+)
 # A message's other keys that carry nothing to train on.
 _TEXTS = ("content", "value", "text", "parts")
 _PLAIN_KEYS = {"role", "from", *_TEXTS, *REASONING_KEYS}
 _PLAIN_KEYS |= {*_REASONING_PARTS, *_TRAINED, "masked", "finish_reason", "stop_reason"}
-_PLAIN_KEYS |= {"refusal", "annotations", "audio", "tool_calls", "function_call"}
-
-Message = dict[str, Any]  # role and content, and where there are some tool_calls
-Record: TypeAlias = Mapping[str, Any]  # one JSON object
-
-
-class BadRecordError(DcodError):
-    """A record that cannot be read; the message has no file and line yet."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RawTrace:
-    """One trace as delivered; nothing is tokenised yet. A form's reader fills the first part."""
-
-    messages: list[Message]
-    token_ids: list[Any] | None = None  # of the completion
-    token_bytes: list[bytes] | None = None  # where an API gives token texts in place of ids
-    logprobs: list[Any] | None = None  # one number a token
-    finish_reason: str = ""
-    failed: str = ""  # why a request gave no completion
-    unfinished: str = ""  # why the completion is not whole
-    verdict: bool | None = None  # the record's own judgement of this completion
-    verdict_of: str = ""  # the columns that give it
-    told: tuple[Record, ...] = ()  # what is of this completion alone, to judge it by
-    unsupervised: frozenset[int] = frozenset()  # assistant messages that are not the teacher's
-    extras: frozenset[str] = frozenset()  # columns of the record that nothing reads
-
-    id: str = ""
-    first_completion: int = 0  # assistant messages from this index on are the teacher's
-    source: str = ""  # "file:line"
-    record: Any = None  # the whole record, for the quarantine
-    answer: str | None = None
-    model: str = ""  # the teacher's name and sampling temperature where the record tells
-    temperature: float | None = None
-    teacher: str = ""  # the name in score.teachers of the one that scores it
-    weight: float | None = None  # of its tokens in the loss
-    tools: list[Any] | None = None  # definitions that the template shows
-
-    def supervised(self) -> list[int]:
-        """Indices of the messages that are trained on."""
-        return [
-            i
-            for i, m in enumerate(self.messages)
-            if i >= self.first_completion and m["role"] == "assistant"
-            if i not in self.unsupervised
-        ]
-
-    def prompt_text(self) -> str:
-        """The conversation before the completion, without system messages."""
-        end = self.first_completion if self.first_completion else self.supervised()[-1]
-        shown = [m["content"] for m in self.messages[:end] if m["role"] != "system"]
-        return "\n".join(shown)
-
-    def completion_text(self) -> str:
-        """The last supervised message: where the final answer is."""
-        return self.messages[self.supervised()[-1]]["content"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Turns:
-    """Messages, and what they carry beside role and content."""
-
-    messages: list[Message]
-    unsupervised: frozenset[int] = frozenset()
-    extras: frozenset[str] = frozenset()
-    told: tuple[Record, ...] = ()  # what supervised messages tell of themselves
-
-    def after(self, earlier: list[Message]) -> Turns:
-        shifted = frozenset(i + len(earlier) for i in self.unsupervised)
-        return Turns([*earlier, *self.messages], shifted, self.extras)
-
-
-def kind_of(value: object) -> str:
-    return "null" if value is None else type(value).__name__
-
-
-def truth(value: object) -> bool | None:
-    """true, 1, "True" and their like, and their opposites; None for what is neither."""
-    words: dict[str, bool] = dict.fromkeys("true yes y 1 1.0".split(), True)
-    words |= dict.fromkeys("false no n 0 0.0".split(), False)
-    known = isinstance(value, bool | int | float | str)
-    return words.get(str(value).strip().lower()) if known else None
-
-
-def read_list(record: Record, name: str) -> list[Any] | None:
-    value = record.get(name)
-    if value is not None and not isinstance(value, list):
-        raise BadRecordError(f"{name} must be a list, found {kind_of(value)}")
-    return value
+_PLAIN_KEYS |= {"refusal", "annotations", "audio", "tool_calls", "function_call", "channel"}
 
 
 def read_text(value: object, name: str) -> str:
@@ -139,19 +60,31 @@ def read_text(value: object, name: str) -> str:
     return text
 
 
-def parts(value: object, name: str) -> tuple[str, str]:
-    """(text, reasoning) of a string or of typed parts."""
+_ENCRYPTED = ("reasoning.encrypted", "redacted_thinking")
+
+
+def parts(value: object, name: str, *, drop: bool = False) -> tuple[str, str]:
+    """(text, reasoning) of a string or of typed parts; drop: reasoning will be left out."""
     if isinstance(value, str):
         return value, ""
     if not isinstance(value, list) or not value or not all(isinstance(p, dict) for p in value):
         found = "an empty list" if value == [] else kind_of(value)
-        raise BadRecordError(f"{name} must be a string, found {found}")
+        parts_are = '; parts are {"type": "text", "text": ...}' if value and found == "list" else ""
+        raise BadRecordError(f"{name} must be a string, found {found}{parts_are}")
     texts: dict[str, list[str]] = {"text": [], "thinking": []}
+    late = False
     for part in value:
         kind = str(part.get("type") or ("text" if "text" in part else ", ".join(part)))
         place = "thinking" if kind.startswith("reasoning") or kind == "summary_text" else kind
         place = "text" if kind in ("output_text", "input_text") else place
-        if place not in texts or kind == "reasoning.encrypted":
+        if kind in _ENCRYPTED and drop:
+            continue
+        if kind in _ENCRYPTED:
+            raise BadRecordError(
+                f"{name} has a part of type {kind!r}: reasoning that is encrypted cannot be "
+                "trained on; prepare.reasoning=drop trains on the answers alone"
+            )
+        if place not in texts:
             raise BadRecordError(f"{name} has a part of type {kind!r}; only text is supported")
         keys = _THINKING if place == "thinking" else ("text",)
         if not any(key in part for key in keys):
@@ -162,7 +95,13 @@ def parts(value: object, name: str) -> tuple[str, str]:
         place = "thinking" if part.get("thought") is True else place  # Gemini
         if not isinstance(inner, str):
             raise BadRecordError(f"{name}.{place} must be a string, found {kind_of(inner)}")
+        late |= place == "thinking" and any(map(str.strip, texts["text"]))
         texts[place].append(inner)
+    if late and not drop:
+        raise BadRecordError(
+            f"{name} has reasoning behind a part of its text, and would be trained in another "
+            "order; write the turn as one text, or set prepare.reasoning=drop"
+        )
     return "".join(texts["text"]), "\n".join(texts["thinking"])
 
 
@@ -171,22 +110,12 @@ def thoughts(value: object, name: str) -> list[str]:
     if isinstance(value, dict):
         value = next((value[key] for key in _THINKING if value.get(key)), None)
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        return ["".join(parts(value, name))]
+        readable = [part for part in value if part.get("type") not in _ENCRYPTED]
+        return ["".join(parts(readable or value, name))]
     texts = value if isinstance(value, list) else [value] if isinstance(value, str) else []
     if not all(text is None or isinstance(text, str) for text in texts):
         raise BadRecordError(f"{name} must be a string or strings, found {kind_of(value)}")
     return [text or "" for text in texts] if any((text or "").strip() for text in texts) else []
-
-
-def check_unicode(text: str, name: str) -> str:
-    r"""Refuse half of a surrogate pair, which JSON can spell (\ud83d) and UTF-8 cannot."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRecordError(
-            f"{name} holds {text[error.start]!a} at character {error.start}, half a surrogate pair"
-        ) from error
-    return text
 
 
 def read_messages(value: object, name: str, fields: Fields) -> Turns:
@@ -194,13 +123,16 @@ def read_messages(value: object, name: str, fields: Fields) -> Turns:
     if not isinstance(value, list) or not value:
         raise BadRecordError(f"{name} must be a non-empty list of messages, found {kind_of(value)}")
     messages, skipped, extras, told = [], set(), set(), []
-    for index, item in enumerate(value):
-        message = read_message(item, f"{name}[{index}]", fields)
-        extras |= {f"{name}[].{key}" for key in unread(item, message, f"{name}[{index}]", fields)}
-        if not message["content"].strip() and "tool_calls" not in message:
+    for place, item in _whole_turns(value, name):
+        message = read_message(item, place, fields)
+        extras |= {f"{name}[].{key}" for key in unread(item, message, place, fields)}
+        if not message["content"].strip() and message["role"] in ROLES.keys() - {
+            "assistant",
+            "tool",
+        }:
             continue
         if message["role"] == "assistant":
-            if _is_supervised(item, f"{name}[{index}]"):
+            if _is_supervised(item, place):
                 told.append({k: v for k, v in item.items() if k not in _TEXTS})
             else:
                 skipped.add(len(messages))
@@ -208,6 +140,34 @@ def read_messages(value: object, name: str, fields: Fields) -> Turns:
     if not messages:
         raise BadRecordError(f"{name} holds no message with text")
     return Turns(messages, frozenset(skipped), frozenset(extras), tuple(told))
+
+
+def _whole_turns(value: list[Any], name: str) -> Iterator[tuple[str, Any]]:
+    """(place, message), with a turn of reasoning in the answer that follows it.
+
+    Results of tools among the parts of a user's message are messages of their own.
+    """
+    thought: list[str] = []
+    for index, item in enumerate(value):
+        place = f"{name}[{index}]"
+        role = str(item.get("role", item.get("from", ""))).lower() if isinstance(item, dict) else ""
+        channel = item.get("channel") if role in ANSWERING else None
+        if role in _REASONING_TURNS or channel == "analysis":
+            text = next((item[key] for key in _TEXTS if item.get(key)), "")
+            thought.append("".join(parts(text, place)))
+            continue
+        if thought and role not in ANSWERING:
+            raise BadRecordError(f"{place} must be the answer that the reasoning before it is of")
+        if channel not in (None, "final", "analysis") and not item.get("tool_calls"):
+            raise BadRecordError(
+                f"{place} is of the channel {channel!r}, which is no answer; join it to the "
+                "message of the channel 'final', or take it out"
+            )
+        if thought:
+            item, thought = {**item, "reasoning_content": "\n".join(thought)}, []
+        yield from [(place, found) for found in results(item) or [item]]
+    if thought:
+        raise BadRecordError(f"the last of {name} is reasoning, and no answer follows it")
 
 
 def _is_supervised(message: Record, name: str) -> bool:
@@ -261,23 +221,32 @@ def read_message(value: object, name: str, fields: Fields) -> Message:
         found = ", ".join(value) if isinstance(value, dict) else kind_of(value)
         raise BadRecordError(f"{name} must have {by} and {texts[0]}, found {found}")
     given = value[by].strip().lower() if isinstance(value[by], str) else value[by]
+    if given in _CALLING:
+        calls = listed(value.get(text))
+        calls = calls if isinstance(calls, list) else [calls]
+        given, text, value = "assistant", "", {**value, "tool_calls": calls}
+    if text and isinstance(value[text], list) and (split := calls_of_parts(value[text])):
+        value = {**value, text: split[1] or "", "tool_calls": split[0]}
     role = (ROLES | _OTHERS).get(given) if isinstance(given, str) else None
     if role is None:
         told = "is from" if by == "from" else "has the role"
-        expected = ", ".join([*ROLES, *_OTHERS])
+        expected = ", ".join([*ROLES, *_OTHERS, *_CALLING])
         raise BadRecordError(f"{name} {told} {value[by]!r}; expected {expected}")
-    calls = _read_calls(value, name)
+    calls = read_calls(value, name)
     if calls and role != "assistant":
         raise BadRecordError(f"{name} has tool calls, and the role {role!r}")
     reasoning = _reasoning_of(value, name, fields) if role == "assistant" else ""
     if not text and not reasoning and not calls:
-        null = " (null)" if any(key in value for key in texts) else ""
+        null = next((f"{name}.{key} is null" for key in texts if key in value), "")
         raise BadRecordError(
-            f"{name} must have {by} and {texts[0]}{null}, found {', '.join(value)}"
+            (null or f"{name} must have {by} and {texts[0]}, found {', '.join(value)}")
             + (f"; refusal: {str(value['refusal'])[:80]}" if value.get("refusal") else "")
         )
-    content, thought = parts(value[text], f"{name}.{text}") if text else ("", "")
-    if role == "system" and not content.strip():
+    drop = role == "assistant" and fields.reasoning.policy == "drop"
+    content, thought = ("", "")
+    if text and value[text] != "":
+        content, thought = parts(value[text], f"{name}.{text}", drop=drop)
+    if role in ("system", "tool") and not content.strip():
         return {"role": role, "content": ""}
     if role != "assistant":
         return {"role": role, "content": read_text(value[text], f"{name}.{text}")}
@@ -285,30 +254,6 @@ def read_message(value: object, name: str, fields: Fields) -> Message:
     if calls and not content.strip() and not reasoning.strip():
         return {"role": role, "content": "", **calls}
     return {"role": role, "content": fold(content, reasoning, f"{name}.{text}", fields), **calls}
-
-
-def _read_calls(message: Record, name: str) -> dict[str, Any]:
-    """{"tool_calls": [...]} with arguments as objects, the form that templates read, or {}."""
-    given, legacy = message.get("tool_calls"), message.get("function_call")
-    calls, found = given or ([legacy] if legacy else []), []
-    for index, call in enumerate(calls if isinstance(calls, list) else [calls]):
-        inner = call.get("function", call) if isinstance(call, dict) else {}
-        inner = inner if isinstance(inner, dict) else {}
-        arguments = inner.get("arguments")
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except (ValueError, RecursionError):
-                arguments = None
-        if not isinstance(inner.get("name"), str) or not isinstance(arguments, dict):
-            raise BadRecordError(
-                f"{name}: tool call {index} must have a name and arguments, an object or its JSON "
-                f"text, found {str(call)[:80]}"
-            )
-        function = {"name": inner["name"], "arguments": arguments}
-        own = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-        found.append({"type": "function", "function": function, **own})
-    return {"tool_calls": found} if found else {}
 
 
 def _reasoning_of(message: Record, name: str, fields: Fields) -> str:
@@ -361,22 +306,3 @@ def assistant(value: object, name: str, fields: Fields, reasoning: str = "") -> 
     text, thought = parts(value, name)
     content = fold(text, reasoning or thought, name, fields)
     return Turns([{"role": "assistant", "content": content}])
-
-
-def read_tools(value: object, functions: object = None) -> list[Any] | None:
-    """Tool definitions: a list, or its JSON text; None where there are none.
-
-    functions: OpenAI's older form of them.
-    """
-    if isinstance(older := listed(functions), list) and not value:
-        value = [{"type": "function", "function": one} for one in older]
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise BadRecordError(f"tools is no JSON list of definitions: {error}") from error
-    if not value:
-        return None
-    if not isinstance(value, list) or not all(isinstance(tool, dict | str) for tool in value):
-        raise BadRecordError(f"tools must be a list of definitions, found {kind_of(value)}")
-    return value

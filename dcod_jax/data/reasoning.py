@@ -11,20 +11,98 @@ import re
 
 from dcod_jax.errors import DcodError
 
-# What begins a part of a completion, and what must end it.
-MARKS = {
-    "<think>": "</think>",
-    "<thinking>": "</thinking>",
-    "<thought>": "</thought>",
-    "<reasoning>": "</reasoning>",
-    "[THINK]": "[/THINK]",
-    "<|begin_of_thought|>": "<|end_of_thought|>",
-    "<seed:think>": "</seed:think>",
-    "◁think▷": "◁/think▷",
-    "<|START_THINKING|>": "<|END_THINKING|>",
-}
-_BLOCKS = "|".join(f"{re.escape(mark)}(.*?){re.escape(end)}" for mark, end in MARKS.items())
-_BLOCK = re.compile(rf"^[ \t]*(?:{_BLOCKS})\s*", re.DOTALL | re.MULTILINE)
+# Names of the marks around reasoning, and around an answer, in the words of teachers.
+_THOUGHT = (
+    r"[\w:-]{0,30}(?:think|thought|reason|scratch_?pad|reflect|monologue|working_out|rationale)"
+    r"[\w:-]{0,30}|cot|analysis|inner_(?:pre|suf)fix"
+)
+_ANSWER = r"(?:(?:begin|end)_of_|start_|end_)?(?:final_?)?(?:answer|solution|output|response)"
+_SIDE = re.compile(r"^(?:begin|start|end)_(?:of_)?|_(?:start|end|prefix|suffix)$")
+_ENDING = re.compile(r"^end_|_(?:end|suffix)$")
+# How the two ends of a part differ: <think> and </think>, <|begin_of_thought|> and <|end_of_...|>.
+_PAIRS = (("begin_of", "end_of"), ("BEGIN_OF", "END_OF"), ("start", "end"), ("START", "END"))
+_PAIRS = (*_PAIRS, ("prefix", "suffix"))
+_FENCE = re.compile(r"^[ \t]*(```|~~~).*?^[ \t]*\1", re.DOTALL | re.MULTILINE)
+
+
+def _marks(names: str, *odd: str) -> re.Pattern[str]:
+    """Marks of these names at either end: <name>, </NAME>, <|name|>, <name kind="x">."""
+    plain = rf"<(?P<bar>\|?)(?P<slash>/?)(?P<name>(?i:{names}))(?: [^<>/\n]*)?(?P=bar)>"
+    return re.compile("|".join([plain, *odd]))
+
+
+_MARK = _marks(_THOUGHT, r"\[/?THINK\]", "◁/?think▷")
+_ANSWER_MARK = _marks(_ANSWER)
+_LATE = re.compile("answer|solution", re.IGNORECASE)  # what is no other element of a text
+
+
+def _side(mark: re.Match[str]) -> tuple[str, bool]:
+    """(what both ends of a part have in common, whether this one is its end)."""
+    if mark["name"] is None:
+        return mark[0].replace("/", ""), "/" in mark[0]
+    name = mark["name"].lower()
+    return mark["bar"] + _SIDE.sub("", name), bool(mark["slash"] or _ENDING.search(name))
+
+
+def _end_of(begin: re.Match[str], text: str) -> re.Match[str] | None:
+    """The mark that ends what `begin` begins."""
+    wanted = _side(begin)[0], True
+    return next((m for m in begin.re.finditer(text, begin.end()) if _side(m) == wanted), None)
+
+
+def closing(mark: str) -> str:
+    """The end for a mark that begins a part: <think> gives </think>."""
+    for begin, end in _PAIRS:
+        if begin in mark:
+            return mark.replace(begin, end, 1)
+    place = 2 if mark.startswith("<|") else 1
+    name, space, _ = mark[place:].partition(" ")
+    return f"{mark[:place]}/{name}{'>' if space else ''}"
+
+
+def opening(text: str) -> str:
+    """The mark of reasoning that a text begins with, or ""."""
+    mark = _MARK.match(text, len(text) - len(text.lstrip()))
+    return mark[0] if mark and not _side(mark)[1] else ""
+
+
+def opened(prompt: str) -> str:
+    """The mark of reasoning that a generation prompt ends with, or ""."""
+    tail = prompt.rstrip()[-80:]
+    ends = (m for m in _MARK.finditer(tail) if m.end() == len(tail) and not _side(m)[1])
+    return next((mark[0] for mark in ends), "")
+
+
+def is_mark(text: str) -> bool:
+    """Whether a text is one mark of reasoning, at either end."""
+    return bool(_MARK.fullmatch(text))
+
+
+def _begun(text: str, marks: re.Pattern[str]) -> list[re.Match[str]]:
+    """The marks that begin a part at the beginning of a line."""
+    return [
+        mark
+        for mark in marks.finditer(text)
+        if not text[text.rfind("\n", 0, mark.start()) + 1 : mark.start()].strip(" \t")
+        and not _side(mark)[1]
+    ]
+
+
+def _blocks(text: str) -> list[tuple[int, int, str]]:
+    """(start, end, inside) of each part of reasoning that begins a line."""
+    found, place, endless = [], 0, set()
+    for begin in _begun(text, _MARK):
+        if begin.start() < place or (key := _side(begin)[0]) in endless:
+            continue
+        if (end := _end_of(begin, text)) is None:
+            endless.add(key)
+            continue
+        place = end.end()
+        start = text.rfind("\n", 0, begin.start()) + 1
+        found.append((start, place, text[begin.end() : end.start()]))
+    return found
+
+
 # Names of fields that hold reasoning, whatever else they are called.
 _THOUGHTS = re.compile(
     r"reasoning|think|thought|rationale|cot$|trajector|scratchpad|monolog", re.IGNORECASE
@@ -37,7 +115,6 @@ _ABOUT = re.compile(
 )
 # Solutions of the data set's own, which are not the teacher's: gt_cot, reference_rationale, ...
 _GIVEN = re.compile(r"(gt|gold|ground_?truth|reference|human|expert|official)_", re.IGNORECASE)
-_ANSWERS = {"<|begin_of_solution|>": "<|end_of_solution|>", "<answer>": "</answer>"}
 _SWITCHES = (
     "on off true false yes no none low medium high auto enabled disabled minimal max xhigh default "
     "think no_think thinking nan null n/a"
@@ -65,8 +142,10 @@ class Reasoning:
         text, reasoning = self.complete(text), self._bare(reasoning, text)
         own, answer = split(text)
         if self.policy == "drop":
-            found = reasoning.strip() or _BLOCK.search(text)
-            return _BLOCK.sub("", text).lstrip("\n") if found else text
+            blocks, bare = _blocks(text), text
+            for start, end, _ in reversed(blocks):
+                bare = bare[:start] + bare[end:].lstrip()
+            return bare.lstrip("\n") if blocks or reasoning.strip() else text
         if reasoning.strip() and own.strip() and own.split() != reasoning.split():
             raise DcodError(
                 "the completion holds reasoning, and so does a field beside it, and they differ; "
@@ -84,31 +163,34 @@ class Reasoning:
                 "the field of reasoning holds reasoning and another answer than the completion; "
                 "set prepare.completion_field to the one that is meant"
             )
-        mark = next((mark for mark in MARKS if reasoning.lstrip().startswith(mark)), "")
-        return inside or reasoning.lstrip().removeprefix(mark)
+        return inside or reasoning.lstrip().removeprefix(opening(reasoning))
 
     def complete(self, text: str) -> str:
         """With the opening mark where a completion begins after it: "so</think>4" and its kind."""
-        for mark, end in MARKS.items():
-            if end in text and mark not in text.partition(end)[0]:
-                opening = self.opening if self.opening.strip() == mark else f"{mark}\n"
-                return opening + text.lstrip("\n")
+        begun = set()
+        for mark in _MARK.finditer(text):
+            key, ends = _side(mark)
+            if ends and key not in begun:
+                lead = mark[0].replace("/", "", 1)
+                for begin, end in _PAIRS if lead == mark[0] else ():
+                    lead = lead.replace(end, begin, 1) if lead == mark[0] else lead
+                lead = self.opening if self.opening.strip() == lead else f"{lead}\n"
+                return lead + text.lstrip("\n")
+            begun.add(key)
         return text
 
 
 def split(text: str) -> tuple[str, str]:
     """(reasoning, answer) of a completion: "<think>so</think>4" -> ("so", "4")."""
-    for mark, end in MARKS.items():
-        if text.lstrip().startswith(mark) and end in text:
-            inside, _, answer = text.lstrip().removeprefix(mark).partition(end)
-            return inside, answer.lstrip()
-    return "", text
+    begin = _MARK.match(text, len(text) - len(text.lstrip()))
+    if begin is None or _side(begin)[1] or (end := _end_of(begin, text)) is None:
+        return "", text
+    return text[begin.end() : end.start()], text[end.end() :].lstrip()
 
 
 def has_reasoning(text: str) -> bool:
     """Whether a completion holds reasoning that is begun and ended, and not empty."""
-    whole = Reasoning().complete(text)
-    return any(any(map(str.strip, filter(None, m.groups()))) for m in _BLOCK.finditer(whole))
+    return any(inside.strip() for _, _, inside in _blocks(Reasoning().complete(text)))
 
 
 def may_be_reasoning(name: str, value: object) -> bool:
@@ -126,22 +208,22 @@ def _has_words(value: object) -> bool:
 
 def unfinished(text: str) -> str:
     """Why a completion is not whole, or "": a part that is begun and not ended, or no answer."""
-    place, parts = 0, MARKS | _ANSWERS
+    place = 0
     while True:
-        rest = text[place:].lstrip()
-        mark = next((mark for mark in parts if rest.startswith(mark)), None)
-        if mark is None:
+        start = place + len(text[place:]) - len(text[place:].lstrip())
+        begin = _MARK.match(text, start) or _ANSWER_MARK.match(text, start)
+        if begin is None or _side(begin)[1]:
             break
-        found = text.find(parts[mark], place)
-        if found < 0:
-            return f"{mark} is not ended by {parts[mark]}"
-        place = found + len(parts[mark])
-        if mark in MARKS and not text[place:].strip():
-            return f"nothing follows {parts[mark]}"
-    for mark, end in parts.items():  # one that is begun on a later line
-        *_, last = (0, *(m.end() for m in re.finditer(rf"(?m)^[ \t]*{re.escape(mark)}", text)))
-        if last and text.find(end, last) < 0:
-            return f"{mark} is not ended by {end}"
+        if (end := _end_of(begin, text)) is None:
+            return f"{begin[0]} is not ended by {closing(begin[0])}"
+        place = end.end()
+        if begin.re is _MARK and not text[place:].strip():
+            return f"nothing follows {end[0]}"
+    bare = _FENCE.sub("", text)
+    for marks in (_MARK, _ANSWER_MARK):  # one that is begun on a later line
+        begun = [m for m in _begun(bare, marks) if marks is _MARK or _LATE.search(m[0])]
+        if begun and _end_of(begun[-1], bare) is None:
+            return f"{begun[-1][0]} is not ended by {closing(begun[-1][0])}"
     return ""
 
 

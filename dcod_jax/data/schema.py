@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dcod_jax.data.raw import BadRecordError, kind_of
+from dcod_jax.data.records import BadRecordError, kind_of
 
 _NAMES = {str: "a string", dict: "an object", int: "an integer", float: "a number"}
 
@@ -52,7 +52,13 @@ ASKED = {"messages": [dict], "temperature": number}
 # The answer of an API in any dialect; SAMPLE: one of several completions with what is beside it.
 ANSWER = {
     "choices": [_CHOICE],
-    "candidates": [{"content": {"parts": [dict], "role": str}, "finishReason": _FINISH}],
+    "candidates": [
+        {
+            "content": {"parts": [dict], "role": str},
+            "finishReason": _FINISH,
+            "finish_reason": _FINISH,
+        }
+    ],
     "message": (str, _MESSAGE),
     "content": (str, [dict]),
     "incomplete_details": {"reason": str},

@@ -10,15 +10,16 @@ from typing import Any
 
 from dcod_jax.data.columns import Row
 from dcod_jax.data.presets import leaves, listed, plain
-from dcod_jax.data.raw import BadRecordError, RawTrace, truth
 from dcod_jax.data.reasoning import unfinished
+from dcod_jax.data.records import BadRecordError, RawTrace, truth
 
 # What ends a completion before it is whole, and what ends a whole one, in the words of the APIs.
 _CUT_OFF = re.compile(
     "length|max|limit|exceed|filter|safety|recitation|blocklist|prohibited|spii|guardrail|abort|"
-    "cancel|error|fail|time|incomplete|truncat|insufficient|malformed|refusal|pause|toxic|language"
+    "cancel|error|fail|time|incomplete|truncat|insufficient|malformed|refusal|pause|toxic|language|"
+    "sensitive|repet|interrupt|disconnect|preempt|user|budget|out_of"
 )
-_WHOLE = re.compile("stop|eos|end|complete|finish|tool|function|done|succe")
+_WHOLE = re.compile("stop|eos|eot|end|complete|finish|tool|function|done|succe")
 # Names of columns and keys, as `plain` writes them: finish_reasons is finishreasons.
 _FINISH = re.compile(r"(.*finish|done|stop)reasons?|stoptypes?|status")
 _KNOWN_WORDS = re.compile(r"finishreasons?|donereason")  # the others may hold anything
@@ -31,11 +32,15 @@ _CUT = re.compile(
     rf"(hit|reached|exceeded|exceeds){_LIMIT}.*|{_LIMIT}.*(hit|reached|exceeded)"
 )
 _OF = "(is|was|all|answer|final|response|solution|generation|completion|output|model|tests?|r1)*"
+_OF = f"{_OF[:-2]}|extracted|llm|judge|gold|majority)*"
 _RIGHT = re.compile(
     rf"{_OF}(correct|correctness|verified|passed|verdict|judge?ment|mathverify)(mathverify|llama)?"
 )
 _WRONG = re.compile(rf"{_OF}(incorrect|wrong|failed)")
-_BOOLEAN = re.compile(r"label|ktotag|pass|(is)?(success|successful|resolved)")
+_BOOLEAN = re.compile(
+    r"label|ktotag|pass|(is)?(success|successful|resolved|solved|valid|right|accepted|equivalent)|"
+    r"(is|exact|gold|answer)?match|judge|result|verificationresult"
+)
 _KINDS = {"finish": _FINISH, "complete": _COMPLETE, "cut": _CUT}
 _KINDS |= {"right": _RIGHT, "wrong": _WRONG, "boolean": _BOOLEAN}
 _WORDS: dict[str, bool] = dict.fromkeys("correct right pass passed verified valid".split(), True)
@@ -77,7 +82,7 @@ def _verdict(name: str, value: Any, kind: str) -> bool | None:
     if not isinstance(value, str | bool | int | float):
         return None
     word, nested = str(value).strip().lower(), "." in name
-    if kind == "boolean" and not nested and word not in ("true", "false"):
+    if kind == "boolean" and not nested and word not in ("true", "false", *_WORDS):
         return None  # a label may be a class
     if nested and isinstance(value, int | float) and not isinstance(value, bool):
         return None  # a count
@@ -85,13 +90,13 @@ def _verdict(name: str, value: Any, kind: str) -> bool | None:
     return found if found is None or kind != "wrong" else not found
 
 
-def _tells(row: Row, trace: RawTrace, at: tuple[int, int]) -> Iterator[tuple[str, str, Any]]:
-    """(name, kind, value) of what tells of one completion: in its own object, in the record."""
+def _tells(row: Row, trace: RawTrace, at: tuple[int, int]) -> Iterator[tuple[int, str, str, Any]]:
+    """(turn, name, kind, value) of what tells of one completion: in its objects, in the record."""
     verdict = row.fields.verdict
-    for known in trace.told:
+    for turn, known in enumerate(trace.told):
         for name, value in leaves(known):
             if kind := _kind(name, ""):
-                yield name, kind, value
+                yield turn, name, kind, value
     for name, value in row.leaves:
         if not (kind := _kind(name, verdict)):
             continue
@@ -99,7 +104,7 @@ def _tells(row: Row, trace: RawTrace, at: tuple[int, int]) -> Iterator[tuple[str
             if at[1] > 1 and len(given) != at[1] and "." not in name:
                 raise BadRecordError(f"{name} has {len(given)} entries for {at[1]} completions")
             value = given[at[0]] if len(given) == at[1] else None
-        yield name, kind, value
+        yield -1, name, kind, value
 
 
 def _place_of(row: Row, text: str, index: int, count: int) -> tuple[int, int]:
@@ -116,8 +121,9 @@ def judged(row: Row, trace: RawTrace, text: str, index: int, count: int) -> RawT
     """With what the record tells of this completion: that it was cut off, that it is wrong."""
     if trace.failed:
         return trace
-    reasons, verdicts, sign, read = [trace.finish_reason], {}, "", set()
-    for name, kind, value in _tells(row, trace, _place_of(row, text, index, count)):
+    reasons, sign, read = [trace.finish_reason], "", set()
+    verdicts: dict[int, dict[str, bool]] = {}  # of each turn of several; -1: of the whole
+    for turn, name, kind, value in _tells(row, trace, _place_of(row, text, index, count)):
         if kind == "finish":
             found = _reason(name, value) or None
             reasons.append(found or "")
@@ -126,7 +132,7 @@ def judged(row: Row, trace: RawTrace, text: str, index: int, count: int) -> RawT
             cut = found is (kind == "cut") and found is not None
             sign = sign or (f"{name} is {str(found).lower()}" if cut else "")
         elif (found := _verdict(name, value, kind)) is not None:
-            verdicts[name] = found
+            verdicts.setdefault(turn if len(trace.told) > 1 else -1, {})[name] = found
         if found is not None:
             row.used.add(name)
             read.add(name)
@@ -135,8 +141,8 @@ def judged(row: Row, trace: RawTrace, text: str, index: int, count: int) -> RawT
         trace,
         finish_reason=next(filter(is_cut_off, given), next(iter(given), "")),
         unfinished=sign,
-        verdict=any(verdicts.values()) if verdicts else None,
-        verdict_of=", ".join(verdicts),
+        verdict=all(any(of.values()) for of in verdicts.values()) if verdicts else None,
+        verdict_of=", ".join(dict.fromkeys(name for of in verdicts.values() for name in of)),
         extras=frozenset(e for e in trace.extras if e.partition("].")[2] not in read),
         told=(),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,12 +21,18 @@ from dcod_jax.data import lines, schema
 from dcod_jax.data.answers import batch_name, is_request
 from dcod_jax.data.forms import read_record
 from dcod_jax.data.lines import Content, TooLong
-from dcod_jax.data.raw import BadRecordError, Fields, RawTrace
+from dcod_jax.data.presets import Fields
+from dcod_jax.data.records import BadRecordError, RawTrace
 from dcod_jax.errors import DcodError
 from dcod_jax.files import NO_HUB_ID, Path, as_path, find, near, why_no_hub_id
 
-_SUFFIXES = f"{', '.join(lines.SUFFIXES)}, each also .gz, .bz2, .xz or .zst, or .parquet or .arrow"
-_TABLES = (".parquet", ".arrow")
+log = logging.getLogger(__name__)
+
+_TABLES = {".parquet": "parquet", ".pq": "parquet"}
+_TABLES |= {".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow"}
+_SUFFIXES = (
+    f"{', '.join(lines.SUFFIXES)}, each also .gz, .bz2, .xz or .zst, or {', '.join(_TABLES)}"
+)
 _SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk leaves
 _INFO = ("dataset_info.json", "dataset_infos.json")  # beside files of the hub
 # Directories of other things, by a file in them.
@@ -84,7 +91,7 @@ def _file(path: Path, *, key: str) -> Source:
     if lines.is_records(path.name):
         return Source("jsonl", str(path))
     if path.suffix.lower() in _TABLES:
-        return Source(path.suffix.lower()[1:], str(path))
+        return Source(_TABLES[path.suffix.lower()], str(path))
     suffix = "".join(lines.suffixes(path))
     raise DcodError(f"{key}: {path} has the suffix {suffix!r}; expected {_SUFFIXES}")
 
@@ -138,7 +145,7 @@ def _describe(source: Source) -> dict[str, Any]:
     if source.kind == "jsonl":
         records = lines.count_records(source.path)
     else:
-        table = f".{source.kind}" in _TABLES
+        table = source.kind in _TABLES.values()
         records = _table(source)[0] if table else len(_open_rows(source))
     found = {"path": source.path, "kind": source.kind, "bytes": size, "sha256": digest.hexdigest()}
     return (
@@ -184,6 +191,8 @@ def read_traces(
                 on_bad(RawTrace([], source=where, record=_as_text(content)), str(error))
             if on_record:
                 on_record(1)
+    if lost := [name for name in requests if name not in answered]:
+        log.warning("%d requests of batches have no output, the first is %r", len(lost), lost[0])
 
 
 def _traces_of(
@@ -228,7 +237,7 @@ def _as_text(content: object) -> str:
 
 
 def _read_rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
-    if f".{source.kind}" in _TABLES:
+    if source.kind in _TABLES.values():
         label, rows = source.path, (row for batch in _table(source)[1] for row in batch.to_pylist())
     else:
         label, rows = f"{source.path}[{source.split}]", _open_rows(source)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dcod_jax.data.reasoning import MARKS, Reasoning
+from dcod_jax.data.reasoning import Reasoning, opened
 from dcod_jax.data.templates import TemplateError, render, render_ahead
 from dcod_jax.data.tokenizer import Tokenizer, added_tokens, chat_template
 from dcod_jax.errors import DcodError
@@ -78,11 +78,6 @@ def render_turns_ahead(
 def shared_prefix(left: str | bytes, right: str | bytes) -> int:
     differ = (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
     return next(differ, min(len(left), len(right)))
-
-
-def opened(prompt: str) -> str:
-    """The mark of reasoning that a generation prompt ends with, or ""."""
-    return next((mark for mark in MARKS if prompt.rstrip().endswith(mark)), "")
 
 
 _PROBE = "7q3x"  # a text that no template writes
@@ -240,11 +235,19 @@ def check_calls(
             )
 
 
-def calls_end(tokens: re.Pattern[str], text: str, until: str, end: int) -> int:
-    """The end of a turn with tool calls, which may hold special tokens: its last special token."""
-    if not text.startswith(until):
-        raise DcodError(
-            "the chat template writes a turn with tool calls otherwise when other turns follow; "
-            "give a template that keeps it (student.chat_template)"
-        )
-    return max([end, *(found.end() for found in tokens.finditer(until, end))])
+def calls_end(tokens: re.Pattern[str], text: str, until: str, turn: tuple[int, int]) -> int:
+    """The end of a turn with tool calls, which may hold special tokens: its last special token.
+
+    until: the conversation up to and with the turn; turn: where it begins, and its first such token
+    ends.
+    """
+    start, end = turn
+    within = [found.end() for found in tokens.finditer(until, start)]
+    if text.startswith(until):
+        return max(end, *within)
+    if len(within) == 1:  # the turn's end: its calls hold none
+        return end
+    raise DcodError(
+        "the chat template writes a turn with tool calls otherwise when other turns follow; "
+        "give a template that keeps it (student.chat_template)"
+    )

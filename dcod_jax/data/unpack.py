@@ -7,7 +7,7 @@ from typing import Any
 
 from dcod_jax.data import lines, presets
 from dcod_jax.data.presets import Fields, leaves, listed
-from dcod_jax.data.raw import BadRecordError, Record
+from dcod_jax.data.records import BadRecordError, Record
 
 
 def unpacked(record: Record, fields: Fields) -> dict[str, Any]:

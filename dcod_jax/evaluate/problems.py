@@ -11,7 +11,7 @@ from typing import Any
 
 from dcod_jax.data import lines
 from dcod_jax.data.presets import PROMPT_FIELDS
-from dcod_jax.data.raw import BadRecordError
+from dcod_jax.data.records import BadRecordError
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.answers import reference_answer
 from dcod_jax.evaluate.benchmarks import BENCHMARKS, Benchmark, SetEntry, parse_set

@@ -21,7 +21,7 @@ from dcod_jax.config import dataset_dir, dataset_lock
 from dcod_jax.configs.base import get_config
 from dcod_jax.data import chat
 from dcod_jax.data.dataset import MANIFEST, DatasetWriter, read_manifest
-from dcod_jax.data.raw import RawTrace
+from dcod_jax.data.records import RawTrace
 from dcod_jax.data.teachers import teacher_entries
 from dcod_jax.data.tokenizer import (
     Tokenizer,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from dcod_jax.data.raw import RawTrace
+from dcod_jax.data.records import RawTrace
 from dcod_jax.data.tokenizer import Tokenizer, decode, is_byte_level, token_bytes
 from dcod_jax.errors import DcodError
 

@@ -19,8 +19,8 @@ from typing import Any
 from dcod_jax.data import chat
 from dcod_jax.data.conversation import remember
 from dcod_jax.data.presets import fields_of
-from dcod_jax.data.raw import RawTrace
 from dcod_jax.data.reasoning import has_reasoning
+from dcod_jax.data.records import RawTrace
 from dcod_jax.data.teachers import TEACHER, WEIGHT, teacher_entries, teacher_of_file
 from dcod_jax.data.tokenizer import Tokenizer
 from dcod_jax.data.traces import HINT, Source, read_traces

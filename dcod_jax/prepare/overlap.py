@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dcod_jax.data.presets import PROMPT_FIELDS
-from dcod_jax.data.raw import RawTrace
+from dcod_jax.data.records import RawTrace
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.problems import read_records
 from dcod_jax.files import as_path

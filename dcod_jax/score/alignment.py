@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 
 from dcod_jax.data.chat import EMPTY_THINKING
 from dcod_jax.data.conversation import recall
-from dcod_jax.data.reasoning import MARKS
+from dcod_jax.data.reasoning import opening
 from dcod_jax.data.tokenizer import Tokenizer, added_tokens, adds_space, steps_of, token_bytes
 from dcod_jax.data.turns import shared_prefix
 from dcod_jax.errors import DcodError
@@ -170,7 +170,8 @@ def _turn_spans(content: str, ours: _Turn, theirs: _Turn) -> tuple[list[int], li
 
 def _check_template(turn: _Turn, text: str) -> None:
     """Refuse text that one side alone has in a turn, other than blanks and a mark of reasoning."""
-    if "".join(text.split()) not in ("", EMPTY_THINKING, *MARKS):
+    bare = "".join(text.split())
+    if bare not in ("", EMPTY_THINKING) and opening(bare) != bare:
         raise DcodError(
             f"the {turn.side}'s template writes {text[:60]!r} in a turn, the other one does not; "
             "log-probs of the same text need templates that write it alike (student.chat_template, "
@@ -181,7 +182,7 @@ def _check_template(turn: _Turn, text: str) -> None:
 def _places(content: str, ours: _Turn, theirs: _Turn) -> tuple[_Place, _Place]:
     """Where both write the content of the message, or what stands behind its opened reasoning."""
     text = content.strip()
-    behind = [text.removeprefix(mark).strip() for mark in MARKS if text.startswith(mark)]
+    behind = [text.removeprefix(mark).strip()] if (mark := opening(text)) else []
     missing = ours
     for part in (text, *behind):
         forms = (part, *(unicodedata.normalize(form, part) for form in FORMS))

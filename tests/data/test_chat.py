@@ -17,7 +17,8 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from dcod_jax.data import chat
-from dcod_jax.data.raw import Fields, read_messages
+from dcod_jax.data.presets import Fields
+from dcod_jax.data.raw import read_messages
 from dcod_jax.data.templates import DATE, READY, TemplateChoice, choice_errors
 from dcod_jax.data.tokenizer import (
     chat_template,

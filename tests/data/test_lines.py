@@ -13,7 +13,7 @@ import pytest
 
 from dcod_jax.data import lines
 from dcod_jax.data.lines import TooLong
-from dcod_jax.data.raw import BadRecordError
+from dcod_jax.data.records import BadRecordError
 from dcod_jax.errors import DcodError
 
 

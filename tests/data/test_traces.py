@@ -9,7 +9,8 @@ import pyarrow
 import pytest
 
 from dcod_jax.data.forms import FORMS, read_record
-from dcod_jax.data.raw import Fields, RawTrace
+from dcod_jax.data.presets import Fields
+from dcod_jax.data.records import RawTrace
 from dcod_jax.data.traces import describe, find_sources, read_traces
 from dcod_jax.errors import DcodError
 
@@ -208,7 +209,8 @@ GOOD = b'{"prompt": "p", "completion": "c"}\n'
         (b"[" * 100000, r"t.jsonl:2: invalid JSON"),
         (
             b'{"prompt": "p", "completon": "c"}',
-            r"t.jsonl:2: no completion: .*found prompt, completon \(the nearest is 'completon'\)",
+            r"t.jsonl:2: no completion: .*found prompt, completon; if it is completon: "
+            r"prepare.completion_field=completon",
         ),
         (b'{"completion": "c"}', r"t.jsonl:2: no prompt: .* prepare.prompt_field"),
         (b'{"prompt": "p", "completion": " "}', r"t.jsonl:2: completion is empty"),
@@ -220,7 +222,10 @@ GOOD = b'{"prompt": "p", "completion": "c"}\n'
         (b'{"prompt": 5, "completion": "c"}', r"t.jsonl:2: prompt must be a string, found int"),
         (b'{"prompt": "p", "completion": null}', r"no completion: .*, completion \(null\); prep"),
         (b'{"prompt": "p", "completion": []}', r"completion must be a non-empty list"),
-        (b'{"prompt": "p", "completion": "c", "answer": [1]}', r"answer must be a string or a num"),
+        (
+            b'{"prompt": "p", "completion": "c", "answer": [1, 2]}',
+            r"answer must be a string or a num",
+        ),
         (b'{"prompt": "p", "completion": "c", "logprobs": 3}', r"logprobs must be a list"),
         (b'{"messages": [{"role": "user", "content": "x"}]}', r"the last of messages is by 'user'"),
         (b'{"messages": [{"role": "assistant", "content": "x"}]}', r"no prompt before"),
@@ -254,7 +259,7 @@ GOOD = b'{"prompt": "p", "completion": "c"}\n'
             b'{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}',
             r"one inside conversations, one in the field system",
         ),
-        (b'{"messages": [{"role": "bot", "content": "x"}]}', r"has the role 'bot'; expected"),
+        (b'{"messages": [{"role": "robot", "content": "x"}]}', r"has the role 'robot'; expected"),
         (
             b'{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "completion": "c"}',
             r"part of type 'image'",

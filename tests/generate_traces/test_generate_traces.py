@@ -11,7 +11,7 @@ import tiny
 from dcod_jax import config as configs
 from dcod_jax.data import blocks, chat
 from dcod_jax.data.forms import read_record
-from dcod_jax.data.raw import Fields
+from dcod_jax.data.presets import Fields
 from dcod_jax.data.tokenizer import load_tokenizer
 from dcod_jax.data.traces import find_sources, read_traces
 from dcod_jax.errors import DcodError

@@ -16,7 +16,7 @@ import tiny
 
 from dcod_jax import config as configs
 from dcod_jax.data.dataset import TraceDataset
-from dcod_jax.data.raw import Fields
+from dcod_jax.data.presets import Fields
 from dcod_jax.data.tokenizer import load_tokenizer
 from dcod_jax.data.traces import find_sources, read_traces
 from dcod_jax.prepare.command import prepare

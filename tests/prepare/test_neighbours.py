@@ -3,12 +3,14 @@
 import json
 import re
 
+import pyarrow
 import pytest
+from pyarrow import feather, parquet
 from test_trace_forms import ASKED, SAID, SHARED, TALK, THOUGHT, WHOLE, reading
 
 from dcod_jax.data import traces as reader
 from dcod_jax.data.presets import Fields
-from dcod_jax.data.reasoning import Reasoning, has_reasoning
+from dcod_jax.data.reasoning import Reasoning, closing, has_reasoning, opened, unfinished
 from dcod_jax.data.traces import find_sources, read_traces
 from dcod_jax.errors import DcodError
 
@@ -117,7 +119,27 @@ RIGHT = {
     ],
     "roles": [
         {"messages": [{"role": "USER ", "content": ASKED}, {"role": "ai", "content": WHOLE}]},
-        {"conversations": [SHARED[0], {"from": "chatgpt", "value": WHOLE}]},
+        *({"conversations": [SHARED[0], {"from": name, "value": WHOLE}]}
+          for name in ("chatgpt", "bot", "Claude")),
+    ],
+    "turns of reasoning": [
+        *({"messages": [USER, {"role": role, "content": THOUGHT}, PLAIN_TURN]}
+          for role in ("thinking", "reasoning")),
+        {"messages": [USER, PLAIN_TURN | {"content": THOUGHT, "channel": "analysis"},
+                      PLAIN_TURN | {"channel": "final"}]},
+    ],
+    "answers of further servers": [
+        {"prompt": ASKED, "content": WHOLE, "tokens_predicted": 9, "stop_type": "eos"},
+        {"prompt": ASKED, "response": {"model": "m", "response": SAID, "thinking": THOUGHT}},
+        {"prompt": ASKED, "response": {"thinking": THOUGHT, "text": SAID}},
+        {"messages": [USER], "response": {"output": {"choices": [{"message": WHOLE_TURN}]}}},
+        {"custom_id": "1", "params": {"messages": [USER]}, "result": {"type": "succeeded",
+         "message": {"role": "assistant", "content": [BLOCK, {"type": "text", "text": SAID}]}}},
+    ],
+    "values that are none": [
+        {"prompt": ASKED, "completion": WHOLE, **dict.fromkeys(
+            ("reasoning", "answer", "system", "history", "finish_reason"), float("nan"))},
+        {"prompt": ASKED, "completion": WHOLE, "error": None, "answer": ["5"]},
     ],
 }  # fmt: skip
 
@@ -146,7 +168,17 @@ def test_a_turn_that_is_marked_is_not_supervised(turn) -> None:
 
 ENDED = {"prompt": ASKED, "completion": SAID}
 CUT = ["FinishReason.MAX_TOKENS", "max_new_tokens", "model_context_window_exceeded", "RECITATION"]
-CUT += ["timeout", "USER_CANCEL", "refusal", "insufficient_system_resource", "pause_turn"]
+CUT += [
+    "sensitive",
+    "stopped_by_user",
+    "repetition",
+    "out_of_tokens",
+    "timeout",
+    "USER_CANCEL",
+    "refusal",
+    "insufficient_system_resource",
+    "pause_turn",
+]
 DROPPED = {
     "finish_reason is": [
         *(ENDED | {"finish_reason": reason} for reason in CUT),
@@ -157,6 +189,8 @@ DROPPED = {
         {"messages": [USER, PLAIN_TURN | {"finish_reason": "length"}]},
         {"input": ASKED, "output": ITEMS, "status": "incomplete"},
         {"messages": [USER], "message": PLAIN_TURN, "done": False},
+        {"messages": [USER], "response": {"candidates": [
+            {"content": {"parts": GEMINI}, "finish_reason": "MAX_TOKENS"}]}},
         *(ENDED | {name: {"finish_reason": "length"}} for name in ("metadata", "details")),
         ENDED | {"metadata": '{"finish_reason": "length"}'},
         ENDED | {"stop_type": "limit"},
@@ -195,6 +229,10 @@ DROPPED = {
         {"messages": [USER, PLAIN_TURN | {"info": {"correct": False}}]},
         {"prompt": ASKED, "completions": [{"text": SAID, "correct": False}]},
         {"prompt": ASKED, "choices": [{"message": PLAIN_TURN, "correct": False}]},
+        *(ENDED | {name: False} for name in (
+            "valid", "accepted", "exact_match", "llm_judge_correct", "is_right")),
+        *(ENDED | {name: "incorrect"} for name in ("label", "judge", "result")),
+        {"messages": [USER, DRAFT | {"correct": False}, USER, WHOLE_TURN | {"correct": True}]},
     ],
     "is not ended by": [
         {"prompt": ASKED, "completion": f"Sure.\n<think>\n{THOUGHT}"},
@@ -208,6 +246,9 @@ DROPPED = {
         {"custom_id": "1", "result": {"type": "errored", "error": {"type": "overloaded"}}},
         {"prompt": ASKED, "completions": [None, "", {"text": " "}]},
         {"key": "1", "error": {"message": "rate"}},
+        {"messages": [USER], "error": "rate limit"},
+        {"prompt": ASKED, "completion": "Error: rate limit", "error": {"code": 429}},
+        {"custom_id": "1", "params": {"messages": [USER]}, "result": {"type": "expired"}},
         {"messages": [USER], "response": {"promptFeedback": {"blockReason": "SAFETY"}}},
         {"messages": [USER], "choices": [{"message": PLAIN_TURN, "error": {"code": 502}}]},
     ],
@@ -231,6 +272,7 @@ def test_neighbours_of_the_cases_are_dropped(why) -> None:
     assert texts(whole) == [(ASKED, SAID)] * len(whole)
 
 
+TEXT_PART, SEALED = [{"type": "text", "text": SAID}], [{"type": "redacted_thinking", "data": "x"}]
 ASKS = {"custom_id": "1", "body": {"messages": [USER]}}
 REFUSED = [
     (ENDED | {"cot": THOUGHT}, {}, r"prepare\.reasoning_field=cot"),
@@ -238,13 +280,13 @@ REFUSED = [
     ({"messages": [USER, PLAIN_TURN | {"thinking_text": THOUGHT}]}, {}, "may be the reasoning"),
     (ENDED | {"cot": THOUGHT}, {"reasoning_field": "cott"}, "the nearest is 'cot'"),
     (ENDED | {"result": "5"}, {"answer": "results"}, "the nearest is 'result'"),
-    (ENDED | {"answer": float("nan")}, {}, "found nan"),
+    (ENDED | {"answer": float("inf")}, {}, "found inf"),
     (ENDED | {"images": ["a.png"]}, {}, "has images, and only text can be read"),
     (ENDED | {"finish_reason": "weird"}, {}, "write stop where it did"),
     ({"prompt": ASKED, "completions": [SAID, "a"], "correct": [True]}, {}, "1 entries for 2"),
     ({"messages": [USER, DRAFT | {"mask": 1}, USER, WHOLE_TURN]}, {}, "whether the turn is trai"),
     ({"messages": [USER, DRAFT | {"train": "x"}, USER, WHOLE_TURN]}, {}, "expected 0 or 1"),
-    ({"messages": [USER, {"role": "model", "parts": [{"functionCall": {}}]}]}, {}, "functionCall"),
+    ({"messages": [USER, {"role": "model", "parts": [{"functionCall": {}}]}]}, {}, "tool call 0"),
     ({"messages": str(TALK)}, {}, "no JSON; write it as a JSON list"),
     ({"messages": {"role": ["user"], "content": ["a", "b"]}}, {}, "different lengths"),
     ({"dialog": TALK}, {}, r"prepare\.completion_field=dialog"),
@@ -264,6 +306,30 @@ REFUSED = [
     ({"prompt": TALK, "completion": "More."}, {}, "the prompt ends with an assistant message"),
     ({"messages": TALK, "chat_template_kwargs": {"xml_tools": ["f"]}}, {}, "kwargs.xml_tools"),
     (ENDED | {"image_path": "a.png"}, {}, "has image_path, and only text can be read"),
+    (
+        {"messages": [USER, {"role": "assistant", "content": [*TEXT_PART, BLOCK, *TEXT_PART]}]},
+        {},
+        "behind a part of its text",
+    ),
+    (
+        {"messages": [USER, {"role": "assistant", "content": [*SEALED, *TEXT_PART]}]},
+        {},
+        "encrypted cannot be trained on; prepare.reasoning=drop",
+    ),
+    ({"prompt": ASKED, "generated_text": f"{ASKED} {SAID}"}, {}, "return_full_text=False"),
+    ({"prompt": ASKED, "choices": [{"text": f"{ASKED} {SAID}"}]}, {}, "its whole prompt"),
+    ({"messages": [USER, PLAIN_TURN | {"channel": "commentary"}, PLAIN_TURN]}, {}, "'commentary'"),
+    ({"messages": [USER, DRAFT | {"role": "thinking"}]}, {}, "no answer follows it"),
+    ({"messages": [USER, DRAFT | {"prefix": True}, PLAIN_TURN]}, {}, r"messages\[1\].prefix"),
+    ({"messages": [USER, DRAFT | {"ignore": True}, PLAIN_TURN]}, {}, r"messages\[1\].ignore"),
+    ({"prompt": ASKED, "raw_response": WHOLE}, {}, "prepare.completion_field=raw_response"),
+    ({"data": [{"prompt": ASKED, "completion": SAID}]}, {}, r"jq -c '\.data'"),
+    ({"prompt": ASKED, "completion": {"final": SAID}}, {}, "completion_field=completion.final"),
+    (
+        {"messages": [USER, {"role": "assistant", "content": None}]},
+        {},
+        r"messages\[1\].content is n",
+    ),
 ]
 
 
@@ -288,6 +354,80 @@ def test_what_may_be_reasoning_is_left_out_where_reasoning_is() -> None:
     assert texts([ENDED | {"cot": None}], reasoning_field="cot") == [(ASKED, SAID)]
     for name in ("gt_cot", "reference_rationale", "ground_truth_reasoning"):  # not the teacher's
         assert texts([ENDED | {name: THOUGHT}]) == [(ASKED, SAID)]
+
+
+@pytest.mark.parametrize(
+    "begin",
+    "<THINK> <Thought> <scratchpad> <|think|> <longcat_think> <mm:think> <|begin_of_thinking|> "
+    "<|inner_prefix|> <antThinking> <chain_of_thought> <cot> <|START_THOUGHT|> <start_working_out> "
+    "<|thought_start|> <reflection> [THINK] ◁think▷".split(),
+)
+def test_marks_of_reasoning_of_any_spelling_are_known(begin) -> None:
+    rest = f"\n{THOUGHT}\n{closing(begin)}\n\n{SAID}"
+    assert has_reasoning(begin + rest)
+    assert has_reasoning(rest)
+    assert Reasoning("drop").fold(begin + rest, "") == SAID
+    assert Reasoning("drop").fold(f"{SAID}\n{begin}{rest}", "") == f"{SAID}\n{SAID}"
+    assert Reasoning().fold(rest, "").split() == (begin + rest).split()
+    assert unfinished(f"{begin}\n{THOUGHT}") == f"{begin} is not ended by {closing(begin)}"
+    assert opened(f"Hi.\n{begin}\n") == begin
+    assert not opened(begin + rest)
+    assert not unfinished(f"Write:\n```\n{begin}\n```\nThat is all.")
+
+
+def test_marks_with_attributes_and_what_is_no_mark() -> None:
+    whole = f"<think type='deep'>\n{THOUGHT}\n</think>\n\n{SAID}"
+    assert Reasoning().fold(whole, "") == whole
+    assert Reasoning("drop").fold(whole, "") == SAID
+    for text in ("<b>x", "<think/> x", "<treatment> x", "a < thought and b > c", "[Thought] x"):
+        assert not unfinished(text)
+        assert not has_reasoning(text)
+    for name in ("final_answer", "ANSWER", "output", "solution"):
+        assert (
+            unfinished(f"{WHOLE[: -len(SAID)]}<{name}>5") == f"<{name}> is not ended by </{name}>"
+        )
+
+
+ADD = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+
+
+@pytest.mark.parametrize(
+    ("call", "result"),
+    [
+        (
+            {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2}}'},
+            {"from": "observation", "value": "5"},
+        ),
+        (
+            {"role": "tool_call", "content": '[{"name": "add", "arguments": "{\\"a\\": 2}"}]'},
+            {"role": "ipython", "content": "5"},
+        ),
+        (
+            {
+                "role": "assistant",
+                "content": [{"type": "tool_use", "name": "add", "input": {"a": 2}}],
+            },
+            {"role": "user", "content": [{"type": "tool_result", "content": "5"}]},
+        ),
+        (
+            {"role": "assistant", "content": [{"toolUse": {"name": "add", "input": {"a": 2}}}]},
+            {"role": "user", "content": [{"toolResult": {"content": [{"text": "5"}]}}]},
+        ),
+        (
+            {"role": "model", "parts": [{"functionCall": {"name": "add", "args": {"a": 2}}}]},
+            {"role": "user", "parts": [{"functionResponse": {"response": 5}}]},
+        ),
+    ],
+    ids=["sharegpt", "roles", "anthropic", "bedrock", "gemini"],
+)
+def test_calls_of_tools_in_any_dialect_are_one_form(call, result) -> None:
+    [trace] = reading({"messages": [USER, call, result, WHOLE_TURN]})
+    called = {"role": "assistant", "content": "", "tool_calls": [ADD]}
+    assert trace.messages == [USER, called, {"role": "tool", "content": "5"}, WHOLE_TURN]
+    empty = {"role": "tool", "content": ""}
+    [trace] = reading({"messages": [USER, call, empty, WHOLE_TURN]})
+    assert trace.messages[2] == empty
+    assert trace.supervised() == [1, 3]
 
 
 def test_one_id_of_two_requests_is_refused_before_an_output() -> None:
@@ -368,7 +508,21 @@ FILES = [
     ("t.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
     ("t.parquet", b'{"prompt": "a"}\n', "is not a readable table"),
     ("t.arrow", b"junk", "is not a readable table"),
+    ("t.feather", b"FEA1", "is not a readable table"),
 ]
+
+
+@pytest.mark.parametrize("name", ["t.jsonlines", "t.ldjson", "t.feather", "t.ipc", "t.pq"])
+def test_a_file_of_another_suffix_is_read(name, tmp_path) -> None:
+    path, table = tmp_path / name, pyarrow.table({"prompt": [ASKED], "completion": [SAID]})
+    if name.endswith(("feather", "ipc")):
+        feather.write_feather(table, path, compression="zstd")
+    elif name.endswith("pq"):
+        parquet.write_table(table, path)
+    else:
+        path.write_text(json.dumps(ENDED))
+    [trace] = read_traces(find_sources(str(tmp_path)), Fields())
+    assert trace.completion_text() == SAID
 
 
 @pytest.mark.parametrize(("name", "content", "message"), FILES, ids=range(len(FILES)))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dcod_jax.data.raw import RawTrace
+from dcod_jax.data.records import RawTrace
 from dcod_jax.errors import DcodError
 from dcod_jax.prepare.overlap import build_index, prompt_key, trace_key, words
 

@@ -19,6 +19,7 @@ from dcod_jax.data import answers, lines, raw, schema
 from dcod_jax.data.forms import read_record
 from dcod_jax.data.presets import PRESETS, Fields, fields_of
 from dcod_jax.data.reasoning import Reasoning
+from dcod_jax.data.records import BadRecordError
 from dcod_jax.data.templates import READY
 from dcod_jax.data.tokenizer import decode
 from dcod_jax.data.traces import find_sources, read_traces
@@ -294,7 +295,7 @@ HOSTILE = [
     '{"prompt": "p", "completion": "c", "temperature": Infinity}',
     '{"prompt": "p", "completion": "c", "id": "\\ud800"}',
     '{"prompt": "p", "completion": "c", "model": "\\udfff"}',
-    '{"prompt": "p", "completion": "c", "answer": NaN}',
+    '{"prompt": "p", "completion": "c", "answer": Infinity}',
     '{"prompt": "p", "completion": "c", "token_ids": [1' + "0" * 400 + "]}",
     '{"prompt": "p", "completion": "c", "history": [1]}',
     '{"prompt": "p", "completion": "c", "tools": "x"}',
@@ -318,9 +319,7 @@ def test_a_malformed_record_is_set_aside(line, tmp_path, tokenizer) -> None:
 
 
 def test_a_number_that_is_not_finite_is_named_as_one() -> None:
-    with pytest.raises(
-        raw.BadRecordError, match="temperature must be a finite number, found 'inf'"
-    ):
+    with pytest.raises(BadRecordError, match="temperature must be a finite number, found 'inf'"):
         schema.check({"temperature": math.inf}, schema.RECORD)
 
 

@@ -21,7 +21,7 @@ from dcod_jax import config as configs
 from dcod_jax.data import chat, pipeline
 from dcod_jax.data.conversation import FIELDS, recall, remember
 from dcod_jax.data.dataset import DatasetWriter, TraceDataset
-from dcod_jax.data.raw import RawTrace
+from dcod_jax.data.records import RawTrace
 from dcod_jax.data.teachers import teacher_entries
 from dcod_jax.data.templates import DATE
 from dcod_jax.data.tokenizer import decode, load_tokenizer, token_bytes, tokenizer_fingerprint
