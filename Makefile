@@ -69,5 +69,5 @@ gpu-wheels: $(VENV)/.run ## what tools/gpu_check.sh needs beside JAX, torch and 
 	$(BIN)/pip download --quiet --no-deps --only-binary=:all: -c .ci/requirements.lock \
 	  -d build/gpu_wheels ml_collections
 
-clean: ## remove the environment and everything the quickstart wrote
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest runs models
+clean: ## remove the environments and what the quickstarts wrote; other runs and models stay
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest runs/quickstart* models/SmolLM2-135M-Instruct*

@@ -57,7 +57,7 @@ VERBS: dict[str, Verb] = {
         flags=(("--topology", "plan.topology"), ("--num-slices", "plan.slices")),
     ),
     "train": Verb("distil the student; runs missing steps first, resumes", "train"),
-    "export": Verb("write a checkpoint as a Hugging Face directory", "export"),
+    "export": Verb("write a checkpoint as a Hugging Face directory", "export_runs"),
     "evaluate": Verb("grade models on held-out problems, with intervals", "evaluate"),
     "drift": Verb("measure how errors compound on the student's own text", "drift"),
     "report": Verb("write one HTML page about one run or several", "report", "report_runs"),

@@ -224,7 +224,10 @@ def keys(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def variants(config: Any) -> Iterator[tuple[str, Any]]:
-    """The runs named by config.compare, each in run_dir/<name>; without any, the config itself."""
+    """The runs named by config.compare, each in run_dir/<name>; without any, the config itself.
+
+    Each has the dataset of all, and its export in export.path/<name> where that is set.
+    """
     if not config.compare:
         yield "", config
         return
@@ -232,6 +235,7 @@ def variants(config: Any) -> Iterator[tuple[str, Any]]:
         name, *changes = text.split()
         own = {"run_dir": str(as_path(config.run_dir) / name), "compare": ()}
         own["data.dataset"] = dataset_dir(config)
+        own["export.path"] = config.export.path and str(as_path(config.export.path) / name)
         yield name, with_changes(replace(config, own), changes)
 
 
@@ -310,13 +314,14 @@ def comments() -> dict[str, str]:
 
 
 def help_text(verb: str, config: Any) -> str:
-    """Usage, the verb's own description and every key with its value and comment."""
+    """Usage, the verb's own description and every key, in the base's order, with its comment."""
     spec = importlib.util.find_spec(f"dcod_jax.{verb}.command")
     source = as_path(spec.origin).read_text() if spec and spec.origin else ""
     about = ast.get_docstring(ast.parse(source)) or ""
     usage = f"dcod {verb} --config RECIPE [--config.key=value ...]"
     lines, notes = [about, "", f"usage: {usage}", ""], comments()
-    for key, value in keys(config).items():
+    flat = keys(config)
+    for key in [*filter(flat.__contains__, notes), *sorted(flat.keys() - notes.keys())]:
         note = textwrap.indent(notes.get(key, ""), " " * 8)
-        lines.append(f"  --config.{key}={value!r}\n{note}")
+        lines.append(f"  --config.{key}={flat[key]!r}\n{note}")
     return "\n".join(lines)

@@ -18,6 +18,7 @@ from dcod_jax import __version__
 from dcod_jax.config import BASE, shipped_recipes
 
 ACCELERATORS = {"tpu": ("/dev/accel0", "/dev/vfio/0"), "gpu": ("/dev/nvidia0",)}
+INSTALL = "pip install '.[{}]' in the checkout"  # the package is on no index
 GIB = 2**30
 
 
@@ -76,7 +77,7 @@ def _packages(problems: list[str]) -> Iterator[str]:
                 one = Requirement("libtpu" if "tpu" in one.extras else "jax-cuda13-plugin")
             if one.name != "dcod_jax" and (lack := _lack(one)):
                 lacking.append(lack)
-        how = f": {'; '.join(lacking)} (pip install 'dcod_jax[{extra}]')"
+        how = f": {'; '.join(lacking)} ({INSTALL.format(extra)})"
         yield f"extra {extra}{how if lacking else ': ready'}"
 
 
@@ -117,7 +118,7 @@ def _devices(problems: list[str]) -> Iterator[str]:
         if there and devices[0].platform != kind and os.environ.get("JAX_PLATFORMS", "") == "":
             problems.append(
                 f"a {kind.upper()} is here but JAX uses {devices[0].platform}: "
-                f"pip install 'dcod_jax[{kind}]'"
+                f"{INSTALL.format(kind)}"
             )
 
 

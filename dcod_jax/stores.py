@@ -159,7 +159,11 @@ def _filesystem(protocol: str) -> Any:
         # Other processes write too: a listing must be of now.
         return fsspec.filesystem(protocol, use_listings_cache=False)
     except (ImportError, ValueError) as error:
-        extra = "the extra gcs: pip install 'dcod_jax[gcs]'" if protocol == "gs" else "its driver"
+        extra = (
+            "the extra gcs: pip install '.[gcs]' in the checkout"
+            if protocol == "gs"
+            else "its driver"
+        )
         raise DcodError(f"{protocol}:// paths need {extra} ({error})") from error
 
 

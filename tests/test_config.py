@@ -229,6 +229,8 @@ def test_help_lists_every_key_with_its_comment(capsys):
         assert f"--config.{key}=" in text
         assert notes.get(key), f"{key} has no comment in configs/base.py"
         assert all(line in text for line in notes[key].splitlines())
+    names = [name for name in notes if f"--config.{name}=" in text]
+    assert re.findall(r"--config\.([\w.]+)=.*\n", text.partition("usage")[2])[1:] == names
 
 
 @pytest.mark.parametrize("key", ["loss.divergence", "loss.weights.name", "student.remat"])
@@ -257,6 +259,9 @@ def test_variants_change_only_what_they_say(tmp_path):
     (name_a, a), (name_b, b) = config.variants(base)
     assert (name_a, a.seed, a.run_dir, a.data.dataset) == ("a", 1, "out/a", "out/dataset")
     assert (name_b, b.seed, b.run_dir, b.loss.weights.name) == ("b", 2, "out/b", "uniform")
+    into = config.replace(base, {"export.path": "models"})
+    assert [v.export.path for _, v in config.variants(into)] == ["models/a", "models/b"]
+    assert b.export.path == ""
     different = {k for k, v in config.keys(a).items() if config.keys(b)[k] != v}
     assert different == {"seed", "run_dir", "loss.weights.name"}
 

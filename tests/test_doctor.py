@@ -33,7 +33,7 @@ def test_a_missing_and_an_old_package_are_problems(capsys, monkeypatch):
     assert "problem: flax 0.11.0 does not fit " in out
     # An extra that lacks something is no problem: it says how to get it.
     assert "extra gguf: gguf 0.1 does not fit" in out
-    assert "(pip install 'dcod_jax[gguf]')" in out
+    assert "(pip install '.[gguf]' in the checkout)" in out
     assert "problem: gguf" not in out
 
 

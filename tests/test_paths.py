@@ -142,7 +142,10 @@ def test_a_missing_driver_names_what_to_install():
         "as_path('gs://bucket/a').exists()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "DcodError: gs:// paths need the extra gcs: pip install 'dcod_jax[gcs]'" in done.stderr
+    assert (
+        "DcodError: gs:// paths need the extra gcs: pip install '.[gcs]' in the checkout"
+        in done.stderr
+    )
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.name)

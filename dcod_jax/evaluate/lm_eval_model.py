@@ -1,6 +1,6 @@
 """lm-evaluation-harness on this library's models: any of its tasks, without torch.
 
-    pip install 'dcod_jax[lm-eval]'
+    pip install '.[lm-eval]'
     python -m dcod_jax.evaluate.lm_eval_model run --model dcod_jax --tasks ifeval \\
         --apply_chat_template --batch_size 64 \\
         --model_args pretrained=runs/qwen-1.5b/export,dtype=bfloat16

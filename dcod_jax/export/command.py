@@ -1,8 +1,8 @@
 """Write the trained student as a Hugging Face directory, and check it before it gets its name.
 
-Reads the run's checkpoint (export.step; by default the best, else the newest) and writes
-export.path (default run_dir/export): weights, config, generation config, tokenizer, chat template,
-a model card, the run's config, and what the check found.
+Reads the checkpoint of the run, or of each variant of `compare` (export.step; by default the best,
+else the newest) and writes export.path (default run_dir/export): weights, config, generation
+config, tokenizer, chat template, a model card, the run's config, and what the check found.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dcod_jax import __version__
+from dcod_jax import config as configs
 from dcod_jax.bounds import array, check, mapping, text, whole
 from dcod_jax.data.dataset import read_manifest
 from dcod_jax.data.templates import OWN, TemplateChoice, template_of
@@ -66,6 +67,12 @@ TOKENIZER_FILES = (
 
 
 # ---------------------------------------------------------------- the verb
+
+
+def export_runs(config: Any) -> None:
+    """The verb: the run, or each variant of `compare`."""
+    for _, variant in configs.variants(config):
+        export(variant)
 
 
 def export(config: Any) -> Path:

@@ -1,10 +1,10 @@
 """Make a smaller student from a model: fewer layers, heads, kv groups and MLP channels.
 
-    dcod init-student models/Qwen2.5-7B models/start --layers 20 --mlp 9472
-    dcod init-student MODEL OUT --layers 0-11,18-29     (these layers)
-    dcod init-student MODEL OUT --layers even:12        (12 layers, evenly spread)
+    dcod init_student models/Qwen2.5-7B models/start --layers 20 --mlp 9472
+    dcod init_student MODEL OUT --layers 0-11,18-29     (these layers)
+    dcod init_student MODEL OUT --layers even:12        (12 layers, evenly spread)
 
-    dcod init-student MODEL OUT --mlp 9472 --choose activations --data runs/x/dataset/train
+    dcod init_student MODEL OUT --mlp 9472 --choose activations --data runs/x/dataset/train
 
 MODEL is an HF or PEFT directory or a .gguf file. A number of layers drops a run of them behind the
 first 40 %. Heads and channels with the smallest weights go, in each layer its own, or those with
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments; exits with a message where one is missing."""
-    parser = argparse.ArgumentParser("dcod init-student", description=__doc__)
+    parser = argparse.ArgumentParser("dcod init_student", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", help="HF or PEFT directory or .gguf file to start from")
     parser.add_argument("out", help="directory to write, which must not exist")

@@ -188,13 +188,14 @@ def print_trace(
     if tokenizer is not None:
         console.print(Text(chat.render_sample(tokenizer, trace)))
     table = Table()
-    for name in ("place", "token", "supervised", "teacher log p", "student log q", "log q - log p"):
+    names = ("place", "token", "supervised", "teacher log p", "student log q", "log q - log p")
+    for name in names if student is not None else names[:4]:
         table.add_column(name, justify="left" if name == "token" else "right", no_wrap=True)
     entries = np.cumsum(trace.completion_mask) - 1
     shown = trace.token_ids[: limit or None].tolist()
     for place, token_id in enumerate(shown):
         text = str(token_id) if tokenizer is None else repr(decode(tokenizer, [token_id]))
-        cells = ["", "", "", ""]
+        cells = []
         if trace.completion_mask[place]:
             cells = ["yes", *_scores(trace.logprobs, student, int(entries[place]))]
         table.add_row(str(place), Text(text), *cells)
@@ -205,10 +206,10 @@ def print_trace(
 
 def _scores(teacher: np.ndarray | None, student: np.ndarray | None, entry: int) -> list[str]:
     p = NOT_SCORED if teacher is None else f"{teacher[entry]:.4f}"
-    q = "" if student is None else f"{student[entry]:.4f}"
-    if teacher is None or student is None:
-        return [p, q, ""]
-    return [p, q, f"{student[entry] - teacher[entry]:+.4f}"]
+    if student is None:
+        return [p]
+    q = f"{student[entry]:.4f}"
+    return [p, q, "" if teacher is None else f"{student[entry] - teacher[entry]:+.4f}"]
 
 
 def export(

@@ -34,7 +34,7 @@ def _package() -> Any:
         return importlib.import_module("gguf")
     except ImportError as error:
         raise DcodError(
-            "reading a .gguf file needs the extra gguf: pip install 'dcod_jax[gguf]'"
+            "reading a .gguf file needs the extra gguf: pip install '.[gguf]' in the checkout"
         ) from error
 
 

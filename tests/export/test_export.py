@@ -21,7 +21,7 @@ from dcod_jax.data.tokenizer import (
 )
 from dcod_jax.errors import DcodError
 from dcod_jax.export import command as exports
-from dcod_jax.export.command import export, export_model
+from dcod_jax.export.command import export, export_model, export_runs
 from dcod_jax.files import check_own
 from dcod_jax.losses.adaptive import initial
 from dcod_jax.models import hf, transformer
@@ -331,8 +331,8 @@ def test_the_verb_exports_the_best_checkpoint_and_says_so(tmp_path, source, capl
     _, found = hf.load_model(path, dtype=jnp.float32)
     np.testing.assert_array_equal(found["norm"]["scale"], params["norm"]["scale"])
     assert "eval/nll: 1" in (path / "README.md").read_text()
-    recipe.export.step = 20
-    export(recipe)
+    recipe.export.step, recipe.run_dir, recipe.compare = 20, str(tmp_path), ("run seed=1",)
+    export_runs(recipe)  # of each variant
     _, found = hf.load_model(path, dtype=jnp.float32)
     np.testing.assert_array_equal(found["norm"]["scale"], worse["norm"]["scale"])
 

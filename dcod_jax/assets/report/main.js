@@ -32,10 +32,27 @@ function settingsTables() {
   return [differ && el("p", { class: "dim", text: "Where the runs differ:" }), differ, all];
 }
 
+const TITLES = {
+  "weights/q50": "Median weight",
+  "weights/std": "Standard deviation of the weights",
+  "weights/traces": "Traces in a batch",
+  "weights/temperature": "Temperature of the weights",
+  "time/elapsed_seconds": "Seconds since the start",
+  "time/goodput": "Share of the time in steps that count",
+  "time/step_seconds": "Seconds a step",
+  "time/data_wait_seconds": "Of a step: waiting for the batch",
+  "time/dispatch_seconds": "Of a step: starting it",
+  "time/device_seconds": "Of a step: waiting for the devices",
+  "time/eval_seconds": "Seconds of evaluation since the line before",
+  "time/save_seconds": "Seconds of saves since the line before",
+  "time/tokens_per_second": "Tokens a second",
+  "time/mfu": "Share of the device's peak",
+};
+
 function remaining(prefix, options) {
   const keys = [...new Set(RUNS.flatMap((run) => Object.keys(run.series)))].sort();
   const left = keys.filter((key) => key.startsWith(prefix) && !drawn.has(key));
-  return left.map((key) => metric(key, key, options));
+  return left.map((key) => metric(key, TITLES[key] ? `${TITLES[key]} (${key})` : key, options));
 }
 
 const ABOUT_RUNS = "Drag over a chart to zoom in, double-click to see all of it again.";
