@@ -25,7 +25,8 @@ LEVELS = """
     data.columns data.told data.answers data.forms
     data.traces data.pipeline
     models.gguf_metadata models.gguf models.gguf_tokenizer models.hf
-    data.template_process data.templates data.tokenizer data.turns data.chat data.conversation
+    data.template_process data.templates data.tokenizer data.turns data.borders data.chat
+    data.conversation
     sample.sampling sample.decoding sample.sampler
     evaluate.numerals evaluate.spelling evaluate.operations evaluate.algebra evaluate.units
     evaluate.regions evaluate.parts evaluate.equality evaluate.prose evaluate.expressions

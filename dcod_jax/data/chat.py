@@ -23,19 +23,20 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
+from dcod_jax.data.borders import encode_at, encode_plain
 from dcod_jax.data.reasoning import closing, is_mark, opened
 from dcod_jax.data.templates import READY
-from dcod_jax.data.tokenizer import Tokenizer, chat_template, decode, library_errors
+from dcod_jax.data.tokenizer import Tokenizer, chat_template, decode
 from dcod_jax.data.turns import (
     Message,
     Text,
     calls_end,
     check_calls,
     check_shown,
+    probes,
     render_chat,
     render_turns_ahead,
     shared_prefix,
-    special_names,
     special_tokens,
     turn_ending,
     turn_tokens,
@@ -43,6 +44,7 @@ from dcod_jax.data.turns import (
 from dcod_jax.errors import DcodError
 from dcod_jax.types import Trace
 
+MOST_RENDERED = 1 << 28  # characters of all prompts of one conversation
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 EMPTY_THINKING = "<think></think>"  # some templates write it before a turn without reasoning
 # Other models' end-of-turn tokens, which are plain text to a tokenizer that does not have them.
@@ -146,16 +148,21 @@ def _whole_spans(
             f"the chat template marks {len(marks)} spans with {{% generation %}} for "
             f"{len(turns)} assistant turns; every turn needs one"
         )
-    spans = []
+    spans, order = [], {index: place for place, index in enumerate(turns)}
+    starts = _starts(tokenizer, messages, template, supervised, tools, text)
     for index in supervised:
-        before = messages[:index]
-        prompt, _ = render_chat(tokenizer, before, template=template, prompt=True, tools=tools)
-        content = _behind(prompt, messages[index]["content"])
-        start, last = len(prompt), len(text)
-        if not text.startswith(prompt):
-            raise _unstable(text, prompt, index)
+        before, start = messages[:index], starts.get(index)
+        if start is None:
+            prompt, _ = render_chat(tokenizer, before, template=template, prompt=True, tools=tools)
+            if not text.startswith(prompt):
+                raise _unstable(text, prompt, index)
+            start = len(prompt)
+        content, last = (
+            _behind(text[max(0, start - 99) : start], messages[index]["content"]),
+            len(text),
+        )
         if marked:
-            begins, last = marks[turns.index(index)]
+            begins, last = marks[order[index]]
             if begins > start:
                 raise DcodError(
                     f"the chat template writes {text[start:begins]!r} before a completion, outside "
@@ -174,6 +181,41 @@ def _whole_spans(
             )
         spans.append((start, end))
     return text, spans
+
+
+def _starts(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    template: str,
+    supervised: Sequence[int],
+    tools: Sequence[Any] | None,
+    text: str,
+) -> dict[int, int]:
+    """Where turns of a conversation of many begin in its text, without rendering each prompt.
+
+    The template writes one text with a special token before each assistant turn, and its places are
+    the turns'; the prompts of `probes` are rendered and must agree. {} for few turns, or where that
+    does not hold. Raises DcodError where so many prompts cannot be rendered.
+    """
+    chosen, options = probes(supervised), {"template": template, "tools": tools}
+    if len(chosen) == len(supervised):
+        return {}
+    bare, _ = render_chat(tokenizer, messages[: chosen[0]], **options)
+    prompts = [render_chat(tokenizer, messages[:i], prompt=True, **options)[0] for i in chosen]
+    lead = prompts[0].removeprefix(bare)
+    ends = [found.end() for found in re.finditer(re.escape(lead), text)]
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if special_tokens(tokenizer).search(lead) and len(ends) == len(turns):
+        starts = dict(zip(turns, ends, strict=True))
+        if all(p == text[: starts[i]] for i, p in zip(chosen, prompts, strict=True)):
+            return starts
+    if len(supervised) * len(text) > MOST_RENDERED:
+        raise DcodError(
+            f"the conversation has {len(supervised)} supervised turns, and the chat template "
+            "writes earlier turns otherwise when others follow, so each is rendered alone; split it, "
+            "or leave earlier turns unsupervised (weight 0)"
+        )
+    return {}
 
 
 def _unstable(text: str, prompt: str, index: int) -> DcodError:
@@ -226,57 +268,6 @@ def _bos(tokenizer: Tokenizer) -> str:
     return str(tokenizer.bos_token) if first == [tokenizer.bos_token_id] else ""
 
 
-def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    try:
-        with library_errors():
-            return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-    except ValueError as error:
-        raise DcodError(f"the tokenizer cannot encode {text[:60]!r}: {error}") from error
-
-
-def _cut(tokenizer: Tokenizer, text: str, border: int, whole: list[int]) -> int | None:
-    """How many tokens of `whole` come before the character `border`; None inside a token."""
-    # Nothing merges with a special token: the text behind the last one tells.
-    before = list(special_tokens(tokenizer).finditer(text, 0, border))
-    names = special_names(tokenizer)
-    places = [place for place, token in enumerate(whole) if token in names][: len(before)]
-    if before and [names[whole[place]] for place in places] == [found[0] for found in before]:
-        rest, start = _ids(tokenizer, text[before[-1].end() : border]), places[-1] + 1
-        if whole[start : start + len(rest)] == rest:
-            return start + len(rest)
-    prefix = _ids(tokenizer, text[:border])
-    return len(prefix) if whole[: len(prefix)] == prefix else None
-
-
-def _encode_at(
-    tokenizer: Tokenizer, text: str, borders: Sequence[int]
-) -> tuple[list[int], list[int]]:
-    """Ids of `text` with token borders at the given characters; and the token index of each.
-
-    The whole text is encoded, and each prefix must be a prefix in tokens too. Where a token
-    would cross a border (a completion that starts with a newline) the pieces are encoded alone,
-    as sampling does; that must decode to the same text.
-    """
-    whole = _ids(tokenizer, text)
-    found = [_cut(tokenizer, text, border, whole) for border in borders]
-    if len(cuts := [cut for cut in found if cut is not None]) == len(borders):
-        return whole, cuts
-    ids, cuts, last = [], [], 0
-    for border in [*borders, len(text)]:
-        ids += _ids(tokenizer, text[last:border])
-        cuts.append(len(ids))
-        last = border
-    decoded = decode(tokenizer, ids)
-    if decoded != text:
-        place = shared_prefix(decoded, text)
-        raise DcodError(
-            "a token of this tokenizer crosses the border between prompt and completion, near "
-            f"{text[max(0, place - 20) : place + 20]!r}; end the generation prompt of the "
-            "template with a special token or a newline (student.chat_template)"
-        )
-    return ids, cuts[:-1]
-
-
 def _check_content(tokenizer: Tokenizer, messages: Sequence[Message], template: str | None) -> None:
     for message in messages:
         said = message["role"] == "assistant"  # which marks of reasoning belong to
@@ -298,24 +289,6 @@ def _check_content(tokenizer: Tokenizer, messages: Sequence[Message], template: 
                 f"the assistant message ends with {end!r}, another model's end-of-turn token, "
                 "which would be trained as text; remove it: the student's template writes its own"
             )
-
-
-def tokens_above(tokenizer: Tokenizer, texts: Sequence[str], limit: int) -> int:
-    """A number of tokens above `limit` that the texts surely have; 0 where that is not sure.
-
-    Long texts are counted in pieces, since tokenising takes some 400 bytes a character.
-    """
-    piece = 1 << 16
-    if sum(map(len, texts)) <= piece + 16 * limit:
-        return 0
-    count = 0
-    for text in texts:
-        for start in range(0, len(text), piece):
-            # A cut adds the few tokens of one word; far more are taken off.
-            count += max(0, len(_ids(tokenizer, text[start : start + piece])) - 64)
-            if count > limit:
-                return count
-    return 0
 
 
 def encode(
@@ -351,7 +324,7 @@ def encode(
     else:
         text, spans = _template_spans(tokenizer, messages, template, supervised, tools)
         check_shown(tokenizer, messages, template=template, tools=tools)
-    ids, cuts = _encode_at(tokenizer, text, [border for span in spans for border in span])
+    ids, cuts = encode_at(tokenizer, text, [border for span in spans for border in span])
     mask = np.zeros(len(ids), bool)
     for start, end in zip(cuts[::2], cuts[1::2], strict=True):
         mask[start:end] = True
@@ -383,13 +356,13 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
             "the tokenizer has no chat template, so a prompt must be one plain text; "
             "set student.chat_template"
         )
-    return _ids(tokenizer, text)
+    return encode_plain(tokenizer, text)
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of plain text, behind the bos token where the tokenizer puts one: no chat template."""
     _check_content(tokenizer, [{"role": "user", "content": text}], None)
-    return _ids(tokenizer, _bos(tokenizer) + text)
+    return encode_plain(tokenizer, _bos(tokenizer) + text)
 
 
 def render_sample(tokenizer: Tokenizer, trace: Trace) -> str:

@@ -71,8 +71,17 @@ def render_turns_ahead(
     texts = []
     for messages, supervised, tools in conversations:
         whole, prompt = (_names(tokenizer, tools, prompt=flag) for flag in (False, True))
-        texts += [(messages, whole), *((messages[:index], prompt) for index in supervised)]
+        texts += [(messages, whole), *((messages[:index], prompt) for index in probes(supervised))]
     render_ahead(template, texts)
+
+
+def probes(supervised: Sequence[int]) -> list[int]:
+    """The supervised turns whose prompts are rendered: all of few; the first, last and some."""
+    last = len(supervised) - 1
+    if last < 32:
+        return list(supervised)
+    places = {*range(8), *range(last - 7, last + 1), *(1 << power for power in range(40))}
+    return [supervised[place] for place in sorted(places) if place <= last]
 
 
 def shared_prefix(left: str | bytes, right: str | bytes) -> int:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from dcod_jax.data import chat
+from dcod_jax.data.borders import tokens_above
 from dcod_jax.data.conversation import remember
 from dcod_jax.data.presets import fields_of
 from dcod_jax.data.reasoning import has_reasoning
@@ -131,7 +132,7 @@ class Filter:
                 self._drop(trace, f"{trace.unfinished}: it would teach a false end", "truncated")
             elif settings.reasoning == "keep" and not has_reasoning(text):
                 self._drop(trace, "prepare.reasoning=keep, and it has none", "no_reasoning")
-            elif count := chat.tokens_above(self.tokenizer, whole, limit):
+            elif count := tokens_above(self.tokenizer, whole, limit):
                 self._drop(trace, f"over {count:,} tokens, data.max_length={limit}", "too_long")
             elif settings.filter_correct and trace.verdict is False:
                 self._drop(

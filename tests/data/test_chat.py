@@ -16,7 +16,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from dcod_jax.data import chat
+from dcod_jax.data import borders, chat, turns
 from dcod_jax.data.presets import Fields
 from dcod_jax.data.raw import read_messages
 from dcod_jax.data.templates import DATE, READY, TemplateChoice, choice_errors
@@ -416,7 +416,7 @@ def test_the_end_that_training_has_is_a_stop() -> None:
 @pytest.mark.parametrize(("count", "sure"), [(10, False), (60_000, False), (200_000, True)])
 def test_long_texts_are_counted_in_pieces(count, sure) -> None:
     tokenizer = build()
-    assert (chat.tokens_above(tokenizer, ["h " * (count // 2)], 1000) > 1000) == sure
+    assert (borders.tokens_above(tokenizer, ["h " * (count // 2)], 1000) > 1000) == sure
 
 
 def test_an_end_token_that_is_added_and_not_special_ends_each_turn() -> None:
@@ -573,3 +573,37 @@ def test_sample_shows_the_mask() -> None:
     text = chat.render_sample(tokenizer, Trace("x", ids, mask))
     assert text.endswith("<|im_start|>assistant\n«one<|im_end|>»\n")
     assert ids.dtype == np.int32
+
+
+def _many(count: int) -> list[dict]:
+    return [m for n in range(count) for m in conversation(f"a{n}?", f"<think>so</think>{n}")]
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, MARKED], ids=["chatml", "llama3", "markers"])
+def test_a_conversation_of_many_turns_is_rendered_by_few_of_its_prompts(template, monkeypatch):
+    tokenizer, rendered, render = build(template), [], chat.render_chat
+    messages = _many(70)
+
+    def counted(*args, **kwargs):
+        rendered.append(args)
+        return render(*args, **kwargs)
+
+    monkeypatch.setattr(chat, "render_chat", counted)
+    ids, mask = chat.encode(tokenizer, messages)
+    assert len(rendered) < 30
+    for module in (chat, turns):
+        monkeypatch.setattr(module, "probes", list)
+    right, whole = chat.encode(tokenizer, messages)
+    assert len(rendered) > 90
+    np.testing.assert_array_equal(ids, right)
+    np.testing.assert_array_equal(mask, whole)
+
+
+def test_many_prompts_of_a_template_that_alters_earlier_turns_are_refused(monkeypatch) -> None:
+    content = "{{ message['content'] }}"
+    later = CHATML.replace(content, content.replace("] }}", "] if loop.last else 'x' }}"))
+    with pytest.raises(DcodError, match="not prefix-stable"):
+        chat.encode(build(later), _many(40))
+    monkeypatch.setattr(chat, "MOST_RENDERED", 1000)
+    with pytest.raises(DcodError, match=r"40 supervised turns.*weight 0"):
+        chat.encode(build(later), _many(40))

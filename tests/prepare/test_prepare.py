@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dcod_jax.config import dataset_dir
 from dcod_jax.configs.base import get_config
-from dcod_jax.data import chat, templates
+from dcod_jax.data import borders, chat, templates
 from dcod_jax.data.conversation import FIELDS, recall
 from dcod_jax.data.dataset import TraceDataset, read_manifest
 from dcod_jax.data.tokenizer import load_tokenizer, template_fingerprint, tokenizer_fingerprint
@@ -148,7 +148,7 @@ def test_the_traces_at_rest(config, tokenizer_dir) -> None:
 
 def test_templates_and_tokens_of_many_traces_are_made_together(config, monkeypatch) -> None:
     exchanges, encoded = [], []
-    exchange, ids = templates._Renderer._exchange, chat._ids
+    exchange, ids = templates._Renderer._exchange, borders.encode_plain
 
     def counted(renderer, template, texts):
         exchanges.append(len(texts))
@@ -159,7 +159,7 @@ def test_templates_and_tokens_of_many_traces_are_made_together(config, monkeypat
         return ids(tokenizer, text)
 
     monkeypatch.setattr(templates._Renderer, "_exchange", counted)
-    monkeypatch.setattr(chat, "_ids", measured)
+    monkeypatch.setattr(borders, "encode_plain", measured)
     monkeypatch.setattr(filters, "BLOCK", 4)
     long = [record(i, prompt=f"{i}. " * 200, completion=f"{i}: " * 200) for i in range(10)]
     write(Path(config.data.traces), [entry | {"answer": None} for entry in long])
@@ -306,7 +306,7 @@ def test_teachers_and_weights_of_traces(config, tmp_path) -> None:
         ({"w": -1}, "w must be a finite number >= 0, found '-1'"),
         ({"w": "two"}, "w must be a finite number >= 0, found 'two'"),
         ({"w": True}, "w must be a finite number"),
-        ({"w": math.nan}, "w must be a finite number >= 0, found 'nan'"),
+        ({"w": math.nan}, "w must be a finite number >= 0, found 'None'"),
         ({"w": [1, 2]}, "w must be a finite number"),
         ({"w": 1, "teacher": 7}, "teacher must be the name of a teacher, found int"),
     ],
