@@ -212,8 +212,8 @@ def _starts(
     if len(supervised) * len(text) > MOST_RENDERED:
         raise DcodError(
             f"the conversation has {len(supervised)} supervised turns, and the chat template "
-            "writes earlier turns otherwise when others follow, so each is rendered alone; split it, "
-            "or leave earlier turns unsupervised (weight 0)"
+            "writes earlier turns otherwise when others follow, so each is rendered alone; split "
+            "it, or leave earlier turns unsupervised (weight 0)"
         )
     return {}
 

@@ -23,7 +23,7 @@ from dcod_jax.data.columns import (
 )
 from dcod_jax.data.presets import Fields, listed
 from dcod_jax.data.reasoning import may_be_reasoning
-from dcod_jax.data.records import BadRecordError, RawTrace, Record, Turns
+from dcod_jax.data.records import BadRecordError, Message, RawTrace, Record, Turns
 from dcod_jax.data.told import finished, judged
 from dcod_jax.data.unpack import nulls, unpacked
 

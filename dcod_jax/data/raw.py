@@ -225,7 +225,8 @@ def read_message(value: object, name: str, fields: Fields) -> Message:
         calls = listed(value.get(text))
         calls = calls if isinstance(calls, list) else [calls]
         given, text, value = "assistant", "", {**value, "tool_calls": calls}
-    if text and isinstance(value[text], list) and (split := calls_of_parts(value[text])):
+    content = value.get(text)
+    if isinstance(content, list) and (split := calls_of_parts(content)):
         value = {**value, text: split[1] or "", "tool_calls": split[0]}
     role = (ROLES | _OTHERS).get(given) if isinstance(given, str) else None
     if role is None:
