@@ -158,6 +158,15 @@ def _reported(verb: str) -> Iterator[None]:
         gc.collect()  # what a failed read left half-done is destroyed while the hook is ours
         print(f"dcod_jax.{verb}: error: {_message(error)}", file=sys.stderr)
         raise SystemExit(1) from None
+    except (RuntimeError, MemoryError) as error:  # JAX's is a RuntimeError
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        told = (str(error).strip().splitlines() or ["of this machine"])[0][:300]
+        print(
+            f"dcod_jax.{verb}: error: out of memory: {told}; {_SMALLER.get(verb, _LESS)}",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None
     except _Terminated:
         print(f"dcod_jax.{verb}: terminated; the same command goes on", file=sys.stderr)
         raise
@@ -186,6 +195,15 @@ def _message(error: DcodError | OSError) -> str:
     return f"{names}{': ' if names else ''}{error.strerror}; {hint}"
 
 
+_LESS = "use more devices (mesh.fsdp, mesh.tensor) or a smaller model"
+_SMALLER = {
+    "train": "raise train.microbatches or mesh.fsdp, set student.remat=full, or lower "
+    "data.batch_size and data.seq_len; dcod plan tells what fits",
+    "score": f"lower score.batch_tokens, or {_LESS}",
+    "generate_traces": f"lower generate.batch_size, or {_LESS}",
+    "evaluate": f"lower evaluate.batch_size, or {_LESS}",
+    "drift": f"lower drift.batch_size, or {_LESS}",
+}
 _HINTS = {
     errno.ENOSPC: "free space and start the same command again",
     errno.EDQUOT: "free space and start the same command again",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 from dcod_jax import __version__, cli, config
@@ -136,6 +137,38 @@ def test_what_the_system_refuses_is_one_line_with_the_file(name, ends):
     assert code == 1
     assert said.startswith("dcod_jax.train: error: runs/default/metrics.jsonl: ")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("verb", "error", "said"),
+    [
+        (
+            "train",
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9.1G of 8G\nx"),
+            "9.1G of 8G; raise",
+        ),
+        ("score", MemoryError(), "of this machine; lower score.batch_tokens"),
+        (
+            "export",
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9.1G"),
+            "9.1G; use more devices",
+        ),
+    ],
+)
+def test_too_little_memory_is_one_line_that_says_what_to_lower(ends, verb, error, said):
+    def work(_):
+        raise error
+
+    code, told = ends(verb, work)
+    assert code == 1
+    assert told.startswith(f"dcod_jax.{verb}: error: out of memory: ")
+    assert said in told
+    assert told.count("\n") == 1
+
+
+def test_another_error_of_the_program_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="a fault"), cli._reported("train"):
+        raise RuntimeError("a fault")
 
 
 def test_a_run_dir_that_can_be_none_is_refused_before_the_work(ends, tmp_path):

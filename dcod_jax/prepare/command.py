@@ -25,6 +25,7 @@ from dcod_jax.data.records import RawTrace
 from dcod_jax.data.teachers import teacher_entries
 from dcod_jax.data.tokenizer import (
     Tokenizer,
+    chat_template,
     student_tokenizer,
     template_fingerprint,
     tokenizer_fingerprint,
@@ -203,6 +204,11 @@ def is_prepared(config: Any) -> bool:
 
 def _write_dataset(config: Any, root: Path) -> None:
     tokenizer, student, settings = student_tokenizer(config.student), config.student, config.prepare
+    if chat_template(tokenizer) is None:
+        log.info(
+            "%s has no chat template: a prompt and its completion are joined (docs/data.md)",
+            student.tokenizer or student.path,
+        )
     sources, files = _inputs(config)
     identity = _identity(config, tokenizer, files)
     work = root.with_name(root.name + ".partial")

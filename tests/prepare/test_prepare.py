@@ -261,6 +261,19 @@ def test_held_out_settings_that_cannot_be(config) -> None:
         prepare(config)
 
 
+def test_a_tokenizer_without_a_template_is_said(config, caplog) -> None:
+    caplog.set_level("INFO")
+    prepare(config)
+    assert "no chat template" not in caplog.text
+    bare = Path(config.run_dir).parent / "bare"
+    tokenizer = load_tokenizer(config.student.tokenizer)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(bare)
+    config.student.tokenizer, config.prepare.replace = str(bare), True
+    prepare(config)
+    assert f"{bare} has no chat template: a prompt and its completion are joined" in caplog.text
+
+
 # ---------------------------------------------------------------- teachers and weights
 
 
