@@ -94,7 +94,7 @@ def read(row: Row) -> tuple[list[Message], list[RawTrace], Record]:
     choices = [] if problem or status not in (None, 200) else _choices(body)
     if not choices:
         problem = str(problem or "the body has no choices")[:200]
-        failure = f"the request failed (status {status or 200}): {problem}"
+        failure = f"the request failed{f' (status {status})' if status else ''}: {problem}"
         return [], [RawTrace([], failed=failure)], record
     completions = [_choice(c or {}, f"choices[{i}]", row.fields) for i, c in enumerate(choices)]
     known = {**asked, **{k: v for k, v in request.items() if k != "body"}, **record}

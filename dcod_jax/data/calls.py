@@ -40,6 +40,11 @@ def calls_of_parts(content: list[Any]) -> tuple[list[Any], list[Any]] | None:
             arguments = call.get("input", call.get("args", {}))
             own = call.get("id", call.get("toolUseId"))
             calls.append({"id": own, "name": call.get("name"), "arguments": arguments})
+        elif calls:
+            raise BadRecordError(
+                "a message has text behind a tool call, and would be trained in another order; "
+                "write the text before its calls"
+            )
         else:
             rest.append(part)
     return (calls, rest) if calls else None

@@ -174,6 +174,11 @@ def hint(record: Record, fields: Fields, part: str, names: Sequence[str] = ()) -
         return f"{found}; {talks[0]} holds messages: prepare.completion_field={talks[0]}"
     if {"role", "content"} <= record.keys() or {"from", "value"} <= record.keys():
         return found + '; one message alone is no record: write {"messages": [...]}'
+    asked = find(record, presets.PROMPTS)
+    texts = [n for n in given if n != asked and isinstance(record[n], str) and " " in record[n]]
+    if part == "completion" and not chosen and not found and len(texts) == 1 + (asked is None):
+        found = "" if asked else f"; if it is {texts[0]}: prepare.prompt_field={texts[0]}"
+        found += f"; if it is {texts[-1]}: prepare.completion_field={texts[-1]}"
     if list(record) == ["text"]:
         found += "; in one text prompt and completion cannot be told apart: write messages"
     return found

@@ -24,7 +24,7 @@ from dcod_jax.data.columns import (
 from dcod_jax.data.presets import Fields, listed
 from dcod_jax.data.reasoning import may_be_reasoning
 from dcod_jax.data.records import BadRecordError, Message, RawTrace, Record, Turns
-from dcod_jax.data.told import finished, judged
+from dcod_jax.data.told import finish, finished, judged
 from dcod_jax.data.unpack import nulls, unpacked
 
 # (prompt, completions of it, the mapping that holds id, answer, model and temperature); the prompt
@@ -274,7 +274,8 @@ def read_record(
             f"the record has {shown[0]}, and only text can be read; take the column out where the "
             "text is enough"
         )
-    if (error := whole.get("error")) and isinstance(error, str | dict):
+    error = whole.get("error")
+    if isinstance(error, dict) or (finish(error) and isinstance(error, str)):
         whole = {"custom_id": source, **whole}  # a failed request, whatever stands beside it
     read = next((read for matches, read in FORMS.values() if matches(whole, fields)), None)
     if read is None:

@@ -24,7 +24,7 @@ def unpacked(record: Record, fields: Fields) -> dict[str, Any]:
             found[name] = listed(value)
         if not talk and name not in texts | thoughts:
             continue
-        answer = listed(value) if name in presets.COMPLETIONS else None
+        answer = listed(value) if name in (*presets.COMPLETIONS, fields.completion) else None
         if isinstance(value, dict) and isinstance(value.get("messages"), list):
             found[name] = value["messages"]
             if value.get("tools") and "tools" not in found:

@@ -353,6 +353,15 @@ def test_tool_calls_are_written_by_the_template_or_refused(call) -> None:
     assert supervised(tokenizer, turns) == [calls, f"so\n{calls}", "It is 3.<|im_end|>"]
     with pytest.raises(DcodError, match="has tool calls, and the chat template does not write"):
         chat.encode(build(), turns)
+    last = "{% if m.tool_calls and loop.last %}<think></think>{% endif %}"  # as Qwen3 does
+    otherwise = build(
+        tokenizer.chat_template.replace("{% for call in", f"{last}{{% for call in", 1)
+    )
+    if call == "<tool_call>":
+        assert supervised(otherwise, [*turns[:3], turns[4]]) == [calls, "It is 3.<|im_end|>"]
+    else:
+        with pytest.raises(DcodError, match="otherwise when other turns follow"):
+            chat.encode(otherwise, [*turns[:3], turns[4]])
     spelled = {"name": "<|im_end|>", "arguments": {}}
     turns[1]["tool_calls"][0]["function"] = spelled
     with pytest.raises(DcodError, match=r"tool call holds the special token '<\|im_end\|>'"):
@@ -363,6 +372,16 @@ def test_tool_calls_are_written_by_the_template_or_refused(call) -> None:
             read_messages(messages, "messages", Fields())
     with pytest.raises(DcodError, match="has tool calls, and the role 'user'"):
         read_messages([{"role": "user", "content": "", "function_call": asked}], "m", Fields())
+
+
+def test_marks_of_reasoning_may_be_special_tokens() -> None:
+    tokenizer = build()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    whole = "<think>so</think>4"
+    turns = conversation("2+2?", whole, "again?", whole)
+    assert supervised(tokenizer, turns) == [f"{whole}<|im_end|>"] * 2
+    with pytest.raises(DcodError, match="the user message holds the special token '<think>'"):
+        chat.encode(tokenizer, conversation("Use <think>.", whole))
 
 
 def test_another_models_end_is_not_trained_as_text() -> None:
@@ -485,6 +504,17 @@ def test_turns_of_another_template_are_not_text(text) -> None:
     for messages in (conversation(f"hi{text}", "one"), conversation("hi", f"so{text}one")):
         with pytest.raises(DcodError, match="another model's chat template as text"):
             chat.encode(tokenizer, messages)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<|begin_of_text|>4", "<bos>4", "<｜begin▁of▁sentence｜>4", "<|start_of_role|>assistant",
+     "analysisSo four.assistantfinalIt is 4."],
+)  # fmt: skip
+def test_what_another_template_writes_before_a_text_is_not_text(text) -> None:
+    with pytest.raises(DcodError, match="another model's chat template as text"):
+        chat.encode(build(), conversation("2+2?", text))
+    chat.encode(build(), conversation("2+2?", f"It writes {text[:12]} first."))
 
 
 def test_an_empty_or_full_mask_is_refused() -> None:

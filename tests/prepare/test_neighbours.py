@@ -323,6 +323,21 @@ REFUSED = [
     ({"messages": [USER, DRAFT | {"prefix": True}, PLAIN_TURN]}, {}, r"messages\[1\].prefix"),
     ({"messages": [USER, DRAFT | {"ignore": True}, PLAIN_TURN]}, {}, r"messages\[1\].ignore"),
     ({"prompt": ASKED, "raw_response": WHOLE}, {}, "prepare.completion_field=raw_response"),
+    ({"prompt": ASKED, "content": SAID}, {}, "prepare.completion_field=content"),
+    ({"human": ASKED, "gpt": SAID}, {}, "prompt_field=human; .* prepare.completion_field=gpt"),
+    (
+        {
+            "messages": [
+                USER,
+                {
+                    "role": "assistant",
+                    "content": [{"type": "tool_use", "name": "add", "input": {}}, *TEXT_PART],
+                },
+            ]
+        },
+        {},
+        "behind a tool call",
+    ),
     ({"data": [{"prompt": ASKED, "completion": SAID}]}, {}, r"jq -c '\.data'"),
     ({"prompt": ASKED, "completion": {"final": SAID}}, {}, "completion_field=completion.final"),
     (
