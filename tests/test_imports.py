@@ -18,7 +18,7 @@ LEVELS = """
     models.blocks models.attention
     models.transformer models.counts models.lora models.cached models.tensors models.peft
     models.tensor_files
-    losses.head losses.distributions losses.divergences losses.segments losses.weights
+    losses.head losses.distributions losses.divergences losses.weights
     losses.weight_errors losses.adaptive losses.reduce losses.routing losses.distill
     data.teachers data.codec data.dataset data.blocks data.scores data.packing
     data.reasoning data.presets data.records data.calls data.raw data.lines data.schema data.unpack
@@ -42,7 +42,7 @@ LEVELS = """
     generate_traces.command prepare.command score.command inspect.arguments inspect.command
     drift.curves drift.scores
     train.learned_from train.held_out train.setup train.on_policy export.card export.check
-    export.command init_student.arguments init_student.prune init_student.activations
+    export.command init_student.arguments init_student.prune
     init_student.command
     evaluate.command
     evaluate.lm_eval_model drift.command report.arguments report.data report.traces report.command

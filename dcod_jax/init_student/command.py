@@ -17,7 +17,6 @@ from dcod_jax.export.check import check_small
 from dcod_jax.export.command import write_small
 from dcod_jax.files import Path, as_path, naming, publish, scratch
 from dcod_jax.init_student import prune
-from dcod_jax.init_student.activations import mean_activations, texts_of
 from dcod_jax.models import hf
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.counts import num_params
@@ -43,7 +42,7 @@ def init_student(args: argparse.Namespace) -> Path:
     raw = {} if args.dtype or source.suffix == ".gguf" else hf.load_config(source)[1]
     stored = raw.get("dtype") or raw.get("torch_dtype")
     dtype = args.dtype or (stored if stored in ("bfloat16", "float16") else "float32")
-    texts = texts_of(args.data, args.traces, before, tokenizer) if args.data else []
+    texts = prune.texts_of(args.data, args.traces, before, tokenizer) if args.data else []
     config, params = _pruned(args, *hf.load_model(source, dtype=jnp.dtype(dtype)), layers, texts)
     out.parent.mkdir(parents=True, exist_ok=True)
     with naming(out), scratch(out.parent) as directory:
@@ -67,7 +66,7 @@ def _pruned(
     """The activations, where texts are given, are those of the whole model."""
     heads = channels = None
     if texts:
-        heads, channels = (x[layers] for x in mean_activations(config, params, texts))
+        heads, channels = (x[layers] for x in prune.mean_activations(config, params, texts))
     config, params = prune.keep_layers(config, params, layers)
     if args.heads or args.kv_heads:
         some = (args.heads, args.kv_heads)

@@ -26,7 +26,6 @@ from dcod_jax.files import Location, Path, as_path, from_json, replace_file
 from dcod_jax.losses import adaptive, reduce, weights
 from dcod_jax.losses.distill import LossConfig, tokens_of
 from dcod_jax.losses.reduce import Sums, TokenStats
-from dcod_jax.losses.segments import segment_cumsum
 from dcod_jax.types import Batch, LossState
 
 # First position within the completion of each bucket: [0,16), [16,32), ..., [1024, ∞).
@@ -175,7 +174,7 @@ def measure(
     read = (stats.student_logprobs, stats.teacher_logprobs, stats.extra)
     scoped = weights.scoped_signal(cfg.weights, tokens_of(small, *read))
     bounded = weights.raw(cfg.weights, scoped, loss_state)
-    order = segment_cumsum(mask.astype(jnp.float32), small.segment_ids) - 1.0
+    order = weights.segment_cumsum(mask.astype(jnp.float32), small.segment_ids) - 1.0
     measured = {
         "nll": reduce.mean_nll(sums),
         **weight_statistics(bounded, stats.weights, stats.student_logprobs, mask, order),

@@ -15,8 +15,8 @@ from dcod_jax.data.dataset import DatasetWriter
 from dcod_jax.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from dcod_jax.errors import DcodError
 from dcod_jax.init_student import arguments, prune
-from dcod_jax.init_student.activations import mean_activations, texts_of
 from dcod_jax.init_student.command import init_student
+from dcod_jax.init_student.prune import mean_activations, texts_of
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import from_hf
 from dcod_jax.models.mixtures import Mixture
