@@ -247,6 +247,12 @@ def _directory_lock(path: pathlib.Path, wait: int = 0) -> Iterator[None]:
         os.close(descriptor)
 
 
+def forget_unfinished(path: Path) -> None:
+    """Remove what a process left that was killed while it replaced this file."""
+    if isinstance(path, pathlib.Path):
+        _temporary(path).unlink(missing_ok=True)
+
+
 def rename(path: Path, name: Path) -> None:
     """Rename a file in its place; in a store by a copy, which appears whole."""
     if isinstance(path, RemotePath) and isinstance(name, RemotePath):

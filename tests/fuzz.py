@@ -205,6 +205,7 @@ READERS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         (
             "metrics.jsonl",
             "config.json",
+            "goodput.json",
             "drift.json",
             "evaluation/results.json",
         ),
@@ -235,6 +236,8 @@ def write_all(root: Path) -> dict[str, Path]:
     (run / "config.json").write_text(to_json(load_recipe(BASE)))
     lines = [{"step": i, "loss": 1.0 / i, "weights/position_0000": 1.0} for i in range(1, 9)]
     tiny.write_jsonl(run / "metrics.jsonl", lines)
+    total = {f"{part}_seconds": 1.0 for part in report_data.GOODPUT_PARTS} | {"goodput": 0.5}
+    (run / "goodput.json").write_text(json.dumps({"attempts": [{}], "total": total}))
     curve = {"value": [1.0, 2.0], "low": [None, 1.0], "high": [2.0, 3.0]}
     row = dict.fromkeys(("accumulated", "reference", "excess", "difference"), curve)
     row |= {"reach": 2, "student_alive": [2, 2], "teacher_alive": [2, 1]}

@@ -131,11 +131,11 @@ def test_sigterm_ends_every_verb_with_75(verb, ends):
 def test_what_the_system_refuses_is_one_line_with_the_file(name, ends):
     def work(_):
         number = getattr(errno, name)
-        raise OSError(number, os.strerror(number), "runs/default/metrics.jsonl")
+        raise OSError(number, os.strerror(number), "runs/default/goodput.json")
 
     code, said = ends("train", work)
     assert code == 1
-    assert said.startswith("dcod_jax.train: error: runs/default/metrics.jsonl: ")
+    assert said.startswith("dcod_jax.train: error: runs/default/goodput.json: ")
     assert said.count("\n") == 1
 
 

@@ -33,7 +33,7 @@ LEVELS = """
     evaluate.answers evaluate.benchmarks evaluate.options evaluate.grading evaluate.problems
     evaluate.prompts
     evaluate.generations evaluate.statistics evaluate.metrics
-    train.metrics train.optim train.settings
+    train.metrics train.optim train.profiling train.settings
     tune.grid config_checks config doctor cli
     train.checksums train.checkpointer train.checkpoint_reader
     train.forward train.step

@@ -34,6 +34,7 @@ from dcod_jax.report.data import (
     drifts,
     evaluations,
     find_runs,
+    goodput,
     run_record,
     skipped,
     weighed,
@@ -77,7 +78,7 @@ def collect(runs: Sequence[Run], *, settings: Any) -> dict[str, Any]:
     traces: dict[tuple[str, str], dict[str, Any]] = {}  # runs of one dataset share them
     for place, run in enumerate(runs):
         record = run_record(run, notes, points=settings.points)
-        record |= {"histogram": None, "seen": ""}
+        record |= {"histogram": None, "seen": "", "goodput": goodput(run, notes)}
         record |= {"weighed": weighed(run, notes)}
         notes += skipped(record)
         records.append(record)

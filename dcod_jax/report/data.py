@@ -17,8 +17,10 @@ from dcod_jax.bounds import Bound, array, check, either, mapping, number, option
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Path, file_size
 from dcod_jax.train.metrics import TRACES
+from dcod_jax.train.profiling import GOODPUT
 
 POSITION = re.compile(r"weights/position_(\d{1,9})")  # metric of the bucket that starts there
+GOODPUT_PARTS = ("productive", "startup", "eval", "save", "lost", "wall")  # of goodput.json
 ALIVE = ("student_alive", "teacher_alive")
 CURVES = ("accumulated", "reference", "excess", "difference")
 LARGEST = 1 << 28  # bytes of a file that is read
@@ -72,6 +74,15 @@ _DRIFT = {
 }
 _NAMED = optional(array(array(either(text(), _NUMBER), fewest=2, most=2), most=100))
 _WEIGHED = {"step": whole(0, 1 << 53), "most": _NAMED, "least": _NAMED}
+_GOODPUT = {
+    "attempts": array(),
+    "total": mapping(
+        {
+            "goodput": number(-1e308, 1e308),
+            **{f"{part}_seconds": number(-1e308, 1e308) for part in GOODPUT_PARTS},
+        }
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +178,19 @@ def _metrics(path: Path, notes: list[str]) -> list[dict[str, Any]]:
             "of a step; that is left out"
         )
     return lines
+
+
+def goodput(run: Run, notes: list[str]) -> dict[str, Any] | None:
+    """{"starts", "goodput", "seconds": {part: seconds}} of goodput.json, if it can be read."""
+    path = run.path / GOODPUT
+    if not path.is_file():
+        return None
+    found = _checked(path, _GOODPUT, notes)
+    if found is None:
+        return None
+    total = found["total"]
+    seconds = {part: total[f"{part}_seconds"] for part in GOODPUT_PARTS}
+    return {"starts": len(found["attempts"]), "goodput": total["goodput"], "seconds": seconds}
 
 
 def weighed(run: Run, notes: list[str]) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from dcod_jax import config as configs
 from dcod_jax.data import chat, pipeline
 from dcod_jax.errors import EXIT_INTERRUPTED
-from dcod_jax.files import Path, as_path, replace_file
+from dcod_jax.files import Path, as_path, forget_unfinished, replace_file
 from dcod_jax.locks import check_held, locked
 from dcod_jax.losses.reduce import Sums
 from dcod_jax.parallel import hosts
@@ -24,6 +24,7 @@ from dcod_jax.train.checkpointer import Checkpointer, Snapshot
 from dcod_jax.train.forward import make_forward
 from dcod_jax.train.held_out import HeldOut, reading
 from dcod_jax.train.on_policy import OnPolicy
+from dcod_jax.train.profiling import GOODPUT
 from dcod_jax.train.settings import best_metric
 from dcod_jax.train.setup import (
     Student,
@@ -42,13 +43,14 @@ log = logging.getLogger(__name__)
 
 def fit(config: Any, *, name: str = "", until: int = 0) -> int:
     """Train to train.steps, or to the step `until` for now; returns the number of steps done."""
+    entered = time.monotonic()
     hosts.check_joined()
     student = load_student(config)
     with locked(configs.dataset_lock(config), what="data.dataset", shared=True):
-        return _fit(config, name, student, until or config.train.steps)
+        return _fit(config, name, student, entered, until or config.train.steps)
 
 
-def _fit(config: Any, name: str, student: Student, end: int) -> int:
+def _fit(config: Any, name: str, student: Student, entered: float, end: int) -> int:
     train_set, eval_set = open_datasets(config, student)
     run_dir = as_path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -72,13 +74,15 @@ def _fit(config: Any, name: str, student: Student, end: int) -> int:
     _begin(config, run, batches, run_dir)
     if run.step >= end:
         log.info("%s: all %d steps are done", run_dir, end)
+        if hosts.first():
+            forget_unfinished(run_dir / GOODPUT)
         checkpointer.close()
         return run.step
     sample = train_set.read([0])[0]
     print(f"one trace, supervised part marked:\n{chat.render_sample(student.tokenizer, sample)}\n")
 
     policy = OnPolicy(config, student, mesh, base=base, spent=run.on_policy)
-    telemetry = Telemetry(config, run, student, train_set, checkpointer, name=name)
+    telemetry = Telemetry(config, run, student, train_set, checkpointer, name=name, entered=entered)
     with hosts.interruption() as interrupted, telemetry:
         # The order is part of exactness: evaluate -> save -> advance the iterator -> step.
         while True:
@@ -137,6 +141,7 @@ def _save(
         telemetry.writer.sync()  # a resumed run needs the lines up to its checkpoint
         run.iterator = batches.get_state()
         checkpointer.save(run)
+    telemetry.goodput.saved(run.step)
 
 
 def _make_steps(

@@ -85,6 +85,7 @@ OWN_FILES = {
     "config.json": ('"run_dir"', '"on_policy"'),
     "metrics.jsonl": ('"step"',),
     TRACES: ('"step"', '"most"'),
+    "goodput.json": ('"attempts"', '"total"'),
 }
 
 

@@ -1,4 +1,4 @@
-"""Numbers of a run as it goes: progress bar, metrics.jsonl, TensorBoard, XProf, the stop at NaN."""
+"""Numbers of a run as it goes: progress bar, metrics.jsonl, TensorBoard, and the stop at NaN."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
-from dcod_jax.copies import Mirror
 from dcod_jax.data.dataset import TraceDataset
 from dcod_jax.data.packing import head_capacity
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Path, as_path
+from dcod_jax.files import as_path
 from dcod_jax.logs import track
 from dcod_jax.parallel import hosts
 from dcod_jax.plan import chips
@@ -26,14 +25,13 @@ from dcod_jax.plan.estimate import step_flops
 from dcod_jax.train import trace_weights
 from dcod_jax.train.checkpointer import Checkpointer, Snapshot
 from dcod_jax.train.metrics import MetricsWriter, StepMetrics, is_logged
+from dcod_jax.train.profiling import PHASES, Goodput, Tracer
 from dcod_jax.train.settings import loss_config
 from dcod_jax.train.setup import Student
 
 log = logging.getLogger(__name__)
 
 Fetched = TypeVar("Fetched")
-PHASES = ("data_wait", "dispatch", "device")  # of a step, by the host's clock (docs/profiling.md)
-PAUSES = ("eval", "save")  # between steps
 # The loop warns when the tokens that the student gives q <= 0.9 have less than this share of the
 # average weight. Evidence: docs/auto_temperature.md.
 UNKNOWN_WEIGHT = 0.6
@@ -41,43 +39,6 @@ UNKNOWN_WEIGHT = 0.6
 
 class DivergedError(DcodError):
     """Numbers that are not finite, or too many skipped steps: of the training, not the set-up."""
-
-
-class Tracer:
-    """An XProf trace of profile.steps ("10:13": steps 10, 11, 12 and 13) in run_dir/profile."""
-
-    def __init__(self, steps: str, run_dir: Path, *, first: int):
-        """first: the first step of this attempt."""
-        begin, _, end = steps.partition(":")
-        self.wanted = range(int(begin), int(end) + 1) if steps else range(0)
-        self.directory = run_dir / "profile"
-        self._mirror: Mirror | None = None
-        if steps and self.wanted[-1] < first:
-            log.info("profile.steps=%s are before this start at step %d: no trace", steps, first)
-
-    def step(self, step: int) -> AbstractContextManager[Any]:
-        """Its body starts this step; the trace is opened before the first that is wanted."""
-        if step in self.wanted and self._mirror is None:
-            self._mirror = Mirror(self.directory)
-            options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # tracing every Python call would slow the steps
-            self._mirror.directory.mkdir(parents=True, exist_ok=True)
-            jax.profiler.start_trace(str(self._mirror.directory), profiler_options=options)
-        return jax.profiler.StepTraceAnnotation("train", step_num=step)
-
-    def after(self, step: int, values: Any) -> None:
-        """End the trace once the last wanted step is done on the device."""
-        if self._mirror is not None and step + 1 not in self.wanted:
-            jax.block_until_ready(values)
-            self.close()
-
-    def close(self) -> None:
-        """End the trace, where one is open."""
-        if self._mirror is not None:
-            jax.profiler.stop_trace()
-            self._mirror.close()
-            self._mirror = None
-            log.info("profile: %s (open with: tensorboard --logdir %s)", *[self.directory] * 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +64,14 @@ class Telemetry:
         checkpointer: Checkpointer,
         *,
         name: str,
+        entered: float,
     ):
-        """run.tokens_seen is counted here."""
+        """entered: when this attempt began, of time.monotonic. run.tokens_seen is counted here."""
         self.config, self.run = config, run
         self.dataset, self.checkpointer = dataset, checkpointer
         run_dir = as_path(config.run_dir)
+        # Before the metrics file is opened, which drops the lines of a killed attempt.
+        self.goodput = Goodput(run_dir, run.step, entered=entered, enabled=hosts.first())
         self.tracer = Tracer(config.profile.steps, run_dir, first=run.step + 1)
         self.writer = MetricsWriter(config.run_dir, run.step)
         self.bar = track(
@@ -130,11 +94,11 @@ class Telemetry:
     def _begin_line(self, step: int) -> None:
         """Count from 0 what the next metrics line is about: the steps after this one."""
         self.line_step, self.line_tokens, self.line_began = step, 0, time.monotonic()
-        self.spent: dict[str, float] = dict.fromkeys((*PHASES, *PAUSES), 0.0)
+        self.spent: dict[str, float] = dict.fromkeys((*PHASES, "eval", "save"), 0.0)
 
     def _stepping(self) -> float:
         """Seconds of this line without evaluation and saves; never 0."""
-        paused = sum(self.spent[part] for part in PAUSES)
+        paused = self.spent["eval"] + self.spent["save"]
         return max(time.monotonic() - self.line_began - paused, 1e-9)
 
     def __enter__(self) -> Telemetry:
@@ -147,6 +111,7 @@ class Telemetry:
             self.tracer.close,
             functools.partial(self.bar.__exit__, *details),
             self.writer.close,
+            functools.partial(self.goodput.finish, failed=failed),
         ):
             try:
                 end()
@@ -155,15 +120,20 @@ class Telemetry:
                     raise
                 # The error that came first is told: on a full disk each of these fails, too.
                 log.debug("while the run ended: %s", error)
+        if not failed:
+            log.info(self.goodput.text())
 
     @contextmanager
     def timed(self, part: str, doing: str = "") -> Iterator[None]:
-        """Count the body as one of PHASES or PAUSES."""
+        """Count the body as "eval", "save" or one of profiling.PHASES."""
         if doing:
             hosts.doing(doing)
         start = time.monotonic()
         yield
-        self.spent[part] += time.monotonic() - start
+        seconds = time.monotonic() - start
+        self.spent[part] += seconds
+        if part not in PHASES:
+            self.goodput.paused(part, seconds)
 
     def dispatched(self, started: Pending) -> None:
         """Wait for the step before this one, which has just been started; settle a log step."""
@@ -183,7 +153,9 @@ class Telemetry:
     def _wait(self, step: int, until: Callable[[], Fetched]) -> Fetched:
         hosts.doing(f"the numbers of step {step}", waiting=True)
         with self.timed("device"):
-            return until()
+            found = until()
+        self.goodput.started()
+        return found
 
     def settle(self) -> None:
         """Fetch, count and write the steps since the last time; not finite is an error."""
@@ -253,13 +225,13 @@ class Telemetry:
         )
 
     def _pace(self, step: int) -> dict[str, float]:
-        """The times since the last metrics line: of a step as means, of pauses as sums."""
+        """The times of a metrics line, as means over the steps since the last one."""
         seconds, steps = self._stepping(), step - self.line_step
         pace = {
             "time/step_seconds": seconds / steps,
             "time/tokens_per_second": self.line_tokens / seconds,
             **{f"time/{name}_seconds": self.spent[name] / steps for name in PHASES},
-            **{f"time/{name}_seconds": self.spent[name] for name in PAUSES},
+            **self.goodput.line(step),
         }
         if self.peak:
             pace["time/mfu"] = self.flops * steps / seconds / self.peak

@@ -22,6 +22,7 @@ from dcod_jax.study import conditions
 from dcod_jax.train import checksums, learned_from, metrics
 from dcod_jax.train.checkpoint_reader import read_record
 from dcod_jax.train.checkpointer import finished
+from dcod_jax.train.profiling import PARTS, Goodput
 from dcod_jax.tune.command import _Results
 
 
@@ -69,6 +70,12 @@ RESULT |= {
     "curves": {"nll": 1.0},
     "drift": {"excess": 1},
 }
+ATTEMPT = {"from_step": 0, "step": 1, "elapsed": 1.0, "steps_at_save": {"1": 1.0}, "ended": ""}
+ATTEMPT |= dict.fromkeys(PARTS, 0.0)
+
+
+def _goodput(path):
+    Goodput(path.parent, 1, entered=0.0, enabled=True)
 
 
 # What follows uses what it read, as its verbs do.
@@ -109,6 +116,7 @@ def _study(path):
     ("name", "read", "good"),
     [
         ("checkpoints/8/run/metadata", _run, RUN),
+        ("goodput.json", _goodput, {"attempts": [ATTEMPT]}),
         ("a.manifest.json", _blocks, {"request": {"seed": 0}, "files": {}} | COUNTS),
         (f"{BlockFiles([Path('a')], {'seed': 0}).directory}/{FIRST}", _counts, COUNTS),
         (f"{scores.score_blocks(Path(), {'shards': []}, {}, {}).directory}/{FIRST}", _notes, NOTE),

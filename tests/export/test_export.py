@@ -395,7 +395,9 @@ def test_only_files_of_this_program_are_replaced(tmp_path):
             check_own(own, '"attempts"')
         own.rmdir() if own.is_dir() else own.unlink()
     # What a model's directory holds is not what a run's holds, and what the program writes is.
-    assert set(OWN_FILES) == {"config.json", "metrics.jsonl", "trace_weights.jsonl"}
+    assert set(OWN_FILES) == {
+        "config.json", "metrics.jsonl", "trace_weights.jsonl", "goodput.json",
+    }  # fmt: skip
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(DcodError, match=r"config\.json"):
         check_own(tmp_path / "config.json", *OWN_FILES["config.json"])

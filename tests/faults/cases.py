@@ -84,7 +84,7 @@ UNNAMED = re.compile(
 )
 CLOCKS = re.compile(r"time|seconds|per_second")  # keys of values that no run repeats
 GROWING = ("metrics.jsonl", "trace_weights.jsonl")  # whose lines are read up to the last whole one
-APART = re.compile(r"/tensorboard/|\.lock$|/checkpoints/")  # compared elsewhere
+APART = re.compile(r"/tensorboard/|goodput\.json$|\.lock$|/checkpoints/")  # compared elsewhere
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,6 +77,9 @@ def place(tmp_path_factory):
         run = Path(variant.run_dir)
         (run / "config.json").write_text(configs.to_json(variant))
         (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines()))
+    seconds = {f"{part}_seconds": 2.5 for part in report_data.GOODPUT_PARTS}
+    content = {"attempts": [{}, {}, {}], "total": {"goodput": 0.8125, **seconds}}
+    (place / "run" / "sft" / "goodput.json").write_text(json.dumps(content))
     write_accuracy(place / "run")
     return config
 
@@ -450,3 +453,4 @@ def test_a_browser_draws_it_and_runs_nothing_else(page, tmp_path):
     assert "<h2>Drift</h2>" not in drawn  # there is no drift.json
     assert "70.0 % (60.0 % to 80.0 %)" in drawn
     assert "Level 1" in drawn
+    assert "<td>3</td><td>81.25 %</td>" + 6 * "<td>2.5</td>" in drawn  # of three starts

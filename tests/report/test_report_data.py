@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from html.parser import HTMLParser
 
 import numpy as np
@@ -11,6 +12,7 @@ from dcod_jax.config import BASE, load_recipe
 from dcod_jax.errors import DcodError
 from dcod_jax.report import command as report
 from dcod_jax.report import data as report_data
+from dcod_jax.train.profiling import Goodput
 
 
 def test_long_curves_keep_ends_and_extremes_exactly():
@@ -116,6 +118,37 @@ def test_results_of_another_form_are_left_out_with_a_note(tmp_path, name, conten
     assert found.startswith(str(path))
     assert note in found
     assert "not shown" in found
+
+
+def test_goodput_is_what_the_loop_wrote(tmp_path):
+    for start in (0, 2):  # killed after step 3, of which the checkpoint of step 2 was kept
+        clock = Goodput(tmp_path, start, entered=time.monotonic() - 5, enabled=True)
+        clock.paused("eval", 0.25)
+        clock.started()
+        clock.saved(2)
+    clock.finish(failed=False)
+    written = json.loads((tmp_path / "goodput.json").read_text())
+    notes = []
+    found = report_data.goodput(report_data.Run("sft", tmp_path, {}), notes)
+    assert found is not None
+    assert not notes
+    assert found["starts"] == 2
+    assert found["goodput"] == written["total"]["goodput"]
+    seconds = found["seconds"]
+    assert seconds["eval"] == 0.5
+    assert seconds["wall"] == pytest.approx(sum(seconds.values()) - seconds["wall"])
+    assert seconds["wall"] > seconds["startup"] > 9
+
+
+def test_goodput_of_another_form_is_left_out_with_a_note(tmp_path):
+    run, notes = report_data.Run("sft", tmp_path, {}), []
+    assert report_data.goodput(run, notes) is None
+    assert notes == []
+    for content, lacking in (({"total": {}, "attempts": []}, "total.goodput"), ({}, "attempts")):
+        (tmp_path / "goodput.json").write_text(json.dumps(content))
+        notes = []
+        assert report_data.goodput(run, notes) is None
+        assert f"goodput.json: {lacking} is missing" in notes[0]
 
 
 @pytest.mark.parametrize(

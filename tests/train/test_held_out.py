@@ -104,6 +104,8 @@ def test_answers_are_graded_and_leave_the_bits_of_the_training(config):
     assert (last["eval/accuracy"], last["eval/unfinished"]) == (0.5, 0.0)  # the 11th has no answer
     assert (last["eval/accuracy_low"], last["eval/accuracy_high"]) == wilson(5, 10)
     assert answered[0]["eval/accuracy"] < 0.5
+    seconds = json.loads(Path(asking.run_dir, "goodput.json").read_text())["total"]
+    assert 0 < seconds["eval_seconds"] < seconds["wall_seconds"]
 
     stopped = variant(config, "stopped", train__steps=20)
     loop.fit(stopped)

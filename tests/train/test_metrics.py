@@ -186,7 +186,7 @@ def test_the_error_that_came_first_is_told(tmp_path):
         __exit__ = finish = close
 
     telemetry = object.__new__(Telemetry)
-    telemetry.tracer = telemetry.writer = telemetry.bar = Closing()
+    telemetry.tracer = telemetry.writer = telemetry.bar = telemetry.goodput = Closing()
     with pytest.raises(DcodError, match="checkpoints/40 could not be written"), telemetry:
         raise DcodError("checkpoints/40 could not be written")
     with pytest.raises(OSError, match="No space"), telemetry:

@@ -186,7 +186,8 @@ def test_mfu_counts_the_head_where_it_is_compiled_and_a_live_teachers_forward_pa
     assert batch["head_positions"].shape == (16, 32)
     run = Snapshot(state=TrainState(jnp.int32(0), {}, (), adaptive.initial()), step=0)
     checkpointer = Checkpointer(config.run_dir)
-    with Telemetry(config, run, student, dataset, checkpointer, name="") as telemetry:
+    told = {"name": "", "entered": 0.0}
+    with Telemetry(config, run, student, dataset, checkpointer, **told) as telemetry:
         model = student.config
         linear = sum(p.size for p in jax.tree.leaves(transformer.param_shapes(model)["layers"]))
         linear -= 2 * 2 * model.hidden_size  # scales of the norms
@@ -196,6 +197,19 @@ def test_mfu_counts_the_head_where_it_is_compiled_and_a_live_teachers_forward_pa
     changes = {"loss.teacher": "live", "teacher.path": str(place / "student")}
     live = step_flops(configs.replace(config, changes), model, 32)
     assert live == pytest.approx(telemetry.flops * 4 / 3)
+
+
+def test_goodput_says_where_the_time_went(reference):
+    found = json.loads((reference / "goodput.json").read_text())
+    [attempt], total = found["attempts"], found["total"]
+    assert (attempt["from_step"], attempt["step"], attempt["ended"]) == (0, 8, "ended")
+    assert list(attempt["steps_at_save"]) == ["4", "8"]
+    parts = ("startup", "eval", "save", "lost", "productive")
+    seconds = [total[f"{name}_seconds"] for name in parts]
+    assert sum(seconds) == pytest.approx(total["wall_seconds"])
+    assert total["lost_seconds"] == 0
+    assert min(total["eval_seconds"], total["save_seconds"], total["productive_seconds"]) > 0
+    assert total["goodput"] == total["productive_seconds"] / total["wall_seconds"]
 
 
 def kill_after(run, path, step, how):
@@ -239,6 +253,15 @@ def test_sigterm_then_kill_9_then_the_same_command_is_bit_identical(place, refer
     assert third.returncode == 0, output
     assert f"resuming {run_dir} at step {kept[-1]}" in output
     assert_same_run(place, run_dir, reference)
+    found = json.loads((run_dir / "goodput.json").read_text())
+    stopped, killed, after = found["attempts"]
+    assert [a["ended"] for a in (stopped, killed, after)] == ["ended", "killed", "ended"]
+    assert killed["step"] >= 5
+    assert stopped["lost"] == 0
+    assert 0 < killed["lost"] == found["total"]["lost_seconds"]
+    if after["from_step"] == 4:  # the steps up to the save were not lost
+        steps = killed["elapsed"] - killed["startup"] - killed["eval"] - killed["save"]
+        assert killed["lost"] == pytest.approx(steps - killed["steps_at_save"].get("4", 0.0))
 
 
 VERBS = {
@@ -322,13 +345,16 @@ def test_other_scores_of_the_same_traces_are_another_run(place, reference, tmp_p
     assert "training traces" in [change["part"] for change in run.data["changes"]]
 
 
-def test_a_finished_run_is_left_alone(place, reference):
+def test_a_finished_run_is_left_alone_but_for_what_a_kill_left(place, reference):
     def there():
         paths = (reference / "checkpoints").iterdir()
         return sorted((path, path.stat().st_mtime_ns) for path in paths)
 
     before = there()
+    left = reference / "goodput.json.tmp"
+    left.write_text('{"atte')
     assert train.fit(load(place, reference)) == 8
+    assert not left.exists()
     assert there() == before
 
 

@@ -66,6 +66,9 @@ const ABOUT_WEIGHTS = [
 const ABOUT_DRIFT =
   "ExAccErr(l) = 100 (R(l) − E(l)) / E(l): how much more error the student gathers " +
   "on text of its own than on the teacher's.";
+const ABOUT_TIME = RUNS.some((run) => run.goodput)
+  ? "Goodput is the share of wall time, over all starts of a run, in steps that were not done again."
+  : "";
 
 function main() {
   document.getElementById("about").textContent = DATA.about;
@@ -124,7 +127,12 @@ function main() {
   );
   section("Drift", ABOUT_DRIFT, ...DATA.drifts.flatMap(drift));
   section("Traces", "", traces());
-  section("Time", "", grid(remaining("time/", { robust: true, zero: true })));
+  section(
+    "Time",
+    ABOUT_TIME,
+    goodputTable(),
+    grid(remaining("time/", { robust: true, zero: true })),
+  );
   section("Other metrics", "", grid(remaining("")));
   section("Settings", "", ...settingsTables());
   pending.forEach((draw) => draw());

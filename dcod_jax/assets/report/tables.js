@@ -94,6 +94,25 @@ function runsTable() {
   return table([...heads.split(","), "tokens seen", "s / step"], rows);
 }
 
+// Where the wall time of a run went, over all its starts.
+function goodputTable() {
+  const heads = "run,starts,goodput,steps that count: s,start-up,evaluation,saves";
+  const parts = ["productive", "startup", "eval", "save", "lost", "wall"];
+  const rows = RUNS.flatMap((run, i) =>
+    run.goodput
+      ? [
+          [
+            named(run.name, runColor(i)),
+            format(run.goodput.starts),
+            `${format(100 * run.goodput.goodput)} %`,
+            ...parts.map((part) => format(run.goodput.seconds[part])),
+          ],
+        ]
+      : [],
+  );
+  return table([...heads.split(","), "steps done again", "in all"], rows);
+}
+
 // The traces of most and of least weight in the last step that was logged.
 function weighedTable() {
   const list = (traces) => traces.map(([id, weight]) => `${id}: ${format(weight)}`).join(", ");
