@@ -22,7 +22,7 @@ from dcod_jax.files import Location, Path, as_path
 BASE = pathlib.Path(__file__).resolve().parent / "configs" / "base.py"
 STUDY = BASE.with_name("study.py")  # the recipe that adds the section `study`
 AUTO = "auto"
-TEMPERATURE = "loss.weights.temperature"  # a number or "auto"
+AUTOMATIC = ("loss.weights.temperature", "loss.weights.offset")  # a number or "auto"
 
 
 # ---------------------------------------------------------------- reading
@@ -176,7 +176,7 @@ def assign(config: Any, key: str, text: str) -> None:
     if key not in known:
         raise DcodError(f"unknown key --config.{key}{nearest(key, known)}; --help lists the keys")
     parent, leaf = _parent(config, key)
-    parent[leaf] = _read(key, text, 1.0 if key == TEMPERATURE else parent[leaf])
+    parent[leaf] = _read(key, text, 1.0 if key in AUTOMATIC else parent[leaf])
 
 
 def _parent(config: Any, key: str) -> tuple[Any, str]:
@@ -191,7 +191,7 @@ def _read(key: str, text: str, old: Any) -> Any:
     kind = type(old)
     such = f", such as {old!r}" if kind in (int, float) else ""
     wrong = DcodError(f"--config.{key}={text!r}: expected {_EXPECTED[kind.__name__]}{such}")
-    if key == TEMPERATURE:
+    if key in AUTOMATIC:
         wrong = DcodError(f"--config.{key}={text!r}: expected a number or '{AUTO}'")
         if text == AUTO:
             return text
@@ -256,11 +256,11 @@ def replace(config: Any, changes: dict[str, Any]) -> Any:
 
 def _copy(config: Any, changes: dict[str, Any]) -> Any:
     copy: Any = ConfigDict(config.to_dict())
-    # to_dict knows the value that a field has, not those that it may have.
-    parent, leaf = _parent(copy, TEMPERATURE)
-    value = parent[leaf]
-    del parent[leaf]
-    parent[leaf] = FieldReference(value, field_type=object)
+    for key in AUTOMATIC:  # to_dict knows the value that a field has, not those that it may have
+        parent, leaf = _parent(copy, key)
+        value = parent[leaf]
+        del parent[leaf]
+        parent[leaf] = FieldReference(value, field_type=object)
     copy.lock()
     copy.update_from_flattened_dict(changes)
     return copy

@@ -110,7 +110,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "be at least 2": (lambda x: x >= 2, "tune.factor"),
     "be -1 or more": (lambda x: x >= -1, "export.step hosts.process_id"),
-    "be between 0 and 1": (lambda x: 0 < x < 1, "loss.skew"),
+    "be between 0 and 1": (lambda x: 0 < x < 1, "loss.skew loss.weights.target_mean"),
 }
 LARGEST = 2**31 - 1  # of a whole number: steps and sizes are int32 on the device
 NAME = re.compile(r"\w[\w.+%=-]{0,99}")  # of a directory that a variant or a problem set gets

@@ -51,6 +51,7 @@ class LossState:
     """float32 scalars that a loss carries from step to step (losses/adaptive.py)."""
 
     temperature: Float[Array, ""]  # smoothed solution, in force at the next step
+    offset: Float[Array, ""]
     interpolation: Float[Array, ""]  # TAID's s; below taid_start before the first step
     momentum: Float[Array, ""]  # TAID's
     previous: Float[Array, ""]  # TAID's loss of the step before; +inf before the first

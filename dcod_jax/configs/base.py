@@ -5,6 +5,11 @@ from typing import Any
 from ml_collections import ConfigDict, FieldReference
 
 
+def _or_auto(value: float) -> Any:
+    """A number that a recipe may replace by "auto"."""
+    return FieldReference(value, field_type=object)
+
+
 def get_config() -> Any:
     c: Any = ConfigDict()
 
@@ -118,13 +123,14 @@ def get_config() -> Any:
     c.loss.weights.ratio = "student/teacher"  # student/teacher | start/teacher | student/start
     # What the weight's signal is divided by: r, or the logarithm of q (q_power) or of an entropy
     # (eaft), where a temperature of 2 takes the square root. The paper's values are unknown to us.
-    c.loss.weights.temperature = FieldReference(1.0, field_type=object)  # a number, or auto
+    c.loss.weights.temperature = _or_auto(1.0)  # a number, or auto
     # Of the temperature. spread: the deviation of r over the stream's traces, or its tokens
     c.loss.weights.unit = "nats"  # nats | spread (of traces where scope is sequence)
-    c.loss.weights.offset = 0.0  # added to the log-ratio inside the sigmoid
-    # What the automatic temperature aims at; one of the two is 0
-    c.loss.weights.target_loss = 0.9  # share of the loss that the weights leave
-    c.loss.weights.target_ess = 0.0  # effective sample size of the weights
+    c.loss.weights.offset = _or_auto(0.0)  # added to the log-ratio inside the sigmoid, or "auto"
+    # The automatic temperature aims at target_loss, target_ess or, where both are 0, target_mean
+    c.loss.weights.target_loss = 0.9  # share of the loss that the weights leave; 0: another target
+    c.loss.weights.target_ess = 0.0  # effective sample size of the weights; 0: another target
+    c.loss.weights.target_mean = 0.5  # mean raw weight; also what the automatic offset aims at
     c.loss.weights.smoothing = 0.9  # auto: memory over steps; 0: solved in this step (a pass more)
     c.loss.weights.clip = 2.0  # upper bound of clip and power; of advantage on both sides
     c.loss.weights.threshold = 0.1  # q_threshold: the lowest q(y) that counts

@@ -9,20 +9,42 @@ from dcod_jax.losses.weights import AUTO, WEIGHTS, WeightConfig
 
 def config_errors(cfg: WeightConfig) -> list[str]:
     """What is wrong across the keys of loss.weights, one error for each; empty when it is fine."""
-    key, errors, value = "loss.weights.", _choice_errors(cfg), cfg.temperature
-    may = [weight for weight, entry in WEIGHTS.items() if entry.automatic]
-    if isinstance(value, str) and value != AUTO:
-        errors.append(f"{key}temperature={value!r} must be a number or 'auto'")
-    if value == AUTO and cfg.name not in may:
+    key, errors = "loss.weights.", _choice_errors(cfg)
+    for name, value in (("temperature", cfg.temperature), ("offset", cfg.offset)):
+        may = [weight for weight, entry in WEIGHTS.items() if name in entry.automatic]
+        if value == AUTO and cfg.name not in may:
+            errors.append(
+                f"{key}{name}='auto' means nothing for {key}name={cfg.name!r}; it is for "
+                + ", ".join(may)
+            )
+        elif isinstance(value, str) and value != AUTO:
+            errors.append(f"{key}{name}={value!r} must be a number or 'auto'")
+    if cfg.temperature != AUTO:
+        return errors
+    loss, ess, mean = cfg.target_loss, cfg.target_ess, cfg.target_mean
+    both = cfg.offset == AUTO
+    if loss and ess:
         errors.append(
-            f"{key}temperature='auto' means nothing for {key}name={cfg.name!r}; it is for "
-            + ", ".join(may)
+            f"{key}target_loss={loss} and {key}target_ess={ess} are two targets for one "
+            "temperature; set one of them to 0"
         )
-    if value == AUTO and (cfg.target_loss > 0) == (cfg.target_ess > 0):
-        many = "two targets" if cfg.target_ess else "no target"
+    elif (loss or ess) and not both and mean != WeightConfig.target_mean:
         errors.append(
-            f"{key}target_loss={cfg.target_loss} and {key}target_ess={cfg.target_ess} are {many} "
-            f"for one temperature; set one of them{' to 0' if cfg.target_ess else ''}"
+            f"{key}target_mean={mean} is not read: the temperature aims at "
+            f"{'target_loss' if loss else 'target_ess'}. Set {key}target_loss=0 and "
+            f"{key}target_ess=0 to aim at it, or {key}offset='auto'"
+        )
+    elif both and not loss and not ess:
+        errors.append(
+            f"{key}temperature and offset are both 'auto' but target_loss=0 and target_ess=0 leave "
+            "one target for two unknowns; set one of them"
+        )
+    elif both and 0 < ess <= mean:
+        # w in (0, 1): mean(w²) <= mean(w), so (mean w)² / mean(w²) >= mean w = target_mean.
+        errors.append(
+            f"{key}target_ess={ess} must be above {key}target_mean={mean} where temperature and "
+            "offset are both 'auto': weights between 0 and 1 of that mean have no smaller "
+            "effective sample size"
         )
     return errors
 
@@ -31,7 +53,7 @@ def _choice_errors(cfg: WeightConfig) -> list[str]:
     """Choices of loss.weights that exclude each other."""
     key, entry = "loss.weights.", WEIGHTS[cfg.name]
     errors = []
-    if cfg.unit == "spread" and (not entry.automatic or cfg.temperature == AUTO):
+    if cfg.unit == "spread" and ("temperature" not in entry.automatic or cfg.temperature == AUTO):
         errors.append(
             f"{key}unit='spread' is for a number {key}temperature of sigmoid or power, got "
             f"{key}name={cfg.name!r} and {key}temperature={cfg.temperature!r}; set {key}unit='nats'"

@@ -4,8 +4,8 @@ Every weight is a bounded function of one number a token, its signal: the log-ra
 r_t = sg[log q(y_t) - log p(y_t)], log q(y_t) alone, an entropy of q, ... (Weight.reads), float32,
 and carries no gradient: stop_gradient lives here. Order: signal -> span -> scope -> bounded weight
 -> warmup -> sequence normalisation; the batch normalisation is the divisor in reduce.py. A
-temperature that follows the traces is in the train state, where losses/adaptive.py keeps it. A new
-weight is one entry of WEIGHTS.
+temperature or offset that follows the traces is in the train state, where losses/adaptive.py keeps
+it. A new weight is one entry of WEIGHTS.
 """
 
 from __future__ import annotations
@@ -50,13 +50,14 @@ class WeightConfig:
 
     name: str
     temperature: float | str  # or AUTO
-    offset: float
+    offset: float | str  # or AUTO
     clip: float
     scope: str
     normalize: str
     warmup_steps: int
     target_loss: float = 0.9
     target_ess: float = 0.0
+    target_mean: float = 0.5
     smoothing: float = 0.9
     span: str = "mean"
     ratio: str = "student/teacher"
@@ -65,8 +66,8 @@ class WeightConfig:
 
     @property
     def automatic(self) -> bool:
-        """Whether the temperature follows the traces, from the train state."""
-        return self.unit == "spread" or self.temperature == AUTO
+        """Whether temperature or offset follows the traces, from the train state."""
+        return self.unit == "spread" or AUTO in (self.temperature, self.offset)
 
     @property
     def reads(self) -> frozenset[str]:
@@ -109,17 +110,26 @@ class WeightConfig:
 UNIFORM = WeightConfig("uniform", 1.0, 0.0, 1.0, scope="token", normalize="none", warmup_steps=0)
 
 
-Known = Scalar | LossState | None  # where a temperature comes from that follows the traces
+class Tempering(NamedTuple):
+    """Temperature and offset in force: the configuration's, or the train state's."""
+
+    temperature: Scalar
+    offset: Scalar
 
 
-def temperature_of(cfg: WeightConfig, known: Known = None) -> Scalar:
-    """The configuration's temperature; where it follows the traces, the known one."""
-    given: Any = cfg.temperature
+Solved = Tempering | LossState | None  # where AUTO numbers come from
+
+
+def fixed(cfg: WeightConfig, solved: Solved = None) -> Tempering:
+    """The configuration's numbers; where they follow the traces, those of `solved`."""
+    given: Any = cfg
     if not cfg.automatic:
-        return given
-    if known is None:
-        raise DcodError("loss.weights: automatic temperature needs that of the train state")
-    return known.temperature if isinstance(known, LossState) else known
+        return Tempering(given.temperature, given.offset)
+    if solved is None:
+        raise DcodError("loss.weights: automatic temperature needs the train state's tempering")
+    follows = cfg.unit == "spread" or cfg.temperature == AUTO
+    temperature = solved.temperature if follows else given.temperature
+    return Tempering(temperature, solved.offset if cfg.offset == AUTO else given.offset)
 
 
 # ---------------------------------------------------------------- registry
@@ -129,12 +139,12 @@ def temperature_of(cfg: WeightConfig, known: Known = None) -> Scalar:
 class Weight:
     """One entry of the registry; the texts make docs/losses.md."""
 
-    value: Callable[[WeightConfig, Array, Scalar], Array]  # of the signal and the temperature
+    value: Callable[[WeightConfig, Array, Tempering], Array]  # of the signal
     formula: str
     source: str
     choose: str  # when to choose it
     parameters: tuple[str, ...] = ()  # fields of WeightConfig that `value` reads
-    automatic: bool = False  # whether its temperature may follow the traces
+    automatic: tuple[str, ...] = ()  # those of them that may be AUTO
     # "ratio" (r, of the two that loss.weights.ratio names), or the arguments of `signal`
     reads: str = "ratio"
     signal: Callable[..., Array] = lambda only: only
@@ -156,12 +166,12 @@ WEIGHTS: dict[str, Weight] = {
         reads="",
     ),
     "sigmoid": Weight(
-        lambda cfg, r, t: jax.nn.sigmoid((r + cfg.offset) / t),
+        lambda cfg, r, t: jax.nn.sigmoid((r + t.offset) / t.temperature),
         "σ((r + offset)/temperature)",
         "DisCorD, arXiv 2605.14071",
         "the default: in (0, 1), ½ where student and teacher agree (temperature 1, offset 0)",
         parameters=("temperature", "offset"),
-        automatic=True,
+        automatic=("temperature", "offset"),
     ),
     "clip": Weight(
         lambda cfg, r, t: _clip(cfg, r),
@@ -171,12 +181,12 @@ WEIGHTS: dict[str, Weight] = {
         parameters=("clip",),
     ),
     "power": Weight(
-        lambda cfg, r, t: _clip(cfg, r / t),
+        lambda cfg, r, t: _clip(cfg, r / t.temperature),
         "min(exp(r/temperature), clip)",
         "tempered importance ratio",
         "a ratio between uniform (a high temperature) and `clip` (temperature 1)",
         parameters=("temperature", "clip"),
-        automatic=True,
+        automatic=("temperature",),
     ),
     "dft": Weight(
         lambda cfg, r, t: jnp.exp(r),
@@ -186,7 +196,7 @@ WEIGHTS: dict[str, Weight] = {
         reads="student",
     ),
     "q_power": Weight(
-        lambda cfg, q, t: jnp.exp(q / t),
+        lambda cfg, q, t: jnp.exp(q / t.temperature),
         "sg[q(y)^α], α = 1/temperature: the gradient of the loss (1 − q^α)/α",
         "arXiv 2510.00526",
         "a strong student: unlikely tokens count less (α = 1 is `dft`); a weak one needs nll",
@@ -210,7 +220,7 @@ WEIGHTS: dict[str, Weight] = {
         signal=lambda q, h: q * jnp.exp(jnp.clip(-(q + h), math.log(0.1), math.log(2.0))),
     ),
     "eaft": Weight(
-        lambda cfg, x, t: jnp.exp(x / t),
+        lambda cfg, x, t: jnp.exp(x / t.temperature),
         "sg[(H/ln 20)^α], H the entropy of q's 20 most probable tokens, α = 1/temperature",
         "EAFT, arXiv 2601.02151; its code divides by 3",
         "tokens on which a sure student is contradicted do harm: a low entropy counts less",
@@ -259,12 +269,12 @@ def token_signal(
     return read[0] - read[1] if entry.reads == "ratio" else entry.signal(*read)
 
 
-def raw(cfg: WeightConfig, r: Float[Array, "*N"], known: Known) -> Float[Array, "*N"]:
+def raw(cfg: WeightConfig, r: Float[Array, "*N"], tempering: Solved) -> Float[Array, "*N"]:
     """Bounded weight of each log-ratio.
 
     sigmoid at temperature 1, offset 0: q=0.2, p=0.6 -> q/(q+p) = 0.25.
     """
-    return WEIGHTS[cfg.name].value(cfg, r, temperature_of(cfg, known))
+    return WEIGHTS[cfg.name].value(cfg, r, fixed(cfg, tempering))
 
 
 def warm(
@@ -359,14 +369,14 @@ def shares(cfg: WeightConfig, tokens: Tokens) -> Float[Array, "B T"]:
 
 
 def weigh(
-    cfg: WeightConfig, tokens: Tokens, step: Int[Array, ""] | int, known: Known
+    cfg: WeightConfig, tokens: Tokens, step: Int[Array, ""] | int, tempering: Solved
 ) -> Float[Array, "B T"]:
     """Final weights before the batch normalisation: scope, warmup, sequence normalisation.
 
     0 outside loss_mask. With normalize "sequence" the completion tokens of each segment have
     mean weight 1 (all 0 where every weight of the segment underflows).
     """
-    bounded = raw(cfg, scoped_signal(cfg, tokens), known)
+    bounded = raw(cfg, scoped_signal(cfg, tokens), tempering)
     weights = jnp.where(tokens.loss_mask, warm(cfg, bounded, step), 0.0)
     if cfg.normalize != "sequence" or not cfg.varies:
         return weights

@@ -19,7 +19,7 @@ from dcod_jax.errors import DcodError
 from dcod_jax.export.command import MARKER, export_path
 from dcod_jax.files import Path, as_path
 from dcod_jax.losses import weights
-from dcod_jax.losses.weights import AUTO, Tokens, WeightConfig
+from dcod_jax.losses.weights import AUTO, Tempering, Tokens, WeightConfig
 from dcod_jax.models import hf
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import make_mesh
@@ -79,7 +79,7 @@ def see(run: Run, *, count: int) -> Seen:
     elif {"entropy", "top_entropy"} & cfg.reads:
         missing = f"{cfg.name} weights read an entropy of the student, which is not computed here"
     else:
-        found = token_weights(cfg, student, traces, temperature=_temperature(run, cfg))
+        found = token_weights(cfg, student, traces, tempering=_tempering(run, cfg))
     return Seen(source, dataset.directory.name, traces, tokenizer, student, found, missing)
 
 
@@ -88,7 +88,7 @@ def token_weights(
     student: Sequence[np.ndarray],
     traces: Sequence[Trace],
     *,
-    temperature: float | None = None,
+    tempering: Tempering | None = None,
 ) -> list[np.ndarray]:
     """The train step's weight of every completion token, before the batch normalisation."""
     shape = (len(student), max(len(one) for one in student))
@@ -106,22 +106,22 @@ def token_weights(
     spans = starts.cumsum(axis=1, dtype=np.int32)
     parts = (log_q, log_p, mask, mask.astype(np.int32), spans, log_start)
     tokens = Tokens(*map(jnp.asarray, parts))
-    found = np.asarray(_weigh(cfg, tokens, _LATE, temperature))
+    found = np.asarray(_weigh(cfg, tokens, _LATE, tempering))
     return [found[row, : len(one)] for row, one in enumerate(student)]
 
 
-def _temperature(run: Run, cfg: WeightConfig) -> float | None:
-    """The temperature of the last logged step, where it is automatic."""
+def _tempering(run: Run, cfg: WeightConfig) -> Tempering | None:
+    """Temperature and offset of the last logged step, where they are automatic."""
     if not cfg.automatic:
         return None
     lines = reversed(read_metrics(run.path / "metrics.jsonl"))
     found = next((line for line in lines if "weights/temperature" in line), None)
     if found is None:
         raise DcodError(
-            f"{run.path}/metrics.jsonl has no weights/temperature, which loss.weights.temperature="
-            f"{AUTO} or unit=spread needs; train at least one step"
+            f"{run.path}/metrics.jsonl has no weights/temperature, and loss.weights.temperature or "
+            f"offset is {AUTO!r}; train at least one step"
         )
-    return found["weights/temperature"]
+    return Tempering(found["weights/temperature"], found["weights/offset"])
 
 
 # ---------------------------------------------------------------- parts of a run
@@ -134,7 +134,7 @@ def _check_config(run: Run) -> None:
     odd = [key for key in known | own if (key in known) != (key in own) if key.startswith(sections)]
     odd += [
         key
-        for key in known.keys() & own.keys() - {configs.TEMPERATURE}
+        for key in known.keys() & own.keys() - set(configs.AUTOMATIC)
         if type(own[key]) is not type(known[key])
         and {type(own[key]), type(known[key])} != {int, float}
     ]

@@ -188,8 +188,9 @@ def measure(
         r = stats.student_logprobs - stats.teacher_logprobs
         measured["weights/log_ratio"] = jnp.where(mask, r, 0.0).sum() / sums.count
     if cfg.weights.automatic:
-        used = weights.temperature_of(cfg.weights, loss_state)
-        measured["weights/temperature"] = jnp.asarray(used)
+        used = weights.fixed(cfg.weights, loss_state)
+        measured["weights/temperature"] = jnp.asarray(used.temperature)
+        measured["weights/offset"] = jnp.asarray(used.offset)
     if cfg.interpolates:
         measured["taid/interpolation"] = adaptive.interpolation(cfg.taid, loss_state)
     return measured

@@ -1,4 +1,4 @@
-"""The automatic temperature meets its targets; TAID's state is the published loop."""
+"""Automatic temperature and offset meet their targets; TAID's state is the published loop."""
 
 import dataclasses
 import functools
@@ -81,21 +81,26 @@ def stacked(rs):
 
 
 def solutions(cfg, rs=None):
-    """name -> (temperature, effective sample size in float64)."""
+    """name -> (temperature, offset, mean weight, effective sample size); the last two in float64"""
     rs = ratios() if rs is None else rs
     found = solve_all(cfg, *stacked(rs), jnp.asarray(MASK))
-    pairs = zip(rs.items(), found.tolist(), strict=True)
-    return {name: (t, effective(cfg, r[MASK], t)) for (name, r), t in pairs}
+    out = {}
+    for i, (name, r) in enumerate(rs.items()):
+        temperature, offset = (
+            float(jnp.broadcast_to(x, len(rs))[i]) for x in (found.temperature, found.offset)
+        )
+        out[name] = (temperature, offset, *moments(cfg, r[MASK], temperature, offset))
+    return out
 
 
-def log_weights(cfg, r, temperature, offset=0.0):
+def log_weights(cfg, r, temperature, offset):
     x = (np.float64(r) + offset) / temperature
     return -np.logaddexp(0, -x) if cfg.name == "sigmoid" else np.minimum(x, math.log(cfg.clip))
 
 
-def effective(cfg, r, temperature):
-    w = np.exp(log_weights(cfg, r, temperature))
-    return w.mean() ** 2 / np.square(w).mean()
+def moments(cfg, r, temperature, offset):
+    w = np.exp(log_weights(cfg, r, temperature, offset))
+    return w.mean(), w.mean() ** 2 / np.square(w).mean()
 
 
 def kept_loss(cfg, r, nll, temperature, offset=0.0):
@@ -113,9 +118,10 @@ def test_the_temperature_hits_the_effective_sample_size_and_is_monotone_in_it(na
     hits = 0
     for target in (0.4, 0.6, 0.75, 0.9, 0.98):
         cfg = config(name=name, target_ess=target)
-        for which, (temperature, ess) in solutions(cfg).items():
+        for which, (temperature, offset, _, ess) in solutions(cfg).items():
             assert temperature >= before[which][0] * (1 - 1e-4), (which, target)
-            lowest = effective(cfg, ratios()[which][MASK], MIN_TEMPERATURE)
+            assert offset == 0
+            lowest = moments(cfg, ratios()[which][MASK], MIN_TEMPERATURE, 0)[1]
             if lowest < target:
                 assert ess == pytest.approx(target, rel=0.01), (which, target)
                 assert temperature > before[which][0]
@@ -124,12 +130,51 @@ def test_the_temperature_hits_the_effective_sample_size_and_is_monotone_in_it(na
     assert hits >= 18  # the others ask for less than there is where the temperature is lowest
 
 
+def test_the_temperature_may_aim_at_the_mean_weight_instead():
+    lagging = {name: r for name, r in ratios().items() if name in ("lags", "from scratch")}
+    for target in (0.1, 0.3, 0.45):
+        for _, _, mean, _ in solutions(config(target_mean=target), lagging).values():
+            assert mean == pytest.approx(target, rel=0.01)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_the_offset_hits_the_mean_weight_at_any_fixed_temperature(temperature):
+    offsets = []
+    for target in (0.2, 0.5, 0.8):
+        cfg = config(temperature=temperature, offset=AUTO, target_mean=target)
+        found = solutions(cfg)
+        for temperature_used, _, mean, _ in found.values():
+            assert temperature_used == temperature
+            assert mean == pytest.approx(target, rel=0.01)
+        offsets.append([offset for _, offset, *_ in found.values()])
+    assert np.all(np.diff(offsets, axis=0) > 0)
+
+
+@pytest.mark.parametrize("mean", [0.3, 0.5, 0.8])
+def test_the_kept_loss_goes_with_the_offset_too(mean):
+    cfg = config(offset=AUTO, target_loss=0.9, target_mean=mean)
+    for name in ("lags", "from scratch", "agrees but for a few"):
+        r = ratios()[name]
+        ((temperature, offset, got_mean, _),) = solutions(cfg, {name: r}).values()
+        kept = kept_loss(cfg, r[MASK], (surprise() - r)[MASK], temperature, offset)
+        assert kept == pytest.approx(0.9, rel=0.01), name
+        assert got_mean == pytest.approx(mean, rel=0.01), name
+
+
+@pytest.mark.parametrize(("ess", "mean"), [(0.9, 0.5), (0.7, 0.3), (0.95, 0.8)])
+def test_both_together_hit_both(ess, mean):
+    cfg = config(offset=AUTO, target_ess=ess, target_mean=mean)
+    for name, (_, _, got_mean, got_ess) in solutions(cfg).items():
+        assert got_ess == pytest.approx(ess, rel=0.01), name
+        assert got_mean == pytest.approx(mean, rel=0.01), name
+
+
 def test_out_of_reach_is_the_nearer_end_and_stays_finite():
     same = {"same": np.zeros((B, T), np.float32), "ahead": np.full((B, T), 50, np.float32)}
     for temperature, *_ in solutions(config(target_ess=0.995), same).values():
         assert MIN_TEMPERATURE * 0.99 <= temperature <= MAX_TEMPERATURE * 1.01
     far = {"far": np.where(np.arange(T) % 2, -1e4, 0).astype(np.float32)[None].repeat(B, 0)}
-    ((temperature, ess),) = solutions(config(target_ess=0.9), far).values()
+    ((temperature, _, _, ess),) = solutions(config(target_ess=0.9), far).values()
     assert ess == pytest.approx(0.9, rel=0.01)
     assert 1e2 < temperature < 1e5
 
@@ -143,10 +188,11 @@ def test_the_temperature_hits_the_kept_loss_and_is_monotone_in_it(name):
     hits = 0
     for target in (0.4, 0.6, 0.8, 0.9, 0.95, 0.99):
         cfg = config(name=name, target_loss=target)
-        for which, (temperature, _) in solutions(cfg).items():
+        for which, (temperature, offset, *_) in solutions(cfg).items():
             r = ratios()[which]
             r, nll = r[MASK], (surprise() - r)[MASK]
             assert temperature >= before[which] * (1 - 1e-4), (which, target)
+            assert offset == 0
             at_floor = kept_loss(cfg, r, nll, SHARPEST_FOR_LOSS)
             if at_floor < target:
                 kept = kept_loss(cfg, r, nll, temperature)
@@ -170,7 +216,7 @@ def test_the_solver_finds_what_a_bisection_in_float64_finds(target):
             t = math.exp(x)
             if "target_loss" in target:
                 return kept_loss(config(), r[MASK], (surprise() - r)[MASK], t) > 0.93
-            return effective(config(), r[MASK], t) > 0.8
+            return moments(config(), r[MASK], t, 0.0)[1] > 0.8
 
         low, high = math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)
         if "target_loss" in target:
@@ -205,10 +251,11 @@ def test_unexpected_tokens_do_not_hide_what_the_student_gives_up():
     for array, values in zip(full, (r, nll), strict=True):
         array[MASK] = values
     cfg = config(target_loss=0.9)
-    temperature = float(adaptive.solve(cfg, *(jnp.asarray(x) for x in full), jnp.asarray(MASK)))
+    found = adaptive.solve(cfg, *(jnp.asarray(x) for x in full), jnp.asarray(MASK))
+    temperature = float(found.temperature)
     assert kept_loss(cfg, r, nll, temperature) == pytest.approx(0.9, rel=1e-3)
     assert temperature > 2
-    w = np.exp(log_weights(cfg, r, 1.0))
+    w = np.exp(log_weights(cfg, r, 1.0, 0.0))
     assert np.sum(w * nll) / w.sum() > nll.mean()  # the plain loss seems to lose nothing at all
     assert kept_loss(cfg, r, nll, 1.0) < 0.8
 
@@ -287,8 +334,11 @@ def test_targets_are_hit_on_real_traces(shared_data):
         for target in (0.9, 0.95, 0.99):
             cfg = config(name=name, target_loss=target)
             found = adaptive.solve(cfg, jnp.asarray(r), jnp.asarray(nll), jnp.asarray(MASK))
-            kept = kept_loss(cfg, r[MASK], nll[MASK], float(found))
+            kept = kept_loss(cfg, r[MASK], nll[MASK], float(found.temperature))
             assert kept == pytest.approx(target, rel=1e-3)
+    cfg = config(offset=AUTO, target_ess=0.8, target_mean=0.4)
+    ((_, _, mean, ess),) = solutions(cfg, {"real": r}).values()
+    assert (ess, mean) == (pytest.approx(0.8, rel=0.01), pytest.approx(0.4, rel=0.01))
 
 
 # ---------------------------------------------------------------- from step to step
@@ -305,15 +355,16 @@ def test_weights_begin_uniform_and_the_first_solution_is_taken_whole():
     for name, level in (("sigmoid", 0.5), ("power", 1.0)):
         raw = weights.raw(config(name=name), r, state)
         np.testing.assert_allclose(raw, level, rtol=3e-5)
-    cfg = config(smoothing=0.9, offset=-0.5, target_ess=0.8)
-    wanted, new = (
-        float(adaptive.solve(cfg, r, -r, WHERE[0])) for r in (r, jnp.asarray(ratios()["lags"]))
-    )
+    cfg = config(smoothing=0.9, offset=AUTO, target_ess=0.8, target_mean=0.4)
+    wanted = solutions(cfg)["from scratch"]
     after = retemper(cfg, state, r, jnp.asarray(MASK))
-    assert float(after.temperature) == pytest.approx(wanted, rel=1e-4)
+    assert float(after.temperature) == pytest.approx(wanted[0], rel=1e-4)
+    assert float(after.offset) == pytest.approx(wanted[1], rel=1e-3)
     after = retemper(cfg, after, jnp.asarray(ratios()["lags"]), jnp.asarray(MASK))
-    log_temperature = 0.9 * math.log(wanted) + 0.1 * math.log(new)
+    new = solutions(cfg)["lags"]
+    log_temperature = 0.9 * math.log(wanted[0]) + 0.1 * math.log(new[0])
     assert float(after.temperature) == pytest.approx(math.exp(log_temperature), rel=1e-3)
+    assert float(after.offset) == pytest.approx(0.9 * wanted[1] + 0.1 * new[1], rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -323,7 +374,7 @@ def test_weights_begin_uniform_and_the_first_solution_is_taken_whole():
 )
 @pytest.mark.parametrize("smoothing", [0.0, 0.9])
 def test_a_batch_that_cannot_teach_changes_nothing_bit_for_bit(smoothing, target):
-    cfg = config(smoothing=smoothing, **target)
+    cfg = config(smoothing=smoothing, offset=AUTO, **target)
     r, mask = jnp.asarray(ratios()["lags"]), jnp.asarray(MASK)
     row, column = np.argwhere(MASK)[0]
     useless = {
@@ -407,19 +458,19 @@ def test_the_unit_is_the_deviation_in_a_window_over_the_stream(scope, smoothing)
 
 @pytest.mark.parametrize("target", [{"target_ess": 0.995}, {"target_loss": 0.9}], ids=str)
 def test_the_solution_carries_no_gradient(target):
-    cfg = config(smoothing=0.5, **target)
+    cfg = config(offset=AUTO, smoothing=0.5, **target)
 
     def of(r):
         after = retemper(cfg, adaptive.initial(), r, WHERE[0])
         found = adaptive.solve(cfg, r, -r, jnp.asarray(MASK))  # its brackets depend on r
-        return after.temperature + found
+        return after.temperature + after.offset + found.temperature + found.offset
 
     assert not np.any(jax.grad(of)(jnp.asarray(ratios()["lags"])))
 
 
 def test_only_smoothing_zero_needs_the_log_probs_of_the_same_step():
     assert adaptive.same_step(config(smoothing=0.0))
-    assert adaptive.same_step(config(smoothing=0.0, temperature=1.0, unit="spread"))
+    assert adaptive.same_step(config(smoothing=0.0, temperature=1.0, offset=AUTO))
     assert not adaptive.same_step(config(smoothing=0.5))
     assert not adaptive.same_step(config(smoothing=0.0, temperature=1.0))
 
@@ -466,7 +517,7 @@ def test_taids_interpolation_is_the_published_loop(cfg):
 
 
 def test_the_state_is_restored_exactly(tmp_path):
-    values = (0.1234567, 0.4321987, -1.0e-9, 2.7182817, 17.3, -0.7654321, 3.1e-7)
+    values = (0.1234567, -3.7654321, 0.4321987, -1.0e-9, 2.7182817, 17.3, -0.7654321, 3.1e-7)
     loss_state = LossState(*(jnp.float32(value) for value in values))
     for name, state in (("1", loss_state), ("2", adaptive.initial())):
         whole = TrainState(jnp.int32(4), {"w": jnp.ones(2)}, {"m": jnp.zeros(2)}, state)

@@ -323,17 +323,20 @@ WRONG = [  # (changed keys of loss.*, what the one message must say)
     ("weights.clip=-1.0", "loss.weights.clip=-1.0 must be a finite number > 0"),
     ("weights.warmup_steps=-1", "loss.weights.warmup_steps=-1 must not be negative"),
     ("weights.name=clip weights.temperature=auto", "it is for sigmoid, power"),
+    ("weights.name=power weights.offset=auto", "loss.weights.offset='auto' means nothing for"),
     ("weights.target_loss=1.0", "loss.weights.target_loss=1.0 must be in [0, 1)"),
     ("weights.target_ess=1.0", "loss.weights.target_ess=1.0 must be in [0, 1)"),
+    ("weights.target_mean=0.0", "loss.weights.target_mean=0.0 must be between 0 and 1"),
     ("weights.smoothing=1.0", "loss.weights.smoothing=1.0 must be in [0, 1)"),
     (
-        "weights.temperature=auto weights.target_loss=0.0",
-        "loss.weights.target_ess=0.0 are no target for one temperature; set one of them",
+        "weights.temperature=auto weights.offset=auto weights.target_loss=0.0",
+        "leave one target for two unknowns",
     ),
     (
         "weights.temperature=auto weights.target_ess=0.9",
         "loss.weights.target_ess=0.9 are two targets for one temperature; set one of them to 0",
     ),
+    ("weights.temperature=auto weights.target_mean=0.3", "target_mean=0.3 is not read"),
     ("weights.ratio=teacher/student", "must be one of student/teacher, start/teacher"),
     ("weights.ratio=start/teacher", "the training must begin at student.path"),
     ("weights.unit=tokens", "loss.weights.unit='tokens' must be one of nats, spread"),
@@ -378,9 +381,10 @@ def test_each_wrong_value_has_its_one_message(changes, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_text_of_a_recipe_that_is_not_auto_is_refused():
-    (error,) = config_errors(config(temperature="warm").weights)
-    assert error == "loss.weights.temperature='warm' must be a number or 'auto'"
+@pytest.mark.parametrize("name", ["temperature", "offset"])
+def test_a_text_of_a_recipe_that_is_not_auto_is_refused(name):
+    (error,) = config_errors(config(**{name: "warm"}).weights)
+    assert error == f"loss.weights.{name}='warm' must be a number or 'auto'"
 
 
 def test_auto_is_one_weight_a_trace_at_a_temperature_of_its_own():
@@ -399,13 +403,15 @@ def test_what_is_allowed_is_not_refused():
     for changes in (
         "divergence=jsd beta=0.0 teacher=live temperature=3.0",
         "divergence=taid taid_start=0.0 taid_end=1.0 alpha=0.0",
+        "weights.temperature=auto weights.target_loss=0.0 weights.target_mean=0.3",
         "weights.temperature=auto weights.target_loss=0.0 weights.target_ess=0.9",
-        "weights.target_ess=0.9",  # nothing is automatic
-        "weights.temperature=auto weights.offset=-1.0 weights.smoothing=0.0",
+        "weights.temperature=auto weights.offset=auto weights.target_mean=0.3",
+        "weights.target_ess=0.9 weights.target_mean=0.3",  # nothing is automatic
+        "weights.temperature=auto weights.offset=auto weights.smoothing=0.0",
         "weights.name=power weights.temperature=auto",
         "anchor=0.1 divergence=forward_kl weights.name=dft weights.normalize=none",
         "anchor=0.1 divergence=forward_kl weights.name=uniform",
-        "weights.unit=spread weights.scope=sequence",
+        "weights.unit=spread weights.scope=sequence weights.offset=auto",
         "weights.name=auto weights.normalize=sequence weights.warmup_steps=3",
         "weights.name=advantage weights.normalize=none",
         "weights.name=drift_share weights.normalize=sequence",

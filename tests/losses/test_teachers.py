@@ -21,7 +21,7 @@ from dcod_jax.types import Batch, LossState
 B, T, D, E, V, ROWS, K = 4, 13, 8, 6, 29, 32, 5  # V tokens; the heads have ROWS rows
 QUICK = {"xla_backend_optimization_level": 0}  # many small programs that run once
 KNOBS = {"jsd": ("beta", 0.3), "skew_kl": ("skew", 0.2), "skew_reverse_kl": ("skew", 0.2)}
-STATE = LossState(*(jnp.float32(x) for x in (0.8, 0.55, 0.0, 1.0, 0.0, 0.0, 0.0)))  # s = 0.55
+STATE = LossState(*(jnp.float32(x) for x in (0.8, 0.4, 0.55, 0.0, 1.0, 0.0, 0.0, 0.0)))  # s = 0.55
 TEACHERS = ("cached", "live")
 
 
@@ -266,7 +266,7 @@ def test_the_compact_head_equals_the_whole_one(teacher, scope, normalize):
 
 @pytest.mark.parametrize("teacher", TEACHERS)
 def test_no_gradient_flows_through_weights_teacher_or_automatic_temperature(teacher):
-    auto = {"temperature": AUTO, "smoothing": 0.0}
+    auto = {"temperature": AUTO, "offset": AUTO, "smoothing": 0.0}
     cfg = config("reverse_kl", teacher, auto | {"target_loss": 0.0, "target_ess": 0.9})
     student, live, batch = example()
 
@@ -282,7 +282,7 @@ def test_no_gradient_flows_through_weights_teacher_or_automatic_temperature(teac
     assert not any(np.any(x) for x in jax.tree.leaves(others))
     frozen = np.float64(found[1][1].weights)
     in_mask = frozen[np.asarray(batch.loss_mask)]
-    # Solved here, from these log-probs.
+    assert in_mask.mean() == pytest.approx(0.5, rel=0.01)  # solved here, from these log-probs
     assert in_mask.mean() ** 2 / np.square(in_mask).mean() == pytest.approx(0.9, rel=0.01)
     assert in_mask.std() > 0.1
     assert_equal((found, slopes), by_hand(cfg, frozen=frozen))

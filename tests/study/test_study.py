@@ -550,6 +550,7 @@ def test_best_rate_waits_for_the_whole_grid_and_takes_the_mean(tmp_path):
 @pytest.mark.parametrize(
     "arm",
     [
+        "loss.weights.offset=auto",
         "loss.weights.temperature=auto",
         "loss.weights.unit=spread",
         "loss.divergence=forward_kl loss.anchor=0.1 loss.weights.normalize=none",

@@ -121,7 +121,7 @@ def test_devices_microbatches_and_the_compact_head_change_nothing(cfg):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * change + 1e-7)
 
     jax.tree.map(close, found.params, wanted.params, params())
-    for name in ("temperature", "interpolation", "momentum", "previous"):
+    for name in ("temperature", "offset", "interpolation", "momentum", "previous"):
         got, want = (float(getattr(x.loss_state, name)) for x in (found, wanted))
         assert got == pytest.approx(want, rel=1e-4, abs=1e-6), name
     for got, want in zip(other, history, strict=True):
