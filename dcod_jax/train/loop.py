@@ -21,8 +21,10 @@ from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.plan.remat import choose_remat
 from dcod_jax.train import learned_from
 from dcod_jax.train.checkpointer import Checkpointer, Snapshot
+from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.train.forward import make_forward
 from dcod_jax.train.held_out import HeldOut, reading
+from dcod_jax.train.local_checkpoints import LocalCheckpoints
 from dcod_jax.train.on_policy import OnPolicy
 from dcod_jax.train.profiling import GOODPUT
 from dcod_jax.train.settings import best_metric
@@ -59,15 +61,9 @@ def _fit(config: Any, name: str, student: Student, entered: float, end: int) -> 
     optimizer, train_step, eval_step = _make_steps(config, student, mesh, base)
     of = (student.config, student.tokenizer, mesh)
     held_out = HeldOut(config, *of, dataset=eval_set, eval_step=eval_step, base=base)
-    checkpointer = Checkpointer(
-        run_dir,
-        keep=config.train.keep,
-        best_metric=held_out.known(best_metric(config)),
-        every=config.train.save_every,
-        pass_damage=config.train.on_damaged_checkpoint == "previous",
-    )
+    checkpoints = Checkpoints(config, best_metric=held_out.known(best_metric(config)))
     learns_from = learned_from.parts(config, student.tokenizer, train_set, eval_set)
-    run = initial_snapshot(config, student, optimizer, mesh, checkpointer, learns_from)
+    run = initial_snapshot(config, student, optimizer, mesh, checkpoints, learns_from)
     batches = pipeline.train_batches(
         train_set, seed=config.seed, **reading(config, mesh, whole=config.on_policy.fraction > 0)
     )
@@ -76,25 +72,25 @@ def _fit(config: Any, name: str, student: Student, entered: float, end: int) -> 
         log.info("%s: all %d steps are done", run_dir, end)
         if hosts.first():
             forget_unfinished(run_dir / GOODPUT)
-        checkpointer.close()
+        checkpoints.close()
         return run.step
     sample = train_set.read([0])[0]
     print(f"one trace, supervised part marked:\n{chat.render_sample(student.tokenizer, sample)}\n")
 
     policy = OnPolicy(config, student, mesh, base=base, spent=run.on_policy)
-    telemetry = Telemetry(config, run, student, train_set, checkpointer, name=name, entered=entered)
+    telemetry = Telemetry(config, run, student, train_set, checkpoints, name=name, entered=entered)
     with hosts.interruption() as interrupted, telemetry:
         # The order is part of exactness: evaluate -> save -> advance the iterator -> step.
         while True:
             began, last = time.monotonic(), run.step == end
             stop = interrupted(run.step) or last
             evaluate = held_out.due(run.step, run.metrics, last=last)
-            save = checkpointer.due(run.step, stop=stop)
-            if evaluate or save:
+            checkpointer = checkpoints.due(run.step, stop=stop)
+            if evaluate or checkpointer:
                 telemetry.settle()
             if evaluate:
                 _measure(evaluate, run, held_out, telemetry)
-            if save:
+            if checkpointer:
                 _save(config, run, batches, telemetry, checkpointer)
             if stop:
                 break
@@ -109,7 +105,7 @@ def _fit(config: Any, name: str, student: Student, entered: float, end: int) -> 
             places = host_batch["head_positions"]
             telemetry.dispatched(Pending(step, values, trace_index, cost, places))
         with telemetry.timed("save"):
-            checkpointer.close()
+            checkpoints.close()
     if not last:
         text = "%s: interrupted, saved at step %d in %.1f s; the same command goes on"
         log.warning(text, run_dir, run.step, time.monotonic() - began)
@@ -133,7 +129,11 @@ def _measure(names: list[str], run: Snapshot, held_out: HeldOut, telemetry: Tele
 
 
 def _save(
-    config: Any, run: Snapshot, batches: Any, telemetry: Telemetry, checkpointer: Checkpointer
+    config: Any,
+    run: Snapshot,
+    batches: Any,
+    telemetry: Telemetry,
+    checkpointer: Checkpointer | LocalCheckpoints,
 ) -> None:
     run_dir = as_path(config.run_dir)
     with telemetry.timed("save", f"saving step {run.step}"):

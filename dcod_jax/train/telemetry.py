@@ -23,7 +23,8 @@ from dcod_jax.parallel import hosts
 from dcod_jax.plan import chips
 from dcod_jax.plan.estimate import step_flops
 from dcod_jax.train import trace_weights
-from dcod_jax.train.checkpointer import Checkpointer, Snapshot
+from dcod_jax.train.checkpointer import Snapshot
+from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.train.metrics import MetricsWriter, StepMetrics, is_logged
 from dcod_jax.train.profiling import PHASES, Goodput, Tracer
 from dcod_jax.train.settings import loss_config
@@ -61,14 +62,14 @@ class Telemetry:
         run: Snapshot,
         student: Student,
         dataset: TraceDataset,
-        checkpointer: Checkpointer,
+        checkpoints: Checkpoints,
         *,
         name: str,
         entered: float,
     ):
         """entered: when this attempt began, of time.monotonic. run.tokens_seen is counted here."""
         self.config, self.run = config, run
-        self.dataset, self.checkpointer = dataset, checkpointer
+        self.dataset, self.checkpoints = dataset, checkpoints
         run_dir = as_path(config.run_dir)
         # Before the metrics file is opened, which drops the lines of a killed attempt.
         self.goodput = Goodput(run_dir, run.step, entered=entered, enabled=hosts.first())
@@ -262,9 +263,10 @@ class Telemetry:
 
     def _not_finite(self, done: Pending, values: dict[str, float]) -> str:
         ids = self._traces(done)
-        self.checkpointer.wait()
-        steps = self.checkpointer.steps()
-        good = f"step {steps[-1]} in {self.checkpointer.directory}" if steps else "none"
+        shared = self.checkpoints.shared
+        shared.wait()
+        steps = shared.steps()
+        good = f"step {steps[-1]} in {shared.directory}" if steps else "none"
         return (
             f"step {done.step}: loss={values['loss']}, grad_norm={values['grad_norm']}; the state "
             f"was not saved. Last good checkpoint: {good}. Traces of the batch: {ids}. "

@@ -41,6 +41,7 @@ from dcod_jax.train import checksums, command, learned_from, setup
 from dcod_jax.train import loop as train
 from dcod_jax.train.checkpoint_reader import read_params
 from dcod_jax.train.checkpointer import Checkpointer, Snapshot
+from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.train.held_out import reading
 from dcod_jax.train.optim import make_optimizer
 from dcod_jax.train.settings import optim_config
@@ -185,9 +186,9 @@ def test_mfu_counts_the_head_where_it_is_compiled_and_a_live_teachers_forward_pa
     batch, _ = next(batches)
     assert batch["head_positions"].shape == (16, 32)
     run = Snapshot(state=TrainState(jnp.int32(0), {}, (), adaptive.initial()), step=0)
-    checkpointer = Checkpointer(config.run_dir)
+    checkpoints = Checkpoints(config, best_metric="")
     told = {"name": "", "entered": 0.0}
-    with Telemetry(config, run, student, dataset, checkpointer, **told) as telemetry:
+    with Telemetry(config, run, student, dataset, checkpoints, **told) as telemetry:
         model = student.config
         linear = sum(p.size for p in jax.tree.leaves(transformer.param_shapes(model)["layers"]))
         linear -= 2 * 2 * model.hidden_size  # scales of the norms
@@ -449,7 +450,7 @@ def first_snapshot(config):
         student,
         optimizer,
         train.make_mesh(),
-        Checkpointer(config.run_dir),
+        Checkpoints(config, best_metric=""),
         learned_from.parts(config, student.tokenizer, *datasets),
     )
 
