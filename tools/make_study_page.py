@@ -35,6 +35,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 STUDIES = {
     "study": ("results.jsonl", ("study.md", "study_tables.md")),
     "study_letters": ("letters.jsonl", ("study_letters.md",)),
+    "study_styles": ("styles.jsonl", ("study_styles.md",)),
 }
 
 Line = dict[str, Any]
