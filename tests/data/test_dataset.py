@@ -382,8 +382,7 @@ def test_a_file_that_cannot_be_replaced_keeps_its_old_content(tmp_path, monkeypa
 
 
 FULL_DISK = """
-import resource, signal, sys
-sys.path.insert(0, {tests!r})
+import resource, signal
 from pathlib import Path
 from fake_traces import make_traces, write
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -393,11 +392,9 @@ write(Path({directory!r}), make_traces(30, low=3000, high=3001), shard_records=3
 
 
 def test_a_disk_that_is_full_is_reported_and_leaves_no_dataset(tmp_path):
-    script = FULL_DISK.format(tests=str(TESTS), directory=str(tmp_path / "d"))
-    environment = os.environ | {"PYTHONPATH": str(TESTS.parent)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", FULL_DISK.format(directory=str(tmp_path / "d"))]
+    environment = os.environ | {"PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert "DcodError: cannot write" in done.stderr
     assert "File too large" in done.stderr
     assert not list((tmp_path / "d").iterdir())

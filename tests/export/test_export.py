@@ -77,17 +77,11 @@ def their_logits(path: Path, tokens: np.ndarray, dtype=torch.float32) -> np.ndar
         return model(torch.tensor(tokens.astype(np.int64))).logits.float().numpy()
 
 
+QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {
-            "model_type": "qwen2",
-            "architectures": ["Qwen2ForCausalLM"],
-            "tie_word_embeddings": False,
-        },
-    ],
-    ids=["llama", "qwen2"],
+    "changes", [{}, QWEN2 | {"tie_word_embeddings": False}], ids=["llama", "qwen2"]
 )
 def test_a_float32_export_opens_in_transformers_with_equal_logits(tmp_path, source, changes):
     config, params = trained(**changes)

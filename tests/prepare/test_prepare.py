@@ -4,14 +4,11 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from prepare_inputs import record, save_tokenizer, write
 
 from dcod_jax.config import dataset_dir
-from dcod_jax.configs.base import get_config
-from dcod_jax.data import borders, chat, templates
+from dcod_jax.data import borders, templates
 from dcod_jax.data.conversation import FIELDS, recall
 from dcod_jax.data.dataset import TraceDataset, read_manifest
 from dcod_jax.data.tokenizer import load_tokenizer, template_fingerprint, tokenizer_fingerprint
@@ -19,56 +16,6 @@ from dcod_jax.errors import DcodError
 from dcod_jax.prepare import command as verb
 from dcod_jax.prepare import filters
 from dcod_jax.prepare.command import is_prepared, prepare
-
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def tokenizer_dir(tmp_path_factory) -> Path:
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"), merges=[("h", "e")])
-
-
-def save_tokenizer(path: Path, *, merges) -> Path:
-    """Bytes, a few merges, ChatML."""
-    vocab = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    vocab |= {left + right: len(vocab) + i for i, (left, right) in enumerate(merges)}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(
-        [AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>")]
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(path)
-    return path
-
-
-def record(number: int, **changes) -> dict:
-    return {
-        "id": f"r{number}",
-        "prompt": f"What is {number} + 1?",
-        "completion": f"It is {number + 1}.\n#### {number + 1}",
-        "answer": str(number + 1),
-    } | changes
-
-
-def write(path: Path, records) -> Path:
-    path.write_text("".join(json.dumps(r) + "\n" for r in records))
-    return path
-
-
-@pytest.fixture
-def config(tmp_path, tokenizer_dir):
-    c = get_config()
-    c.run_dir = str(tmp_path / "run")
-    c.student.tokenizer = str(tokenizer_dir)
-    c.data.traces = str(write(tmp_path / "traces.jsonl", [record(i) for i in range(5)]))
-    c.train.progress = False
-    return c
 
 
 def dropped(root: Path) -> list[tuple[str, str]]:
@@ -400,106 +347,6 @@ def test_an_interrupted_run_leaves_nothing_to_read(config, monkeypatch) -> None:
     shards = [sorted((r / "train").glob("*.array_record")) for r in (whole, root)]
     assert [p.read_bytes() for p in shards[0]] == [p.read_bytes() for p in shards[1]]
     assert not root.with_name("dataset.partial").exists()
-
-
-# ---------------------------------------------------------------- delivered log-probs
-
-
-def scored_record(tokenizer, number: int = 1, **changes) -> dict:
-    entry = record(number)
-    messages = [
-        {"role": "user", "content": entry["prompt"]},
-        {"role": "assistant", "content": entry["completion"]},
-    ]
-    ids, mask = chat.encode(tokenizer, messages)
-    completion = ids[mask].tolist()
-    values = [-0.01 * i for i in range(len(completion))]
-    return entry | {"token_ids": completion, "logprobs": values} | changes
-
-
-def test_delivered_logprobs_are_kept_when_required(config, tokenizer_dir) -> None:
-    tokenizer = load_tokenizer(tokenizer_dir)
-    records = [scored_record(tokenizer, i, model="big", temperature=1.0) for i in range(3)]
-    write(Path(config.data.traces), records)
-    config.prepare.logprobs = "require"
-    config.teacher.name = "Big-7B"
-    dataset = TraceDataset(prepare(config) / "train")
-    assert dataset.scored
-    np.testing.assert_array_equal(
-        dataset.read([1])[0].logprobs, np.asarray(records[1]["logprobs"], np.float32)
-    )
-    assert dataset.manifest["teacher"]["name"] == "Big-7B"
-    assert dataset.manifest["sampled_by"] == {"models": ["big"], "temperatures": [1.0]}
-
-
-def test_ignored_logprobs_are_told(config, tokenizer_dir) -> None:
-    tokenizer = load_tokenizer(tokenizer_dir)
-    write(Path(config.data.traces), [scored_record(tokenizer, i) for i in range(3)])
-    dataset = TraceDataset(prepare(config) / "train")
-    assert not dataset.scored
-    assert dataset.manifest["delivered_logprobs"] == {"policy": "ignore", "traces_ignored": 3}
-
-
-def test_token_texts_of_an_api_are_compared_by_bytes(config, tokenizer_dir) -> None:
-    tokenizer = load_tokenizer(tokenizer_dir)
-    entry = scored_record(tokenizer, completion="It is é 2.\n#### 2")
-    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "hé 2"}]
-    ids, mask = chat.encode(tokenizer, messages)
-    tokens = tokenizer.convert_ids_to_tokens(ids[mask].tolist())
-    assert tokens == ["h", "Ã", "©", "Ġ", "2", "<|im_end|>"]
-    texts: list[list[int] | None] = [[104], [0xC3], [0xA9], [32], [50], None]
-    content = [
-        {"token": "<|im_end|>" if text is None else "?", "bytes": text, "logprob": -0.5}
-        for text in texts
-    ]
-    choice = {"message": {"role": "assistant", "content": "hé 2"}, "logprobs": {"content": content}}
-    entry = {"prompt": "q", "choices": [choice]}
-    config.prepare.logprobs = "require"
-    write(Path(config.data.traces), [entry])
-    assert TraceDataset(prepare(config) / "train").scored
-    content[1]["bytes"] = [0xC4]
-    write(Path(config.data.traces), [entry])
-    config.data.dataset = config.run_dir + "/other"
-    with pytest.raises(DcodError, match=r"traces.jsonl:1: token 1 of the completion is b'\\xc3'"):
-        prepare(config)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda r: r.update(logprobs=r["logprobs"][:-2]), r"14 logprobs for the 16 tokens"),
-        (lambda r: r.update(logprobs=r["logprobs"][:-1]), r"end-of-turn token '<\|im_end\|>'"),
-        (lambda r: r.update(token_ids=[*r["token_ids"], 5]), r"17 token_ids for the 16 tokens"),
-        (lambda r: r["token_ids"].__setitem__(4, 7), r"token_ids\[4\] is 7 \('\(?.'\), our token"),
-        (
-            lambda r: r["token_ids"].__setitem__(4, "7"),
-            r"token_ids\[4\] must be a token id, found '7'",
-        ),
-        (lambda r: r["logprobs"].__setitem__(2, math.nan), r"logprobs\[2\] is NaN"),
-        (lambda r: r["logprobs"].__setitem__(2, 0.001), r"logprobs\[2\] is 0.001, above 0"),
-        (lambda r: r["logprobs"].__setitem__(2, -math.inf), r"logprobs\[2\] is -inf"),
-        (lambda r: r["logprobs"].__setitem__(2, None), r"logprobs\[2\] is None; expected a number"),
-        (lambda r: r.pop("token_ids"), r"logprobs without token_ids"),
-        (lambda r: r.pop("logprobs"), r"no logprobs"),
-    ],
-)
-def test_logprobs_that_do_not_fit_are_refused(config, tokenizer_dir, change, message: str) -> None:
-    tokenizer = load_tokenizer(tokenizer_dir)
-    broken = scored_record(tokenizer, 2)
-    change(broken)
-    write(Path(config.data.traces), [scored_record(tokenizer, 1), broken])
-    config.prepare.logprobs = "require"
-    config.prepare.filter_correct = False
-    with pytest.raises(DcodError, match=r"traces\.jsonl:2: .*" + message):
-        prepare(config)
-
-
-def test_logprobs_of_another_tokenizer_are_refused(config, tokenizer_dir, tmp_path) -> None:
-    other = load_tokenizer(save_tokenizer(tmp_path / "other", merges=[("I", "t")]))
-    write(Path(config.data.traces), [scored_record(other)])
-    config.prepare.logprobs = "require"
-    with pytest.raises(DcodError, match=r"traces.jsonl:1: \d+ logprobs for the \d+ tokens"):
-        prepare(config)
 
 
 def test_a_config_without_a_tokenizer_is_refused(config) -> None:

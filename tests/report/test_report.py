@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from pages import ALPHABET, HOSTILE, Page, data_of, lines, write_accuracy
 from test_report_data import ESCAPES
 
 from dcod_jax import cli
@@ -35,11 +35,6 @@ from dcod_jax.train.checkpointer import Checkpointer, Snapshot
 from dcod_jax.train.optim import make_optimizer
 from dcod_jax.train.settings import optim_config
 from dcod_jax.train.step import init_state
-
-HOSTILE = (
-    'x </script><script>document.title="owned"</script><img src=//evil.example/a> %data% & #### 3'
-)
-ALPHABET = tiny.ALPHABET + "".join(sorted(set(HOSTILE) - set(tiny.ALPHABET)))
 
 
 @pytest.fixture(scope="module")
@@ -93,36 +88,6 @@ def _one_device(monkeypatch):
     monkeypatch.setattr(report_traces, "make_mesh", one_device)
 
 
-def lines():
-    """Metric lines; ESS is there from step 10 on only, position 16 once."""
-    for step in range(0, 30, 5):
-        line = {"step": step, "loss": 2.0 / (step + 1), "time/new_seconds": 0.1 + step}
-        if step >= 10:
-            line |= {"weights/ess": 0.9 + step / 1000, "weights/position_0000": 0.4 + step / 100}
-        if step == 25:
-            line["weights/position_0016"] = 0.3
-        yield line
-
-
-def write_accuracy(root):
-    """The results of two problem sets, one with details."""
-    row = {"problems": 8, "correct": 4, "accuracy": 0.5, "low": 0.2, "high": 0.8}
-    change = {"difference": 0.1, "difference_low": -0.1, "difference_high": 0.3}
-    models = {"start": row | change, "sft": row, "discord": row | change}
-    (root / "evaluation" / "gsm8k").mkdir(parents=True)
-    result = {"baseline": "sft", "models": models}
-    (root / "evaluation" / "results.json").write_text(json.dumps(result))
-    details = {
-        "pass_at_k": {"1": [0.5, 0.4, 0.6], "2": [0.7, 0.6, 0.8]},
-        "maj_at_k": {"1": [0.5, 0.4, 0.6], "2": [0.55, 0.5, 0.6]},
-        "by_difficulty": [
-            {"difficulty": "Level 1", "problems": 8, "accuracy": 0.5, "low": 0.2, "high": 0.8}
-        ],
-    }
-    models["sft"] = row | {"details": details}
-    (root / "evaluation" / "gsm8k" / "results.json").write_text(json.dumps(result))
-
-
 @pytest.fixture(scope="module")
 def page(place, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
@@ -130,32 +95,6 @@ def page(place, tmp_path_factory):
         path = report.report(place)
     assert path == Path(place.run_dir) / "report.html"
     return path.read_text(encoding="utf-8")
-
-
-class Page(HTMLParser):
-    """Elements with their attributes, and the text of each script and style."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.elements, self.texts, self.open = [], {}, None
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag in ("script", "style"):
-            self.open = dict(attrs).get("id") or tag
-
-    def handle_endtag(self, tag):
-        if tag in ("script", "style"):
-            self.open = None
-
-    def handle_data(self, data):
-        if self.open:
-            self.texts[self.open] = self.texts.get(self.open, "") + data
-
-
-def data_of(text):
-    return json.loads(Page(text).texts["data"])
 
 
 # ---------------------------------------------------------------- numbers

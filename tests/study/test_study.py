@@ -3,8 +3,6 @@
 import dataclasses
 import itertools
 import json
-import random
-import runpy
 from pathlib import Path
 
 import jax
@@ -12,15 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from make_study_page import STUDIES, fill_page
+from study_results import Study
 
 from dcod_jax import config as configs
-from dcod_jax.configs.study import LIGHTNING, study_keys
+from dcod_jax.configs.study import study_keys
 from dcod_jax.data.dataset import TraceDataset
 from dcod_jax.errors import DcodError
-from dcod_jax.models import transformer
-from dcod_jax.sample.sampler import Sample
-from dcod_jax.study import arithmetic, domain, letters
-from dcod_jax.study.arithmetic import STYLES, worked_solution
+from dcod_jax.study import domain, letters
 from dcod_jax.study.command import study, wanted_starts
 from dcod_jax.study.conditions import (
     Results,
@@ -38,7 +35,7 @@ from dcod_jax.study.conditions import (
 from dcod_jax.study.lab import Lab, adjustable_optimizer, start_config, with_rate
 from dcod_jax.train.optim import make_optimizer
 from dcod_jax.train.settings import loss_config, optim_config
-from dcod_jax.types import Trace, TrainState
+from dcod_jax.types import TrainState
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "dcod_jax" / "configs" / "study.py"
@@ -66,83 +63,12 @@ TINY = {
 }
 
 
-MAKER = runpy.run_path(str(ROOT / "tools" / "make_study_page.py"))
-Study, crossed_mean, fill_page = (MAKER[x] for x in ("Study", "crossed_mean", "fill_page"))
-
-
 def recipe(**changes):
     config = configs.load_recipe(RECIPE)
     for key, text in (TINY | changes).items():
         configs.assign(config, key, text)
     configs.check(config)
     return config
-
-
-# ---------------------------------------------------------------- the domain
-
-
-def test_the_sets_are_apart_and_each_is_what_its_name_says():
-    config = recipe(**{"study.problems": "200"})
-    sets = domain.held_out(config)
-    ids = [p.expression for problems in sets.values() for p in problems]
-    assert len(ids) == len(set(ids)) == 4 * 200
-    stream = domain.training_problems(config, "traces", config.study.terms)
-    trained = list(itertools.islice(stream, 2000))
-    assert not set(ids) & {p.expression for p in trained}
-    assert {p.numbers[0] for p in trained} == set(range(1, 7))
-    assert {p.numbers[0] for p in sets["operands"]} == {7, 8, 9}
-    assert {len(p.numbers) for p in sets["operands"]} == {len(p.numbers) for p in trained} == {3, 4}
-    assert {len(p.numbers) for p in sets["longer"]} == {5, 6}
-    for problem in itertools.chain(*sets.values()):
-        assert eval(problem.expression) == problem.answer
-        assert min(problem.running_values()) >= 0
-        assert (
-            problem.numbers[0]
-            + sum(
-                n for n, op in zip(problem.numbers[1:], problem.operators, strict=True) if op == "+"
-            )
-            <= arithmetic.LARGEST
-        )
-
-
-@pytest.mark.parametrize("name", list(domain.DOMAINS))
-def test_noise_changes_one_symbol_of_the_steps_and_styles_are_told_apart(name):
-    draw, config = random.Random(0), recipe(**{"study.domain": name})
-    kind = domain.domain_of(config)
-    for problem in domain.held_out(config)["in"]:
-        for style in kind.STYLES:
-            text = worked_solution(problem, style, kind.STYLES)
-            assert kind.style_of(text) == style
-            noisy = domain.disturb(text, draw, kind.SYMBOLS)
-            changed = [(a, b) for a, b in zip(text, noisy, strict=True) if a != b]
-            assert len(changed) == 1
-            assert all(c in kind.SYMBOLS for c in changed[0])
-            assert domain.is_correct(problem, noisy)
-            assert not domain.is_correct(problem, text + "1")
-
-
-def test_letters_are_moved_as_their_digits_say():
-    """Each style against moves done by hand; the sets differ in first letter and length."""
-    problem = letters.Moves("dab", "1r2")
-    assert problem.record() == {"id": "dab 1 r 2", "prompt": "dab 1 r 2=", "answer": "bad"}
-    assert letters.solve_steps(problem) == "1 adb\nr bda\n2 bad"
-    assert letters.solve_words(problem) == "dab now, jump 1: adb, turn: bda, jump 2: bad"
-    assert letters.solve_tracks(problem) == "d 223\na 132\nb 311"
-    sets = domain.held_out(recipe(**{"study.domain": "letters"}))
-    assert {p.word[0] for p in sets["in"]} <= set("abcdef")
-    assert {p.word[0] for p in sets["operands"]} == set("ghi")
-    assert {len(p.moves) for p in sets["in"]} == {2, 3}
-    assert {len(p.moves) for p in sets["longer"]} == {4, 5}
-    for p in itertools.chain(*sets.values()):
-        word = list(p.word)
-        for move in p.moves:
-            if move == "r":
-                word.reverse()
-            else:
-                at = int(move) - 1
-                word[at : at + 2] = word[at + 1], word[at]
-        assert "".join(word) == p.answer
-        assert len(set(p.word)) == 3
 
 
 # ---------------------------------------------------------------- plan and results file
@@ -181,63 +107,6 @@ def finish(config, results):
 
 def count_runs(config):
     return sum(len(runs) for *_, runs in schedule(config))
-
-
-def test_a_style_is_kept_in_part():
-    """ "equations:0.1" lets a tenth of its traces pass, and all of the styles without a share."""
-    config = recipe()
-    config.study.styles = ("words", "equations:0.1")
-    config.prepare.filter_correct = False
-    problem = next(domain.problem_stream(config, "x", (3, 4), (1, 6)))
-    answer = Sample([1], [0.0], True)
-    kept = dict.fromkeys(STYLES, 0)
-    draw = random.Random(0)
-    for style, _ in itertools.product(STYLES, range(2000)):
-        text = worked_solution(problem, style)
-        kept[style] += not domain._why_not(config, problem, answer, text, draw)
-    assert (kept["words"], kept["groups"]) == (2000, 0)
-    assert 150 < kept["equations"] < 250
-    config.study.styles = ("word",)
-    with pytest.raises(DcodError, match=r"study\.styles names word; there are"):
-        domain._why_not(config, problem, answer, "1 up 2", draw)
-    config.study.styles = ("words:x",)
-    with pytest.raises(DcodError, match="expected STYLE or STYLE:SHARE"):
-        domain.style_shares(config)
-
-
-def test_the_selected_traces_are_the_best_by_their_rule():
-    traces = [Trace(f"{i}", np.arange(4), np.array([0, 0, 1, 1], bool)) for i in range(10)]
-    scores = [3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0, 5.0, 3.0]
-    assert [t.id for t in domain.select(traces, scores, 0.3)] == ["4", "5", "7"]
-    config = recipe()
-    for text in ("likely", "likely:0", "short:1.5", "long:0.3", "short:x", "short:nan"):
-        config.study.select = text
-        with pytest.raises(DcodError, match=r"study\.select="):
-            domain.selection(config)
-    config.study.select = "short:0.3"
-    assert domain.selection(config) == ("short", 0.3)
-
-
-def test_own_answers_are_the_starts_and_scored_by_both(tmp_path):
-    """study.select=own: in place of the teacher's traces, right or wrong, with both log-probs."""
-    config = configs.with_changes(recipe(), LIGHTNING.split())
-    lab = Lab(config, tmp_path, {})
-    params = transformer.init_params(lab.model_config(config), jax.random.key(0))
-    lab.start = lambda config, seed: params
-    own = lab._trained_on(config, 1, start=False)
-    assert len(own) == config.study.traces
-    assert own.manifest["counts"]["wrong"] == 0  # an untrained start is never right, and all stay
-    for trace in own.read(range(4)):
-        ids, kept = jnp.asarray(trace.token_ids)[None], trace.completion_mask[1:]
-        for model, known in (
-            (lab.teacher, trace.logprobs),
-            (lab._student(config, params), trace.start_logprobs),
-        ):
-            logits = transformer.logits(model.config, model.params, ids)[
-                0, :-1, : len(lab.tokenizer)
-            ]
-            expected = jax.nn.log_softmax(logits)[np.arange(len(kept)), ids[0, 1:]][kept]
-            assert np.allclose(known, expected, atol=1e-4)
 
 
 def test_the_order_and_the_rates(tmp_path):
@@ -325,7 +194,7 @@ def test_the_shipped_recipe_reads():
     assert set(wanted_starts(config)[64, 2]) == {200, 1000, 2000}
 
 
-@pytest.mark.parametrize("recipe_name", MAKER["STUDIES"])
+@pytest.mark.parametrize("recipe_name", STUDIES)
 def test_the_shipped_results_are_of_the_shipped_recipe(recipe_name):
     """A default that changes must be pinned in the recipe, or the tables tell of other runs."""
     config = configs.load_recipe(recipe_name)
@@ -334,7 +203,7 @@ def test_the_shipped_results_are_of_the_shipped_recipe(recipe_name):
         for name, condition in conditions(config).items()
         for arm, own in arms(condition).items()
     }
-    file, _ = MAKER["STUDIES"][recipe_name]
+    file, _ = STUDIES[recipe_name]
     written = Results(ROOT / "docs" / "study" / file).settings
     assert len(written.keys() & now.keys()) > 2
     for key in written.keys() & now.keys():
@@ -342,39 +211,6 @@ def test_the_shipped_results_are_of_the_shipped_recipe(recipe_name):
 
 
 # ---------------------------------------------------------------- numbers
-
-
-def test_crossed_mean_is_the_analysis_of_variance_and_covers():
-    """Against sums written out, and on data whose truth is known."""
-    generator = np.random.default_rng(0)
-    values = generator.normal(size=(3, 4))
-    S, P = values.shape
-    grand = values.mean()
-    ms_s = P * sum((values[s].mean() - grand) ** 2 for s in range(S)) / (S - 1)
-    ms_p = S * sum((values[:, p].mean() - grand) ** 2 for p in range(P)) / (P - 1)
-    ms_e = sum(
-        (values[s, p] - values[s].mean() - values[:, p].mean() + grand) ** 2
-        for s in range(S)
-        for p in range(P)
-    ) / ((S - 1) * (P - 1))
-    a, b = max(ms_s, ms_e), max(ms_p, ms_e)
-    free = (a + b - ms_e) ** 2 / (a**2 / 2 + b**2 / 3 + ms_e**2 / 6)
-    from scipy.stats import t
-
-    half = t.ppf(0.975, free) * ((a + b - ms_e) / 12) ** 0.5
-    found = crossed_mean(values)
-    assert (found.mean, found.low, found.high) == pytest.approx((grand, grand - half, grand + half))
-
-    inside = 0
-    for _ in range(400):
-        seeds, problems = generator.normal(size=(5, 1)), 2 * generator.normal(size=(1, 40))
-        estimate = crossed_mean(seeds + problems + generator.normal(size=(5, 40)))
-        inside += estimate.low <= 0 <= estimate.high
-    assert 0.92 <= inside / 400 <= 0.995
-    # Equal values: as three of them, the fewer of seeds and problems, allow.
-    assert crossed_mean(np.ones((3, 4)))[1:] == pytest.approx((0.025 ** (1 / 3), 1))
-    assert crossed_mean(np.zeros((3, 4)), -1.0).high == pytest.approx(1 - 0.025 ** (1 / 3))
-    assert np.isnan(crossed_mean(np.ones((1, 4))).low)
 
 
 def test_bits_go_round():
@@ -488,46 +324,6 @@ def test_a_domain_without_a_shipped_teacher_trains_its_own(tmp_path, monkeypatch
         assert (own.hidden_size, own.num_layers) == (shipped.hidden_size, shipped.num_layers)
     [file] = (tmp_path / "starts").iterdir()
     assert file.name.endswith("-3.npz")
-
-
-def test_the_page_holds_the_results():
-    """Every table of the studies' pages is what the committed results say."""
-    for file, names in MAKER["STUDIES"].values():
-        study = Study(read_results(ROOT / "docs" / "study" / file))
-        for name in names:
-            page = (ROOT / "docs" / name).read_text(encoding="utf-8")
-            assert fill_page(page, study) == page, "run python tools/make_study_page.py"
-
-
-def line_of(condition, arm, seed, correct, start):
-    bits = {name: to_hex(np.array(x, bool)) for name, x in (("in", correct), ("start", start))}
-    own = {"kind": "test", "condition": condition, "arm": arm, "seed": seed}
-    return own | {"correct": {"in": bits["in"]}, "start": {"in": bits["start"]}}
-
-
-def settings_line(condition, arm):
-    settings = {"study.only": [], "loss.weights.name": arm, "study.problems": 4}
-    return {"kind": "settings", "condition": condition, "arm": arm, "settings": settings}
-
-
-def test_an_arm_is_compared_with_main_only_from_the_same_starts():
-    own = [settings_line("main", "sft"), settings_line("variants", "sft+t3")]
-    main = line_of("main", "sft", 1, [0, 1, 1, 0], [0, 0, 0, 1])
-    alike = line_of("variants", "sft+t3", 1, [1, 1, 1, 0], [0, 0, 0, 1])
-    assert Study([*own, main, alike]).base(("variants", "sft+t3")) == ("main", "sft")
-    apart = line_of("variants", "sft+t3", 1, [1, 1, 1, 0], [0, 0, 1, 1])
-    assert Study([*own, main, apart]).base(("variants", "sft+t3")) is None
-
-
-def test_gains_are_paired_with_each_seeds_own_start():
-    lines = [
-        settings_line("main", "sft"),
-        line_of("main", "sft", 1, [1, 1, 1, 0], [1, 0, 0, 0]),
-        line_of("main", "sft", 2, [0, 0, 1, 0], [0, 1, 1, 0]),
-    ]
-    found = Study(lines)
-    assert found.gain(("main", "sft"), "in").mean == pytest.approx((2 - 1) / 8)
-    assert found.starts("main", "in").tolist() == [0.25, 0.5]
 
 
 def test_best_rate_waits_for_the_whole_grid_and_takes_the_mean(tmp_path):

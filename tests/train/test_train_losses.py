@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from test_train import RECIPE
+from runs import RECIPE
 
 from dcod_jax import config as configs
 from dcod_jax.errors import DcodError
