@@ -342,8 +342,10 @@ class Row:
         name = find(known, names) if chosen else None
         if name is None or name in self.used - _SHARED or str(known[name]).strip() == "":
             return None
-        value = listed(known[name])
-        value = value[0] if isinstance(value, list) and len(value) == 1 else known[name]
+        value = known[name] if isinstance(known[name], list) else listed(known[name])
+        one = isinstance(value, list) and len(value) == 1  # '["5"]' of a table; "[5]" is an answer
+        one = one and (value is known[name] or isinstance(value[0], str))
+        value = value[0] if one else known[name]
         self.used.add(name)
         if not isinstance(value, str) and schema.number(value):
             kind = f"{value}" if isinstance(value, float) else records.kind_of(value)

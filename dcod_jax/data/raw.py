@@ -30,19 +30,10 @@ _THINKING = ("thinking", "reasoning", "text", "content", "summary")
 _THINKING = (*_THINKING, "reasoningContent", "reasoningText")  # Bedrock
 _REASONING_PARTS = ("reasoning_details", "thinking_blocks", "thought", "thoughts")
 # Whether a turn is trained on, in the words of trainers; and keys that may be another's.
-_TRAINED = (
-    "weight",
-    "train",
-    "training",
-    "loss",
-    "trainable",
-    "train_on_turn",
-    "loss_weight",
-    "loss_mask",
-)
-_MAYBE_TRAINED = re.compile(
-    "mask|train|loss|learn|supervis|^(ignored?|skip(ped)?|excluded?|prefix|partial)$", re.IGNORECASE
-)
+_TRAINED = ("weight", "train", "training", "loss", "trainable", "train_on_turn")
+_TRAINED = (*_TRAINED, "loss_weight", "loss_mask")
+_MAYBE_TRAINED = re.compile("mask|train|loss|learn|supervis", re.IGNORECASE)
+_MAYBE_NOT = ("ignore", "ignored", "skip", "skipped", "exclude", "excluded", "prefix", "partial")
 # A message's other keys that carry nothing to train on.
 _TEXTS = ("content", "value", "text", "parts")
 _PLAIN_KEYS = {"role", "from", *_TEXTS, *REASONING_KEYS}
@@ -158,7 +149,7 @@ def _whole_turns(value: list[Any], name: str) -> Iterator[tuple[str, Any]]:
             continue
         if thought and role not in ANSWERING:
             raise BadRecordError(f"{place} must be the answer that the reasoning before it is of")
-        if channel not in (None, "final", "analysis") and not item.get("tool_calls"):
+        if channel == "commentary" and not item.get("tool_calls"):
             raise BadRecordError(
                 f"{place} is of the channel {channel!r}, which is no answer; join it to the "
                 "message of the channel 'final', or take it out"
@@ -190,7 +181,8 @@ def unread(item: Record, message: Message, name: str, fields: Fields) -> list[st
         if v not in (None, "", [], {}) and k != fields.reasoning_field
     }
     for key, value in found.items() if message["role"] == "assistant" else ():
-        if _MAYBE_TRAINED.search(key) and "." not in key:
+        not_whole = key.lower() in _MAYBE_NOT and truth(value) is not False
+        if not_whole or (_MAYBE_TRAINED.search(key) and "." not in key):
             raise BadRecordError(
                 f"{name}.{key} may say whether the turn is trained on; known are "
                 f"{', '.join(_TRAINED)} (0 or false: not) and masked; rename it, or take it out"

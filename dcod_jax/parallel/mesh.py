@@ -67,9 +67,8 @@ def make_mesh(
     if total != len(devices):
         product = " * ".join(f"{name}={sizes[name]}" for name in _shown(sizes, AXES))
         raise DcodError(
-            f"mesh.{product} = {total}, but there are {len(devices)} devices (dcod doctor lists "
-            f"them); set mesh.{free[0] if free else 'data'} or the other axes so that the product "
-            "matches"
+            f"mesh.{product} = {total}, but there are {len(devices)} devices; "
+            f"set mesh.{free[0] if free else 'data'} or the other axes so that the product matches"
         )
     shape = tuple(sizes[name] for name in AXES)
     return Mesh(_arrange(devices, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))

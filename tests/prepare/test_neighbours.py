@@ -137,6 +137,7 @@ RIGHT = {
          "message": {"role": "assistant", "content": [BLOCK, {"type": "text", "text": SAID}]}}},
     ],
     "values that are none": [
+        {"messages": [USER, WHOLE_TURN | {"prefix": False, "skip": 0, "channel": "general"}]},
         {"prompt": ASKED, "completion": WHOLE, **dict.fromkeys(
             ("reasoning", "answer", "system", "history", "finish_reason"), float("nan"))},
         {"prompt": ASKED, "completion": WHOLE, "error": None, "answer": ["5"]},
