@@ -243,13 +243,13 @@ def _clock(one: Quantity) -> tuple[int, int] | None:
     half = one.measure.partition("^")[0]
     if _TIME.fullmatch(one.value):
         hours, minutes = map(int, one.value.split(":"))
-    elif half in ("a.m.", "p.m.") and one.value.isdecimal():
+    elif half in ("am", "pm") and one.value.isdecimal():
         hours, minutes = int(one.value), 0
     else:
         return None
-    if half == "p.m." and hours < 12:
+    if half == "pm" and hours < 12:
         hours += 12
-    return (0 if half == "a.m." and hours == 12 else hours), minutes
+    return (0 if half == "am" and hours == 12 else hours), minutes
 
 
 def _words(text: str) -> str:

@@ -6,7 +6,7 @@ import ast
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from dcod_jax.data import lines
@@ -53,15 +53,9 @@ class ProblemSet:
 
 def problem_file(config: Any, path: Location, *, limit: int = 0) -> ProblemSet:
     """A file of problems in the fields of prepare.*, named ""."""
-    skipped: list[str] = []
-    problems = read_problems(
-        path,
-        system_prompt=config.prepare.system_prompt,
-        prompt_field=config.prepare.prompt_field,
-        answer_field=config.prepare.answer_field,
-        limit=limit,
-        skipped=skipped,
-    )
+    names = ("system_prompt", "prompt_field", "answer_field")
+    fields = {name: config.prepare[name] for name in names}
+    problems = read_problems(path, **fields, limit=limit, skipped=(skipped := []))
     return ProblemSet("", tuple(problems), "", len(skipped))
 
 
@@ -112,23 +106,104 @@ def read_records(path: Path) -> Iterator[tuple[str, Record]]:
         yield source, record
 
 
+@dataclasses.dataclass(frozen=True)
+class _Fields:
+    """A benchmark, with the names that its prompt and answer may have, and what sets them."""
+
+    benchmark: Benchmark
+    prompts: tuple[str, ...]
+    answers: tuple[str, ...]
+    keys: str
+    need_answer: bool = True
+
+    def problem(self, record: Record, source: str, default: str) -> Problem | None:
+        """The problem of a record; None where the reference answer is empty."""
+        messages = self._messages(record, source)
+        value, answer = self._answer(record, source)
+        if self.need_answer and not answer:
+            return None
+        if options := read_options(record, source):
+            messages[-1]["content"] = with_options(messages[-1]["content"], options)
+            answer = option_reference(value, options, source) if answer else ""
+        own = self.benchmark
+        names = [n for n in (own.name, "id") if record.get(n) is not None]
+        groups = [n for n in (own.difficulty, "difficulty", "level") if n in record]
+        return Problem(
+            id=str(record[names[0]]) if names else default,
+            messages=messages,
+            answer=answer,
+            fields=record,
+            source=source,
+            difficulty=difficulty_group(record[groups[0]]) if groups else "",
+            tolerance=_tolerance(record.get(own.tolerance), source),
+        )
+
+    def _messages(self, record: Record, source: str) -> list[dict[str, str]]:
+        for value in map(record.get, self.prompts):
+            if isinstance(value, str) and value.strip():
+                return [{"role": "user", "content": value}]
+            turns = value if isinstance(value, list) and all(map(_is_message, value)) else []
+            while turns and turns[-1]["role"] == "assistant":
+                turns = turns[:-1]
+            if turns:
+                return [{"role": m["role"], "content": m["content"]} for m in turns]
+        there = {name: record[name] for name in self.prompts if name in record}
+        raise DcodError(
+            f"{source}: no prompt; expected non-empty text or a list of "
+            f'{{"role", "content"}} messages before the answer in one of '
+            f"{', '.join(self.prompts)}, got {str(there)[:60] if there else ', '.join(record)}; "
+            f"{self.keys.format('prompt_field')}"
+        )
+
+    def _answer(self, record: Record, source: str) -> tuple[Any, str]:
+        """The value of the field, and the reference answer in it; "" where there is none."""
+        names = [name for name in self.answers if name in record]
+        name = next((name for name in names if record[name] is not None), self.answers[0])
+        value, mark = record.get(name), self.benchmark.mark
+        hint = self.keys.format("answer_field")
+        if not names and self.need_answer:
+            raise DcodError(
+                f"{source}: no answer; expected one in {name!r}, got {', '.join(record)}; {hint}"
+            )
+        if mark == "list":
+            value = _joined(value)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if value is None:
+            return None, ""
+        if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:
+            raise DcodError(
+                f"{source}: field {name!r} must be text or a number, got {str(value)[:60]}; "
+                f'several answers are one text ("2, 3"); or {hint}'
+            )
+        text = str(value).strip()
+        if not text or mark not in _MARKS or name != self.benchmark.answer:
+            return value, text
+        if _MARKS[mark] not in text:
+            raise DcodError(
+                f"{source}: field {name!r} has no {_MARKS[mark]}, where the final answer of a "
+                "worked solution is expected"
+            )
+        return value, reference_answer(text)
+
+
 def _collect(
     rows: Iterable[tuple[str, Record]],
-    parse: Callable[[Record, str, str], Problem | None],
+    fields: _Fields,
     *,
     system_prompt: str,
     limit: int,
     empty: str,
     skipped: list[str] | None,
 ) -> list[Problem]:
-    """parse(record, source, default id) of at most `limit` rows; ids must differ.
+    """The problems of at most `limit` rows, whose ids must differ.
 
-    Where parse gives None the reference answer is empty: its source goes to `skipped`.
+    The sources of those without a reference answer go to `skipped`.
     """
     found: dict[str, Problem] = {}
     without = [] if skipped is None else skipped
     for number, (source, record) in enumerate(rows):
-        problem = parse(record, source, str(number))
+        problem = fields.problem(record, source, str(number))
         if problem is None:
             without.append(source)
             continue
@@ -152,9 +227,6 @@ def _collect(
     return list(found.values())
 
 
-# ---------------------------------------------------------------- problem files
-
-
 def read_problems(
     path: Location,
     *,
@@ -173,27 +245,10 @@ def read_problems(
     fields are set. Raises DcodError with file:line for what is no such record and for an id that
     occurs twice.
     """
-
-    def parse(record: Record, source: str, default: str) -> Problem | None:
-        messages = _messages(record, prompt_field=prompt_field, source=source, keys=keys)
-        answer = _text(record, answer_field, source=source, keys=keys)
-        if need_answer and answer_field not in record:
-            raise DcodError(
-                f"{source}: no field {answer_field!r}; expected a reference answer, got "
-                f"{', '.join(record)}; {keys.format('answer_field')}"
-            )
-        if need_answer and not answer:
-            return None
-        if options := read_options(record, source):
-            messages[-1]["content"] = with_options(messages[-1]["content"], options)
-            answer = option_reference(record[answer_field], options, source) if answer else ""
-        name = default if record.get("id") is None else str(record["id"])
-        difficulty = difficulty_group(record.get("difficulty", record.get("level")))
-        return Problem(name, messages, answer, record, source, difficulty)
-
+    prompts = (prompt_field,) if prompt_field else (*PROMPT_FIELDS, "messages")
     return _collect(
         read_records(as_path(path)),
-        parse,
+        _Fields(Benchmark("", ""), prompts, (answer_field,), keys, need_answer),
         system_prompt=system_prompt,
         limit=limit,
         empty=f"{path}: no problems; expected one JSON object a line",
@@ -201,39 +256,48 @@ def read_problems(
     )
 
 
-def _text(record: Record, field: str, *, source: str, keys: str) -> str:
-    """The reference answer; "" where there is none."""
-    value = record.get(field)
-    if value is None:
-        return ""
-    if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:
-        raise DcodError(
-            f"{source}: field {field!r} must be text or a number, got {str(value)[:60]}; several "
-            f'answers are one text ("2, 3"); or {keys.format("answer_field")}'
-        )
-    return str(value).strip()
+def read_set(
+    entry: SetEntry, *, system_prompt: str = "", limit: int = 0, skipped: list[str] | None = None
+) -> list[Problem]:
+    """The problems of a benchmark, from a local file, a dataset directory or the hub.
 
-
-def _messages(record: Record, *, prompt_field: str, source: str, keys: str) -> list[dict[str, str]]:
-    wanted = (prompt_field,) if prompt_field else (*PROMPT_FIELDS, "messages")
-    name = next((field for field in wanted if record.get(field) is not None), None)
-    if name is None:
-        raise DcodError(
-            f"{source}: no prompt; expected one of {', '.join(wanted)}, got {', '.join(record)}; "
-            f"{keys.format('prompt_field')}"
+    `entry.place` is the file, directory or hub id; "": the benchmark's own hub id. A file of a name
+    that is no benchmark has the fields of any problem file. Under another answer field how it
+    marks the answer is not known, and the whole field is the answer.
+    """
+    name, place, prompt_field, answer_field = entry
+    benchmark = BENCHMARKS.get(name)
+    if benchmark is None:
+        return read_problems(
+            place,
+            system_prompt=system_prompt,
+            prompt_field=prompt_field,
+            answer_field=answer_field or "answer",
+            limit=limit,
+            skipped=skipped,
+            keys=SET_KEYS,
         )
-    value = record[name]
-    if isinstance(value, str) and value.strip():
-        return [{"role": "user", "content": value}]
-    if isinstance(value, list) and value and all(_is_message(m) for m in value):
-        while value and value[-1]["role"] == "assistant":
-            value = value[:-1]
-        if value:
-            return [{"role": m["role"], "content": m["content"]} for m in value]
-    raise DcodError(
-        f"{source}: field {name!r} must be non-empty text or a list of "
-        f'{{"role", "content"}} messages before the answer, got {str(value)[:60]!r}'
+    local = bool(place) and as_path(place).is_file()
+    synonyms = tuple(dict.fromkeys((benchmark.prompt, *PROMPT_FIELDS)))
+    if answer_field:
+        benchmark = dataclasses.replace(benchmark, answer=answer_field, mark="")
+    fields = _Fields(
+        benchmark,
+        (prompt_field,) if prompt_field else synonyms,
+        (answer_field,) if answer_field else (benchmark.answer, "answer"),
+        SET_KEYS,
     )
+    return _collect(
+        read_records(as_path(place)) if local else _hub_rows(benchmark, name, place),
+        fields,
+        system_prompt=system_prompt,
+        limit=limit,
+        empty=f"evaluate.sets: {name} has no problems in {place or benchmark.hub}",
+        skipped=skipped,
+    )
+
+
+# ---------------------------------------------------------------- what fields hold
 
 
 def _is_message(value: object) -> bool:
@@ -249,103 +313,6 @@ def difficulty_group(value: object) -> str:
     if isinstance(value, float) and not value.is_integer():
         return f"{math.floor(value)}-{math.floor(value) + 1}"
     return str(int(value)) if isinstance(value, float) else str(value)
-
-
-# ---------------------------------------------------------------- benchmarks
-
-
-def read_set(
-    entry: SetEntry, *, system_prompt: str = "", limit: int = 0, skipped: list[str] | None = None
-) -> list[Problem]:
-    """The problems of a benchmark, from a local file, a dataset directory or the hub.
-
-    `entry.place` is the file, directory or hub id; "": the benchmark's own hub id. A file of a name
-    that is no benchmark has the fields of any problem file.
-    """
-    name, place, prompt_field, answer_field = entry
-    benchmark = BENCHMARKS.get(name)
-    if benchmark is None:
-        return read_problems(
-            place,
-            system_prompt=system_prompt,
-            prompt_field=prompt_field,
-            answer_field=answer_field or "answer",
-            limit=limit,
-            skipped=skipped,
-            keys=SET_KEYS,
-        )
-    if answer_field:  # no longer the published field: how it marks the answer is not known
-        benchmark = dataclasses.replace(benchmark, answer=answer_field, mark="")
-    local = bool(place) and as_path(place).is_file()
-    rows = read_records(as_path(place)) if local else _hub_rows(benchmark, name, place)
-
-    def parse(record: Record, source: str, default: str) -> Problem | None:
-        prompts = (prompt_field,) if prompt_field else (benchmark.prompt, *PROMPT_FIELDS)
-        texts = [record[n] for n in prompts if isinstance(record.get(n), str) and record[n].strip()]
-        if not texts:
-            raise DcodError(
-                f"{source}: no problem; expected text in one of "
-                f"{', '.join(dict.fromkeys(prompts))}, got {', '.join(record)}; "
-                f"{SET_KEYS.format('prompt_field')}"
-            )
-        answer = _benchmark_answer(benchmark, record, source, strict=bool(answer_field))
-        if not answer:
-            return None
-        if options := read_options(record, source):
-            texts[0] = with_options(texts[0], options)
-            value = record.get(benchmark.answer, record.get("answer"))
-            answer = option_reference(value, options, source)
-        names = (benchmark.name, "id")
-        return Problem(
-            id=next((str(record[n]) for n in names if record.get(n) is not None), default),
-            messages=[{"role": "user", "content": texts[0]}],
-            answer=answer,
-            fields=record,
-            source=source,
-            difficulty=difficulty_group(record.get(benchmark.difficulty)),
-            tolerance=_tolerance(record.get(benchmark.tolerance), source),
-        )
-
-    return _collect(
-        rows,
-        parse,
-        system_prompt=system_prompt,
-        limit=limit,
-        empty=f"evaluate.sets: {name} has no problems in {place or benchmark.hub}",
-        skipped=skipped,
-    )
-
-
-def _benchmark_answer(
-    benchmark: Benchmark, record: Record, source: str, *, strict: bool = False
-) -> str:
-    """The reference answer, taken out of a worked solution where the benchmark has one.
-
-    "" where the field is there and empty. `strict`: no other field is tried.
-    """
-    own = record.get(benchmark.answer)
-    value = record.get("answer") if own is None and not strict else own
-    if benchmark.mark == "list":
-        value = _joined(value)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    there = benchmark.answer in record or (not strict and "answer" in record)
-    if there and (value is None or not str(value).strip()):
-        return ""
-    if value is None or isinstance(value, bool | dict):
-        raise DcodError(
-            f"{source}: no answer; expected one in {benchmark.answer!r}, got {', '.join(record)}; "
-            f"{SET_KEYS.format('answer_field')}"
-        )
-    text = str(value)
-    if benchmark.mark not in _MARKS or own is None:
-        return text.strip()
-    if _MARKS[benchmark.mark] not in text:
-        raise DcodError(
-            f"{source}: field {benchmark.answer!r} has no {_MARKS[benchmark.mark]}, where the "
-            "final answer of a worked solution is expected"
-        )
-    return reference_answer(text)
 
 
 def _tolerance(value: object, source: str) -> float:

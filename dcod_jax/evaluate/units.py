@@ -9,78 +9,31 @@ import re
 
 from dcod_jax.evaluate.numerals import MULTIPLIERS, latex, number
 
-_MEASURES = {  # canonical name: its spellings, without a plural s
-    "m": "m meter metre",
-    "cm": "cm centimeter centimetre",
-    "mm": "mm millimeter millimetre",
-    "km": "km kilometer kilometre",
-    "um": "um micron micrometer micrometre",
-    "nm": "nm nanometer nanometre",
-    "in": "in inch inche",
-    "ft": "ft foot feet",
-    "yd": "yd yard",
-    "mi": "mi mile",
-    "g": "g gram gm",
-    "kg": "kg kilogram kilo",
-    "mg": "mg milligram",
-    "pound": "lb pound gbp £",
-    "oz": "oz ounce floz",
-    "t": "ton tonne",
-    "s": "s sec second",
-    "min": "min minute",
-    "h": "h hr hour",
-    "day": "day",
-    "week": "week wk",
-    "month": "month",
-    "year": "year yr",
-    "L": "L l liter litre",
-    "mL": "ml mL milliliter millilitre",
-    "gal": "gal gallon",
-    "quart": "quart qt",
-    "pint": "pint pt",
-    "dollar": "dollar usd buck ￥",
-    "cent": "cent ¢",
-    "pence": "pence penny pennie",
-    "ruble": "ruble rouble ₽",
-    "won": "won ₩",
-    "euro": "euro eur €",
-    "yen": "yen yuan rmb ¥",
-    "rupee": "rupee rs ₹",
-    "celsius": "degC celsius",
-    "fahrenheit": "degF fahrenheit",
-    "K": "K kelvin",
-    "N": "N newton",
-    "J": "J joule",
-    "W": "W watt",
-    "V": "V volt",
-    "Hz": "hz",
-    "kN": "kN",
-    "Pa": "Pa pascal",
-    "eV": "eV",
-    "dB": "dB decibel",
-    "ohm": "ohm Ω",
-    "B": "B byte",
-    "b": "bit",
-    "KB": "kb kilobyte",
-    "MB": "mb megabyte",
-    "GB": "gb gigabyte",
-    "a.m.": "am",
-    "p.m.": "pm",
+# What measures the same stands in one line: how many of the first one, the canonical name, and its
+# other spellings, all without a plural s.
+_TABLE = """
+1 s sec second, 60 min minute, 3600 h hr hour, 86400 day, 604800 week wk
+1 month, 12 year yr
+1 nm nanometer nanometre, 1e3 um micron micrometer micrometre, 1e6 mm millimeter millimetre,\
+ 1e7 cm centimeter centimetre, 1e9 m meter metre, 1e12 km kilometer kilometre
+1 in inch inche, 12 ft foot feet, 36 yd yard, 63360 mi mile
+1 mg milligram, 1e3 g gram gm, 1e6 kg kilogram kilo, 1e9 ton tonne
+1 oz ounce floz, 16 pound lb gbp £
+1 mL ml milliliter millilitre, 1000 L l liter litre
+1 pint pt, 2 quart qt, 8 gal gallon
+1 cent ¢, 100 dollar usd buck ￥
+1 pence penny pennie, 100 pound
+"""
+_OTHERS = """
+ruble rouble ₽, won ₩, euro eur €, yen yuan rmb ¥, rupee rs ₹, degC celsius, degF fahrenheit,
+K kelvin, N newton, J joule, W watt, V volt, hz, kN, Pa pascal, eV, dB decibel, ohm Ω, B byte, bit,
+kb kilobyte, mb megabyte, gb gigabyte, am, pm
+"""
+_LINES = [[part.split() for part in line.split(",")] for line in _TABLE.split("\n") if line]
+_CANONICAL = {name: part[1] for line in _LINES for part in line for name in part[1:]} | {
+    name: part.split()[0] for part in _OTHERS.split(",") for name in part.split()
 }
-_CANONICAL = {name: unit for unit, names in _MEASURES.items() for name in names.split()}
-# How many of the first unit the others are; what stands in one line can be converted.
-_SCALES = [
-    {"s": 1, "min": 60, "h": 3600, "day": 86400, "week": 604800},
-    {"month": 1, "year": 12},
-    {"nm": 1, "um": 10**3, "mm": 10**6, "cm": 10**7, "m": 10**9, "km": 10**12},
-    {"in": 1, "ft": 12, "yd": 36, "mi": 63360},
-    {"mg": 1, "g": 10**3, "kg": 10**6, "t": 10**9},
-    {"oz": 1, "pound": 16},
-    {"mL": 1, "L": 1000},
-    {"pint": 1, "quart": 2, "gal": 8},
-    {"cent": 1, "dollar": 100},
-    {"pence": 1, "pound": 100},
-]
+_SCALES = [{part[1]: fractions.Fraction(part[0]) for part in line} for line in _LINES]
 # Words after a number that change it, so that "5 or 6" or "2 and a half" is not 5 or 2.
 NOT_UNITS = frozenset(
     "or and to times half over plus minus squared cubed mod base equals where if i pi "

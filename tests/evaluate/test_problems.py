@@ -55,7 +55,7 @@ def test_the_assistants_own_turn_is_not_part_of_the_question(tmp_path):
         (b'{"prompt": "\xff"}', "invalid UTF-8 at byte 12"),
         (b'["prompt"]', "expected a JSON object, got list"),
         (b'{"text": "1", "answer": "1"}', "no prompt.*prepare.prompt_field"),
-        (b'{"prompt": "1"}', "no field 'answer'.*prepare.answer_field"),
+        (b'{"prompt": "1"}', "no answer; expected one in 'answer'.*prepare.answer_field"),
         (b'{"prompt": " ", "answer": "1"}', "non-empty text"),
         (b'{"prompt": [{"role": "user"}], "answer": "1"}', "non-empty text"),
         (b'{"id": "x", "prompt": "1", "answer": "1"}', "used before at .*:1"),
@@ -213,8 +213,12 @@ def test_a_directory_of_the_hubs_layout_is_read_by_split(tmp_path):
         ("gsm8k", {"question": "q", "answer": "4"}, "has no ####"),
         ("math", {"problem": "q", "solution": "it is 4"}, r"has no \\boxed"),
         ("aime24", {"problem": "q"}, "no answer; expected one in 'answer'"),
-        ("aime24", {"problem": " ", "answer": 1}, "no problem; expected text in one of problem"),
-        ("aime24", {"problem": "q", "answer": {}}, "no answer"),
+        (
+            "aime24",
+            {"problem": " ", "answer": 1},
+            "no prompt; expected non-empty text .* in one of problem",
+        ),
+        ("aime24", {"problem": "q", "answer": {}}, "must be text or a number, got {}"),
     ],
 )
 def test_a_row_that_is_not_the_benchmarks_is_named(name, row, message, tmp_path):
@@ -241,7 +245,7 @@ FIELDS = {  # of sets that people have as files: (record, fields of the entry, r
     "svamp": (
         {"question_concat": "q", "Answer": 145.0},
         {"prompt_field": "question_concat", "answer_field": "Answer"},
-        "145.0",
+        "145",
     ),
     "mathqa": (
         {"question": "q", "correct": "E"},
