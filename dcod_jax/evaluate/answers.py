@@ -48,9 +48,6 @@ _RETRACTED = re.compile(
     r"|correction:|scratch that[;,.]|no,? wait,|oops,)",
     re.IGNORECASE,
 )
-_STANDS = re.compile(
-    r"\b(?:same|still|remains?|stands|(?:was|is) (?:right|correct))\b", re.IGNORECASE
-)
 _HYPHENS = dict.fromkeys(map(ord, "‐‑‒﹣－"), "-")
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
 _UNBRACED = re.compile(r"\\[dt]?frac\s*(?:\d\s*\d|\{[^{}]*\}\{[^{}]*\})|[^\s$\\]+")
@@ -307,9 +304,7 @@ def _corrected(part: str, *, complete: bool) -> Extraction | None:
     if not any(word in part for word in _RETRACTIONS):
         return None
     last = collections.deque(_RETRACTED.finditer(part), 1)
-    if not last or _STANDS.search(part, last[0].start()):
-        return None
-    return _final(part[last[0].end() :], complete=complete)
+    return _final(part[last[0].end() :], complete=complete) if last else None
 
 
 def reference_answer(answer: str) -> str:

@@ -67,7 +67,6 @@ _ALIGNED = re.compile(
     r"\\end\{\1\*?\}",
     re.DOTALL,
 )
-_REVISED = re.compile(r"\b(?:which (?:is|means|rounds|equals)|or|that is|round(?:s|ed))\b")
 _PHRASE = re.compile(
     r"\b(?:infinitely many(?: \w+)?|no (?:\w+ )?(?:solutions?|values?|roots?|answer)|"
     r"do(?:es)? not exist|undefined|impossible|cannot be determined|none of (?:the above|these))\b",
@@ -83,9 +82,6 @@ _REFUSED = re.compile(
     r"(?:solved?|answer(?:ed)?|determined?|find|found|comput\w+|calculat\w+)|(?:don't|do not) know"
     r"|not enough information|insufficient (?:information|data)|as an ai)\b",
     re.IGNORECASE,
-)
-_DECIDED = re.compile(
-    r"\b(?:so|thus|hence|therefore|get|gives?|answer is|equals?|but)\b|=", re.IGNORECASE
 )
 _VERDICT = re.compile(
     r"[\W_]*(yes|no|true|false)\b(?:[\W_]*$|,? (?:because|since|as)\b|,(?!.*\d))"
@@ -122,7 +118,7 @@ def last_expression(text: str) -> str:
     text = _DISPLAY.sub(lambda m: f" ${' '.join((m.group(1) or m.group(2)).split())}$ ", text)
     for whole in reversed(text.splitlines()):
         line = PRECISION.sub("", _ASIDE.sub("", whole[-_LINE:]))
-        if (refusal := _REFUSED.search(line)) and not _DECIDED.search(line, refusal.end()):
+        if refusal := _REFUSED.search(line):
             known = re.search("be determined|information|data", refusal.group(0))
             return "cannot be determined" if known else ""
         if match := _VERDICT.match(line):
@@ -146,7 +142,7 @@ def last_expression(text: str) -> str:
             continue
         if results := list(_RESULT.finditer(line)):  # "= 3 more than 1/5 pound": the result
             behind = _EXPRESSION.match(line, results[-1].end())
-            if behind and best.lastgroup != "span" and not _REVISED.search(line, behind.end()):
+            if behind and best.lastgroup != "span":
                 best = behind
         return _with_neighbours(line, found, best)
     return ""

@@ -51,7 +51,6 @@ _PLACE = re.compile(
 )
 _WORD = rf"(?:{'|'.join([*_UNITS[::-1], *_TENS, *MULTIPLIERS])})(?![A-Za-z])"
 _PART = rf"(?:{'|'.join(_PARTS)})s?(?![A-Za-z])"
-_COUNT = rf"(?:\d+|an?|{_WORD}(?:(?:[ -]| and ){_WORD})*)"
 # "minus twelve", "two thirds", "one hundred and five", "2 and a half", "half", "a dozen"
 _SPELLED = re.compile(
     rf"(?P<sign>(?:minus|negative) )?(?:(?P<top>an?|{_WORD})[ -](?P<part>{_PART})|(?P<half>half)\b"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import operator
 import re
@@ -26,7 +27,6 @@ _SET_BUILDER = re.compile(
 )
 _MEMBER = re.compile(r"[A-Za-z]\s*\\in\s*(?=[(\[\]]|\\mathbb|\\\{)")
 _RELATION = re.compile(r"\s*(\\le|\\ge|\\ne|<|>)\s*")
-_VARIABLE = re.compile(r"[A-Za-z](?:_\{?\w\}?)?")
 _CONJUNCTION = r"\\(?:land|wedge)(?![A-Za-z])"
 _SEPARATOR = re.compile(
     r"[,;]\s*(?:(?:and|or)\b)?|&|\\text\{\s*,?\s*(?:and|or)\s*\}|(?:and|or)\b|或|和"
@@ -57,7 +57,7 @@ _EMPTY = {"\\{\\}", "\\emptyset", "emptyset", "theemptyset"} | {
     f"no{kind}solution{end}" for kind in ("", "real") for end in ("", "s")
 }
 _INTEGERS = {"\\mathbb{z}", "allintegers", "integers"}
-_FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "\\ne": "\\ne"}
+_FLIPPED = {">": "<", "\\ge": "\\le"}
 SPANS = ("()", "[]", "(]", "[)")
 
 
@@ -97,42 +97,22 @@ def _enclosed(text: str) -> tuple[str, str]:
 # ---------------------------------------------------------------- relations
 
 
-def _ray(variable: str, sign: str, bound: str) -> Parsed:
-    """x < 3 as an interval of x."""
-    low, high = ("-\\infty", bound) if sign in ("<", "\\le") else (bound, "\\infty")
-    ends = {"<": "()", "\\le": "(]", ">": "()", "\\ge": "[)"}[sign]
-    return Parsed(f"{variable}{sign}{bound}", ends, (Parsed(low), Parsed(high)), variable)
-
-
 def _relation(text: str) -> Parsed | None:
-    r"""x<3 or 1\le x<4 as an interval; None where it is no relation of one variable."""
+    r"""x<3, 1\le x<4 or x^2<4 as a set of real numbers, another with its signs pointing one way."""
     parts = _RELATION.split(text)
     terms, signs = parts[::2], parts[1::2]
-    if signs == ["\\ne"] and _VARIABLE.fullmatch(terms[0]):
-        rays = tuple(_ray(terms[0], sign, terms[1]) for sign in "<>")
-        return Parsed(text, "∪", rays, terms[0])
     if len(terms) not in (2, 3) or not all(terms):
         return None
-    if "\\ne" not in signs and (found := _simple(text, terms, signs)):
-        return found
-    found = where(terms, signs)
-    return found and Parsed(text, "<", variable=found[0], held=found[1])
-
-
-def _simple(text: str, terms: list[str], signs: list[str]) -> Parsed | None:
-    """x < b and a < x < b as an interval, whatever a and b are."""
-    if len(terms) == 2:
-        if _VARIABLE.fullmatch(terms[0]):
-            return _ray(terms[0], signs[0], terms[1])
-        if _VARIABLE.fullmatch(terms[1]):
-            return _ray(terms[1], _FLIPPED[signs[0]], terms[0])
-    elif _VARIABLE.fullmatch(terms[1]):
-        if all(sign in (">", "\\ge") for sign in signs):
-            terms, signs = terms[::-1], [_FLIPPED[s] for s in signs[::-1]]
-        if not any(sign in (">", "\\ge") for sign in signs):
-            ends = "(["[signs[0] == "\\le"] + ")]"[signs[1] == "\\le"]
-            return Parsed(text, ends, (Parsed(terms[0]), Parsed(terms[2])), terms[1])
-    return None
+    for end, infinite in ((0, "-\\infty"), (-1, "\\infty")):
+        if len(terms) > 2 and terms[end] == infinite:
+            del terms[end], signs[end]
+    if len(terms) == 2 and "\\infty" in terms[1] and signs == ["<"]:
+        return dataclasses.replace(_line(text), variable=terms[0])
+    if found := where(terms, signs):
+        return Parsed(text, "<", variable=found[0], held=found[1])
+    if all(sign in (">", "\\ge") for sign in signs):
+        terms, signs = terms[::-1], [_FLIPPED[sign] for sign in signs[::-1]]
+    return Parsed("".join(itertools.chain(*itertools.zip_longest(terms, signs, fillvalue=""))))
 
 
 def _line(text: str) -> Parsed:
@@ -175,20 +155,9 @@ def _several(text: str, parts: list[str]) -> Parsed:
         known = [one for one in regions if one is not None]
         covered = len(known) == len(regions) and functools.reduce(operator.or_, known).same(LINE)
         both = _AND.search(text) or "\\ne" in text or (covered and not re.search(r"\bor\b", text))
-        return _common(text, items, variables.pop()) if both else (
-            Parsed(text, "∪", items, variables.pop()))  # fmt: skip
+        return Parsed(text, "∩" if both else "∪", items, variables.pop())
     flat = (i for item in items for i in (item.items if item.ends == "," else (item,)))
     return Parsed(text, ",", tuple(flat))
-
-
-def _common(text: str, items: tuple[Parsed, ...], variable: str) -> Parsed:
-    """x > 1 and x < b as the interval (1, b), whatever b is."""
-    if len(items) == 2 and all(item.ends in SPANS for item in items):
-        for above, below in (items, items[::-1]):
-            if above.items[1].text == "\\infty" and below.items[0].text == "-\\infty":
-                ends = above.ends[0] + below.ends[1]
-                return Parsed(text, ends, (above.items[0], below.items[1]), variable)
-    return Parsed(text, "∩", items, variable)
 
 
 def _whole(text: str) -> Parsed | None:

@@ -10,8 +10,6 @@ import json
 import re
 from typing import Any
 
-from dcod_jax.evaluate.units import NOT_UNITS
-
 READ = 600  # characters behind a mark
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|\.\d+"
 SPAN = r"(?<!\\)\$(?!\d[\d.,]*\s+[a-z]{2,}\s)(?:\\.|[^$\\\n]){1,200}\$|\\\([^\n]{1,200}?\\\)"
@@ -73,7 +71,6 @@ _OTHER_VERB = re.compile(
     r"\b(?!radius|plus|minus|times|units|less|axis|is|class|bus|towards|degrees)[a-z]+(?:s|ed) "
     r"(?=\$?\d)"
 )
-_UNIT_WORDS = re.compile(rf"[*$]{{0,3}}({NUMBER})[*$]{{0,3}}((?: [A-Za-z]{{1,20}}){{1,4}})\**")
 _MULTIPLIER = re.compile(
     r"\s*\b(?:dozen|hundred|thousand|million|billion|trillion|percent|times|half|over|plus|"
     r"(?:or|and|to) (?:\D?\d|a|half)|minus|squared|cubed|[ap]\.?m)\b",
@@ -163,8 +160,6 @@ def value(text: str) -> str:
     text = re.split(r"</\w{1,20}>", text.strip(), maxsplit=1)[0]
     if fence := re.match(r"```[A-Za-z]*\s*\n?", text):
         text = text[fence.end() :].partition("```")[0].strip()
-    if found := json_answer(text[:READ], 3):
-        return found[1]
     if match := JSON_KEY.search(text[:READ]):
         return json_value(text[match.end() :])
     if text.startswith("{") and (whole := unwrapped(text.partition("\n")[0].rstrip("."))) != text:
@@ -192,10 +187,6 @@ def value(text: str) -> str:
 
 def _number_of(words: str) -> str | None:
     """The value that a sentence states; None where it is not known to be a number."""
-    if match := _UNIT_WORDS.fullmatch(words):
-        units = set(match.group(2).lower().split())
-        if not units & NOT_UNITS and not _MULTIPLIER.match(match.group(2)):
-            return match.group(1)
     if (leading := _before_words(words)) is not None:
         return leading
     if len(words.split()) > 3 and (verb := _VERB.search(words) or _OTHER_VERB.search(words)):

@@ -107,7 +107,9 @@ def _where(difference: Callable[[End], End | None], sign: Callable[[End], bool])
     zero, one = difference(fractions.Fraction(0)), difference(fractions.Fraction(1))
     if zero is not None and one is not None and zero != one:  # a linear one has its exact end
         end = zero / (zero - one)
-        if difference(end) == 0 and difference(-end - 1) == zero - (end + 1) * (one - zero):
+        there = difference(-end - 1)
+        if there is not None and difference(end) == 0 and (
+            close(there, zero - (end + 1) * (one - zero))):  # fmt: skip
             return Region(frozenset([end]), holds)
     values: list[tuple[End, End]]
     values = [(x, found) for x in _GRID if (found := difference(x)) is not None]
