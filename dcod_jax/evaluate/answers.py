@@ -184,28 +184,26 @@ def _hash_value(text: str) -> str:
 
 # Each kind of mark; what shows in a text that was cut off that the answer behind it is whole; and
 # what every text with such a mark has in it, which is quick to look for.
+_SENTENCE = r"\n|[.!?]\s|。"
 _MARKS = {
-    "hash": (_HASH, r"\n", ("####",)),
-    "answer_line": (_ANSWER_LINE, r"\n|[.!?]\s|。", ()),
-    "answer_is": (_ANSWER_IS, r"\n|[.!?]\s|。", ("nswer", "NSWER", "答案")),
-    "answer_in_other_words": (
-        _OTHER_IS,
-        r"\n|[.!?]\s|。",
-        ("espuesta", "esposta", "isposta", "éponse", "ntwort", "答え", "답은", "الجواب", "الإجابة"),
-    ),
-    "tag": (_TAG, r"</|\[/", (">", "]")),
-    "json": (JSON_KEY, r"[,}\n]", ('"', "'")),
-    "choice": (
-        _CHOICE,
-        r"\W",
-        ("ption", "hoice", "lternative", "hoose", "ick ", "elect", "o with", "选", "OPTION"),
-    ),
-}
+    "hash": (_HASH, r"\n", "####"),
+    "answer_line": (_ANSWER_LINE, _SENTENCE, ""),
+    "answer_is": (_ANSWER_IS, _SENTENCE, "nswer|NSWER|答案"),
+    "answer_in_other_words": (_OTHER_IS, _SENTENCE,
+        "espuesta|esposta|isposta|éponse|ntwort|答え|답은|الجواب|الإجابة"),
+    "tag": (_TAG, r"</|\[/", ">|]"),
+    "json": (JSON_KEY, r"[,}\n]", "\"|'"),
+    "choice": (_CHOICE, r"\W", "ption|hoice|lternative|hoose|ick |elect|o with|选|OPTION"),
+}  # fmt: skip
 # Every text in which something is taken back has one of these in it.
 _RETRACTIONS = (
     "wrong|ncorrect|not right|not correct|istake|error|misread|forgot|missed|verlooked|should have"
     "|miscalculated|ctually|orrection:|cratch that|o wait,|o, wait,|ops,"
-).split("|")
+)
+
+
+def _has(text: str, words: str) -> bool:
+    return any(word in text for word in words.split("|"))
 
 
 def _marked(text: str, *, complete: bool) -> Extraction | None:
@@ -213,7 +211,7 @@ def _marked(text: str, *, complete: bool) -> Extraction | None:
     whole = json_answer(text)
     found = (whole[0], Extraction(whole[1], "json")) if whole and whole[1] else None
     for rule, (pattern, ended, hints) in _MARKS.items():
-        if hints and not any(hint in text for hint in hints):
+        if not _has(text, hints):
             continue
         for match in reversed(collections.deque(pattern.finditer(text), _TRIED)):
             behind = text[match.end() : match.end() + READ]
@@ -281,7 +279,7 @@ def extract_answer(text: str, *, complete: bool = True) -> Extraction | None:
     Extraction(answer='4', rule='hash')
     """
     text = without_blanks(text.translate(_HYPHENS))
-    if any(mark in text for mark in ("<", "__", "~~")):
+    if _has(text, "<|__|~~"):
         text = _MARKUP.sub("", _CALCULATION.sub("", text))
     thoughts = list(_THOUGHT.finditer(text))
     for part in (text[thoughts[-1].end() :], text) if thoughts else (text,):
@@ -301,7 +299,7 @@ def _final(part: str, *, complete: bool) -> Extraction | None:
 
 def _corrected(part: str, *, complete: bool) -> Extraction | None:
     """The answer behind the last "wait, that's wrong"; None where nothing is taken back."""
-    if not any(word in part for word in _RETRACTIONS):
+    if not _has(part, _RETRACTIONS):
         return None
     last = collections.deque(_RETRACTED.finditer(part), 1)
     return _final(part[last[0].end() :], complete=complete) if last else None

@@ -117,9 +117,8 @@ def answer(
 
 def sampling_of(settings: Any, *, seed: int, stop: tuple[str, ...] = ()) -> Sampling:
     """generate.* or evaluate.* of the config as a record; stop: texts that end an answer, too."""
-    values = {
-        name: settings[name] for name in ("temperature", "samples", "top_p", "top_k", "min_p")
-    }
+    names = ("temperature", "samples", "top_p", "top_k", "min_p")
+    values = {name: settings[name] for name in names}
     return Sampling(seed=seed, stop=(*settings.stop, *stop), **values)
 
 
@@ -131,15 +130,10 @@ def evaluation_sampling(config: Any, *, seed: int = 0) -> Sampling:
 
 def sample_options(sampling: Sampling, tokenizer: Tokenizer) -> dict[str, Any]:
     """The arguments of sampler.sample that say how tokens are drawn."""
-    return {
-        "temperature": sampling.temperature,
-        "seed": sampling.seed,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "min_p": sampling.min_p,
-        "stop_strings": sampling.stop,
-        "decode": functools.partial(decode_text, tokenizer),
-    }
+    options = dataclasses.asdict(sampling)
+    del options["samples"]
+    stop = options.pop("stop")
+    return options | {"stop_strings": stop, "decode": functools.partial(decode_text, tokenizer)}
 
 
 def text_of(tokenizer: Tokenizer, drawn: Sample) -> str:

@@ -1,7 +1,7 @@
 """Metrics of graded answers: accuracy, pass@k, maj@k, by length, by difficulty, defects.
 
 A metric is a function of all answers to one set that returns plain numbers. A new one is an entry
-of METRICS, its key in results.json, and, where it has a table, of TABLES.
+of METRICS, its key in results.json, and, where it has a table, a line of `detail_tables`.
 """
 
 from __future__ import annotations
@@ -274,33 +274,27 @@ def accuracy_table(title: str, rows: Rows, *, baseline: str) -> Table:
     minus = f"minus {baseline} (paired 95 %)"
     headings = ("correct", "accuracy", "95 % interval", minus, "no answer", "cut off")
     table = number_table(title, "model", *headings)
+    keys = ("difference", "difference_low", "difference_high")
     for name, row in rows.items():
         of = "" if row["samples"] == 1 else f" of {row['samples'] * row['problems']}"
-        change = ""
-        if "difference" in row:
-            keys = ("difference", "difference_low", "difference_high")
-            change = _interval(*(row[key] for key in keys), sign="+")
         table.add_row(
             name,
             f"{row['correct']}{of}",
             f"{row['accuracy']:.1%}",
             f"{row['low']:.1%} to {row['high']:.1%}",
-            change,
+            _interval(*map(row.get, keys), sign="+") if keys[0] in row else "",
             f"{row['no_answer']:.1%}",
             f"{row['truncated']:.1%}",
         )
     return table
 
 
-def _at_k_table(title: str, details: Rows) -> Table | None:
-    chosen = list(next(iter(details.values()))["pass_at_k"])
-    if len(chosen) < 2:
-        return None
+def _at_k_table(title: str, details: Rows) -> Table:
     table = number_table(f"{title}: pass@k and maj@k (95 %)", "model", "k", "pass@k", "maj@k")
     for name, row in details.items():
-        for k in chosen:
+        for place, k in enumerate(row["pass_at_k"]):
             cells = [_interval(*row[kind][k]) for kind in ("pass_at_k", "maj_at_k")]
-            table.add_row(name if k == chosen[0] else "", k, *cells)
+            table.add_row("" if place else name, k, *cells)
     return table
 
 
@@ -309,42 +303,33 @@ def _length_table(title: str, details: Rows) -> Table:
     table = number_table(title, "model", "tokens", "answers", "accuracy")
     for name, row in details.items():
         for place, part in enumerate(row["by_length"]):
-            span = f"{part['from']} to {part['to']}"
-            shown = "" if place else name
-            table.add_row(shown, span, str(part["answers"]), f"{part['accuracy']:.1%}")
+            span, share = f"{part['from']} to {part['to']}", f"{part['accuracy']:.1%}"
+            table.add_row("" if place else name, span, str(part["answers"]), share)
     return table
 
 
-def _difficulty_table(title: str, details: Rows) -> Table | None:
-    first = next(iter(details.values()))["by_difficulty"]
-    if not first:
-        return None
+def _difficulty_table(title: str, details: Rows) -> Table:
     title += ": accuracy by difficulty (95 %)"
     table = number_table(title, "difficulty", "problems", *details)
-    for place, group in enumerate(first):
-        cells = [row["by_difficulty"][place] for row in details.values()]
-        shown = [_interval(cell["accuracy"], cell["low"], cell["high"]) for cell in cells]
-        table.add_row(group["difficulty"], str(group["problems"]), *shown)
+    for groups in zip(*(row["by_difficulty"] for row in details.values()), strict=True):
+        shown = [_interval(one["accuracy"], one["low"], one["high"]) for one in groups]
+        table.add_row(groups[0]["difficulty"], str(groups[0]["problems"]), *shown)
     return table
 
 
 def _defect_table(title: str, details: Rows) -> Table:
-    headings = {
-        "no_answer": "no answer",
-        "truncated": "cut off",
-        "loops": "ends in a loop",
-    }
     title += ": degenerate outputs, share of all answers"
-    table = number_table(title, "model", *headings.values())
+    table = number_table(title, "model", "no answer", "cut off", "ends in a loop")
     for name, row in details.items():
-        table.add_row(name, *(f"{row['degenerate'][key]:.1%}" for key in headings))
+        table.add_row(name, *(f"{share:.1%}" for share in row["degenerate"].values()))
     return table
-
-
-TABLES = (_at_k_table, _length_table, _difficulty_table, _defect_table)
 
 
 def detail_tables(title: str, rows: Rows) -> list[Table]:
     """The tables of one set that have something to show."""
     details = {name: row["details"] for name, row in rows.items()}
-    return [table for make in TABLES if (table := make(title, details)) is not None]
+    tables = [_length_table(title, details), _defect_table(title, details)]
+    first = next(iter(details.values()))
+    if first["by_difficulty"]:
+        tables.insert(1, _difficulty_table(title, details))
+    return [_at_k_table(title, details), *tables] if len(first["pass_at_k"]) > 1 else tables

@@ -16,31 +16,16 @@ _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "012
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ", "0123456789+-()n")
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ]+")
 _SUBSCRIPT = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ]+")
-_UNICODE = {
-    **dict.fromkeys("−–—‐‑‒﹣", "-"),
-    **dict.fromkeys("·⋅∙•", r"\cdot "),
-    **dict.fromkeys("∣｜", "|"),
-    **dict.fromkeys("⟨〈", r"\langle "),
-    **dict.fromkeys("⟩〉", r"\rangle "),
-    **dict.fromkeys("，、", ", "),
-    **dict.fromkeys("【［", "["),
-    **dict.fromkeys("】］", "]"),
-    **{"×": r"\times ", "÷": "/", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge "},
-    **{"≦": r"\le ", "≧": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "≡": r"\equiv "},
-    **{"∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset "},
-    **{"±": r"\pm ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}"},
-    **{
-        "ℚ": r"\mathbb{Q}",
-        "ℂ": r"\mathbb{C}",
-        "°": r"^\circ ",
-        "º": r"^\circ ",
-        "℃": r"^\circ C",
-        "℉": r"^\circ F",
-    },
-    **{"⁄": "/", "∕": "/", "٫": ".", "٬": ",", "¢": " cent", "∧": r"\land ", "∖": r"\setminus "},
-    **{"″": '"', "µ": r"\mu ", "✓": "", "✅": "", "✔": "", "\ufe0f": ""},
-    **{"∛": r"\sqrt[3]√", "∜": r"\sqrt[4]√", "…": r"\ldots ", "。": ".", "’": "'", "′": "'"},
-}
+_UNICODE = {sign: new for new, signs in {
+    "-": "−–—‐‑‒﹣", r"\cdot ": "·⋅∙•", "|": "∣｜", r"\langle ": "⟨〈", r"\rangle ": "⟩〉",
+    ", ": "，、", "[": "【［", "]": "】］", r"\times ": "×", "/": "÷⁄∕", r"\le ": "≤⩽≦",
+    r"\ge ": "≥⩾≧", r"\ne ": "≠", r"\approx ": "≈", r"\equiv ": "≡", r"\infty ": "∞",
+    r"\cup ": "∪", r"\cap ": "∩", r"\in ": "∈", r"\emptyset ": "∅", r"\pm ": "±",
+    r"\mathbb{R}": "ℝ", r"\mathbb{Z}": "ℤ", r"\mathbb{N}": "ℕ", r"\mathbb{Q}": "ℚ",
+    r"\mathbb{C}": "ℂ", r"^\circ ": "°º", r"^\circ C": "℃", r"^\circ F": "℉", ".": "٫。",
+    ",": "٬", " cent": "¢", r"\land ": "∧", r"\setminus ": "∖", '"': "″", r"\mu ": "µ",
+    "": "✓✅✔\ufe0f", r"\sqrt[3]√": "∛", r"\sqrt[4]√": "∜", r"\ldots ": "…", "'": "’′",
+}.items() for sign in signs}  # fmt: skip
 _NAMES = "(?:arc)?(?:sin|cos|tan)|sinh|cosh|tanh|cot|sec|csc|cis|ln|log|exp|abs|gcd|lcm"
 # What a command becomes; those with arguments of their own come first.
 _WITH_ARGUMENT = [(re.compile(rf"\\(?:{pattern})"), new) for pattern, new in (
