@@ -24,26 +24,19 @@ _BASED = re.compile(r"([-+]?[\dA-F]*\d[\dA-F]*(?:\.\d+)?)_\{?(\d{1,2})\}?")
 _TIME = re.compile(r"\d{1,2}:\d\d")
 _RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?){2,}")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z\s.,'\"&()-]*")
-_CHOICE = re.compile(
-    r"(?:\\text\{)?\s*(?:\(([A-Za-z])\)[.:]?|([A-J])\s*[.):])\s*\}?\s*(?P<rest>.*)", re.DOTALL
-)
-_LETTERS = re.compile(
-    r"[A-J](?:(?:\s*,\s*|\s*(?:,\s*)?\\text\{\s*and\s*\}\s*|,?\s+and\s+)[A-J])+|[A-J]{2,10}"
-)
-_LEAD = re.compile(
-    r"(?:\\text\{)?\s*(?:the )?(?:final |correct )?answer(?: is:?|\s*\}?\s*:)\s*\}?\s*", re.I
-)
+_CHOICE = re.compile(r"(?:\(([A-Za-z])\)[.:]?|([A-J])\s*[.):])\s*(?P<rest>.*)", re.DOTALL)
+_LETTERS = re.compile(r"[A-J](?:(?:\s*,\s*|\s*,?\s+and\s+)[A-J])+|[A-J]{2,10}")
+_LEAD = re.compile(r"(?:the )?(?:final |correct )?answer(?: is:?|\s*:)\s*", re.I)
 # "12 (option B)", "C (12)" and "12 (C)"
 _CHOICE_BESIDE = re.compile(
-    r"(?P<before>[^()]*?)\s*(?:\\text\{)?\s*,?\s*\(?(?:[Oo]ption|[Cc]hoice) "
-    r"\(?(?P<named>[A-J])\)*\s*\}?"
-    r"|(?P<first>[A-J])\s*(?:\\text\{)?\s*\((?P<value>[^(),]+)\)\s*\}?"
-    r"|(?P<number>[^()A-Za-z]*\d[^()]*?)\s*(?:\\text\{)?\s*\((?P<last>[A-J])\)\s*\}?",
+    r"(?P<before>[^()]*?)\s*,?\s*\(?(?:[Oo]ption|[Cc]hoice) \(?(?P<named>[A-J])\)*"
+    r"|(?P<first>[A-J])\s*\((?P<value>[^(),]+)\)"
+    r"|(?P<number>[^()A-Za-z]*\d[^()]*?)\s*\((?P<last>[A-J])\)",
     re.DOTALL,
 )
 _OF_A_VARIABLE = re.compile(r"\||\\(?:frac|sqrt|sin|cos|tan|log|ln)(?![A-Za-z])")
 _CALCULATED = re.compile(r"\([^()]*\w\s*[-+*/^]|^[xyz]{2,}$")
-_AND_PART = re.compile(r"(-?\d+)\s*(?:\\text\{\s*and\s*\}|and)\s*(\\frac\{\d+\}\{\d+\}|\d+/\d+)")
+_AND_PART = re.compile(r"(-?\d+)\s*and\s*(\\frac\{\d+\}\{\d+\}|\d+/\d+)")
 _PLAIN = re.compile(r"-?\d{1,60}(?:\.\d{1,60})?")
 # Words of one meaning, as _words spells them: without articles, spaces and a plural s.
 _SYNONYMS = {
@@ -254,8 +247,7 @@ def _clock(one: Quantity) -> tuple[int, int] | None:
 
 def _words(text: str) -> str:
     """Words without case, articles and marks; "" for what is no word but mathematics."""
-    plain = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).strip().strip(".,\"'")
-    plain = re.sub(r"(?i)^(?:it is|it's|there (?:is|are))\s+", "", plain)
+    plain = re.sub(r"(?i)^(?:it is|it's|there (?:is|are))\s+", "", text.strip(" .,\"'"))
     if not _WORDS.fullmatch(plain) or set(plain) <= set("xyz "):
         return ""
     if len(plain) == 1:
@@ -275,7 +267,7 @@ def _choice(text: str) -> tuple[str, str]:
         letter = match.group("named") or match.group("first") or match.group("last")
         rest = match.group("before") or match.group("value") or match.group("number") or ""
         return letter, rest.strip()
-    bare = re.fullmatch(r"(?:\\text\{)?\s*(?:[Oo]ption |[Cc]hoice )?\s*([A-J])\s*\}?", text)
+    bare = re.fullmatch(r"(?:[Oo]ption |[Cc]hoice )?\s*([A-J])", text)
     return (bare.group(1), "") if bare else ("", text)
 
 
@@ -283,7 +275,7 @@ def _letters(text: str) -> tuple[str, bool]:
     """("ABD", True) of "A, B and D", ("ABD", False) of "ABD", else ("", False)."""
     if not _LETTERS.fullmatch(text):
         return "", False
-    letters = re.sub(r"\\text|\band\b|[^A-J]", "", text)
+    letters = re.sub(r"[^A-J]", "", text)
     return "".join(sorted(letters)), "A" <= text[1] <= "J"
 
 

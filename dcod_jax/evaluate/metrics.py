@@ -115,7 +115,7 @@ def vote_key(answer: str | None) -> Hashable:
     """
     if answer is None:
         return None
-    text = re.sub(r"\\text\{([^{}]*)\}|\s", r"\1", canonical(answer))
+    text = re.sub(r"\s", "", canonical(answer))
     try:
         value = float(text)
     except ValueError:

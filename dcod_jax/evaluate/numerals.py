@@ -46,9 +46,7 @@ _PARTS = {"half": 2, "halve": 2, "quarter": 4, "third": 3} | {
 _ORDINALS = {"first": 1, "second": 2} | {
     word: place for word, place in _PARTS.items() if place > 2 and word != "quarter"
 }
-_PLACE = re.compile(
-    rf"(?:\\text\{{)?\s*(?:the )?({'|'.join(_ORDINALS)})(?: place)?\s*\}}?", re.IGNORECASE
-)
+_PLACE = re.compile(rf"(?:the )?({'|'.join(_ORDINALS)})(?: place)?", re.IGNORECASE)
 _WORD = rf"(?:{'|'.join([*_UNITS[::-1], *_TENS, *MULTIPLIERS])})(?![A-Za-z])"
 _PART = rf"(?:{'|'.join(_PARTS)})s?(?![A-Za-z])"
 # "minus twelve", "two thirds", "one hundred and five", "2 and a half", "half", "a dozen"
@@ -200,12 +198,9 @@ def in_digits(text: str) -> str:
             return latex(value / bottom) + match.group("unit")
     if match := _PLACE.fullmatch(text):
         return str(_ORDINALS[match.group(1).lower()])
-    if not re.match(r"(?:\\text\{)?\s*(?:[A-Za-z]{3}|an? |\d+ (?:\\text\{ ?)?and )", text):
+    if not re.match(r"[A-Za-z]{3}|an? |\d+ and ", text):
         return text
-    plain = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
-    plain = re.sub(r"\s+", " ", plain).strip()
-    match = _SPELLED.match(plain.lower())
+    match = _SPELLED.match(text.lower())
     if match and match.group(0) and not match.group(0).isdecimal():
-        return _from_words(match) + plain[match.end() :]
-    signed = re.sub(r"(?i)^(?:minus|negative)\s+(?=[\d.\\(])", "-", plain)
-    return signed if signed != plain else text
+        return _from_words(match) + text[match.end() :]
+    return re.sub(r"(?i)^(?:minus|negative)\s+(?=[\d.\\(])", "-", text)

@@ -29,7 +29,7 @@ _MEMBER = re.compile(r"[A-Za-z]\s*\\in\s*(?=[(\[\]]|\\mathbb|\\\{)")
 _RELATION = re.compile(r"\s*(\\le|\\ge|\\ne|<|>)\s*")
 _CONJUNCTION = r"\\(?:land|wedge)(?![A-Za-z])"
 _SEPARATOR = re.compile(
-    r"[,;]\s*(?:(?:and|or)\b)?|&|\\text\{\s*,?\s*(?:and|or)\s*\}|(?:and|or)\b|或|和"
+    r"[,;]\s*(?:(?:and|or)\b)?|&|(?:and|or)\b|或|和"
     rf"|\\l?(?:or|vee)(?![A-Za-z])|{_CONJUNCTION}",
     re.IGNORECASE,
 )
@@ -40,7 +40,7 @@ _SETS = {
     "∪": re.compile(r"\\cup(?![A-Za-z])"),
     "∩": re.compile(r"\\cap(?![A-Za-z])"),
     "∖": re.compile(
-        r"\\(?:setminus|backslash)(?![A-Za-z])|\\text\{\s*(?:except|excluding)(?: for)?\s*\}"
+        r"\\(?:setminus|backslash)(?![A-Za-z])"
         r"|(?:except|excluding)(?: for)?\b|(?<=\})\s*-\s*(?=\\\{)"
     ),
 }
@@ -51,7 +51,7 @@ _MATRIX = re.compile(
     r"(?:\{[clr| ]*\})?(?P<rows>.*)\\end\{(?P=kind)\*?\}\)?",
     re.DOTALL,
 )
-_TRANSPOSED = re.compile(r"(?<=[)\]])\s*\^\s*\{?\s*(?:T|\\top|\\text\{T\}|\\intercal)\s*\}?$")
+_TRANSPOSED = re.compile(r"(?<=[)\]])\s*\^\s*\{?\s*(?:T|\\top|\\intercal)\s*\}?$")
 _WHOLE_LINE = {"\\mathbb{r}", "allrealnumbers", "allreals", "allrealvalues", "realnumbers"}
 _EMPTY = {"\\{\\}", "\\emptyset", "emptyset", "theemptyset"} | {
     f"no{kind}solution{end}" for kind in ("", "real") for end in ("", "s")
@@ -162,7 +162,7 @@ def _several(text: str, parts: list[str]) -> Parsed:
 
 def _whole(text: str) -> Parsed | None:
     """What is no list, whatever separators it has: a known set, a matrix, a set builder."""
-    squeezed = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).replace(" ", "").lower()
+    squeezed = text.replace(" ", "").lower()
     if squeezed in _WHOLE_LINE:
         return _line(text)
     if re.fullmatch(r"[a-z]\\in(?:\\mathbb\{r\}|r)", squeezed):

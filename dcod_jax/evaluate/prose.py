@@ -182,7 +182,8 @@ def value(text: str) -> str:
             return numbers[-1].group(0).strip()
     if re.fullmatch(r"[^()]*\d[^()]* \([A-J]\)", words):
         return words
-    return _number_of(words) or words
+    found = _number_of(words) or words
+    return re.sub(r"^\$([^$]+)\$?$", r"\1", found)
 
 
 def _number_of(words: str) -> str | None:

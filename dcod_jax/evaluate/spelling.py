@@ -31,11 +31,13 @@ _NAMES = "(?:arc)?(?:sin|cos|tan)|sinh|cosh|tanh|cot|sec|csc|cis|ln|log|exp|abs|
 _WITH_ARGUMENT = [(re.compile(rf"\\(?:{pattern})"), new) for pattern, new in (
     (rf"(?:text|mathrm|operatorname\*?)\s*\{{\s*({_NAMES})\s*\}}", r"\\\1 "),
     (r"(?:(?:text)?color\s*\{\w*\}|phantom\s*\{[^{}]*\})|!\s*", ""),
-    (r"q?quad\s*(?:\\text\{\s*and\s*\}\s*)?(?=[-\d]|\\frac|\([a-z]\))", ", "),
     (r"(?:(?:text(?:bf|it|rm|sf|tt|normal|md|up)?|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox)"
      r"|operatorname\*?)\s*(?=\{)", r"\\text"),
+    (r"[dt]?frac\{\\text\{([^{}]*)\}\}\{\\text\{([^{}]*)\}\}", r" \1/\2"),
+    (r"text\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "),
+    (r"q?quad\s*(?:and\s*)?(?=[-\d]|\\frac|\([a-z]\))", ", "),
     (r"(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?", ""),
-    (r"mu(?![A-Za-z])\s*(?:\\text\{)?\s*(?=[A-Za-z])", "u"),
+    (r"mu(?![A-Za-z])\s*(?=[A-Za-z])", "u"),
 )]  # fmt: skip
 _COMMAND = re.compile(r"\\([A-Za-z]+|[,;:> ()\[\]%#&])")
 _COMMANDS = {name: new for new, names in {
@@ -82,10 +84,7 @@ _MIXED = re.compile(
     r"(?<![\d.,/^_\w}])(\d{1,9})"
     r"(?: (\d{1,9})/(\d{1,9})|\s*\\frac\{(\d{1,9})\}\{(\d{1,9})\})(?![\d/.])"
 )
-_ORDINAL = re.compile(
-    r"(?<=\d)\s*(?:\^?\s*\{\s*\\text\{\s*(?:st|nd|rd|th)\s*\}\s*\}|\^?\{\s*(?:st|nd|rd|th)\s*\}"
-    r"|\^?\s*\\text\{\s*(?:st|nd|rd|th)\s*\}|(?:st|nd|rd|th)(?![A-Za-z]))"
-)
+_ORDINAL = re.compile(r"(?<=\d)\s*\^?\s*\{?\s*(?:st|nd|rd|th)(?![A-Za-z])\s*\}?")
 _REPEATING = re.compile(
     r"(\d{1,30})\.(\d{0,30})(?:\\(?:overline|bar|dot)\s*\{?(\d{1,20})\}?|\((\d{1,20})\))"
     r"|(\d{1,30})\.(\d{0,20}?)(\d{1,6}?)\7{2,20}\s*\.\.\."
@@ -121,71 +120,59 @@ _REWRITTEN = [(re.compile(pattern), new) for pattern, new in (  # its one spelli
     (r"(^|[(\[,=])\s*\+\s*(?=\S)", r"\1"),
     (r"(?:^|\{)((?:[^{}]|\{[^{}]*\})*?)\\(over|choose)(?![A-Za-z])"
      r"((?:[^{}]|\{[^{}]*\})*)(?:\}|$)", _over),
-    (r"(?<![\w\\])(?:\{\}\s*)?[_^]?\s*\{?(\d+)\}?\s*(?:\\text\{)?([CP])\}?\s*_?\{?(\d+)\}?(?!\w)",
-     r"\2(\1,\3)"),
+    (r"(?<![\w\\])(?:\{\}\s*)?[_^]?\s*\{?(\d+)\}?\s*([CP])\s*_?\{?(\d+)\}?(?!\w)", r"\2(\1,\3)"),
     (r"(?<![A-Za-z\\])([CP])_\{?(\w)\}?\^\{?(\w)\}?(?!\w)", r"\1(\2,\3)"),
     (r"(?<![A-Za-z\\])([CP])\^\{?(\w)\}?_\{?(\w)\}?(?!\w)", r"\1(\3,\2)"),
     (r"(?<=\S)\s*\+\s*c$", " + C"),
-    (r"^(.*?[^,\s(])[\s,(]*(?:\\text\{[ ,(]*(?:where|for|with)?(?: (?:any|some|all))?"
-     r"(?: integers?)?\s*\}|(?:where|for|with) )?\s*(?<![A-Za-z])([a-z])\s*"
-     r"(?:\\in\s*(?:\\mathbb\{Z\}|Z)"
-     r"|(?:\\text\{)?\s*(?:is|are) (?:an |any )?integers?\}?)\)?$", _integer_variable),
-    (r"\\text\{\s*([￥€£¥₹])\s*\}", r"\1"),
+    (r"^(.*?[^,\s(])[\s,(]*(?:(?:where|for|with) )?(?:(?:any|some|all) )?(?:integers? )?"
+     r"(?<![A-Za-z])([a-z])\s*"
+     r"(?:\\in\s*(?:\\mathbb\{Z\}|Z)|(?:is|are) (?:an |any )?integers?)\)?$", _integer_variable),
     (r"(?<![A-Za-z])(?:US|USD|A|AU|C|CA|HK|NZ|S)\s*(?=￥)", ""),
-    (r"(?:\\text\{\s*)?(?<![A-Za-z])USD\s*\}?\s*(?=\d)", "￥"),
-    (r"^(?:\\text\{)?\s*(?:AUD|CAD|EUR|GBP|INR|RMB|CNY|JPY|HKD|NZD)\s*\}?\s*(?=\d)", ""),
-    (r"(?<=[￥€£])([\d.,]+)\s*(?:\\text\{)?\s*([kKM]|mn|bn)\}?$", _large),
+    (r"(?<![A-Za-z])USD\s*(?=\d)", "￥"),
+    (r"^(?:AUD|CAD|EUR|GBP|INR|RMB|CNY|JPY|HKD|NZD)\s*(?=\d)", ""),
+    (r"(?<=[￥€£])([\d.,]+)\s*([kKM]|mn|bn)$", _large),
     (r"(?<![A-Za-z])Rs\.?\s*(?=\d)", "₹"),
     (r"^(?:#|No\.)\s*(?=\d)", ""),
-    (r"^(?:\\text\{\s*)?(?:about|approx(?:imately|\.)?|roughly|around|nearly|\\approx|\\sim)\s*\}?\s*"
-     r"(?=[\d.\\-])", ""),
-    (r"\\text\{([^{}]*?)\s*([,;])\s*\}", r"\\text{\1}\2 "),
-    (r"\\text\{\s*([A-Z][A-Za-z ]*):\s*\}", r"\\text{\1} = "),
-    (r"\\text(?:\{\s*\.?\s*\}|\.$)", ""),
-    (r"\\frac\{\\text\{([^{}]*)\}\}\{\\text\{([^{}]*)\}\}", r"\\text{ \1/\2}"),
-    (r"(\\text\{[^{}]*\})\s*\\cdot\s*(?=\\text)", r"\1 "),
-    (r"_\{\s*\\text\{\s*base\s*\}\s*", "_{"),
-    (r"\\text\{\s*([ie])\s*\}", r"\1"),
-    (r"\\text\{([^{}]*?)\s*\b(?:except|excluding)(?: for)?\s*\}", r"\\text{\1}\\setminus "),
-    (r"(?<=[A-Za-z}])\s*\\cdot\s*(?=(?:\\text\{)?[A-Za-z])", " "),
-    (r"\\text(?=\{[^{}]*\\)", ""),
-    (r"^\\text\{([^{}]*(?:\d| and )[^{}]*)\}$", r"\1"),
-    (r"^(?:\\text\{)?\s*not\s*\}?.+?(?:\\text\{)?\s*,?\s*\bbut\s*\}?\s*(?=\S)", ""),
-    (r"^([^A-Za-z]*[\d}])\s*(?:\\text\{)?\s*,\s*not\s*\}?\s*\S+$", r"\1"),
+    (r"^(?:about|approx(?:imately|\.)?|roughly|around|nearly|\\approx|\\sim)\s*(?=[\d.\\-])", ""),
+    (r"(^|, )([A-Z][A-Za-z]+(?: [A-Za-z]+)*): (?=[-\d\\￥])", r"\1\2 = "),
+    (r"(?<=\d) ?, (?:the|an?|which) [a-z ]+$", ""),
+    (r"(?<=[A-Za-z}])\s*\\cdot\s*(?=[A-Za-z])", " "),
+    (r"_\{\s*base\s*", "_{"),
+    (r"^not .+?,?\s*\bbut\s+(?=\S)", ""),
+    (r"^([^A-Za-z]*[\d}])\s*,\s*not\s+\S+$", r"\1"),
     (r"(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup "),
     (r"(?<![A-Za-z\\])(?:infinity|inf|oo)(?![A-Za-z])", r"\\infty "),
-    (r"\\text\{\s*\\infty\s*\}", r"\\infty "),
     (r"^(?=.*\d)(?:[-+*/().\d\s^{}I]|\\(?:sqrt|frac|pi))*$", _imaginary),
     (r"^<\s*([^<>]*,[^<>]*)>$", r"\\langle \1\\rangle"),
-    (r"(?:\\text\{)?\s*\bis (?:greater|more|larger) than\b(?! or)\s*\}?\s*", " > "),
-    (r"(?:\\text\{)?\s*\bis (?:less|smaller) than\b(?! or)\s*\}?\s*", " < "),
+    (r"\s*\bis (?:greater|more|larger) than\b(?! or)\s*", " > "),
+    (r"\s*\bis (?:less|smaller) than\b(?! or)\s*", " < "),
     (r"(?<![A-Za-z\\])a(sin|cos|tan)(?=\s*\()", r"arc\1"),
     (rf"(?<![A-Za-z\\])({_NAMES})(?![A-Za-z])(?=\s*[\d(\\_]|\s+[a-z](?![A-Za-z]))", r"\\\1 "),
     (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
-    (r"^(?:12(?::00)? )?(?:\\text\{)?noon\}?$", "12:00 pm"),
-    (r"^(?:12(?::00)? )?(?:\\text\{)?midnight\}?$", "12:00 am"),
+    (r"^(?:12(?::00)? )?noon$", "12:00 pm"),
+    (r"^(?:12(?::00)? )?midnight$", "12:00 am"),
     (r"^(\d{1,2})(?::00)? o'clock$", r"\1:00"),
     (r"\b(Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sep|Oct|Nov|Dec)t?\.?(?= \d|$)", _month),
     (rf"(?i)^(\d{{1,2}}) (?:of )?({_MONTHS})\b,?", r"\2 \1"),
     (rf"^({_MONTHS}) (\d{{1,2}}), (\d{{4}})$", r"\1 \2 \3"),
-    (r"(?<![\w}])(?:\\text\{|\()\s*([\dA-F]+)\s*[})](?=\s*_)", r"\1"),
+    (r"(?<![\w}])\(([\dA-F]+)\)(?=\s*_)", r"\1"),
+    (r"(?<=[\dA-F]) (?=_)", ""),
     (r"\{([:.=<>])\}", r"\1"),
-    (r"(?i)^(?:\\text\{)?(yes|no|true|false)\b\s*\}?\s*[,.;:(]\s*(?!yes|no|true|false).*$", r"\1"),
-    (r"^(\d+)\s*(?:\\text\{)?\s*to\s*\}?\s*(\d+)$", r"\1:\2"),
+    (r"(?i)^(yes|no|true|false)\b\s*[,.;:(]\s*(?!yes|no|true|false).*$", r"\1"),
+    (r"^(\d+)\s*to\s*(\d+)$", r"\1:\2"),
     (r"^(-?\d[\d.]*)\s*=\s*([A-Za-z])$", r"\2 = \1"),
-    (r"^(?:\\text\{)?\s*[A-Z][A-Za-z ]{1,40}\b"
-     r"(?:is|are|has|have|had|needs?|gets?|made|makes?)\s*\}?\s*(?=[-￥]?\d)", ""),
+    (r"^[A-Z][A-Za-z ]{1,40}\b(?:is|are|has|have|had|needs?|gets?|made|makes?)\s*(?=[-￥]?\d)", ""),
 )]  # fmt: skip
 # "1 in 6" and "one out of six" are probabilities, "5 in" is a length.
 _CHANCE = re.compile(
-    r"(?:an? )?(\d[\d,]*|[a-z]{3,9})\s*(?:\\text\{)?\s*(?:in|out of)(?: every)?\s*\}?\s*"
+    r"(?:an? )?(\d[\d,]*|[a-z]{3,9})\s*(?:in|out of)(?: every)?\s*"
     r"(\d[\d,]*|[a-z]{3,9})\s*(?:chances?|probability)?",
     re.IGNORECASE,
 )
 _BASES = "two three four five six seven eight nine ten eleven twelve".split()
 _BASE_WORD = re.compile(
-    rf"_\s*\{{?\s*(?:\\text\{{)?\s*\(?({'|'.join(_BASES)}|\d{{1,2}})\)?\s*\}}{{0,2}}"
-    rf"|(?:\\text\{{)?\s*\(?\bbase[ -]?\s*\}}?\s*\{{?({'|'.join(_BASES)}|\d{{1,2}})\b\)?\s*\}}?"
+    rf"_\s*\{{?\s*\(?({'|'.join(_BASES)}|\d{{1,2}})\)?\s*\}}?"
+    rf"|\s*\(?\bbase[ -]?\s*\{{?({'|'.join(_BASES)}|\d{{1,2}})\b\)?\s*\}}?"
 )
 
 
@@ -303,10 +290,9 @@ def without_blanks(text: str) -> str:
 def canonical(answer: str) -> str:
     r"""One spelling for what is written in many ways: `$x = 10{,}000.$` -> `x = 10000`.
 
-    Text stays in \text{...}; single spaces stay, as they part words.
+    Text stands between spaces; single spaces stay, as they part words.
     """
     text = without_blanks(answer).strip().strip("*`").strip()
-    text = re.sub(r"(?<![.。])[.。]$", "", text)
     for pattern in _THOUSANDS:
         text = pattern.sub("", text)
     # A new row of a matrix; elsewhere a backslash that was escaped twice.
@@ -321,12 +307,11 @@ def canonical(answer: str) -> str:
     text = re.sub(r"(?<=[\w)}])\*\*(?=[\w({-])", "^", text).replace("**", "")
     text = text.replace("<=", r"\le ").replace(">=", r"\ge ").replace("~", " ")
     text = _TRIGONOMETRIC_DEGREES.sub(r"\\\1(\\frac{\\pi}{180}\\cdot \3)", text)
-    text = re.sub(
-        r"\^\s*\{?\s*\\circ\s*\}?\s*(?:\\text\{\s*)?([CF])\b\s*\}?", r" \\text{deg\1}", text
-    )
+    text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?\s*([CF])(?![A-Za-z])", r" deg\1", text)
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))", "", text)
     text = _ORDINAL.sub("", text)
     text = re.sub(r"\s+", " ", _with_braces(text)).strip()
+    text = re.sub(r"(?<!\.) ?\.$", "", text)
     for pattern, new in _REWRITTEN:
         text = pattern.sub(new, text)
     text = text.strip()

@@ -42,14 +42,9 @@ NOT_UNITS = frozenset(
 _CURRENCY = re.compile(r"^([-+]?)\s*([€£¥₹￥₽₩])\s*(?=[-+]?(?:[\d.]|\\frac))|\s*([€£¥₹￥₽₩¢Ω])\s*$")
 # The value ends with what is no letter; then come words up to the end.
 _TAIL = re.compile(
-    r"(?P<value>.*(?:[^\sA-Za-z/(.,'-]|\\pi(?=\s)))(?P<gap>[\s,/(]*)"
+    r"(?P<value>.*(?:\d[a-z](?=\s)|[^\sA-Za-z/(.,'-]|\\pi(?=\s)))(?P<gap>[\s,/(]*)"
     r"(?P<words>(?<![\\A-Za-z])[A-Za-z](?:[A-Za-z\s./'()-]|\^\s*\{?\s*-?\d\s*\}?)*)",
     re.DOTALL,
-)
-# The value, whatever it is, ends with what is marked as text: "2x \text{ cm}^2".
-_MARKED_TAIL = re.compile(
-    r"(?P<value>(?:[^\\]|\\(?!text))*[^\s+*/^=-])\s*"
-    r"(?P<words>(?:\\text\{[^{}\d]*\}(?:\s*\^\s*\{?\s*-?\d\s*\}?)?[\s/]*)+)"
 )
 # One part of "2 hours and 30 minutes" or "£3 50p", with what joins the next one.
 _PART = re.compile(
@@ -57,9 +52,7 @@ _PART = re.compile(
     r"(?:\s*(?P<unit>(?!and\b)[A-Za-z]+)\.?)?(?:\s*,?\s*(?:and )?\s*(?=[￥£\d])|\s*$)"
 )
 _FEET = re.compile(r"(\d+)\s*(?:'|\^\{?\\prime\}?)\s*(\d+(?:\.\d+)?)\s*(?:\"|'')")
-_MODULUS = re.compile(
-    r"\s*\(?\s*(?:\\text\{\s*\(?\s*)?\\?[pb]?mod(?:ulo)?\s*[{}]?\s*(\w+)\s*\}?\s*\)?\s*\}?\s*$"
-)
+_MODULUS = re.compile(r"\s*\(?\s*\\?[pb]?mod(?:ulo)?\s*[{}]?\s*(\w+)\s*\}?\s*\)?\s*\}?\s*$")
 _POWERS = [
     (re.compile(r"\bms\s*\^\s*\{?\s*-(\d)\s*\}?"), r"m/s^\1"),
     (re.compile(r"\bof (?:an?|the)\b"), "of"),
@@ -94,11 +87,11 @@ def _unit(word: str) -> str | None:
     return None
 
 
-def _is_unit(word: str, *, marked: bool, apart: bool) -> bool:
+def _is_unit(word: str, *, apart: bool) -> bool:
     """Whether a word behind a value is a measure or a noun, not a variable or an operator."""
     if word.lower() in NOT_UNITS:
         return False
-    if marked or word == "of":
+    if word == "of":
         return True
     if _unit(word) is not None:
         return apart or len(word) > 1
@@ -116,7 +109,7 @@ def _measure(words: str) -> str:
 
 
 def quantity(text: str) -> Quantity:
-    r"""What a canonical answer measures: "5 \text{ cm}^2" -> Quantity("5", "cm^2").
+    r"""What a canonical answer measures: "5 cm^2" -> Quantity("5", "cm^2").
 
     "x" and "2 or 3" have no unit; their value is the whole text.
     """
@@ -129,17 +122,13 @@ def quantity(text: str) -> Quantity:
     if match := _CURRENCY.search(text):
         currency = match.group(2) or match.group(3)
         text = (match.group(1) or "") + text[: match.start()] + text[match.end() :]
-    marked = set(re.findall(r"[A-Za-z]+", " ".join(re.findall(r"\\text\{([^{}]*)\}", text))))
-    match = _MARKED_TAIL.fullmatch(text) or _TAIL.fullmatch(
-        re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).strip()
-    )
-    words = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", match.group("words")) if match else ""
+    match = _TAIL.fullmatch(text.strip())
+    words = match.group("words") if match else ""
     for pattern, new in _POWERS:
         words = pattern.sub(new, words)
     names = re.findall(r"[A-Za-z]+", words)
     if match is None or not all(
-        _is_unit(name, marked=name in marked, apart=bool(match.groupdict().get("gap") or place))
-        for place, name in enumerate(names)
+        _is_unit(name, apart=bool(match.group("gap") or place)) for place, name in enumerate(names)
     ):
         return Quantity(text, _measure(_CANONICAL.get(currency, "")), 1, modulus)
     factor = math.prod(MULTIPLIERS.get(name.lower(), 1) for name in names)
@@ -171,8 +160,7 @@ def compound(text: str) -> list[str]:
     """ "2 hours and 30 minutes" in each of its units, largest first: 5/2 h, 150 min; else []."""
     if not re.match(r"[￥£]?\d", text):
         return []
-    plain = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
-    plain = _FEET.sub(r"\1 ft \2 in", plain)
+    plain = _FEET.sub(r"\1 ft \2 in", text)
     counts: list[tuple[str, fractions.Fraction]] = []
     place, plain = 0, plain.strip()
     while match := _PART.match(plain, place):
@@ -194,4 +182,4 @@ def compound(text: str) -> list[str]:
     for unit, (_, count) in zip(units, counts, strict=True):
         total += count * scale[unit]
     order = sorted(units, key=lambda unit: -scale[unit])
-    return [f"{latex(total / scale[unit])} \\text{{ {unit}}}" for unit in order]
+    return [f"{latex(total / scale[unit])} {unit}" for unit in order]
