@@ -282,7 +282,7 @@ def accuracy_table(title: str, rows: Rows, *, baseline: str) -> Table:
             f"{row['correct']}{of}",
             f"{row['accuracy']:.1%}",
             f"{row['low']:.1%} to {row['high']:.1%}",
-            _interval(*map(row.get, keys), sign="+") if keys[0] in row else "",
+            _interval(*(row[key] for key in keys), sign="+") if keys[0] in row else "",
             f"{row['no_answer']:.1%}",
             f"{row['truncated']:.1%}",
         )

@@ -55,7 +55,8 @@ def problem_file(config: Any, path: Location, *, limit: int = 0) -> ProblemSet:
     """A file of problems in the fields of prepare.*, named ""."""
     names = ("system_prompt", "prompt_field", "answer_field")
     fields = {name: config.prepare[name] for name in names}
-    problems = read_problems(path, **fields, limit=limit, skipped=(skipped := []))
+    skipped: list[str] = []
+    problems = read_problems(path, **fields, limit=limit, skipped=skipped)
     return ProblemSet("", tuple(problems), "", len(skipped))
 
 
