@@ -141,7 +141,7 @@ def test_the_highest_accuracy_is_kept_and_of_equal_ones_the_latest(tmp_path):
     ("record", "changes", "error"),
     [
         (None, {}, "none.jsonl: no such file"),
-        ({"prompt": "1+1?", "gold": "2"}, {}, "x.jsonl:1: no answer.*'answer'.*prepare.answer_field"),
+        ({"prompt": "1+1?", "gold": "2"}, {}, "x.jsonl:1: no answer.*prepare.answer_field"),
         ({"prompt": "1+1?", "gold": "2"}, {"prepare.answer_field": "gold"}, ""),
         ({"text": "1+1?", "answer": "2"}, {}, "x.jsonl:1: no prompt.*prepare.prompt_field"),
         (
