@@ -31,8 +31,8 @@ _CUT = re.compile(
     r"(is|was|got)?(truncated|truncation|cutoff|incomplete|unfinished|overlong)|stoppedlimit|"
     rf"(hit|reached|exceeded|exceeds){_LIMIT}.*|{_LIMIT}.*(hit|reached|exceeded)"
 )
-_OF = "(is|was|all|answer|final|response|solution|generation|completion|output|model|tests?|r1)*"
-_OF = f"{_OF[:-2]}|extracted|llm|judge|gold|majority)*"
+_OF = "is|was|all|answer|final|response|solution|generation|completion|output|model|tests?|r1"
+_OF = f"({_OF}|extracted|llm|judge|gold|majority)*"
 _RIGHT = re.compile(
     rf"{_OF}(correct|correctness|verified|passed|verdict|judge?ment|mathverify)(mathverify|llama)?"
 )
