@@ -26,8 +26,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
@@ -238,11 +236,8 @@ def _blocked(
         visible = _visible(
             places[0][here], places[1][seen], segments[0][:, here], segments[1][:, seen], window
         )
-        outputs.append(
-            jax.checkpoint(mix)(
-                queries[..., here, :], keys[:, :, seen], values[:, :, seen], visible
-            )
-        )
+        of = queries[..., here, :], keys[:, :, seen], values[:, :, seen], visible
+        outputs.append(jax.checkpoint(mix)(*of))
     return jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, S, N, H)
 
 
@@ -337,10 +332,14 @@ def _splash_kernel(
     window: int | None,
     softcap: float | None,
     interpret: bool,
-) -> splash.SplashAttentionKernel:
+) -> Any:
     """The kernel of one shape; its mask tables are NumPy arrays, so that no trace owns them."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
     shape = (length, length)
-    mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
+    mask: Any = splash.CausalMask(shape)
+    if window is not None:
+        mask = splash.LocalMask(shape, (window - 1, 0), 0)
     mask.q_sequence = _order(length, pieces)
     # A tile of queries does not reach over the seam between the two chunks of a piece.
     chunk = length if pieces == 1 else length // (2 * pieces)
@@ -352,7 +351,7 @@ def _splash_kernel(
     }
     with jax.ensure_compile_time_eval():
         kernel = splash.make_splash_mha(
-            masks.MultiHeadMask([mask] * heads),
+            splash.MultiHeadMask([mask] * heads),
             block_sizes=splash.BlockSizes(**sizes),
             head_shards=1,
             q_seq_shards=pieces,
@@ -371,6 +370,8 @@ def _splash(
     *,
     mesh: Mesh | None,
 ) -> Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
     _, T, N, _ = query.shape
     pieces = meshes.parts(mesh, "length")
     padding = -T % splash_block(T) if pieces == 1 else 0
@@ -382,13 +383,11 @@ def _splash(
     heads = N // meshes.parts(mesh, "heads")
     kernel = _splash_kernel(heads, T + padding, pieces, scores.window, scores.softcap, interpret)
 
-    def rows(
-        query: Array, key: Array, value: Array, ids: Array, kernel: splash.SplashAttentionKernel
-    ) -> Array:
+    def rows(query: Array, key: Array, value: Array, ids: Array, kernel: Any) -> Array:
         key, value, all_ids = (_whole(x, pieces) for x in (key, value, ids))
         query = (query.astype(jnp.float32) * scores.scale).astype(query.dtype)
         heads_first = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
-        mixed: Any = jax.vmap(kernel)(*heads_first, splash.SegmentIds(ids, all_ids))
+        mixed: Any = jax.vmap(kernel)(*heads_first, SegmentIds(ids, all_ids))
         return mixed.transpose(0, 2, 1, 3)
 
     run = rows

@@ -231,7 +231,8 @@ def from_hf(raw: Raw, source: str = "config.json") -> ModelConfig:
     """
     raw = text_config(raw, source)
     family = _check_supported(raw, source)
-    raw = {**family.defaults, **raw}
+    given = (item for item in raw.items() if item != (family.absent_if_null, None))
+    raw = {**family.defaults, **dict(given)}
     own = {key: bound for key, bound in _OWN.items() if key in family.defaults}
     check(raw, BOUNDS | own | {key: KEYS[key].bound for key in family.keys}, source=source)
     _check_heads(raw, source)

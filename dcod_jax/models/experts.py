@@ -33,23 +33,31 @@ _SMALL = 1 << 25  # products of all rows with all kernels that a CPU takes a mil
 def grouped_matmul(
     x: Float[Array, "M I"], kernels: Float[Array, "E I O"], sizes: Int[Array, " E"]
 ) -> Float[Array, "M O"]:
-    """Rows of group e times kernels[e], in the dtype of x; groups follow each other, others are 0.
+    """Rows of group e times kernels[e], in the dtype of x; what is behind the groups is undefined.
 
     As in layers.affine the gradient of the kernels is formed in their own dtype.
     """
     return _product(x, kernels, sizes)
 
 
-def _product(x: Array, kernels: Array, sizes: Array) -> Array:
+def _product(x: Array, kernels: Array, sizes: Array, *, transposed: bool = False) -> Array:
+    """grouped_matmul with kernels or their transposes."""
     of = x, kernels.astype(x.dtype), sizes
+    forms: dict[str, Any] = {"cpu": _product_in_blocks, "default": _ragged_product}
+    if transposed:
+        forms = {at: functools.partial(_turned, form) for at, form in forms.items()}
+        forms["tpu"] = _turned_in_tiles
     if len(x) * kernels.size < _SMALL:
-        return _ragged_product(*of)
-    return jax.lax.platform_dependent(*of, cpu=_product_in_blocks, default=_ragged_product)
+        return forms["default"](*of)
+    return jax.lax.platform_dependent(*of, **forms)
+
+
+def _turned(form: Callable[..., Array], x: Array, kernels: Array, sizes: Array) -> Array:
+    return form(x, jnp.swapaxes(kernels, 1, 2), sizes)
 
 
 def _ragged_product(x: Array, kernels: Array, sizes: Array) -> Array:
-    y = jax.lax.ragged_dot(x, kernels, sizes)
-    return jnp.where((jnp.arange(len(x)) < sizes.sum())[:, None], y, 0)
+    return jax.lax.ragged_dot(x, kernels, sizes)
 
 
 def _ragged_outer(x: Array, gradient: Array, sizes: Array, *, dtype: Any) -> Array:
@@ -57,6 +65,40 @@ def _ragged_outer(x: Array, gradient: Array, sizes: Array, *, dtype: Any) -> Arr
     return jax.lax.ragged_dot_general(
         x, gradient, sizes, numbers, preferred_element_type=jnp.dtype(dtype)
     )
+
+
+# On a TPU XLA has a kernel for ragged_dot; it would be given a transposed copy of the kernels, and
+# for the sum over the rows of each group XLA multiplies every row for each group. The kernels for
+# both are megablox's, in tiles of 128 rows, as XLA's.
+
+
+def _tile(size: int, most: int) -> int:
+    """The largest tile that pads a dimension the least, in lanes of 128; small ones are whole."""
+    return size if size <= most else 128 * -(-size // (128 * -(-size // most)))
+
+
+def _padded_to_tiles(x: Array) -> Array:
+    return jnp.pad(x, ((0, -len(x) % 128), (0, 0)))
+
+
+def _turned_in_tiles(x: Array, kernels: Array, sizes: Array, *, interpret: bool = False) -> Array:
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
+    tiles = (128, _tile(kernels.shape[2], 512), _tile(kernels.shape[1], 1024))
+    of = _padded_to_tiles(x), kernels, sizes.astype(jnp.int32)
+    y: Any = gmm(*of, x.dtype, tiles, transpose_rhs=True, interpret=interpret)
+    return y[: len(x)]
+
+
+def _outer_in_tiles(
+    x: Array, gradient: Array, sizes: Array, *, dtype: Any, interpret: bool = False
+) -> Array:
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    tiles = (128, _tile(x.shape[1], 512), _tile(gradient.shape[1], 1024))
+    of = _padded_to_tiles(x).T, _padded_to_tiles(gradient), sizes.astype(jnp.int32)
+    y: Any = tgmm(*of, jnp.dtype(dtype), tiles, interpret=interpret)
+    return y
 
 
 # On a CPU jax.lax.ragged_dot multiplies every row by every kernel. There, unless that is little,
@@ -147,13 +189,14 @@ def _grouped_backward(
     residuals: tuple[Array, Array, Array], gradient: Array
 ) -> tuple[Array, Array, np.ndarray]:
     x, kernels, sizes = residuals
-    in_x = _product(gradient, jnp.swapaxes(kernels, 1, 2), sizes)
-    of, ragged = (x, gradient, sizes), functools.partial(_ragged_outer, dtype=kernels.dtype)
+    in_x = _product(gradient, kernels, sizes, transposed=True)
+    forms: dict[str, Any] = {"cpu": _outer_in_blocks, "tpu": _outer_in_tiles}
+    forms["default"] = _ragged_outer
+    forms = {at: functools.partial(form, dtype=kernels.dtype) for at, form in forms.items()}
     if len(x) * kernels.size < _SMALL:
-        in_kernels = ragged(*of)
+        in_kernels = forms["default"](x, gradient, sizes)
     else:
-        in_blocks = functools.partial(_outer_in_blocks, dtype=kernels.dtype)
-        in_kernels = jax.lax.platform_dependent(*of, cpu=in_blocks, default=ragged)
+        in_kernels = jax.lax.platform_dependent(x, gradient, sizes, **forms)
     return in_x, in_kernels, np.zeros(sizes.shape, jax.dtypes.float0)
 
 
@@ -162,23 +205,33 @@ grouped_matmul.defvjp(_grouped_forward, _grouped_backward)
 
 @jax.custom_vjp
 def _take(
-    x: Float[Array, "N D"], order: Int[Array, " M"], inverse: Int[Array, " M"]
+    x: Float[Array, "N D"],
+    order: Int[Array, " M"],
+    inverse: Int[Array, " M"],
+    used: Bool[Array, " M"],
 ) -> Float[Array, "M D"]:
     """Row order[m] of x with each of its rows M / N times; inverse is that of the permutation.
 
-    Its transpose is a permutation and a sum, where that of indexing would be a scatter.
+    Its transpose is a permutation and a sum, where that of indexing would be a scatter; the sum is
+    over the copies that are used.
     """
     return x[order // (len(order) // len(x))]
 
 
-def _take_forward(x: Array, order: Array, inverse: Array) -> tuple[Array, tuple[Array, int]]:
-    return _take(x, order, inverse), (inverse, len(x))
+def _take_forward(
+    x: Array, order: Array, inverse: Array, used: Array
+) -> tuple[Array, tuple[Array, Array, int]]:
+    return _take(x, order, inverse, used), (inverse, used, len(x))
 
 
-def _take_backward(residuals: tuple[Array, int], gradient: Array) -> tuple[Array, None, None]:
-    inverse, rows = residuals
+def _take_backward(
+    residuals: tuple[Array, Array, int], gradient: Array
+) -> tuple[Array, None, None, None]:
+    inverse, used, rows = residuals
     copies = gradient[inverse].reshape(rows, -1, gradient.shape[1])
-    return copies.sum(1, dtype=jnp.float32).astype(gradient.dtype), None, None
+    copies = jnp.where(used.reshape(rows, -1, 1), copies, 0)
+    summed = copies.sum(1, dtype=jnp.float32).astype(gradient.dtype)
+    return summed, None, None, None
 
 
 _take.defvjp(_take_forward, _take_backward)
@@ -274,14 +327,17 @@ class Experts(nnx.Module):
             x, weights, ids = gathered
         count = self.gate_proj.experts.shape[0]
         own = ids.reshape(-1) - collectives.place(mesh, "experts") * count
-        own = jnp.where((own >= 0) & (own < count), own, count)  # others come last, and are 0
+        used = (own >= 0) & (own < count)
+        own = jnp.where(used, own, count)  # others come last, and add nothing
         order = jnp.argsort(own, stable=True)
         inverse = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)), unique_indices=True)
         sizes = jnp.bincount(own, length=count)
-        rows = _take(x, order, inverse)
+        rows = _take(x, order, inverse, used)
         inner = ACTIVATIONS[self.activation](self.gate_proj(rows, sizes))
         inner *= self.up_proj(rows, sizes)
-        each = _take(self.down_proj(inner, sizes), inverse, order).reshape(*ids.shape, -1)
+        every = jnp.ones_like(used)
+        each = _take(self.down_proj(inner, sizes), inverse, order, every).reshape(*ids.shape, -1)
+        each = jnp.where(used.reshape(*ids.shape, 1), each, 0)
         y = jnp.einsum("nkd,nk->nd", each, weights, preferred_element_type=jnp.float32)
         y = collectives.across(y, mesh=mesh, logical="mlp")
         y = collectives.scatter(y, "experts", dimension=0) if split else y

@@ -70,6 +70,7 @@ class Family:
 
     architecture: str
     defaults: Raw
+    absent_if_null: str = ""  # the key whose null HF reads as its default
     keys: tuple[str, ...] = ("hidden_act",)  # of KEYS: those that HF reads for it
     options: Callable[[Raw], Raw] = lambda raw: {}  # those that follow from no key of KEYS
     accepts: Raw = dataclasses.field(default_factory=dict)  # before config.ACCEPTED; None: all
@@ -187,6 +188,7 @@ FAMILIES: dict[str, Family] = {
             "bos_token_id": 128000,
             "eos_token_id": [128001, 128008, 128009],
         },
+        absent_if_null="eos_token_id",
         keys=("mlp_bias", "hidden_act"),
         types=layer_types.full_every(4, at=0),
         reads_types=True,

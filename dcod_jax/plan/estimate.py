@@ -6,24 +6,53 @@ from typing import Any
 
 import jax
 
-from dcod_jax.models import hf
+from dcod_jax.models import hf, remat
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.counts import flops_per_row
 from dcod_jax.plan import hlo, programs
 from dcod_jax.plan.programs import Program, Target
 
 DAY = 86400.0
-# Share of the peak that the attention kernel is taken to reach; libtpu estimates no kernels.
+# Share of the peak that kernels are taken to reach; libtpu estimates none.
 KERNEL_EFFICIENCY = 0.5
-# Matrix products of the kernel's passes in units of its forward pass (2): the backward passes take
-# 3 (dq) and 4 (dk, dv).
-FORWARD, BACKWARD = 1.0, 3.5
+# Matrix products of the backward pass in units of the forward pass. Attention has 2 in its forward
+# kernel and 3 (dq) and 4 (dk, dv) in the others.
+ATTENTION_BACKWARD, EXPERTS_BACKWARD = 3.5, 2.0
 
 
 def attention_flops(model: ModelConfig, tokens: int, length: int) -> float:
     """Operations of one causal forward pass of attention over all layers: 4·N·H·(T+1)/2 a token."""
     per_layer = 4 * model.num_heads * model.head_dim * (length + 1) / 2
     return tokens * model.num_layers * per_layer
+
+
+def experts_flops(model: ModelConfig, tokens: int) -> float:
+    """Operations of one forward pass of the experts' products over all layers."""
+    if model.mixture is None:
+        return 0.0
+    per_token = model.mixture.per_token * 3 * model.hidden_size * model.mlp_width
+    return 2.0 * tokens * model.num_layers * per_token
+
+
+def flops_in_kernels(config: Any, tokens: int) -> float:
+    """Operations of the kernels of a train step, with what the backward pass recomputes."""
+    model, length = programs.student_of(config), config.data.seq_len
+    modes = remat.pieces(config.student.remat, model.num_layers)
+    attention, experts = (
+        sum(layers for mode, layers in modes if mode not in kept) / model.num_layers
+        for kept in (("none",), ("none", "dots"))
+    )
+    passes = 1 + attention + ATTENTION_BACKWARD
+    total = passes * attention_flops(model, tokens, length)
+    passes = 1 + experts + (EXPERTS_BACKWARD if model.lora is None else 1)
+    total += passes * experts_flops(model, tokens)
+    return total + (teacher_flops(config, tokens, length) if config.loss.teacher == "live" else 0.0)
+
+
+def teacher_flops(config: Any, tokens: int, length: int) -> float:
+    """Operations of the kernels of one forward pass of the teacher."""
+    teacher = hf.read_config(config.teacher.path)
+    return attention_flops(teacher, tokens, length) + experts_flops(teacher, tokens)
 
 
 def step_flops(config: Any, model: ModelConfig, head_tokens: int) -> float:
@@ -50,7 +79,7 @@ def _seconds(
     if summary.kernels:
         kernel = kernel_flops / len(target.devices) / (KERNEL_EFFICIENCY * chip.peak_flops)
         lines.append(
-            f"{kernel:.3f} s: attention kernels, which libtpu does not estimate, at "
+            f"{kernel:.3f} s: kernels of attention and experts, which libtpu does not estimate, at "
             f"{KERNEL_EFFICIENCY:.0%} of the peak, every position of every row in one segment"
         )
         compute += kernel
@@ -93,12 +122,7 @@ def train_numbers(
     length = config.data.seq_len
     tokens = config.data.batch_size * length
     model_flops = step_flops(config, model, programs.head_tokens(config))
-    again = FORWARD if config.student.remat != "none" else 0.0
-    kernel_flops = attention_flops(model, tokens, length) * (FORWARD + again + BACKWARD)
-    if config.loss.teacher == "live":
-        teacher = hf.read_config(config.teacher.path)
-        kernel_flops += attention_flops(teacher, tokens, length) * FORWARD
-    timing = _timing(target, program, kernel_flops, tokens)
+    timing = _timing(target, program, flops_in_kernels(config, tokens), tokens)
     seconds = timing["seconds"]
     peak = target.chip.peak_flops * len(target.devices) if target.chip else None
     return {
@@ -116,6 +140,5 @@ def score_numbers(
     config: Any, target: Target, program: Program, rows: int, length: int
 ) -> dict[str, Any]:
     """Collectives, estimated seconds and tokens a day of a scoring step."""
-    teacher = hf.read_config(config.teacher.path)
     tokens = rows * length
-    return _timing(target, program, attention_flops(teacher, tokens, length) * FORWARD, tokens)
+    return _timing(target, program, teacher_flops(config, tokens, length), tokens)

@@ -237,6 +237,9 @@ class Summary:
             for inner in step.called:
                 apart = overlapped or step.opcode == "async-start" or inner.startswith("async")
                 for one in self._found.get(inner, []):
+                    # A reduce-scatter that libtpu pads first: the same emitter runs both forms.
+                    if inner.startswith("all-reduce-scatter") and one.opcode == "all-reduce":
+                        one = dataclasses.replace(one, opcode="reduce-scatter")
                     self._collect(one, body, times, overlapped=apart, nested=True)
 
 

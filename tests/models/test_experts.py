@@ -15,6 +15,7 @@ from dcod_jax.errors import DcodError
 from dcod_jax.losses import routing
 from dcod_jax.models import cached, experts, hf, lora, transformer
 from dcod_jax.models.config import from_hf
+from dcod_jax.parallel import collectives
 from dcod_jax.parallel import mesh as meshes
 
 RAW = {
@@ -41,22 +42,26 @@ def _rows(*shape, seed=0):
 FORMS = {
     "blocks": (experts._product_in_blocks, experts._outer_in_blocks),
     "ragged": (experts._ragged_product, experts._ragged_outer),
+    "tiles": (
+        lambda x, kernels, sizes: experts._turned_in_tiles(
+            x, kernels.swapaxes(1, 2), sizes, interpret=True
+        ),
+        functools.partial(experts._outer_in_tiles, interpret=True),
+    ),
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("sizes", [(0, 30, 7, 0, 3), (0, 0, 40, 0, 0), (1, 1, 1, 1, 1)])
 def test_grouped_products_are_those_of_each_group(form, sizes):
-    """40 rows, of which those behind the groups belong to none and are 0."""
+    """40 rows, of which those behind the groups belong to none; channels in two tiles."""
     product, outer = FORMS[form]
-    x, gradient, kernels = _rows(40, 6), _rows(40, 5, seed=1), _rows(5, 6, 5, seed=2)
+    x, gradient, kernels = _rows(40, 530), _rows(40, 520, seed=1), _rows(5, 530, 520, seed=2)
     ends = np.cumsum(sizes)
     groups = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-    wanted = np.zeros((40, 5), np.float32)
-    for group, kernel in zip(groups, kernels, strict=True):
-        wanted[group] = x[group] @ kernel
+    wanted = np.concatenate([x[of] @ kernel for of, kernel in zip(groups, kernels, strict=True)])
     given = jnp.asarray(sizes, jnp.int32)
-    np.testing.assert_allclose(product(x, kernels, given), wanted, atol=1e-5)
+    np.testing.assert_allclose(product(x, kernels, given)[: ends[-1]], wanted, atol=2e-4)
     wanted = np.stack([x[group].T @ gradient[group] for group in groups])
     np.testing.assert_allclose(outer(x, gradient, given, dtype=jnp.float32), wanted, atol=1e-5)
 
@@ -164,6 +169,35 @@ def test_a_router_that_sends_every_token_to_the_same_experts_drops_none():
         return (jax.nn.silu(normed @ gate) * (normed @ up)) @ down
 
     np.testing.assert_allclose(got, x + (expert(0) + expert(1)) / 2, atol=1e-5)
+
+
+def test_rows_of_other_devices_experts_add_nothing_whatever_a_kernel_leaves_there(monkeypatch):
+    """A TPU's kernels write the rows of their groups only; forward pass and gradient."""
+    mesh = meshes.make_mesh(1, expert=2, devices=jax.devices()[:2])
+    graph = transformer.graphs(MODEL)[1]
+    layer = jax.tree.map(lambda x: x[0], _params()["layers"])
+    axes = transformer.logical_axes(MODEL)["layers"]
+    whole = lambda names: meshes.spec(collectives.whole(names[1:]))  # noqa: E731
+    specs = jax.tree.map(whole, axes, is_leaf=meshes.is_names)
+    tokens, real = ("batch", None, None), jnp.ones((2, 6), bool)
+
+    def apply(layer, x, real):
+        def added(layer, x):
+            return transformer.apply_experts(graph, mesh, layer, x, real)[0]
+
+        y, pull = jax.vjp(added, layer, x)
+        return y, pull(y)[1]
+
+    inputs, outputs = (specs, tokens, tokens[:2]), (tokens, tokens)
+    run = collectives.per_shard(apply, mesh, inputs, outputs)
+    wanted = jax.jit(run)(layer, _rows(2, 6, 32), real)
+
+    def leaves_nothing(*of, product=experts._product, **how):
+        y, sizes = product(*of, **how), of[2]
+        return jnp.where((jnp.arange(len(y)) < sizes.sum())[:, None], y, jnp.nan)
+
+    monkeypatch.setattr(experts, "_product", leaves_nothing)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(run)(layer, _rows(2, 6, 32), real), wanted)
 
 
 def test_dots_keeps_the_products_of_the_experts():

@@ -75,7 +75,7 @@ def changes():
         "attention_bias mlp_bias": (ABSENT, None, True),
         "hidden_act": ("silu", "swish", "gelu", "gelu_pytorch_tanh"),
         "hidden_activation": (None, "gelu", "silu"),
-        "eos_token_id": (ABSENT, [2, 5], []),
+        "eos_token_id": (ABSENT, None, [2, 5], []),
         "bos_token_id pad_token_id": (ABSENT, 0, -1, [1, 2]),
         "torch_dtype dtype": ("bfloat16", None),
         "sliding_window": (ABSENT, None, 0, 8, 100000),
@@ -168,3 +168,7 @@ def test_keys_that_two_versions_of_transformers_read_differently_are_refused(tmp
     with pytest.raises(DcodError, match=r"rope_scaling\.type='yarn' is not supported"):
         configs.from_hf({**SHAPE, "model_type": "olmo3", "rope_scaling": rope})
     assert compare("cwm", {"rope_parameters": {}}, tmp_path)
+
+
+def test_a_null_that_a_family_reads_as_its_default(tmp_path):
+    assert compare("cwm", {"eos_token_id": None}, tmp_path)

@@ -322,6 +322,25 @@ def test_matrix_products_are_counted_through_loops_and_shards():
     assert programs.matmul_flops(gradient) == 4 * forward
 
 
+def test_kernels_are_those_of_attention_and_of_experts(student, tmp_path):
+    """Each pass of what no matrix product outside of kernels computes, recomputed or kept."""
+    file = tmp_path / "config.json"
+    shape = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    shape |= {"architectures": ["MixtralForCausalLM"], "num_hidden_layers": 4}
+    file.write_text(json.dumps(tiny.raw_config() | shape))
+    model = from_hf(json.loads(file.read_text()))
+    experts = 2 * 64 * 4 * 2 * 3 * model.hidden_size * model.mlp_width
+    attention = 64 * 4 * 4 * model.num_heads * model.head_dim * 65 / 2
+    keys = {"student.config": str(file), "teacher.path": str(file)}
+    passes = {"none": (4.5, 3), "dots": (5.5, 3), "full": (5.5, 4), "dots:1": (5.5, 3.75)}
+    for remat, (of_attention, of_experts) in passes.items():
+        config = recipe(student, tmp_path, **keys, **{"student.remat": remat})
+        found = estimate.flops_in_kernels(config, 64)
+        assert found == attention * of_attention + experts * of_experts
+    live = configs.replace(config, {"loss.teacher": "live"})
+    assert estimate.flops_in_kernels(live, 64) == found + attention + experts
+
+
 def test_the_scoring_step_has_a_time_and_its_assumptions_too(capsys):
     report = {"seconds": 0.25, "tokens_per_day": 3.1e9, "assumptions": ["half of the peak"]}
     plan._say_speed(64, report)
