@@ -181,23 +181,24 @@ def test_rows_of_other_devices_experts_add_nothing_whatever_a_kernel_leaves_ther
     specs = jax.tree.map(whole, axes, is_leaf=meshes.is_names)
     tokens, real = ("batch", None, None), jnp.ones((2, 6), bool)
 
-    def apply(layer, x, real):
-        def added(layer, x):
-            return transformer.apply_experts(graph, mesh, layer, x, real)[0]
+    def values():
+        def apply(layer, x, real):
+            def added(layer, x):
+                return transformer.apply_experts(graph, mesh, layer, x, real)[0]
 
-        y, pull = jax.vjp(added, layer, x)
-        return y, pull(y)[1]
+            y, pull = jax.vjp(added, layer, x)
+            return y, pull(y)[1]
 
-    inputs, outputs = (specs, tokens, tokens[:2]), (tokens, tokens)
-    run = collectives.per_shard(apply, mesh, inputs, outputs)
-    wanted = jax.jit(run)(layer, _rows(2, 6, 32), real)
+        run = collectives.per_shard(apply, mesh, (specs, tokens, tokens[:2]), (tokens, tokens))
+        return jax.jit(run)(layer, _rows(2, 6, 32), real)
 
     def leaves_nothing(*of, product=experts._product, **how):
         y, sizes = product(*of, **how), of[2]
         return jnp.where((jnp.arange(len(y)) < sizes.sum())[:, None], y, jnp.nan)
 
+    wanted = values()
     monkeypatch.setattr(experts, "_product", leaves_nothing)
-    jax.tree.map(np.testing.assert_array_equal, jax.jit(run)(layer, _rows(2, 6, 32), real), wanted)
+    jax.tree.map(np.testing.assert_array_equal, values(), wanted)
 
 
 def test_dots_keeps_the_products_of_the_experts():
