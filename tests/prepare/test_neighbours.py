@@ -3,15 +3,12 @@
 import json
 import re
 
-import pyarrow
 import pytest
-from pyarrow import feather, parquet
 from test_trace_forms import ASKED, SAID, SHARED, TALK, THOUGHT, WHOLE, reading
 
 from dcod_jax.data import traces as reader
 from dcod_jax.data.presets import Fields
 from dcod_jax.data.reasoning import Reasoning, closing, has_reasoning, opened, unfinished
-from dcod_jax.data.traces import find_sources, read_traces
 from dcod_jax.errors import DcodError
 
 USER, PLAIN_TURN, WHOLE_TURN = TALK[0], {"role": "assistant", "content": SAID}, TALK[1]
@@ -274,7 +271,6 @@ def test_neighbours_of_the_cases_are_dropped(why) -> None:
 
 
 TEXT_PART, SEALED = [{"type": "text", "text": SAID}], [{"type": "redacted_thinking", "data": "x"}]
-ASKS = {"custom_id": "1", "body": {"messages": [USER]}}
 REFUSED = [
     (ENDED | {"cot": THOUGHT}, {}, r"prepare\.reasoning_field=cot"),
     (ENDED | {"deepseek_reasoning": [THOUGHT]}, {}, "may be the reasoning"),
@@ -402,155 +398,3 @@ def test_marks_with_attributes_and_what_is_no_mark() -> None:
         assert (
             unfinished(f"{WHOLE[: -len(SAID)]}<{name}>5") == f"<{name}> is not ended by </{name}>"
         )
-
-
-ADD = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
-
-
-@pytest.mark.parametrize(
-    ("call", "result"),
-    [
-        (
-            {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2}}'},
-            {"from": "observation", "value": "5"},
-        ),
-        (
-            {"role": "tool_call", "content": '[{"name": "add", "arguments": "{\\"a\\": 2}"}]'},
-            {"role": "ipython", "content": "5"},
-        ),
-        (
-            {
-                "role": "assistant",
-                "content": [{"type": "tool_use", "name": "add", "input": {"a": 2}}],
-            },
-            {"role": "user", "content": [{"type": "tool_result", "content": "5"}]},
-        ),
-        (
-            {"role": "assistant", "content": [{"toolUse": {"name": "add", "input": {"a": 2}}}]},
-            {"role": "user", "content": [{"toolResult": {"content": [{"text": "5"}]}}]},
-        ),
-        (
-            {"role": "model", "parts": [{"functionCall": {"name": "add", "args": {"a": 2}}}]},
-            {"role": "user", "parts": [{"functionResponse": {"response": 5}}]},
-        ),
-    ],
-    ids=["sharegpt", "roles", "anthropic", "bedrock", "gemini"],
-)
-def test_calls_of_tools_in_any_dialect_are_one_form(call, result) -> None:
-    [trace] = reading({"messages": [USER, call, result, WHOLE_TURN]})
-    called = {"role": "assistant", "content": "", "tool_calls": [ADD]}
-    assert trace.messages == [USER, called, {"role": "tool", "content": "5"}, WHOLE_TURN]
-    empty = {"role": "tool", "content": ""}
-    [trace] = reading({"messages": [USER, call, empty, WHOLE_TURN]})
-    assert trace.messages[2] == empty
-    assert trace.supervised() == [1, 3]
-
-
-def test_one_id_of_two_requests_is_refused_before_an_output() -> None:
-    answer = {"custom_id": "1", "response": {"body": {"choices": [{"message": WHOLE_TURN}]}}}
-    other = {"custom_id": "1", "body": {"messages": [{"role": "user", "content": "Else?"}]}}
-    found = texts([ASKS, ASKS, answer, other, answer])
-    assert found == [(ASKED, WHOLE), ("Else?", WHOLE)]
-    with pytest.raises(DcodError, match="custom_id '1' has another request before"):
-        texts([ASKS, other, answer])
-
-
-def test_system_text_of_any_name_is_in_the_prompt() -> None:
-    asked = {"system": "S", "messages": [USER]}
-    for record in (
-        ENDED | {"system_message": "S"},
-        {"systemInstruction": {"parts": [{"text": "S"}]}, "messages": TALK},
-        {"request": asked, "response": {"choices": [{"message": WHOLE_TURN}]}},
-        {"input": ASKED, "instructions": "S", "output": ITEMS},
-    ):
-        [trace] = reading(record)
-        assert trace.messages[0] == {"role": "system", "content": "S"}, record
-
-
-def test_a_completion_of_json_is_a_text() -> None:
-    for text in ('{"choices": [{"text": "A"}]}', '{"message": "hi"}', '["a"]', "[1] See"):
-        assert texts([{"prompt": ASKED, "completion": text}]) == [(ASKED, text)]
-
-
-def test_a_dotted_name_is_a_field_inside_of_an_object() -> None:
-    record = ENDED | {"metadata": {"reasoning": THOUGHT}, "reward_model": {"ground_truth": "5"}}
-    names = {"reasoning_field": "metadata.reasoning", "answer": "reward_model.ground_truth"}
-    [trace] = reading(record, **names)
-    assert (trace.completion_text(), trace.answer) == (WHOLE, "5")
-    assert texts([ENDED | {"metadata": None}], reasoning_field="metadata.reasoning")
-    turn = PLAIN_TURN | {"info": {"think_content": THOUGHT}}
-    assert texts([{"messages": [USER, turn]}], reasoning_field="info.think_content") == [
-        (ASKED, WHOLE)
-    ]
-
-
-def test_what_is_unread_inside_of_objects_is_listed() -> None:
-    record = {"messages": [USER, WHOLE_TURN | {"info": {"verify_score": 0.5, "source": "x"}}]}
-    [trace] = reading(record | {"reward_model": {"ground_truth": "5", "style": "rule"}})
-    assert trace.extras == {
-        *("messages[].info", "messages[].info.verify_score"),
-        *("reward_model", "reward_model.ground_truth"),
-    }
-
-
-def test_a_verdict_names_its_columns_and_one_that_is_true_is_enough() -> None:
-    [trace] = reading(ENDED | {"correct": False, "metadata": {"math_verify": False}})
-    assert trace.verdict_of == "correct, metadata.math_verify"
-    assert reading(ENDED | {"correct": False, "correctness_llama": True})[0].verdict
-
-
-def test_a_batch_of_gemini_is_paired_by_its_key() -> None:
-    asked = {"key": "k", "request": {"contents": [{"parts": [{"text": ASKED}]}]}}
-    answer = {"candidates": [{"content": {"parts": GEMINI}, "finishReason": "STOP"}]}
-    assert texts([asked, {"key": "k", "response": answer}]) == [(ASKED, WHOLE)]
-
-
-def test_empty_reasoning_is_none() -> None:
-    assert has_reasoning(WHOLE)
-    assert not has_reasoning(f"<think>\n\n</think>\n\n{SAID}")
-
-
-FILES = [
-    ("t.csv", b"prompt,completion,completion\na,b,c\n", "'completion'.* twice"),
-    ("t.csv", b"prompt;completion\na;b\n", "parted by ','"),
-    ("t.jsonl", b'{"prompt": "a", "completion": "b", "completion": "c"}\n', "'completion' twice"),
-    ("t.json", b'[{"prompt": "a", "completion": "b"}\n', "no ] at its end"),
-    ("t.jsonl", b"\x1f\x8b\x08", "must end in .gz"),
-    ("t.jsonl", b"\xff\xfe\0\0{\0\0\0", "UTF-32"),
-    ("t.jsonl", b"data: {}\n", "a record is one line"),
-    ("t.jsonl", b"{'prompt': 'a'}\n", "the line begins"),
-    ("t.jsonl", b"prompt,completion\n", "a table's name ends in .csv, .tsv or .parquet"),
-    ("t.csv", b"prompt,completion,weight\na,b,x\n", "found 'x'"),
-    ("t.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-    ("t.parquet", b'{"prompt": "a"}\n', "is not a readable table"),
-    ("t.arrow", b"junk", "is not a readable table"),
-    ("t.feather", b"FEA1", "is not a readable table"),
-]
-
-
-@pytest.mark.parametrize("name", ["t.jsonlines", "t.ldjson", "t.feather", "t.ipc", "t.pq"])
-def test_a_file_of_another_suffix_is_read(name, tmp_path) -> None:
-    path, table = tmp_path / name, pyarrow.table({"prompt": [ASKED], "completion": [SAID]})
-    if name.endswith(("feather", "ipc")):
-        feather.write_feather(table, path, compression="zstd")
-    elif name.endswith("pq"):
-        parquet.write_table(table, path)
-    else:
-        path.write_text(json.dumps(ENDED))
-    [trace] = read_traces(find_sources(str(tmp_path)), Fields())
-    assert trace.completion_text() == SAID
-
-
-@pytest.mark.parametrize(("name", "content", "message"), FILES, ids=range(len(FILES)))
-def test_a_file_that_would_be_read_wrongly_is_refused(name, content, message, tmp_path) -> None:
-    (tmp_path / name).write_bytes(content)
-    fields = Fields(weight="weight" if "weight" in str(content) else "")
-    with pytest.raises(DcodError, match=message):
-        list(read_traces(find_sources(str(tmp_path / name)), fields))
-
-
-def test_cells_of_a_table_are_numbers_and_verdicts(tmp_path) -> None:
-    rows = ",prompt,completion,w,correct\n0,a,b,0.5,True\n1,a,c,1,False\n"  # pandas numbers them
-    (tmp_path / "t.csv").write_text(rows)
-    found = read_traces(find_sources(str(tmp_path / "t.csv")), Fields(weight="w"))
-    assert [(trace.weight, trace.verdict) for trace in found] == [(0.5, True), (1.0, False)]
