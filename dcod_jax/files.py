@@ -110,9 +110,9 @@ def to_json(value: Any) -> bytes:
     """Canonical JSON; raises DcodError for what JSON cannot hold."""
     try:
         text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
+        return text.encode() + b"\n"
+    except (TypeError, ValueError) as error:  # half a surrogate pair included
         raise DcodError(f"the manifest can only hold JSON values: {error}") from error
-    return text.encode() + b"\n"
 
 
 def from_json(content: bytes | str) -> Any:

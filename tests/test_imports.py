@@ -21,8 +21,8 @@ LEVELS = """
     losses.head losses.distributions losses.divergences losses.weights
     losses.weight_errors losses.adaptive losses.reduce losses.routing losses.distill
     data.teachers data.codec data.dataset data.blocks data.scores data.packing
-    data.reasoning data.presets data.records data.calls data.raw data.lines data.schema data.unpack
-    data.columns data.told data.answers data.forms
+    data.records data.json_text data.reasoning data.presets data.calls data.raw data.lines
+    data.schema data.unpack data.columns data.told data.answers data.forms
     data.traces data.pipeline
     models.gguf_metadata models.gguf models.gguf_tokenizer models.hf
     data.template_process data.templates data.tokenizer data.turns data.borders data.chat

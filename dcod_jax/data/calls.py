@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from dcod_jax.data.json_text import parse
 from dcod_jax.data.presets import listed
 from dcod_jax.data.records import BadRecordError, Message, Record, kind_of
 
@@ -80,8 +81,8 @@ def read_tools(value: object, functions: object = None) -> list[Any] | None:
         value = [{"type": "function", "function": one} for one in older]
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
+            value = parse(value)
+        except BadRecordError as error:
             raise BadRecordError(f"tools is no JSON list of definitions: {error}") from error
     if not value:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import difflib
 import functools
@@ -50,7 +51,9 @@ def _numbered(record: Record, pattern: str) -> list[str]:
     parts = map(re.escape, pattern.split("*"))
     wanted = re.compile("(.*)".join(parts), re.IGNORECASE)
     found = [name for name, value in record.items() if wanted.fullmatch(name) and value is not None]
-    return sorted(found, key=lambda name: ([int(n) for n in re.findall(r"\d+", name)], name))
+    if len(found) > 1000:
+        raise BadRecordError(f"{len(found)} columns are {pattern}, more than 1000")
+    return sorted(found, key=lambda name: ([int(n) for n in re.findall(r"\d{1,9}", name)], name))
 
 
 def ends_with_answer(record: Record, name: str, fields: Fields) -> bool:
@@ -194,8 +197,9 @@ def _holds_records(value: object) -> bool:
 def _siblings(record: Record) -> list[str]:
     """Columns of text that differ in a number at their end: answer_1, answer_2."""
     found = [n for n, value in record.items() if re.search(r"\d$", n) and isinstance(value, str)]
-    stems = [re.sub(r"\d+$", "", name) for name in found]
-    return [n for n, stem in zip(found, stems, strict=True) if stems.count(stem) > 1]
+    stems = [re.sub(r"\d{1,99}$", "", name) for name in found]
+    counts = collections.Counter(stems)
+    return [n for n, stem in zip(found, stems, strict=True) if counts[stem] > 1]
 
 
 class Row:
@@ -206,6 +210,7 @@ class Row:
         self.nulls = nulls  # names of columns without a value
         self.used = {*_SHARED, *(n for n in map(str, record) if unreadable(n) and not record[n])}
         self.tools: list[Any] | None = None
+        self.telling: list[tuple[str, str, Any]] | None = None  # what told.py finds in `leaves`
 
     @functools.cached_property
     def leaves(self) -> list[tuple[str, Any]]:

@@ -30,6 +30,7 @@ from dcod_jax.data.unpack import nulls, unpacked
 # (prompt, completions of it, the mapping that holds id, answer, model and temperature); the prompt
 # is empty where a completion is a whole conversation.
 Parsed: TypeAlias = tuple[Turns, list[RawTrace], Record]
+_MOST = 1_000_000  # each completion is read with all columns and has all messages of the prompt
 
 
 def _read_completion(row: Row) -> Parsed:
@@ -286,6 +287,12 @@ def read_record(
     prompt, completions, known = read(row)
     if not completions:
         raise BadRecordError("the record has no completion: its list of samples is empty")
+    if (parts := len(completions) * (len(row.leaves) + len(prompt.messages))) > _MOST:
+        raise BadRecordError(
+            f"{len(completions):,} completions beside {len(row.leaves):,} columns and "
+            f"{len(prompt.messages):,} messages are {parts:,} parts, more than {_MOST:,}; write "
+            "several records"
+        )
     name = answers.batch_name(known)
     if name is None:
         name = source if known.get("id") in (None, "") else str(known["id"])

@@ -12,7 +12,6 @@ import csv
 import dataclasses
 import gzip
 import io
-import json
 import lzma
 import re
 import zlib
@@ -21,7 +20,7 @@ from typing import Any, TypeAlias
 
 import pyarrow
 
-from dcod_jax.data.records import BadRecordError, check_unicode
+from dcod_jax.data.records import BadRecordError
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Path, as_path
 
@@ -29,9 +28,6 @@ PACKED = (".gz", ".bz2", ".xz", ".zst")
 _TABLES = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonlines", ".ldjson", *_TABLES)
 PIECE = 1 << 18  # bytes read at a time
-_DEEPEST = 200  # levels of nesting in a record
-_BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{\]}]', re.DOTALL)
-_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 # How files of other kinds begin, which are told by their names.
 _MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"\xfd7zXZ": ".xz"}
 _MAGIC |= {b"PAR1": ".parquet", b"ARROW1": ".arrow", b"\xff\xff\xff\xff": ".arrow"}
@@ -290,62 +286,3 @@ def _rows(
         raise DcodError(
             f"{name}:{number + 1}: not a readable table ({error}); write it as UTF-8 JSONL"
         ) from error
-
-
-def parse(line: bytes) -> Any:
-    """The value of a JSON text; BadRecordError for what is none or no Unicode."""
-    try:
-        text = line.decode("utf-8").rstrip()
-    except UnicodeDecodeError as error:
-        raise BadRecordError(f"invalid UTF-8 at byte {error.start} ({error.reason})") from error
-    _check_depth(line)
-    try:
-        value = json.loads(text, object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        ends = text[-30:]
-        cut = error.pos >= len(text) or error.msg.startswith("Unterminated")
-        what = f"truncated JSON (the line ends {ends!r})" if cut else "invalid JSON"
-        several = text in ("{", "data: [DONE]") or text.startswith("data: ")
-        if several or error.msg == "Extra data":
-            what += "; a record is one line, or one element of an array"
-        elif not cut and error.pos < 3:
-            table = "" if text[:1] in "{[" else "; a table's name ends in .csv, .tsv or .parquet"
-            what += f" (the line begins {text[:30]!r}{table})"
-        raise BadRecordError(f"{what}: {error.msg} at column {error.colno}") from error
-    except ValueError as error:  # numbers of thousands of digits
-        raise BadRecordError(f"invalid JSON: {error}") from error
-    if _HALF.search(line):
-        _check_text(value, "")
-    return value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in found if names.count(name) > 1)
-        raise BadRecordError(f"an object has the name {twice[:60]!a} twice; leave one")
-    return found
-
-
-def _check_depth(line: bytes) -> None:
-    if line.count(b"[") + line.count(b"{") <= _DEEPEST:
-        return
-    depth = 0
-    for found in _BRACKETS.finditer(line):
-        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(found.group(), 0)
-        if depth > _DEEPEST:
-            raise BadRecordError(f"invalid JSON: nested more than {_DEEPEST} deep")
-
-
-def _check_text(value: Any, name: str) -> None:
-    """Refuse half of a surrogate pair anywhere in the record, names included."""
-    if isinstance(value, str):
-        check_unicode(value, name or "the record")
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            _check_text(item, f"{name}[{index}]")
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            check_unicode(key, f"a name in {name or 'the record'}")
-            _check_text(item, f"{name}.{key}" if name else key)

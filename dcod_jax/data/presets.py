@@ -7,12 +7,13 @@ A new data set is a line in PRESETS. Names are compared without regard to case; 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dcod_jax.data.json_text import parse
 from dcod_jax.data.reasoning import Reasoning
+from dcod_jax.data.records import BadRecordError
 
 PROMPT_FIELDS = ("prompt", "question", "problem", "instruction")
 PROMPTS = (*PROMPT_FIELDS, "query", "input")
@@ -54,8 +55,8 @@ def listed(value: Any) -> Any:
         for own, word in (("'", '"'), ("True", "true"), ("False", "false"), ("None", "null")):
             text = text.replace(own, word)
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        found = parse(text)
+    except BadRecordError:
         return value
     return found if isinstance(found, list | dict) else value
 

@@ -43,6 +43,7 @@ _BOOLEAN = re.compile(
 )
 _KINDS = {"finish": _FINISH, "complete": _COMPLETE, "cut": _CUT}
 _KINDS |= {"right": _RIGHT, "wrong": _WRONG, "boolean": _BOOLEAN}
+_MOST = 100  # columns that tell; each is read for each completion
 _WORDS: dict[str, bool] = dict.fromkeys("correct right pass passed verified valid".split(), True)
 _WORDS |= dict.fromkeys("incorrect wrong fail failed unverified invalid".split(), False)
 
@@ -90,17 +91,25 @@ def _verdict(name: str, value: Any, kind: str) -> bool | None:
     return found if found is None or kind != "wrong" else not found
 
 
+def _telling(row: Row) -> list[tuple[str, str, Any]]:
+    """(name, kind, value or list) of the columns that tell, looked for once a record."""
+    if row.telling is None:
+        kinds = ((name, _kind(name, row.fields.verdict), value) for name, value in row.leaves)
+        row.telling = [(name, kind, listed(value)) for name, kind, value in kinds if kind]
+        if len(row.telling) > _MOST:
+            told = ", ".join(name for name, *_ in row.telling[:3])
+            raise BadRecordError(f"more than {_MOST} columns tell of a completion: {told}, ...")
+    return row.telling
+
+
 def _tells(row: Row, trace: RawTrace, at: tuple[int, int]) -> Iterator[tuple[int, str, str, Any]]:
     """(turn, name, kind, value) of what tells of one completion: in its objects, in the record."""
-    verdict = row.fields.verdict
     for turn, known in enumerate(trace.told):
         for name, value in leaves(known):
             if kind := _kind(name, ""):
                 yield turn, name, kind, value
-    for name, value in row.leaves:
-        if not (kind := _kind(name, verdict)):
-            continue
-        if isinstance(given := listed(value), list):
+    for name, kind, value in _telling(row):
+        if isinstance(given := value, list):
             if at[1] > 1 and len(given) != at[1] and "." not in name:
                 raise BadRecordError(f"{name} has {len(given)} entries for {at[1]} completions")
             value = given[at[0]] if len(given) == at[1] else None

@@ -20,6 +20,7 @@ from dcod_jax.copies import local_copy, local_directory
 from dcod_jax.data import lines, schema
 from dcod_jax.data.answers import batch_name, is_request
 from dcod_jax.data.forms import read_record
+from dcod_jax.data.json_text import parse
 from dcod_jax.data.lines import Content, TooLong
 from dcod_jax.data.presets import Fields
 from dcod_jax.data.records import BadRecordError, RawTrace
@@ -210,7 +211,7 @@ def _traces_of(
         return [RawTrace([], failed=why, source=where, record=_as_text(content))]
     if isinstance(content, BadRecordError):
         raise content
-    record = lines.parse(content) if isinstance(content, bytes) else content
+    record = parse(content) if isinstance(content, bytes) else content
     if isinstance(record, dict) and is_request(record):
         schema.check(record, {"body": schema.ASKED, "params": schema.ASKED})
         name = batch_name(record) or ""
@@ -244,7 +245,8 @@ def _read_rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         for number, row in enumerate(rows, 1):
             yield f"{label}:{number}", dict(row)
-    except pyarrow.ArrowException as error:
+    # Text that is no UTF-8, dates that Python has not, unknown time zones.
+    except (pyarrow.ArrowException, ValueError, ArithmeticError, LookupError) as error:
         raise _unreadable(source, error) from error
 
 

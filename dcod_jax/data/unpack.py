@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from dcod_jax.data import lines, presets
+from dcod_jax.data import presets
+from dcod_jax.data.json_text import parse
 from dcod_jax.data.presets import Fields, leaves, listed
 from dcod_jax.data.records import BadRecordError, Record
 
@@ -84,7 +85,7 @@ def _transposed(value: Record, name: str) -> list[dict[str, Any]]:
 
 def _from_text(text: str, name: str, *, lists: bool) -> Any:
     try:
-        value = lines.parse(text.encode())
+        value = parse(text)
     except BadRecordError as error:
         if re.match(r"\s*\[\s*\{\s*['\"](role|from|content)|\s*\['" if lists else r"(?!)", text):
             raise BadRecordError(

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from dcod_jax.data import lines
+from dcod_jax.data import json_text, lines
 from dcod_jax.data.presets import PROMPT_FIELDS
 from dcod_jax.data.records import BadRecordError
 from dcod_jax.errors import DcodError
@@ -97,7 +97,7 @@ def read_records(path: Path) -> Iterator[tuple[str, Record]]:
                 f"{source}: {content.size:,} bytes, more than the {LONGEST:,} of a record"
             )
         try:
-            record = lines.parse(content) if isinstance(content, bytes) else content
+            record = json_text.parse(content) if isinstance(content, bytes) else content
         except BadRecordError as error:
             record = error
         if isinstance(record, BadRecordError):
@@ -311,6 +311,8 @@ def difficulty_group(value: object) -> str:
     """The name of a difficulty: "Level 3" and 3 stay, 6.5 is "6-7", what is no such value is ""."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return ""
+    if isinstance(value, float) and not math.isfinite(value):
+        return ""
     if isinstance(value, float) and not value.is_integer():
         return f"{math.floor(value)}-{math.floor(value) + 1}"
     return str(int(value)) if isinstance(value, float) else str(value)
@@ -334,7 +336,7 @@ def _joined(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return value
     return ", ".join(map(str, value)) if isinstance(value, list) else value
 

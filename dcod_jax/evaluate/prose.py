@@ -101,10 +101,10 @@ def json_answer(text: str, tries: int = 20) -> tuple[int, str] | None:
             continue
         try:
             whole, place = json.JSONDecoder().raw_decode(text, start)
+            if any(JSON_KEY.match(f'"{key}":') for key in whole):
+                found = place, json_text(whole)
         except (ValueError, RecursionError):
             continue
-        if any(JSON_KEY.match(f'"{key}":') for key in whole):
-            found = place, json_text(whole)
     return found
 
 

@@ -11,7 +11,7 @@ import time
 import pyarrow
 import pytest
 
-from dcod_jax.data import lines
+from dcod_jax.data import json_text, lines
 from dcod_jax.data.lines import TooLong
 from dcod_jax.data.records import BadRecordError
 from dcod_jax.errors import DcodError
@@ -52,7 +52,7 @@ def test_an_array_is_read_element_by_element(tmp_path, monkeypatch, piece) -> No
     path = tmp_path / "t.json"
     path.write_text(json.dumps(values, indent=1))
     found = contents(path)
-    assert [lines.parse(content) for _, content in found] == values
+    assert [json_text.parse(content) for _, content in found] == values
     text = path.read_text().splitlines()
     for number, content in found:
         assert text[int(number) - 1].strip().startswith(content.decode().splitlines()[0].rstrip())
@@ -63,7 +63,7 @@ def parse_all(path) -> None:
     for _, content in contents(path):
         if isinstance(content, BadRecordError):
             raise content
-        lines.parse(content)
+        json_text.parse(content)
 
 
 def test_an_array_without_its_end_or_with_more_behind_it(tmp_path) -> None:
@@ -139,13 +139,13 @@ def test_packed_files_are_read_and_a_damaged_one_is_named(tmp_path, kind) -> Non
 )
 def test_json_that_nothing_could_use_is_refused(line, message) -> None:
     with pytest.raises(BadRecordError, match=message):
-        lines.parse(line)
+        json_text.parse(line)
 
 
 def test_brackets_inside_a_text_are_no_nesting() -> None:
     text = '\\"[{' * 1000
-    assert lines.parse(json.dumps({"a": text}).encode()) == {"a": text}
-    assert lines.parse(rb'"\ud83d\ude00"') == "😀"
+    assert json_text.parse(json.dumps({"a": text}).encode()) == {"a": text}
+    assert json_text.parse(rb'"\ud83d\ude00"') == "😀"
 
 
 @pytest.mark.long

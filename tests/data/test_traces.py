@@ -1,10 +1,14 @@
 """Raw traces are read in every form users have, and every bad record is named with its line."""
 
 import json
+import struct
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
+from dcod_jax.data import forms
 from dcod_jax.data.forms import FORMS, read_record
 from dcod_jax.data.presets import Fields
 from dcod_jax.data.records import RawTrace
@@ -192,6 +196,16 @@ def test_completions_endpoint_logprobs(tmp_path) -> None:
     assert (trace.token_bytes, trace.logprobs) == ([b"a", b"b"], [-1, -2])
 
 
+PAIR: dict[str, object] = {"prompt": "p", "completion": "c"}
+
+
+def called(arguments: str) -> bytes:
+    """A record whose answer calls a tool with arguments as JSON text."""
+    call = {"function": {"name": "f", "arguments": arguments}}
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    return json.dumps({"messages": [{"role": "user", "content": "x"}, answer]}).encode()
+
+
 GOOD = b'{"prompt": "p", "completion": "c"}\n'
 
 
@@ -269,6 +283,26 @@ GOOD = b'{"prompt": "p", "completion": "c"}\n'
             b'{"custom_id": "a", "response": {"status_code": 500, "body": {"error": "busy"}}}',
             r"the request failed \(status 500\): busy",
         ),
+        # JSON inside of a text is checked as the record is.
+        (called(r'{"a": "\ud83d"}'), r"tool call 0 must have a name and arguments"),
+        (called('{"a": ' + "[" * 900 + "]" * 900 + "}"), r"tool call 0 must have a name and arg"),
+        (called('{"a": 1, "a": 2}'), r"tool call 0 must have a name and arguments"),
+        (
+            json.dumps(PAIR | {"tools": r'["\udc00"]'}).encode(),
+            r"tools is no JSON list of definitions: \[0\] holds '\\udc00'",
+        ),
+        # Names are kept over records, and completions are read with all columns and messages.
+        (json.dumps(PAIR | {"n" * 5000: True}).encode(), r"a name of more than 4096 characters"),
+        (
+            b'{"prompt": "p", "completion": "c"'
+            + b"".join(b', "%d": 1' % n for n in range(9_999))
+            + b', "7": 1}',
+            r"an object has the name '7' twice",
+        ),
+        (
+            json.dumps(PAIR | {f"m{n}": {"is_correct": True} for n in range(101)}).encode(),
+            r"more than 100 columns tell of a completion: m0.is_correct, m1.is_correct",
+        ),
     ],
 )
 def test_a_bad_record_is_named_and_can_be_set_aside(tmp_path, line: bytes, message: str) -> None:
@@ -285,3 +319,44 @@ def test_a_bad_record_is_named_and_can_be_set_aside(tmp_path, line: bytes, messa
         bad[0].record.encode("utf-8", "ignore")[:20]
         in line.decode("utf-8", "backslashreplace").encode()
     )
+
+
+def test_a_record_is_not_read_once_for_each_of_thousands(tmp_path, monkeypatch) -> None:
+    record = {"prompt": [USER] * 8, "completions": ["c"] * 10}
+    assert len(read(write(tmp_path / "t.jsonl", record))) == 10
+    monkeypatch.setattr(forms, "_MOST", 99)
+    with pytest.raises(DcodError, match="10 completions beside 2 columns and 8 messages are 100 p"):
+        read(tmp_path / "t.jsonl")
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pyarrow.StringArray.from_buffers(
+            1, pyarrow.py_buffer(struct.pack("<2i", 0, 2)), pyarrow.py_buffer(b"\xff\xfe")
+        ),
+        pyarrow.array([2**31 - 1], pyarrow.date32()),
+        pyarrow.array([2**60], pyarrow.duration("s")),
+        pyarrow.array([1], pyarrow.timestamp("s", "No/Zone")),
+    ],
+    ids=["no UTF-8", "date", "duration", "zone"],
+)
+def test_a_table_of_what_python_cannot_hold_is_named(tmp_path, column) -> None:
+    table = pyarrow.table({"prompt": ["p"], "completion": ["c"], "column": column})
+    parquet.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(DcodError, match=r"t.parquet is not a readable table"):
+        read(tmp_path / "t.parquet")
+
+
+def test_a_number_of_any_length_orders_columns(tmp_path) -> None:
+    names = [f"answer_{n}" for n in (10, 2, "9" * 4500)]
+    fields = Fields(completion="answer_*")
+    path = write(tmp_path / "t.jsonl", {"prompt": "p"} | dict.fromkeys(names, "c"))
+    with pytest.raises(DcodError, match="a name of more than 4096 characters"):
+        read(path, fields)
+    path = write(tmp_path / "t.jsonl", {"prompt": "p"} | {n[:4000]: n[:9] for n in names})
+    found = [trace.completion_text() for trace in read(path, fields)]
+    assert found == ["answer_2", "answer_10", "answer_99"]
+    many = {f"answer_{n}": "c" for n in range(1001)}
+    with pytest.raises(DcodError, match=r"1001 columns are answer_\*, more than 1000"):
+        read(write(tmp_path / "t.jsonl", {"prompt": "p"} | many), fields)

@@ -127,9 +127,10 @@ def test_algebra_agrees_and_keeps_order() -> None:
         ("\\boxed{18 \\text{ dollars}}", "The sum.\n#### 18"),
         ("\\boxed{\ud83d}", "x^2"),
         ("\\boxed{" + "(" * 400 + "}", "2x"),
+        ('{"answer": ' + "[" * 900 + "2" + "]" * 900 + "}", "2x"),
         ("\\boxed{y + x}", "x+y"),
     ]
-    expected = [True, False, True, False, True, True, True, True, False, False, True]
+    expected = [True, False, True, False, True, True, True, True, False, False, False, True]
     assert [grade(*pair).correct for pair in pairs] == expected
 
 

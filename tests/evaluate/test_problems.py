@@ -363,8 +363,17 @@ def test_settings_that_cannot_work_are_refused(key, value, message):
 
 
 def test_a_difficulty_is_a_group():
-    groups = [difficulty_group(v) for v in ("Level 3", 3, 4.0, 6.5, None, "", True, ["x"])]
-    assert groups == ["Level 3", "3", "4", "6-7", "", "", "", ""]
+    values = ("Level 3", 3, 4.0, 6.5, None, "", True, ["x"], float("inf"), float("nan"))
+    groups = [difficulty_group(value) for value in values]
+    assert groups == ["Level 3", "3", "4", "6-7", "", "", "", "", "", ""]
+
+
+@pytest.mark.parametrize("text", ["[{[]: 1}]", "[" + "-" * 30_000 + "1]"])
+def test_a_list_as_text_that_python_cannot_read_is_a_text(tmp_path, text):
+    file = tmp_path / "o.jsonl"
+    tiny.write_jsonl(file, [ROWS["olympiadbench"] | {"final_answer": text}])
+    (problem,) = read_set(SetEntry("olympiadbench", str(file)))
+    assert problem.answer == text
 
 
 @pytest.mark.shared

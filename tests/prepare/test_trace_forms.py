@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dcod_jax import config as configs
 from dcod_jax.configs.base import get_config
-from dcod_jax.data import answers, lines, raw, schema
+from dcod_jax.data import answers, json_text, raw, schema
 from dcod_jax.data.forms import read_record
 from dcod_jax.data.presets import PRESETS, Fields, fields_of
 from dcod_jax.data.reasoning import Reasoning
@@ -362,7 +362,7 @@ RECORDS = st.dictionaries(NAMES, VALUES, min_size=1, max_size=5)
 def _never_breaks(record: dict) -> None:
     line = json.dumps(record).encode()
     with contextlib.suppress(DcodError):
-        parsed = lines.parse(line)
+        parsed = json_text.parse(line)
         if answers.is_request(parsed):
             schema.check(parsed, {"body": schema.ASKED})
         else:
@@ -387,7 +387,7 @@ def test_no_record_of_many_ends_the_reader(record) -> None:
 @given(st.binary(max_size=200) | RECORDS.map(lambda r: json.dumps([r, r]).encode()[:-2]))
 def test_no_bytes_end_the_reader(content) -> None:
     with contextlib.suppress(DcodError):
-        lines.parse(content)
+        json_text.parse(content)
     with tempfile.TemporaryDirectory() as directory:
         for name in ("t.jsonl", "t.csv"):
             path = Path(directory) / name
