@@ -25,6 +25,7 @@ _MARKS = {"hash": "####", "boxed": "\\boxed"}
 PREPARE_KEYS = "set prepare.{}"
 SET_KEYS = "write {}=NAME behind the file in evaluate.sets"
 LONGEST = 1 << 25  # bytes of a record
+MOST = 2_000_000  # problems of a file, which are all held
 Record = dict[str, Any]
 
 
@@ -215,6 +216,8 @@ def _collect(
             lead = {"role": "system", "content": system_prompt}
             problem = dataclasses.replace(problem, messages=[lead, *problem.messages])
         found[problem.id] = problem
+        if len(found) > MOST:
+            raise DcodError(f"{source}: more than {MOST:,} problems; split the file")
         if len(found) == limit:  # 0: none
             break
     if without:

@@ -368,6 +368,14 @@ def test_a_difficulty_is_a_group():
     assert groups == ["Level 3", "3", "4", "6-7", "", "", "", "", "", ""]
 
 
+def test_a_file_of_more_problems_than_are_held_is_refused(tmp_path, monkeypatch):
+    file = tiny.write_jsonl(tmp_path / "set.jsonl", tiny.sums(3))
+    assert len(read_problems(file)) == 3
+    monkeypatch.setattr(problems, "MOST", 2)
+    with pytest.raises(DcodError, match=r"set.jsonl:3: more than 2 problems; split the file"):
+        read_problems(file)
+
+
 @pytest.mark.parametrize("text", ["[{[]: 1}]", "[" + "-" * 30_000 + "1]"])
 def test_a_list_as_text_that_python_cannot_read_is_a_text(tmp_path, text):
     file = tmp_path / "o.jsonl"

@@ -169,6 +169,10 @@ def test_a_tokenizer_is_checked_before_the_library_reads_it(tmp_path):
             load_tokenizer(home)
         assert len(str(caught.value)) < 600, (name, place)
         file.write_bytes(whole)
+    with (home / "tokenizer.json").open("wb") as file:
+        file.truncate((1 << 26) + 1)
+    with pytest.raises(DcodError, match="has 67108865 bytes, more than the 67108864"):
+        load_tokenizer(home)
     for junk in (b"", b"[]", b"{", b"\xff", b"[" * 100_000, b"3", b"null"):
         (home / "tokenizer.json").write_bytes(junk)
         with pytest.raises(DcodError, match=str(home)):
