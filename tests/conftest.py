@@ -8,10 +8,10 @@ import shutil
 import subprocess
 import tempfile
 
+import host_runs
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+os.environ |= host_runs.of_xla(8)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -31,7 +31,6 @@ from pathlib import Path
 
 import jax
 import pytest
-from host_runs import faster_compiling
 from jax._src import compiler  # its options of one program have no public way in
 from jaxtyping import install_import_hook
 
@@ -73,19 +72,6 @@ def pytest_collection_finish():
     gc.enable()
 
 
-def _compile_options(*, backend, env_options_overrides=None, **own):
-    """For programs of one device, as host_runs.xla_flags(1) has them for a whole process."""
-    more = dict(env_options_overrides or {})
-    if backend.platform == "cpu" and own["num_replicas"] * own["num_partitions"] == 1:
-        more = faster_compiling() | more
-    return _OPTIONS(backend=backend, env_options_overrides=more, **own)
-
-
-_OPTIONS = compiler.get_compile_options
-if faster_compiling():
-    compiler.get_compile_options = _compile_options
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _programs_end_with_their_file():
     """A compiled program holds memory maps, of which Linux gives a process 65,530."""
@@ -97,7 +83,13 @@ def _programs_end_with_their_file():
 @pytest.fixture
 def compiled_as_for_users(monkeypatch):
     """XLA's own options: two programs of one step agree to the bit only with its fusions."""
-    monkeypatch.setattr(compiler, "get_compile_options", _OPTIONS)
+    options, usual = compiler.get_compile_options, {host_runs.EMITTERS: True}
+    if host_runs.faster_compiling():
+        monkeypatch.setattr(
+            compiler,
+            "get_compile_options",
+            lambda **own: options(**own | {"env_options_overrides": usual}),
+        )
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 import subprocess
 from importlib.metadata import version
@@ -20,30 +19,31 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def faster_compiling():
-    """Options of XLA that halve the time of compiling: for one device, or what is not executed.
+EMITTERS = "xla_cpu_use_fusion_emitters"  # which jax 0.12 has no switch for
 
-    The fake devices of one process can wait for each other for ever with them, and jax 0.12 does
-    not know them.
+
+def faster_compiling() -> bool:
+    """Whether XLA can do without its emitters of fusions, which take half of its time."""
+    return Version(version("jaxlib")) < Version("0.11")
+
+
+def of_xla(devices: int) -> dict[str, str]:
+    """The suite's environment of XLA in a process of so many fake devices.
+
+    A device that waits for the others holds a thread of a pool of NPROC, or of `devices` where
+    those are more: with few of them a kernel finds none, and all devices wait for ever.
     """
-    known = Version(version("jaxlib")) < Version("0.11")
-    return {"xla_cpu_use_fusion_emitters": False} if known else {}
-
-
-def xla_flags(devices):
-    """The suite's own flags, for another number of fake devices."""
-    flags = re.sub(r"(?<=device_count=)\d+", str(devices), os.environ["XLA_FLAGS"])
-    more = faster_compiling().items() if devices == 1 else ()
-    return " ".join([flags, *(f"--{name}={str(value).lower()}" for name, value in more)])
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    if faster_compiling():
+        flags += f" --{EMITTERS}=false"
+    return {"XLA_FLAGS": flags, "NPROC": str(64 if devices > 1 else os.cpu_count())}
 
 
 def launch(count, command, *, devices=1, own=()):
     """`count` processes of one run on CPU, joined over gloo; returns them."""
     address = f"127.0.0.1:{free_port()}"
-    environment = os.environ | {
-        "XLA_FLAGS": xla_flags(devices),
-        "PYTHONPATH": os.pathsep.join((os.environ["PYTHONPATH"], str(ROOT), str(ROOT / "tests"))),
-    }
+    paths = os.pathsep.join((os.environ["PYTHONPATH"], str(ROOT), str(ROOT / "tests")))
+    environment = os.environ | of_xla(devices) | {"PYTHONPATH": paths}
     where = [f"--config.hosts.coordinator={address}", f"--config.hosts.processes={count}"]
     return [
         subprocess.Popen(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from host_runs import xla_flags
+from host_runs import of_xla
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dcod_jax.config import load_recipe
@@ -69,14 +69,14 @@ def quickstart(tmp_path_factory, installed):
         "--config.evaluate.batch_size=24",
     ]
     (place / "empty").mkdir()
-    output = call(command, place / "empty", site=installed, flags=xla_flags(1))
+    output = call(command, place / "empty", site=installed, flags=of_xla(1))
     return place / "run", command, output
 
 
 def call(command, place, *, site=ROOT, flags=None):
     """What the command printed; without `flags`, XLA compiles as it does for users."""
     environment = os.environ | {"PYTHONPATH": f"{site}:{os.environ['PYTHONPATH']}"}
-    environment["XLA_FLAGS"] = flags or ""
+    environment |= flags or {"XLA_FLAGS": "", "NPROC": str(os.cpu_count())}
     done = subprocess.run(
         command, cwd=place, env=environment, capture_output=True, text=True, timeout=500
     )
@@ -198,7 +198,7 @@ def test_the_real_models_recipe_on_a_tiny_one(tmp_path):
         "--config.train.steps=4",
         "--config.train.eval_every=2",
     ]
-    output = call(command, tmp_path, flags=xla_flags(1))
+    output = call(command, tmp_path, flags=of_xla(1))
     manifest = json.loads((tmp_path / "run" / "traces.jsonl.manifest.json").read_text())
     assert manifest["sampled"] == 160
     assert 0 < manifest["rejected"]["truncated"] < 120

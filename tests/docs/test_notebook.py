@@ -7,7 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from host_runs import xla_flags
+from host_runs import of_xla
 from nbclient import NotebookClient
 
 from dcod_jax.config import load_recipe
@@ -44,7 +44,8 @@ def executed(tmp_path_factory):
         patch.setenv("DCOD_NOTEBOOK_FLAGS", " ".join(f"--config.{k}={v}" for k, v in flags.items()))
         patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
         patch.setenv("IPYTHONDIR", str(place / "ipython"))
-        patch.setenv("XLA_FLAGS", xla_flags(1))
+        for name, value in of_xla(1).items():
+            patch.setenv(name, value)
         client.execute()
     return place, notebook
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from host_runs import xla_flags
+from host_runs import of_xla
 
 ROOT = Path(__file__).resolve().parents[2]
 FORKS = ROOT / "tests" / "shell_forks.py"
@@ -82,11 +82,11 @@ def place(tmp_path_factory):
     gsm8k(place / "data" / "gsm8k_test.jsonl", ASSETS / "eval.jsonl", 24)
     commands = [block for cloud, block in BLOCKS if not cloud]
     flags = " ".join(f"--config.{key}={value}" for key, value in REDUCED.items())
-    environment = os.environ | {
+    environment = os.environ | of_xla(1)
+    environment |= {
         "PYTHON": sys.executable,
         "REDUCED": flags,
         "PYTHONPATH": f"{os.environ['PYTHONPATH']}:{ROOT}",
-        "XLA_FLAGS": xla_flags(1),
         "FORKS": str(FORKS),
         "SOCKET": str(place / "forks"),
     }

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from host_runs import ROOT, xla_flags
+from host_runs import ROOT, of_xla
 
 from dcod_jax import cli
 
@@ -130,7 +130,8 @@ def warm() -> Iterator[None]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XLA_FLAGS", xla_flags(1))
+        for name, value in of_xla(1).items():
+            patch.setenv(name, value)
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))
         forkserver.ensure_running()
     try:

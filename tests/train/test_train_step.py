@@ -175,6 +175,7 @@ def test_microbatches_and_devices_change_nothing(sizes, microbatches, cfg):
     assert_same(one_step(packed(), sizes=sizes, microbatches=microbatches, cfg=cfg), wanted)
 
 
+@pytest.mark.usefixtures("compiled_as_for_users")
 @pytest.mark.parametrize("more", [{"offload": True}, {"remat": "offload"}], ids=str)
 def test_what_waits_in_host_memory_changes_no_bit(more):
     options = {"sizes": (2, 2, 2), "optim": "adamw"}

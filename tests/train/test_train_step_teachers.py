@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 import reference_losses as reference
-from host_runs import faster_compiling
 from test_train_step import MODEL, ROWS, VALID, forward_of, packed, params
 
 from dcod_jax.losses.adaptive import MAX_TEMPERATURE, TaidConfig
@@ -229,7 +228,7 @@ def test_no_buffer_of_tokens_times_vocabulary_is_compiled(teacher):
     state = init_state(shapes, optimizer, mesh=mesh, model_config=student, abstract=True)
     inputs = [transformer.param_shapes(live)] if teacher == "live" else []
     batch = with_cache(packed()) if teacher == "cached" else compacted(packed())
-    text = step.lower(state, batch, *inputs).compile(faster_compiling()).as_text()
+    text = step.lower(state, batch, *inputs).compile().as_text()
     widest = 0
     for dims in re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", text):
         dimensions = {int(size) for size in dims.split(",")}
