@@ -29,7 +29,7 @@ from dcod_jax.data.codec import bytes_per_token, decode, decode_columns, encode
 from dcod_jax.data.dataset import DatasetWriter, TraceDataset, check_fingerprints
 from dcod_jax.data.scores import add_scores
 from dcod_jax.errors import DcodError
-from dcod_jax.files import file_entry, replace_file, to_json
+from dcod_jax.files import file_entry, replace_file
 from dcod_jax.types import Trace
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -398,8 +398,3 @@ def test_a_disk_that_is_full_is_reported_and_leaves_no_dataset(tmp_path):
     assert "DcodError: cannot write" in done.stderr
     assert "File too large" in done.stderr
     assert not list((tmp_path / "d").iterdir())
-
-
-def test_half_a_character_is_no_text_of_a_manifest() -> None:
-    with pytest.raises(DcodError, match=r"can only hold JSON values: .*surrogates not allowed"):
-        to_json({"version": "\ud83d"})

@@ -15,7 +15,7 @@ from dcod_jax.data.blocks import BlockFiles
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate import problems
 from dcod_jax.evaluate.generations import read_generations
-from dcod_jax.files import read_json
+from dcod_jax.files import read_json, to_json
 from dcod_jax.models import hf, lora
 from dcod_jax.models.config import from_hf
 from dcod_jax.study import conditions
@@ -186,3 +186,8 @@ def test_only_a_steps_own_name_is_a_checkpoint(tmp_path):
     for name in ("8", "08", "²", "٣", "-1", "1" * 200, "9.orbax-checkpoint-tmp"):
         (tmp_path / name).mkdir()
     assert finished(tmp_path) == [8, int("1" * 200)]
+
+
+def test_half_a_character_is_no_text_of_a_manifest() -> None:
+    with pytest.raises(DcodError, match=r"can only hold JSON values: .*surrogates not allowed"):
+        to_json({"version": "\ud83d"})

@@ -116,8 +116,7 @@ def test_mfu_counts_the_head_where_it_is_compiled_and_a_live_teachers_forward_pa
     assert batch["head_positions"].shape == (16, 32)
     run = Snapshot(state=TrainState(jnp.int32(0), {}, (), adaptive.initial()), step=0)
     checkpoints = Checkpoints(config, best_metric="")
-    told = {"name": "", "entered": 0.0}
-    with Telemetry(config, run, student, dataset, checkpoints, **told) as telemetry:
+    with Telemetry(config, run, student, dataset, checkpoints, name="", entered=0.0) as telemetry:
         model = student.config
         linear = sum(p.size for p in jax.tree.leaves(transformer.param_shapes(model)["layers"]))
         linear -= 2 * 2 * model.hidden_size  # scales of the norms
