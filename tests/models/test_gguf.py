@@ -246,5 +246,5 @@ def test_absent_file_and_absent_package(tmp_path, monkeypatch):
         gguf.read_gguf(tmp_path / "absent.gguf")
     (tmp_path / "model.gguf").touch()
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(DcodError, match=r"dcod_jax\[gguf\]"):
+    with pytest.raises(DcodError, match=r"pip install '\.\[gguf\]'"):
         gguf.read_gguf(tmp_path / "model.gguf")

@@ -1,10 +1,9 @@
 """The traces of the study: its domains, and how conditions choose among traces."""
 
+import dataclasses
 import itertools
 import random
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_study import recipe
@@ -12,7 +11,6 @@ from test_study import recipe
 from dcod_jax import config as configs
 from dcod_jax.configs.study import LIGHTNING
 from dcod_jax.errors import DcodError
-from dcod_jax.models import transformer
 from dcod_jax.sample.sampler import Sample
 from dcod_jax.study import arithmetic, domain, letters
 from dcod_jax.study.arithmetic import STYLES, worked_solution
@@ -119,23 +117,27 @@ def test_the_selected_traces_are_the_best_by_their_rule():
     assert domain.selection(config) == ("short", 0.3)
 
 
-def test_own_answers_are_the_starts_and_scored_by_both(tmp_path):
+def test_own_answers_are_the_starts_and_scored_by_both(tmp_path, monkeypatch):
     """study.select=own: in place of the teacher's traces, right or wrong, with both log-probs."""
-    config = configs.with_changes(recipe(), LIGHTNING.split())
-    lab = Lab(config, tmp_path, {})
-    params = transformer.init_params(lab.model_config(config), jax.random.key(0))
-    lab.start = lambda config, seed: params
+    other = "study.noise=0.5 study.styles=words"
+    config = configs.with_changes(recipe(), f"{LIGHTNING} {other}".split())
+    lab, asked = Lab(config, tmp_path, {}), []
+    drawn = [Trace(f"{i}", np.arange(2, 6), np.array([0, 0, 1, 1], bool)) for i in range(3)]
+
+    def sampled(config, model):
+        how = (config.prepare.filter_correct, config.study.noise, tuple(config.study.styles))
+        asked.append((model is lab.teacher, *how))
+        return drawn, {"counts": {"sampled": len(asked)}, "styles": {}}
+
+    def scored(config, model, traces):
+        known = np.full(2, -1.0 if model is lab.teacher else -2.0, np.float32)
+        return [dataclasses.replace(trace, logprobs=known) for trace in traces]
+
+    monkeypatch.setattr(lab, "start", lambda config, seed: {})
+    monkeypatch.setattr(domain, "teacher_traces", sampled)
+    monkeypatch.setattr(domain, "_scored", scored)
     own = lab._trained_on(config, 1, start=False)
-    assert len(own) == config.study.traces
-    assert own.manifest["counts"]["wrong"] == 0  # an untrained start is never right, and all stay
-    for trace in own.read(range(4)):
-        ids, kept = jnp.asarray(trace.token_ids)[None], trace.completion_mask[1:]
-        for model, known in (
-            (lab.teacher, trace.logprobs),
-            (lab._student(config, params), trace.start_logprobs),
-        ):
-            logits = transformer.logits(model.config, model.params, ids)[
-                0, :-1, : len(lab.tokenizer)
-            ]
-            expected = jax.nn.log_softmax(logits)[np.arange(len(kept)), ids[0, 1:]][kept]
-            assert np.allclose(known, expected, atol=1e-4)
+    assert asked == [(True, True, 0.5, ("words",)), (False, False, 0.0, ())]
+    assert own.manifest["counts"] == {"sampled": 2}
+    for trace in own.read(range(3)):
+        assert (list(trace.logprobs), list(trace.start_logprobs)) == ([-1, -1], [-2, -2])
