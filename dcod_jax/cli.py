@@ -113,6 +113,8 @@ def _readable_end() -> Iterator[None]:
 def run(verb: str, argv: Sequence[str] | None = None) -> None:
     """Entry of `dcod <verb>` and `python -m dcod_jax.<verb>`."""
     entry, words = VERBS[verb], sys.argv[1:] if argv is None else list(argv)
+    # transformers says where torch is not installed that it can load no models; they are ours.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if verb == "doctor":
         from dcod_jax.doctor import doctor
 

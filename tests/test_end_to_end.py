@@ -103,6 +103,7 @@ def test_one_command_goes_from_prompts_to_a_table_and_two_exports(quickstart):
 def test_the_report_is_written_at_the_end(quickstart):
     run, _, output = quickstart
     assert f"report: {run / 'report.html'}" in output
+    assert "PyTorch" not in output
     page = (run / "report.html").read_text()
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
     assert [one["name"] for one in data["runs"]] == list(ARMS)

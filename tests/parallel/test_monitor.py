@@ -213,13 +213,13 @@ def test_a_killed_process_is_named_and_the_other_ends(tmp_path, culprit):
     ids=["collective", "barrier"],
 )
 def test_a_straggler_is_named_after_the_time_out(tmp_path, meets):
-    more = ["--config.hosts.timeout=4"]
+    more = ["--config.hosts.timeout=6"]
     ends = misbehave(tmp_path, 1, "time.sleep(600)", meets=meets, more=more)
     assert [end[0] for end in ends] == [EXIT_PEER, EXIT_PEER], ends
     host = socket.gethostname()
     where = "the middle" if meets else "the numbers of step 3"
     for _, _, errors in ends:
-        assert f"stuck: nothing moved for hosts.timeout=4 s, by process 1 ({host}):" in errors
+        assert f"stuck: nothing moved for hosts.timeout=6 s, by process 1 ({host}):" in errors
         assert f"process 0 ({host}): waits for {where}" in errors
         assert f"process 1 ({host}): reading the batch of step 3" in errors
 
