@@ -271,7 +271,7 @@ def get_config() -> Any:
     c.tune.factor = 3  # one in this many goes on to the next round
 
     c.export = ConfigDict()
-    c.export.path = ""  # HF directory, or that of the variants'; empty: run_dir/export
+    c.export.path = ""  # HF directory, or the parent of the variants' ones; empty: run_dir/export
     c.export.dtype = "bfloat16"  # dtype of the written weights
     c.export.adapter = False  # write a PEFT directory of the adapters in place of the whole model
     c.export.step = -1  # checkpoint step; -1: the best by train.best_metric, else the newest

@@ -257,6 +257,20 @@ def _asked(prompt: list[Message], completion: RawTrace) -> list[Message]:
     )
 
 
+def _turns(row: Row, prompt: list[Message], completion: RawTrace) -> dict[str, Any]:
+    """The fields of the trace that hold its conversation: the prompt before the completion."""
+    if prompt:
+        _check_no_echo(row.record, prompt, completion)
+    lead = row.system(prompt or completion.messages)
+    earlier = [*lead, *_asked(prompt, completion)]
+    turns = Turns(completion.messages, completion.unsupervised).after(earlier)
+    return {
+        "messages": turns.messages,
+        "unsupervised": turns.unsupervised,
+        "first_completion": len(earlier) if prompt else 0,
+    }
+
+
 def read_record(
     record: object, fields: Fields, *, source: str, requests: Mapping[str, Record]
 ) -> list[RawTrace]:
@@ -310,22 +324,9 @@ def read_record(
         about["teacher"] = row.teacher(known, index, len(completions))
         about["weight"] = row.weight(known, index, len(completions))
         about["id"] = name if len(completions) == 1 else f"{name}/{index}"
-        if completion.failed:
-            traces.append(dataclasses.replace(completion, **about))
-            continue
-        if prompt.messages:
-            _check_no_echo(whole, prompt.messages, completion)
-        lead = row.system(prompt.messages or completion.messages)
-        earlier = [*lead, *_asked(prompt.messages, completion)]
-        turns = Turns(completion.messages, completion.unsupervised).after(earlier)
-        trace = dataclasses.replace(
-            completion,
-            messages=turns.messages,
-            unsupervised=turns.unsupervised,
-            first_completion=len(earlier) if prompt.messages else 0,
-            **about,
-        )
-        traces.append(finished(trace))
+        told = {} if completion.failed else _turns(row, prompt.messages, completion)
+        trace = dataclasses.replace(completion, **told, **about)
+        traces.append(trace if completion.failed else finished(trace))
     extras = _extras(row, traces) | prompt.extras
     return [dataclasses.replace(t, extras=t.extras | extras) for t in traces]
 

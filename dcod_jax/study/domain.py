@@ -291,13 +291,14 @@ def open_of_start(
 ) -> TraceDataset:
     """The dataset at `path` of study.select, `scored` by the start; made if missing."""
     if not (path / MANIFEST).exists():
-        traces = whole.read(range(len(whole)))
-        manifest = {key: whole.manifest[key] for key in ("counts", "styles")}
         rule, share = selection(config) if config.study.select else ("", 1.0)
         if rule == "own":
             changes = {"prepare.filter_correct": False, "study.noise": 0.0, "study.styles": ()}
             traces, manifest = teacher_traces(configs.replace(config, changes), start())
             traces = _scored(config, teacher, traces)
+        else:
+            traces = whole.read(range(len(whole)))
+            manifest = {key: whole.manifest[key] for key in ("counts", "styles")}
         bare = [dataclasses.replace(trace, **_BARE) for trace in traces]
         known = _scored(config, start(), bare) if scored or rule == "likely" else []
         logprobs = [np.asarray(trace.logprobs) for trace in known]

@@ -133,6 +133,20 @@ def missing_verbs(config: Any) -> list[str]:
     return verbs
 
 
+def _check_teacher_named(runs: list[Any], *, scored: bool) -> None:
+    """Raise DcodError where a loss needs log-probs that no trace and no named teacher gives."""
+    for run in runs:
+        loss = loss_config(run)
+        told = scored or run.prepare.logprobs == "require" or teacher_entries(run)
+        if loss.needs_cache and not told:
+            raise DcodError(
+                f"loss.divergence={loss.divergence} with loss.weights.name={run.loss.weights.name} "
+                "needs a teacher's log-probs of the traces, and no teacher is named: set "
+                "teacher.path, score.server or score.teachers; prepare.logprobs=require where the "
+                "traces have them; or loss.weights.name=uniform or dft with loss.divergence=nll"
+            )
+
+
 def _lacks_scores(config: Any, *, new_traces: bool = False) -> bool:
     """Whether log-probs of a teacher or the start are needed and not there; loads no model."""
     runs = [variant for _, variant in configs.variants(config)]
@@ -141,17 +155,7 @@ def _lacks_scores(config: Any, *, new_traces: bool = False) -> bool:
     told = manifests[0].get("teacher") if manifests else None
     teacher = next(filter(None, (expected_teacher(run, told) for run in runs)), None)
     start = next(filter(None, map(expected_start, runs)), None)
-    for run in runs:
-        loss = loss_config(run)
-        told_with_them = run.prepare.logprobs == "require" or teacher_entries(run)
-        scored = bool(manifests) and all(one["scored"] for one in manifests)
-        if loss.needs_cache and not told_with_them and not scored:
-            raise DcodError(
-                f"loss.divergence={loss.divergence} with loss.weights.name={run.loss.weights.name} "
-                "needs a teacher's log-probs of the traces, and no teacher is named: set "
-                "teacher.path, score.server or score.teachers; prepare.logprobs=require where the "
-                "traces have them; or loss.weights.name=uniform or dft with loss.divergence=nll"
-            )
+    _check_teacher_named(runs, scored=bool(manifests) and all(one["scored"] for one in manifests))
     if (teacher is None and start is None) or not manifests:
         return teacher is not None or start is not None
     return not all(
