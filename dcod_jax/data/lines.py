@@ -15,7 +15,7 @@ import io
 import lzma
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, TypeAlias
 
 import pyarrow
@@ -118,7 +118,7 @@ class _Zstd(io.RawIOBase):
         return len(content)
 
 
-def read_contents(location: str, *, limit: int) -> Iterator[tuple[str, Content]]:
+def read_contents(location: str, *, limit: int) -> Generator[tuple[str, Content]]:
     """("file:line", what is there) of every record; nothing above `limit` bytes is held."""
     path = as_path(location)
     with open_file(path) as file:

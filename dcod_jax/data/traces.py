@@ -6,12 +6,13 @@ callback for bad records, is handed over and the stream goes on.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import pyarrow
@@ -171,10 +172,8 @@ def read_traces(
     """
     requests: dict[str, Any] = {}  # the prompts of batch outputs that come later
     answered: set[str] = set()  # those that had an output
-    for source in sources:
-        plain = source.kind == "jsonl"
-        rows = lines.read_contents(source.path, limit=longest) if plain else _read_rows(source)
-        for where, content in rows:
+    with contextlib.closing(_contents(sources, longest)) as contents:
+        for where, content in contents:
             try:
                 for trace in _traces_of(
                     content, fields, where, requests, answered, longest=longest
@@ -194,6 +193,12 @@ def read_traces(
                 on_record(1)
     if lost := [name for name in requests if name not in answered]:
         log.warning("%d requests of batches have no output, the first is %r", len(lost), lost[0])
+
+
+def _contents(sources: Sequence[Source], longest: int) -> Generator[tuple[str, Content]]:
+    for source in sources:
+        plain = source.kind == "jsonl"
+        yield from lines.read_contents(source.path, limit=longest) if plain else _read_rows(source)
 
 
 def _traces_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import logging
 import math
@@ -91,21 +92,22 @@ def read_records(path: Path) -> Iterator[tuple[str, Record]]:
     if not path.is_file():
         raise DcodError(f"{path}: no such file; expected a JSONL file of problems")
     array = lines.is_array(path)
-    for place, (line, content) in enumerate(lines.read_contents(str(path), limit=LONGEST)):
-        source = f"{path}[{place}]" if array else line
-        if isinstance(content, lines.TooLong):
-            raise DcodError(
-                f"{source}: {content.size:,} bytes, more than the {LONGEST:,} of a record"
-            )
-        try:
-            record = json_text.parse(content) if isinstance(content, bytes) else content
-        except BadRecordError as error:
-            record = error
-        if isinstance(record, BadRecordError):
-            raise DcodError(f"{source}: {record}")
-        if not isinstance(record, dict):
-            raise DcodError(f"{source}: expected a JSON object, got {type(record).__name__}")
-        yield source, record
+    with contextlib.closing(lines.read_contents(str(path), limit=LONGEST)) as contents:
+        for place, (line, content) in enumerate(contents):
+            source = f"{path}[{place}]" if array else line
+            if isinstance(content, lines.TooLong):
+                raise DcodError(
+                    f"{source}: {content.size:,} bytes, more than the {LONGEST:,} of a record"
+                )
+            try:
+                record = json_text.parse(content) if isinstance(content, bytes) else content
+            except BadRecordError as error:
+                record = error
+            if isinstance(record, BadRecordError):
+                raise DcodError(f"{source}: {record}")
+            if not isinstance(record, dict):
+                raise DcodError(f"{source}: expected a JSON object, got {type(record).__name__}")
+            yield source, record
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import tempfile
 from pathlib import Path
 
@@ -316,6 +317,8 @@ def test_a_malformed_record_is_set_aside(line, tmp_path, tokenizer) -> None:
     assert (len(found["kept"]), found["dropped"]) == (1, {"bad_record": 1})
     with pytest.raises(DcodError, match=r"t\.jsonl:1: "):
         outcome(path, tokenizer, {})
+    here = Path("/proc/self/fd")  # a refused file is closed at once, not when memory is swept
+    assert str(path) not in {os.readlink(fd) for fd in here.iterdir() if fd.is_symlink()}
 
 
 def test_a_number_that_is_not_finite_is_named_as_one() -> None:
