@@ -58,7 +58,7 @@ def read_calls(message: Record, name: str) -> dict[str, Any]:
     for index, call in enumerate(calls if isinstance(calls, list) else [calls]):
         inner = call.get("function", call) if isinstance(call, dict) else {}
         inner = inner if isinstance(inner, dict) else {}
-        arguments = inner.get("arguments")
+        arguments = inner.get("arguments", inner.get("args"))
         if isinstance(arguments, str):
             arguments = listed(arguments) if arguments.strip() else {}
         if not isinstance(inner.get("name"), str) or not isinstance(arguments, dict):

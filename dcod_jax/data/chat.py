@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from dcod_jax.data.borders import encode_at, encode_plain
-from dcod_jax.data.reasoning import closing, is_mark, opened
+from dcod_jax.data.reasoning import closing, opened, without_marks
 from dcod_jax.data.templates import READY
 from dcod_jax.data.tokenizer import Tokenizer, chat_template, decode
 from dcod_jax.data.turns import (
@@ -69,6 +69,15 @@ def _squeeze(text: str) -> str:
     return "".join(text.split())
 
 
+def _is_channel(tokens: re.Pattern[str], lead: str) -> bool:
+    """Whether a text before a completion begins and ends with special tokens.
+
+    Sampling writes it then, behind the generation prompt: <|channel|>final<|message|>.
+    """
+    found = list(tokens.finditer(lead))
+    return len(found) > 1 and found[0].start() == 0 and found[-1].end() == len(lead)
+
+
 def _turn_end(
     tokenizer: Tokenizer, text: str, start: int, *, content: str, template: str, calls: bool
 ) -> int:
@@ -95,7 +104,7 @@ def _turn_end(
             f"that keeps it (student.chat_template: a file, or {' or '.join(READY)}), or leave "
             "the earlier turns unsupervised (weight 0)"
         )
-    if lead not in ("", EMPTY_THINKING):
+    if lead not in ("", EMPTY_THINKING) and not _is_channel(tokens, lead):
         raise DcodError(
             f"the chat template writes {lead!r} before the completion, but not in its generation "
             "prompt; move it under `if add_generation_prompt` or mark the completion with "
@@ -221,6 +230,12 @@ def _starts(
 def _unstable(text: str, prompt: str, index: int) -> DcodError:
     """The error of a generation prompt that is no prefix of the whole conversation."""
     same = shared_prefix(text, prompt)
+    if without_marks(prompt[same:]) != prompt[same:] and not opened(prompt):
+        return DcodError(
+            f"the generation prompt goes on {prompt[same:][:60]!r} before assistant turn {index}, "
+            "which ends reasoning, and the completion has reasoning; set "
+            "student.template_kwargs=enable_thinking=true, or prepare.reasoning=drop"
+        )
     kind = _StrippedError if opened(prompt) else DcodError
     return kind(
         f"the chat template is not prefix-stable: before assistant turn {index} the generation "
@@ -270,19 +285,20 @@ def _bos(tokenizer: Tokenizer) -> str:
 
 def _check_content(tokenizer: Tokenizer, messages: Sequence[Message], template: str | None) -> None:
     for message in messages:
-        said = message["role"] == "assistant"  # which marks of reasoning belong to
-        tokens = turn_tokens(tokenizer, template).finditer(message["content"])
-        if found := next((t for t in tokens if not (said and is_mark(t[0]))), None):
+        text, tokens = message["content"], turn_tokens(tokenizer, template)
+        if message["role"] == "assistant" and tokens.search(text):  # marks belong to it
+            text = without_marks(text)
+        if found := tokens.search(text):
             raise DcodError(
                 f"the {message['role']} message holds the special token {found.group(0)!r} as "
                 "text, which would be read as the token; remove it (vLLM: skip_special_tokens)"
             )
-        if found := _FOREIGN_TURNS.search(message["content"]):
+        if found := _FOREIGN_TURNS.search(text):
             raise DcodError(
                 f"the {message['role']} message holds {found.group(0)[:60]!r}, turns of another "
                 "model's chat template as text; give the conversation as messages"
             )
-        text = message["content"].rstrip()
+        text = text.rstrip()
         end = next((end for end in _FOREIGN_ENDS if text.endswith(end)), "")
         if end and message["role"] == "assistant" and not (end == "</s>" and "<s>" in text):
             raise DcodError(

@@ -157,9 +157,9 @@ def hint(record: Record, fields: Fields, part: str, names: Sequence[str] = ()) -
     chosen: str = getattr(fields, part)
     talks = [n for n in record if n not in (chosen, "rejected") and _answered(record, str(n))]
     given = [name for name, value in record.items() if value is not None]
-    close = [m for n in names for m in difflib.get_close_matches(n, given, n=1, cutoff=0.7)]
-    close = [name for name in close if isinstance(record[name], str | list)]
-    found = f"; if it is {close[0]}: prepare.{part}_field={close[0]}" if close else ""
+    close = [m for n in names for m in difflib.get_close_matches(n, given, n=2, cutoff=0.7)]
+    close = list(dict.fromkeys(n for n in close if isinstance(record[n], str | list)))[:3]
+    found = "".join(f"; if it is {name}: prepare.{part}_field={name}" for name in close)
     inner = [n for n in given if _holds_records(record[n])]
     looks = presets.propose(record)
     better = [n for n in ("chosen", "preferred_output") if n in given]
@@ -243,6 +243,8 @@ class Row:
         value = self.get(name)
         earlier = self._history()
         if isinstance(value, list):
+            if value and isinstance(value[0], str):
+                raise BadRecordError(f"{name} is a list of texts; a prompt is one text or messages")
             return [*earlier, *raw.read_messages(value, name, self.fields).messages]
         text = raw.read_text(value, name)
         for beside in ("input", "context")[name.lower() != "instruction" :]:  # Alpaca, Dolly
@@ -250,7 +252,8 @@ class Row:
             more = self.record[own] if own else None
             if own and own != name and isinstance(more, str):
                 self.used.add(own)
-                text += f"\n\n{more}" if more.strip() and more.strip() not in text else ""
+                none = more.strip() in ("", "<noinput>") or more.strip() in text  # Alpaca's word
+                text += "" if none else f"\n\n{more}"
         return [*earlier, {"role": "user", "content": text}]
 
     def _history(self) -> list[Message]:
@@ -263,9 +266,8 @@ class Row:
         found: list[Message] = []
         for index, pair in enumerate(value if isinstance(value, list) else [value]):
             if not isinstance(pair, list) or len(pair) != 2:
-                raise BadRecordError(
-                    f"history[{index}] must be [question, answer], found {records.kind_of(pair)}"
-                )
+                have = f"found {str(pair)[:60]}"
+                raise BadRecordError(f"history[{index}] must be [question, answer], {have}")
             for role, text in zip(("user", "assistant"), pair, strict=True):
                 found.append({"role": role, "content": raw.read_text(text, f"history[{index}]")})
         return found
@@ -275,7 +277,8 @@ class Row:
         own = messages[0]["content"] if messages[0]["role"] == "system" else None
         texts: list[str] = []
         for name in presets.SYSTEMS:
-            value = self.get(find(self.record, [name]) or name)
+            own_name = find(self.record, [name]) or name
+            value = None if own_name == self.fields.prompt else self.get(own_name)
             if value is None or (isinstance(value, str) and not value.strip()):
                 continue
             value = value[0] if isinstance(value, list) and len(value) == 1 else value

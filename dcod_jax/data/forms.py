@@ -8,7 +8,7 @@ an entry in presets.PRESETS is enough. Several samples of one prompt are several
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from dcod_jax.data import answers, calls, raw, records, schema
@@ -21,10 +21,10 @@ from dcod_jax.data.columns import (
     missing,
     unreadable,
 )
-from dcod_jax.data.presets import Fields, listed
+from dcod_jax.data.presets import COMPLETIONS, CONVERSATIONS, HUMAN, Fields, listed, plain
 from dcod_jax.data.reasoning import may_be_reasoning
 from dcod_jax.data.records import BadRecordError, Message, RawTrace, Record, Turns
-from dcod_jax.data.told import finish, finished, judged
+from dcod_jax.data.told import finish, finished, judged, numbered
 from dcod_jax.data.unpack import nulls, unpacked
 
 # (prompt, completions of it, the mapping that holds id, answer, model and temperature); the prompt
@@ -37,6 +37,7 @@ def _read_completion(row: Row) -> Parsed:
     completions = []
     names = completion_columns(row.record, row.fields)
     steps = row.record.get("labels")
+    _check_teachers(row, names)
     for name in names:
         value = row.get(name)
         texts = value if isinstance(value, list) and not _is_one(value) else [value]
@@ -58,11 +59,25 @@ def _read_completion(row: Row) -> Parsed:
             turns, beside = _said(row, text, place, thought)
             trace = sampled(beside, turns)
             trace = _of_record(row, trace) if alone and not beside else trace
+            if len(names) > 1:
+                told = (*trace.told, numbered(row, name))
+                trace = dataclasses.replace(trace, told=told)
             completions.append(judged(row, trace, str(text), index, len(texts)))
     if "outputs" in names:  # vLLM's
         row.used |= {"prompt_token_ids", "request_id", "finished", "metrics", "prompt_logprobs"}
     first = "messages" if names == ["outputs"] else ""
     return Turns(row.prompt(first=first)), completions, row.record
+
+
+def _check_teachers(row: Row, names: Sequence[str]) -> None:
+    """Refuse a person's solution where the teacher's column is there and null in this record."""
+    known = {plain(name) for name in (*COMPLETIONS, *CONVERSATIONS)}
+    null = next((name for name in row.nulls if plain(name) in known), None)
+    if null and not row.fields.completion and {plain(name) for name in names} & {*HUMAN}:
+        raise BadRecordError(
+            f"{null} is null, and {names[0]} may be a person's text; take the record out, or set "
+            "prepare.completion_field to the one that is meant"
+        )
 
 
 def _thoughts(row: Row, count: int) -> list[str]:
@@ -149,7 +164,7 @@ def _read_conversation(row: Row) -> Parsed:
     if messages[-1]["role"] != "assistant":
         raise BadRecordError(
             f"the last of {name} is by {messages[-1]['role']!r}, and there is no completion"
-            f"{hint(row.record, row.fields, 'completion')}"
+            f"{hint(row.record, row.fields, 'completion', HUMAN)}"
         )
     turns = row.with_reasoning(turns, _thoughts(row, 1)[0])
     first = next((m["role"] for m in messages if m["role"] != "system"), "")

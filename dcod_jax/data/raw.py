@@ -14,12 +14,13 @@ from dcod_jax.errors import DcodError
 
 ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
 # ShareGPT's, Llama's and Gemini's names, understood in every conversation.
-_OTHERS = {"human": "user"}
-_OTHERS |= dict.fromkeys("gpt model ai chatgpt bot bing bard claude".split(), "assistant")
+_OTHERS = {"human": "user", "prompter": "user"}
+_OTHERS |= dict.fromkeys("gpt model ai chatgpt chatbot bot bing bard claude".split(), "assistant")
 _OTHERS |= dict.fromkeys(
     "observation function_response function tool_response tool_result ipython".split(), "tool"
 )
-ANSWERING = {name for name, role in (ROLES | _OTHERS).items() if role == "assistant"}
+KNOWN = ROLES | _OTHERS
+ANSWERING = {name for name, role in KNOWN.items() if role == "assistant"}
 # Turns that are a part of an assistant's: its calls, as text; its reasoning, before its answer.
 _CALLING = ("function_call", "tool_call", "tool_calls")
 _REASONING_TURNS = ("thinking", "reasoning", "thought", "analysis")
@@ -31,11 +32,11 @@ _THINKING = (*_THINKING, "reasoningContent", "reasoningText")  # Bedrock
 _REASONING_PARTS = ("reasoning_details", "thinking_blocks", "thought", "thoughts")
 # Whether a turn is trained on, in the words of trainers; and keys that may be another's.
 _TRAINED = ("weight", "train", "training", "loss", "trainable", "train_on_turn")
-_TRAINED = (*_TRAINED, "loss_weight", "loss_mask")
+_TRAINED = (*_TRAINED, "loss_weight", "loss_mask", "output_with_loss")
 _MAYBE_TRAINED = re.compile("mask|train|loss|learn|supervis", re.IGNORECASE)
 _MAYBE_NOT = ("ignore", "ignored", "skip", "skipped", "exclude", "excluded", "prefix", "partial")
 # A message's other keys that carry nothing to train on.
-_TEXTS = ("content", "value", "text", "parts")
+_TEXTS = ("content", "value", "text", "parts", "message")
 _PLAIN_KEYS = {"role", "from", *_TEXTS, *REASONING_KEYS}
 _PLAIN_KEYS |= {*_REASONING_PARTS, *_TRAINED, "masked", "finish_reason", "stop_reason"}
 _PLAIN_KEYS |= {"refusal", "annotations", "audio", "tool_calls", "function_call", "channel"}
@@ -112,7 +113,8 @@ def thoughts(value: object, name: str) -> list[str]:
 def read_messages(value: object, name: str, fields: Fields) -> Turns:
     """The messages of a conversation; system messages without text are left out."""
     if not isinstance(value, list) or not value:
-        raise BadRecordError(f"{name} must be a non-empty list of messages, found {kind_of(value)}")
+        found = "an empty one" if value == [] else kind_of(value)
+        raise BadRecordError(f"{name} must be a non-empty list of messages, found {found}")
     messages, skipped, extras, told = [], set(), set(), []
     for place, item in _whole_turns(value, name):
         message = read_message(item, place, fields)
@@ -207,7 +209,8 @@ def read_message(value: object, name: str, fields: Fields) -> Message:
     if isinstance(value, dict) and "parts" in value and value.keys().isdisjoint(("role", "from")):
         value = {"role": "user", **value}  # Gemini's, which may leave it out
     by = "from" if isinstance(value, dict) and "from" in value and "role" not in value else "role"
-    texts = ("value", "content", "text") if by == "from" else ("content", "value", "parts", "text")
+    texts = ("value", "content") if by == "from" else ("content", "value", "parts")
+    texts = (*texts, "text", "message")  # the last is Cohere's
     text = next((t for t in texts if isinstance(value, dict) and value.get(t) is not None), "")
     if not isinstance(value, dict) or by not in value:
         found = ", ".join(value) if isinstance(value, dict) else kind_of(value)
@@ -220,10 +223,10 @@ def read_message(value: object, name: str, fields: Fields) -> Message:
     content = value.get(text)
     if isinstance(content, list) and (split := calls_of_parts(content)):
         value = {**value, text: split[1] or "", "tool_calls": split[0]}
-    role = (ROLES | _OTHERS).get(given) if isinstance(given, str) else None
+    role = KNOWN.get(given) if isinstance(given, str) else None
     if role is None:
         told = "is from" if by == "from" else "has the role"
-        expected = ", ".join([*ROLES, *_OTHERS, *_CALLING])
+        expected = ", ".join([*KNOWN, *_CALLING])
         raise BadRecordError(f"{name} {told} {value[by]!r}; expected {expected}")
     calls = read_calls(value, name)
     if calls and role != "assistant":

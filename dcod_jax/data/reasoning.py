@@ -22,16 +22,24 @@ _ENDING = re.compile(r"^end_|_(?:end|suffix)$")
 # How the two ends of a part differ: <think> and </think>, <|begin_of_thought|> and <|end_of_...|>.
 _PAIRS = (("begin_of", "end_of"), ("BEGIN_OF", "END_OF"), ("start", "end"), ("START", "END"))
 _PAIRS = (*_PAIRS, ("prefix", "suffix"))
+# Marks that no rule spells: Mistral's, Kimi's, MedGemma's, and the channels of harmony (gpt-oss).
+_CHANNEL = "<|channel|>analysis<|message|>"
+_FINAL = "<|channel|>final<|message|>"
+_ODD = {"[THINK]": "[/THINK]", "◁think▷": "◁/think▷", "<unused94>thought": "<unused95>"}
+_ODD[_CHANNEL] = f"<|end|><|start|>assistant{_FINAL}"
+_BEGINNING = {end: begin for begin, end in _ODD.items()}
+_QUOTES = ("`", '"', "'")
 _FENCE = re.compile(r"^[ \t]*(```|~~~).*?^[ \t]*\1", re.DOTALL | re.MULTILINE)
 
 
 def _marks(names: str, *odd: str) -> re.Pattern[str]:
     """Marks of these names at either end: <name>, </NAME>, <|name|>, <name kind="x">."""
-    plain = rf"<(?P<bar>\|?)(?P<slash>/?)(?P<name>(?i:{names}))(?: [^<>/\n]*)?(?P=bar)>"
+    plain = rf"(?P<bar>\|?)(?P<slash>/?)(?P<name>(?i:{names}))(?: [^<>/\n]*)?(?P=bar)"
+    plain = rf"(?:< ?|&lt;){plain}(?:>|&gt;)"  # the latter as HTML spells it
     return re.compile("|".join([plain, *odd]))
 
 
-_MARK = _marks(_THOUGHT, r"\[/?THINK\]", "◁/?think▷")
+_MARK = _marks(_THOUGHT, *map(re.escape, [*_ODD, *_ODD.values()]))
 _ANSWER_MARK = _marks(_ANSWER)
 _LATE = re.compile("answer|solution", re.IGNORECASE)  # what is no other element of a text
 
@@ -39,7 +47,7 @@ _LATE = re.compile("answer|solution", re.IGNORECASE)  # what is no other element
 def _side(mark: re.Match[str]) -> tuple[str, bool]:
     """(what both ends of a part have in common, whether this one is its end)."""
     if mark["name"] is None:
-        return mark[0].replace("/", ""), "/" in mark[0]
+        return _BEGINNING.get(mark[0], mark[0]), mark[0] in _BEGINNING
     name = mark["name"].lower()
     return mark["bar"] + _SIDE.sub("", name), bool(mark["slash"] or _ENDING.search(name))
 
@@ -52,10 +60,12 @@ def _end_of(begin: re.Match[str], text: str) -> re.Match[str] | None:
 
 def closing(mark: str) -> str:
     """The end for a mark that begins a part: <think> gives </think>."""
+    if mark in _ODD:
+        return _ODD[mark]
     for begin, end in _PAIRS:
         if begin in mark:
             return mark.replace(begin, end, 1)
-    place = 2 if mark.startswith("<|") else 1
+    place = 4 if mark.startswith("&lt;") else 2 if mark.startswith("<|") else 1
     name, space, _ = mark[place:].partition(" ")
     return f"{mark[:place]}/{name}{'>' if space else ''}"
 
@@ -73,9 +83,37 @@ def opened(prompt: str) -> str:
     return next((mark[0] for mark in ends), "")
 
 
-def is_mark(text: str) -> bool:
-    """Whether a text is one mark of reasoning, at either end."""
-    return bool(_MARK.fullmatch(text))
+def without_marks(text: str) -> str:
+    """A text without the marks of reasoning."""
+    return _MARK.sub("", text)
+
+
+_CHANNELS = re.compile(r"\s*(?:<\|start\|>)?(?:assistant)?(?: to=\S+)?<\|channel\|>")
+_MESSAGE = re.compile(
+    _CHANNELS.pattern + r"(.*?)<\|message\|>(.*?)(?:<\|(?:end|return|call)\|>|$)", re.DOTALL
+)
+
+
+def of_channels(text: str) -> tuple[str, str] | None:
+    """(reasoning, answer) of a completion in harmony's channels, as gpt-oss writes it.
+
+    The answer is "" where it was cut off before; None for any other text. Raises DcodError where a
+    message is neither reasoning nor the answer behind it.
+    """
+    if not _CHANNELS.match(text):
+        return None
+    found: dict[str, list[str]] = {"analysis": [], "final": []}
+    for message in _MESSAGE.finditer(text):
+        channel = message[1].strip()
+        if channel not in found or found["final"]:
+            raise DcodError(
+                f"the completion has a message of the channel {channel[:60]!r} that is neither "
+                "reasoning nor the answer behind it; write calls as tool_calls, or take it out"
+            )
+        found[channel].append(message[2])
+    if rest := _MESSAGE.sub("", text).strip():
+        raise DcodError(f"the completion has {rest[:60]!r} outside of the messages of its channels")
+    return "\n".join(found["analysis"]), "".join(found["final"])
 
 
 def _begun(text: str, marks: re.Pattern[str]) -> list[re.Match[str]]:
@@ -105,7 +143,7 @@ def _blocks(text: str) -> list[tuple[int, int, str]]:
 
 # Names of fields that hold reasoning, whatever else they are called.
 _THOUGHTS = re.compile(
-    r"reasoning|think|thought|rationale|cot$|trajector|scratchpad|monolog", re.IGNORECASE
+    r"reasoning|think|thought|rationale|cot$|^analysis$|trajector|scratchpad|monolog", re.IGNORECASE
 )
 # Names that tell about reasoning: reasoning_type, thinking_level.
 _ABOUT = re.compile(
@@ -139,6 +177,11 @@ class Reasoning:
         ("so", "4") -> "<think>\\nso\\n</think>\\n\\n4". Raises DcodError where the completion has
         other reasoning of its own.
         """
+        if channels := of_channels(text):
+            within, text = channels
+            if not text.strip():
+                return f"{self.opening}{within}"
+            reasoning = reasoning or within
         text, reasoning = self.complete(text), self._bare(reasoning, text)
         own, answer = split(text)
         if self.policy == "drop":
@@ -151,7 +194,9 @@ class Reasoning:
                 "the completion holds reasoning, and so does a field beside it, and they differ; "
                 "set prepare.reasoning_field to the one that is meant, or take one out"
             )
-        if own.strip() or not reasoning.strip():
+        if own.strip() and self.opening == _CHANNEL:  # whose final channel holds answers alone
+            reasoning = own
+        elif own.strip() or not reasoning.strip():
             return text
         return f"{self.opening}{reasoning.strip()}{self.closing}{answer.lstrip()}"
 
@@ -171,7 +216,10 @@ class Reasoning:
         for mark in _MARK.finditer(text):
             key, ends = _side(mark)
             if ends and key not in begun:
-                lead = mark[0].replace("/", "", 1)
+                around = text[max(0, mark.start() - 1) : mark.start()], text[mark.end() :][:1]
+                if around[0] == around[1] and around[0] in _QUOTES:  # told of, as in `</think>`
+                    continue
+                lead = _BEGINNING.get(mark[0], mark[0].replace("/", "", 1))
                 for begin, end in _PAIRS if lead == mark[0] else ():
                     lead = lead.replace(end, begin, 1) if lead == mark[0] else lead
                 lead = self.opening if self.opening.strip() == lead else f"{lead}\n"

@@ -39,9 +39,10 @@ _RIGHT = re.compile(
 _WRONG = re.compile(rf"{_OF}(incorrect|wrong|failed)")
 _BOOLEAN = re.compile(
     r"label|ktotag|pass|(is)?(success|successful|resolved|solved|valid|right|accepted|equivalent)|"
-    r"(is|exact|gold|answer)?match|judge|result|verificationresult"
+    r"(is|exact|gold|answer)?match|judge|result|verificationresult|acc"
 )
-_KINDS = {"finish": _FINISH, "complete": _COMPLETE, "cut": _CUT}
+_REJECTED = {"empty": True, "truncated": True, "wrong_answer": False, "no_answer": False}
+_KINDS = {"finish": _FINISH, "rejected": re.compile("rejected"), "complete": _COMPLETE, "cut": _CUT}
 _KINDS |= {"right": _RIGHT, "wrong": _WRONG, "boolean": _BOOLEAN}
 _MOST = 100  # columns that tell; each is read for each completion
 _WORDS: dict[str, bool] = dict.fromkeys("correct right pass passed verified valid".split(), True)
@@ -116,6 +117,15 @@ def _tells(row: Row, trace: RawTrace, at: tuple[int, int]) -> Iterator[tuple[int
         yield -1, name, kind, value
 
 
+def numbered(row: Row, name: str) -> dict[str, Any]:
+    """What columns with a completion's number tell of it: correct_2 of response_2."""
+    number = (re.findall(r"_?\d+$", name) or [""])[0]
+    named = {n: n.removesuffix(number) for n in row.record if number and n.endswith(number)}
+    own = {n: stem for n, stem in named.items() if n != name and _kind(stem, "")}
+    row.used.update(own)
+    return {stem: row.record[n] for n, stem in own.items()}
+
+
 def _place_of(row: Row, text: str, index: int, count: int) -> tuple[int, int]:
     """(index, length) of the record's lists that tell of this completion."""
     if count > 1:
@@ -136,6 +146,12 @@ def judged(row: Row, trace: RawTrace, text: str, index: int, count: int) -> RawT
         if kind == "finish":
             found = _reason(name, value) or None
             reasons.append(found or "")
+        elif kind == "rejected":  # by generate_traces, whose words these are; else of a pair
+            found = _REJECTED.get(value, None if value is not True else False)
+            if found:
+                sign = sign or f"{name} is {value}"
+            elif found is False:
+                verdicts.setdefault(-1, {})[name] = False
         elif kind in ("complete", "cut"):
             found = truth(value)
             cut = found is (kind == "cut") and found is not None

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dcod_jax.data.reasoning import Reasoning, opened
+from dcod_jax.data.reasoning import Reasoning, of_channels, opened
 from dcod_jax.data.templates import TemplateError, render, render_ahead
 from dcod_jax.data.tokenizer import Tokenizer, added_tokens, chat_template
 from dcod_jax.errors import DcodError
@@ -47,10 +47,20 @@ def render_chat(
 ) -> Text:
     """Rendered text, and the spans of the template's generation markers."""
     try:
-        return render(template, messages, _names(tokenizer, tools, prompt=prompt))
+        return render(template, _by_channel(messages), _names(tokenizer, tools, prompt=prompt))
     except TemplateError as error:
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise DcodError(f"messages of the roles ({roles}): {error}") from error
+
+
+def _by_channel(messages: Sequence[Message]) -> list[Message]:
+    """Messages with the reasoning of harmony's channels in a key, where its template reads it."""
+    shown: list[Message] = []
+    for message in messages:
+        found = of_channels(message["content"]) if message["role"] == "assistant" else None
+        split = {"thinking": found[0], "content": found[1]} if found and found[1] else {}
+        shown.append(message | split)
+    return shown
 
 
 def _names(tokenizer: Tokenizer, tools: Sequence[Any] | None, *, prompt: bool) -> dict[str, Any]:
@@ -71,7 +81,8 @@ def render_turns_ahead(
     texts = []
     for messages, supervised, tools in conversations:
         whole, prompt = (_names(tokenizer, tools, prompt=flag) for flag in (False, True))
-        texts += [(messages, whole), *((messages[:index], prompt) for index in probes(supervised))]
+        turns = _by_channel(messages)
+        texts += [(turns, whole), *((turns[:index], prompt) for index in probes(supervised))]
     render_ahead(template, texts)
 
 
@@ -253,7 +264,7 @@ def calls_end(tokens: re.Pattern[str], text: str, until: str, turn: tuple[int, i
     start, end = turn
     within = [found.end() for found in tokens.finditer(until, start)]
     if text.startswith(until):
-        return max(end, *within)
+        return max([end, *within])
     if len(within) == 1:  # the turn's end: its calls hold none
         return end
     raise DcodError(

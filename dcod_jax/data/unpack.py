@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from dcod_jax.data import presets
+from dcod_jax.data import presets, raw
 from dcod_jax.data.json_text import parse
-from dcod_jax.data.presets import Fields, leaves, listed
+from dcod_jax.data.presets import Fields, leaves, listed, plain
 from dcod_jax.data.records import BadRecordError, Record
 
 
@@ -41,9 +41,40 @@ def unpacked(record: Record, fields: Fields) -> dict[str, Any]:
         elif isinstance(value, str) and value.lstrip().startswith("["):
             lists = talk or name.endswith("s") or name in thoughts
             found[name] = _from_text(value, name, lists=lists)
+        if (talk or name in fields.chosen()) and isinstance(items := found.get(name), list):
+            found[name] = [turn for item in items for turn in _turns_of(item)]
     inside = dict(leaves(record)) if any("." in name for name in fields.chosen()) else {}
     chosen = {name: inside.get(name) for name in fields.chosen() if "." in name}
     return found | {name: value for name, value in chosen.items() if value is not None}
+
+
+_ASKED = ("input", "human", "user", "question", "prompt", "instruction")
+_ANSWERED = ("output", "assistant", "gpt", "bot", "response", "answer")
+
+
+def _turns_of(item: Any) -> list[Any]:
+    """A message of LangChain, or one item with a question and its answer (XTuner), as messages."""
+    if not isinstance(item, dict) or {"role", "from"} & item.keys():
+        return [item]
+    kind = item.get("type")
+    if isinstance(inner := item.get("kwargs") if "lc" in item else item.get("data"), dict):
+        kind = inner.get("type", kind)
+        if isinstance(path := item.get("id"), list) and path and "type" not in inner:
+            kind = str(path[-1]).partition("Message")[0]
+        beside = inner.get("additional_kwargs")
+        item = {**(beside if isinstance(beside, dict) else {}), **inner}
+    if isinstance(kind, str) and kind.lower() in raw.KNOWN and "content" in item:
+        return [{"role": kind, **{k: v for k, v in item.items() if k not in ("type", "example")}}]
+    own = {plain(str(name)): name for name in item}
+    asked, answered = (
+        next((own[name] for name in names if name in own), None) for names in (_ASKED, _ANSWERED)
+    )
+    if asked is None or answered is None:
+        return [item]
+    rest = {k: v for k, v in item.items() if k not in (asked, answered, "system")}
+    lead = [{"role": "system", "content": item["system"]}] if item.get("system") else []
+    question = [{"role": "user", "content": item[asked]}] if item[asked] else []
+    return [*lead, *question, {"role": "assistant", "content": item[answered], **rest}]
 
 
 def nulls(record: Record, fields: Fields) -> list[str]:

@@ -1,0 +1,98 @@
+"""Students whose template writes reasoning in channels, and marks that are special tokens."""
+
+import json
+import re
+
+import pytest
+from test_trace_forms import chatml_tokenizer, outcome
+
+from dcod_jax.data.turns import end_of_turn
+from dcod_jax.errors import DcodError
+
+# The behaviour of gpt-oss's template: `thinking` of the last answer alone, and no tags in content.
+HARMONY = (
+    "{%- for m in messages %}{%- if m.role == 'assistant' %}"
+    "{%- if '<|channel|>' in m.content %}{{ raise_exception('channels in content') }}{%- endif %}"
+    "{%- if loop.last and not add_generation_prompt %}"
+    "{%- if 'thinking' in m %}"
+    "{{ '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{%- endif %}"
+    "{{ '<|start|>assistant<|channel|>final<|message|>' + m.content + '<|return|>' }}"
+    "{%- else %}{{ '<|start|>assistant<|channel|>final<|message|>' + m.content + '<|end|>' }}"
+    "{%- endif %}{%- else %}{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}"
+    "{%- endif %}{%- endfor %}{%- if add_generation_prompt %}<|start|>assistant{%- endif %}"
+)
+GEMMA = (
+    "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}"
+)
+USER = {"role": "user", "content": "Two and three?"}
+FINAL, THOUGHT = "<|channel|>final<|message|>5", "<|channel|>analysis<|message|>2, 3"
+WHOLE = f"{THOUGHT}<|end|><|start|>assistant{FINAL}"
+MARKED = "<unused94>thought\n2, 3<unused95>5"
+
+
+def said(content: str, **more) -> dict:
+    return {"role": "assistant", "content": content, **more}
+
+
+@pytest.fixture(scope="module")
+def students():
+    found = {}
+    for name, template, names in (
+        ("harmony", HARMONY, "<|start|> <|end|> <|message|> <|channel|> <|return|> <|call|>"),
+        ("gemma", GEMMA, "<start_of_turn> <end_of_turn> <unused94> <unused95>"),
+    ):
+        found[name] = chatml_tokenizer()
+        found[name].add_special_tokens({"additional_special_tokens": names.split()})
+        found[name].chat_template = template
+    return found
+
+
+@pytest.mark.parametrize(
+    ("student", "turns", "right"),
+    [
+        ("harmony", [said("5")], f"{FINAL}<|return|>"),
+        ("harmony", [said("5", thinking="2, 3")], f"{WHOLE}<|return|>"),
+        ("harmony", [said("<think>\n2, 3\n</think>\n\n5")], f"{WHOLE}<|return|>"),
+        ("harmony", [said(WHOLE)], f"{WHOLE}<|return|>"),
+        ("harmony", [said(f"<|start|>assistant{FINAL}<|return|>")], f"{FINAL}<|return|>"),
+        (
+            "harmony",
+            [said("5", thinking="2, 3", weight=0), USER, said("5", thinking="2, 3")],
+            f"{WHOLE}<|return|>",
+        ),
+        ("harmony", [said(THOUGHT)], {"truncated": 1}),
+        ("gemma", [said(MARKED)], f"{MARKED}<end_of_turn>"),
+        ("gemma", [said(MARKED.partition("<unused95>")[0])], {"truncated": 1}),
+        ("gemma", [said(MARKED.removesuffix("5"))], {"truncated": 1}),
+    ],
+)
+def test_the_students_own_form_is_supervised(student, turns, right, students, tmp_path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text(json.dumps({"messages": [USER, *turns]}))
+    found = outcome(path, students[student], {})
+    if isinstance(right, dict):
+        assert (found["kept"], found["dropped"]) == ([], right)
+    else:
+        [[prompt, text]] = found["kept"]
+        assert text == right
+        assert prompt.endswith(("<|start|>assistant", "<start_of_turn>assistant\n"))
+        assert "2, 3" not in prompt
+        end = students[student].convert_ids_to_tokens(end_of_turn(students[student]))
+        assert text.endswith(end)
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ([said("5<|end|>")], "special token '<|end|>' as text"),
+        ([said("4"), USER, said("5")], "writes '<|end|>' behind a completion"),
+        ([said(f"{WHOLE}<|return|>{FINAL}")], "channel 'final' that is neither"),
+        ([said(f"{WHOLE}<|return|>6")], "has '6' outside of the messages"),
+    ],
+)
+def test_what_the_channels_do_not_allow_is_refused(turns, message, students, tmp_path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text(json.dumps({"messages": [USER, *turns]}))
+    with pytest.raises(DcodError, match=re.escape(message)):
+        outcome(path, students["harmony"], {})
