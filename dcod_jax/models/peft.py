@@ -25,10 +25,12 @@ _USED = {
 # Of the training, of the first values, of an empty feature: the model is the same with any value.
 _INERT = (
     "task_type inference_mode auto_mapping peft_version revision target_modules exclude_modules "
-    "lora_dropout init_lora_weights runtime_config qalora_group_size megatron_core "
+    "lora_dropout runtime_config qalora_group_size megatron_core "
     "ensure_weight_tying"
 ).split()
 _NOTHING = (None, False, "", "none", [], {})
+# Starts of A and B alone. With others (pissa, olora, corda, loftq, ...) PEFT changes the base, too.
+_STARTS = (True, "gaussian", "eva", "orthogonal", "mica")
 _NAME = re.compile(rf"{re.escape(PEFT)}model\.layers\.\d+\.(.+)\.lora_A\.weight")
 
 
@@ -42,7 +44,8 @@ def read(directory: Path) -> dict[str, Any]:
         )
     check({key: found.get(key) for key in _USED}, _USED, source=file)
     for key in sorted(found.keys() - _USED.keys() - set(_INERT)):
-        if found[key] not in _NOTHING:
+        starts = key == "init_lora_weights" and found[key] in _STARTS
+        if found[key] not in _NOTHING and not starts:
             raise DcodError(
                 f"{file}: {key}={found[key]!r} is not computed here; merge the adapter with PEFT "
                 "(merge_and_unload, save_pretrained) and give that directory"

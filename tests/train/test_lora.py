@@ -281,6 +281,7 @@ def test_a_peft_directory_is_read_as_the_model_that_it_makes(place, adapters):
         ("use_dora", True, "use_dora=True is not computed"),
         ("bias", "all", "bias='all' is not computed"),
         ("rank_pattern", {"q_proj": 2}, "rank_pattern="),
+        ("init_lora_weights", "pissa_niter_4", "init_lora_weights='pissa_niter_4' is not"),
         ("peft_type", "IA3", "only LORA"),
         ("r", 0, "r"),
         ("r", 3, "has shape"),
