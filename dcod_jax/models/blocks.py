@@ -21,6 +21,12 @@ NORMS: dict[str, dict[str, tuple[str, str]]] = {
         "before attention": ("input_layernorm", "attn_norm"),
         "before mlp": ("pre_feedforward_layernorm", "ffn_norm"),
     },
+    "glm4": {
+        "before attention": ("input_layernorm", "attn_norm"),
+        "after attention": ("post_self_attn_layernorm", "post_attention_norm"),
+        "before mlp": ("post_attention_layernorm", "ffn_norm"),
+        "after mlp": ("post_mlp_layernorm", "post_ffw_norm"),
+    },
     "post": {
         "after attention": ("post_attention_layernorm", "post_attention_norm"),
         "after mlp": ("post_feedforward_layernorm", "post_ffw_norm"),

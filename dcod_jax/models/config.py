@@ -68,7 +68,8 @@ class ModelConfig:
     qkv_clip: float | None = None  # q, k and v are cut to this absolute value, before the rope
     norms: str = "pre"  # where a block has norms: a key of blocks.NORMS
     norm_offset: float = 0.0  # norms multiply by this plus their scale
-    fused: bool = False  # files hold q, k and v as one tensor, and gate and up
+    fused: tuple[str, ...] = ()  # "qkv", "gate_up": files hold these as one tensor
+    rope_pairs: str = "halves"  # which dimensions of a head turn together: see layers.apply_rope
     activation: str = "silu"  # of ACTIVATIONS
     attention_scale: float | None = None  # what scores are multiplied by; None: head_dim ** -0.5
     attention_softcap: float | None = None  # scores are c · tanh(scores / c)
@@ -238,11 +239,12 @@ def from_hf(raw: Raw, source: str = "config.json") -> ModelConfig:
     _check_heads(raw, source)
     heads, width = raw["num_attention_heads"], raw["hidden_size"]
     raw["head_dim"] = raw.get("head_dim") or width // heads
-    options = family.options(raw)
-    if family.mixture is not None:
-        options["mixture"] = family.mixture.read(raw, source)
+    options: Raw = {}
     for key in family.keys:
         options |= KEYS[key].options(raw.get(key))
+    options |= family.options(raw)
+    if family.mixture is not None:
+        options["mixture"] = family.mixture.read(raw, source)
     return ModelConfig(
         model_type=raw["model_type"],
         vocab_size=raw["vocab_size"],

@@ -44,7 +44,13 @@ KEYS: dict[str, Key] = {
     "attention_bias": Key(
         optional(flag()),
         lambda value: dict.fromkeys(("qkv_bias", "o_bias"), bool(value)),
-        lambda config: config.o_bias,
+        lambda config: config.qkv_bias,
+    ),
+    "attention_out_bias": _same("o_bias", optional(flag())),
+    "use_bias": Key(
+        optional(flag()),
+        lambda value: dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), bool(value)),
+        lambda config: config.mlp_bias,
     ),
     "mlp_bias": _same("mlp_bias", optional(flag())),
     "hidden_act": _same("activation", text(64)),
@@ -72,14 +78,16 @@ class Family:
     defaults: Raw
     absent_if_null: str = ""  # the key whose null HF reads as its default
     keys: tuple[str, ...] = ("hidden_act",)  # of KEYS: those that HF reads for it
-    options: Callable[[Raw], Raw] = lambda raw: {}  # those that follow from no key of KEYS
+    options: Callable[[Raw], Raw] = lambda raw: {}  # those of no key of KEYS, or against one
     accepts: Raw = dataclasses.field(default_factory=dict)  # before config.ACCEPTED; None: all
     # Where the file has no layer_types:
     types: Callable[[Raw], list[str]] = layer_types.every_layer_full
     reads_types: bool = False
     two_ropes: bool = False  # windowed layers have a rope of their own
     local_theta: str | None = None  # the key of its base in the form of transformers 4
-    phi3_rope: bool = False  # a part of the head may be rotated; longrope's length beside it
+    partial_rope: bool = False  # a part of the head may be rotated
+    own_length: bool = False  # longrope's original length is beside it, as in Phi-3
+    rotates_full: bool = True  # full layers have positions where others have a window
     mixture: MixtureKeys | None = None
     gguf: tuple[str, ...] = ()  # general.architecture of its GGUF files
     gguf_interleaved: bool = False  # its GGUF files hold rotated rows as (pair, half) of a head
@@ -94,48 +102,24 @@ _DEFAULTS: Raw = {
     "max_position_embeddings": 32768,
 }
 _LLAMA = {**_DEFAULTS, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2}
-_QWEN = {
-    **_DEFAULTS,
-    "num_key_value_heads": 32,
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-}
-_MISTRAL = {
-    **_LLAMA,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "sliding_window": 4096,
-}
-_GEMMA = {
-    **_DEFAULTS,
-    "hidden_act": "gelu_pytorch_tanh",
-    "max_position_embeddings": 8192,
-    "num_key_value_heads": 16,
-    "head_dim": 256,
-    "tie_word_embeddings": True,
-    "attention_bias": False,
-    "bos_token_id": 2,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
-_GEMMA2 = {
-    **_GEMMA,
-    "num_key_value_heads": 4,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-    "attn_logit_softcapping": 50.0,
-    "final_logit_softcapping": 30.0,
-}
-_OLMO2 = {
-    **_LLAMA,
-    "rms_norm_eps": 1e-5,
-    "attention_bias": False,
-    "bos_token_id": None,
-    "eos_token_id": 50279,
-    "pad_token_id": 1,
-}
+_QWEN = {**_DEFAULTS, "num_key_value_heads": 32, "use_sliding_window": False}
+_QWEN |= {"sliding_window": 4096, "max_window_layers": 28}
+_MISTRAL = {**_LLAMA, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+_MISTRAL |= {"sliding_window": 4096}
+_GEMMA = {**_DEFAULTS, "hidden_act": "gelu_pytorch_tanh", "max_position_embeddings": 8192}
+_GEMMA |= {"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True}
+_GEMMA |= {"attention_bias": False, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+_GEMMA2 = {**_GEMMA, "num_key_value_heads": 4, "hidden_activation": "gelu_pytorch_tanh"}
+_GEMMA2 |= {"query_pre_attn_scalar": 256, "sliding_window": 4096}
+_GEMMA2 |= {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+_OLMO2 = {**_LLAMA, "rms_norm_eps": 1e-5, "attention_bias": False}
+_OLMO2 |= {"bos_token_id": None, "eos_token_id": 50279, "pad_token_id": 1}
+_CWM_ROPE = {"rope_type": "llama3", "rope_theta": 1e6, "factor": 16.0, "low_freq_factor": 1.0}
+_CWM_ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_GLM = {**_DEFAULTS, "rms_norm_eps": 1.5625e-7, "max_position_embeddings": 131072}
+_GLM |= {"num_key_value_heads": 2, "head_dim": 128, "attention_bias": True}
+_GLM |= {"partial_rotary_factor": 0.5, "pad_token_id": 151329}
+_GLM |= {"eos_token_id": [151329, 151336, 151338]}
 _GEMMA2_KEYS = (
     "attention_bias",
     "hidden_activation",
@@ -144,9 +128,18 @@ _GEMMA2_KEYS = (
     "query_pre_attn_scalar",
 )
 
+_MUP = (
+    *("attention_multiplier", "embedding_multiplier", "residual_multiplier"),
+    "logits_scaling",
+)
+
 
 def _gemma_options(raw: Raw) -> Raw:
     return {"norm_offset": 1.0, "embedding_scale": raw["hidden_size"] ** 0.5}
+
+
+def _glm_options(raw: Raw) -> Raw:
+    return {"rope_pairs": "neighbours", "o_bias": False, "fused": ("gate_up",)}
 
 
 FAMILIES: dict[str, Family] = {
@@ -168,30 +161,70 @@ FAMILIES: dict[str, Family] = {
     ),
     "cwm": Family(
         architecture="CwmForCausalLM",
-        defaults={
-            **_DEFAULTS,
-            "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 131072,
-            "rope_theta": 1e6,
-            "rope_parameters": {
-                "rope_theta": 1e6,
-                "factor": 16.0,
-                "high_freq_factor": 4.0,
-                "low_freq_factor": 1.0,
-                "original_max_position_embeddings": 8192,
-                "rope_type": "llama3",
-            },
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "mlp_bias": False,
-            "sliding_window": 8192,
-            "bos_token_id": 128000,
-            "eos_token_id": [128001, 128008, 128009],
-        },
+        defaults=_MISTRAL
+        | {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "head_dim": 128, "sliding_window": 8192}
+        | {"mlp_bias": False, "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009]}
+        | {"rope_parameters": _CWM_ROPE},
         absent_if_null="eos_token_id",
         keys=("mlp_bias", "hidden_act"),
         types=layer_types.full_every(4, at=0),
         reads_types=True,
+    ),
+    "seed_oss": Family(
+        architecture="SeedOssForCausalLM",
+        defaults=_DEFAULTS
+        | {"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 524288}
+        | {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False}
+        | {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1},
+        keys=("attention_bias", "attention_out_bias", "mlp_bias", "hidden_act"),
+        # Of its own training, 0.1 where the file says nothing; none is computed here.
+        accepts={"attention_dropout": None},
+    ),
+    "ernie4_5": Family(
+        architecture="Ernie4_5ForCausalLM",
+        defaults=_LLAMA
+        | {"rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "rope_theta": 500000.0}
+        | {"num_key_value_heads": 2, "head_dim": 128, "tie_word_embeddings": True}
+        | {"use_bias": False, "pad_token_id": 0},
+        keys=("use_bias", "hidden_act"),
+        options=lambda raw: {"rope_pairs": "neighbours"},
+    ),
+    "helium": Family(
+        architecture="HeliumForCausalLM",
+        defaults=_LLAMA
+        | {"rms_norm_eps": 1e-8, "max_position_embeddings": 4096, "rope_theta": 100000.0}
+        | {"num_key_value_heads": 20, "head_dim": 128, "pad_token_id": 3}
+        | {"attention_bias": False, "mlp_bias": False},
+        keys=("attention_bias", "mlp_bias", "hidden_act"),
+        options=lambda raw: {"rope_pairs": "neighbours", "o_bias": False},
+    ),
+    "glm": Family(
+        architecture="GlmForCausalLM",
+        defaults=_GLM,
+        absent_if_null="eos_token_id",
+        keys=("attention_bias", "hidden_act"),
+        options=_glm_options,
+        accepts={"partial_rotary_factor": None},
+        partial_rope=True,
+    ),
+    "glm4": Family(
+        architecture="Glm4ForCausalLM",
+        defaults=_GLM,
+        absent_if_null="eos_token_id",
+        keys=("attention_bias", "hidden_act"),
+        options=lambda raw: {**_glm_options(raw), "norms": "glm4"},
+        accepts={"partial_rotary_factor": None},
+        partial_rope=True,
+    ),
+    "exaone4": Family(
+        architecture="Exaone4ForCausalLM",
+        defaults=_DEFAULTS
+        | {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "num_key_value_heads": 32}
+        | {"sliding_window": 4096, "bos_token_id": 0, "eos_token_id": 2},
+        options=lambda raw: {"norms": "post", "qk_norm": "head"},
+        types=layer_types.exaone4,
+        reads_types=True,
+        rotates_full=False,
     ),
     "qwen2": Family(
         architecture="Qwen2ForCausalLM",
@@ -238,15 +271,10 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma3_text": Family(
         architecture="Gemma3ForCausalLM",
-        defaults={
-            **_GEMMA2,
-            "max_position_embeddings": 131072,
-            "rope_theta": 1e6,
-            "rope_local_base_freq": 10000.0,
-            "sliding_window_pattern": 6,
-            "attn_logit_softcapping": None,
-            "final_logit_softcapping": None,
-        },
+        defaults=_GEMMA2
+        | {"max_position_embeddings": 131072, "rope_theta": 1e6, "rope_local_base_freq": 1e4}
+        | {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+        | {"sliding_window_pattern": 6},
         keys=_GEMMA2_KEYS,
         options=lambda raw: {**_gemma_options(raw), "norms": "both", "qk_norm": "head"},
         # transformers' attention leaves this cap out, whatever the file says.
@@ -259,18 +287,14 @@ FAMILIES: dict[str, Family] = {
     ),
     "phi3": Family(
         architecture="Phi3ForCausalLM",
-        defaults={
-            **_LLAMA,
-            "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 4096,
-            "original_max_position_embeddings": 4096,
-            "eos_token_id": 32000,
-            "pad_token_id": 32000,
-        },
-        options=lambda raw: {"fused": True},
+        defaults=_LLAMA
+        | {"rms_norm_eps": 1e-5, "eos_token_id": 32000, "pad_token_id": 32000}
+        | dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings"), 4096),
+        options=lambda raw: {"fused": ("qkv", "gate_up")},
         types=layer_types.every_layer_alike,
         accepts={"partial_rotary_factor": None, "original_max_position_embeddings": None},
-        phi3_rope=True,
+        partial_rope=True,
+        own_length=True,
         gguf=("phi3",),
     ),
     "olmo2": Family(
@@ -291,20 +315,11 @@ FAMILIES: dict[str, Family] = {
     ),
     "smollm3": Family(
         architecture="SmolLM3ForCausalLM",
-        defaults={
-            **_DEFAULTS,
-            "rope_theta": 2000000.0,
-            "tie_word_embeddings": True,
-            "num_key_value_heads": 4,
-            "attention_bias": False,
-            "mlp_bias": False,
-            "use_sliding_window": False,
-            "sliding_window": None,
-            "no_rope_layer_interval": 4,
-            "bos_token_id": 128000,
-            "eos_token_id": 128001,
-            "pad_token_id": 128004,
-        },
+        defaults=_DEFAULTS
+        | {"rope_theta": 2e6, "tie_word_embeddings": True, "num_key_value_heads": 4}
+        | {"attention_bias": False, "mlp_bias": False, "no_rope_layer_interval": 4}
+        | {"use_sliding_window": False, "sliding_window": None}
+        | {"bos_token_id": 128000, "eos_token_id": 128001, "pad_token_id": 128004},
         keys=("attention_bias", "mlp_bias", "hidden_act"),
         types=layer_types.smollm3,
         reads_types=True,
@@ -313,19 +328,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "granite": Family(
         architecture="GraniteForCausalLM",
-        defaults={
-            **_LLAMA,
-            "attention_bias": False,
-            "mlp_bias": False,
-            "attention_multiplier": 1.0,
-            "embedding_multiplier": 1.0,
-            "residual_multiplier": 1.0,
-            "logits_scaling": 1.0,
-        },
-        keys=(
-            *("attention_bias", "mlp_bias", "hidden_act", "attention_multiplier"),
-            *("embedding_multiplier", "residual_multiplier", "logits_scaling"),
-        ),
+        defaults=_LLAMA | {"attention_bias": False, "mlp_bias": False} | dict.fromkeys(_MUP, 1.0),
+        keys=("attention_bias", "mlp_bias", "hidden_act", *_MUP),
         gguf=("granite",),
         gguf_interleaved=True,
     ),
@@ -356,6 +360,15 @@ FAMILIES: dict[str, Family] = {
         ),
         gguf=("llama",),  # with experts
         gguf_interleaved=True,
+    ),
+    "flex_olmo": Family(
+        architecture="FlexOlmoForCausalLM",
+        defaults=_LLAMA
+        | {"max_position_embeddings": 4096, "rope_theta": 500000.0, "attention_bias": False}
+        | {"bos_token_id": None, "eos_token_id": 100257, "pad_token_id": 100277},
+        keys=("attention_bias", "hidden_act"),
+        options=lambda raw: {"norms": "post", "qk_norm": "projection"},
+        mixture=MixtureKeys(experts=7, per_token=5, width="intermediate_size"),
     ),
     "olmoe": Family(
         architecture="OlmoeForCausalLM",

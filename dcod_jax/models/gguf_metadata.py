@@ -129,7 +129,7 @@ def raw_config(
         raw["sliding_window"] = raw["sliding_window"] or None
     rotated = get(f"{architecture}.rope.dimension_count")
     if rotated is not None and rotated != head_dim:
-        if not family.phi3_rope or not isinstance(rotated, int):
+        if not family.partial_rope or not isinstance(rotated, int):
             raise DcodError(
                 f"{path}: {architecture}.rope.dimension_count={rotated!r} is not supported "
                 f"(supported: the head size, {head_dim})"

@@ -34,8 +34,12 @@ def read(family: Family, raw: Raw, source: str) -> tuple[LayerKind, ...]:
     ropes = _ropes(family, raw, source)
     types = _layer_types(family, raw, source)
     window = raw.get("sliding_window")
+    everywhere = family.rotates_full or window is None
     kinds = [
-        LayerKind(window if one == SLIDING else None, ropes[one] if turns else None)
+        LayerKind(
+            window if one == SLIDING else None,
+            ropes[one] if turns and (everywhere or one == SLIDING) else None,
+        )
         for one, turns in zip(types, rotates, strict=True)
     ]
     return tuple(kinds[:1]) if len(set(kinds)) == 1 else tuple(kinds)
@@ -48,11 +52,11 @@ def _layer_types(family: Family, raw: Raw, source: str) -> Sequence[str]:
         raise DcodError(
             f"{source}: layer_types has {len(types)} entries; num_hidden_layers={count}"
         )
-    for one, other in zip(types, implied, strict=True):
+    for layer, one in enumerate(types):
         if one not in (FULL, SLIDING):
             raise refuse(source, "layer_types", one, f"{FULL}, {SLIDING}")
-        if one != other and not family.reads_types:
-            raise refuse(source, "layer_types", one, f"{other} there")
+        if not family.reads_types and one != implied[layer]:
+            raise refuse(source, "layer_types", one, f"{implied[layer]} there")
     if SLIDING in types:
         if raw.get("use_sliding_window", True) is not True:
             raise refuse(source, "layer_types", SLIDING, "with use_sliding_window=true")
@@ -98,7 +102,7 @@ def _ropes(family: Family, raw: Raw, source: str) -> dict[str, Rope]:
     local = raw[family.local_theta] if family.local_theta else family.defaults["rope_theta"]
     if sliding.get("rope_theta") is None and not family.local_theta and raw["rope_theta"] != local:
         raise refuse(source, "rope_theta", raw["rope_theta"], f"{local}, or in rope_parameters")
-    if "type" in old and "rope_type" not in old and not family.local_theta:
+    if "type" in old and "rope_type" not in old:
         raise refuse(
             source, "rope_scaling.type", old["type"], "none; transformers 5 reads rope_type"
         )
@@ -118,14 +122,15 @@ def _one_rope(family: Family, raw: Raw, given: Raw, theta: int | float, source: 
     kind = values.get("rope_type", values.get("type", "default"))
     share = values.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     place, _, key = source.rpartition(": ")
-    if family.phi3_rope:
+    if family.partial_rope:
         check({"partial_rotary_factor": share}, {"partial_rotary_factor": _SHARE}, source=place)
+    elif share not in (1, 1.0, None):
+        raise refuse(place, f"{key}.partial_rotary_factor", share, "1.0")
+    if family.own_length:
         values["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
         values["rope_type"] = kind = "longrope" if kind in ("su", "yarn") else kind
         if kind not in ("default", "longrope"):
             raise refuse(place, f"{key}.rope_type", kind, "default, longrope")
-    elif share not in (1, 1.0, None):
-        raise refuse(place, f"{key}.partial_rotary_factor", share, "1.0")
     return rope.read(values, raw, fraction=1.0 if share is None else float(share), source=source)
 
 
@@ -146,9 +151,9 @@ def rope_keys(family: Family, config: Any) -> Raw:
     }
     if family.local_theta:
         keys[family.local_theta] = local.theta
-    if family.phi3_rope:
+    if family.partial_rope:
         keys["partial_rotary_factor"] = full.fraction
-    if family.phi3_rope and full.kind == "longrope":
+    if family.own_length and full.kind == "longrope":
         original = full["original_max_position_embeddings"]
         keys["original_max_position_embeddings"] = original
         names = ("short_factor", "long_factor")

@@ -41,6 +41,13 @@ def gemma3(raw: Raw) -> list[str]:
     return full_every(period, at=period - 1)(raw)
 
 
+def exaone4(raw: Raw) -> list[str]:
+    """None where transformers cannot tell: such a file has layer_types."""
+    period = raw.get("sliding_window_pattern", 4)
+    known = isinstance(period, int) and period > 0 and raw["sliding_window"] is not None
+    return full_every(period, at=period - 1)(raw) if known else []
+
+
 def smollm3(raw: Raw) -> list[str]:
     windowed = raw["use_sliding_window"] and raw["sliding_window"] is not None
     return [SLIDING if windowed and not rotates else FULL for rotates in rotated(raw)]

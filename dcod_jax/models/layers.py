@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -213,18 +214,26 @@ def rope_tables(
     return tables if factor == 1 else (tables[0] * factor, tables[1] * factor)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def apply_rope(
-    x: Float[Array, "B T N H"], cos: Float[Array, "B T P"], sin: Float[Array, "B T P"]
+    x: Float[Array, "B T N H"],
+    cos: Float[Array, "B T P"],
+    sin: Float[Array, "B T P"],
+    pairs: str = "halves",
 ) -> Float[Array, "B T N H"]:
     """Rotate the pairs (x[i], x[i + P]) in float32, HF's layout; returns the dtype of x.
 
-    Dimensions from 2P on stay. Differentiable in x only: the transpose is the rotation back.
+    pairs="neighbours": the pairs (x[2i], x[2i + 1]). Dimensions from 2P on stay. Differentiable in
+    x only: the transpose is the rotation back.
     """
     # The halves change places in a product with a permutation, which is exact: a TPU would take
     # the lanes apart in memory, and that took longer than all other work on the positions.
     rotated, rest = 2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]
     swap = jnp.roll(jnp.eye(rotated, dtype=x.dtype), rotated // 2, axis=1)
+    cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    if pairs == "neighbours":
+        order = np.arange(rotated).reshape(2, -1).T.ravel()
+        swap, cos, sin = swap[order][:, order], cos[..., order], sin[..., order]
     swap = jnp.pad(swap, (0, rest)) if rest else swap
     swapped = jnp.einsum(
         "btnh,hk->btnk",
@@ -233,19 +242,25 @@ def apply_rope(
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
-    stays = (*cos.shape[:-1], rest)
-    cos = jnp.concatenate([cos, cos] + [jnp.ones(stays)] * (rest > 0), axis=-1)[:, :, None]
-    sin = jnp.concatenate([-sin, sin] + [jnp.zeros(stays)] * (rest > 0), axis=-1)[:, :, None]
+    if rest:
+        stays = (*cos.shape[:-1], rest)
+        cos = jnp.concatenate([cos, jnp.ones(stays)], axis=-1)
+        sin = jnp.concatenate([sin, jnp.zeros(stays)], axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
     return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)
 
 
-def _apply_rope_forward(x: Array, cos: Array, sin: Array) -> tuple[Array, tuple[Array, Array]]:
-    return apply_rope(x, cos, sin), (cos, sin)
+def _apply_rope_forward(
+    x: Array, cos: Array, sin: Array, pairs: str
+) -> tuple[Array, tuple[Array, Array]]:
+    return apply_rope(x, cos, sin, pairs), (cos, sin)
 
 
-def _apply_rope_backward(rope: tuple[Array, Array], gradient: Array) -> tuple[Array, None, None]:
+def _apply_rope_backward(
+    pairs: str, rope: tuple[Array, Array], gradient: Array
+) -> tuple[Array, None, None]:
     cos, sin = rope
-    return apply_rope(gradient, cos, -sin), None, None
+    return apply_rope(gradient, cos, -sin, pairs), None, None
 
 
 apply_rope.defvjp(_apply_rope_forward, _apply_rope_backward)
@@ -267,7 +282,7 @@ class Attention(nnx.Module):
         def inward(name: str, gguf: str, axis: str, heads: int, first: int, **more: Any) -> Linear:
             name, rows = f"self_attn.{name}_proj", None
             names = (name, gguf)
-            if config.fused:
+            if "qkv" in config.fused:
                 names, rows = ("self_attn.qkv_proj", "attn_qkv"), (first * H, (N + 2 * G) * H)
             more |= {"bias": config.qkv_bias, "rows": rows, "name": name}
             return linear((D, heads * H), ("embed", axis), *names, **more)
@@ -283,7 +298,7 @@ class Attention(nnx.Module):
             self.q_norm = norm(config, q_width, "self_attn.q_norm", "attn_q_norm")
             self.k_norm = norm(config, k_width, "self_attn.k_norm", "attn_k_norm")
         self.qk_norm, self.clip = config.qk_norm, config.qkv_clip
-        self.head_dim = H
+        self.head_dim, self.pairs = H, config.rope_pairs
 
     def project(
         self,
@@ -302,7 +317,7 @@ class Attention(nnx.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         if rope is None:
             return query, key, value
-        return apply_rope(query, *rope), apply_rope(key, *rope), value
+        return apply_rope(query, *rope, self.pairs), apply_rope(key, *rope, self.pairs), value
 
     def output(self, mixed: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         B, T, N, H = mixed.shape
@@ -320,7 +335,7 @@ class MLP(nnx.Module):
         def inward(name: str, gguf: str, first: int) -> Linear:
             name, rows = f"mlp.{name}_proj", None
             names = (name, gguf)
-            if config.fused:
+            if "gate_up" in config.fused:
                 names, rows = ("mlp.gate_up_proj", "ffn_up"), (first, 2 * F)
             return linear((D, F), ("embed", "mlp"), *names, rows=rows, name=name)
 

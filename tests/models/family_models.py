@@ -13,7 +13,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 VOCAB = 131
-MIXTURES = ("qwen3_moe", "mixtral", "olmoe")
+MIXTURES = ("qwen3_moe", "mixtral", "olmoe", "flex_olmo")
+BIASES = {  # beside those of `draw`
+    "attention_bias": ("seed_oss", "helium", "glm", "glm4", "flex_olmo"),
+    "mlp_bias": ("seed_oss", "helium"),
+    "attention_out_bias": ("seed_oss",),
+    "use_bias": ("ernie4_5",),
+}
 GEMMAS = ("gemma", "gemma2", "vaultgemma", "gemma3_text")
 SEGMENTS = (17, 61, 9)  # of the packed row; 9 tokens of padding follow
 PROMPT, DRAWN = 11, 32
@@ -83,15 +89,20 @@ def draw(model_type: str, seed: int) -> dict[str, Any]:
         "pad_token_id": of.choice([None, 0]),
         "head_dim": head_dim,
     }
-    if model_type in ("phi3", "olmo2", "olmo3", "granite", "olmoe"):
+    if model_type in ("phi3", "olmo2", "olmo3", "granite", "olmoe", "flex_olmo"):
         raw["hidden_size"] = head_dim * heads
         del raw["head_dim"]
+    if model_type == "helium":
+        raw["hidden_size"] = head_dim * heads
     if model_type in ("llama", "qwen3", "gemma", "gemma2", "vaultgemma", "gemma3_text"):
         raw["attention_bias"] = of.random() < 0.5
     if model_type in ("olmo2", "olmo3", "smollm3", "granite", "olmoe", "qwen3_moe"):
         raw["attention_bias"] = of.random() < 0.5
     if model_type in ("llama", "smollm3", "granite"):
         raw["mlp_bias"] = of.random() < 0.5
+    for key, families in BIASES.items():
+        if model_type in families:
+            raw[key] = of.random() < 0.5
     activation = of.choice(["silu", "gelu_pytorch_tanh"])
     if model_type not in GEMMAS:
         raw["hidden_act"] = activation
@@ -125,6 +136,11 @@ def _draw_windows(of: random.Random, model_type: str, raw: dict[str, Any]) -> No
             raw["layer_types"] = _layer_types(of, layers)
         elif model_type == "gemma3_text":
             raw["sliding_window_pattern"] = of.choice([2, 3])
+    elif model_type == "exaone4":
+        full = {"sliding_window": None, "layer_types": ["full_attention"] * layers}
+        mixed = {"sliding_window": window, "layer_types": _layer_types(of, layers)}
+        pattern = {"sliding_window": window, "sliding_window_pattern": of.choice([2, 3])}
+        raw |= of.choice([full, mixed, pattern])
     elif model_type in ("qwen2", "qwen3") and of.random() < 0.8:
         raw |= {"use_sliding_window": True, "sliding_window": window}
         raw |= of.choice(
@@ -165,7 +181,9 @@ def _draw_rope(of: random.Random, model_type: str, raw: dict[str, Any], head_dim
         raw["original_max_position_embeddings"] = 48
         raw["rope_parameters"] = {**of.choice([ropes[0], ropes[4]]), "partial_rotary_factor": share}
         return
-    ropes = _ropes(of, head_dim // 2)
+    if model_type in ("glm", "glm4"):
+        raw["partial_rotary_factor"] = of.choice([1.0, 0.5]) if head_dim % 4 == 0 else 1.0
+    ropes = _ropes(of, int(head_dim * raw.get("partial_rotary_factor", 1)) // 2)
     raw["rope_parameters"] = of.choice(ropes)
     if model_type in ("gemma3_text", "olmo3"):
         local = {"rope_type": "default", "rope_theta": of.choice([100.0, 10000.0])}

@@ -169,6 +169,7 @@ def test_twenty_of_each_family_are_those_of_transformers(model_type, seed, tmp_p
         ("olmo3", 0, False),
         ("smollm3", 3, False),
         ("granite", 7, False),
+        ("glm4", 1, False),
         ("qwen3_moe", 0, True),
         ("olmoe", 1, False),
     ],

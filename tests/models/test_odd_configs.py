@@ -116,6 +116,8 @@ def compare(model_type, change, place):
     if family.mixture:
         experts = "num_local_experts" if model_type == "mixtral" else "num_experts"
         raw |= {experts: 4, "num_experts_per_tok": 2}
+    if model_type == "gemma3_text":  # whose four layers would all be windowed
+        raw["sliding_window_pattern"] = 2
     raw = {key: value for key, value in (raw | change).items() if value is not ABSENT}
     (place / "config.json").write_text(json.dumps(raw))
     try:
@@ -165,10 +167,21 @@ def test_odd_values_are_read_as_transformers_reads_them(every, tmp_path):
 
 def test_keys_that_two_versions_of_transformers_read_differently_are_refused(tmp_path):
     rope = {"type": "yarn", **YARN}
-    with pytest.raises(DcodError, match=r"rope_scaling\.type='yarn' is not supported"):
-        configs.from_hf({**SHAPE, "model_type": "olmo3", "rope_scaling": rope})
+    for model_type in ("olmo3", "gemma3_text"):
+        with pytest.raises(DcodError, match=r"rope_scaling\.type='yarn' is not supported"):
+            configs.from_hf({**SHAPE, "model_type": model_type, "rope_scaling": rope})
     assert compare("cwm", {"rope_parameters": {}}, tmp_path)
 
 
 def test_a_null_that_a_family_reads_as_its_default(tmp_path):
     assert compare("cwm", {"eos_token_id": None}, tmp_path)
+
+
+def test_exaone_has_no_positions_in_full_layers_beside_windowed_ones():
+    raw = {**SHAPE, "model_type": "exaone4", "layer_types": MIXED, "sliding_window_pattern": "GL"}
+    kinds = configs.from_hf({**raw, "sliding_window": 8}).layer_kinds
+    assert [(kind.window, kind.rope is None) for kind in kinds] == 2 * [(None, True), (8, False)]
+    alike = configs.from_hf({**raw, "sliding_window": None, "layer_types": [FULL] * 4})
+    assert [kind.rope is None for kind in alike.layer_kinds] == [False]
+    with pytest.raises(DcodError, match="layer_types has 0 entries"):
+        configs.from_hf({**raw, "layer_types": None})

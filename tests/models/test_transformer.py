@@ -230,20 +230,25 @@ def test_fsdp_scatters_each_layers_gradient_inside_the_loop():
     assert not any(re.search(r"\[(64|128),(32|64|128)\]", line) for line in sums), sums
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rotary_positions_equal_their_formula_and_turn_gradients_back(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "pairs"),
+    [("float32", "halves"), ("bfloat16", "halves"), ("float32", "neighbours")],
+)
+def test_rotary_positions_equal_their_formula_and_turn_gradients_back(dtype, pairs):
     x = jax.random.normal(jax.random.key(0), (2, 5, 3, 8)).astype(dtype)
     rope = layers.rope_tables(Rope(10000.0), 8, jnp.arange(10).reshape(2, 5))
 
     def formula(x, cos, sin):
-        left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        wide, axis = x.astype(jnp.float32), -2 if pairs == "halves" else -1
+        shape = (*x.shape[:-1], 2, 4) if pairs == "halves" else (*x.shape[:-1], 4, 2)
+        left, right = jnp.moveaxis(wide.reshape(shape), axis, 0)
         cos, sin = cos[:, :, None], sin[:, :, None]
-        halves = [left * cos - right * sin, right * cos + left * sin]
-        return jnp.concatenate(halves, axis=-1).astype(dtype)
+        both = [left * cos - right * sin, right * cos + left * sin]
+        return jnp.stack(both, axis).reshape(x.shape).astype(dtype)
 
     quarter = (jnp.zeros((2, 5, 4)), jnp.ones((2, 5, 4)))  # the halves themselves: to the bit
-    np.testing.assert_array_equal(layers.apply_rope(x, *quarter), formula(x, *quarter))
-    got, back = jax.vjp(lambda x: layers.apply_rope(x, *rope), x)
+    np.testing.assert_array_equal(layers.apply_rope(x, *quarter, pairs), formula(x, *quarter))
+    got, back = jax.vjp(lambda x: layers.apply_rope(x, *rope, pairs), x)
     wanted, wanted_back = jax.vjp(lambda x: formula(x, *rope), x)
     tolerance = 1e-6 if dtype == "float32" else 2**-7
     _assert_close(got, wanted, tolerance=tolerance)
