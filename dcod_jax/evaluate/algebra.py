@@ -15,24 +15,9 @@ import random
 import re
 from collections.abc import Callable
 
+from dcod_jax.evaluate import operations as ops
 from dcod_jax.evaluate.numerals import close, is_rounded
-from dcod_jax.evaluate.operations import (
-    AROUND,
-    BETWEEN,
-    CONSTANTS,
-    EXACT,
-    FUNCTIONS,
-    MAX_BITS,
-    MAX_TERMS,
-    OF_SEVERAL,
-    OF_TWO,
-    UnknownError,
-    Value,
-    add,
-    factorial,
-    power,
-    whole,
-)
+from dcod_jax.evaluate.operations import UnknownError, Value
 from dcod_jax.evaluate.spelling import EQUALS, split
 
 Values = dict[str, Value]
@@ -49,7 +34,7 @@ _VARIABLE = re.compile(
     r"|\\(?:theta|alpha|beta|gamma|lambda|mu|phi|omega|sigma|delta|epsilon|rho|tau)"
 )
 _CLOSING = {"(": ")", "[": "]", "{": "}", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil", "|": "|"}
-_ENDS = {*_CLOSING.values(), *BETWEEN}
+_ENDS = {*_CLOSING.values(), *ops.BETWEEN}
 
 
 @dataclasses.dataclass
@@ -106,7 +91,7 @@ class Expression:
         self.work.done += 1
         if isinstance(value, fractions.Fraction):
             bits = max(value.numerator.bit_length(), value.denominator.bit_length())
-            self.work.done += bits >> 6 if bits <= 2 * MAX_BITS else _MAX_WORK
+            self.work.done += bits >> 6 if bits <= 2 * ops.MAX_BITS else _MAX_WORK
         else:
             value = complex(value)
             self.work.imaginary |= _imaginary(value)
@@ -119,15 +104,15 @@ class Expression:
         while self._next in ("+", "-"):
             minus, term = self._take() == "-", self._product()
             term = self._apply(lambda value: -value, term) if minus else term
-            found = self._apply(add, found, term)
+            found = self._apply(ops.add, found, term)
         return found
 
     def _product(self) -> Evaluated:
         found = self._signed()
         while True:
             before, token = self.tokens[self.place - 1], self._next
-            if token in BETWEEN:
-                found = self._apply(BETWEEN[self._take()], found, self._signed())
+            if token in ops.BETWEEN:
+                found = self._apply(ops.BETWEEN[self._take()], found, self._signed())
             elif self._begins() and not (token[0].isdigit() and before[-1].isalnum()):
                 found = self._apply(operator.mul, found, self._power())
             else:
@@ -150,9 +135,9 @@ class Expression:
         found = self._primary()
         while self._next in ("^", "!"):
             if self._take() == "!":
-                found = self._apply(factorial, found)
+                found = self._apply(ops.factorial, found)
             else:
-                found = self._apply(power, found, self._signed())
+                found = self._apply(ops.power, found, self._signed())
         return found
 
     def _group(self) -> Evaluated:
@@ -161,7 +146,7 @@ class Expression:
         found = self._sum()
         self.inside.pop()
         self._take(_CLOSING[opened])
-        return self._apply(AROUND[opened], found) if opened in AROUND else found
+        return self._apply(ops.AROUND[opened], found) if opened in ops.AROUND else found
 
     def _primary(self) -> Evaluated:
         token = self._next
@@ -171,19 +156,19 @@ class Expression:
         if token[:1].isdigit() or token[:1] == ".":
             number = fractions.Fraction(token.removesuffix("."))
             return lambda values: number
-        if token in OF_TWO:
-            return self._apply(OF_TWO[token], self._group(), self._group())
+        if token in ops.OF_TWO:
+            return self._apply(ops.OF_TWO[token], self._group(), self._group())
         if token == "\\sqrt":
             degree = self._group() if self._next == "[" else lambda values: fractions.Fraction(2)
-            return self._apply(lambda value, n: power(value, 1 / n), self._group(), degree)
+            return self._apply(lambda value, n: ops.power(value, 1 / n), self._group(), degree)
         if token in ("\\sum", "\\prod", "\\int"):
             return self._over_a_range(token)
-        if token in FUNCTIONS:
+        if token in ops.FUNCTIONS:
             return self._function(token)
-        if token in OF_SEVERAL and self._next == "(" and (found := self._of_several(token)):
+        if token in ops.OF_SEVERAL and self._next == "(" and (found := self._of_several(token)):
             return found
-        if token in CONSTANTS:
-            return lambda values: values.get(token, CONSTANTS[token])
+        if token in ops.CONSTANTS:
+            return lambda values: values.get(token, ops.CONSTANTS[token])
         if not _VARIABLE.fullmatch(token):
             raise UnknownError
         self.names.add(token)
@@ -201,7 +186,7 @@ class Expression:
             self.place = start
             return None
         self._take(")")
-        return self._apply(OF_SEVERAL[token], *given)
+        return self._apply(ops.OF_SEVERAL[token], *given)
 
     def _function(self, token: str) -> Evaluated:
         r"""\sin^2 x, \log_2 8, \ln|x|."""
@@ -216,7 +201,7 @@ class Expression:
             inverse = f"\\arc{token[1:]}"
             if (
                 "".join(self.tokens[start : self.place]).strip("{}") == "-1"
-                and inverse in FUNCTIONS
+                and inverse in ops.FUNCTIONS
             ):
                 token, exponent = inverse, None
         if base and token != "\\log":
@@ -225,10 +210,10 @@ class Expression:
             given = self._group()
         else:
             given = self._signed()
-            while self._begins() and self._next not in (*FUNCTIONS, "("):
+            while self._begins() and self._next not in (*ops.FUNCTIONS, "("):
                 given = self._apply(operator.mul, given, self._power())
-        found = self._apply(FUNCTIONS[token], given, *base)
-        return self._apply(power, found, exponent) if exponent else found
+        found = self._apply(ops.FUNCTIONS[token], given, *base)
+        return self._apply(ops.power, found, exponent) if exponent else found
 
     def _differential(self) -> int:
         """The place of the d that ends the integral whose body begins here."""
@@ -267,8 +252,8 @@ class Expression:
         function = operator.mul if token == "\\prod" else operator.add
 
         def evaluated(values: Values) -> Value:
-            first, last = whole(low(values)), whole(high(values))
-            if last - first > MAX_TERMS:
+            first, last = ops.whole(low(values)), ops.whole(high(values))
+            if last - first > ops.MAX_TERMS:
                 raise UnknownError
             found: Value = fractions.Fraction(token == "\\prod")
             for k in range(first, last + 1):
@@ -356,11 +341,11 @@ def _points(names: list[str]) -> list[Values]:
 def _equal(left: Value, right: Value) -> bool:
     if isinstance(left, fractions.Fraction) and isinstance(right, fractions.Fraction):
         return left == right
-    return abs(left - right) <= EXACT * max(abs(left), abs(right))
+    return abs(left - right) <= ops.EXACT * max(abs(left), abs(right))
 
 
 def _imaginary(value: Value) -> bool:
-    return isinstance(value, complex) and abs(value.imag) > EXACT * abs(value)
+    return isinstance(value, complex) and abs(value.imag) > ops.EXACT * abs(value)
 
 
 def _same_constant(texts: tuple[str, str], values: tuple[Value, Value], tolerance: float) -> bool:

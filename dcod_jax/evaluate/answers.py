@@ -11,9 +11,10 @@ import itertools
 import re
 
 from dcod_jax.evaluate.equality import MAX_ANSWER_CHARS
-from dcod_jax.evaluate.expressions import last_expression
+from dcod_jax.evaluate.expressions import last_expression, lone
 from dcod_jax.evaluate.prose import (
     JSON_KEY,
+    LETTERS,
     NUMBER,
     READ,
     SPAN,
@@ -35,7 +36,7 @@ _CALCULATION = re.compile(r"<<[^<>\n]{0,100}>>")  # GSM8K's own: 2+2=<<2+2=4>>4
 _MARKUP = re.compile(
     r"(?<![\w)])<(?:b|i|u|em|strong|code|span|p)(?: [^<>\n]{0,60})?>"
     r"|</(?:b|i|u|em|strong|code|span|p)>|<br ?/?>|~~[^~\n]{1,60}~~\s?"
-    r"|(?<!\w)__(?=[^\s_])|(?<=[^\s_])__(?!\w)|<\|(?:im_end|eot_id|endoftext|end|end_of_text|eom_id)\|>|</s>\s*$|<eos>|<end_of_turn>"
+    r"|(?<!\w)__(?=[^\s_])|(?<=[^\s_])__(?!\w)|<\|(?:im_end|eot_id|endoftext|end|end_of_text|eom_id|return)\|>|</s>\s*$|<eos>|<end_of_turn>"
 )
 # "Wait, that's wrong." and the rest of its sentence: what follows is the answer.
 _RETRACTED = re.compile(
@@ -48,7 +49,11 @@ _RETRACTED = re.compile(
     r"|correction:|scratch that[;,.]|no,? wait,|oops,)",
     re.IGNORECASE,
 )
-_HYPHENS = dict.fromkeys(map(ord, "‐‑‒﹣－"), "-")
+# Hyphens, the sign of a ratio, and digits, letters and signs of full width.
+_PLAIN = dict.fromkeys(map(ord, "‐‑‒﹣－"), "-") | {ord("∶"): ":"} | {
+    ord(sign) + 0xFEE0: sign
+    for sign in "%+0123456789<=>ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+}  # fmt: skip
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
 _UNBRACED = re.compile(r"\\[dt]?frac\s*(?:\d\s*\d|\{[^{}]*\}\{[^{}]*\})|[^\s$\\]+")
 _BOX_LABEL = re.compile(r"(?<![A-Za-z\\])([A-Za-z](?:_\{?\w\}?)?)\s*=\s*$")
@@ -63,6 +68,7 @@ _GOES_ON = re.compile(
     r"|[\s$\\)\]]*\s[a-z]{2,15}(?: [a-z]{2,15})?,\s*(?:and )?[$\\(\s]*"  # "5 apples, 6 pears"
     r"|[ $\\)\]*]*[,;\n][\s*•-]*[A-Za-z][\w ]{0,40}:[*$\\(\[\s]*(?:\\?[A-Za-z]\w?\s*=\s*)?"
 )
+_NEXT_PART = re.compile(r"[\s\S]{0,200}[.\n;,]\s*(?:Part )?\(?(?:[b-h]|ii|iii|iv)\)[\s\S]{0,200}")
 _CORRECTS = re.compile(
     r"\b(?:so|thus|hence|therefore|then|answer|final(?:ly)?|no|not|wait|actually|which|giv\w+|equal\w*"
     r"|simplif\w+|because|since|where|get|obtain|have|substitut\w+)\b",
@@ -99,20 +105,24 @@ _TAG = re.compile(
     r"<(answer|ans|final_answer|solution)>(?=\s*\S)|\[(?:answer|ans)\](?=\s*\S)", re.IGNORECASE
 )
 _CHOICE = re.compile(
-    r"(?i:\b(?:option|choice|alternative|choose|pick|select|go with)(?: would be| must be| is)?:?"
+    r"(?i:\b(?:(?:option|choice|alternative)s?|choose|pick|select|go with)"
+    r"(?: would be| must be| is| are)?:?"
     r"|故?选(?:项|择)?[是为]?[:：]?)\s{0,3}(?:\\text(?:bf)?\{)?[*_$(\"']{0,4}"
-    r"([A-J]|(?<=\()[a-j](?=\)))(?![A-Za-z'])(?! [a-z]+ing)"
+    rf"({LETTERS}|[A-J]|(?<=\()[a-j](?=\)))(?![A-Za-z'])(?! [a-z]+ing)"
+    r"(?![)*_]{0,3} (?:is|are)(?: both)? (?:wrong|incorrect|false|not)\b)"
 )
 _CHOICE_VALUE = re.compile(rf"[)*_]{{0,3}}[.:)]?\s+({SPAN}|(?:{NUMBER})[\w %/.]{{0,12}}?)\s*\.?$")
 # "B" as the last line, "B is the correct answer", "so it must be B".
 _BARE = re.compile(
     r"^[ \t>*_(\[]{0,6}([A-J])[ \t)*_.\]]{0,6}\s{0,9}\Z"
-    r"|(?<![A-Za-z])([A-J])[)*_]{0,3} is (?:the )?(?:correct|right|best|answer)[^\n]{0,40}\Z"
+    r"|(?<![A-Za-z])([A-J])[)*_]{0,3} is (?:(?:the )?(?:correct|right|best|answer)[^\n]{0,40}"
+    r"|true[.!]?\s*)\Z"
     r"|\A[\s(\[*]{0,6}([a-e])[)\].*]{0,4}\s*\Z"
+    r"|\A[\s(\[*]{0,6}([A-J])[)\].*]{0,4}, (?:because|since|as) [^\n]{0,200}\Z"
     r"|\b(?i:so|hence|thus|therefore|must be|(?:best|correct|right)(?: (?:one|choice))? is|it's"
     r"|it is|answer)[,:]? (?:it's |it is |it must be )?"
     r"[*(]{0,3}([A-J])[)*]{0,3}(?:, not \(?[A-J]\)?)?[.!]?\s*\Z"
-    r"|\A\s*([A-J](?:\s*,\s*[A-J]){0,8},?\s*(?:and\s+|,\s*)[A-J])[.!]?\s*\Z",
+    rf"|\A\s*(?:[Bb]oth\s+)?({LETTERS})[).!]{{0,2}}\s*\Z",
     re.MULTILINE,
 )
 _OPTION_LINE = re.compile(
@@ -163,6 +173,8 @@ def boxed(text: str) -> str:
 
 def _one_answer(between: str) -> bool:
     """Whether two boxes with this text between them are parts of one answer."""
+    if _NEXT_PART.fullmatch(between):  # "\boxed{4}. (b) The median is \boxed{7}"
+        return True
     if len(between) > 120:
         return False
     if glue := _GLUE.fullmatch(between):
@@ -178,7 +190,9 @@ def _hash_value(text: str) -> str:
     line, _, rest = text.partition("\n")
     if re.match(r"(?i)[*_]{0,3}(?:final )?answer\b", line) or line.rstrip("*_ ").endswith(":"):
         return ""
-    heading = re.match(r"[A-Za-z]{2,}|\d{1,2}[.)]\s+[A-Za-z]", line)
+    heading = re.match(r"[*_]{0,3}(?:[A-Za-z]{2,}|\d{1,2}[.)]\s+[A-Za-z])", line)
+    if heading and (stated := re.match(r"(?i)(?:conclusion|result|solution|total)\s*:\s*", line)):
+        return value(line[stated.end() :])
     return "" if heading and rest.strip() else unwrapped(line.strip().strip("*_").strip())
 
 
@@ -226,7 +240,7 @@ def _marked(text: str, *, complete: bool) -> Extraction | None:
                 break
     bare = _BARE.search(text, max(0, len(text) - 200))
     if bare and complete and (found is None or found[0] < bare.start()):
-        return Extraction(next(filter(None, bare.groups())).upper(), "choice")
+        return Extraction(_letters(next(filter(None, bare.groups()))), "choice")
     options = list(itertools.islice(_OPTION_LINE.finditer(text), 2))
     if len(options) == 1 and complete and (found is None or found[0] < options[0].start()):
         return Extraction(options[0].group(1), "choice")
@@ -250,9 +264,14 @@ def _behind(rule: str, match: re.Match[str], behind: str) -> str:
         return json_value(behind)
     if rule == "choice":
         shown = _CHOICE_VALUE.match(behind.partition("\n")[0])
-        letter = match.group(1).upper()
+        letter = _letters(match.group(1))
         return f"({letter}) {shown.group(1)}" if shown else letter
     return value(behind)
+
+
+def _letters(choices: str) -> str:
+    """ "A and (C)" -> "A, C"."""
+    return ", ".join(re.findall("[A-J]", choices.replace("and", "").upper()))
 
 
 def _stated(text: str, found: tuple[int, Extraction], match: re.Match[str]) -> str:
@@ -278,7 +297,7 @@ def extract_answer(text: str, *, complete: bool = True) -> Extraction | None:
     >>> extract_answer("so 4 eggs.\n#### 4")
     Extraction(answer='4', rule='hash')
     """
-    text = without_blanks(text.translate(_HYPHENS))
+    text = without_blanks(text.translate(_PLAIN))
     if _has(text, "<|__|~~"):
         text = _MARKUP.sub("", _CALCULATION.sub("", text))
     thoughts = list(_THOUGHT.finditer(text))
@@ -293,7 +312,7 @@ def _final(part: str, *, complete: bool) -> Extraction | None:
         return Extraction(unwrapped(answer), "boxed")
     if found := _marked(part, complete=complete):
         return found
-    answer = last_expression(part) if complete else ""
+    answer = (lone(part) or last_expression(part)) if complete else ""
     return Extraction(answer, "last_number") if answer else None
 
 

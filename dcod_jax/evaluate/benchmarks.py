@@ -35,32 +35,20 @@ class Benchmark:
 
 BENCHMARKS = {
     "gsm8k": Benchmark("openai/gsm8k", "test", prompt="question", subset="main", mark="hash"),
-    "math": Benchmark(
-        "DigitalLearningGmbH/MATH-lighteval",
-        "test",
-        answer="solution",
-        mark="boxed",
-        difficulty="level",
-    ),
+    "math": Benchmark("DigitalLearningGmbH/MATH-lighteval", "test", answer="solution", mark="boxed",
+                      difficulty="level"),
     "math500": Benchmark("HuggingFaceH4/MATH-500", "test", name="unique_id", difficulty="level"),
     "amc23": Benchmark("math-ai/amc23", "test", prompt="question", name="id"),
     "aime24": Benchmark("HuggingFaceH4/aime_2024", "train", name="id"),
     "aime25": Benchmark("math-ai/aime25", "test", name="id"),
-    "olympiadbench": Benchmark(
-        "Hothan/OlympiadBench",
-        "train",
-        subset="OE_TO_maths_en_COMP",  # open-ended, text only, mathematics, English
-        prompt="question",
-        answer="final_answer",
-        mark="list",
-        name="id",
-        tolerance="error",
-    ),
-    "aqua": Benchmark(
-        "deepmind/aqua_rat", "test", subset="raw", prompt="question", answer="correct"
-    ),
+    # The subset: open-ended, text only, mathematics, English.
+    "olympiadbench": Benchmark("Hothan/OlympiadBench", "train", subset="OE_TO_maths_en_COMP",
+                               prompt="question", answer="final_answer", mark="list", name="id",
+                               tolerance="error"),
+    "aqua": Benchmark("deepmind/aqua_rat", "test", subset="raw", prompt="question",
+                      answer="correct"),
     "omnimath": Benchmark("KbsdJames/Omni-MATH", "test", difficulty="difficulty"),
-}
+}  # fmt: skip
 
 
 class SetEntry(NamedTuple):

@@ -10,7 +10,7 @@ import fractions
 import re
 from collections.abc import Sequence
 
-from dcod_jax.evaluate.algebra import Work, same_expression
+from dcod_jax.evaluate.algebra import Work, read, same_expression
 from dcod_jax.evaluate.numerals import number, same_number
 from dcod_jax.evaluate.parts import SPANS, Parsed, is_region, parse, region
 from dcod_jax.evaluate.spelling import EQUALS, canonical, split
@@ -24,7 +24,9 @@ _BASED = re.compile(r"([-+]?[\dA-F]*\d[\dA-F]*(?:\.\d+)?)_\{?(\d{1,2})\}?")
 _TIME = re.compile(r"\d{1,2}:\d\d")
 _RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?){2,}")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z\s.,'\"&()-]*")
-_CHOICE = re.compile(r"(?:\(([A-Za-z])\)[.:]?|([A-J])\s*[.):])\s*(?P<rest>.*)", re.DOTALL)
+_CHOICE = re.compile(
+    r"(?:\(([A-Za-z])\)[.:]?|([A-J])\s*[.):](?![A-Z]\.))\s*(?P<rest>.*)", re.DOTALL
+)
 _LETTERS = re.compile(r"[A-J](?:(?:\s*,\s*|\s*,?\s+and\s+)[A-J])+|[A-J]{2,10}")
 _LEAD = re.compile(r"(?:the )?(?:final |correct )?answer(?: is:?|\s*:)\s*", re.I)
 # "12 (option B)", "C (12)" and "12 (C)"
@@ -34,16 +36,17 @@ _CHOICE_BESIDE = re.compile(
     r"|(?P<number>[^()A-Za-z]*\d[^()]*?)\s*\((?P<last>[A-J])\)",
     re.DOTALL,
 )
+_VARIABLE = re.compile(r"(?<![A-Za-z\\])[a-z](?![A-Za-z])")
+_AXIS = re.compile(r"(?<![A-Za-z\\])[jk](?![A-Za-z])")
 _OF_A_VARIABLE = re.compile(r"\||\\(?:frac|sqrt|sin|cos|tan|log|ln)(?![A-Za-z])")
 _CALCULATED = re.compile(r"\([^()]*\w\s*[-+*/^]|^[xyz]{2,}$")
 _AND_PART = re.compile(r"(-?\d+)\s*and\s*(\\frac\{\d+\}\{\d+\}|\d+/\d+)")
 _PLAIN = re.compile(r"-?\d{1,60}(?:\.\d{1,60})?")
 # Words of one meaning, as _words spells them: without articles, spaces and a plural s.
 _SYNONYMS = {
-    "dne": "doenotexist",
-    "limitdoenotexist": "doenotexist",
+    **dict.fromkeys(("dne", "limitdne", "limitdoenotexist", "doesntexist"), "doenotexist"),
+    "notdefined": "undefined",
     "infinite": "infinitelymany",
-    "infinitelymanysolution": "infinitelymany",
     "noneofabove": "none",
     "noneofthese": "none",
     "norealsolution": "nosolution",
@@ -92,6 +95,8 @@ class _Comparison:
                 else self._as_sets(left.items, right.items)
             )
         brackets = {left.ends, right.ends} - {"", ","}
+        if brackets & {"(]", "[)"} and "," in (left.ends, right.ends):
+            return False
         if brackets == {"()"} and left.ends != right.ends:  # y = 5, x = 3 is (3, 5)
             left, right = map(_in_order, (left, right))
         if brackets and brackets != {"{}"}:  # the order counts
@@ -127,6 +132,8 @@ class _Comparison:
                       for text, one in zip(texts, equations, strict=True)]  # fmt: skip
             return self._leaf(*wholes)  # 2x + y = 3 and y = 3 - 2x
         if equations[0] != equations[1]:  # "x + y = 5" for 5
+            if equations[1] and len(set(_VARIABLE.findall(right.text.partition("=")[0]))) > 1:
+                return False
             texts = [text.rpartition("=")[2] if one else text
                      for text, one in zip(texts, equations, strict=True)]  # fmt: skip
         first, second = map(quantity, texts)
@@ -137,6 +144,8 @@ class _Comparison:
             first = dataclasses.replace(
                 first, value=_times(first.value, ratio * first.factor), factor=1
             )
+        if first.measure + second.measure and "%" in first.value[-1:] + second.value[-1:]:
+            return False
         if first.modulus and second.modulus and first.modulus != second.modulus:
             return False
         return self._value(first, second) or _congruent(first, second)
@@ -247,7 +256,7 @@ def _clock(one: Quantity) -> tuple[int, int] | None:
 
 def _words(text: str) -> str:
     """Words without case, articles and marks; "" for what is no word but mathematics."""
-    plain = re.sub(r"(?i)^(?:it is|it's|there (?:is|are))\s+", "", text.strip(" .,\"'"))
+    plain = re.sub(r"(?i)^(?:it is|it's|there (?:is|are)|it(?= does))\s+", "", text.strip(" .,\"'"))
     if not _WORDS.fullmatch(plain) or set(plain) <= set("xyz "):
         return ""
     if len(plain) == 1:
@@ -256,6 +265,8 @@ def _words(text: str) -> str:
     joined = "".join(
         w.removesuffix("s") if len(w) > 3 else w for w in words if w not in ("the", "a", "an")
     )
+    if re.match("(?:an?)?infinite(?:lymany|number)", joined):
+        return "infinitelymany"
     return _SYNONYMS.get(joined, joined) or plain
 
 
@@ -316,4 +327,18 @@ def _spellings(text: str) -> list[str]:
         parts.append(canonical(f"{match.group(1)} {match.group(2)}"))
     if re.fullmatch(r"[A-Z]'?\([^()]*,[^()]*\)", text):  # the point A(2, 3)
         parts.append(text[text.index("(") :])
-    return compound(text) or parts or [text]
+    return compound(text) or [*parts, *_vector(text)] or [text]
+
+
+def _vector(text: str) -> list[str]:
+    """["(2, -1)"] of "2i - j", a sum of i, j and k; [] of any other."""
+    function = read(text) if _AXIS.search(text) else None
+    if function is None or not function.names <= {"j", "k"}:
+        return []
+    axes, function.work = ("ijk" if "k" in function.names else "ij"), Work()
+    points = [[name == axis for name in axes] for axis in axes]
+    found = [function(dict(zip(axes, map(fractions.Fraction, point), strict=True)))
+             for point in (*points, [0] * len(axes), [1] * len(axes))]  # fmt: skip
+    whole = [one for one in found if isinstance(one, fractions.Fraction)]
+    linear = len(whole) == len(found) and whole[-2] == 0 and sum(whole[:-1]) == whole[-1]
+    return [f"({', '.join(map(str, whole[:-2]))})"] if linear else []

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import re
 
+from dcod_jax.evaluate import prose
 from dcod_jax.evaluate.numerals import IN_CHINESE, IN_WORDS
-from dcod_jax.evaluate.prose import CHANCE, COMPOUND, NUMBER, PRECISION, SPAN, right_side, sentence
+from dcod_jax.evaluate.prose import NUMBER, SPAN, VULGAR, right_side, sentence, value
+from dcod_jax.evaluate.spelling import MONTHS
+from dcod_jax.evaluate.units import measured
 
 _LINE = 2_000  # characters of a line that are searched
 _POWER = r"(?:\^(?:\{[^{}\n]{1,12}\}|\([^()\n]{1,8}\)|-?\w{1,4})|\*\*-?\d{1,3}|[⁰¹²³⁴-⁹⁻]{1,4})"
@@ -18,7 +21,7 @@ _CALL = (
     r"|\\sqrt(?:\[\d\])?\{[^{}\n]{1,40}\}|\\[dt]?frac\{[^{}\n]{1,40}\}\{[^{}\n]{1,40}\}"
     r"|\\pi\b|π|pi\b|\((?:[\d.+*/^·√π −–-]|(?<![A-Za-z])[A-Za-z](?![A-Za-z])){2,40}\))"
 )
-_MORE = r"(?:[eE][-+]?\d{1,3}(?!\w)|\s\d{1,3}[/⁄]\d{1,3}(?![\d/])|[½⅓⅔¼¾⅛])"
+_MORE = rf"(?:[eE][-+]?\d{{1,3}}(?!\w)|\s\d{{1,3}}[/⁄]\d{{1,3}}(?![\d/])|[{VULGAR}])"
 _DIGITS = rf"(?<![A-Za-z0-9_.\\^])(?:{NUMBER}){_MORE}?(?![A-Za-z0-9]*_)"
 _LETTER = r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z'’])"
 _RICH = rf"(?:{_DIGITS}(?:{_LETTER}|[A-Za-z](?![A-Za-z]))?{_POWER}?(?: ?{_CALL}{_POWER}?){{0,3}}"
@@ -34,28 +37,36 @@ _EXPRESSION = re.compile(
     rf"|(?P<long>{_SIGN}{_TERM}(?:(?:{_OPERATOR}|(?=[√\\])){_TERM}){{1,20}})"
     rf"|(?P<product>{_SIGN}{_PRODUCT})"
     rf"|(?P<ordinal>\bthe (?:{NUMBER})(?:st|nd|rd|th)\b)"
-    r"|(?P<time>(?<![A-Za-z0-9_.^])\d{1,3}(?::\d{1,2}){1,3}(?!\d)(?:\s?[apAP]\.?\s?[mM]\b\.?)?"
+    r"|(?P<time>(?<![A-Za-z0-9_.^])\d{1,3}(?::\d{1,2}){1,3}(?!\d)"
+    r"(?:\s?[apAP]\.?\s?[mM]\b\.?| in the (?:morning|afternoon|evening)\b)?"
     r"|(?<![A-Za-z0-9_.^])\d{1,2}\s?[apAP]\.?[mM]\b\.?)"
     rf"|(?P<number>{_SIGN}(?:\\?[$€£¥₹]\s?)?(?<![A-Za-z0-9_.^])"
-    rf"(?:\d{{1,3}}(?: \d{{3}})+(?![\d,]|\.\d)|(?:{NUMBER}){_MORE}?)(?:\s?\\?%)?|[½⅓⅔¼¾⅛])"
+    rf"(?:\d{{1,3}}(?: \d{{3}})+(?![\d,]|\.\d)|(?:{NUMBER}){_MORE}?)"
+    rf"(?:\s?\\?%)?|[-−+]?[{VULGAR}∞])"
 )
 _REAL = r"[-−]?(?:\d[\d.,/]*+|∞|[a-z](?![a-z]))"
 _LESS = r"\s?(?:<=?|≤|>=?|≥|≠)\s?"
 _BRACKETS = r"[\[(][^()\[\]\n]{1,30},[^()\[\]\n]{1,30}[\])]"
 _COMPARISON = r"\$[^$\n]{1,60}[<>≤≥][^$\n]{0,60}\$"
+_MONTH = rf"(?:{MONTHS}|(?:Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec)\b\.?)"
 # What is one answer although it has words or several numbers in it.
 _WHOLE = re.compile(
-    rf"(?<!\d)(?:{CHANCE}|{COMPOUND}|(?:\d+/\d+|\d*√\d+|\d*π) ?≈ ?\d*\.\d+)"
-    r"|(?<=ratio is )\d+ to \d+|(?<=ratio of )\d+ to \d+"
+    rf"(?<!\d)(?:{prose.CHANCE}|{prose.COMPOUND}|(?:\d+/\d+|\d*√\d+|\d*π) ?≈ ?\d*\.\d+)"
+    r"|(?<=ratio is )\d+(?: to | ?: ?)\d+|(?<=ratio of )\d+(?: to | ?: ?)\d+"
+    rf"|\b{_MONTH} \d{{1,2}}(?:st|nd|rd|th)?(?:, \d{{4}})?\b"
+    rf"|\b\d{{1,2}}(?:st|nd|rd|th)? (?:of )?{_MONTH}(?: \d{{4}})?\b"
+    rf"|\b[a-z] is (?:less|greater|more) than (?:or equal to )?{_REAL}"
     rf"|{_REAL}{_LESS}[a-z]{_LESS}{_REAL}"
     rf"|\b[a-z]{_LESS}{_REAL},? (?:and|or) [a-z]{_LESS}{_REAL}"
-    rf"|{_BRACKETS}(?:\s?(?:∪|U)\s?{_BRACKETS})+|{_COMPARISON} (?:and|or) {_COMPARISON}"
+    rf"|{_BRACKETS}(?:(?:\s?(?:∪|U)\s?|, (?:and )?|,| and | or ){_BRACKETS})+"
+    rf"|{_COMPARISON} (?:and|or) {_COMPARISON}"
 )
 _RESULT = re.compile(r"[=≈]\s*(?:\\?[$€£¥₹]\s?)?(?=[-−–]?[\d.])")
+_LIST = re.compile(r"[:;]\s|[a-z]\s+[-+]?\d[^,]*(?:,|\bor\b)")
 _JOINS = re.compile(r"\s*(?:[,，、或和]|,?\s*\b(?:and|or)\b)\s*(?:[a-z]\s*=\s*)?")
-_COMPARED = re.compile(r"(?<![A-Za-z])[a-z]\s*(?:[<>]=?|≤|≥)\s*$")
+_COMPARED = re.compile(r"(?<![A-Za-z])[a-z]\s*(?:[<>]=?|[≤≥≦≧⩽⩾≠])\s*$")
 _REJECTED = re.compile(
-    r"(?:\bnot|n't(?: be)?|rather than|instead of|other than|unlike)\s*$", re.IGNORECASE
+    r"(?:\bnot|n't(?: be)?|rather than|instead of|other than|unlike|不是|而非)\s*$", re.IGNORECASE
 )
 _LABELLED = re.compile(
     r"[\s>*#_-]*(?!.*\b(?:is|are|was|gets?|gives?|equals?|becomes?|be|by|to|of|and)\b)"
@@ -68,7 +79,8 @@ _ALIGNED = re.compile(
     re.DOTALL,
 )
 _PHRASE = re.compile(
-    r"\b(?:infinitely many(?: \w+)?|no (?:\w+ )?(?:solutions?|values?|roots?|answer)|"
+    r"\b(?:infinitely many(?: such)?(?: \w+)?|an infinite number of \w+"
+    r"|no (?:\w+ )?(?:solutions?|values?|roots?|answer)|"
     r"do(?:es)? not exist|undefined|impossible|cannot be determined|none of (?:the above|these))\b",
     re.IGNORECASE,
 )
@@ -89,12 +101,17 @@ _VERDICT = re.compile(
     re.IGNORECASE,
 )
 _NAME = re.compile(
-    r"\b(?:is|was|be) [*\"]*([A-Z][a-z]+(?: [A-Z][a-z]+){0,3})[.!*\"]*$"
+    r"\b(?:is|was|be) [*\"]*([A-Z][A-Za-z]+(?: [A-Z][a-z]+){0,3})[.!*\"]*$"
     r"|\b((?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day|January|February|March|April|June|July"
     r"|August|September|October|November|December)[.!*]*$"
 )
 # What stands behind an answer and has numbers of its own.
 _ASIDE = re.compile(
+    r"(?<=\d) (?:such )?(?:(?!is|are|was|and|or|by|more|less)[a-z]+ ){1,3}(?:between|less than"
+    r"|greater than|smaller than|below|under|up to|at most|not exceeding) "
+    r"(?!.*\b(?:is|are|so|has|have|gives|we|then)\b)[^=:]*$"
+    r"|(?<=\d) (?:out )?of (?:the|these|those) \d+(?! ?[=/])[^=\d]*$"
+    r"|, not (?:[A-Z][a-z]+|\$?-?\d+\$?)(?=[.!]?$)|"
     r"(?<=\d)(?: [a-z]+)?,? (?:after|found) (?!.*\b(?:is|are|was|were|has|have|he|she|it)\b)"
     r"[^.!?'=]*(?=[.!?]?\s*$)"
     r"|\[\d{1,2}\](?=[\s.,]|$)"
@@ -111,22 +128,47 @@ _ASIDE = re.compile(
 )
 
 
+# One short line: it begins as mathematics does, or is a word or a name.
+_LONE = re.compile(
+    r"(?:[-+−±]?(?:[.(\[{$€£¥₹½…∞√πℝ]|\d(?!\d?:\d\d)|\\(?!\w*box|begin))"
+    r"|(?:log|ln|sin|cos|tan|plus or|(?:the )?(?:square|cube) root)(?![a-z])"
+    r"|(?i:[a-z]{1,2})\s?[-+*/^(<>≤≥≠≧]|(?!(?:[Ss]orry|[Uu]nsure)\b)(?=[^\d\u3040-\ud7a3]{1,40}\Z)"
+    r"(?:[^\W_]\S*|[A-Z]\S*(?: (?:and |of |the )?[A-Z]\S*){1,3}|(?i:an?|one|the)[ -]\w+)[.!]?\Z)"
+    r"[^\n]{0,60}"
+)
+
+
+_NOT_LONE = (prose.VERB, _REFUSED, _WHOLE, _NAME, _PHRASE, _LIST)
+
+
+def lone(text: str) -> str:
+    """The answer that a text of one short line is: "half", "$2K", "2 dozen"; "" for any other."""
+    text = text.strip().strip("*_`># ")
+    words = text.replace("=", "")
+    if (
+        _LONE.fullmatch(text) is None
+        or any(pattern.search(words) for pattern in _NOT_LONE)
+        or len(sentence(text)) < len(text.rstrip(".!"))
+    ):
+        return ""
+    return value(text) if words == text else text if right_side(text) == text else ""
+
+
 def last_expression(text: str) -> str:
     """The last number with the expression that it stands in: "is 16/9." -> "16/9"; "": none."""
     if "\\begin" in text:
         text = _ALIGNED.sub(_rows, text)
     text = _DISPLAY.sub(lambda m: f" ${' '.join((m.group(1) or m.group(2)).split())}$ ", text)
     for whole in reversed(text.splitlines()):
-        line = PRECISION.sub("", _ASIDE.sub("", whole[-_LINE:]))
+        line = prose.PRECISION.sub("", _ASIDE.sub("", whole[-_LINE:]))
         if refusal := _REFUSED.search(line):
             known = re.search("be determined|information|data", refusal.group(0))
             return "cannot be determined" if known else ""
         if match := _VERDICT.match(line):
             return match.group(1) or match.group(2)
         found = [m for m in _EXPRESSION.finditer(line)
-                 if re.search(r"[\d½⅓⅔¼¾⅛]", m.group(0)) or m.lastgroup == "span"]  # fmt: skip
-        stated = [m for m in found if not _REJECTED.search(line, 0, m.start())]
-        found = stated or found
+                 if re.search(rf"[\d{VULGAR}∞]", m.group(0)) or m.lastgroup == "span"]  # fmt: skip
+        found = [m for m in found if not _REJECTED.search(line, 0, m.start())]
         best = next((m for m in reversed(found) if m.lastgroup != "ordinal"), None)
         best = best or (found[-1] if found else None)
         if phrase := _PHRASE.search(sentence(line[best.end() if best else 0 :])):
@@ -136,6 +178,9 @@ def last_expression(text: str) -> str:
         if best is None:
             if match := _NAME.search(line.strip()):
                 return match.group(1) or match.group(2)
+            lead = re.sub(r"(?:so|thus|hence|therefore),? ", "", line.strip(), count=1, flags=re.I)
+            if match := prose.SUBJECT.match(lead):
+                return match.group(1)
             words = [m.group(0) for p in (IN_WORDS, IN_CHINESE) for m in p.finditer(line)]
             if words:
                 return words[-1]
@@ -165,7 +210,7 @@ def _with_neighbours(line: str, found: list[re.Match[str]], best: re.Match[str])
             and best.end() <= whole.end()
             and best.group(0) != whole[0]
         ):
-            return whole.group(0).replace("$", "")
+            return whole[0] if whole[0].count("$") % 2 else whole[0].replace("$", "")
     items, start = [_bare(best)], best.start()
     if re.match(r" ?[-−–] ", best.group(0)) and _LABELLED.fullmatch(line[: best.start()]):
         items = [items[0].lstrip("-−– ")]  # "Total - 12"
@@ -176,8 +221,12 @@ def _with_neighbours(line: str, found: list[re.Match[str]], best: re.Match[str])
     opening, closing = line[:start][-1:], line[best.end() : best.end() + 1]
     if len(items) > 1 and opening and closing and opening in "([" and closing in ")]":
         return f"{opening}{', '.join(items)}{closing}"
+    if len(items) > 1:
+        return ", ".join(items)
+    if best.lastgroup == "number" and items[0][-1].isdigit():
+        items[0] += measured(line[best.end() :])
     relation = _COMPARED.search(line[:start])
-    return f"{relation.group(0)}{items[0]}" if relation and len(items) == 1 else ", ".join(items)
+    return f"{relation.group(0)}{items[0]}" if relation else items[0]
 
 
 def _bare(match: re.Match[str]) -> str:

@@ -21,6 +21,7 @@ from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.generations import Generation
 from dcod_jax.evaluate.spelling import canonical
 from dcod_jax.evaluate.statistics import bootstrap_interval, share_interval, wilson
+from dcod_jax.evaluate.units import quantity
 
 SUBSETS = 2_000  # majority votes of one problem: of all subsets, or of this many drawn ones
 Rows = Mapping[str, Mapping[str, Any]]  # model -> what `measure` returns
@@ -109,15 +110,16 @@ def pass_at_k(total: int, correct: int, k: int) -> float:
 
 
 def vote_key(answer: str | None) -> Hashable:
-    """Equal for answers that count as one in a vote: spelling and number format do not matter.
+    """Equal for answers that count as one in a vote: spelling, number format, unit do not matter.
 
-    "18.0", "$18$" and "18" are one; "1/2" and "0.5" are two, as no algebra is done.
+    "18.0", "$18$" and "18 m" are one; "1/2" and "0.5" are two, as no algebra is done.
     """
     if answer is None:
         return None
-    text = re.sub(r"\s", "", canonical(answer))
+    one = quantity(canonical(answer))
+    text = re.sub(r"\s", "", one.value)
     try:
-        value = float(text)
+        value = float(text) * one.factor
     except ValueError:
         return text
     return value if math.isfinite(value) else text

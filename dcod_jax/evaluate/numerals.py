@@ -21,14 +21,8 @@ _FRACTION = re.compile(
     r"|(\d{1,60})\s*[/:]\s*(\d{1,60}))"
 )
 
-MULTIPLIERS = {
-    "dozen": 12,
-    "hundred": 10**2,
-    "thousand": 10**3,
-    "million": 10**6,
-    "billion": 10**9,
-    "trillion": 10**12,
-}
+MULTIPLIERS = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6,
+               "billion": 10**9, "trillion": 10**12}  # fmt: skip
 _UNITS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
     "fifteen sixteen seventeen eighteen nineteen"
@@ -52,8 +46,9 @@ _PART = rf"(?:{'|'.join(_PARTS)})s?(?![A-Za-z])"
 # "minus twelve", "two thirds", "one hundred and five", "2 and a half", "half", "a dozen"
 _SPELLED = re.compile(
     rf"(?P<sign>(?:minus|negative) )?(?:(?P<top>an?|{_WORD})[ -](?P<part>{_PART})|(?P<half>half)\b"
-    rf"|(?:(?P<whole>\d+|{_WORD}(?:(?:[ -]| and ){_WORD})*)"
-    r"|an?(?= (?:dozen|hundred|thousand|million)\b))"
+    rf"|(?:(?:an? (?={'|'.join(MULTIPLIERS)}))?"
+    rf"(?P<whole>\d+|{_WORD}(?:(?:[ -]| and ){_WORD})*(?![ -]{_PART}))"
+    r")"
     rf"(?P<dozen> ?dozen)?"
     rf"(?: and (?P<more>an?|{_WORD})[ -](?P<rest>{_PART}))?)"
     r"(?=$|[ ,.%](?!\d))(?P<unit> percent(?![a-z]))?(?:(?: of)? an?(?= [a-z]))?"
@@ -166,7 +161,7 @@ def _from_words(match: re.Match[str]) -> str:
     elif match.group("half"):
         value = fractions.Fraction(1, 2)
     else:
-        value = fractions.Fraction(_counted(match.group("whole") or "one"))
+        value = fractions.Fraction(_counted(match.group("whole")))
         value *= 12 if match.group("dozen") else 1
         if match.group("rest"):
             value += _fraction(match.group("more"), match.group("rest"))

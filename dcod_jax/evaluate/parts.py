@@ -25,7 +25,9 @@ _SET_BUILDER = re.compile(
     r"(?:\\\{)?\s*([A-Za-z])\s*(?:\\in\s*(?:\\mathbb\{R\}|R))?\s*(?:\||:)\s*(.*?)(?:\\\})?",
     re.DOTALL,
 )
-_MEMBER = re.compile(r"[A-Za-z]\s*\\in\s*(?=[(\[\]]|\\mathbb|\\\{)")
+_MEMBER = re.compile(
+    r"(?:[A-Za-z]|\([a-z](?:,\s*[a-z])+\))\s*\\in\s*(?=[(\[\]]|\\mathbb|\\\{|\\empty)"
+)
 _RELATION = re.compile(r"\s*(\\le|\\ge|\\ne|<|>)\s*")
 _CONJUNCTION = r"\\(?:land|wedge)(?![A-Za-z])"
 _SEPARATOR = re.compile(
@@ -35,7 +37,9 @@ _SEPARATOR = re.compile(
 )
 _AND = re.compile(rf"\band\b|{_CONJUNCTION}", re.IGNORECASE)
 _ENUMERATED = re.compile(r"^\(?(?:[a-e]|i{1,3}|iv|[1-5])\)\s+(?=\S)")  # "(a) 3, (b) 4"
-_EXCLUDED = re.compile(r"([A-Za-z](?:_\{?\w\}?)?)\s*\\ne\s*([^<>=]*[,;]|\\pm)([^<>=]*)")
+_EXCLUDED = re.compile(
+    r"([A-Za-z](?:_\{?\w\}?)?)\s*(?:\\ne\s*(?=[^<>=]*[,;]|\\pm)|\\not\s*\\?in(?![a-z]))([^<>=]*)"
+)
 _SETS = {
     "∪": re.compile(r"\\cup(?![A-Za-z])"),
     "∩": re.compile(r"\\cap(?![A-Za-z])"),
@@ -47,11 +51,12 @@ _SETS = {
 _COMMA = re.compile("[,;]")
 _OUTSIDE = re.compile(r"([\[\]])([^\[\]]+[,;][^\[\]]+)([\[\]])")  # ]1,3[ for (1,3)
 _MATRIX = re.compile(
-    r"\s*\(?\\begin\{(?P<kind>[pbB]?matrix|smallmatrix|array|cases|aligned|gathered)\*?\}"
-    r"(?:\{[clr| ]*\})?(?P<rows>.*)\\end\{(?P=kind)\*?\}\)?",
+    r"\s*[(\[]?\\begin\{(?P<kind>[pbBv]?matrix|smallmatrix|array|cases|aligned|gathered)\*?\}"
+    r"(?:\{[clr| ]*\})?(?P<rows>.*)\\end\{(?P=kind)\*?\}[)\]]?",
     re.DOTALL,
 )
 _TRANSPOSED = re.compile(r"(?<=[)\]])\s*\^\s*\{?\s*(?:T|\\top|\\intercal)\s*\}?$")
+_MOST_ROWS = 4  # of a determinant
 _WHOLE_LINE = {"\\mathbb{r}", "allrealnumbers", "allreals", "allrealvalues", "realnumbers"}
 _EMPTY = {"\\{\\}", "\\emptyset", "emptyset", "theemptyset"} | {
     f"no{kind}solution{end}" for kind in ("", "real") for end in ("", "s")
@@ -126,6 +131,8 @@ def _matrix(match: re.Match[str], text: str) -> Parsed:
     rows = [row.strip() for row in re.split(r"\\\\", match.group("rows")) if row.strip()]
     if match.group("kind") in ("cases", "aligned", "gathered"):
         return parse(", ".join(row.replace("&", "").rstrip(",;. ") for row in rows))
+    if match.group("kind") == "vmatrix":
+        return Parsed(_determinant([row.split("&") for row in rows[:_MOST_ROWS]]) or text)
     cells = [tuple(parse(cell) for cell in row.split("&")) for row in rows]
     if len(rows) == 1:
         (row,) = cells
@@ -133,6 +140,17 @@ def _matrix(match: re.Match[str], text: str) -> Parsed:
     if all(len(row) == 1 for row in cells):
         return Parsed(text, "column", tuple(row[0] for row in cells))
     return Parsed(text, "[]", tuple(Parsed(text, "[]", row) for row in cells))
+
+
+def _determinant(rows: list[list[str]]) -> str:
+    """Laplace's expansion along the first row, as an expression; "" of what is not square."""
+    if not rows or any(len(row) != len(rows) for row in rows):
+        return ""
+    if len(rows) == 1:
+        return rows[0][0]
+    minors = ([row[:k] + row[k + 1 :] for row in rows[1:]] for k in range(len(rows)))
+    terms = zip(itertools.count(), rows[0], map(_determinant, minors), strict=False)
+    return "+".join(f"(-1)^{k}({cell})({minor})" for k, cell, minor in terms)
 
 
 def _scaled(parsed: Parsed, factor: str) -> Parsed:
@@ -162,8 +180,8 @@ def _several(text: str, parts: list[str]) -> Parsed:
 
 def _whole(text: str) -> Parsed | None:
     """What is no list, whatever separators it has: a known set, a matrix, a set builder."""
-    squeezed = text.replace(" ", "").lower()
-    if squeezed in _WHOLE_LINE:
+    squeezed = re.sub("^there(?:is|are)", "", text.replace(" ", "").lower())
+    if squeezed in _WHOLE_LINE or text == "R":
         return _line(text)
     if re.fullmatch(r"[a-z]\\in(?:\\mathbb\{r\}|r)", squeezed):
         return dataclasses.replace(_line(text), variable=text[0])
@@ -193,8 +211,7 @@ def _whole(text: str) -> Parsed | None:
             else None
         )
     if match := _EXCLUDED.fullmatch(text):
-        left_out = parse(f"{match.group(2)}{match.group(3)}")
-        return Parsed(text, "∖", (_line(text), left_out), match.group(1))
+        return Parsed(text, "∖", (_line(text), parse(match.group(2))), match.group(1))
     return None
 
 
@@ -225,6 +242,8 @@ def parse(text: str) -> Parsed:
         parts = split(content, _COMMA)
         if brackets == "()" and len(parts) == 1:  # each part is parsed once: brackets may be deep
             return parse(content)
+        if brackets == "{}" and len(parts) == 1 and (one := parse(content)).ends == "()":
+            return one
         if len(parts) > 1 or brackets == "{}":
             ends = "column" if _TRANSPOSED.search(text) else brackets
             return Parsed(text, ends, tuple(map(parse, parts)))

@@ -10,6 +10,8 @@ import json
 import re
 from typing import Any
 
+from dcod_jax.evaluate.units import measured
+
 READ = 600  # characters behind a mark
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|\.\d+"
 SPAN = r"(?<!\\)\$(?!\d[\d.,]*\s+[a-z]{2,}\s)(?:\\.|[^$\\\n]){1,200}\$|\\\([^\n]{1,200}?\\\)"
@@ -19,16 +21,18 @@ CHANCE = (
     r"(?=\s*(?:$|[.,;!?)*]|chance|probability))(?: chance)?"
 )
 _MEASURE = (
-    r"(?:hours?|hrs?|h|minutes?|mins?|seconds?|secs?|days?|weeks?|months?|years?|dollars?|cents?"
+    r"(?:hours?|hrs?|h|minutes?|mins?|seconds?|secs?|s|days?|weeks?|months?|years?|dollars?|cents?"
     r"|feet|foot|ft|inch(?:es)?|pounds?|lbs?|ounces?|oz|kg|g|km|m|cm|meters?|in(?=\.?$))(?![A-Za-z])"
 )
 COMPOUND = (
     rf"(?:(?:{NUMBER})\s?{_MEASURE}|\$(?:{NUMBER}))"
     rf"(?:\.?,? (?:and )?(?:{NUMBER})\s?{_MEASURE}){{1,3}}"
 )
+# "A, C", "A and (C)", "AC"
+LETTERS = r"\(?[A-H](?:\)?(?:, ?(?:and )?| and | ?& ?|、|和|)\(?[A-H](?![A-Za-z'])){1,7}"
 _VALUE = (
     rf"(?:[-+−–]\s?|(?:minus|negative)\s)?(?:\\?[$€£¥₹]\s?)?(?:{NUMBER})"
-    rf"(?:/(?:{NUMBER})|:\d\d(?!\d))?(?:\s?\\?%|°|\s?[apAP]\.?[mM]\b\.?)?"
+    rf"(?:/(?:{NUMBER})|:\d\d(?!\d))?(?:\s?\\?%|°|¢|[万亿]|\s?[apAP]\.?[mM]\b\.?)?"
 )
 _STOP = re.compile(
     r"(?P<math>\$(?!\d[\d.,]*\s+[a-z]{2,}\s)(?:\\.|[^$\\\n]){1,300}\$|\\\(.{1,300}?\\\))|(?P<short>\b(?:Mr|Mrs|Ms|Dr|St|Prof|Jr|Sr|Mt|vs|"
@@ -42,12 +46,13 @@ _LEADING = re.compile(
 _LEAD = re.compile(
     r"(?:that|simply|just|therefore|thus|clearly|equal to|equals|given by|approx(?:imately|\.)?|"
     r"about|either|both|around|exactly|option|choice|indeed|now|then|hence|is:?|"
-    r"an?(?= \d)|=|:)\s+(?=\S)",
+    r"an?(?= \d)|the(?= \d+(?:st|nd|rd|th))|=|:),?\s+(?=\S)",
     re.IGNORECASE,
 )
 _CLAUSE = re.compile(
-    r"(?<=\S)(?:,\s*|\s+)\(?(?:because|since|so that|so|which|when|where|if|as|but|(?:and )?not|"
-    r"after|instead|assuming|given that|while|whereas|rather)\b.*|，?因为.*",
+    r"(?<=\S)(?:,\s*|\s+)\(?(?:because|since|so that|so|which|when|where|if|as|but|"
+    r"(?<!(?-i:[a-z]) )(?:and )?not|after|instead|assuming|given that|while|whereas|rather)\b.*"
+    r"|[，,（(]?(?:因为|而?不是|而非).*",
     re.IGNORECASE | re.DOTALL,
 )
 _NOT_BUT = re.compile(
@@ -61,24 +66,34 @@ PRECISION = re.compile(
     r"|\w+ (?:significant (?:figures?|digits?)|decimal places?|decimals?|d\.?p|s\.?f)\b\.?)\)?",
     re.IGNORECASE,
 )
-_VERB = re.compile(
+VERB = re.compile(
     r"(?<!\\)\b(?:is|are|was|were|be|has|have|had|needs?|gets?|makes?|made|pays?|paid|costs?|earns?|earned|"
     r"takes?|took|spends?|spent|equals?|becomes?|remains?|left|contains?|weighs?|sells?|sold|buys?|"
     r"bought|saves?|saved|eats?|ate|runs?|ran|gives?|gave|receives?|received|owes?|should|will|can)\b"
-    r"|="
+    r"|(?<![<>!])="
 )  # fmt: skip
+SUBJECT = re.compile(  # "Mrs. Hilt has more"
+    r"(?!(?:It|This|That|There|The|Th[eo]se|Yes|No|He|She|They|We|You|Both|None|Each|All|Neither"
+    r"|What|Who|Which|How) )"
+    r"((?:[A-Z][a-z]+\.? )*[A-Z][a-z]+) (?:is|was|has|had|have|will|wins|won|runs|ran|gets|got)\b"
+)
 _OTHER_VERB = re.compile(
     r"\b(?!radius|plus|minus|times|units|less|axis|is|class|bus|towards|degrees)[a-z]+(?:s|ed) "
     r"(?=\$?\d)"
 )
 _MULTIPLIER = re.compile(
     r"\s*\b(?:dozen|hundred|thousand|million|billion|trillion|percent|times|half|over|plus|"
-    r"(?:or|and|to) (?:\D?\d|a|half)|minus|squared|cubed|[ap]\.?m)\b",
+    r"(?:or|and|to) (?:\D?\d|a|half)|minus|squared|cubed|x 10|in base|[ap]\.?m)\b",
     re.IGNORECASE,
+)
+_REMARK = re.compile(  # a word, a remark
+    r"[*_]{0,2}(?:,?\s+\(?[^\W\d_]|\.?$|;\s+[a-z]|:\s\d+ [a-z]|\s?[—–]\s?[a-z]"
+    r"|\s\([^()]*[A-Za-z]{3})"
 )
 _LETTERED = re.compile(
     r"[*_]{0,2}\(?[A-J]\)?[*_]{0,2}[.):][*_]{0,2}\s+\S[^\n]{0,80}$", re.MULTILINE
 )
+VULGAR = "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
 JSON_KEY = re.compile(
     r"""["'](?:(?:final|the|correct)[_ ]?)?(?:answer|result|solution|choice)["']\s*:\s*""",
     re.IGNORECASE,
@@ -170,7 +185,7 @@ def value(text: str) -> str:
         return match.group(0).replace("*", "")
     if match := _NOT_BUT.match(text):
         text = text[match.end() :]
-    words = sentence(text.partition("\n")[0]).strip("*_` ").removesuffix("\\").strip()
+    words = sentence(text.partition("\n")[0]).strip("*_`, ").removesuffix("\\").strip()
     for _ in range(3):
         words = _LEAD.sub("", words, count=1) if _LEAD.match(words) else words
     words = PRECISION.sub("", words)
@@ -178,19 +193,24 @@ def value(text: str) -> str:
     if re.search("[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7a3]", words):
         if match := re.match(rf"({SPAN}|{_VALUE})\s*(?:[，,]|$)", words):
             return match.group(1).strip()
-        if numbers := list(re.finditer(rf"{SPAN}|{_VALUE}", words)):
+        several = rf"({SPAN}|{_VALUE})(?:\s*[、和或]\s*({SPAN}|{_VALUE}))*"
+        if numbers := list(re.finditer(several, words)):
             return numbers[-1].group(0).strip()
     if re.fullmatch(r"[^()]*\d[^()]* \([A-J]\)", words):
         return words
+    if choices := re.match(rf"({LETTERS})[)*]* (?:are|is)\b", words):
+        return choices.group(1)
+    if not re.search(r"\d", words) and (name := SUBJECT.match(words)):
+        return name.group(1)
     found = _number_of(words) or words
-    return re.sub(r"^\$([^$]+)\$?$", r"\1", found)
+    return re.sub(r"^\$([^$]+)\$(?=$| [a-z]+$)|^\$(?=[\d.,]+(?: [a-z]+)?$)", r"\1", found)
 
 
 def _number_of(words: str) -> str | None:
     """The value that a sentence states; None where it is not known to be a number."""
     if (leading := _before_words(words)) is not None:
         return leading
-    if len(words.split()) > 3 and (verb := _VERB.search(words) or _OTHER_VERB.search(words)):
+    if len(words.split()) > 3 and (verb := VERB.search(words) or _OTHER_VERB.search(words)):
         for place in range(verb.end(), len(words)):
             if (leading := _before_words(words[place:].strip())) is not None:
                 return leading
@@ -216,6 +236,4 @@ def _before_words(text: str) -> str | None:
     after = match.group(2)
     if re.search(r"\band\s+\D?\d", after):  # "5 apples and 6 oranges"
         return None
-    return (
-        match.group(1).strip() if re.match(r"[*_]{0,2}(?:,?\s+\(?[A-Za-z]|\.?$)", after) else None
-    )
+    return match.group(1).strip() + measured(after) if _REMARK.match(after) else None

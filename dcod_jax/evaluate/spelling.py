@@ -38,20 +38,22 @@ _WITH_ARGUMENT = [(re.compile(rf"\\(?:{pattern})"), new) for pattern, new in (
     (r"q?quad\s*(?:and\s*)?(?=[-\d]|\\frac|\([a-z]\))", ", "),
     (r"(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?", ""),
     (r"mu(?![A-Za-z])\s*(?=[A-Za-z])", "u"),
+    (r"(?:mathbb|Bbb)\s*\{?\s*([A-Z])\s*\}?", r"\\mathbb{\1}"),
 )]  # fmt: skip
 _COMMAND = re.compile(r"\\([A-Za-z]+|[,;:> ()\[\]%#&])")
 _COMMANDS = {name: new for new, names in {
     "": "tiny small normalsize large Large LARGE huge Huge checkmark underline ensuremath "
-        "displaystyle limits boldsymbol bf rm it ( ) [ ]",
+        "displaystyle limits boldsymbol bf rm it hat vec ( ) [ ]",
     " ": "quad qquad enspace thinspace , ; : >",
     r"\frac": "dfrac tfrac cfrac nicefrac sfrac xfrac",
     r"\binom": "dbinom tbinom",
     r"\le ": "leqslant leqq leq le",
     r"\ge ": "geqslant geqq geq ge",
     r"\ne ": "neq ne",
-    r"\emptyset ": "varnothing empty",
+    r"\emptyset ": "varnothing empty O",
     r"^\circ ": "degree degrees",
     "...": "ldots cdots dots",
+    **{"i": "imath", "j": "jmath", r" \\ ": "cr"},
     "|": "mid vert lvert rvert",
     "￥": "textdollar dollar",
     "€": "euro euros",
@@ -60,7 +62,8 @@ _COMMANDS = {name: new for new, names in {
     **{sign: sign for sign in "%#&"},
 }.items() for name in names.split()} | {" ": " "}  # fmt: skip
 EQUALS = re.compile(r"(?<![<>!=])=(?!=)")
-_MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
+MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
+_THOUSAND = {"k": "thousand", "m": "million", "b": "billion"}
 _THOUSANDS = [
     re.compile(r"(?<=\d)\s*(?:\{,\}|,\\!)\s*(?=\d{3}(?!\d))"),
     re.compile(r"(?<=\d)(?:\\[,;: ]|~)\s*(?=\d{3}(?!\d))"),
@@ -84,34 +87,11 @@ _MIXED = re.compile(
     r"(?<![\d.,/^_\w}])(\d{1,9})"
     r"(?: (\d{1,9})/(\d{1,9})|\s*\\frac\{(\d{1,9})\}\{(\d{1,9})\})(?![\d/.])"
 )
-_ORDINAL = re.compile(r"(?<=\d)\s*\^?\s*\{?\s*(?:st|nd|rd|th)(?![A-Za-z])\s*\}?")
+_ORDINAL = re.compile(r"(?<=\d)\s*\^?\s*\{?\s*(?:st|nd|rd|th)(?![A-Za-z])(?:\s*\})?")
 _REPEATING = re.compile(
     r"(\d{1,30})\.(\d{0,30})(?:\\(?:overline|bar|dot)\s*\{?(\d{1,20})\}?|\((\d{1,20})\))"
     r"|(\d{1,30})\.(\d{0,20}?)(\d{1,6}?)\7{2,20}\s*\.\.\."
 )
-
-
-def _over(match: re.Match[str]) -> str:
-    return f"\\{'frac' if match.group(2) == 'over' else 'binom'}{{{match[1]}}}{{{match[3]}}}"
-
-
-def _integer_variable(match: re.Match[str]) -> str:
-    """k\\pi, k \\in Z -> n\\pi: the name of a variable that is any integer does not count."""
-    return re.sub(rf"(?<![A-Za-z\\]){match.group(2)}(?![A-Za-z])", "n", match.group(1))
-
-
-def _imaginary(match: re.Match[str]) -> str:
-    """sqrt(3)*I/2, as SymPy writes it."""
-    return match.group(0).replace("I", "i")
-
-
-def _month(match: re.Match[str]) -> str:
-    return next(month for month in _MONTHS.split("|") if month.startswith(match.group(1)))
-
-
-def _large(match: re.Match[str]) -> str:
-    name = {"k": "thousand", "m": "million", "b": "billion"}[match.group(2)[0].lower()]
-    return f"{match.group(1)} {name}"
 
 
 _REWRITTEN = [(re.compile(pattern), new) for pattern, new in (  # its one spelling
@@ -119,22 +99,39 @@ _REWRITTEN = [(re.compile(pattern), new) for pattern, new in (  # its one spelli
     (r"^=\s*", ""),
     (r"(^|[(\[,=])\s*\+\s*(?=\S)", r"\1"),
     (r"(?:^|\{)((?:[^{}]|\{[^{}]*\})*?)\\(over|choose)(?![A-Za-z])"
-     r"((?:[^{}]|\{[^{}]*\})*)(?:\}|$)", _over),
+     r"((?:[^{}]|\{[^{}]*\})*)(?:\}|$)",
+     lambda m: f"\\{'frac' if m[2] == 'over' else 'binom'}{{{m[1]}}}{{{m[3]}}}"),
     (r"(?<![\w\\])(?:\{\}\s*)?[_^]?\s*\{?(\d+)\}?\s*([CP])\s*_?\{?(\d+)\}?(?!\w)", r"\2(\1,\3)"),
-    (r"(?<![A-Za-z\\])([CP])_\{?(\w)\}?\^\{?(\w)\}?(?!\w)", r"\1(\2,\3)"),
-    (r"(?<![A-Za-z\\])([CP])\^\{?(\w)\}?_\{?(\w)\}?(?!\w)", r"\1(\3,\2)"),
-    (r"(?<=\S)\s*\+\s*c$", " + C"),
-    (r"^(.*?[^,\s(])[\s,(]*(?:(?:where|for|with) )?(?:(?:any|some|all) )?(?:integers? )?"
-     r"(?<![A-Za-z])([a-z])\s*"
-     r"(?:\\in\s*(?:\\mathbb\{Z\}|Z)|(?:is|are) (?:an |any )?integers?)\)?$", _integer_variable),
+    (r"(?<![A-Za-z\\])([CP])_\{?(\w{1,3})\}?\^\{?(\w)\}?(?!\w)", r"\1(\2,\3)"),
+    (r"(?<![A-Za-z\\])([CP])\^\{?(\w)\}?_\{?(\w{1,3})\}?(?!\w)", r"\1(\3,\2)"),
+    (r"(?<=\S)\s*\+\s*(?:c|const\.?|constant)$", " + C"),
+    (r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?", r"\\overline{\1\2\3}"),
+    (r"(?<!\d)\.(?=\\(?:overline|bar|dot))", "0."),
+    (r"(?<=\d)万", r" \\times 10^4"),
+    (r"(?<=\d)亿", r" \\times 10^8"),
+    (r"^0b([01]+)$", r"\1_{2}"),
+    (r"(?i)^(?:0x([\da-f]+)|([\da-f]+)_\{?1[1-6]\}?)$",
+     lambda m: f"{m[1].upper()}_{{16}}" if m[1] else m[0].upper()),
+    (r"(?:the )?(square|cube) root of (\d+|[a-z])(?!\w)",
+     lambda m: f"\\sqrt{'[3]' if m[1] == 'cube' else ''}{{{m[2]}}}"),
+    (r"(?<=\d) times (?=[\d\\])", r" \\cdot "),
+    (r"^(?:plus or minus|plus/minus)|\+/-", r"\\pm "),
+    (r"\blog(2|10)\s*(?=\()", r"\\log_{\1}"),
+    (r"(?<=\d) (?:o'clock )?in the (morning|afternoon|evening)$",
+     lambda m: " am" if m[1] == "morning" else " pm"),
+    # k\pi, k \in Z -> n\pi: the name of a variable that is any integer does not count.
+    (r"^(.*?[^,\s(])[\s,(]*(?:(?:where|for|with) )?(?:(?:any|some|all|every) )?(integers? )?"
+     r"(?<![A-Za-z])([a-z])\s*(?:\\in\s*(?:\\mathbb\{Z\}|Z)|(?:is|are) (?:an |any )?integers?"
+     r"|(?(2)|(?!)))\)?$", lambda m: re.sub(rf"(?<![A-Za-z\\]){m[3]}(?![A-Za-z])", "n", m[1])),
     (r"(?<![A-Za-z])(?:US|USD|A|AU|C|CA|HK|NZ|S)\s*(?=￥)", ""),
     (r"(?<![A-Za-z])USD\s*(?=\d)", "￥"),
     (r"^(?:AUD|CAD|EUR|GBP|INR|RMB|CNY|JPY|HKD|NZD)\s*(?=\d)", ""),
-    (r"(?<=[￥€£])([\d.,]+)\s*([kKM]|mn|bn)$", _large),
+    (r"(?<=[￥€£])([\d.,]+)\s*([kKMB]|mn|bn)$",
+     lambda m: f"{m[1]} {_THOUSAND[m[2][0].lower()]}"),
     (r"(?<![A-Za-z])Rs\.?\s*(?=\d)", "₹"),
     (r"^(?:#|No\.)\s*(?=\d)", ""),
     (r"^(?:about|approx(?:imately|\.)?|roughly|around|nearly|\\approx|\\sim)\s*(?=[\d.\\-])", ""),
-    (r"(^|, )([A-Z][A-Za-z]+(?: [A-Za-z]+)*): (?=[-\d\\￥])", r"\1\2 = "),
+    (r"(^|, )([A-Za-z]{3,}(?: [A-Za-z]+)*) ?: (?=[-\d\\￥])", r"\1\2 = "),
     (r"(?<=\d) ?, (?:the|an?|which) [a-z ]+$", ""),
     (r"(?<=[A-Za-z}])\s*\\cdot\s*(?=[A-Za-z])", " "),
     (r"_\{\s*base\s*", "_{"),
@@ -142,7 +139,8 @@ _REWRITTEN = [(re.compile(pattern), new) for pattern, new in (  # its one spelli
     (r"^([^A-Za-z]*[\d}])\s*,\s*not\s+\S+$", r"\1"),
     (r"(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup "),
     (r"(?<![A-Za-z\\])(?:infinity|inf|oo)(?![A-Za-z])", r"\\infty "),
-    (r"^(?=.*\d)(?:[-+*/().\d\s^{}I]|\\(?:sqrt|frac|pi))*$", _imaginary),
+    (r"^(?=.*\d)(?:[-+*/().\d\s^{}I]|\\(?:sqrt|frac|pi))*$",
+     lambda m: m[0].replace("I", "i")),  # as SymPy writes it
     (r"^<\s*([^<>]*,[^<>]*)>$", r"\\langle \1\\rangle"),
     (r"\s*\bis (?:greater|more|larger) than\b(?! or)\s*", " > "),
     (r"\s*\bis (?:less|smaller) than\b(?! or)\s*", " < "),
@@ -152,9 +150,10 @@ _REWRITTEN = [(re.compile(pattern), new) for pattern, new in (  # its one spelli
     (r"^(?:12(?::00)? )?noon$", "12:00 pm"),
     (r"^(?:12(?::00)? )?midnight$", "12:00 am"),
     (r"^(\d{1,2})(?::00)? o'clock$", r"\1:00"),
-    (r"\b(Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sep|Oct|Nov|Dec)t?\.?(?= \d|$)", _month),
-    (rf"(?i)^(\d{{1,2}}) (?:of )?({_MONTHS})\b,?", r"\2 \1"),
-    (rf"^({_MONTHS}) (\d{{1,2}}), (\d{{4}})$", r"\1 \2 \3"),
+    (r"\b(Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sep|Oct|Nov|Dec)t?\.?(?= \d|$)",
+     lambda m: next(month for month in MONTHS.split("|") if month.startswith(m[1]))),
+    (rf"(?i)^(\d{{1,2}}) (?:of )?({MONTHS})\b,?", r"\2 \1"),
+    (rf"^({MONTHS}) (\d{{1,2}}), (\d{{4}})$", r"\1 \2 \3"),
     (r"(?<![\w}])\(([\dA-F]+)\)(?=\s*_)", r"\1"),
     (r"(?<=[\dA-F]) (?=_)", ""),
     (r"\{([:.=<>])\}", r"\1"),
@@ -172,7 +171,7 @@ _CHANCE = re.compile(
 _BASES = "two three four five six seven eight nine ten eleven twelve".split()
 _BASE_WORD = re.compile(
     rf"_\s*\{{?\s*\(?({'|'.join(_BASES)}|\d{{1,2}})\)?\s*\}}?"
-    rf"|\s*\(?\bbase[ -]?\s*\{{?({'|'.join(_BASES)}|\d{{1,2}})\b\)?\s*\}}?"
+    rf"|\s*\(?\b(?:in )?base[ -]?\s*\{{?({'|'.join(_BASES)}|\d{{1,2}})\b\)?\s*\}}?"
 )
 
 
@@ -292,13 +291,14 @@ def canonical(answer: str) -> str:
 
     Text stands between spaces; single spaces stay, as they part words.
     """
-    text = without_blanks(answer).strip().strip("*`").strip()
+    text = without_blanks(answer).strip().strip("*`").rstrip("\\").strip()
     for pattern in _THOUSANDS:
         text = pattern.sub("", text)
     # A new row of a matrix; elsewhere a backslash that was escaped twice.
-    text = _ascii(text).replace("\\\\", "\n" if "\\begin" in text else "\\")
+    text = re.sub(r"(\\\\)\s*\[-?[\d.]+\s*[a-z]{2}\]", r"\1", _ascii(text))
+    text = text.replace("\\\\", "\n" if "\\begin" in text else "\\").replace("\\$", "￥")
     # What LaTeX prints as a dollar sign, and one that opens no formula.
-    text = re.sub(r"^(-?)\$(?=[\d.,]+$)", r"\1￥", text.replace("\\$", "￥")).replace("$", "")
+    text = re.sub(r"^(-?)\$(?=[\d.,]+(?:\s?[kKMB]?$| and ))", r"\1￥", text).replace("$", "")
     if "\\" in text:
         for pattern, new in _WITH_ARGUMENT:
             text = pattern.sub(new, text)
@@ -308,7 +308,7 @@ def canonical(answer: str) -> str:
     text = text.replace("<=", r"\le ").replace(">=", r"\ge ").replace("~", " ")
     text = _TRIGONOMETRIC_DEGREES.sub(r"\\\1(\\frac{\\pi}{180}\\cdot \3)", text)
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?\s*([CF])(?![A-Za-z])", r" deg\1", text)
-    text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))", "", text)
+    text = re.sub(r"\^\s*(?:\{\s*(?:\\circ|o)\s*\}|(?:\\circ|o)(?![A-Za-z]))", "", text)
     text = _ORDINAL.sub("", text)
     text = re.sub(r"\s+", " ", _with_braces(text)).strip()
     text = re.sub(r"(?<!\.) ?\.$", "", text)
@@ -318,7 +318,7 @@ def canonical(answer: str) -> str:
     if match := _CHANCE.fullmatch(text):
         text = _chance(match)
     text = in_digits(text)
-    text = _REPEATING.sub(_repeating, text)
+    text = re.sub(r"(\d\.\d+)\s*\.\.\.$", r"\1", _REPEATING.sub(_repeating, text))
     text = _UNDERSCORE_THOUSANDS.sub("", text)
     text = _SPACE_THOUSANDS.sub(lambda m: m.group(0).replace(" ", ""), text)
     text = _MIXED.sub(_mixed, text)

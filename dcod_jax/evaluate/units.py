@@ -51,9 +51,14 @@ _PART = re.compile(
     r"(?:(?P<sign>￥|£)\s*)?(?P<number>\d+(?:\.\d+)?(?:/\d+)?)(?![\d.])"
     r"(?:\s*(?P<unit>(?!and\b)[A-Za-z]+)\.?)?(?:\s*,?\s*(?:and )?\s*(?=[￥£\d])|\s*$)"
 )
+_BEHIND = re.compile(
+    r"(?:\s|(?=[a-z]{2}))(?!in [a-z])(?:(?:square|cubic|sq\.?|cu\.?) )?([A-Za-z]+)"
+    r"(?: ?\^\s?\{?\d\}?|[²³])?(?: ?(?:/|per) ?([A-Za-z]+)(?:\^\{?\d\}?|²)?)?(?![A-Za-z^])"
+)
 _FEET = re.compile(r"(\d+)\s*(?:'|\^\{?\\prime\}?)\s*(\d+(?:\.\d+)?)\s*(?:\"|'')")
 _MODULUS = re.compile(r"\s*\(?\s*\\?[pb]?mod(?:ulo)?\s*[{}]?\s*(\w+)\s*\}?\s*\)?\s*\}?\s*$")
 _POWERS = [
+    (re.compile(r"^times$|(?<=left )over$"), ""),
     (re.compile(r"\bms\s*\^\s*\{?\s*-(\d)\s*\}?"), r"m/s^\1"),
     (re.compile(r"\bof (?:an?|the)\b"), "of"),
     (re.compile(r"\b(?:square|sq)\b\.?\s*([A-Za-z]+)"), r"\1^2"),
@@ -114,7 +119,7 @@ def quantity(text: str) -> Quantity:
     "x" and "2 or 3" have no unit; their value is the whole text.
     """
     modulus = ""
-    text = re.sub(r"(?<=[\d})%])\s*[\u4e00-\u9fff]+$", "", text)  # Chinese measure words
+    text = re.sub(r"(?<=[\d})%])(?:\s*(?=[\u0400-\uffff])[^\W\d_])+$", "", text)  # 12 个, 12 книг
     match = _MODULUS.search(text)
     if match and match.start():
         modulus, text = match.group(1), text[: match.start()].rstrip(" (")
@@ -134,6 +139,14 @@ def quantity(text: str) -> Quantity:
     factor = math.prod(MULTIPLIERS.get(name.lower(), 1) for name in names)
     measure = _measure(words) or _measure(_CANONICAL.get(currency, ""))
     return Quantity(match.group("value").strip(), measure, factor, modulus)
+
+
+def measured(text: str) -> str:
+    """The measure that a text behind a number begins with: " km/h, so" -> " km/h"; else ""."""
+    match = _BEHIND.match(text)
+    if match is None or _unit(match.group(1)) is None:
+        return ""
+    return match.group(0) if _unit(match.group(2) or "s") else text[: match.end(1)]
 
 
 # ---------------------------------------------------------------- one measure in another
@@ -173,7 +186,7 @@ def compound(text: str) -> list[str]:
     if len(counts) < 2 or place < len(plain):
         return []
     units = [unit for unit, _ in counts]
-    if units[0] == "h":  # 2h 30m
+    if units[0] == "h" or units[-1] == "s":  # 2h 30m
         units = ["min" if unit == "m" else unit for unit in units]
     scale = next((s for s in _SCALES if set(units) <= set(s)), None)
     if scale is None or len(set(units)) < len(units):

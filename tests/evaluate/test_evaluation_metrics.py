@@ -71,6 +71,7 @@ def test_majority_of_many_samples_is_drawn_and_near_the_exact_value(monkeypatch)
 
 def test_spellings_of_a_number_vote_together_and_algebra_is_not_done():
     assert metrics.vote_key("$18.0$") == metrics.vote_key("18") == metrics.vote_key("\\text{18}.")
+    assert metrics.vote_key("2 dozen eggs") == metrics.vote_key("24 cm") == 24.0
     assert metrics.vote_key("1/2") != metrics.vote_key("0.5")
     assert metrics.vote_key("nan") == "nan"
     assert metrics.vote_key("inf") == metrics.vote_key("\\infty") == "\\infty"
