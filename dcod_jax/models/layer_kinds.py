@@ -69,11 +69,16 @@ def layer_keys(family: Family, config: Any) -> Raw:
     """The keys that say windows and missing positions of a ModelConfig's layers."""
     window = next((kind.window for kind in config.layer_kinds if kind.window), None)
     keys: Raw = {}
+    switch = "use_sliding_window" in family.defaults
+    nowhere = not (family.rotates_full or any(kind.rope for kind in config.layer_kinds))
+    if family.reads_types and not switch and (family.rotates_full or nowhere):
+        # Of full layers alone, too, transformers makes the mask of a window.
+        window = window or family.defaults["sliding_window"]
     if "sliding_window" in family.defaults or family.types is every_layer_alike:
         keys["sliding_window"] = window
     if family.reads_types:
         keys["layer_types"] = [FULL if kind.window is None else SLIDING for kind in config.kinds]
-    if "use_sliding_window" in family.defaults:
+    if switch:
         keys["use_sliding_window"] = window is not None
     if "max_window_layers" in family.defaults:  # read by transformers 4 where it knows no types
         windows = [kind.window for kind in config.kinds]

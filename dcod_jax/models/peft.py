@@ -64,11 +64,13 @@ def lora_of(settings: dict[str, Any], names: Collection[str]) -> Lora:
 def to_peft(config: ModelConfig, base: str) -> dict[str, Any]:
     """adapter_config.json for the adapters of a model beside `base`, a directory or a hub id."""
     assert config.lora is not None
-    fused = sorted({one.hf for one in flatten(declarations(config)).values() if one.rows})
-    if fused:
+    flat = flatten(declarations(config))
+    adapted = [path.replace("lora_a", "kernel") for path in flat if path.endswith("lora_a")]
+    if fused := sorted({flat[path].hf for path in adapted if flat[path].rows}):
         raise DcodError(
             f"export.adapter: files of model_type={config.model_type!r} hold several maps in one "
-            f"tensor ({fused[0]}), which PEFT adapts as one; set export.adapter=false"
+            f"tensor ({fused[0]}), which PEFT adapts as one; set export.adapter=false, or "
+            "student.lora.targets to others"
         )
     return {
         "peft_type": "LORA",

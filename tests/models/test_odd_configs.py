@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import warnings
 
+import family_models as reference
+import numpy as np
 import pytest
 import transformers
 from huggingface_hub.errors import StrictDataclassError
@@ -185,3 +188,21 @@ def test_exaone_has_no_positions_in_full_layers_beside_windowed_ones():
     assert [kind.rope is None for kind in alike.layer_kinds] == [False]
     with pytest.raises(DcodError, match="layer_types has 0 entries"):
         configs.from_hf({**raw, "layer_types": None})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rotates"),
+    [
+        *(("gemma2", 1), ("gemma3_text", 1), ("vaultgemma", 1), ("cwm", 1)),
+        *(("exaone4", 1), ("exaone4", 0)),
+    ],
+)
+def test_a_model_left_with_full_layers_alone_is_computed_by_transformers(model_type, rotates):
+    """As init_student may leave it; transformers makes the mask of windows in any case."""
+    raw = {**SHAPE, "model_type": model_type, "layer_types": MIXED, "sliding_window": 8}
+    whole = configs.from_hf(raw | {"head_dim": 8, "eos_token_id": 2})
+    kinds = (dataclasses.replace(whole.kinds[0], rope=whole.kinds[1].rope if rotates else None),)
+    small = dataclasses.replace(whole, layer_kinds=kinds, num_layers=2)
+    written = configs.to_hf(small, dtype="float32")
+    assert written["layer_types"] == [FULL] * 2
+    reference.logits(reference.build(written), np.arange(3, 20))

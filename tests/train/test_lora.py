@@ -23,6 +23,7 @@ from dcod_jax.export.command import export
 from dcod_jax.models import cached, hf, lora, transformer
 from dcod_jax.models.config import Lora
 from dcod_jax.models.layers import Linear
+from dcod_jax.models.peft import to_peft
 from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.train import command
 from dcod_jax.train.checkpoint_reader import read_params, read_student
@@ -303,6 +304,14 @@ def test_another_base_is_refused(place, run):
     changes = {"student.path": str(other), "train.init_from": str(run)}
     with pytest.raises(DcodError, match="adapters were trained beside"):
         command.train(recipe(place, place / "third", **changes))
+
+
+def test_maps_that_files_hold_in_one_tensor_are_no_peft_adapters():
+    model = dataclasses.replace(steps.MODEL, fused=("qkv",))
+    with pytest.raises(DcodError, match=r"several maps in one tensor \(.*qkv_proj\.weight\)"):
+        to_peft(lora.with_adapter(model, SETTINGS), "base")
+    settings = to_peft(lora.with_adapter(model, {**SETTINGS, "targets": ("o_proj",)}), "base")
+    assert settings["target_modules"] == ["self_attn.o_proj"]
 
 
 def test_targets_and_settings_are_checked():
