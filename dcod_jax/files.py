@@ -26,6 +26,7 @@ from typing import Any, TypeAlias
 from dcod_jax.errors import DcodError
 from dcod_jax.stores import RemotePath
 
+LARGEST = 1 << 28  # bytes of a file that is read whole
 _ENDS = 1 << 16  # bytes that are read of a file to see whose it is
 UPLOADING = ".dcod_jax-uploading"  # object in a directory whose publication has not ended
 
@@ -123,10 +124,17 @@ def from_json(content: bytes | str) -> Any:
         raise ValueError("nested too deep to be read") from error
 
 
+def read_whole(path: Path) -> bytes:
+    """The bytes of a file that is held; DcodError for one of more than LARGEST."""
+    if (size := file_size(path)) > LARGEST:
+        raise DcodError(f"{path} has {size:,} bytes; at most {LARGEST:,} are read")
+    return path.read_bytes()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object that a file holds; DcodError where it holds none."""
     try:
-        found = from_json(path.read_bytes())
+        found = from_json(read_whole(path))
     except ValueError as error:
         raise DcodError(f"{path}: not valid JSON ({error}); write it again") from error
     if not isinstance(found, dict):

@@ -20,7 +20,7 @@ LEVELS = """
     models.tensor_files
     losses.head losses.distributions losses.divergences losses.weights
     losses.weight_errors losses.adaptive losses.reduce losses.routing losses.distill
-    data.teachers data.codec data.dataset data.blocks data.scores data.packing
+    data.teachers data.codec data.kept data.dataset data.blocks data.scores data.packing
     data.records data.json_text data.reasoning data.presets data.calls data.raw data.lines
     data.schema data.unpack data.columns data.told data.answers data.forms
     data.traces data.pipeline

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import io
 import threading
+from array import array as array_of_numbers
 from collections.abc import Sequence
 from tokenize import TokenError  # of numpy, which reads a header as Python text
 from typing import Any
@@ -37,6 +38,7 @@ from array_record.python import array_record_module  # pyright: ignore[reportAtt
 from dcod_jax.bounds import array, check, flag, mapping, optional, text, whole
 from dcod_jax.copies import local_copy
 from dcod_jax.data.codec import decode, encode, score_kind
+from dcod_jax.data.kept import Kept
 from dcod_jax.errors import DcodError
 from dcod_jax.files import (
     Location,
@@ -47,6 +49,7 @@ from dcod_jax.files import (
     file_sha256,
     file_size,
     from_json,
+    read_whole,
     replace_file,
     to_json,
 )
@@ -108,7 +111,7 @@ def read_manifest(directory: Location) -> dict[str, Any]:
         )
         raise DcodError(f"{directory} has no {MANIFEST}: {hint}")
     try:
-        manifest = from_json(path.read_bytes())
+        manifest = from_json(read_whole(path))
     except ValueError as error:
         raise DcodError(f"{path} is not valid JSON ({error}); prepare the dataset again") from error
     if not isinstance(manifest, dict):
@@ -226,8 +229,7 @@ class DatasetWriter:
         self.manifest = dict(manifest)  # fields may be added until the last trace is written
         self._buffer: list[Trace] = []
         self._shards: list[dict[str, Any]] = []
-        self._lengths: list[tuple[int, int]] = []
-        self._ids: set[str] = set()
+        self._lengths, self._ids = array_of_numbers("i"), Kept()
         self._kind: tuple[bool, int] | None = None
 
     def __enter__(self) -> DatasetWriter:
@@ -254,9 +256,9 @@ class DatasetWriter:
             raise DcodError(f"trace {trace.id!r} has no completion token that could be a target")
         if trace.completion_mask[0]:
             raise DcodError(f"trace {trace.id!r} begins with its completion; a prompt is needed")
-        self._ids.add(trace.id)
+        self._ids[trace.id] = 1
         completion = int(np.count_nonzero(trace.completion_mask))
-        self._lengths.append((len(trace.token_ids), completion))
+        self._lengths.extend((len(trace.token_ids), completion))
         self._buffer.append(trace)
         if len(self._buffer) == self._shard_records:
             self._flush()
@@ -274,7 +276,7 @@ class DatasetWriter:
         if self._kind is None:
             raise DcodError(f"no trace was written to {self._directory}; all were dropped?")
         lengths = io.BytesIO()
-        np.save(lengths, np.asarray(self._lengths, "<i4"))
+        np.save(lengths, np.asarray(self._lengths, "<i4").reshape(-1, 2))
         replace_file(self._directory / LENGTHS, lengths.getvalue())
         own = {
             "format": FORMAT,

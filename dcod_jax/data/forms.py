@@ -8,6 +8,7 @@ an entry in presets.PRESETS is enough. Several samples of one prompt are several
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -21,6 +22,7 @@ from dcod_jax.data.columns import (
     missing,
     unreadable,
 )
+from dcod_jax.data.kept import Kept
 from dcod_jax.data.presets import COMPLETIONS, CONVERSATIONS, HUMAN, Fields, listed, plain
 from dcod_jax.data.reasoning import may_be_reasoning
 from dcod_jax.data.records import BadRecordError, Message, RawTrace, Record, Turns
@@ -287,9 +289,9 @@ def _turns(row: Row, prompt: list[Message], completion: RawTrace) -> dict[str, A
 
 
 def read_record(
-    record: object, fields: Fields, *, source: str, requests: Mapping[str, Record]
+    record: object, fields: Fields, *, source: str, requests: Mapping[str, str] | Kept
 ) -> list[RawTrace]:
-    """The traces of one record; `requests` holds the prompts of batch outputs by custom_id.
+    """The traces of one record; `requests` holds those of batch outputs as JSON, by custom_id.
 
     Raises BadRecordError (the caller adds `source`).
     """
@@ -311,6 +313,7 @@ def read_record(
     if read is None:
         raise missing(record, fields, "completion")
     asked = None if whole.get("request") else requests.get(answers.batch_name(whole) or "")
+    asked = json.loads(asked) if asked else None
     _check_template_kwargs(whole)
     row = Row(whole | ({"request": asked} if asked else {}), fields, nulls=nulls(record, fields))
     prompt, completions, known = read(row)
@@ -325,12 +328,15 @@ def read_record(
     name = answers.batch_name(known)
     if name is None:
         name = source if known.get("id") in (None, "") else str(known["id"])
+    model = known["model"] if isinstance(known.get("model"), str) else ""
+    records.check_name(name, "id")
+    records.check_name(model, "model")
     answer, temperature = row.answer(known), known.get("temperature")
     about = {
         "source": source,
         "record": record,
         "answer": answer,
-        "model": known["model"] if isinstance(known.get("model"), str) else "",
+        "model": model,
         "temperature": float(temperature) if isinstance(temperature, int | float) else None,
         "tools": row.tools or calls.read_tools(row.get("tools"), row.get("functions")),
     }

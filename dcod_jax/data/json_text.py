@@ -7,10 +7,8 @@ import json
 import re
 from typing import Any
 
-from dcod_jax.data.records import BadRecordError, check_unicode
+from dcod_jax.data.records import DEEPEST, LONGEST_NAME, BadRecordError, check_unicode
 
-_DEEPEST = 200  # levels of nesting
-_LONGEST_NAME = 4096  # characters
 _BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{\]}]', re.DOTALL)
 _HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -45,8 +43,8 @@ def parse(content: bytes | str) -> Any:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    if max(map(len, found), default=0) > _LONGEST_NAME:  # names are kept over records
-        raise BadRecordError(f"an object has a name of more than {_LONGEST_NAME} characters")
+    if max(map(len, found), default=0) > LONGEST_NAME:  # names are kept over records
+        raise BadRecordError(f"an object has a name of more than {LONGEST_NAME} characters")
     if len(found) < len(pairs):
         twice = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise BadRecordError(f"an object has the name {twice[:60]!a} twice; leave one")
@@ -54,13 +52,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_depth(line: bytes) -> None:
-    if line.count(b"[") + line.count(b"{") <= _DEEPEST:
+    if line.count(b"[") + line.count(b"{") <= DEEPEST:
         return
     depth = 0
     for found in _BRACKETS.finditer(line):
         depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(found.group(), 0)
-        if depth > _DEEPEST:
-            raise BadRecordError(f"invalid JSON: nested more than {_DEEPEST} deep")
+        if depth > DEEPEST:
+            raise BadRecordError(f"invalid JSON: nested more than {DEEPEST} deep")
 
 
 def _check_text(value: Any, name: str) -> None:

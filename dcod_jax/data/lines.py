@@ -32,6 +32,7 @@ PIECE = 1 << 18  # bytes read at a time
 _MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"\xfd7zXZ": ".xz"}
 _MAGIC |= {b"PAR1": ".parquet", b"ARROW1": ".arrow", b"\xff\xff\xff\xff": ".arrow"}
 _MAGIC |= {b"PK\x03\x04": ".zip, which is not read: unpack it"}
+_XZ_MEMORY = 1 << 28
 _OUTSIDE, _INSIDE = re.compile(rb'["\[\]{},]'), re.compile(rb'["\\]')
 
 
@@ -99,8 +100,36 @@ def _unpacked(suffix: str, packed: Any) -> Any:
     if suffix == ".bz2":
         return bz2.open(packed, "rb")
     if suffix == ".xz":
-        return lzma.open(packed, "rb")
+        return _Xz(packed)
     return _Zstd(packed) if suffix == ".zst" else packed
+
+
+class _Xz(io.RawIOBase):
+    """An xz file's content, where unpacking it takes at most _XZ_MEMORY bytes."""
+
+    def __init__(self, packed: Any):
+        self.packed, self.stream = packed, lzma.LZMADecompressor(memlimit=_XZ_MEMORY)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        rest = b""
+        while True:
+            if self.stream.eof:  # another stream may follow, behind zeros
+                rest = self.stream.unused_data.lstrip(b"\0")
+                while not rest:
+                    if not (piece := self.packed.read(PIECE)):
+                        return 0
+                    rest = piece.lstrip(b"\0")
+                self.stream = lzma.LZMADecompressor(memlimit=_XZ_MEMORY)
+            elif self.stream.needs_input and not (rest := rest or self.packed.read(PIECE)):
+                raise EOFError("it ends in the middle")
+            content = self.stream.decompress(rest, len(buffer))
+            rest = b""
+            if content:
+                buffer[: len(content)] = content
+                return len(content)
 
 
 class _Zstd(io.RawIOBase):
@@ -254,16 +283,21 @@ def _rows(
     csv.field_size_limit(limit)
     number = 0
 
+    size = 0  # of the row that is being read
+
     def lines() -> Iterator[str]:
+        nonlocal size
         for _, line in _lines(file, limit=limit):
-            if isinstance(line, TooLong):
-                raise csv.Error(f"a line of {line.size:,} bytes")
+            size += line.size if isinstance(line, TooLong) else len(line)
+            if isinstance(line, TooLong) or size > limit:
+                raise csv.Error(f"a row of more than {limit:,} bytes")
             yield line.decode("utf-8")
 
     rows = csv.reader(lines(), delimiter=comma, strict=True)
     header: list[str] = []
     try:
         for row in rows:
+            size = 0
             if not header:
                 header = row
                 twice = [cell for cell, count in collections.Counter(row).items() if count > 1]

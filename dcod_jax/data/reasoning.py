@@ -6,8 +6,10 @@ makes the first of the second, in the form of the student's template.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import re
+from collections.abc import Iterator
 
 from dcod_jax.errors import DcodError
 
@@ -29,6 +31,7 @@ _ODD = {"[THINK]": "[/THINK]", "◁think▷": "◁/think▷", "<unused94>thought
 _ODD[_CHANNEL] = f"<|end|><|start|>assistant{_FINAL}"
 _BEGINNING = {end: begin for begin, end in _ODD.items()}
 _QUOTES = ("`", '"', "'")
+_VISIBLE = re.compile(r"\S")
 _FENCE = re.compile(r"^[ \t]*(```|~~~).*?^[ \t]*\1", re.DOTALL | re.MULTILINE)
 
 
@@ -116,24 +119,32 @@ def of_channels(text: str) -> tuple[str, str] | None:
     return "\n".join(found["analysis"]), "".join(found["final"])
 
 
-def _begun(text: str, marks: re.Pattern[str]) -> list[re.Match[str]]:
+def _begun(text: str, marks: re.Pattern[str]) -> Iterator[re.Match[str]]:
     """The marks that begin a part at the beginning of a line."""
-    return [
-        mark
-        for mark in marks.finditer(text)
-        if not text[text.rfind("\n", 0, mark.start()) + 1 : mark.start()].strip(" \t")
-        and not _side(mark)[1]
-    ]
+    place, fresh = 0, True  # fresh: no mark is before this one on its line
+    for mark in marks.finditer(text):
+        line = text.rfind("\n", place, mark.start()) + 1
+        bare = (fresh or line) and not text[line or place : mark.start()].strip(" \t")
+        if bare and not _side(mark)[1]:
+            yield mark
+        place, fresh = mark.end(), False
 
 
 def _blocks(text: str) -> list[tuple[int, int, str]]:
     """(start, end, inside) of each part of reasoning that begins a line."""
-    found, place, endless = [], 0, set()
+    ends: dict[str, collections.deque[int]] = {}  # where marks begin, by what they end
+    for mark in _MARK.finditer(text):
+        if _side(mark)[1]:
+            ends.setdefault(_side(mark)[0], collections.deque()).append(mark.start())
+    found, place = [], 0
     for begin in _begun(text, _MARK):
-        if begin.start() < place or (key := _side(begin)[0]) in endless:
+        if begin.start() < place:
             continue
-        if (end := _end_of(begin, text)) is None:
-            endless.add(key)
+        after = ends.get(_side(begin)[0], collections.deque())
+        while after and after[0] < begin.end():
+            after.popleft()
+        end = _MARK.match(text, after[0]) if after else None
+        if end is None:
             continue
         place = end.end()
         start = text.rfind("\n", 0, begin.start()) + 1
@@ -185,9 +196,12 @@ class Reasoning:
         text, reasoning = self.complete(text), self._bare(reasoning, text)
         own, answer = split(text)
         if self.policy == "drop":
-            blocks, bare = _blocks(text), text
-            for start, end, _ in reversed(blocks):
-                bare = bare[:start] + bare[end:].lstrip()
+            blocks = _blocks(text)
+            starts = [*(start for start, _, _ in blocks), len(text)]
+            bare = text[: starts[0]] + "".join(
+                text[end:start].lstrip()
+                for (_, end, _), start in zip(blocks, starts[1:], strict=True)
+            )
             return bare.lstrip("\n") if blocks or reasoning.strip() else text
         if reasoning.strip() and own.strip() and own.split() != reasoning.split():
             raise DcodError(
@@ -254,24 +268,30 @@ def _has_words(value: object) -> bool:
     return isinstance(value, str) and " " in value.strip()
 
 
+def _behind_space(text: str, place: int) -> int:
+    found = _VISIBLE.search(text, place)
+    return found.start() if found else len(text)
+
+
 def unfinished(text: str) -> str:
     """Why a completion is not whole, or "": a part that is begun and not ended, or no answer."""
     place = 0
     while True:
-        start = place + len(text[place:]) - len(text[place:].lstrip())
+        start = _behind_space(text, place)
         begin = _MARK.match(text, start) or _ANSWER_MARK.match(text, start)
         if begin is None or _side(begin)[1]:
             break
         if (end := _end_of(begin, text)) is None:
             return f"{begin[0]} is not ended by {closing(begin[0])}"
         place = end.end()
-        if begin.re is _MARK and not text[place:].strip():
+        if begin.re is _MARK and _behind_space(text, place) == len(text):
             return f"nothing follows {end[0]}"
     bare = _FENCE.sub("", text)
     for marks in (_MARK, _ANSWER_MARK):  # one that is begun on a later line
-        begun = [m for m in _begun(bare, marks) if marks is _MARK or _LATE.search(m[0])]
-        if begun and _end_of(begun[-1], bare) is None:
-            return f"{begun[-1][0]} is not ended by {closing(begun[-1][0])}"
+        begun = (m for m in _begun(bare, marks) if marks is _MARK or _LATE.search(m[0]))
+        for last in collections.deque(begun, maxlen=1):
+            if _end_of(last, bare) is None:
+                return f"{last[0]} is not ended by {closing(last[0])}"
     return ""
 
 

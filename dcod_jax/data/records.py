@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 
 from dcod_jax.errors import DcodError
 
+DEEPEST = 200  # levels of nesting
+LONGEST_NAME = 4096  # characters
 Message = dict[str, Any]  # role and content, and where there are some tool_calls
 Record: TypeAlias = Mapping[str, Any]  # one JSON object
 
@@ -80,6 +82,25 @@ class Turns:
 
 def kind_of(value: object) -> str:
     return "null" if value is None else type(value).__name__
+
+
+def size_of(value: Any, depth: int = 0) -> int:
+    """About the bytes of a value as JSON; BadRecordError where it is nested too deep."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if depth > DEEPEST:
+        raise BadRecordError(f"nested more than {DEEPEST} deep")
+    if isinstance(value, Mapping):
+        return sum(len(str(name)) + size_of(inner, depth + 1) for name, inner in value.items())
+    if isinstance(value, list | tuple):
+        return sum(size_of(inner, depth + 1) for inner in value)
+    return 8
+
+
+def check_name(text: str, name: str) -> None:
+    """Refuse what is kept over records where it is as long as a text."""
+    if len(text) > LONGEST_NAME:
+        raise BadRecordError(f"{name} has {len(text):,} characters, at most {LONGEST_NAME:,} fit")
 
 
 def truth(value: object) -> bool | None:

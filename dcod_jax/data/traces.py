@@ -22,9 +22,10 @@ from dcod_jax.data import lines, schema
 from dcod_jax.data.answers import batch_name, is_request
 from dcod_jax.data.forms import read_record
 from dcod_jax.data.json_text import parse
+from dcod_jax.data.kept import Kept
 from dcod_jax.data.lines import Content, TooLong
 from dcod_jax.data.presets import Fields
-from dcod_jax.data.records import BadRecordError, RawTrace
+from dcod_jax.data.records import BadRecordError, RawTrace, Record, size_of
 from dcod_jax.errors import DcodError
 from dcod_jax.files import NO_HUB_ID, Path, as_path, find, near, why_no_hub_id
 
@@ -40,6 +41,7 @@ _INFO = ("dataset_info.json", "dataset_infos.json")  # beside files of the hub
 # Directories of other things, by a file in them.
 _OTHERS = {"*.array_record": "a prepared dataset (data.dataset)", "*.safetensors": "a model"}
 LONGEST = 8 << 20  # bytes of a record
+_ROWS = 16  # of a table that are Python objects at a time
 HINT = "mend the record, or set prepare.on_bad_record=quarantine to go on without such records"
 
 
@@ -146,9 +148,12 @@ def _describe(source: Source) -> dict[str, Any]:
                 size += len(block)
     if source.kind == "jsonl":
         records = lines.count_records(source.path)
+    elif source.kind == "arrow":
+        records = sum(batch.num_rows for batch in _table(source, LONGEST))
+    elif source.kind == "parquet":
+        records = _parquet(source).metadata.num_rows
     else:
-        table = source.kind in _TABLES.values()
-        records = _table(source)[0] if table else len(_open_rows(source))
+        records = len(_open_rows(source))
     found = {"path": source.path, "kind": source.kind, "bytes": size, "sha256": digest.hexdigest()}
     return (
         found | {"records": records} | ({"split": source.split} if source.kind == "saved" else {})
@@ -170,8 +175,8 @@ def read_traces(
     requests that failed, and the stream goes on; without it such a record raises DcodError
     "file:line: what is wrong". `on_record(1)` is called for every record.
     """
-    requests: dict[str, Any] = {}  # the prompts of batch outputs that come later
-    answered: set[str] = set()  # those that had an output
+    requests = Kept()  # JSON of the prompts of batch outputs that come later
+    answered = Kept()  # those that had an output
     with contextlib.closing(_contents(sources, longest)) as contents:
         for where, content in contents:
             try:
@@ -191,22 +196,25 @@ def read_traces(
                 on_bad(RawTrace([], source=where, record=_as_text(content)), str(error))
             if on_record:
                 on_record(1)
-    if lost := [name for name in requests if name not in answered]:
-        log.warning("%d requests of batches have no output, the first is %r", len(lost), lost[0])
+    lost = (name for name in requests if not answered.get(name))
+    if first := next(lost, None):
+        count = 1 + sum(1 for _ in lost)
+        log.warning("%d requests of batches have no output, the first is %r", count, first)
 
 
 def _contents(sources: Sequence[Source], longest: int) -> Generator[tuple[str, Content]]:
     for source in sources:
         plain = source.kind == "jsonl"
-        yield from lines.read_contents(source.path, limit=longest) if plain else _read_rows(source)
+        own = lines.read_contents(source.path, limit=longest) if plain else None
+        yield from own or _read_rows(source, longest)
 
 
 def _traces_of(
     content: Content,
     fields: Fields,
     where: str,
-    requests: dict[str, Any],
-    answered: set[str],
+    requests: Kept,
+    answered: Kept,
     *,
     longest: int,
 ) -> list[RawTrace]:
@@ -219,18 +227,17 @@ def _traces_of(
     record = parse(content) if isinstance(content, bytes) else content
     if isinstance(record, dict) and is_request(record):
         schema.check(record, {"body": schema.ASKED, "params": schema.ASKED})
-        name = batch_name(record) or ""
-        if name in requests and name not in answered and requests[name] != record:
+        name, text = batch_name(record) or "", json.dumps(record, default=str)
+        if requests.get(name, text) != text and not answered.get(name):
             raise BadRecordError(
                 f"custom_id {name!r} has another request before, and no output between them: "
                 "which one an output answers cannot be told; name each request file before its own "
                 "output file, and give each request an id of its own"
             )
-        requests[name] = record
-        answered.discard(name)
+        requests[name], answered[name] = text, 0
         return []
-    if isinstance(record, dict):
-        answered.add(batch_name(record) or "")
+    if isinstance(record, dict) and (name := batch_name(record)):
+        answered[name] = 1
     return read_record(record, fields, source=where, requests=requests)
 
 
@@ -242,33 +249,62 @@ def _as_text(content: object) -> str:
     return json.dumps(content, ensure_ascii=False, default=str)
 
 
-def _read_rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_rows(source: Source, longest: int) -> Iterator[tuple[str, Content]]:
     if source.kind in _TABLES.values():
-        label, rows = source.path, (row for batch in _table(source)[1] for row in batch.to_pylist())
+        label, rows = source.path, _table_rows(source, longest)
     else:
         label, rows = f"{source.path}[{source.split}]", _open_rows(source)
     try:
         for number, row in enumerate(rows, 1):
-            yield f"{label}:{number}", dict(row)
+            yield f"{label}:{number}", _row(row, longest)
     # Text that is no UTF-8, dates that Python has not, unknown time zones.
     except (pyarrow.ArrowException, ValueError, ArithmeticError, LookupError) as error:
         raise _unreadable(source, error) from error
 
 
-def _table(source: Source) -> tuple[int, Iterator[pyarrow.RecordBatch]]:
-    """Number of rows of a .parquet or .arrow file (a stream or a file), and the rows."""
-    from pyarrow import parquet
+def _row(row: Record, longest: int) -> Content:
+    try:
+        size = size_of(row)
+    except BadRecordError as error:
+        return error
+    texts = {name: value[:200] for name, value in row.items() if isinstance(value, str)}
+    return dict(row) if size <= longest else TooLong(json.dumps(texts).encode(), size)
 
-    path = str(local_copy(as_path(source.path)))
+
+def _table_rows(source: Source, longest: int) -> Iterator[Record]:
+    """The rows of a table, of which a few are Python objects at a time."""
+    for batch in _table(source, longest):
+        rows = max(1, min(_ROWS, _ROWS * longest * batch.num_rows // max(batch.nbytes, 1)))
+        for start in range(0, batch.num_rows, rows):
+            yield from batch.slice(start, rows).to_pylist()
+
+
+def _table(source: Source, longest: int) -> Iterator[pyarrow.RecordBatch]:
+    """The rows of a .parquet or .arrow file (a stream or a file), one batch in memory."""
     try:
         if source.kind == "parquet":
-            table = parquet.ParquetFile(path, memory_map=True)
-            return table.metadata.num_rows, table.iter_batches(64)
-        file = pyarrow.memory_map(path)
-        read = pyarrow.ipc.open_file if file.read(6) == b"ARROW1" else pyarrow.ipc.open_stream
-        file.seek(0)
-        rows = read(file).read_all()
-        return rows.num_rows, iter(rows.to_batches(max_chunksize=64))
+            # A column's value may come again in every row, as the number of one in its dictionary.
+            file = _parquet(source)
+            groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+            most = max((group.total_byte_size for group in groups), default=1)
+            yield from file.iter_batches(max(1, min(_ROWS, _ROWS * longest // max(most, 1))))
+            return
+        file = pyarrow.memory_map(str(local_copy(as_path(source.path))))
+        if file.read(6) == b"ARROW1":
+            whole = pyarrow.ipc.open_file(file)
+            yield from map(whole.get_batch, range(whole.num_record_batches))
+        else:
+            file.seek(0)
+            yield from pyarrow.ipc.open_stream(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _unreadable(source, error) from error
+
+
+def _parquet(source: Source) -> Any:
+    from pyarrow import parquet
+
+    try:
+        return parquet.ParquetFile(str(local_copy(as_path(source.path))), memory_map=True)
     except (pyarrow.ArrowException, OSError) as error:
         raise _unreadable(source, error) from error
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from dcod_jax.data import json_text, lines
 from dcod_jax.data.presets import PROMPT_FIELDS
-from dcod_jax.data.records import BadRecordError
+from dcod_jax.data.records import BadRecordError, size_of
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.answers import reference_answer
 from dcod_jax.evaluate.benchmarks import BENCHMARKS, Benchmark, SetEntry, parse_set
@@ -26,7 +26,7 @@ _MARKS = {"hash": "####", "boxed": "\\boxed"}
 PREPARE_KEYS = "set prepare.{}"
 SET_KEYS = "write {}=NAME behind the file in evaluate.sets"
 LONGEST = 1 << 25  # bytes of a record
-MOST = 2_000_000  # problems of a file, which are all held
+MOST, LARGEST = 2_000_000, 1 << 30  # problems of a file, which are all held, and their bytes
 Record = dict[str, Any]
 
 
@@ -205,7 +205,7 @@ def _collect(
     The sources of those without a reference answer go to `skipped`.
     """
     found: dict[str, Problem] = {}
-    without = [] if skipped is None else skipped
+    without, held = [] if skipped is None else skipped, 0
     for number, (source, record) in enumerate(rows):
         problem = fields.problem(record, source, str(number))
         if problem is None:
@@ -218,8 +218,12 @@ def _collect(
             lead = {"role": "system", "content": system_prompt}
             problem = dataclasses.replace(problem, messages=[lead, *problem.messages])
         found[problem.id] = problem
-        if len(found) > MOST:
-            raise DcodError(f"{source}: more than {MOST:,} problems; split the file")
+        held += size_of(record)
+        if len(found) > MOST or held > LARGEST:
+            raise DcodError(
+                f"{source}: more than {MOST:,} problems, or {LARGEST:,} bytes of them, which are "
+                "all held; split the file"
+            )
         if len(found) == limit:  # 0: none
             break
     if without:

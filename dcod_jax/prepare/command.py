@@ -289,7 +289,7 @@ def _write_splits(
         held_out = None
         for trace, encoded in run.run(sources):
             if name == "eval":
-                run.held_out.add(overlap.prompt_key(trace))
+                run.held_out[overlap.prompt_key(trace)] = 1
             elif run.counts.kept == 1:
                 sample = chat.render_sample(run.tokenizer, encoded)
                 print(f"first trace kept ({trace.source}), supervised part marked:\n{sample}\n")

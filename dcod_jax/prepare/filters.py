@@ -19,6 +19,7 @@ from typing import Any
 from dcod_jax.data import chat
 from dcod_jax.data.borders import tokens_above
 from dcod_jax.data.conversation import remember
+from dcod_jax.data.kept import Kept
 from dcod_jax.data.presets import fields_of
 from dcod_jax.data.reasoning import has_reasoning
 from dcod_jax.data.records import RawTrace
@@ -32,6 +33,7 @@ from dcod_jax.prepare import overlap
 from dcod_jax.prepare.delivered import as_sampled, delivered_logprobs
 from dcod_jax.types import Trace
 
+MOST_NAMES = 10_000  # of columns, models or temperatures in a manifest
 BLOCK, BLOCK_CHARACTERS = 64, 1 << 19  # most traces rendered together; about so many characters
 
 
@@ -82,9 +84,8 @@ class Filter:
         self.index = overlap.build_index(
             prepare.overlap_files, size=prepare.overlap_ngram, prompt_field=prepare.prompt_field
         )
-        self.seen: set[bytes] = set()
-        self.held_out: set[bytes] = set()  # prompts of data.eval_traces
-        self.ids: collections.Counter[str] = collections.Counter()
+        self.seen, self.ids = Kept(), Kept()  # keys of traces; how often an id came
+        self.held_out = Kept()  # prompts of data.eval_traces
         self.counts = Counts()
         self.models: set[str] = set()
         self.entries = teacher_entries(config)
@@ -125,7 +126,8 @@ class Filter:
         longest = settings.record_bytes or max(1 << 20, 4096 * limit)
         options: Any = {"on_bad": on_bad, "on_drop": self._drop, "on_record": self.advance}
         for trace in read_traces(sources, self.fields, longest=longest, **options):
-            self.unread.update(trace.extras)
+            known = len(self.unread) < MOST_NAMES
+            self.unread.update(n if known or n in self.unread else "others" for n in trace.extras)
             text = trace.completion_text()
             whole = [message["content"] for message in trace.messages]
             if trace.unfinished:
@@ -150,7 +152,7 @@ class Filter:
             return "an earlier trace has this prompt and completion", "duplicate"
         if found := self.index.find(trace):
             return found, "overlap"
-        self.seen.add(key)
+        self.seen[key] = 1
         return None
 
     def _encode(self, trace: RawTrace) -> Trace | None:
@@ -181,8 +183,13 @@ class Filter:
         self.models |= {trace.model} - {""}
         if trace.temperature is not None:
             self.temperatures.add(trace.temperature)
-        self.ids[trace.id] += 1
-        again = self.ids[trace.id]
+        if max(len(self.models), len(self.temperatures)) > MOST_NAMES:
+            raise DcodError(
+                f"{trace.source}: more than {MOST_NAMES:,} different models or temperatures, which "
+                "the manifest would name; take the column out"
+            )
+        again = self.ids.get(trace.id, 0) + 1
+        self.ids[trace.id] = again
         name = trace.id if again == 1 else f"{trace.id}#{again}"
         meta: dict[str, Any] = {"source": trace.source}
         teacher = trace.teacher or teacher_of_file(self.entries, trace.source)

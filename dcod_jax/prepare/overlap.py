@@ -23,6 +23,7 @@ from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.problems import read_records
 from dcod_jax.files import as_path
 
+MOST = 10_000_000  # n-grams of the evaluation sets
 _WORD = re.compile(r"[^\W_]+")
 
 
@@ -90,6 +91,11 @@ def build_index(files: Sequence[str], *, size: int, prompt_field: str = "") -> O
                 index.prompts.setdefault(" ".join(text), where)
             for gram in _grams(text, size):
                 index.ngrams.setdefault(gram, where)
+                if len(index.ngrams) > MOST:
+                    raise DcodError(
+                        f"{where}: more than {MOST:,} different runs of {size} words, which are "
+                        "all held; name fewer prepare.overlap_files, or take columns out"
+                    )
     return index
 
 

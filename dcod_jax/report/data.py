@@ -5,25 +5,29 @@ Numbers are those of the files, thinned and never averaged; what is missing is a
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
 import json
 import math
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
 
 from dcod_jax import config as configs
 from dcod_jax.bounds import Bound, array, check, either, mapping, number, optional, text, whole
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Path, file_size
-from dcod_jax.train.metrics import TRACES
+from dcod_jax.files import Path, read_whole
+from dcod_jax.train.metrics import TRACES, whole_lines
 from dcod_jax.train.profiling import GOODPUT
 
 POSITION = re.compile(r"weights/position_(\d{1,9})")  # metric of the bucket that starts there
 GOODPUT_PARTS = ("productive", "startup", "eval", "save", "lost", "wall")  # of goodput.json
 ALIVE = ("student_alive", "teacher_alive")
 CURVES = ("accumulated", "reference", "excess", "difference")
-LARGEST = 1 << 28  # bytes of a file that is read
+_HELD = 8  # times the points shown, an even number: the most that is held of a series
+Pair: TypeAlias = tuple[int, float]  # step, value
+_NAMES = 1000  # about the most series of a run
 
 # What is shown of the files; the page's scripts rely on it.
 _NUMBER = optional(number(-1e308, 1e308))
@@ -138,46 +142,90 @@ def run_record(run: Run, notes: list[str], *, points: int) -> dict[str, Any]:
     position buckets; positions are the buckets at the first, a middle and the last step with them.
     Lines and values that are no numbers of a step are left out with a note.
     """
-    lines = _metrics(run.path / "metrics.jsonl", notes)
+    found: dict[str, _Curve] = {}
+    having: list[dict[str, Any]] = []  # of the lines with position buckets each `every`-th
+    last, count, every = None, 0, 1
+    for line in _metrics(run.path / "metrics.jsonl", notes):
+        for name, value in line.items():
+            if name != "step" and not POSITION.fullmatch(name):
+                found.setdefault(name, _Curve(_HELD * points)).add((line["step"], value))
+        if any(map(POSITION.fullmatch, line)):
+            having += [] if count % every else [line]
+            last, count = line, count + 1
+            if len(having) > _HELD * points:
+                having, every = having[::2], 2 * every
+    having += [] if last is None or having[-1] is last else [last]
     series = {}
-    for name in dict.fromkeys(key for line in lines for key in line if key != "step"):
-        if not POSITION.fullmatch(name):
-            found = [(line["step"], line[name]) for line in lines if name in line]
-            steps, values = zip(*thin(found, points), strict=True)
-            series[name] = {"steps": steps, "values": values}
+    for name, curve in found.items():
+        steps, values = zip(*thin(curve.pairs(), points), strict=True)
+        series[name] = {"steps": steps, "values": values}
     return {
         "name": run.name,
         "directory": str(run.path),
         "config": configs.keys(run.config),
         "series": series,
-        "positions": _positions(lines),
+        "positions": _positions(having),
     }
+
+
+class _Curve:
+    """A series as it is read: of each of at most `most` stretches the lowest and the highest."""
+
+    def __init__(self, most: int):
+        self.most, self.span, self.count = most, 1, 0  # span: pairs of a stretch
+        self.stretches: list[list[Pair]] = []
+        self.ends: list[Pair] = []
+
+    def add(self, pair: Pair) -> None:
+        if self.count % self.span == 0 and len(self.stretches) == self.most:
+            halves = zip(self.stretches[::2], self.stretches[1::2], strict=True)
+            self.stretches = [_extremes(one + other) for one, other in halves]
+            self.span *= 2
+        if self.count % self.span == 0:
+            self.stretches.append([pair])
+        else:
+            self.stretches[-1] = _extremes([*self.stretches[-1], pair])
+        self.ends = [*self.ends[:1], pair]
+        self.count += 1
+
+    def pairs(self) -> list[Pair]:
+        inside = itertools.chain.from_iterable(self.stretches)
+        return list(dict.fromkeys([self.ends[0], *inside, self.ends[-1]]))
+
+
+def _extremes(pairs: list[Pair]) -> list[Pair]:
+    """The lowest and the highest, in their order."""
+    ends = (min(pairs, key=lambda pair: pair[1]), max(pairs, key=lambda pair: pair[1]))
+    return [pair for pair in pairs if pair in ends]
 
 
 _STEP = {"step": whole(0, 1 << 53)}
 
 
-def _metrics(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+def _metrics(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     """The lines with their finite numbers; one that a killed process wrote in part is left out."""
-    lines, odd = [], []
-    whole_file = _bytes(path)
-    for place, line in enumerate(whole_file[: whole_file.rfind(b"\n") + 1].splitlines(), 1):
+    odd, first, names = 0, 0, {"step"}
+    for place, line in whole_lines(path):
         try:
             found = _parse(line, path)
             check(found, _STEP, source=path)
         except DcodError:
-            odd.append(place)
-            continue
-        kept = {key: value for key, value in found.items() if _NUMBER.fault(value) is None}
-        lines.append({key: value for key, value in kept.items() if value is not None})
-        if len(lines[-1]) < len(found):
-            odd.append(place)
+            found, kept = {"": None}, {}
+        else:
+            names |= {*list(found)[:_NAMES]} if len(names) < _NAMES else set()
+            kept = {
+                key: value
+                for key, value in found.items()
+                if value is not None and key in names and _NUMBER.fault(value) is None
+            }
+            yield kept
+        if len(kept) < len(found):
+            odd, first = odd + 1, first or place
     if odd:
         notes.append(
-            f"{path}: {len(odd)} lines, the first one line {odd[0]}, hold what is no finite number "
+            f"{path}: {odd} lines, the first one line {first}, hold what is no finite number "
             "of a step; that is left out"
         )
-    return lines
 
 
 def goodput(run: Run, notes: list[str]) -> dict[str, Any] | None:
@@ -196,8 +244,8 @@ def goodput(run: Run, notes: list[str]) -> dict[str, Any] | None:
 def weighed(run: Run, notes: list[str]) -> dict[str, Any] | None:
     """{"step", "most", "least"} of the last line of trace_weights.jsonl, if it can be read."""
     path = run.path / TRACES
-    lines = _bytes(path).splitlines() if path.is_file() else []
-    return _checked(path, _WEIGHED, notes, content=lines[-1]) if lines else None
+    last = collections.deque(whole_lines(path) if path.is_file() else (), maxlen=1)
+    return _checked(path, _WEIGHED, notes, content=last[0][1]) if last else None
 
 
 def skipped(run: dict[str, Any]) -> list[str]:
@@ -213,13 +261,12 @@ def skipped(run: dict[str, Any]) -> list[str]:
 
 def _positions(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """{"step", "first", "values"}: mean weight in the bucket that begins with token `first`."""
-    having = [line for line in lines if any(map(POSITION.fullmatch, line))]
     found = []
-    for i in sorted({0, len(having) // 2, len(having) - 1} if having else ()):
-        matches = sorted(filter(None, map(POSITION.fullmatch, having[i])), key=lambda m: m[0])
+    for i in sorted({0, len(lines) // 2, len(lines) - 1} if lines else ()):
+        matches = sorted(filter(None, map(POSITION.fullmatch, lines[i])), key=lambda m: m[0])
         first = [int(match[1]) for match in matches]
-        values = [having[i][match[0]] for match in matches]
-        found.append({"step": having[i]["step"], "first": first, "values": values})
+        values = [lines[i][match[0]] for match in matches]
+        found.append({"step": lines[i]["step"], "first": first, "values": values})
     return found
 
 
@@ -311,7 +358,7 @@ def _checked(
 ) -> dict[str, Any] | None:
     """What the bounds name of a JSON file, or of `content`; None and a note if it is wrong."""
     try:
-        found = _parse(_bytes(path) if content is None else content, path)
+        found = _parse(read_whole(path) if content is None else content, path)
         check(found, bounds, source=path)
     except DcodError as error:
         notes.append(f"{error}; it is not shown: make it again")
@@ -322,15 +369,9 @@ def _checked(
 def _config(path: Path) -> Any:
     """The resolved config of a run."""
     try:
-        return configs.to_config(_parse(_bytes(path), path))
+        return configs.to_config(_parse(read_whole(path), path))
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise DcodError(f"{path}: not a run's config ({error})") from error
-
-
-def _bytes(path: Path) -> bytes:
-    if (size := file_size(path)) > LARGEST:
-        raise DcodError(f"{path} has {size} bytes; at most {LARGEST} are read")
-    return path.read_bytes()
 
 
 def _parse(content: bytes, path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -114,14 +115,14 @@ def _tempering(run: Run, cfg: WeightConfig) -> Tempering | None:
     """Temperature and offset of the last logged step, where they are automatic."""
     if not cfg.automatic:
         return None
-    lines = reversed(read_metrics(run.path / "metrics.jsonl"))
-    found = next((line for line in lines if "weights/temperature" in line), None)
-    if found is None:
+    lines = read_metrics(run.path / "metrics.jsonl")
+    found = collections.deque((x for x in lines if "weights/temperature" in x), maxlen=1)
+    if not found:
         raise DcodError(
             f"{run.path}/metrics.jsonl has no weights/temperature, and loss.weights.temperature or "
             f"offset is {AUTO!r}; train at least one step"
         )
-    return Tempering(found["weights/temperature"], found["weights/offset"])
+    return Tempering(found[0]["weights/temperature"], found[0]["weights/offset"])
 
 
 # ---------------------------------------------------------------- parts of a run

@@ -15,7 +15,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from dcod_jax.errors import DcodError, nearest
-from dcod_jax.files import Location, Path, as_path, from_json
+from dcod_jax.files import Location, Path, as_path, from_json, read_whole
 from dcod_jax.models import hf, lora
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.train import checksums
@@ -170,6 +170,6 @@ def _checked_record(checkpoint: Path, *items: str) -> Record:
 def _record(checkpoint: Path) -> Record:
     path = checkpoint / "run" / "metadata"
     try:
-        return Record(**record_of(from_json(path.read_text()), source=path))
+        return Record(**record_of(from_json(read_whole(path)), source=path))
     except (OSError, ValueError) as error:
         raise DcodError(f"{path}: expected a finished checkpoint's record: {error}") from error

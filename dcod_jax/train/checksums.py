@@ -15,7 +15,16 @@ import xxhash
 
 from dcod_jax.bounds import array, check, either, mapping, text, whole
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Path, file_size, from_json, move_tree, remove_tree, replace_file, to_json
+from dcod_jax.files import (
+    Path,
+    file_size,
+    from_json,
+    move_tree,
+    read_whole,
+    remove_tree,
+    replace_file,
+    to_json,
+)
 from dcod_jax.parallel import hosts
 from dcod_jax.stores import RemotePath
 
@@ -104,13 +113,13 @@ def _share() -> slice:
 def _own_problem(directory: Path, step: int, items: Sequence[str], *, share: slice) -> str:
     try:
         if not (directory / NAME).is_file():
-            record = from_json((directory / "run" / "metadata").read_bytes())
+            record = from_json(read_whole(directory / "run" / "metadata"))
             if PROMISED in record:
                 return f"{NAME} is missing"
             if hosts.first() and "run" in items:
                 log.info("%s has no checksums (an earlier version saved it)", directory)
             return ""
-        saved = from_json((directory / NAME).read_bytes())
+        saved = from_json(read_whole(directory / NAME))
         check({"saved": saved}, {"saved": _SAVED}, source=NAME)
         if saved["step"] != step:
             return f"{NAME} is of step {saved['step']}"

@@ -178,10 +178,12 @@ def finish(config: Any, runs: Sequence[tuple[str, Any]]) -> None:
         models |= {name or "student": str(path) for name, path in exported.items()}
         compare(config, {name: path for name, path in models.items() if path})
     for name, variant in runs:
-        lines = read_metrics(as_path(variant.run_dir) / "metrics.jsonl")
+        ends: dict[str, list[tuple[float, int]]] = {}  # by metric the first and the last
+        for line in read_metrics(as_path(variant.run_dir) / "metrics.jsonl"):
+            for metric in {"eval/nll", "eval/accuracy"} & line.keys():
+                ends[metric] = [*ends.get(metric, [])[:1], (line[metric], line["step"])]
         for metric, form in (("nll", ".4f"), ("accuracy", ".1%")):
-            found = [(x[key], x["step"]) for x in lines if (key := f"eval/{metric}") in x]
-            if found:
+            if found := ends.get(f"eval/{metric}"):
                 (before, first), (after, last) = found[0], found[-1]
                 change = f"{before:{form}} -> {after:{form}} (steps {first} to {last})"
                 print(f"held-out {metric}{f' {name}' if name else ''}: {change}")

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float
 from dcod_jax.bounds import check, mapping, number, whole
 from dcod_jax.copies import Mirror
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Location, Path, as_path, from_json, replace_file
+from dcod_jax.files import Location, Path, as_path, atomic_write, from_json
 from dcod_jax.losses import adaptive, reduce, weights
 from dcod_jax.losses.distill import LossConfig, tokens_of
 from dcod_jax.losses.reduce import Sums, TokenStats
@@ -30,6 +30,7 @@ from dcod_jax.types import Batch, LossState
 
 # First position within the completion of each bucket: [0,16), [16,32), ..., [1024, ∞).
 POSITION_BUCKETS = (0, 16, 32, 64, 128, 256, 512, 1024)
+_LONGEST = 1 << 24  # bytes of a line
 TRACES = "trace_weights.jsonl"  # of a run: the traces of most and of least weight
 SYNC_SECONDS = 60.0  # between two copies of a growing file to a store
 QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
@@ -269,7 +270,7 @@ class MetricsWriter:
         run_dir = self.mirror.directory
         run_dir.mkdir(parents=True, exist_ok=True)
         kept = _keep_lines(path := run_dir / "metrics.jsonl", start)
-        self._written = [line.keys() for line in kept if line["step"] == start]
+        self._written = [line.keys() for line in kept]
         self._start = start
         self.file = path.open("a", encoding="utf-8")
         _keep_lines(path := run_dir / TRACES, start)
@@ -324,23 +325,39 @@ class MetricsWriter:
 
 
 def _keep_lines(path: Path, start: int) -> list[dict[str, Any]]:
-    """The lines up to a step, which alone stay in the file; step 0 begins anew."""
-    kept = read_metrics(path) if start and path.exists() else []
-    kept = [line for line in kept if line["step"] <= start]
-    replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-    return kept
+    """Leave the lines up to a step in the file, and return those of it; step 0 begins anew."""
+    kept = read_metrics(path) if start and path.exists() else iter(())
+    last: list[dict[str, Any]] = []
+    try:
+        with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            for line in kept:
+                if line["step"] <= start:
+                    file.write(json.dumps(line) + "\n")
+                    last += [line] if line["step"] == start else []
+    except OSError as error:
+        why = error.strerror or error
+        raise DcodError(f"cannot write {path}: {why}; free space and run it again") from error
+    return last
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """Lines of a metrics file; one that a killed process wrote in part is left out."""
-    content, lines = path.read_bytes(), []
     # Of traces the lines name what is no number.
     values = None if path.name == TRACES else number(-math.inf, math.inf)
     bounds = {"line": mapping({"step": whole(0, 1 << 53)}, items=values)}
-    for place, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
+    for place, line in whole_lines(path):
         try:
-            lines.append(from_json(line))
+            found = from_json(line)
         except ValueError as error:
             raise DcodError(f"{path}:{place}: not JSON ({error}); take the line out") from None
-        check({"line": lines[-1]}, bounds, source=f"{path}:{place} (take the line out)")
-    return lines
+        check({"line": found}, bounds, source=f"{path}:{place} (take the line out)")
+        yield found
+
+
+def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of a growing file, whose last line counts when its end is there; a line of
+    more than _LONGEST bytes comes in pieces."""
+    with path.open("rb") as file:
+        for place, line in enumerate(iter(lambda: file.readline(_LONGEST), b""), 1):
+            if line.endswith(b"\n") or len(line) == _LONGEST:
+                yield place, line

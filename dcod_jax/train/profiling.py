@@ -130,11 +130,10 @@ def _earlier(run_dir: Path, start: int) -> list[dict[str, Any]]:
         raise DcodError(f"{run_dir / GOODPUT}: steps_at_save names no step: {unnamed[0]!r:.80}")
     if attempts and not attempts[-1]["ended"]:
         last, path = attempts[-1], run_dir / "metrics.jsonl"
-        lines = read_metrics(path) if path.is_file() else []
-        own = [line for line in lines if line["step"] > last["from_step"]]  # others' were dropped
-        timed = [line for line in own if "time/elapsed_seconds" in line]
-        if timed and (elapsed := timed[-1]["time/elapsed_seconds"]) > last["elapsed"]:
-            last |= {"step": timed[-1]["step"], "elapsed": elapsed}
+        for line in read_metrics(path) if path.is_file() else ():
+            elapsed = line.get("time/elapsed_seconds", 0.0)  # others' lines were dropped
+            if line["step"] > last["from_step"] and elapsed > last["elapsed"]:
+                last |= {"step": line["step"], "elapsed": elapsed}
         last["ended"] = "killed"
     for attempt in attempts:
         if attempt["ended"] == "ended" and attempt["step"] <= start:

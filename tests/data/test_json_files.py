@@ -37,7 +37,7 @@ def _manifest(path):
         ("manifest.json", _manifest),
         ("config.json", hf.load_config),
         ("problems.jsonl", lambda path: list(problems.read_records(path))),
-        ("metrics.jsonl", metrics.read_metrics),
+        ("metrics.jsonl", lambda path: list(metrics.read_metrics(path))),
         ("results.jsonl", conditions.read_results),
     ],
 )
@@ -127,7 +127,7 @@ def _study(path):
             lambda path: _Results(path, (), [], "eval/nll"),
             {"plan": {"candidates": [], "rounds": [], "metric": "eval/nll"}, "results": []},
         ),
-        ("metrics.jsonl", lambda path: sum(metrics.read_metrics(path)[0].values()), METRICS),
+        ("metrics.jsonl", lambda path: sum(next(metrics.read_metrics(path)).values()), METRICS),
     ],
 )
 def test_what_a_run_reads_of_its_own_is_checked_to_the_leaves(tmp_path, name, read, good):

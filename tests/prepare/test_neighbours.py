@@ -7,6 +7,7 @@ import pytest
 from test_trace_forms import ASKED, SAID, SHARED, TALK, THOUGHT, WHOLE, reading
 
 from dcod_jax.data import traces as reader
+from dcod_jax.data.kept import Kept
 from dcod_jax.data.presets import Fields
 from dcod_jax.data.reasoning import Reasoning, closing, has_reasoning, opened, unfinished
 from dcod_jax.errors import DcodError
@@ -22,7 +23,7 @@ ITEMS = [
 
 def texts(records: list, **changes) -> list:
     """Prompt and completion of each trace, or why there is none."""
-    found, fields, requests, answered = [], Fields(**changes), {}, set()
+    found, fields, requests, answered = [], Fields(**changes), Kept(), Kept()
     for record in records:
         line = json.dumps(record).encode()
         for trace in reader._traces_of(line, fields, "x:1", requests, answered, longest=1 << 20):

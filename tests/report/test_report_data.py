@@ -201,6 +201,37 @@ def test_junk_among_the_metrics_is_left_out_with_a_note(tmp_path):
     report.embedded(record)
 
 
+def test_a_long_run_is_thinned_as_it_is_read(tmp_path, monkeypatch):
+    """What is held does not grow with the file; ends and extremes are those of the file."""
+    (tmp_path / "config.json").write_text("{}")
+    most = []
+    lines = [{"step": n, "loss": n % 7 + 0.5, "weights/position_0000": n} for n in range(1, 400)]
+    lines[250] |= {"loss": 99.0, f"rare {250}": 1.0}
+    lines[120] |= {"loss": -99.0}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    [run] = report_data.find_runs([tmp_path])
+    plain, notes = report_data.run_record(run, [], points=1000), []
+    thin = report_data.thin
+    monkeypatch.setattr(report_data, "thin", lambda of, n: most.append(of) or thin(of, n))
+    found = report_data.run_record(run, notes, points=6)
+    assert max(map(len, most)) <= 2 * 6 * 8
+    steps = [step for step, _ in most[0]]
+    assert steps == sorted(steps)
+    assert max(np.diff(steps)) <= 2 * 399 / 24  # as dense everywhere
+    for steps, values in (found["series"]["loss"].values(),):
+        assert (steps[0], steps[-1], min(values), max(values)) == (1, 399, -99.0, 99.0)
+        assert len(steps) <= 6
+        pairs = zip(*plain["series"]["loss"].values(), strict=True)
+        assert set(zip(steps, values, strict=True)) <= set(pairs)
+    assert [row["values"] for row in plain["positions"]] == [[1], [200], [399]]
+    first, middle, last = (row["values"][0] for row in found["positions"])
+    assert (first, last) == (1, 399)
+    assert 100 < middle < 300
+    monkeypatch.setattr(report_data, "_NAMES", 3)
+    assert set(report_data.run_record(run, notes, points=9)["series"]) == {"loss"}
+    assert "1 lines, the first one line 251" in notes[0]
+
+
 ESCAPES = (
     "</script>",
     "</SCRIPT\t><script>document.title='owned'</script>",
