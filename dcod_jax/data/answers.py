@@ -23,11 +23,20 @@ _KNOWN = ("choices", "candidates", "output", "content", "message")  # where an a
 
 def sampled(beside: Record, turns: Turns, **more: Any) -> RawTrace:
     """A completion with the token ids, log-probs and finish reason that the record has for it."""
+    if "logprobs" not in more and (found := _of_tokens(beside.get("logprobs"))):
+        more["token_bytes"], more["logprobs"] = _choice_logprobs(found)
     more |= {n: records.read_list(beside, n) for n in ("token_ids", "logprobs") if n not in more}
     given = beside.get("finish_reason")
     more["finish_reason"] = "" if isinstance(given, list) else finish(given)
     more |= {"unsupervised": turns.unsupervised, "extras": turns.extras, "told": turns.told}
     return RawTrace(turns.messages, **more)
+
+
+def _of_tokens(value: Any) -> Record | None:
+    """A choice's `logprobs`, where a record has them without their choice."""
+    if isinstance(value, list) and value and isinstance(value[0], dict) and "token" in value[0]:
+        return {"content": value}
+    return value if isinstance(value, dict) else None
 
 
 def batch_name(record: Record) -> str | None:

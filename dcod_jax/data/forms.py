@@ -250,9 +250,9 @@ def _check_template_kwargs(record: Record) -> None:
 def _check_no_echo(record: Record, prompt: list[Message], completion: RawTrace) -> None:
     """Refuse the prompt again before its continuation, as HF pipelines and echo=true give it."""
     rows = [record, *(v[0] for v in record.values() if isinstance(v, list) and v)]
-    continued = {"generated_text", "choices"} & {
-        n for row in rows if isinstance(row, dict) for n in row
-    }
+    choices = (answers.answer_of(record) or {}).get("choices")
+    continued = any(isinstance(row, dict) and "generated_text" in row for row in rows)
+    continued |= isinstance(choices, list) and bool((choices[0] or {}).get("text"))
     asked, said = prompt[-1]["content"].strip(), completion.messages[0]["content"].lstrip()
     if continued and said.startswith(asked) and len(said) > len(asked) >= 8:
         raise BadRecordError(
@@ -299,6 +299,7 @@ def read_record(
         raise BadRecordError(f"expected a JSON object, found {records.kind_of(record)}")
     # NaN is null, as pandas writes it.
     there = {n: value for n, value in record.items() if value is not None and value == value}
+    there |= {n: listed(there[n]) for n in ("token_ids", "logprobs") if n in there}
     schema.check(there, schema.RECORD)
     whole = unpacked(there, fields)
     if shown := [name for name, value in whole.items() if unreadable(name) and value]:

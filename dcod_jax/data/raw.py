@@ -33,7 +33,7 @@ _REASONING_PARTS = ("reasoning_details", "thinking_blocks", "thought", "thoughts
 # Whether a turn is trained on, in the words of trainers; and keys that may be another's.
 _TRAINED = ("weight", "train", "training", "loss", "trainable", "train_on_turn")
 _TRAINED = (*_TRAINED, "loss_weight", "loss_mask", "output_with_loss")
-_MAYBE_TRAINED = re.compile("mask|train|loss|learn|supervis", re.IGNORECASE)
+_MAYBE_TRAINED = re.compile("mask|(?<!cons)train|loss|learn|supervis", re.IGNORECASE)
 _MAYBE_NOT = ("ignore", "ignored", "skip", "skipped", "exclude", "excluded", "prefix", "partial")
 # A message's other keys that carry nothing to train on.
 _TEXTS = ("content", "value", "text", "parts", "message")
@@ -184,7 +184,8 @@ def unread(item: Record, message: Message, name: str, fields: Fields) -> list[st
     }
     for key, value in found.items() if message["role"] == "assistant" else ():
         not_whole = key.lower() in _MAYBE_NOT and truth(value) is not False
-        if not_whole or (_MAYBE_TRAINED.search(key) and "." not in key):
+        flag = "." not in key and not (isinstance(value, str) and " " in value)
+        if not_whole or (flag and _MAYBE_TRAINED.search(key)):
             raise BadRecordError(
                 f"{name}.{key} may say whether the turn is trained on; known are "
                 f"{', '.join(_TRAINED)} (0 or false: not) and masked; rename it, or take it out"

@@ -159,7 +159,7 @@ _THOUGHTS = re.compile(
 # Names that tell about reasoning: reasoning_type, thinking_level.
 _ABOUT = re.compile(
     r"(type|mode|model|style|level|category|tokens|length|language|source|format|quality|score|"
-    r"domain|skill|topic|tag)s?$",
+    r"domain|skill|topic|tag|dataset|effort|budget|required|name|url|version|_id)s?$",
     re.IGNORECASE,
 )
 # Solutions of the data set's own, which are not the teacher's: gt_cot, reference_rationale, ...

@@ -6,6 +6,7 @@ with other names free, or a function. null fits every shape: it is an absent val
 
 from __future__ import annotations
 
+from decimal import Decimal  # of a table
 from typing import Any
 
 from dcod_jax.data.records import BadRecordError, kind_of
@@ -14,7 +15,7 @@ _NAMES = {str: "a string", dict: "an object", int: "an integer", float: "a numbe
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float | Decimal) and not isinstance(value, bool)
 
 
 def _is_integer(value: Any) -> bool:
@@ -42,10 +43,11 @@ def _byte(value: Any) -> str:
 _FINISH = (str, {"type": str})
 _TOKEN = {"token": str, "logprob": _logprob, "bytes": [_byte]}
 _MESSAGE = {"role": str}
+_LOGPROBS = {"content": [_TOKEN], "token_logprobs": [_logprob], "tokens": [str]}
 _CHOICE = {
     "message": _MESSAGE,
     "finish_reason": _FINISH,
-    "logprobs": {"content": [_TOKEN], "token_logprobs": [_logprob], "tokens": [str]},
+    "logprobs": _LOGPROBS,
     "token_ids": [_token_id],
 }
 ASKED = {"messages": [dict], "temperature": number}
@@ -65,7 +67,8 @@ ANSWER = {
     "stop_reason": _FINISH,
     "done_reason": _FINISH,
 }
-SAMPLE = {"finish_reason": _FINISH, "token_ids": [_token_id], "logprobs": [object]}
+_BESIDE = ([object], _LOGPROBS)
+SAMPLE = {"finish_reason": _FINISH, "token_ids": [_token_id], "logprobs": _BESIDE}
 _OUTPUT = {"text": str, "token_ids": [_token_id], "finish_reason": _FINISH, "logprobs": [object]}
 _SGLANG = {"finish_reason": _FINISH, "output_token_logprobs": [[object]]}
 _RESPONSE = {"status_code": int, "body": dict}
@@ -78,7 +81,7 @@ RECORD = {
     "meta_info": (str, _SGLANG),
     "temperature": (str, number),
     "token_ids": [_token_id],
-    "logprobs": [object],
+    "logprobs": _BESIDE,
     "finish_reason": (_FINISH, [object]),
 }
 

@@ -23,6 +23,7 @@ _WHOLE = re.compile("stop|eos|eot|end|complete|finish|tool|function|done|succe")
 # Names of columns and keys, as `plain` writes them: finish_reasons is finishreasons.
 _FINISH = re.compile(r"(.*finish|done|stop)reasons?|stoptypes?|status")
 _KNOWN_WORDS = re.compile(r"finishreasons?|donereason")  # the others may hold anything
+_STATUS = re.compile("(in)?completed?|fail(ed|ure)|error|cancel+ed|truncated|timed?_?out|aborted")
 _COMPLETE = re.compile(
     r"(is|was|has)?(reasoning|generation|response|completion|output)?(complete|completed|finished|done)"
 )
@@ -76,7 +77,9 @@ def _kind(name: str, verdict: str) -> str:
 
 def _reason(name: str, value: Any) -> str:
     reason = finish(value) if isinstance(value, str | dict) else ""
-    known = _KNOWN_WORDS.fullmatch(plain(name))  # stop_reason may be what ended it (vLLM)
+    if name == "status" and not _STATUS.fullmatch(reason):
+        return ""
+    known = _KNOWN_WORDS.fullmatch(plain(name))
     return "" if not known and is_cut_off(reason) is None else reason
 
 
@@ -140,12 +143,13 @@ def judged(row: Row, trace: RawTrace, text: str, index: int, count: int) -> RawT
     """With what the record tells of this completion: that it was cut off, that it is wrong."""
     if trace.failed:
         return trace
-    reasons, sign, read = [trace.finish_reason], "", set()
+    reasons, others, sign, read = [trace.finish_reason], [""], "", set()
     verdicts: dict[int, dict[str, bool]] = {}  # of each turn of several; -1: of the whole
     for turn, name, kind, value in _tells(row, trace, _place_of(row, text, index, count)):
         if kind == "finish":
             found = _reason(name, value) or None
-            reasons.append(found or "")
+            stop = plain(name.rpartition(".")[2]).startswith("stopreason")
+            (others if stop else reasons).append(found or "")
         elif kind == "rejected":  # by generate_traces, whose words these are; else of a pair
             found = _REJECTED.get(value, None if value is not True else False)
             if found:
@@ -161,7 +165,8 @@ def judged(row: Row, trace: RawTrace, text: str, index: int, count: int) -> RawT
         if found is not None:
             row.used.add(name)
             read.add(name)
-    given = list(filter(None, reasons))
+    # Beside a finish_reason, a stop_reason may be the text that ended it (vLLM).
+    given = list(filter(None, reasons)) or list(filter(None, others))
     return dataclasses.replace(
         trace,
         finish_reason=next(filter(is_cut_off, given), next(iter(given), "")),

@@ -73,6 +73,11 @@ def _vllm_read(answers: Sequence[Any], asked: Asked) -> list[Position]:
     _length(entries, len(asked.ids), "prompt_logprobs")
     found = []
     for place in asked.places:
+        if entries[place] is None:
+            raise DcodError(
+                f"prompt_logprobs[{place}] is null, as from an older vLLM that reads a prompt's "
+                "begin from its cache; start it with --no-enable-prefix-caching"
+            )
         given = {
             int(key): Candidate(int(key), value["logprob"], value.get("decoded_token"))
             for key, value in entries[place].items()
@@ -264,6 +269,8 @@ def _same_text(tokenizer: Tokenizer, token_id: int, text: str) -> bool:
     if not text and token_id in tokenizer.added_tokens_decoder:  # llama.cpp shows none
         return True
     raw = tokenizer.convert_ids_to_tokens(token_id)
+    if text == f"token_id:{token_id}":  # vLLM's --return-tokens-as-token-ids
+        return True
     return text == raw or ours.strip() == text.replace("\u2581", " ").strip()
 
 

@@ -38,7 +38,11 @@ class _RefusedError(DcodError):
 
 
 class _UnavailableError(Exception):
-    """An attempt that failed; the same request may succeed later."""
+    """An attempt that failed; the same request may succeed later, in `pause` seconds."""
+
+    def __init__(self, why: str, pause: str | None = None):
+        super().__init__(why)
+        self.pause = min(float(pause), _LONGEST_PAUSE) if pause and pause.isdecimal() else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +73,11 @@ class ServedTeacher:
     def score(
         self, traces: Sequence[Trace], *, top_k: int, on_tokens: Callable[[int], None] | None = None
     ) -> list[Trace]:
-        """The traces with their log-probs; the first that fails ends the others."""
+        """The traces with their log-probs; the first that fails ends the others.
+
+        Raises DcodError where the server tells of another model behind them than when it was
+        opened, as after a restart.
+        """
         stopped, found = threading.Event(), []
         pool = concurrent.futures.ThreadPoolExecutor(self.concurrency)
         try:
@@ -81,6 +89,13 @@ class ServedTeacher:
         finally:
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
+        now = _told(self)[0]
+        if changed := [key for key in {**self.about, **now} if self.about.get(key) != now.get(key)]:
+            was, is_now = ({key: of.get(key) for key in changed} for of in (self.about, now))
+            raise DcodError(
+                f"{self.url} was {was} when it was opened and is {is_now} now: another model or "
+                "version; finished shards are kept; serve the first one again, or score anew"
+            )
         return found
 
     def _score_one(self, trace: Trace, top_k: int, stopped: threading.Event) -> Trace:
@@ -100,6 +115,13 @@ class ServedTeacher:
             if stopped.is_set():  # by another trace's error, which is the one shown
                 raise _RefusedError(f"{what}: stopped")
             answers.append(self._answer(dialect.path, body, limit, what, stopped))
+        said = answers[0].get("model") if isinstance(answers[0], dict) else None
+        names = [self.name, str(self.about.get("root", self.name))]
+        if isinstance(said, str) and not any(said in name or name in said for name in names):
+            raise DcodError(
+                f"{what}: the answer is by the model {said!r}: the server was started again with "
+                "another model, or passes requests on to one"
+            )
         try:
             return scored(asked, dialect.read(answers, asked))
         except DcodError as error:
@@ -129,7 +151,7 @@ class ServedTeacher:
                         "are kept, so run the same command again when the server is well"
                     ) from None
                 pause = min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
-                stopped.wait(pause)
+                stopped.wait(max(pause, error.pause))
         raise AssertionError("unreachable")
 
 
@@ -146,7 +168,7 @@ def _ask(url: str, body: dict[str, Any] | None, *, limit: int, timeout: float, w
     except urllib.error.HTTPError as error:
         said = f"{error.code} {error.read(500).decode('utf-8', 'replace')}"
         if error.code in _AGAIN or error.code >= 500:
-            raise _UnavailableError(said) from None
+            raise _UnavailableError(said, error.headers.get("Retry-After")) from None
         hint = f"; {KEY} in the environment is the key sent" if error.code in (401, 403) else ""
         raise _RefusedError(f"{what}: the server refuses: {said}{hint}") from None
     except (OSError, http.client.HTTPException) as error:
@@ -156,15 +178,31 @@ def _ask(url: str, body: dict[str, Any] | None, *, limit: int, timeout: float, w
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise _UnavailableError(f"an answer that is no JSON: {str(error)[:80]}") from None
+        begins = content[:60].decode("utf-8", "replace")
+        why = f"an answer that is no JSON, {begins!r}: {str(error)[:80]}"
+        raise _UnavailableError(why) from None
 
 
 def open_server(entry: TeacherEntry, settings: Any, tokenizer: Tokenizer) -> ServedTeacher:
     """The teacher behind entry.server; settings: score.* (concurrency, retries, timeout)."""
     url = entry.server.rstrip("/").removesuffix("/v1")
-    about: dict[str, Any] = {}
     options = (settings.concurrency, settings.retries, settings.timeout)
-    teacher = ServedTeacher(entry, url, tokenizer, about, 0, *options)
+    teacher = ServedTeacher(entry, url, tokenizer, {}, 0, *options)
+    about, slots = _told(teacher)
+    longest = about.get("max_model_len", 0)
+    # A trace more than llama-server's slots would have it read another's prompt at each token.
+    own = min(teacher.concurrency, slots) if isinstance(slots, int) and slots > 0 else None
+    return dataclasses.replace(
+        teacher,
+        about=about,
+        longest=longest if isinstance(longest, int) else 0,
+        concurrency=own or teacher.concurrency,
+    )
+
+
+def _told(teacher: ServedTeacher) -> tuple[dict[str, Any], Any]:
+    """(what the server says of itself and of the model, how many requests it reads at once)."""
+    entry, url = teacher.entry, teacher.url
 
     def get(path: str) -> Any:
         return teacher._answer(path, None, 1 << 20, url + path, threading.Event())
@@ -191,12 +229,5 @@ def open_server(entry: TeacherEntry, settings: Any, tokenizer: Tokenizer) -> Ser
             if isinstance(more, dict):
                 told |= {key: more[key] for key in names or more if key in more}
                 slots = more.get("total_slots")
-    about |= {k: v for k, v in told.items() if isinstance(v, str | int) and len(str(v)) <= 200}
-    longest = about.get("max_model_len", 0)
-    # A trace more than llama-server's slots would have it read another's prompt at each token.
-    own = min(teacher.concurrency, slots) if isinstance(slots, int) and slots > 0 else None
-    return dataclasses.replace(
-        teacher,
-        longest=longest if isinstance(longest, int) else 0,
-        concurrency=own or teacher.concurrency,
-    )
+    short = {k: v for k, v in told.items() if isinstance(v, str | int) and len(str(v)) <= 200}
+    return short, slots

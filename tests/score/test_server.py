@@ -159,6 +159,28 @@ def test_failed_attempts_are_repeated_and_a_refusal_is_not(tokenizer):
         open_server(fake, tokenizer)
 
 
+def test_a_server_that_is_another_one_after_its_answers_is_refused(tokenizer):
+    traces = make_traces(2)
+    with serve("vllm", MODEL, tokenizer) as fake:
+        fake.change = of_each(decoded_token="token_id:7")
+        with pytest.raises(DcodError, match="another tokenizer"):
+            open_server(fake, tokenizer).score(traces, top_k=0)
+        fake.change = _as_ids
+        teacher = open_server(fake, tokenizer)
+        teacher.score(traces, top_k=0)
+        fake.longest = 600
+        wanted = r"was {'max_model_len': 512} when it was opened and is {'max_model_len': 600} now"
+        with pytest.raises(DcodError, match=wanted):
+            teacher.score(traces, top_k=0)
+
+
+def _as_ids(answer):
+    for entry in answer["choices"][0]["prompt_logprobs"][1:]:
+        for token, value in entry.items():
+            value["decoded_token"] = f"token_id:{token}"
+    return answer
+
+
 def test_requests_run_together_up_to_the_limit(tokenizer):
     with serve("vllm", MODEL, tokenizer) as fake:
         fake.patience = 20.0
@@ -280,7 +302,12 @@ HOSTILE = {
         lambda a: {"choices": [{"prompt_logprobs": a["choices"][0]["prompt_logprobs"][:-1]}]},
         "list of 8 entries, found 7 entries",
     ),
-    "a position is null": (vllm_entry(lambda entry: None), "not an answer of the dialect"),
+    "a position is null": (
+        vllm_entry(lambda entry: None),
+        r"prompt_logprobs\[7\] is null.*--no-enable-prefix-caching",
+    ),
+    "a page": (lambda a: b"<html>log in", "an answer that is no JSON, '<html>log in'"),
+    "another model": (lambda a: a | {"model": "org/small"}, "is by the model 'org/small'"),
     "own token is missing": (
         vllm_entry(lambda entry: {k: v for k, v in entry.items() if k != "1"}),
         r"prompt_logprobs\[7\] does not have the trace's token 1",
