@@ -11,32 +11,22 @@ from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.experts import Experts
 from dcod_jax.models.layers import MLP, Attention, Embedding, norm
 
-# Where a block has norms -> (attribute, which is the name in HF files too, name in GGUF files).
-NORMS: dict[str, dict[str, tuple[str, str]]] = {
-    "pre": {
-        "before attention": ("input_layernorm", "attn_norm"),
-        "before mlp": ("post_attention_layernorm", "ffn_norm"),
-    },
-    "pre_feedforward": {
-        "before attention": ("input_layernorm", "attn_norm"),
-        "before mlp": ("pre_feedforward_layernorm", "ffn_norm"),
-    },
-    "glm4": {
-        "before attention": ("input_layernorm", "attn_norm"),
-        "after attention": ("post_self_attn_layernorm", "post_attention_norm"),
-        "before mlp": ("post_attention_layernorm", "ffn_norm"),
-        "after mlp": ("post_mlp_layernorm", "post_ffw_norm"),
-    },
-    "post": {
-        "after attention": ("post_attention_layernorm", "post_attention_norm"),
-        "after mlp": ("post_feedforward_layernorm", "post_ffw_norm"),
-    },
-    "both": {
-        "before attention": ("input_layernorm", "attn_norm"),
-        "after attention": ("post_attention_layernorm", "post_attention_norm"),
-        "before mlp": ("pre_feedforward_layernorm", "ffn_norm"),
-        "after mlp": ("post_feedforward_layernorm", "post_ffw_norm"),
-    },
+# Place of a norm in a block -> its name in GGUF files.
+PLACES = {
+    "before attention": "attn_norm",
+    "after attention": "post_attention_norm",
+    "before mlp": "ffn_norm",
+    "after mlp": "post_ffw_norm",
+}
+_IN, _POST = "input_layernorm", "post_attention_layernorm"
+_BEFORE_MLP, _AFTER_MLP = "pre_feedforward_layernorm", "post_feedforward_layernorm"
+# Where a block has norms -> the attributes of PLACES, which are the names in HF files too.
+NORMS: dict[str, tuple[str | None, ...]] = {
+    "pre": (_IN, None, _POST, None),
+    "pre_feedforward": (_IN, None, _BEFORE_MLP, None),
+    "post": (None, _POST, None, _AFTER_MLP),
+    "both": (_IN, _POST, _BEFORE_MLP, _AFTER_MLP),
+    "glm4": (_IN, "post_self_attn_layernorm", _POST, "post_mlp_layernorm"),
 }
 
 
@@ -49,13 +39,14 @@ class Block(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.self_attn = Attention(config, rngs=rngs)
         self.mlp = (Experts if config.mixture else MLP)(config, rngs=rngs)
-        for name, gguf in NORMS[config.norms].values():
-            setattr(self, name, norm(config, config.hidden_size, name, gguf))
+        for name, gguf in zip(NORMS[config.norms], PLACES.values(), strict=True):
+            if name is not None:
+                setattr(self, name, norm(config, config.hidden_size, name, gguf))
         self.norms = config.norms
         self.residual_scale = config.residual_scale
 
     def _norm(self, place: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        name, _ = NORMS[self.norms].get(place, (None, None))
+        name = dict(zip(PLACES, NORMS[self.norms], strict=True))[place]
         return x if name is None else getattr(self, name)(x)
 
     def _add(self, x: Float[Array, "B T D"], more: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

@@ -106,6 +106,11 @@ class ModelConfig:
         return default if self.attention_scale is None else self.attention_scale
 
 
+# Keys of config.json that have the field's name and value.
+_FIELDS = (
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "head_dim"),
+    *("max_position_embeddings", "tie_word_embeddings", "bos_token_id", "pad_token_id"),
+)
 # Config key -> the only values under which the model computed here is the one HF computes.
 # A key that is absent from the file has one of these values in HF.
 ACCEPTED: dict[str, tuple[Any, ...] | None] = {
@@ -246,22 +251,14 @@ def from_hf(raw: Raw, source: str = "config.json") -> ModelConfig:
     if family.mixture is not None:
         options["mixture"] = family.mixture.read(raw, source)
     return ModelConfig(
-        model_type=raw["model_type"],
-        vocab_size=raw["vocab_size"],
-        hidden_size=width,
-        intermediate_size=raw["intermediate_size"],
+        **{key: raw.get(key) for key in _FIELDS},
         num_layers=raw["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw["head_dim"],
         layer_kinds=layer_kinds.read(family, raw, source),
         rms_norm_eps=float(raw["rms_norm_eps"]),
-        tie_word_embeddings=raw["tie_word_embeddings"],
-        max_position_embeddings=raw["max_position_embeddings"],
         initializer_range=float(raw["initializer_range"]),
-        bos_token_id=raw.get("bos_token_id"),
         eos_token_ids=tuple(_stop_ids(raw.get("eos_token_id"), source)),
-        pad_token_id=raw.get("pad_token_id"),
         **options,
     )
 
@@ -277,24 +274,14 @@ def to_hf(config: ModelConfig, *, dtype: str) -> Raw:
     eos = config.eos_token_ids
     raw: Raw = {
         "architectures": [family.architecture],
-        "model_type": config.model_type,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
+        **{key: getattr(config, key) for key in (*_FIELDS, "initializer_range", "rms_norm_eps")},
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
         "hidden_act": config.activation,
-        "max_position_embeddings": config.max_position_embeddings,
-        "initializer_range": config.initializer_range,
-        "rms_norm_eps": config.rms_norm_eps,
-        "tie_word_embeddings": config.tie_word_embeddings,
         "attention_dropout": 0.0,
         "use_cache": True,
-        "bos_token_id": config.bos_token_id,
         "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
-        "pad_token_id": config.pad_token_id,
         "dtype": dtype,
         "torch_dtype": dtype,  # read by transformers 4
         **layer_kinds.rope_keys(family, config),

@@ -31,8 +31,15 @@ class Key:
 
 def _same(field: str, bound: Bound) -> Key:
     """A key whose value is that of one option."""
-    convert = bool if bool in bound.types else lambda value: value
-    return Key(bound, lambda value: {field: convert(value)}, lambda config: getattr(config, field))
+    return Key(bound, lambda value: {field: value}, lambda config: getattr(config, field))
+
+
+def _biases(*fields: str) -> Key:
+    return Key(
+        optional(flag()),
+        lambda value: dict.fromkeys(fields, bool(value)),
+        lambda config: getattr(config, fields[0]),
+    )
 
 
 def _scale(field: str) -> Key:
@@ -41,18 +48,10 @@ def _scale(field: str) -> Key:
 
 
 KEYS: dict[str, Key] = {
-    "attention_bias": Key(
-        optional(flag()),
-        lambda value: dict.fromkeys(("qkv_bias", "o_bias"), bool(value)),
-        lambda config: config.qkv_bias,
-    ),
-    "attention_out_bias": _same("o_bias", optional(flag())),
-    "use_bias": Key(
-        optional(flag()),
-        lambda value: dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), bool(value)),
-        lambda config: config.mlp_bias,
-    ),
-    "mlp_bias": _same("mlp_bias", optional(flag())),
+    "attention_bias": _biases("qkv_bias", "o_bias"),
+    "attention_out_bias": _biases("o_bias"),
+    "use_bias": _biases("mlp_bias", "qkv_bias", "o_bias"),
+    "mlp_bias": _biases("mlp_bias"),
     "hidden_act": _same("activation", text(64)),
     "hidden_activation": _same("activation", text(64)),
     "attn_logit_softcapping": _same("attention_softcap", optional(number(1e-3, 1e6))),
@@ -138,10 +137,15 @@ def _gemma_options(raw: Raw) -> Raw:
     return {"norm_offset": 1.0, "embedding_scale": raw["hidden_size"] ** 0.5}
 
 
-def _glm_options(raw: Raw) -> Raw:
-    return {"rope_pairs": "neighbours", "o_bias": False, "fused": ("gate_up",)}
-
-
+_GLM_FAMILY = Family(
+    architecture="GlmForCausalLM",
+    defaults=_GLM,
+    absent_if_null="eos_token_id",
+    keys=("attention_bias", "hidden_act"),
+    options=lambda raw: {"rope_pairs": "neighbours", "o_bias": False, "fused": ("gate_up",)},
+    accepts={"partial_rotary_factor": None},
+    partial_rope=True,
+)
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         architecture="LlamaForCausalLM",
@@ -198,23 +202,11 @@ FAMILIES: dict[str, Family] = {
         keys=("attention_bias", "mlp_bias", "hidden_act"),
         options=lambda raw: {"rope_pairs": "neighbours", "o_bias": False},
     ),
-    "glm": Family(
-        architecture="GlmForCausalLM",
-        defaults=_GLM,
-        absent_if_null="eos_token_id",
-        keys=("attention_bias", "hidden_act"),
-        options=_glm_options,
-        accepts={"partial_rotary_factor": None},
-        partial_rope=True,
-    ),
-    "glm4": Family(
+    "glm": _GLM_FAMILY,
+    "glm4": dataclasses.replace(
+        _GLM_FAMILY,
         architecture="Glm4ForCausalLM",
-        defaults=_GLM,
-        absent_if_null="eos_token_id",
-        keys=("attention_bias", "hidden_act"),
-        options=lambda raw: {**_glm_options(raw), "norms": "glm4"},
-        accepts={"partial_rotary_factor": None},
-        partial_rope=True,
+        options=lambda raw: {**_GLM_FAMILY.options(raw), "norms": "glm4"},
     ),
     "exaone4": Family(
         architecture="Exaone4ForCausalLM",

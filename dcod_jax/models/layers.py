@@ -242,11 +242,9 @@ def apply_rope(
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
-    if rest:
-        stays = (*cos.shape[:-1], rest)
-        cos = jnp.concatenate([cos, jnp.ones(stays)], axis=-1)
-        sin = jnp.concatenate([sin, jnp.zeros(stays)], axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
+    stays = ((0, 0), (0, 0), (0, rest))
+    cos = jnp.pad(cos, stays, constant_values=1.0)[:, :, None]
+    sin = jnp.pad(sin, stays)[:, :, None]
     return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)
 
 

@@ -157,16 +157,13 @@ def _longrope(values: Raw, length: int, dims: int, source: str) -> Raw:
             )
     attention = values.get("attention_factor")
     if attention is None:
-        attention = _longrope_attention(float(values.get("factor") or length / original), original)
+        factor = float(values.get("factor") or length / original)
+        attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     return {
         **{key: tuple(map(float, values[key])) for key in ("short_factor", "long_factor")},
         "original_max_position_embeddings": original,
         "attention_factor": float(attention),
     }
-
-
-def _longrope_attention(factor: float, original: int) -> float:
-    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 _RESOLVE = {"llama3": _llama3, "yarn": _yarn, "longrope": _longrope}

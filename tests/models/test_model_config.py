@@ -227,9 +227,10 @@ def test_unused_sliding_window_is_no_reason_to_refuse():
 
 
 def test_export_refuses_what_the_family_cannot_express():
-    config = dataclasses.replace(configs.from_hf(LLAMA), qkv_bias=True)
-    with pytest.raises(DcodError, match="qkv_bias"):
-        configs.to_hf(config, dtype="float32")
+    for field in ("qkv_bias", "o_bias"):  # of llama's one key for both
+        config = dataclasses.replace(configs.from_hf(LLAMA), **{field: True})
+        with pytest.raises(DcodError, match="export as llama: o_bias="):
+            configs.to_hf(config, dtype="float32")
 
 
 def test_num_params_are_those_of_transformers(pair):
