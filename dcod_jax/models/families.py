@@ -92,14 +92,8 @@ class Family:
     gguf_interleaved: bool = False  # its GGUF files hold rotated rows as (pair, half) of a head
 
 
-_DEFAULTS: Raw = {
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "initializer_range": 0.02,
-    "tie_word_embeddings": False,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 32768,
-}
+_DEFAULTS: Raw = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "initializer_range": 0.02}
+_DEFAULTS |= {"tie_word_embeddings": False, "rope_theta": 1e4, "max_position_embeddings": 32768}
 _LLAMA = {**_DEFAULTS, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2}
 _QWEN = {**_DEFAULTS, "num_key_value_heads": 32, "use_sliding_window": False}
 _QWEN |= {"sliding_window": 4096, "max_window_layers": 28}
@@ -119,18 +113,9 @@ _GLM = {**_DEFAULTS, "rms_norm_eps": 1.5625e-7, "max_position_embeddings": 13107
 _GLM |= {"num_key_value_heads": 2, "head_dim": 128, "attention_bias": True}
 _GLM |= {"partial_rotary_factor": 0.5, "pad_token_id": 151329}
 _GLM |= {"eos_token_id": [151329, 151336, 151338]}
-_GEMMA2_KEYS = (
-    "attention_bias",
-    "hidden_activation",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "query_pre_attn_scalar",
-)
-
-_MUP = (
-    *("attention_multiplier", "embedding_multiplier", "residual_multiplier"),
-    "logits_scaling",
-)
+_GEMMA2_KEYS = ("attention_bias", "hidden_activation", "query_pre_attn_scalar")
+_GEMMA2_KEYS += ("attn_logit_softcapping", "final_logit_softcapping")
+_MUP = ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")
 
 
 def _gemma_options(raw: Raw) -> Raw:
@@ -154,9 +139,7 @@ FAMILIES: dict[str, Family] = {
         gguf=("llama",),
         gguf_interleaved=True,
     ),
-    "mistral": Family(
-        architecture="MistralForCausalLM", defaults=_MISTRAL, types=layer_types.every_layer_alike
-    ),
+    "mistral": Family("MistralForCausalLM", _MISTRAL, types=layer_types.every_layer_alike),
     "ministral": Family(
         architecture="MinistralForCausalLM",
         defaults=_MISTRAL,
@@ -327,12 +310,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3_moe": Family(
         architecture="Qwen3MoeForCausalLM",
-        defaults={
-            **_QWEN,
-            "num_key_value_heads": 4,
-            "attention_bias": False,
-            "moe_intermediate_size": 768,
-        },
+        defaults=_QWEN
+        | {"num_key_value_heads": 4, "attention_bias": False, "moe_intermediate_size": 768},
         keys=("attention_bias", "hidden_act"),
         options=lambda raw: {"qk_norm": "head"},
         types=layer_types.all_by_use_sliding_window,
@@ -344,11 +323,7 @@ FAMILIES: dict[str, Family] = {
         defaults={**_MISTRAL, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None},
         types=layer_types.every_layer_alike,
         mixture=MixtureKeys(
-            experts=8,
-            per_token=2,
-            width="intermediate_size",
-            normalized=True,
-            block_sparse=True,
+            experts=8, per_token=2, width="intermediate_size", normalized=True, block_sparse=True
         ),
         gguf=("llama",),  # with experts
         gguf_interleaved=True,

@@ -139,10 +139,8 @@ class Linear(nnx.Module):
             # PEFT's start: the first product is 0, and the gradient of B is not.
             bound = 1.0 / math.sqrt(width[0])
             value = jax.random.uniform(rngs.params(), (width[0], lora.rank), minval=-1.0)
-            names, ends = (
-                [(f"{name}.lora_{x}.weight", "") for x in "AB"],
-                (axes[0], "rank", axes[1]),
-            )
+            names = [(f"{name}.lora_{x}.weight", "") for x in "AB"]
+            ends = (axes[0], "rank", axes[1])
             self.lora_a = declare(value * bound, ends[:2], *names[0], transposed=True)
             value = jnp.zeros((lora.rank, width[1]))
             self.lora_b = declare(value, ends[1:], *names[1], transposed=True)
