@@ -40,13 +40,13 @@ _MARKUP = re.compile(
 )
 # "Wait, that's wrong." and the rest of its sentence: what follows is the answer.
 _RETRACTED = re.compile(
-    r"(?:^|(?<=[.!:;\n}$]))[ \t$*]{0,9}(?:(?:oh|hmm|ah|no|but|and)\b[,. ]*){0,2}"
+    r"(?:^|(?<=[.!:;\n}$—–]))[ \t$*]{0,9}(?:(?:oh|hmm|ah|no|but|and)\b[,. ]*){0,2}"
     r"(?:(?:wait|oops|sorry|hold on|actually|hmm|no|apologies|my mistake)\b[^.!?\n]{0,60}?"
     r"(?:wrong|incorrect|not (?:right|correct)|mistake|error|misread|miscalculated"
     r"|forgot|missed|overlooked|should have)"
     r"[^.!?:\n]{0,60}?[.!:,;]"
     r"|actually,? (?:it's|it is|it should be|the answer is) (?=[-$\\]*\d)"
-    r"|correction:|scratch that[;,.]|no,? wait,|oops,)",
+    r"|(?:wait|sorry|oops),? no\b[ ,.:;—–]*|correction:|scratch that[;,.]|no,? wait,|oops,)",
     re.IGNORECASE,
 )
 # Hyphens, the sign of a ratio, and digits, letters and signs of full width.
@@ -59,13 +59,14 @@ _UNBRACED = re.compile(r"\\[dt]?frac\s*(?:\d\s*\d|\{[^{}]*\}\{[^{}]*\})|[^\s$\\]
 _BOX_LABEL = re.compile(r"(?<![A-Za-z\\])([A-Za-z](?:_\{?\w\}?)?)\s*=\s*$")
 # What parts two boxes of one answer: "$\boxed{3}$ and $y = \boxed{4}$", "(a) \boxed{3} (b) ...".
 _GLUE = re.compile(
-    r"(?:(?P<joint>\n|[,;•]|\\q?quad|\n\s*-|\b(?:and|or)\b|\(?\b(?:[a-h]|[ivx]{1,4}|\d)[).:](?=\s))"
+    r"(?:(?P<joint>\n|[,;•，；、和或]|\\q?quad|\n\s*-|\b(?:and|or)\b|\(?\b(?:[a-h]|[ivx]{1,4}|\d)[).:](?=\s))"
     r"|[\s$&*.]|\\[()\[\]\\,;! ]|\\text\{\s*|\}|\\?[A-Za-z]\w?(?:_\{?\w\}?)?\s*=)*"
 )
 # "and the perimeter is \boxed{14}" goes on with the answer, "and so it is \boxed{14}" corrects.
 _GOES_ON = re.compile(
     r"[\s$\\)\]]*,?\s*(?:and|or)\b[^\n.!?]{0,80}"
     r"|[\s$\\)\]]*\s[a-z]{2,15}(?: [a-z]{2,15})?,\s*(?:and )?[$\\(\s]*"  # "5 apples, 6 pears"
+    r"|[$\s]*[，；、](?![^$]*[不应改即所故因])[\u4e00-\u9fff]{1,8}[=$\s]*"
     r"|[ $\\)\]*]*[,;\n][\s*•-]*[A-Za-z][\w ]{0,40}:[*$\\(\[\s]*(?:\\?[A-Za-z]\w?\s*=\s*)?"
 )
 _NEXT_PART = re.compile(r"[\s\S]{0,200}[.\n;,]\s*(?:Part )?\(?(?:[b-h]|ii|iii|iv)\)[\s\S]{0,200}")
@@ -95,12 +96,13 @@ _ANSWER_IS = re.compile(
     r"(?:\n\s{0,3}(?=is\b|to\b|of\b|for\b)"
     r"[^\n.:;?!]{0,60}?)?(?<![A-Za-z])(?:is|are|(?:would|must|will|should) be)(?![A-Za-z]))"
     r"[ \t*_]{0,4}[:：]?[*_]{0,2}\s{0,4}(?=\S)"
-    r"|答案\s*(?:应?[是为選选]|[:：])?\s*[:：]?\s{0,4}(?=\S)"
+    r"|答案】?\s*(?:应?[是为選选]|[:：])?\s*[:：]?\s{0,4}(?=\S)"
 )
 _OTHER_IS = re.compile(
     r"(?i:\b(?:respuesta|réponse|antwort|resposta|risposta)\b[^\n.:;?!]{0,60}?"
     r"\s(?:es|est|ist|é|è)\s{1,4})(?=\S)|(?:答えは|정답은|답은|الجواب هو|الإجابة هي)\s{0,4}(?=\S)"
 )
+_COMMA_LANGUAGES = re.compile("(?i)respuesta|réponse|antwort|r[ei]sposta|ответ")
 _TAG = re.compile(
     r"<(answer|ans|final_answer|solution)>(?=\s*\S)|\[(?:answer|ans)\](?=\s*\S)", re.IGNORECASE
 )
@@ -114,7 +116,7 @@ _CHOICE = re.compile(
 _CHOICE_VALUE = re.compile(rf"[)*_]{{0,3}}[.:)]?\s+({SPAN}|(?:{NUMBER})[\w %/.]{{0,12}}?)\s*\.?$")
 # "B" as the last line, "B is the correct answer", "so it must be B".
 _BARE = re.compile(
-    r"^[ \t>*_(\[]{0,6}([A-J])[ \t)*_.\]]{0,6}\s{0,9}\Z"
+    r"^[ \t>*_(\[]{0,6}([A-J])[ \t)*_.\]。．]{0,6}\s{0,9}\Z"
     r"|(?<![A-Za-z])([A-J])[)*_]{0,3} is (?:(?:the )?(?:correct|right|best|answer)[^\n]{0,40}"
     r"|true[.!]?\s*)\Z"
     r"|\A[\s(\[*]{0,6}([a-e])[)\].*]{0,4}\s*\Z"
@@ -212,7 +214,7 @@ _MARKS = {
 # Every text in which something is taken back has one of these in it.
 _RETRACTIONS = (
     "wrong|ncorrect|not right|not correct|istake|error|misread|forgot|missed|verlooked|should have"
-    "|miscalculated|ctually|orrection:|cratch that|o wait,|o, wait,|ops,"
+    "|miscalculated|ctually|orrection:|cratch that|o wait,|o, wait,|ops,|ait, no|ait no|orry, no"
 )
 
 
@@ -253,7 +255,7 @@ def _behind(rule: str, match: re.Match[str], behind: str) -> str:
         behind = re.sub(r"^(?:[-*•>] |1[.)] (?=[^\n]*\s*\Z))", "", behind)
     if match.group(0).lstrip().startswith("|"):  # a cell of a table
         behind = behind.partition("|")[0]
-    if rule == "answer_in_other_words" and match.group(0).isascii():  # "ist 3,5"
+    if _COMMA_LANGUAGES.search(match.group(0)):  # "ist 3,5"
         behind = re.sub(r"(?<=\d),(?=\d{1,2}(?!\d))", ".", behind)
     if rule == "hash":
         return _hash_value(behind)

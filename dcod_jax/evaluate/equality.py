@@ -25,7 +25,7 @@ _TIME = re.compile(r"\d{1,2}:\d\d")
 _RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?){2,}")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z\s.,'\"&()-]*")
 _CHOICE = re.compile(
-    r"(?:\(([A-Za-z])\)[.:]?|([A-J])\s*[.):](?![A-Z]\.))\s*(?P<rest>.*)", re.DOTALL
+    r"(?:\(([A-Za-z])\)[.:]?|([A-J])\s*[.):](?![A-Z]\.))\s*(?P<rest>(?!.*\([b-e]\)).*)", re.DOTALL
 )
 _LETTERS = re.compile(r"[A-J](?:(?:\s*,\s*|\s*,?\s+and\s+)[A-J])+|[A-J]{2,10}")
 _LEAD = re.compile(r"(?:the )?(?:final |correct )?answer(?: is:?|\s*:)\s*", re.I)
@@ -37,6 +37,7 @@ _CHOICE_BESIDE = re.compile(
     re.DOTALL,
 )
 _VARIABLE = re.compile(r"(?<![A-Za-z\\])[a-z](?![A-Za-z])")
+_NOUN = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{3,}(?![A-Za-z])")
 _AXIS = re.compile(r"(?<![A-Za-z\\])[jk](?![A-Za-z])")
 _OF_A_VARIABLE = re.compile(r"\||\\(?:frac|sqrt|sin|cos|tan|log|ln)(?![A-Za-z])")
 _CALCULATED = re.compile(r"\([^()]*\w\s*[-+*/^]|^[xyz]{2,}$")
@@ -111,6 +112,10 @@ class _Comparison:
         return self._as_sets(left.items or (left,), right.items or (right,))
 
     def _as_sets(self, left: Sequence[Parsed], right: Sequence[Parsed]) -> bool:
+        nouns = [[" ".join(_NOUN.findall(one.text)) for one in side] for side in (left, right)]
+        if len(left) > 1 and all(nouns[0]) and sorted(nouns[0]) == sorted(set(nouns[1])):
+            pairs = zip(left, (right[nouns[1].index(noun)] for noun in nouns[0]), strict=True)
+            return all(self.same(*pair) for pair in pairs)  # 3 red and 5 blue
         table = [[self.same(one, other) for other in right] for one in left]
         return all([*map(any, table), *map(any, zip(*table, strict=True))])
 
@@ -339,6 +344,10 @@ def _vector(text: str) -> list[str]:
     points = [[name == axis for name in axes] for axis in axes]
     found = [function(dict(zip(axes, map(fractions.Fraction, point), strict=True)))
              for point in (*points, [0] * len(axes), [1] * len(axes))]  # fmt: skip
-    whole = [one for one in found if isinstance(one, fractions.Fraction)]
-    linear = len(whole) == len(found) and whole[-2] == 0 and sum(whole[:-1]) == whole[-1]
-    return [f"({', '.join(map(str, whole[:-2]))})"] if linear else []
+    real = [one for one in found if one is not None and abs(one - one.real) < 1e-12]
+    if len(real) < len(found) or real[-2] or abs(sum(real[:-1]) - real[-1]) > 1e-12:
+        return []
+    texts = [
+        str(one) if isinstance(one, fractions.Fraction) else f"{one.real:.10f}" for one in real
+    ]
+    return [f"({', '.join(texts[:-2])})"]

@@ -17,7 +17,7 @@ _LINE = 2_000  # characters of a line that are searched
 _POWER = r"(?:\^(?:\{[^{}\n]{1,12}\}|\([^()\n]{1,8}\)|-?\w{1,4})|\*\*-?\d{1,3}|[⁰¹²³⁴-⁹⁻]{1,4})"
 _CALL = (
     r"(?:(?<![A-Za-z\\])\\?(?:sqrt|cbrt|exp|ln|log(?:_\w{1,3}|[₀-₉]+)?|(?:arc)?(?:sin|cos|tan))"
-    r"\([^()\n]{1,30}\)|√\(?[\d.]+\)?|(?<![A-Za-z\\])e(?=[\^⁰¹²³⁴-⁹⁻])"
+    r"(?:\([^()\n]{1,30}\)|(?<=n) \d+(?!\d|\.\d))|√\(?[\d.]+\)?|(?<![A-Za-z\\])e(?=[\^⁰¹²³⁴-⁹⁻])"
     r"|\\sqrt(?:\[\d\])?\{[^{}\n]{1,40}\}|\\[dt]?frac\{[^{}\n]{1,40}\}\{[^{}\n]{1,40}\}"
     r"|\\pi\b|π|pi\b|\((?:[\d.+*/^·√π −–-]|(?<![A-Za-z])[A-Za-z](?![A-Za-z])){2,40}\))"
 )
@@ -62,6 +62,7 @@ _WHOLE = re.compile(
     rf"|{_COMPARISON} (?:and|or) {_COMPARISON}"
 )
 _RESULT = re.compile(r"[=≈]\s*(?:\\?[$€£¥₹]\s?)?(?=[-−–]?[\d.])")
+_CIRCLED = re.compile("[①-⑩](?:[、，,]?[①-⑩])*")
 _LIST = re.compile(r"[:;]\s|[a-z]\s+[-+]?\d[^,]*(?:,|\bor\b)")
 _JOINS = re.compile(r"\s*(?:[,，、或和]|,?\s*\b(?:and|or)\b)\s*(?:[a-z]\s*=\s*)?")
 _COMPARED = re.compile(r"(?<![A-Za-z])[a-z]\s*(?:[<>]=?|[≤≥≦≧⩽⩾≠])\s*$")
@@ -160,7 +161,7 @@ def last_expression(text: str) -> str:
         text = _ALIGNED.sub(_rows, text)
     text = _DISPLAY.sub(lambda m: f" ${' '.join((m.group(1) or m.group(2)).split())}$ ", text)
     for whole in reversed(text.splitlines()):
-        line = prose.PRECISION.sub("", _ASIDE.sub("", whole[-_LINE:]))
+        line = prose.PRECISION.sub("", _ASIDE.sub("", whole[-_LINE:].replace("{,}", ",")))
         if refusal := _REFUSED.search(line):
             known = re.search("be determined|information|data", refusal.group(0))
             return "cannot be determined" if known else ""
@@ -181,13 +182,15 @@ def last_expression(text: str) -> str:
             lead = re.sub(r"(?:so|thus|hence|therefore),? ", "", line.strip(), count=1, flags=re.I)
             if match := prose.SUBJECT.match(lead):
                 return match.group(1)
-            words = [m.group(0) for p in (IN_WORDS, IN_CHINESE) for m in p.finditer(line)]
+            words = [m.group(0) for p in (IN_WORDS, IN_CHINESE, _CIRCLED) for m in p.finditer(line)]
             if words:
                 return words[-1]
             continue
         if results := list(_RESULT.finditer(line)):  # "= 3 more than 1/5 pound": the result
             behind = _EXPRESSION.match(line, results[-1].end())
-            if behind and best.lastgroup != "span":
+            between = line[behind.end() : best.start()] if behind else ""
+            listed = re.fullmatch(r"\s*,[\s\d.,/−-]*(?:\b(?:and|or)\b\s*)?", between)
+            if behind and best.lastgroup != "span" and not listed:
                 best = behind
         return _with_neighbours(line, found, best)
     return ""

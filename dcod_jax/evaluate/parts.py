@@ -16,7 +16,7 @@ from dcod_jax.evaluate.algebra import read
 from dcod_jax.evaluate.numerals import number
 from dcod_jax.evaluate.operations import EXACT
 from dcod_jax.evaluate.regions import LINE, End, Region, interval, point, where
-from dcod_jax.evaluate.spelling import braced, split
+from dcod_jax.evaluate.spelling import EQUALS, braced, split
 
 _LABEL = re.compile(
     r"([^=<>+*/^\d,;(-](?:[^=<>+*/^,;(-]|-(?=[a-z]{2}))*(?:\([^()=]*\))?|\([^()=]*\))\s*(?:=|\\equiv|\\approx)(?!=)"
@@ -189,6 +189,8 @@ def _whole(text: str) -> Parsed | None:
         return Parsed("\\emptyset")
     if squeezed in _INTEGERS:
         return Parsed("\\mathbb{Z}")
+    if "\\begin" in text and len(sides := split(text, EQUALS)) == 2 and "\\begin" in sides[0]:
+        return parse(sides[1])
     if match := _MATRIX.fullmatch(text):
         return _matrix(match, text)
     if "\\begin" in text:
@@ -277,6 +279,9 @@ def region(parsed: Parsed) -> Region | None:
     if parsed.ends in SPANS:
         ends = [_end(item.text) for item in parsed.items]
         if len(ends) != 2 or ends[0] is None or ends[1] is None:
+            return None
+        closed = (parsed.ends[0] == "[", ends[0]), (parsed.ends[1] == "]", ends[1])
+        if any(shut and math.isinf(end) for shut, end in closed):
             return None
         return interval(parsed.ends, ends[0], ends[1])
     found = [region(item) for item in parsed.items]

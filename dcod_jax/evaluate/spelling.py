@@ -30,10 +30,10 @@ _NAMES = "(?:arc)?(?:sin|cos|tan)|sinh|cosh|tanh|cot|sec|csc|cis|ln|log|exp|abs|
 # What a command becomes; those with arguments of their own come first.
 _WITH_ARGUMENT = [(re.compile(rf"\\(?:{pattern})"), new) for pattern, new in (
     (rf"(?:text|mathrm|operatorname\*?)\s*\{{\s*({_NAMES})\s*\}}", r"\\\1 "),
-    (r"(?:(?:text)?color\s*\{\w*\}|phantom\s*\{[^{}]*\})|!\s*", ""),
+    (r"(?:(?:text)?color\s*\{\w*\}|(?:phantom|[hv]space|tag)\*?\s*\{[^{}]*\})|!\s*", ""),
     (r"(?:(?:text(?:bf|it|rm|sf|tt|normal|md|up)?|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox)"
      r"|operatorname\*?)\s*(?=\{)", r"\\text"),
-    (r"[dt]?frac\{\\text\{([^{}]*)\}\}\{\\text\{([^{}]*)\}\}", r" \1/\2"),
+    (r"[dt]?frac\{\\text\{([^{}]*)\}\}\{\\text\{([^{}]*)\}(\^\{?\d\}?)?\}", r" \1/\2\3"),
     (r"text\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "),
     (r"q?quad\s*(?:and\s*)?(?=[-\d]|\\frac|\([a-z]\))", ", "),
     (r"(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?", ""),
@@ -43,7 +43,8 @@ _WITH_ARGUMENT = [(re.compile(rf"\\(?:{pattern})"), new) for pattern, new in (
 _COMMAND = re.compile(r"\\([A-Za-z]+|[,;:> ()\[\]%#&])")
 _COMMANDS = {name: new for new, names in {
     "": "tiny small normalsize large Large LARGE huge Huge checkmark underline ensuremath "
-        "displaystyle limits boldsymbol bf rm it hat vec ( ) [ ]",
+        "displaystyle limits boldsymbol bf rm it hat vec mathbf mathrm therefore "
+        "Rightarrow ( ) [ ]",
     " ": "quad qquad enspace thinspace , ; : >",
     r"\frac": "dfrac tfrac cfrac nicefrac sfrac xfrac",
     r"\binom": "dbinom tbinom",
@@ -156,7 +157,9 @@ _REWRITTEN = [(re.compile(pattern), new) for pattern, new in (  # its one spelli
     (rf"^({MONTHS}) (\d{{1,2}}), (\d{{4}})$", r"\1 \2 \3"),
     (r"(?<![\w}])\(([\dA-F]+)\)(?=\s*_)", r"\1"),
     (r"(?<=[\dA-F]) (?=_)", ""),
-    (r"\{([:.=<>])\}", r"\1"),
+    (r"\{([:.=<>])\}|(?<=\S)\{\}$", r"\1"),
+    (r"(?<=\d)\{,\}(?=\d{1,2}(?!\d))", "."),
+    (r"^\(a\) .*", lambda m: re.sub(r"[\s,;]+(?=\([b-h]\) )", ", ", m[0])),
     (r"(?i)^(yes|no|true|false)\b\s*[,.;:(]\s*(?!yes|no|true|false).*$", r"\1"),
     (r"^(\d+)\s*to\s*(\d+)$", r"\1:\2"),
     (r"^(-?\d[\d.]*)\s*=\s*([A-Za-z])$", r"\2 = \1"),
@@ -217,6 +220,7 @@ def _ascii(text: str) -> str:
     text = _SUPERSCRIPT.sub(lambda m: f"^{{{m.group(0).translate(_SUPERSCRIPTS)}}}", text)
     text = _SUBSCRIPT.sub(lambda m: f"_{{{m.group(0).translate(_SUBSCRIPTS)}}}", text)
     if not text.isascii():
+        text = re.sub("(?<=[①-⑩])[、，,]\\s*(?=[①-⑩])", "", text)
         text = re.sub(r"^([A-J])[、．]", r"\1. ", text)
         text = unicodedata.normalize("NFKC", "".join(map(_letter, text)))
     text = _INDEXED_ROOT.sub(r"\\sqrt[\1]√", text)

@@ -53,7 +53,7 @@ _PART = re.compile(
 )
 _BEHIND = re.compile(
     r"(?:\s|(?=[a-z]{2}))(?!in [a-z])(?:(?:square|cubic|sq\.?|cu\.?) )?([A-Za-z]+)"
-    r"(?: ?\^\s?\{?\d\}?|[²³])?(?: ?(?:/|per) ?([A-Za-z]+)(?:\^\{?\d\}?|²)?)?(?![A-Za-z^])"
+    r"(?: ?\^\s?\{?\d\}?|[²³])?(?: ?(?:/|per|an?\b) ?([A-Za-z]+)(?:\^\{?\d\}?|²)?)?(?![A-Za-z^])"
 )
 _FEET = re.compile(r"(\d+)\s*(?:'|\^\{?\\prime\}?)\s*(\d+(?:\.\d+)?)\s*(?:\"|'')")
 _MODULUS = re.compile(r"\s*\(?\s*\\?[pb]?mod(?:ulo)?\s*[{}]?\s*(\w+)\s*\}?\s*\)?\s*\}?\s*$")
@@ -69,7 +69,7 @@ _POWERS = [
     (re.compile(r"\bfl\.?\s*oz\b"), "floz"),
     (re.compile(r"\bmph\b"), "mi/h"),
     (re.compile(r"\b(?:kmph|kph|kmh)\b"), "km/h"),
-    (re.compile(r"\bper\b"), "/"),
+    (re.compile(r"\b(?:per|an?(?= (?:second|minute|hour|day|week|month|year)\b))\b"), "/"),
 ]
 
 
