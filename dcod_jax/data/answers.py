@@ -23,7 +23,8 @@ _KNOWN = ("choices", "candidates", "output", "content", "message")  # where an a
 
 def sampled(beside: Record, turns: Turns, **more: Any) -> RawTrace:
     """A completion with the token ids, log-probs and finish reason that the record has for it."""
-    if "logprobs" not in more and (found := _of_tokens(beside.get("logprobs"))):
+    found = _of_tokens(beside.get("logprobs"))
+    if "logprobs" not in more and found is not None:
         more["token_bytes"], more["logprobs"] = _choice_logprobs(found)
     more |= {n: records.read_list(beside, n) for n in ("token_ids", "logprobs") if n not in more}
     given = beside.get("finish_reason")

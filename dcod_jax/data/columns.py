@@ -25,11 +25,15 @@ _SHARED = {"id", "custom_id", "model", "temperature"}  # read in every form
 
 def find(record: Record, names: Sequence[str]) -> str | None:
     """The record's own spelling of the first of the names that it has a value for, as `plain`."""
-    for name in names:
-        if record.get(name) is not None:
-            return name
-    own = _by_plain(tuple(key for key, value in record.items() if value is not None))
-    return next((own[found] for found in map(_asked, names) if found in own), None)
+    exact = next((name for name in names if record.get(name) is not None), None)
+    return exact or next(iter(find_each(record, names)), None)
+
+
+def find_each(record: Record, names: Sequence[str]) -> list[str]:
+    """The record's own spellings of those of the names that it has values for."""
+    own = _by_plain(tuple([key for key, value in record.items() if value is not None]))
+    found = [name if record.get(name) is not None else own.get(_asked(name)) for name in names]
+    return [name for name in found if name is not None]
 
 
 @functools.lru_cache(maxsize=16)  # records of a file mostly have the same columns
@@ -89,8 +93,7 @@ def completion_columns(record: Record, fields: Fields) -> list[str]:
         return [fields.prompt]
     talks = [name for name in CONVERSATIONS if record.get(name) is not None]
     found = [name for name in talks if _answered(record, name)]
-    found += [own for name in presets.COMPLETIONS if (own := find(record, [name])) is not None]
-    found = list(dict.fromkeys(found))
+    found = list(dict.fromkeys([*found, *find_each(record, presets.COMPLETIONS)]))
     texts = {name: _texts(record[name]) for name in found}
     if any(texts.values()):
         found = [name for name in found if texts[name]]
@@ -276,9 +279,8 @@ class Row:
         """The system message to put first: the record's, else prepare.system_prompt."""
         own = messages[0]["content"] if messages[0]["role"] == "system" else None
         texts: list[str] = []
-        for name in presets.SYSTEMS:
-            own_name = find(self.record, [name]) or name
-            value = None if own_name == self.fields.prompt else self.get(own_name)
+        for name in find_each(self.record, presets.SYSTEMS):
+            value = None if name == self.fields.prompt else self.get(name)
             if value is None or (isinstance(value, str) and not value.strip()):
                 continue
             value = value[0] if isinstance(value, list) and len(value) == 1 else value
@@ -302,10 +304,9 @@ class Row:
         if chosen:
             self._check_there(chosen, "reasoning_field", self.record)
         found = {}
-        for name in [chosen] if chosen else presets.REASONINGS:
-            own = find(self.record, [name])
-            value = self.record[own] if own else None
-            if own is None or own in found or is_switch(value):
+        for own in find_each(self.record, [chosen] if chosen else presets.REASONINGS):
+            value = self.record[own]
+            if own in found or is_switch(value):
                 continue
             if texts := raw.thoughts(value, own):
                 self.used.add(own)
@@ -395,6 +396,4 @@ class Row:
     def _own(self, known: Record, name: str, index: int, count: int) -> Any:
         value = known.get(name) if name else None
         self.used.add(name)
-        if isinstance(value, list) and len(value) == count:
-            return value[index]
-        return value
+        return value[index] if isinstance(value, list) and len(value) == count else value

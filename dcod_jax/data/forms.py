@@ -73,9 +73,10 @@ def _read_completion(row: Row) -> Parsed:
 
 def _check_teachers(row: Row, names: Sequence[str]) -> None:
     """Refuse a person's solution where the teacher's column is there and null in this record."""
+    if row.fields.completion or not row.nulls or plain(names[0]) not in HUMAN:
+        return
     known = {plain(name) for name in (*COMPLETIONS, *CONVERSATIONS)}
-    null = next((name for name in row.nulls if plain(name) in known), None)
-    if null and not row.fields.completion and {plain(name) for name in names} & {*HUMAN}:
+    if null := next((name for name in row.nulls if plain(name) in known), None):
         raise BadRecordError(
             f"{null} is null, and {names[0]} may be a person's text; take the record out, or set "
             "prepare.completion_field to the one that is meant"

@@ -27,10 +27,9 @@ _PAIRS = (*_PAIRS, ("prefix", "suffix"))
 # Marks that no rule spells: Mistral's, Kimi's, MedGemma's, and the channels of harmony (gpt-oss).
 _CHANNEL = "<|channel|>analysis<|message|>"
 _FINAL = "<|channel|>final<|message|>"
-_ODD = {"[THINK]": "[/THINK]", "◁think▷": "◁/think▷", "<unused94>thought": "<unused95>"}
+_ODD = {"[THINK]": "[/THINK]", "◁think▷": "◁/think▷", "<unused94>": "<unused95>"}
 _ODD[_CHANNEL] = f"<|end|><|start|>assistant{_FINAL}"
 _BEGINNING = {end: begin for begin, end in _ODD.items()}
-_QUOTES = ("`", '"', "'")
 _VISIBLE = re.compile(r"\S")
 _FENCE = re.compile(r"^[ \t]*(```|~~~).*?^[ \t]*\1", re.DOTALL | re.MULTILINE)
 
@@ -157,6 +156,10 @@ _THOUGHTS = re.compile(
     r"reasoning|think|thought|rationale|cot$|^analysis$|trajector|scratchpad|monolog", re.IGNORECASE
 )
 # Names that tell about reasoning: reasoning_type, thinking_level.
+_DIFFER = (
+    "the completion holds reasoning, and so does a field beside it, and they differ; set "
+    "prepare.reasoning_field to the one that is meant, or take one out"
+)
 _ABOUT = re.compile(
     r"(type|mode|model|style|level|category|tokens|length|language|source|format|quality|score|"
     r"domain|skill|topic|tag|dataset|effort|budget|required|name|url|version|_id)s?$",
@@ -192,6 +195,8 @@ class Reasoning:
             within, text = channels
             if not text.strip():
                 return f"{self.opening}{within}"
+            if within.strip() and reasoning.strip() and within.split() != reasoning.split():
+                raise DcodError(_DIFFER)
             reasoning = reasoning or within
         text, reasoning = self.complete(text), self._bare(reasoning, text)
         own, answer = split(text)
@@ -204,10 +209,7 @@ class Reasoning:
             )
             return bare.lstrip("\n") if blocks or reasoning.strip() else text
         if reasoning.strip() and own.strip() and own.split() != reasoning.split():
-            raise DcodError(
-                "the completion holds reasoning, and so does a field beside it, and they differ; "
-                "set prepare.reasoning_field to the one that is meant, or take one out"
-            )
+            raise DcodError(_DIFFER)
         if own.strip() and self.opening == _CHANNEL:  # whose final channel holds answers alone
             reasoning = own
         elif own.strip() or not reasoning.strip():
@@ -230,8 +232,7 @@ class Reasoning:
         for mark in _MARK.finditer(text):
             key, ends = _side(mark)
             if ends and key not in begun:
-                around = text[max(0, mark.start() - 1) : mark.start()], text[mark.end() :][:1]
-                if around[0] == around[1] and around[0] in _QUOTES:  # told of, as in `</think>`
+                if text[max(0, mark.start() - 1) : mark.end() + 1] == f"`{mark[0]}`":  # told of
                     continue
                 lead = _BEGINNING.get(mark[0], mark[0].replace("/", "", 1))
                 for begin, end in _PAIRS if lead == mark[0] else ():

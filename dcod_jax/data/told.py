@@ -150,8 +150,9 @@ def judged(row: Row, trace: RawTrace, text: str, index: int, count: int) -> RawT
             found = _reason(name, value) or None
             stop = plain(name.rpartition(".")[2]).startswith("stopreason")
             (others if stop else reasons).append(found or "")
-        elif kind == "rejected":  # by generate_traces, whose words these are; else of a pair
-            found = _REJECTED.get(value, None if value is not True else False)
+        elif kind == "rejected":  # of a pair, or by generate_traces, whose words these are
+            found = False if value is True else _REJECTED.get(str(value))
+            found = None if "chosen" in row.record else found
             if found:
                 sign = sign or f"{name} is {value}"
             elif found is False:

@@ -41,8 +41,9 @@ def unpacked(record: Record, fields: Fields) -> dict[str, Any]:
         elif isinstance(value, str) and value.lstrip().startswith("["):
             lists = talk or name.endswith("s") or name in thoughts
             found[name] = _from_text(value, name, lists=lists)
-        if (talk or name in fields.chosen()) and isinstance(items := found.get(name), list):
-            found[name] = [turn for item in items for turn in _turns_of(item)]
+        items = found.get(name)
+        if (talk or name in (fields.prompt, fields.completion)) and isinstance(items, list):
+            found[name] = [turn for item in items for turn in _turns_of(item, pairs=talk)]
     inside = dict(leaves(record)) if any("." in name for name in fields.chosen()) else {}
     chosen = {name: inside.get(name) for name in fields.chosen() if "." in name}
     return found | {name: value for name, value in chosen.items() if value is not None}
@@ -52,8 +53,8 @@ _ASKED = ("input", "human", "user", "question", "prompt", "instruction")
 _ANSWERED = ("output", "assistant", "gpt", "bot", "response", "answer")
 
 
-def _turns_of(item: Any) -> list[Any]:
-    """A message of LangChain, or one item with a question and its answer (XTuner), as messages."""
+def _turns_of(item: Any, *, pairs: bool) -> list[Any]:
+    """A message of LangChain as a message; where `pairs`, a question with its answer as two."""
     if not isinstance(item, dict) or {"role", "from"} & item.keys():
         return [item]
     kind = item.get("type")
@@ -69,7 +70,7 @@ def _turns_of(item: Any) -> list[Any]:
     asked, answered = (
         next((own[name] for name in names if name in own), None) for names in (_ASKED, _ANSWERED)
     )
-    if asked is None or answered is None:
+    if not pairs or asked is None or answered is None:
         return [item]
     rest = {k: v for k, v in item.items() if k not in (asked, answered, "system")}
     lead = [{"role": "system", "content": item["system"]}] if item.get("system") else []
