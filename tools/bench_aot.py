@@ -3,11 +3,13 @@
     python3.11 -m venv tpu && tpu/bin/pip install -e . "jax[tpu]==0.10.2"
     tpu/bin/python tools/bench_aot.py                 # rows not yet in build/aot; table
     tpu/bin/python tools/bench_aot.py --rows nll,topk # these rows
+    tpu/bin/python tools/bench_aot.py --rows published # a train step of each published model
     tpu/bin/python tools/bench_aot.py --table         # the table of what is there
 
 Student: the shape of Qwen2.5-1.5B; packed rows of 4096 tokens, all of them supervised; libtpu's
-default flags. Every row is a process of its own and leaves build/aot/<row>.json; an interrupted run
-goes on. A row takes 1 to 2 minutes of one core.
+default flags. Published models (tests/models/published.json) have rows of 2048 tokens, one a chip,
+on v5e:4x4, and from 9e9 parameters on v5e:16x16. Every row is a process of its own and leaves
+build/aot/<row>.json; an interrupted run goes on. A row takes 1 to 2 minutes of one core.
 
 temp: GiB of temporaries a chip (programs.memory_analysis()), beside the arguments, args. est: the
 sum of libtpu's estimated cycles, loops multiplied, at 1.5 GHz, in ms; it leaves out the attention
@@ -85,6 +87,24 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "nll-full-16": (QWEN_1B, {"data.batch_size": 16}),
 }
 
+
+def published() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Rows of the models in tests/models/published.json."""
+    rows = {}
+    models = json.loads((ROOT / "tests" / "models" / "published.json").read_text())
+    for name, model in models.items():
+        chips = 256 if model["parameters"] > 9e9 else 16
+        experts = 4 if {"num_experts", "num_local_experts"} & set(model["config"]) else 1
+        changes = {"data.seq_len": 2048, "data.max_length": 2048, "data.batch_size": chips}
+        changes |= {"plan.topology": "v5e:16x16" if chips == 256 else "v5e:4x4"}
+        changes |= {"mesh.fsdp": chips // experts, "mesh.expert": experts}
+        rows[name.replace(" ", "-")] = (model["config"], changes)
+    return rows
+
+
+OWN = tuple(ROWS)
+ROWS |= published()
+
 # Row -> (most GiB of temporaries, most ms, row to compare with, most of its ms).
 TARGETS: dict[str, tuple[float | None, float | None, str, float | None]] = {
     "nll": (5.0, 1355, "nll-plain", 1.005),
@@ -122,7 +142,9 @@ def worker(name: str, directory: Path) -> dict[str, Any]:
     config = recipe(name, directory)
     target = programs.target(config)
     start = time.process_time()
-    traced = programs.train_program(config, target.devices, valid_vocab=VALID_VOCAB)
+    traced = programs.train_program(
+        config, target.devices, valid_vocab=min(VALID_VOCAB, ROWS[name][0]["vocab_size"])
+    )
     try:
         program = programs.compile_program(traced)
     except programs.DoesNotFitError as error:
@@ -173,14 +195,17 @@ def table(directory: Path) -> list[str]:
     done = {
         p.stem: json.loads(p.read_text()) for p in directory.glob("*.json") if "." not in p.stem
     }
-    lines = ["| row | args | temp | target | est ms | target | of plain | target | async | CPU-s |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    lines = [
+        "| row | args | temp | peak | target | est ms | target | of plain | target | step s "
+        "| windowed | async | CPU-s |"
+    ]
+    lines.append("|---" * 13 + "|")
     for name in ROWS:
         if name not in done:
             continue
         row = done[name]
         if "needed" in row:
-            lines.append(f"| {name} | | needs {(row['needed'] or 0) / 2**30:.2f} | | | | | | | |")
+            lines.append(f"| {name} | | needs {(row['needed'] or 0) / 2**30:.2f}" + " |" * 11)
             continue
         temp, milliseconds, other, ratio = TARGETS.get(name, (None, None, "", None))
         relative = ""
@@ -192,11 +217,14 @@ def table(directory: Path) -> list[str]:
             name,
             f"{row['arguments'] / 2**30:.2f}",
             f"{row['temporaries'] / 2**30:.2f}",
+            f"{row['peak'] / 2**30:.2f}",
             temp or "",
             f"{row['estimated_ms']:.0f}",
             milliseconds or "",
             relative,
             ratio or "",
+            f"{row['seconds']:.3f}",
+            row["windowed_products"],
             f"{beside / moved:.0%}" if moved else "",
             f"{row['compile_cpu_seconds']:.0f}",
         )
@@ -208,7 +236,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", default=",".join(ROWS), help="comma-separated")
+    parser.add_argument("--rows", default=",".join(OWN), help="comma-separated")
     parser.add_argument("--again", action="store_true", help="compile rows that are there too")
     parser.add_argument("--table", action="store_true", help="only print the table")
     parser.add_argument("--directory", type=Path, default=ROOT / "build" / "aot")
@@ -218,7 +246,12 @@ def main() -> None:
     if args.worker:
         print(json.dumps(worker(args.worker, args.directory)))
         return
-    for name in [] if args.table else args.rows.split(","):
+    rows = (
+        [row for row in ROWS if row not in OWN]
+        if args.rows == "published"
+        else args.rows.split(",")
+    )
+    for name in [] if args.table else rows:
         if args.again or not (args.directory / f"{name}.json").exists():
             compile_row(name, args.directory)
             print(f"{name}: done", flush=True)
