@@ -82,6 +82,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "nll-dots-16": (QWEN_1B, {"student.remat": "dots", "data.batch_size": 16}),
     "nll-chunk-1024": (QWEN_1B, {"loss.head_chunk": 1024}),
     "nll-chunk-2048": (QWEN_1B, {"loss.head_chunk": 2048}),
+    "nll-chunk-4096": (QWEN_1B, {"loss.head_chunk": 4096}),
     "nll-dots-8-chunk-4096": (QWEN_1B, {"student.remat": "dots:8", "loss.head_chunk": 4096}),
     "nll-dots-12-chunk-512": (QWEN_1B, {"student.remat": "dots:12", "loss.head_chunk": 512}),
     "nll-full-16": (QWEN_1B, {"data.batch_size": 16}),

@@ -285,7 +285,7 @@ def _kernel_errors(options: dict[str, Any]) -> dict[str, Any]:
         ids = jnp.asarray(1 + np.arange(length) * segments // length, jnp.int32)[None]
         keys = jax.random.split(jax.random.key(segments), 4)
         heads = [
-            jax.random.normal(key, (1, length, n, 128), jnp.bfloat16)
+            jax.random.normal(key, (1, n, length, 128), jnp.bfloat16)
             for key, n in zip(keys, (12, 2, 2, 12), strict=True)
         ]
         got = run(*heads, ids, kind="auto")

@@ -247,6 +247,6 @@ def _layer(
     [channels] = seen
     return (
         x,
-        (jnp.abs(mixed) * mask[..., None, None]).sum((0, 1, 3)),
+        (jnp.abs(mixed) * mask[:, None, :, None]).sum((0, 2, 3)),
         (jnp.abs(channels) * mask[..., None]).sum((0, 1)),
     )

@@ -43,8 +43,8 @@ SCANNED_QUERIES = 128  # of a block of "scanned"
 LANES = 128  # the TPU kernel's tiles are multiples of it
 SPLASH_BLOCKS = (1024, 512, 256, LANES)
 
-_HEADS = ("batch", "length", "heads", None)
-_KV_HEADS = ("batch", "length", "kv_heads", None)
+_HEADS = ("batch", "heads", "length", None)
+_KV_HEADS = ("batch", "kv_heads", "length", None)
 _IDS = ("batch", "length")
 
 
@@ -59,9 +59,9 @@ def choose(kind: str, mesh: Mesh | None) -> str:
 
 
 def attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B T G H"],
-    value: Float[Array, "B T G H"],
+    query: Float[Array, "B N T H"],
+    key: Float[Array, "B G T H"],
+    value: Float[Array, "B G T H"],
     segment_ids: Int[Array, "B T"],
     *,
     scale: float | None = None,
@@ -69,7 +69,7 @@ def attention(
     window: int | None = None,
     mesh: Mesh | None = None,
     kind: str = "auto",
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B N T H"]:
     """Causal attention inside each segment; padding (segment 0) sees only padding.
 
     Position i of a row sees position j of its segment iff 0 <= i - j (< window). Scores are the
@@ -81,7 +81,7 @@ def attention(
     asked, kind = kind, choose(kind, mesh)
     if window is not None and window < 1:
         raise DcodError(f"a sliding window of {window} positions must be at least 1")
-    length = query.shape[1]
+    length = query.shape[2]
     if mesh is not None and length % length_multiple(mesh, kind):
         raise DcodError(
             f"a row of {length} positions must be a multiple of {length_multiple(mesh, kind)} "
@@ -132,10 +132,11 @@ def _shuffle(x: Array, pieces: int) -> Array:
     return jnp.stack([halves[:, 0], jnp.flip(halves[:, 1], 1)], 2).reshape(x.shape)
 
 
-def _natural(x: Array, pieces: int) -> Array:
-    """The inverse of _shuffle."""
-    pairs = x.reshape(x.shape[0], pieces, 2, -1, *x.shape[2:])
-    return jnp.concatenate([pairs[:, :, 0], jnp.flip(pairs[:, :, 1], 1)], 1).reshape(x.shape)
+def _natural(x: Array, pieces: int, axis: int = 1) -> Array:
+    """The inverse of _shuffle, along an axis."""
+    pairs = x.reshape(*x.shape[:axis], pieces, 2, -1, *x.shape[axis + 1 :])
+    first, second = (jax.lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1))
+    return jnp.concatenate([first, jnp.flip(second, axis)], axis).reshape(x.shape)
 
 
 def to_pieces(x: Int[Array, "B T"], mesh: Mesh | None, *, kind: str = "auto") -> Int[Array, "B T2"]:
@@ -162,8 +163,11 @@ def _order(length: int, pieces: int) -> np.ndarray:
 
 
 def _whole(x: Array, pieces: int) -> Array:
-    """Inside per_shard: the piece [B, T/c, ...] -> the row in its own order [B, T, ...]."""
-    return _natural(collectives.gather(x, "length", dimension=1), pieces) if pieces > 1 else x
+    """Inside per_shard: the piece [B, T/c] or [B, G, T/c, H] -> the row in its own order."""
+    axis = 1 if x.ndim == 2 else 2
+    if pieces == 1:
+        return x
+    return _natural(collectives.gather(x, "length", dimension=axis), pieces, axis)
 
 
 # ---------------------------------------------------------------- CPU and GPU
@@ -221,24 +225,23 @@ def _blocked(
     places and segments are those of (queries [S] or [B, S], keys [M] or [B, M]). ordered: queries
     and keys are the same row in its order, so that a block needs no key outside its window.
     """
-    B, S, N, H = query.shape
-    G = key.shape[2]
-    queries = query.reshape(B, S, G, N // G, H).transpose(0, 2, 3, 1, 4)  # [B,G,R,S,H]
-    keys, values = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)  # [B,G,M,H]
+    B, N, S, H = query.shape
+    G = key.shape[1]
+    queries = query.reshape(B, G, N // G, S, H)
     block = max(MIN_QUERY_BLOCK, -(-S // MAX_QUERY_BLOCKS))
     mix = functools.partial(attend, scale=scores.scale, softcap=scores.softcap)
     window, outputs = scores.window, []
     for start in range(0, S, block):
         here = slice(start, min(start + block, S))
-        seen = slice(0, key.shape[1])
+        seen = slice(0, key.shape[2])
         if ordered:
             seen = slice(0 if window is None else max(0, start - window + 1), here.stop)
         visible = _visible(
             places[0][here], places[1][seen], segments[0][:, here], segments[1][:, seen], window
         )
-        of = queries[..., here, :], keys[:, :, seen], values[:, :, seen], visible
+        of = queries[..., here, :], key[:, :, seen], value[:, :, seen], visible
         outputs.append(jax.checkpoint(mix)(*of))
-    return jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, S, N, H)
+    return jnp.concatenate(outputs, axis=3).reshape(B, N, S, H)
 
 
 def _scanned(
@@ -250,17 +253,16 @@ def _scanned(
     scores: _Scores,
 ) -> Array:
     """The same, one block of SCANNED_QUERIES queries after the other, against all keys."""
-    B, S, N, H = query.shape
-    G, block = key.shape[2], min(SCANNED_QUERIES, S)
+    B, N, S, H = query.shape
+    G, block = key.shape[1], min(SCANNED_QUERIES, S)
     padding = -S % block
-    keys, values = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)  # [B,G,M,H]
 
     @jax.checkpoint
     def one(inputs: tuple[Array, Array, Array]) -> Array:
         queries, order, ids = inputs
         visible = _visible(order, places[1], ids, segments[1], scores.window)
         options = {"scale": scores.scale, "softcap": scores.softcap}
-        return attend(queries, keys, values, visible, **options)
+        return attend(queries, key, value, visible, **options)
 
     def cut(x: Array, axis: int) -> Array:
         """The axis of positions, padded, as blocks on a new first axis."""
@@ -268,11 +270,10 @@ def _scanned(
         x = jnp.pad(x, widths)
         return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :]), axis, 0)
 
-    queries = query.reshape(B, S, G, N // G, H).transpose(0, 2, 3, 1, 4)  # [B,G,R,S,H]
+    queries = query.reshape(B, G, N // G, S, H)
     blocks = (cut(queries, 3), cut(places[0], 0), cut(segments[0], 1))
     mixed = jnp.moveaxis(jax.lax.map(one, blocks), 0, 3)  # [B,G,R,blocks,block,H]
-    mixed = mixed.reshape(*mixed.shape[:3], -1, H)[:, :, :, :S]
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(B, S, N, H)
+    return mixed.reshape(B, N, -1, H)[:, :, :S]
 
 
 def _in_arrays(
@@ -286,7 +287,7 @@ def _in_arrays(
     kind: str,
 ) -> Array:
     """`attention` by cuDNN, or in array operations ("scanned", "blocked")."""
-    pieces, length = meshes.parts(mesh, "length"), query.shape[1]
+    pieces, length = meshes.parts(mesh, "length"), query.shape[2]
 
     def piece(query: Array, key: Array, value: Array, segments: Array, order: Array) -> Array:
         key, value, all_segments = (_whole(x, pieces) for x in (key, value, segments))
@@ -372,13 +373,13 @@ def _splash(
 ) -> Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
-    _, T, N, _ = query.shape
+    _, N, T, _ = query.shape
     pieces = meshes.parts(mesh, "length")
     padding = -T % splash_block(T) if pieces == 1 else 0
     if padding:  # a segment 0 behind the row: it sees itself only, and is cut off again
-        widths = ((0, 0), (0, padding), (0, 0), (0, 0))
+        widths = ((0, 0), (0, 0), (0, padding), (0, 0))
         query, key, value = (jnp.pad(x, widths) for x in (query, key, value))
-        segment_ids = jnp.pad(segment_ids, widths[:2])
+        segment_ids = jnp.pad(segment_ids, widths[1:3])
     interpret = mesh is None or meshes.platform(mesh) != "tpu"
     heads = N // meshes.parts(mesh, "heads")
     kernel = _splash_kernel(heads, T + padding, pieces, scores.window, scores.softcap, interpret)
@@ -386,9 +387,8 @@ def _splash(
     def rows(query: Array, key: Array, value: Array, ids: Array, kernel: Any) -> Array:
         key, value, all_ids = (_whole(x, pieces) for x in (key, value, ids))
         query = (query.astype(jnp.float32) * scores.scale).astype(query.dtype)
-        heads_first = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
-        mixed: Any = jax.vmap(kernel)(*heads_first, SegmentIds(ids, all_ids))
-        return mixed.transpose(0, 2, 1, 3)
+        mixed: Any = jax.vmap(kernel)(query, key, value, SegmentIds(ids, all_ids))
+        return mixed
 
     run = rows
     if mesh is not None and mesh.size > 1:
@@ -396,4 +396,4 @@ def _splash(
         run = collectives.per_shard(
             rows, mesh, (_HEADS, _KV_HEADS, _KV_HEADS, _IDS, tables), _HEADS
         )
-    return run(query, key, value, segment_ids, kernel)[:, :T]
+    return run(query, key, value, segment_ids, kernel)[:, :, :T]

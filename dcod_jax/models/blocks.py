@@ -56,17 +56,17 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         rope: tuple[Float[Array, "B T P"], Float[Array, "B T P"]] | None,
-    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T G H"], Float[Array, "B T G H"]]:
+    ) -> tuple[Float[Array, "B N T H"], Float[Array, "B G T H"], Float[Array, "B G T H"]]:
         return self.self_attn.project(self._norm("before attention", x), rope)
 
     def finish(
-        self, x: Float[Array, "B T D"], mixed: Float[Array, "B T N H"]
+        self, x: Float[Array, "B T D"], mixed: Float[Array, "B N T H"]
     ) -> Float[Array, "B T D"]:
         """The layer's output, from its input and what attention mixed."""
         return self.apply_mlp(self.add_attention(x, mixed))
 
     def add_attention(
-        self, x: Float[Array, "B T D"], mixed: Float[Array, "B T N H"]
+        self, x: Float[Array, "B T D"], mixed: Float[Array, "B N T H"]
     ) -> Float[Array, "B T D"]:
         return self._add(x, self._norm("after attention", self.self_attn.output(mixed)))
 

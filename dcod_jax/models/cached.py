@@ -187,8 +187,9 @@ def forward_with_cache(
         query, key, value = module.project(x, ropes[kind.rope])
         # The whole cache is carried and written in place: stacking it anew would copy it.
         places, at = slots.places, slots.at
-        keys = keys.at[index, places, :, :, at].set(key.astype(keys.dtype), mode="drop")
-        values = values.at[index, places, :, at].set(value.astype(values.dtype), mode="drop")
+        new_keys, new_values = (jnp.swapaxes(new, 1, 2) for new in (key, value))
+        keys = keys.at[index, places, :, :, at].set(new_keys.astype(keys.dtype), mode="drop")
+        values = values.at[index, places, :, at].set(new_values.astype(values.dtype), mode="drop")
 
         def read(number: Array) -> tuple[Array, Array]:
             return slots.part(keys, index, number, 3), slots.part(values, index, number, 2)
@@ -243,7 +244,7 @@ def _through_layers(
 
 
 def cached_attention(
-    query: Float[Array, "B S N H"],
+    query: Float[Array, "B N S H"],
     read: Callable[[Array], tuple[Array, Array]],
     positions: Int[Array, "B S"],
     chunks: tuple[Int[Array, ""] | int, Int[Array, ""] | int],
@@ -251,7 +252,7 @@ def cached_attention(
     scale: float,
     softcap: float | None = None,
     window: int | None = None,
-) -> Float[Array, "B S N H"]:
+) -> Float[Array, "B N S H"]:
     """Attention of S new queries over chunks (first, end) of a cache; slot j holds position j.
 
     read(i) -> keys [B, G, H, C] and values [B, G, C, H] of chunk i; a query sees the slots up to
@@ -260,11 +261,10 @@ def cached_attention(
     a chunk that a row does not see leaves its result as it is, bit for bit. Scores, softmax and
     sums are float32.
     """
-    B, S, N, H = query.shape
+    B, N, S, H = query.shape
     shapes = jax.eval_shape(read, jnp.int32(0))
     G, C = shapes[1].shape[1:3]
-    queries = query.reshape(B, S, G, N // G, H).transpose(0, 2, 3, 1, 4)  # [B,G,R,S,H]
-    folded = queries.reshape(B, G, -1, H)  # the R heads beside the queries, as in attend
+    folded = query.reshape(B, G, -1, H)  # the R heads beside the queries, as in attend
 
     def add(index: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         highest, total, mixed = sums
@@ -287,5 +287,4 @@ def cached_attention(
     zeros = jnp.zeros((*folded.shape[:-1], 1), jnp.float32)
     sums = (zeros + MASKED, zeros, jnp.zeros(folded.shape, jnp.float32))
     _, total, mixed = jax.lax.fori_loop(*chunks, add, sums)
-    mixed = (mixed / total).astype(query.dtype).reshape(B, G, -1, S, H)
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(B, S, N, H)
+    return (mixed / total).astype(query.dtype).reshape(B, N, S, H)

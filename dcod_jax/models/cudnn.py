@@ -30,8 +30,8 @@ Kernel = Callable[[Array, Array, Array, Array], Array]
 def refusal(
     shape: tuple[int, ...], dtype: Any, mesh: Mesh | None, *, softcap: float | None = None
 ) -> str:
-    """Why cuDNN cannot take queries [B, T, N, H] of this dtype on this mesh; "" where it can."""
-    B, T, N, H = shape
+    """Why cuDNN cannot take queries [B, N, T, H] of this dtype on this mesh; "" where it can."""
+    B, N, T, H = shape
     if softcap is not None:
         return f"it has no soft cap of scores (the model's is {softcap})"
     if dtype not in (jnp.bfloat16, jnp.float16):
@@ -94,12 +94,10 @@ def _call(
     offsets, lengths = runs(segment_ids, most)
     # One kv head for each query head: with fewer, jax 0.10 counts the offsets of the keys in
     # query heads, and reads other tokens' keys (jax-ml/jax#39521).
-    repeats = query.shape[2] // key.shape[2]
-    key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (jnp.repeat(x, repeats, axis=1) for x in (key, value))
     mixed: Any = fused.dot_product_attention(
-        query,
-        key,
-        value,
+        *(jnp.swapaxes(x, 1, 2) for x in (query, key, value)),  # offsets need positions first
         q_seqlen=lengths,
         kv_seqlen=lengths,
         q_offsets=offsets,
@@ -108,7 +106,7 @@ def _call(
         mask_type=fused.MaskType.PADDING_CAUSAL,
         sliding_window_length=window,
     )
-    return mixed
+    return jnp.swapaxes(mixed, 1, 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -146,15 +144,15 @@ _switch.defvjp(_switch_forward, _switch_backward)
 
 
 def attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B T G H"],
-    value: Float[Array, "B T G H"],
+    query: Float[Array, "B N T H"],
+    key: Float[Array, "B G T H"],
+    value: Float[Array, "B G T H"],
     segment_ids: Int[Array, "B T"],
     *,
     scale: float,
     window: int | None,
     otherwise: Kernel,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B N T H"]:
     """Causal attention inside each run of equal segment ids, on one device's rows.
 
     otherwise: takes rows of more segments than MOST_SEGMENTS. Padding (0) is a run as well, so that

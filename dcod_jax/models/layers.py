@@ -43,42 +43,85 @@ def transposed_matmul(x: Float[Array, "*B I"], weight: Float[Array, "O I"]) -> F
     return jnp.moveaxis(jax.lax.optimization_barrier(y), 0, -1)
 
 
-@jax.custom_vjp
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How a linear map reads x and writes y: the terms of einsum for x, kernel and y.
+
+    Heads come before positions: a TPU writes a product in that order as fast as in the other, and
+    its attention kernel takes no other; to change the order between them is a copy in memory.
+    """
+
+    x: str
+    kernel: str
+    y: str
+    head_dim: int = 0
+
+    def split(self, kernel: Array) -> Array:
+        """A kernel [I, O] with the heads in a dimension of their own."""
+        if self.kernel == "inh":
+            return kernel.reshape(len(kernel), -1, self.head_dim)
+        return (
+            kernel.reshape(-1, self.head_dim, kernel.shape[1]) if self.kernel == "nho" else kernel
+        )
+
+
+PLAIN = Form("...i", "io", "...o")
+
+
+def to_heads(head_dim: int) -> Form:
+    """[B, T, D] -> [B, N, T, H]."""
+    return Form("bti", "inh", "bnth", head_dim)
+
+
+def from_heads(head_dim: int) -> Form:
+    """[B, N, T, H] -> [B, T, D]."""
+    return Form("bnth", "nho", "bto", head_dim)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def affine(
-    x: Float[Array, "*B I"], kernel: Float[Array, "I O"], bias: Float[Array, " O"] | None
-) -> Float[Array, "*B O"]:
+    x: Array, kernel: Float[Array, "I O"], bias: Float[Array, " O"] | None, form: Form
+) -> Array:
     """x @ kernel (+ bias) in the dtype of x; their gradients are formed in the weights' own dtype.
 
     A float32 weight is rounded to the dtype of x for the product, and its gradient, a sum over all
     tokens, is not: so are the sums over devices that the partitioner makes of it.
     """
-    return _product(x, kernel, bias)
+    return _product(x, kernel, bias, form)
 
 
-def _product(x: Array, kernel: Array, bias: Array | None) -> Array:
-    y = x @ kernel.astype(x.dtype)
-    return y if bias is None else y + bias.astype(x.dtype)
+def _product(x: Array, kernel: Array, bias: Array | None, form: Form) -> Array:
+    y = jnp.einsum(f"{form.x},{form.kernel}->{form.y}", x, form.split(kernel.astype(x.dtype)))
+    if bias is None:
+        return y
+    bias = bias.astype(x.dtype)
+    return y + (bias.reshape(-1, 1, form.head_dim) if form.kernel == "inh" else bias)
 
 
 def _affine_forward(
-    x: Array, kernel: Array, bias: Array | None
+    x: Array, kernel: Array, bias: Array | None, form: Form
 ) -> tuple[Array, tuple[Array, Array, Array | None]]:
     # Not `affine`: rematerialisation saves products (remat.py), and would see a call of it instead.
-    return _product(x, kernel, bias), (x, kernel, bias)
+    return _product(x, kernel, bias, form), (x, kernel, bias)
 
 
 def _affine_backward(
-    residuals: tuple[Array, Array, Array | None], gradient: Array
+    form: Form, residuals: tuple[Array, Array, Array | None], gradient: Array
 ) -> tuple[Array, Array, Array | None]:
     x, kernel, bias = residuals
-    in_x = jnp.einsum("...o,io->...i", gradient, kernel.astype(x.dtype))
-    in_kernel = jnp.einsum("...i,...o->io", x, gradient, preferred_element_type=kernel.dtype)
+    weight = form.split(kernel.astype(x.dtype))
+    in_x = jnp.einsum(f"{form.y},{form.kernel}->{form.x}", gradient, weight)
+    in_kernel = jnp.einsum(
+        f"{form.x},{form.y}->{form.kernel}", x, gradient, preferred_element_type=kernel.dtype
+    )
     if kernel.dtype != x.dtype:
         # A transposition must not join it: XLA's CPU backend has no such product of bfloat16.
         in_kernel = jax.lax.optimization_barrier(in_kernel)
+    in_kernel = in_kernel.reshape(kernel.shape)
     if bias is None:
         return in_x, in_kernel, None
-    return in_x, in_kernel, gradient.sum(range(gradient.ndim - 1), dtype=bias.dtype)
+    tokens = (0, 2) if form.kernel == "inh" else range(gradient.ndim - 1)
+    return in_x, in_kernel, gradient.sum(tokens, dtype=bias.dtype).reshape(bias.shape)
 
 
 affine.defvjp(_affine_forward, _affine_backward)
@@ -145,17 +188,24 @@ class Linear(nnx.Module):
             value = jnp.zeros((lora.rank, width[1]))
             self.lora_b = declare(value, ends[1:], *names[1], transposed=True)
 
-    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+    def __call__(self, x: Array, form: Form = PLAIN) -> Array:
         bias = self.bias[...] if self.has_bias else None
         if not self.transposed:
-            y = affine(x, self.kernel[...], bias)
+            y = affine(x, self.kernel[...], bias, form)
         else:
-            y = transposed_matmul(x, self.kernel[...].astype(x.dtype)).astype(x.dtype)
+            flat = x if form.x != "bnth" else jnp.swapaxes(x, 1, 2).reshape(len(x), x.shape[2], -1)
+            y = transposed_matmul(flat, self.kernel[...].astype(x.dtype)).astype(x.dtype)
             y = y if bias is None else y + bias.astype(x.dtype)
+            y = y if form.y != "bnth" else split_heads(y, form.head_dim)
         if self.lora_scale is None:
             return y
-        low = affine(x, self.lora_a[...], None)
-        return y + self.lora_scale * affine(low, self.lora_b[...], None)
+        inward, outward = (form, PLAIN) if form.kernel == "nho" else (PLAIN, form)
+        low = affine(x, self.lora_a[...], None, inward)
+        return y + self.lora_scale * affine(low, self.lora_b[...], None, outward)
+
+
+def split_heads(x: Float[Array, "B T D"], head_dim: int) -> Float[Array, "B N T H"]:
+    return jnp.swapaxes(x.reshape(*x.shape[:2], -1, head_dim), 1, 2)
 
 
 class RMSNorm(nnx.Module):
@@ -214,11 +264,11 @@ def rope_tables(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def apply_rope(
-    x: Float[Array, "B T N H"],
+    x: Float[Array, "B N T H"],
     cos: Float[Array, "B T P"],
     sin: Float[Array, "B T P"],
     pairs: str = "halves",
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B N T H"]:
     """Rotate the pairs (x[i], x[i + P]) in float32, HF's layout; returns the dtype of x.
 
     pairs="neighbours": the pairs (x[2i], x[2i + 1]). Dimensions from 2P on stay. Differentiable in
@@ -234,15 +284,15 @@ def apply_rope(
         swap, cos, sin = swap[order][:, order], cos[..., order], sin[..., order]
     swap = jnp.pad(swap, (0, rest)) if rest else swap
     swapped = jnp.einsum(
-        "btnh,hk->btnk",
+        "bnth,hk->bntk",
         x,
         swap,
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
     stays = ((0, 0), (0, 0), (0, rest))
-    cos = jnp.pad(cos, stays, constant_values=1.0)[:, :, None]
-    sin = jnp.pad(sin, stays)[:, :, None]
+    cos = jnp.pad(cos, stays, constant_values=1.0)[:, None]
+    sin = jnp.pad(sin, stays)[:, None]
     return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)
 
 
@@ -300,24 +350,25 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         rope: tuple[Float[Array, "B T P"], Float[Array, "B T P"]] | None,
-    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T G H"], Float[Array, "B T G H"]]:
+    ) -> tuple[Float[Array, "B N T H"], Float[Array, "B G T H"], Float[Array, "B G T H"]]:
         """Query, key (both rotated, unless rope is None) and value heads."""
-        B, T, _ = x.shape
-        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        form = to_heads(self.head_dim)
         if self.qk_norm == "projection":
-            query, key = self.q_norm(query), self.k_norm(key)
+            flat = self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x))
+            query, key = (split_heads(y, self.head_dim) for y in flat)
+        else:
+            query, key = self.q_proj(x, form), self.k_proj(x, form)
+        value = self.v_proj(x, form)
         if self.clip is not None:
             query, key, value = (jnp.clip(y, -self.clip, self.clip) for y in (query, key, value))
-        query, key, value = (y.reshape(B, T, -1, self.head_dim) for y in (query, key, value))
         if self.qk_norm == "head":
             query, key = self.q_norm(query), self.k_norm(key)
         if rope is None:
             return query, key, value
         return apply_rope(query, *rope, self.pairs), apply_rope(key, *rope, self.pairs), value
 
-    def output(self, mixed: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
-        B, T, N, H = mixed.shape
-        return self.o_proj(mixed.reshape(B, T, N * H))
+    def output(self, mixed: Float[Array, "B N T H"]) -> Float[Array, "B T D"]:
+        return self.o_proj(mixed, from_heads(self.head_dim))
 
 
 class MLP(nnx.Module):

@@ -33,8 +33,8 @@ from dcod_jax.types import Params
 
 # Logical dimensions of what a block passes on.
 _TOKENS = ("batch", "length", None)
-_HEADS = ("batch", "length", "heads", None)
-_KV_HEADS = ("batch", "length", "kv_heads", None)
+_HEADS = ("batch", "heads", "length", None)
+_KV_HEADS = ("batch", "kv_heads", "length", None)
 _MLP = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -250,7 +250,9 @@ def rope_tables(
             last = functools.partial(jax.ops.segment_max, num_segments=positions.shape[1] + 1)
             ends = jax.vmap(last)(positions, segment_ids)  # by segment
             beyond = jnp.take_along_axis(ends, segment_ids, axis=1) >= rope.switches_at
-        tables[rope] = layers.rope_tables(rope, config.head_dim, positions, beyond=beyond)
+        found = layers.rope_tables(rope, config.head_dim, positions, beyond=beyond)
+        # Or a compiler would form the cosines anew in each layer of a scan.
+        tables[rope] = jax.lax.optimization_barrier(found)
     return tables
 
 

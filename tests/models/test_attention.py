@@ -27,7 +27,7 @@ B, N, G, H = 2, 4, 2, 16
 def example(length: int):
     """(query, key, value, cotangent of the result, segment_ids)."""
     generator = np.random.default_rng(length)
-    shapes = [(B, length, heads, H) for heads in (N, G, G, N)]
+    shapes = [(B, heads, length, H) for heads in (N, G, G, N)]
     arrays = [generator.normal(size=shape).astype(np.float32) for shape in shapes]
     cuts = (length // 3, length - length // 8)
     segments = np.ones((B, length), np.int32)
@@ -55,18 +55,18 @@ def written_out(length: int, window: int | None, softcap: float | None = None):
         visible = order & (segments[row][:, None] == segments[row][None, :])
         for head in range(N):
             group = head // (N // G)
-            q, k, v = query[row, :, head], key[row, :, group], value[row, :, group]
+            q, k, v = query[row, head], key[row, group], value[row, group]
             products = q @ k.T / np.sqrt(H)
             scores = np.where(visible, cap(products), -np.inf)
             probs = np.exp(scores - scores.max(-1, keepdims=True))
             probs /= probs.sum(-1, keepdims=True)
-            result[row, :, head] = probs @ v
-            dprobs = cotangent[row, :, head] @ v.T
+            result[row, head] = probs @ v
+            dprobs = cotangent[row, head] @ v.T
             dscores = probs * (dprobs - (dprobs * probs).sum(-1, keepdims=True)) / np.sqrt(H)
             dscores = dscores * slope(products)
-            dquery[row, :, head] = dscores @ k
-            dkey[row, :, group] += dscores.T @ q
-            dvalue[row, :, group] += probs.T @ cotangent[row, :, head]
+            dquery[row, head] = dscores @ k
+            dkey[row, group] += dscores.T @ q
+            dvalue[row, group] += probs.T @ cotangent[row, head]
     return result, dquery, dkey, dvalue
 
 
@@ -77,12 +77,11 @@ def computed(length: int, window: int | None, *, kind: str, softcap=None, mesh=N
     @jax.jit
     def run(query, key, value):
         def function(*heads):
-            into = functools.partial(attention._shuffle, pieces=pieces)
-            if pieces == 1:
-                into = jnp.asarray
+            order = attention._order(length, pieces)
             options = {"window": window, "softcap": softcap, "mesh": mesh, "kind": kind}
-            mixed = attention.attention(*map(into, heads), into(jnp.asarray(segments)), **options)
-            return mixed if pieces == 1 else attention._natural(mixed, pieces)
+            ids = jnp.asarray(segments)[:, order]
+            mixed = attention.attention(*(x[:, :, order] for x in heads), ids, **options)
+            return mixed[:, :, np.argsort(order)]
 
         mixed, pull = jax.vjp(function, query, key, value)
         return mixed, *pull(jnp.asarray(cotangent))
@@ -148,7 +147,7 @@ def test_a_piece_is_an_early_and_a_late_chunk():
 
 def test_a_length_that_cannot_be_split_is_refused_with_the_arithmetic():
     mesh = meshes.make_mesh(context=4)
-    heads = jnp.zeros((2, 20, 2, 8))
+    heads = jnp.zeros((2, 2, 20, 8))
     text = "a row of 20 positions must be a multiple of 8 to be split over mesh.context=4"
     with pytest.raises(DcodError, match=re.escape(text)):
         attention.attention(heads, heads, heads, jnp.ones((2, 20), jnp.int32), mesh=mesh)

@@ -53,7 +53,7 @@ def test_packed_rows_are_those_of_the_other_kernels(monkeypatch, segments, windo
     monkeypatch.setattr(fused, "dot_product_attention", as_documented)
     generator = np.random.default_rng(segments)
     length = 150
-    heads = [generator.normal(size=(2, length, n, 8)).astype(np.float32) for n in (4, 2, 2, 4)]
+    heads = [generator.normal(size=(2, n, length, 8)).astype(np.float32) for n in (4, 2, 2, 4)]
     cuts = [np.sort(generator.permutation(length - 1)[: n - 1]) for n in (segments, 2)]
     ids = np.stack([1 + (np.arange(length)[:, None] > cut).sum(1) for cut in cuts])
     ids[:, -1] = 0
@@ -84,7 +84,7 @@ def test_runs_have_offsets_and_lengths():
 
 def lowered(mesh, *, length, kind="auto", window=None):
     """StableHLO for CUDA of attention and its gradients, [2, length] packed rows."""
-    shapes = [jax.ShapeDtypeStruct((2, length, n, 64), jnp.bfloat16) for n in (4, 2, 2)]
+    shapes = [jax.ShapeDtypeStruct((2, n, length, 64), jnp.bfloat16) for n in (4, 2, 2)]
     ids = jax.ShapeDtypeStruct((2, length), jnp.int32)
 
     def loss(query, key, value, ids):
@@ -118,7 +118,7 @@ def test_the_program_for_cuda_calls_cudnn_and_holds_no_scores(hopper):
 
 def test_what_cudnn_cannot_take_is_scanned_or_refused_where_it_was_asked_for(hopper, monkeypatch):
     def refused(match, *, dtype=jnp.bfloat16, width=64, rows=2):
-        query = jax.ShapeDtypeStruct((rows, 256, 4, width), dtype)
+        query = jax.ShapeDtypeStruct((rows, 4, 256, width), dtype)
         with pytest.raises(DcodError, match=match):
             jax.eval_shape(
                 functools.partial(attention.attention, mesh=hopper, kind="cudnn"),

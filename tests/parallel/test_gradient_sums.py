@@ -38,7 +38,9 @@ def gradients(mesh, dtype: str, *, placed: bool) -> dict[str, np.ndarray]:
 
     def loss(layer, x, g):
         y = transformer._with_weights(
-            lambda layer, x: layers.affine(x, layer["q_proj"]["kernel"], layer["q_proj"]["bias"]),
+            lambda layer, x: layers.affine(
+                x, layer["q_proj"]["kernel"], layer["q_proj"]["bias"], layers.PLAIN
+            ),
             layer,
             NAMES,
             ("q_proj",),
