@@ -14,10 +14,9 @@ LEVELS = """
     parallel.mesh parallel.collectives parallel.exit_report parallel.monitor parallel.hosts
     locks logs
     models.rope models.layer_types models.mixtures models.families models.multimodal
-    models.layer_kinds models.config models.layers models.cudnn models.remat models.experts
-    models.blocks models.attention
-    models.transformer models.counts models.lora models.cached models.tensors models.peft
-    models.tensor_files
+    models.layer_kinds models.config models.linear models.layers models.cudnn models.remat
+    models.experts models.blocks models.attention models.transformer models.counts models.lora
+    models.cached models.tensors models.peft models.tensor_files
     losses.head losses.distributions losses.divergences losses.weights
     losses.weight_errors losses.adaptive losses.reduce losses.routing losses.distill
     data.teachers data.codec data.kept data.dataset data.blocks data.scores data.packing

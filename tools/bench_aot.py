@@ -56,6 +56,7 @@ VALID_VOCAB = 151665  # entries of the tokenizer that they share
 TOP_K = {"loss.divergence": "forward_kl", "score.top_k": 64}
 LIVE = {"loss.divergence": "forward_kl", "loss.teacher": "live"}
 PLAIN = {"loss.weights.name": "uniform"}
+LARGE = {"data.batch_size": 256, "mesh.fsdp": 64, "plan.topology": "v5e:16x16"}
 LONG = {"data.seq_len": 32768, "data.max_length": 32768}
 
 # Row -> (student, changed keys); the first ones matter most.
@@ -67,10 +68,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "live": (QWEN_1B, LIVE),
     "nll-256": (QWEN_1B, {"data.batch_size": 256}),
     "nll-256-micro": (QWEN_1B, {"data.batch_size": 256, "train.microbatches": 4}),
-    "7b": (
-        QWEN_7B,
-        {"data.batch_size": 256, "mesh.fsdp": 64, "plan.topology": "v5e:16x16"},
-    ),
+    "7b": (QWEN_7B, LARGE),
     "two-slices": (QWEN_1B, {"data.batch_size": 128, "plan.slices": 2}),
     "nll-chunk-512": (QWEN_1B, {"loss.head_chunk": 512}),
     "nll-2-layers": (QWEN_1B | {"num_hidden_layers": 2}, {}),
@@ -83,6 +81,10 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "nll-chunk-1024": (QWEN_1B, {"loss.head_chunk": 1024}),
     "nll-chunk-2048": (QWEN_1B, {"loss.head_chunk": 2048}),
     "nll-chunk-4096": (QWEN_1B, {"loss.head_chunk": 4096}),
+    "nll-plain-chunk-4096": (QWEN_1B, PLAIN | {"loss.head_chunk": 4096}),
+    "topk-chunk-4096": (QWEN_1B, TOP_K | {"loss.head_chunk": 4096}),
+    "live-chunk-4096": (QWEN_1B, LIVE | {"loss.head_chunk": 4096}),
+    "7b-chunk-4096": (QWEN_7B, LARGE | {"loss.head_chunk": 4096}),
     "nll-dots-8-chunk-4096": (QWEN_1B, {"student.remat": "dots:8", "loss.head_chunk": 4096}),
     "nll-dots-12-chunk-512": (QWEN_1B, {"student.remat": "dots:12", "loss.head_chunk": 512}),
     "nll-full-16": (QWEN_1B, {"data.batch_size": 16}),

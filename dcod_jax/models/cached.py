@@ -85,7 +85,7 @@ def init_cache(
 
 
 def transpose_kernels(params: Params) -> Params:
-    """The same parameters with the layers' kernels as [out, in], for layers.transposed_matmul."""
+    """The same parameters with the layers' kernels as [out, in], for linear.transposed_matmul."""
 
     def transpose(path: tuple[Any, ...], x: Array) -> Array:
         return jnp.swapaxes(x, -1, -2) if path[-1].key == "kernel" else x

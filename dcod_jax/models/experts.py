@@ -20,7 +20,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from dcod_jax.models.config import ModelConfig
-from dcod_jax.models.layers import ACTIVATIONS, Linear, declare
+from dcod_jax.models.layers import ACTIVATIONS
+from dcod_jax.models.linear import Linear, declare
 from dcod_jax.models.remat import EXPERT_PRODUCT
 from dcod_jax.parallel import collectives
 from dcod_jax.parallel.mesh import parts
@@ -35,7 +36,7 @@ def grouped_matmul(
 ) -> Float[Array, "M O"]:
     """Rows of group e times kernels[e], in the dtype of x; what is behind the groups is undefined.
 
-    As in layers.affine the gradient of the kernels is formed in their own dtype.
+    As in linear.affine the gradient of the kernels is formed in their own dtype.
     """
     return _product(x, kernels, sizes)
 

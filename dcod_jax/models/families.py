@@ -1,8 +1,8 @@
 """The families: how each HF model_type sets the options of ModelConfig, and back.
 
 A family is one entry of FAMILIES; an option that comes from a key of config.json is one entry of
-KEYS. Parameters are declared in models/layers.py. An option that HF computes for a family and this
-model does not needs a check that refuses it.
+KEYS. Parameters are declared in models/linear.py and layers.py. An option that HF computes for a
+family and this model does not needs a check that refuses it.
 """
 
 from __future__ import annotations

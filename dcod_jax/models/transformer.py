@@ -24,7 +24,7 @@ from dcod_jax.models import attention, blocks, layer_kinds, layers
 from dcod_jax.models import remat as remats
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.layer_kinds import LayerKind
-from dcod_jax.models.layers import Declaration
+from dcod_jax.models.linear import Declaration, Linear
 from dcod_jax.models.rope import Rope
 from dcod_jax.parallel import collectives
 from dcod_jax.parallel import mesh as meshes
@@ -48,7 +48,7 @@ def graphs(config: ModelConfig, *, transposed: bool = False) -> tuple[Any, Any]:
     decoder = nnx.eval_shape(lambda: blocks.Decoder(config, rngs=nnx.Rngs(0)))
     block = nnx.eval_shape(lambda: blocks.Block(config, rngs=nnx.Rngs(0)))
     for _, module in nnx.iter_graph(block):
-        if isinstance(module, layers.Linear):
+        if isinstance(module, Linear):
             module.transposed = transposed
     return nnx.split(decoder)[0], nnx.split(block)[0]
 
@@ -70,7 +70,7 @@ def param_shapes(config: ModelConfig) -> Params:
 
 @functools.cache
 def declarations(config: ModelConfig) -> Params:
-    """layers.Declaration of every parameter, in the structure of params, layers stacked."""
+    """linear.Declaration of every parameter, in the structure of params, layers stacked."""
 
     def of(make: Callable[..., nnx.Module]) -> Iterator[tuple[Any, Declaration]]:
         module = nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0)))

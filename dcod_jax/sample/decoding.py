@@ -28,7 +28,8 @@ from dcod_jax.models.cached import (
 )
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.counts import num_params
-from dcod_jax.models.layers import capped, transposed_matmul
+from dcod_jax.models.layers import capped
+from dcod_jax.models.linear import transposed_matmul
 from dcod_jax.models.transformer import head_weight, logical_axes
 from dcod_jax.parallel.mesh import constrain, is_names, memory, parts, platform, with_tensor
 from dcod_jax.sample.sampling import Settings, choose
@@ -50,7 +51,7 @@ class DecodingForm:
     compute_dtype: np.dtype
     mesh: Mesh | None
     split: bool  # layers are unrolled, each with its own weights and cache, instead of scanned
-    transposed: bool  # kernels are [out, in] (layers.transposed_matmul)
+    transposed: bool  # kernels are [out, in] (linear.transposed_matmul)
 
 
 def decoding_form(

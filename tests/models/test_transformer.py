@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dcod_jax.errors import DcodError
-from dcod_jax.models import attention, cached, layers, remat, transformer
+from dcod_jax.models import attention, cached, layers, linear, remat, transformer
 from dcod_jax.models import config as configs
 from dcod_jax.models.layer_kinds import LayerKind, groups
 from dcod_jax.models.rope import Rope
@@ -338,13 +338,13 @@ def test_a_cache_is_a_whole_number_of_chunks():
         assert slots // chunk <= cached.MAX_CACHE_CHUNKS
 
 
-@pytest.mark.parametrize("rows", [1, 16, layers.MANY_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, 16, linear.MANY_ROWS + 1])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_transposed_matmul_is_the_plain_one_with_float32_sums(rows, dtype):
     keys = jax.random.split(jax.random.key(0))
     x = jax.random.normal(keys[0], (rows, 1, 40)).astype(dtype)
     weight = jax.random.normal(keys[1], (24, 40)).astype(dtype)
-    y = jax.jit(layers.transposed_matmul)(x, weight)
+    y = jax.jit(linear.transposed_matmul)(x, weight)
     assert y.dtype == jnp.float32
     expected = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
     np.testing.assert_allclose(y, expected, atol=1e-4)

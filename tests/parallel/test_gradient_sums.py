@@ -10,7 +10,7 @@ import pytest
 
 from dcod_jax import config as configs
 from dcod_jax.config_checks import config_errors
-from dcod_jax.models import layers, transformer
+from dcod_jax.models import linear, transformer
 from dcod_jax.parallel import mesh as meshes
 from dcod_jax.parallel.collectives import WeightDtypes
 from dcod_jax.train.forward import make_forward
@@ -38,8 +38,8 @@ def gradients(mesh, dtype: str, *, placed: bool) -> dict[str, np.ndarray]:
 
     def loss(layer, x, g):
         y = transformer._with_weights(
-            lambda layer, x: layers.affine(
-                x, layer["q_proj"]["kernel"], layer["q_proj"]["bias"], layers.PLAIN
+            lambda layer, x: linear.affine(
+                x, layer["q_proj"]["kernel"], layer["q_proj"]["bias"], linear.PLAIN
             ),
             layer,
             NAMES,

@@ -22,7 +22,7 @@ from dcod_jax.errors import DcodError
 from dcod_jax.export.command import export
 from dcod_jax.models import cached, hf, lora, transformer
 from dcod_jax.models.config import Lora
-from dcod_jax.models.layers import Linear
+from dcod_jax.models.linear import Linear
 from dcod_jax.models.peft import to_peft
 from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.train import command
