@@ -252,8 +252,8 @@ def test_the_comment_of_a_choice_names_all_of_it(key):
 
 def test_some_layers_may_be_kept_and_another_remat_is_refused():
     config.load(["--config", "quickstart", "--config.student.remat=dots:12"], verb="train")
-    text = "student.remat='dots:x' must be auto, none, dots, full, offload, or dots:K or none:K"
-    with pytest.raises(DcodError, match=text):
+    text = "must be auto, none, dots, attention, full, offload, or dots:K or none:K"
+    with pytest.raises(DcodError, match=f"student.remat='dots:x' {text}"):
         config.load(["--config", "quickstart", "--config.student.remat=dots:x"], verb="train")
 
 

@@ -28,8 +28,9 @@ def get_config() -> Any:
     c.student.template_kwargs = ()  # its variables: ("enable_thinking=false",)
     c.student.template_date = "2024-07-26"  # the day that a template with a clock shows
     c.student.compute_dtype = "bfloat16"  # matrix products and activations; master weights fp32
-    # none | dots | full: what the backward pass recomputes per layer | dots:K: full but for the
-    # last K layers | offload: as full, and the layers' inputs wait in host memory | auto: what fits
+    # none | dots | attention (keeps what it mixed) | full: what the backward pass recomputes per
+    # layer | dots:K: attention but for the last K layers | offload: full, inputs in host memory |
+    # auto: what fits
     c.student.remat = "full"  # details: docs/scaling.md
     # auto: the devices' kernel (docs/scaling.md) | splash (TPU) | cudnn (GPU) | scanned | blocked
     c.student.attention = "auto"  # the teacher's too

@@ -26,12 +26,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from dcod_jax.errors import DcodError
 from dcod_jax.models import cudnn
 from dcod_jax.models.layers import capped
+from dcod_jax.models.remat import ATTENTION
 from dcod_jax.parallel import collectives
 from dcod_jax.parallel import mesh as meshes
 
@@ -100,7 +102,8 @@ def attention(
         kind = "scanned"
     if kind == "scanned" and query.dtype != jnp.float32 and choose("auto", mesh) == "blocked":
         raise DcodError(f"attention=scanned takes float32 on CPU, not {query.dtype}; take blocked")
-    return _in_arrays(query, key, value, segment_ids, scores, mesh=mesh, kind=kind)
+    mixed = _in_arrays(query, key, value, segment_ids, scores, mesh=mesh, kind=kind)
+    return checkpoint_name(mixed, ATTENTION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,6 +360,7 @@ def _splash_kernel(
             head_shards=1,
             q_seq_shards=pieces,
             attn_logits_soft_cap=softcap,
+            residual_checkpoint_name=ATTENTION,
             interpret=interpret,
         )
         return jax.tree.map(np.asarray, kernel)

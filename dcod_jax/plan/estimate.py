@@ -40,7 +40,7 @@ def flops_in_kernels(config: Any, tokens: int) -> float:
     modes = remat.pieces(config.student.remat, model.num_layers)
     attention, experts = (
         sum(layers for mode, layers in modes if mode not in kept) / model.num_layers
-        for kept in (("none",), ("none", "dots"))
+        for kept in (("none", "dots", "attention"), ("none", "dots"))
     )
     passes = 1 + attention + ATTENTION_BACKWARD
     total = passes * attention_flops(model, tokens, length)

@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 def choose_remat(config: Any, devices: Iterable[Any]) -> str:
     """student.remat, where "auto" stands for the least recomputation that fits these devices.
 
-    It is "none" where no memory limit is known (a CPU with plan.hbm_gib=0). Between dots and full
-    memory is linear in the layers that are kept, so a few compilations find how many fit. The
-    choice is kept in run_dir with the program's hash. Raises DcodError where none fits.
+    It is "none" where no memory limit is known (a CPU with plan.hbm_gib=0). Between dots and
+    attention memory is linear in the layers that are kept, so a few compilations find how many fit.
+    The choice is kept in run_dir with the program's hash. Raises DcodError where none fits.
     """
     if config.student.remat != "auto":
         return config.student.remat
@@ -67,20 +67,20 @@ def _least_remat(config: Any, devices: list[Any], limit: float) -> tuple[str, fl
         more = f"; dots for all layers needs {dots / chips.GIB:.2f}" if dots else ""
         return remat, float(peaks[remat] or 0.0), "" if remat in ("none", "dots") else more
 
-    for remat in ("none", "dots", "full"):
+    for remat in remats.NAMES[:-1]:
         if not fits(remat):
             continue
-        full, dots = peaks.get("full"), peaks.get("dots")
-        if remat == "full" and full and dots and dots > full:
+        least, dots = peaks.get("attention"), peaks.get("dots")
+        if remat == "attention" and least and dots and dots > least:
             layers = programs.student_of(config).num_layers
-            kept = int(layers * (limit - full) / (dots - full))
+            kept = int(layers * (limit - least) / (dots - least))
             # Buffers are not placed alike in any two programs: a layer less where it did not fit.
             for count in (n for n in (kept, kept - 1, kept - 2) if 0 < n < layers):
                 if fits(f"dots:{count}"):
                     return found(f"dots:{count}")
         return found(remat)
-    if fits("offload"):
-        return found("offload")
+    if fits(remats.NAMES[-1]):
+        return found(remats.NAMES[-1])
     raise DcodError(
         f"student.remat=auto: none of {', '.join(remats.NAMES)} fits {limit / chips.GIB:.2f} GiB a "
         "device; raise train.microbatches or mesh.fsdp (python -m dcod_jax.plan tries them)"

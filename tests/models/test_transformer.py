@@ -80,10 +80,21 @@ def test_remat_changes_no_gradient():
     params, tokens = _params(config), _tokens(2, 80)
     runs = {
         kept: jax.jit(jax.value_and_grad(_loss(config, remat=kept)))(params, tokens)
-        for kept in ("none", "dots", "full", "dots:1")
+        for kept in ("none", "dots", "attention", "full", "dots:1")
     }
-    for kept in ("dots", "full", "dots:1"):
+    for kept in ("dots", "attention", "full", "dots:1"):
         _assert_close(runs[kept], runs["none"])
+
+
+@pytest.mark.parametrize(("kept", "kernels"), [("full", 4), ("attention", 3), ("dots", 3)])
+def test_attention_that_is_kept_is_not_computed_again(monkeypatch, kept, kernels):
+    """The TPU kernel and its two backward passes; the forward one again where it is not kept."""
+    monkeypatch.setattr(meshes, "platform", lambda _: "tpu")
+    config, mesh = _config(), meshes.make_mesh(devices=jax.devices()[:1])
+    gradient = jax.jit(jax.grad(_loss(config, remat=kept, mesh=mesh)))
+    traced = gradient.trace(transformer.param_shapes(config), _tokens(1, 128))
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == kernels
 
 
 def test_unknown_remat_is_refused():
@@ -91,7 +102,7 @@ def test_unknown_remat_is_refused():
     for wrong in ("all", "full:3", "dots:0", "dots:x"):
         with pytest.raises(DcodError, match=f"remat='{wrong}' must be none, dots"):
             transformer.hidden_states(config, _params(config), _tokens(1, 4), remat=wrong)
-    assert remat.pieces("dots:12", 28) == [("full", 16), ("dots", 12)]
+    assert remat.pieces("dots:12", 28) == [("attention", 16), ("dots", 12)]
     assert remat.pieces("dots:40", 28) == remat.pieces("dots", 28) == [("dots", 28)]
 
 

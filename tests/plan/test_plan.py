@@ -95,7 +95,7 @@ def test_between_two_slices_only_gradients_and_statistics_travel(whole):
 
 # ---------------------------------------------------------------- searches, on a model of memory
 
-RECOMPUTED = {"none": 1.0, "dots": 0.7, "full": 0.4, "offload": 0.2}
+RECOMPUTED = {"none": 1.0, "dots": 0.7, "attention": 0.5, "full": 0.4, "offload": 0.2}
 
 
 @pytest.fixture
@@ -146,6 +146,7 @@ def test_out_of_memory_is_a_table_and_names_the_first_remedy_that_fits(
     assert settings == [
         ("as the recipe says", 20.0),
         ("student.remat=dots", 17.6),
+        ("student.remat=attention", 16.0),
         ("student.remat=full", 15.2),
         ("train.microbatches=2", 13.6),
         ("train.microbatches=4", 12.8),
@@ -176,6 +177,7 @@ def test_remedies_come_cheapest_first_and_build_on_each_other(student, tmp_path)
     names = [what for what, _ in plan.remedies(config, jax.devices())]
     assert names == [
         "student.remat=dots",
+        "student.remat=attention",
         "student.remat=full",
         "train.microbatches=2",
         "mesh.fsdp=4",
@@ -228,11 +230,11 @@ def test_a_remedy_that_is_taken_already_is_not_tried_again(student, tmp_path):
 
 
 def test_auto_takes_the_least_recomputation_that_fits(student, tmp_path, monkeypatch, caplog):
-    """Of 2 layers; between full and dots the peak is linear in the layers that are kept."""
+    """Of 2 layers; between attention and dots the peak is linear in the layers that are kept."""
     caplog.set_level("INFO")
     compiled: list[str] = []
     address = itertools.count(10)
-    peaks = RECOMPUTED | {"dots:1": (RECOMPUTED["dots"] + RECOMPUTED["full"]) / 2}
+    peaks = RECOMPUTED | {"dots:1": (RECOMPUTED["dots"] + RECOMPUTED["attention"]) / 2}
 
     def traced(config, devices):
         text = f"{config.student.remat} {config.data.seq_len} at 0x{next(address):x}"
@@ -252,20 +254,22 @@ def test_auto_takes_the_least_recomputation_that_fits(student, tmp_path, monkeyp
         compiled.clear()
         return choose_remat(recipe(student, tmp_path, **changes), jax.devices()[:8])
 
-    limits = (2.0, 0.9, 0.6, 0.5, 0.3)
-    expected = ["none", "dots", "dots:1", "full", "offload"]
+    limits = (2.0, 0.9, 0.65, 0.55, 0.45, 0.3)
+    expected = ["none", "dots", "dots:1", "attention", "full", "offload"]
     assert [chosen("auto", limit) for limit in limits] == expected
     assert "student.remat=auto: dots, 0.70 GiB of 0.90" in caplog.text
-    assert "dots:1, 0.55 GiB of 0.60; dots for all layers needs 0.70" in caplog.text
-    assert chosen("auto", 0.6) == "dots:1"
-    assert compiled == ["none", "dots", "full", "dots:1"]
-    assert (chosen("auto", 0.6), compiled) == ("dots:1", [])  # known by the program's hash
+    assert "dots:1, 0.60 GiB of 0.65; dots for all layers needs 0.70" in caplog.text
+    assert chosen("auto", 0.65) == "dots:1"
+    assert compiled == ["none", "dots", "attention", "dots:1"]
+    assert (chosen("auto", 0.65), compiled) == ("dots:1", [])  # known by the program's hash
     assert (chosen("auto", 0.9), compiled) == ("dots", ["none", "dots"])
     assert chosen("auto", 0.9, **{"data.seq_len": 128}) == "dots"
     assert compiled == ["none", "dots"]  # another program
     assert chosen("auto") == "none"  # no limit is known of a CPU
     assert chosen("full", 0.01) == "full"
-    with pytest.raises(DcodError, match=r"none of none, dots, full, offload fits 0\.10 GiB"):
+    with pytest.raises(
+        DcodError, match=r"none of none, dots, attention, full, offload fits 0\.10 GiB"
+    ):
         chosen("auto", 0.1)
 
 
@@ -332,7 +336,8 @@ def test_kernels_are_those_of_attention_and_of_experts(student, tmp_path):
     experts = 2 * 64 * 4 * 2 * 3 * model.hidden_size * model.mlp_width
     attention = 64 * 4 * 4 * model.num_heads * model.head_dim * 65 / 2
     keys = {"student.config": str(file), "teacher.path": str(file)}
-    passes = {"none": (4.5, 3), "dots": (5.5, 3), "full": (5.5, 4), "dots:1": (5.5, 3.75)}
+    passes = {"none": (4.5, 3), "dots": (4.5, 3), "attention": (4.5, 4), "dots:1": (4.5, 3.75)}
+    passes |= {"none:1": (4.5, 3.75), "full": (5.5, 4)}
     for remat, (of_attention, of_experts) in passes.items():
         config = recipe(student, tmp_path, **keys, **{"student.remat": remat})
         found = estimate.flops_in_kernels(config, 64)
