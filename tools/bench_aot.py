@@ -85,6 +85,14 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "topk-chunk-4096": (QWEN_1B, TOP_K | {"loss.head_chunk": 4096}),
     "live-chunk-4096": (QWEN_1B, LIVE | {"loss.head_chunk": 4096}),
     "7b-chunk-4096": (QWEN_7B, LARGE | {"loss.head_chunk": 4096}),
+    "nll-attention-chunk-4096": (
+        QWEN_1B,
+        {"student.remat": "attention", "loss.head_chunk": 4096},
+    ),
+    "7b-dots-14-chunk-4096": (
+        QWEN_7B,
+        LARGE | {"student.remat": "dots:14", "loss.head_chunk": 4096},
+    ),
     "nll-dots-8-chunk-4096": (QWEN_1B, {"student.remat": "dots:8", "loss.head_chunk": 4096}),
     "nll-dots-12-chunk-512": (QWEN_1B, {"student.remat": "dots:12", "loss.head_chunk": 512}),
     "nll-full-16": (QWEN_1B, {"data.batch_size": 16}),
