@@ -186,7 +186,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Array, form: Form = PLAIN) -> Array:
         bias = self.bias[...] if self.has_bias else None
         if not self.transposed:
-            y = affine(x, self.kernel[...], bias, form)
+            y: Any = affine(x, self.kernel[...], bias, form)
         else:
             flat = x if form.x != "bnth" else jnp.swapaxes(x, 1, 2).reshape(len(x), x.shape[2], -1)
             y = transposed_matmul(flat, self.kernel[...].astype(x.dtype)).astype(x.dtype)
@@ -195,5 +195,6 @@ class Linear(nnx.Module):
         if self.lora_scale is None:
             return y
         inward, outward = (form, PLAIN) if form.kernel == "nho" else (PLAIN, form)
-        low = affine(x, self.lora_a[...], None, inward)
-        return y + self.lora_scale * affine(low, self.lora_b[...], None, outward)
+        low: Any = affine(x, self.lora_a[...], None, inward)
+        more: Any = affine(low, self.lora_b[...], None, outward)
+        return y + self.lora_scale * more
