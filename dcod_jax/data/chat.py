@@ -105,7 +105,9 @@ def _turn_end(
             "the earlier turns unsupervised (weight 0)"
         )
     if lead not in ("", EMPTY_THINKING) and not _is_channel(tokens, lead):
-        raise DcodError(
+        # A template may take a mark that the completion tells of for one of its own.
+        kind = DcodError if without_marks(lead) else _StrippedError
+        raise kind(
             f"the chat template writes {lead!r} before the completion, but not in its generation "
             "prompt; move it under `if add_generation_prompt` or mark the completion with "
             "{% generation %} (student.chat_template)"
@@ -250,7 +252,7 @@ def _behind(prompt: str, content: str) -> str:
     mark = opened(prompt)
     if not mark:
         return content
-    if closing(mark) not in content:
+    if closing(mark) not in content.replace(f"`{closing(mark)}`", ""):  # which tells of it
         raise DcodError(
             f"the chat template opens {mark} in its generation prompt, and the completion has no "
             f"{closing(mark)}: it would be trained as reasoning without an end. Traces without "

@@ -25,6 +25,14 @@ GEMMA = (
     "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
     "{% endfor %}{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}"
 )
+# Qwen3's: what stands before </think> is reasoning, wherever it is; one opens it in the prompt.
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if '</think>' in m.content %}"
+    "<think>\n{{ m.content.split('</think>')[0].split('<think>')[-1].strip() }}\n</think>\n\n"
+    "{{ m.content.split('</think>')[-1].strip() }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+OPENED = THINKING.removesuffix("{% endif %}") + "<think>\n{% endif %}"
 USER = {"role": "user", "content": "Two and three?"}
 FINAL, THOUGHT = "<|channel|>final<|message|>5", "<|channel|>analysis<|message|>2, 3"
 WHOLE = f"{THOUGHT}<|end|><|start|>assistant{FINAL}"
@@ -40,6 +48,8 @@ def students():
     found = {}
     for name, template, names in (
         ("harmony", HARMONY, "<|start|> <|end|> <|message|> <|channel|> <|return|> <|call|>"),
+        ("thinking", THINKING, ""),
+        ("opened", OPENED, ""),
         ("gemma", GEMMA, "<start_of_turn> <end_of_turn> <unused94> <unused95>"),
     ):
         found[name] = chatml_tokenizer()
@@ -62,6 +72,8 @@ def students():
             f"{WHOLE}<|return|>",
         ),
         ("harmony", [said(THOUGHT)], {"truncated": 1}),
+        ("thinking", [said("Write `</think>`, 5.")], "Write `</think>`, 5.<|im_end|>"),
+        ("opened", [said("2, 3\n</think>\n\n5")], "2, 3\n</think>\n\n5<|im_end|>"),
         ("gemma", [said(MARKED)], f"{MARKED}<end_of_turn>"),
         ("gemma", [said(MARKED.partition("<unused95>")[0])], {"truncated": 1}),
         ("gemma", [said(MARKED.removesuffix("5"))], {"truncated": 1}),
@@ -76,7 +88,14 @@ def test_the_students_own_form_is_supervised(student, turns, right, students, tm
     else:
         [[prompt, text]] = found["kept"]
         assert text == right
-        assert prompt.endswith(("<|start|>assistant", "<start_of_turn>assistant\n"))
+        assert prompt.endswith(
+            (
+                "<|start|>assistant",
+                "<start_of_turn>assistant\n",
+                "<|im_start|>assistant\n",
+                "<think>\n",
+            )
+        )
         assert "2, 3" not in prompt
         end = students[student].convert_ids_to_tokens(end_of_turn(students[student]))
         assert text.endswith(end)
@@ -96,3 +115,10 @@ def test_what_the_channels_do_not_allow_is_refused(turns, message, students, tmp
     path.write_text(json.dumps({"messages": [USER, *turns]}))
     with pytest.raises(DcodError, match=re.escape(message)):
         outcome(path, students["harmony"], {})
+
+
+def test_an_opened_prompt_needs_more_than_a_word_about_its_end(students, tmp_path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text(json.dumps({"messages": [USER, said("Write `</think>`, 5.")]}))
+    with pytest.raises(DcodError, match="has no </think>"):
+        outcome(path, students["opened"], {})
