@@ -9,9 +9,11 @@ import logging
 import os
 import pathlib
 import time
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from tokenize import TokenError  # of numpy, which reads a header as Python text
 from typing import Any
 
 from dcod_jax.bounds import check, text
@@ -126,10 +128,13 @@ def read_arrays(path: Path, *, mend: str) -> dict[str, Any]:
     """{name: array} of an .npz file; a DcodError for what is none ends in `mend`."""
     import numpy as np  # which a verb's --help does not load
 
+    of_header = (SyntaxError, TokenError, TypeError, ValueError, MemoryError, UserWarning)
+    of_zip = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+    strict = warnings.catch_warnings(action="error", category=UserWarning)  # a header of Python 2
     try:
-        with local_copy(path).open("rb") as file, np.load(file) as arrays:
+        with strict, local_copy(path).open("rb") as file, np.load(file) as arrays:
             return dict(arrays)
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (*of_header, *of_zip) as error:
         raise DcodError(f"{path}: not whole, or no file of arrays ({error}); {mend}") from error
 
 

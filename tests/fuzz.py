@@ -169,11 +169,14 @@ def _read_traces(home: Path) -> None:
     read_problems(home / "problems.jsonl")
 
 
-def _read_report(home: Path) -> None:
+def _read_report(home: Path) -> str:
+    """The page's notes, which say what it does not show."""
     settings = load_recipe(BASE).report
     settings.traces = 0
     runs = report_data.find_runs([home])
-    report.page(report.collect(runs, settings=settings)).encode(errors="backslashreplace")
+    found = report.collect(runs, settings=settings)
+    report.page(found).encode(errors="backslashreplace")
+    return "".join(found["notes"])
 
 
 def fit_manifest(home: Path) -> None:
@@ -261,10 +264,9 @@ def try_one(name: str, good: Path, work: Path, seed: int) -> str:
     if name == "shard":
         fit_manifest(work)
     try:
-        reader(work)
+        return reader(work) or ""
     except DcodError as error:
         return str(error)
-    return ""
 
 
 def main(root: Path, name: str, first: int, count: int, memory: int) -> None:

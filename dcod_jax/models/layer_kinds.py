@@ -101,6 +101,11 @@ def _ropes(family: Family, raw: Raw, source: str) -> dict[str, Rope]:
         one = _one_rope(family, raw, old or new, raw["rope_theta"], f"{source}: {key}")
         return {FULL: one, SLIDING: one}
     flat = {key: value for key, value in new.items() if value is not None and key not in nested}
+    whole = all(nested.get(kind, {}).get("rope_theta") is not None for kind in (FULL, SLIDING))
+    default = {"rope_type": "default", "rope_theta": flat.get("rope_theta")}
+    # Early transformers 5 write it and, of OLMo-3 alone, read it as the rope of every layer.
+    if family.local_theta and whole and flat in ({"rope_type": "default"}, default):
+        flat = {}
     if flat or not nested.keys() <= {FULL, SLIDING}:
         raise refuse(source, "rope_parameters", new, f"an object for {FULL} and for {SLIDING}")
     full, sliding = nested.get(FULL, {}), nested.get(SLIDING, {})

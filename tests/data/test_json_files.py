@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -161,12 +162,25 @@ def test_blocks_that_overlap_are_named(tmp_path):
         files.pending(6, 4)
 
 
-@pytest.mark.parametrize("kind", ["empty", "text", "cut", "array", "pickled"])
+ZIPPED = {
+    "of Python 2": (b"(9,), } ", b"(9L,), }"),
+    "unclosed": (b"(9,)", b"(9, "),
+    "huge": (b"(9,), }           ", b"(9999999999999,), }"),
+}
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "cut", "array", "pickled", "newer", *ZIPPED])
 def test_arrays_that_are_not_whole_are_named(tmp_path, kind):
     whole, one, path = io.BytesIO(), io.BytesIO(), tmp_path / "start.npz"
     np.savez(whole, a=np.arange(9), b=np.array([{}]) if kind == "pickled" else np.arange(9))
     np.save(one, np.arange(9))
-    contents = {"empty": b"", "text": b"text", "array": one.getvalue()}
+    newer = bytearray(whole.getvalue())
+    newer[newer.rindex(b"PK\x01\x02") + 6] = 99  # the version of zip that a member needs
+    contents = {"empty": b"", "text": b"text", "array": one.getvalue(), "newer": newer}
+    if kind in ZIPPED:
+        whole = io.BytesIO()
+        with zipfile.ZipFile(whole, "w") as file:
+            file.writestr("a.npy", one.getvalue().replace(*ZIPPED[kind]))
     path.write_bytes(contents.get(kind, whole.getvalue()[: -50 if kind == "cut" else None]))
     with pytest.raises(DcodError, match=r"start\.npz: not whole, .*; remove it"):
         read_arrays(path, mend="remove it")

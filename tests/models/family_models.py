@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.olmo3.modeling_olmo3 import Olmo3RotaryEmbedding
+
+from dcod_jax.models.config import FAMILIES
 
 VOCAB = 131
 MIXTURES = ("qwen3_moe", "mixtral", "olmoe", "flex_olmo")
@@ -21,6 +25,9 @@ BIASES = {  # beside those of `draw`
     "use_bias": ("ernie4_5",),
 }
 GEMMAS = ("gemma", "gemma2", "vaultgemma", "gemma3_text")
+# Early transformers 5 give every layer of OLMo-3 one rope, version 4 and later ones two.
+EARLY = "layer_type" not in inspect.signature(Olmo3RotaryEmbedding.forward).parameters
+COMPARED = [name for name in FAMILIES if name != "olmo3" or not EARLY]
 SEGMENTS = (17, 61, 9)  # of the packed row; 9 tokens of padding follow
 PROMPT, DRAWN = 11, 32
 

@@ -42,6 +42,7 @@ GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
 LONGROPE = {
     "sliding_window": 16,
     "original_max_position_embeddings": 64,
+    "partial_rotary_factor": 0.75,  # where transformers 5.0 reads it, which overrides the rope's
     "rope_parameters": {
         "rope_type": "longrope",
         "rope_theta": 500.0,

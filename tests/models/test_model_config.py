@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import family_models as reference
 import jax
 import numpy as np
 import pytest
@@ -68,8 +69,29 @@ def test_old_and_new_rope_forms_agree():
     assert (rope.theta, rope.kind, rope["factor"]) == (5e5, "llama3", 8.0)
 
 
+def test_a_default_rope_beside_gemma_3s_two_is_read_past():
+    """As transformers 5.0 to 5.8 write it; of OLMo-3 they read it, and 5.24 reads the two."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    ropes = {
+        "full_attention": {**yarn, "rope_theta": 5e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    }
+    alone = configs.from_hf(GEMMA3 | {"rope_parameters": ropes})
+    for theta in (None, 10000.0):
+        flat = {"rope_type": "default", "rope_theta": theta}
+        assert configs.from_hf(GEMMA3 | {"rope_parameters": ropes | flat}) == alone
+        for raw, other in (
+            (GEMMA3, flat | yarn),
+            (GEMMA3, flat | {"full_attention": yarn}),
+            (GEMMA3, {"rope_theta": 1e4}),
+            (OLMO3, flat),
+        ):
+            with pytest.raises(DcodError, match="an object for full_attention and for sliding"):
+                configs.from_hf(raw | {"rope_parameters": ropes | other})
+
+
 def test_defaults_are_those_of_transformers():
-    for model_type in configs.FAMILIES:
+    for model_type in reference.COMPARED:
         minimal = {
             "model_type": model_type,
             "vocab_size": 131,
