@@ -98,14 +98,14 @@ def raw_config(
     family, ropes = FAMILIES[model_type], _ropes(architecture, get, shapes, factors)
     values = _values(architecture, model_type, get, scaled=bool(ropes), path=path)
     stops = [get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
-    stops = list(dict.fromkeys(stop for stop in stops if stop is not None))
+    stops = [stop for at, stop in enumerate(stops) if stop is not None and stop not in stops[:at]]
     raw = {
         "rope_theta": 10000.0,
         **values,
         "model_type": model_type,
         "num_key_value_heads": values.get("num_key_value_heads"),
         "head_dim": values.get("head_dim"),
-        "vocab_size": shapes["token_embd.weight"][0],
+        "vocab_size": next(iter(shapes["token_embd.weight"]), 0),
         "attention_bias": "blk.0.attn_q.bias" in shapes,
         "mlp_bias": "blk.0.ffn_up.bias" in shapes,
         "tie_word_embeddings": "output.weight" not in shapes,
