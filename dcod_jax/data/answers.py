@@ -97,7 +97,8 @@ def read(row: Row) -> tuple[list[Message], list[RawTrace], Record]:
     body, envelope = answer_of(record) or {}, record.get("response")
     schema.check(body, schema.ANSWER, "response")
     status = envelope.get("status_code") if isinstance(envelope, dict) else None
-    request = record.get("request") or record
+    request = record.get("request")
+    request = request if request and isinstance(request, dict) else record
     asked = request.get("body") or request.get("params") or request
     asked = asked["request"] if isinstance(asked.get("request"), dict) else asked  # Gemini's files
     problem = record.get("error") or body.get("error") or body.get("promptFeedback")
@@ -106,6 +107,7 @@ def read(row: Row) -> tuple[list[Message], list[RawTrace], Record]:
         problem = str(problem or "the body has no choices")[:200]
         failure = f"the request failed{f' (status {status})' if status else ''}: {problem}"
         return [], [RawTrace([], failed=failure)], record
+    records.check_parts(len(choices), len(row.leaves))
     completions = [_choice(c or {}, f"choices[{i}]", row.fields) for i, c in enumerate(choices)]
     known = {**asked, **{k: v for k, v in request.items() if k != "body"}, **record}
     known.setdefault("model", body.get("model"))
@@ -149,7 +151,7 @@ def _choices(body: Record) -> list[Any]:
         return [
             {"message": {"content": (c.get("content") or {}).get("parts")}}
             | {"finish_reason": c.get("finishReason", c.get("finish_reason"))}
-            for c in body["candidates"]
+            for c in (candidate or {} for candidate in body["candidates"])
         ]
     message = (output if isinstance(output, dict) else body).get("message")  # Converse has both
     if isinstance(message, dict):  # Ollama, Cohere

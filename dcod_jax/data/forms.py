@@ -32,7 +32,6 @@ from dcod_jax.data.unpack import nulls, unpacked
 # (prompt, completions of it, the mapping that holds id, answer, model and temperature); the prompt
 # is empty where a completion is a whole conversation.
 Parsed: TypeAlias = tuple[Turns, list[RawTrace], Record]
-_MOST = 1_000_000  # each completion is read with all columns and has all messages of the prompt
 
 
 def _read_completion(row: Row) -> Parsed:
@@ -45,6 +44,7 @@ def _read_completion(row: Row) -> Parsed:
         texts = value if isinstance(value, list) and not _is_one(value) else [value]
         if not texts:
             raise BadRecordError(f"{name} must be a non-empty list, found an empty one")
+        records.check_parts(len(completions) + len(texts), len(row.leaves))
         if isinstance(steps, list) and len(steps) == len(texts) > 1:
             raise BadRecordError(
                 f"{name} and labels may be the steps of one solution (TRL's stepwise form); join "
@@ -314,19 +314,15 @@ def read_record(
     read = next((read for matches, read in FORMS.values() if matches(whole, fields)), None)
     if read is None:
         raise missing(record, fields, "completion")
-    asked = None if whole.get("request") else requests.get(answers.batch_name(whole) or "")
+    own = isinstance(whole.get("request"), dict) and whole["request"]
+    asked = None if own else requests.get(answers.batch_name(whole) or "")
     asked = json.loads(asked) if asked else None
     _check_template_kwargs(whole)
     row = Row(whole | ({"request": asked} if asked else {}), fields, nulls=nulls(record, fields))
     prompt, completions, known = read(row)
     if not completions:
         raise BadRecordError("the record has no completion: its list of samples is empty")
-    if (parts := len(completions) * (len(row.leaves) + len(prompt.messages))) > _MOST:
-        raise BadRecordError(
-            f"{len(completions):,} completions beside {len(row.leaves):,} columns and "
-            f"{len(prompt.messages):,} messages are {parts:,} parts, more than {_MOST:,}; write "
-            "several records"
-        )
+    records.check_parts(len(completions), len(row.leaves), len(prompt.messages))
     name = answers.batch_name(known)
     if name is None:
         name = source if known.get("id") in (None, "") else str(known["id"])

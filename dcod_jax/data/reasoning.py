@@ -92,7 +92,9 @@ def without_marks(text: str) -> str:
 
 _CHANNELS = re.compile(r"\s*(?:<\|start\|>)?(?:assistant)?(?: to=\S+)?<\|channel\|>")
 _MESSAGE = re.compile(
-    _CHANNELS.pattern + r"(.*?)<\|message\|>(.*?)(?:<\|(?:end|return|call)\|>|$)", re.DOTALL
+    _CHANNELS.pattern + r"((?:(?!<\|(?:channel|message)\|>).)*)<\|message\|>"
+    r"(.*?)(?:<\|(?:end|return|call)\|>|$)",
+    re.DOTALL,
 )
 
 
@@ -105,15 +107,16 @@ def of_channels(text: str) -> tuple[str, str] | None:
     if not _CHANNELS.match(text):
         return None
     found: dict[str, list[str]] = {"analysis": [], "final": []}
-    for message in _MESSAGE.finditer(text):
-        channel = message[1].strip()
+    place = 0
+    while message := _MESSAGE.match(text, place):
+        place, channel = message.end(), message[1].strip()
         if channel not in found or found["final"]:
             raise DcodError(
                 f"the completion has a message of the channel {channel[:60]!r} that is neither "
                 "reasoning nor the answer behind it; write calls as tool_calls, or take it out"
             )
         found[channel].append(message[2])
-    if rest := _MESSAGE.sub("", text).strip():
+    if rest := text[place:].strip():
         raise DcodError(f"the completion has {rest[:60]!r} outside of the messages of its channels")
     return "\n".join(found["analysis"]), "".join(found["final"])
 

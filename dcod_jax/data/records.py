@@ -10,6 +10,7 @@ from dcod_jax.errors import DcodError
 
 DEEPEST = 200  # levels of nesting
 LONGEST_NAME = 4096  # characters
+MOST_PARTS = 1_000_000
 Message = dict[str, Any]  # role and content, and where there are some tool_calls
 Record: TypeAlias = Mapping[str, Any]  # one JSON object
 
@@ -101,6 +102,15 @@ def check_name(text: str, name: str) -> None:
     """Refuse what is kept over records where it is as long as a text."""
     if len(text) > LONGEST_NAME:
         raise BadRecordError(f"{name} has {len(text):,} characters, at most {LONGEST_NAME:,} fit")
+
+
+def check_parts(completions: int, columns: int, messages: int = 0) -> None:
+    """Refuse what takes too long: each completion is read with all columns and messages."""
+    if (parts := completions * (columns + messages)) > MOST_PARTS:
+        raise BadRecordError(
+            f"{completions:,} completions beside {columns:,} columns and {messages:,} messages are "
+            f"{parts:,} parts, more than {MOST_PARTS:,}; write several records"
+        )
 
 
 def truth(value: object) -> bool | None:

@@ -342,7 +342,7 @@ def _tolerance(value: object, source: str) -> float:
 
 def _joined(value: Any) -> Any:
     """["2", "3"] -> "2, 3", also where the list was written as text."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
+    if isinstance(value, str) and value.lstrip().startswith("[") and len(value) < 1 << 16:
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):

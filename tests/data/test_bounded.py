@@ -13,7 +13,7 @@ from pyarrow import feather, ipc, parquet
 from dcod_jax.data import lines
 from dcod_jax.data.kept import Kept
 from dcod_jax.data.presets import Fields
-from dcod_jax.data.reasoning import Reasoning, has_reasoning, unfinished
+from dcod_jax.data.reasoning import Reasoning, has_reasoning, of_channels
 from dcod_jax.data.traces import describe, find_sources, read_traces
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate import problems
@@ -170,6 +170,39 @@ def test_a_name_that_is_a_text_is_refused(tmp_path, key, at) -> None:
         assert (found, reasons, bad) == expected
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "q", "completions": [""] * 99},
+        {"prompt": "q", "choices": [{"message": None, "text": ""}] * 99},
+    ],
+    ids=["column", "answer"],
+)
+def test_empty_completions_are_counted_before_they_are_read(tmp_path, record, monkeypatch) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text(json.dumps(record))
+    assert read(path)[1] == ["failed_request"] * 99
+    monkeypatch.setattr("dcod_jax.data.records.MOST_PARTS", 99)
+    monkeypatch.setattr("dcod_jax.data.columns.Row.prompt", None)  # nothing is read
+    _, _, [why] = read(path)
+    assert "99 completions beside" in why
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"custom_id": "x", "request": "GET", "response": {"choices": [{"text": "a"}]}}, "no pro"),
+        ({"prompt": "q", "candidates": [None]}, None),
+    ],
+)
+def test_an_absent_or_odd_part_of_an_answer_is_no_crash(tmp_path, record, message) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text(json.dumps(record))
+    found, reasons, bad = read(path)
+    assert (found, reasons) == (0, [] if message else ["failed_request"])
+    assert not message or message in bad[0]
+
+
 def test_what_is_held_of_problems_is_bounded(tmp_path, monkeypatch) -> None:
     path = tmp_path / "p.jsonl"
     texts = [f"{n} a b c d e f g" for n in range(9)]
@@ -187,14 +220,20 @@ def test_what_is_held_of_problems_is_bounded(tmp_path, monkeypatch) -> None:
 DROP = Reasoning(policy="drop")
 
 
+def refused_channels(text):
+    with pytest.raises(DcodError, match="outside of the messages"):
+        of_channels(text)
+
+
 @pytest.mark.parametrize(
     ("read", "text"),
     [
         (has_reasoning, "".join(f"<think{n}>\n" for n in range(4000))),
         (lambda text: DROP.fold(text, ""), "".join(f"<think{n}></think>\n" for n in range(2000))),
-        (unfinished, "<think></think>" * 40_000),
+        (refused_channels, "<|channel|>" * 20_000),
+        (refused_channels, "<|channel|>final<|message|>a<|end|>" + " " * 40_000 + "b"),
     ],
-    ids=["begun", "ended", "one line"],
+    ids=["begun", "ended", "channels", "spaces"],
 )
 def test_reasoning_is_found_in_one_pass(read, text) -> None:
     start = time.process_time()

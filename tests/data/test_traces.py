@@ -8,7 +8,6 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from dcod_jax.data import forms
 from dcod_jax.data.forms import FORMS, read_record
 from dcod_jax.data.presets import Fields
 from dcod_jax.data.records import RawTrace
@@ -324,7 +323,7 @@ def test_a_bad_record_is_named_and_can_be_set_aside(tmp_path, line: bytes, messa
 def test_a_record_is_not_read_once_for_each_of_thousands(tmp_path, monkeypatch) -> None:
     record = {"prompt": [USER] * 8, "completions": ["c"] * 10}
     assert len(read(write(tmp_path / "t.jsonl", record))) == 10
-    monkeypatch.setattr(forms, "_MOST", 99)
+    monkeypatch.setattr("dcod_jax.data.records.MOST_PARTS", 99)
     with pytest.raises(DcodError, match="10 completions beside 2 columns and 8 messages are 100 p"):
         read(tmp_path / "t.jsonl")
 
