@@ -246,7 +246,7 @@ GOOD = b'{"prompt": "p", "completion": "c"}\n'
         ),
         (
             b'{"conversations": [{"from": "users", "value": "x"}]}',
-            r"conversations\[0\] is from 'users'; expected system, .*, human, gpt",
+            r"conversations\[0\] is from 'users'; expected system, .*, human, .*gpt",
         ),
         (
             b'{"conversations": [{"from": ["gpt"], "value": "x"}]}',

@@ -211,6 +211,24 @@ def test_refused_weights(pair, tmp_path, options, named):
         gguf.read_gguf(file)
 
 
+def test_an_end_token_that_is_a_list_is_refused(tmp_path):
+    writer = package.GGUFWriter(tmp_path / "model.gguf", "llama")
+    sizes = "embedding_length feed_forward_length block_count attention.head_count context_length"
+    for key in sizes.split():
+        writer.add_uint32(f"llama.{key}", 2 if "head" in key else 16)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_array("tokenizer.ggml.eos_token_id", [1, 2])
+    writer.add_tensor("token_embd.weight", np.zeros((8, 16), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(
+        DcodError, match=r"eos_token_id='\[\[1, 2\]\]' must be a token id or a list"
+    ):
+        gguf.read_config(tmp_path / "model.gguf")
+
+
 def test_unknown_architecture_is_refused(tmp_path):
     writer = package.GGUFWriter(tmp_path / "model.gguf", "gemma3n")
     writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
