@@ -203,9 +203,8 @@ def compile_row(name: str, directory: Path) -> None:
 
 def table(directory: Path) -> list[str]:
     """Markdown lines of the rows that are there, each against its targets."""
-    done = {
-        p.stem: json.loads(p.read_text()) for p in directory.glob("*.json") if "." not in p.stem
-    }
+    found = {name: directory / f"{name}.json" for name in ROWS}
+    done = {name: json.loads(path.read_text()) for name, path in found.items() if path.is_file()}
     lines = [
         "| row | args | temp | peak | target | est ms | target | of plain | target | step s "
         "| windowed | async | CPU-s |"
