@@ -168,9 +168,8 @@ def _order(length: int, pieces: int) -> np.ndarray:
 def _whole(x: Array, pieces: int) -> Array:
     """Inside per_shard: the piece [B, T/c] or [B, G, T/c, H] -> the row in its own order."""
     axis = 1 if x.ndim == 2 else 2
-    if pieces == 1:
-        return x
-    return _natural(collectives.gather(x, "length", dimension=axis), pieces, axis)
+    whole = collectives.gather(x, "length", dimension=axis) if pieces > 1 else x
+    return _natural(whole, pieces, axis) if pieces > 1 else x
 
 
 # ---------------------------------------------------------------- CPU and GPU
@@ -388,16 +387,14 @@ def _splash(
     heads = N // meshes.parts(mesh, "heads")
     kernel = _splash_kernel(heads, T + padding, pieces, scores.window, scores.softcap, interpret)
 
-    def rows(query: Array, key: Array, value: Array, ids: Array, kernel: Any) -> Array:
+    def rows(query: Array, key: Array, value: Array, ids: Array, kernel: Any) -> Any:
         key, value, all_ids = (_whole(x, pieces) for x in (key, value, ids))
         query = (query.astype(jnp.float32) * scores.scale).astype(query.dtype)
-        mixed: Any = jax.vmap(kernel)(query, key, value, SegmentIds(ids, all_ids))
-        return mixed
+        return jax.vmap(kernel)(query, key, value, SegmentIds(ids, all_ids))
 
     run = rows
     if mesh is not None and mesh.size > 1:
         tables = kernel.manual_sharding_spec(meshes.sharding(mesh, (None, "length")))
-        run = collectives.per_shard(
-            rows, mesh, (_HEADS, _KV_HEADS, _KV_HEADS, _IDS, tables), _HEADS
-        )
+        inputs = (_HEADS, _KV_HEADS, _KV_HEADS, _IDS, tables)
+        run = collectives.per_shard(rows, mesh, inputs, _HEADS)
     return run(query, key, value, segment_ids, kernel)[:, :, :T]

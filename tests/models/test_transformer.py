@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dcod_jax.errors import DcodError
-from dcod_jax.models import attention, cached, layers, linear, remat, transformer
+from dcod_jax.models import attention, cached, remat, transformer
 from dcod_jax.models import config as configs
 from dcod_jax.models.layer_kinds import LayerKind, groups
 from dcod_jax.models.rope import Rope
@@ -242,31 +242,6 @@ def test_fsdp_scatters_each_layers_gradient_inside_the_loop():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "pairs"),
-    [("float32", "halves"), ("bfloat16", "halves"), ("float32", "neighbours")],
-)
-def test_rotary_positions_equal_their_formula_and_turn_gradients_back(dtype, pairs):
-    x = jax.random.normal(jax.random.key(0), (2, 3, 5, 8)).astype(dtype)
-    rope = layers.rope_tables(Rope(10000.0), 8, jnp.arange(10).reshape(2, 5))
-
-    def formula(x, cos, sin):
-        wide, axis = x.astype(jnp.float32), -2 if pairs == "halves" else -1
-        shape = (*x.shape[:-1], 2, 4) if pairs == "halves" else (*x.shape[:-1], 4, 2)
-        left, right = jnp.moveaxis(wide.reshape(shape), axis, 0)
-        cos, sin = cos[:, None], sin[:, None]
-        both = [left * cos - right * sin, right * cos + left * sin]
-        return jnp.stack(both, axis).reshape(x.shape).astype(dtype)
-
-    quarter = (jnp.zeros((2, 5, 4)), jnp.ones((2, 5, 4)))  # the halves themselves: to the bit
-    np.testing.assert_array_equal(layers.apply_rope(x, *quarter, pairs), formula(x, *quarter))
-    got, back = jax.vjp(lambda x: layers.apply_rope(x, *rope, pairs), x)
-    wanted, wanted_back = jax.vjp(lambda x: formula(x, *rope), x)
-    tolerance = 1e-6 if dtype == "float32" else 2**-7
-    _assert_close(got, wanted, tolerance=tolerance)
-    _assert_close(back(wanted)[0], wanted_back(wanted)[0], tolerance=tolerance)
-
-
-@pytest.mark.parametrize(
     ("changes", "key"),
     [
         ({"num_attention_heads": 1, "num_key_value_heads": 1}, "num_attention_heads=1"),
@@ -347,18 +322,6 @@ def test_a_cache_is_a_whole_number_of_chunks():
         chunk = cached._cache_chunk(slots)
         assert slots % chunk == 0
         assert slots // chunk <= cached.MAX_CACHE_CHUNKS
-
-
-@pytest.mark.parametrize("rows", [1, 16, linear.MANY_ROWS + 1])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_transposed_matmul_is_the_plain_one_with_float32_sums(rows, dtype):
-    keys = jax.random.split(jax.random.key(0))
-    x = jax.random.normal(keys[0], (rows, 1, 40)).astype(dtype)
-    weight = jax.random.normal(keys[1], (24, 40)).astype(dtype)
-    y = jax.jit(linear.transposed_matmul)(x, weight)
-    assert y.dtype == jnp.float32
-    expected = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
-    np.testing.assert_allclose(y, expected, atol=1e-4)
 
 
 def test_positions_outside_the_cache_write_nothing():
