@@ -44,25 +44,14 @@ _CALCULATED = re.compile(r"\([^()]*\w\s*[-+*/^]|^[xyz]{2,}$")
 _AND_PART = re.compile(r"(-?\d+)\s*and\s*(\\frac\{\d+\}\{\d+\}|\d+/\d+)")
 _PLAIN = re.compile(r"-?\d{1,60}(?:\.\d{1,60})?")
 # Words of one meaning, as _words spells them: without articles, spaces and a plural s.
-_SYNONYMS = {
-    **dict.fromkeys(("dne", "limitdne", "limitdoenotexist", "doesntexist"), "doenotexist"),
-    "notdefined": "undefined",
-    "infinite": "infinitelymany",
-    "noneofabove": "none",
-    "noneofthese": "none",
-    "norealsolution": "nosolution",
-    "nosolutionexist": "nosolution",
-    "notenoughinformation": "cannotbedetermined",
-    "cannotdetermine": "cannotbedetermined",
-    "notpossible": "impossible",
-    **{
-        day[:length]: day
-        for day in "monday tuesday wednesday thursday friday saturday sunday".split()
-        for length in (3, 4, 5)
-    },
-    "true": "yes",
-    "false": "no",
-}
+_SYNONYMS = {other: name for name, others in {
+    "doenotexist": "dne limitdne limitdoenotexist doesntexist", "undefined": "notdefined",
+    "infinitelymany": "infinite", "none": "noneofabove noneofthese", "yes": "true", "no": "false",
+    "nosolution": "norealsolution nosolutionexist", "impossible": "notpossible",
+    "cannotbedetermined": "notenoughinformation cannotdetermine", "monday": "mon",
+    "tuesday": "tue tues", "wednesday": "wed", "thursday": "thu thur thurs", "friday": "fri",
+    "saturday": "sat", "sunday": "sun",
+}.items() for other in others.split()}  # fmt: skip
 
 
 # ---------------------------------------------------------------- compared

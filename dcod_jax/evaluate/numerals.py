@@ -28,9 +28,7 @@ _UNITS = (
     "fifteen sixteen seventeen eighteen nineteen"
 ).split()
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-_VALUES = {word: place for place, word in enumerate(_UNITS)} | {
-    word: 10 * place for place, word in enumerate(_TENS, 2)
-}
+_VALUES = dict(zip([*_UNITS, *_TENS], [*range(20), *range(20, 100, 10)], strict=True))
 _PARTS = {"half": 2, "halve": 2, "quarter": 4, "third": 3} | {
     f"{word}th": place
     for place, word in enumerate(
@@ -47,8 +45,7 @@ _PART = rf"(?:{'|'.join(_PARTS)})s?(?![A-Za-z])"
 _SPELLED = re.compile(
     rf"(?P<sign>(?:minus|negative) )?(?:(?P<top>an?|{_WORD})[ -](?P<part>{_PART})|(?P<half>half)\b"
     rf"|(?:(?:an? (?={'|'.join(MULTIPLIERS)}))?"
-    rf"(?P<whole>\d+|{_WORD}(?:(?:[ -]| and ){_WORD})*(?![ -]{_PART}))"
-    r")"
+    rf"(?P<whole>\d+|{_WORD}(?:(?:[ -]| and ){_WORD})*(?![ -]{_PART})))"
     rf"(?P<dozen> ?dozen)?"
     rf"(?: and (?P<more>an?|{_WORD})[ -](?P<rest>{_PART}))?)"
     r"(?=$|[ ,.%](?!\d))(?P<unit> percent(?![a-z]))?(?:(?: of)? an?(?= [a-z]))?"
@@ -66,8 +63,6 @@ _IN_CHINESE = re.compile(
     rf"(?:(?P<percent>百分之)|(?P<bottom>{_CHINESE_NUMBER})分之)?(?P<number>{_CHINESE_NUMBER})"
     r"(?P<unit>[\u4e00-\u9fff]{0,2})"
 )
-
-
 IN_CHINESE = re.compile(
     rf"(?<=[是为有得剩下共需要了])({_CHINESE_NUMBER})(?=[\u4e00-\u9fff]?[。，！]|$)"
 )
@@ -125,11 +120,8 @@ def same_number(left: str, right: str, tolerance: float) -> bool | None:
 
 def latex(value: fractions.Fraction) -> str:
     """The exact spelling of a number."""
-    return (
-        str(value)
-        if value.denominator == 1
-        else rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
-    )
+    top, bottom = value.numerator, value.denominator
+    return str(top) if bottom == 1 else rf"\frac{{{top}}}{{{bottom}}}"
 
 
 def _counted(words: str) -> int:

@@ -10,7 +10,7 @@ import functools
 import re
 import unicodedata
 
-from dcod_jax.evaluate.numerals import in_digits
+from dcod_jax.evaluate.numerals import in_digits, latex
 
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "0123456789+-()n")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ", "0123456789+-()n")
@@ -269,8 +269,7 @@ def _repeating(match: re.Match[str]) -> str:
     digits = next(p for p in period if p)
     scale = 10 ** len(fixed)
     value = fractions.Fraction(int(whole + fixed), scale)
-    value += fractions.Fraction(int(digits), (10 ** len(digits) - 1) * scale)
-    return f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
+    return latex(value + fractions.Fraction(int(digits), (10 ** len(digits) - 1) * scale))
 
 
 def _base(match: re.Match[str]) -> str:
