@@ -396,6 +396,5 @@ def test_marks_with_attributes_and_what_is_no_mark() -> None:
         assert not unfinished(text)
         assert not has_reasoning(text)
     for name in ("final_answer", "ANSWER", "output", "solution"):
-        assert (
-            unfinished(f"{WHOLE[: -len(SAID)]}<{name}>5") == f"<{name}> is not ended by </{name}>"
-        )
+        begun = f"{WHOLE[: -len(SAID)]}<{name}>5"
+        assert unfinished(begun) == f"<{name}> is not ended by </{name}>"
