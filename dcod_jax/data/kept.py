@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,8 +20,9 @@ class Kept:
     """
 
     def __init__(self) -> None:
-        # The collector may end it in another thread.
+        # The collector may end it, in any thread, and must not reach the connection first.
         self._file = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        weakref.finalize(self, self._file.close)
         for command in (
             f"pragma cache_size=-{_MEMORY}",
             "pragma journal_mode=off",
@@ -28,9 +30,6 @@ class Kept:
             "begin",
         ):
             self._run(command)
-
-    def __del__(self) -> None:
-        self._file.close()
 
     def _run(self, command: str, *values: Any) -> list[tuple[Any, ...]]:
         try:
