@@ -57,7 +57,7 @@ def get_config():
     c.report.at_end = True
     c.compare = (
         "sft loss.weights.name=uniform optim.learning_rate=3e-3",
-        "discord-token loss.weights.name=sigmoid optim.learning_rate=3e-3",
+        "discord-token loss.weights.name=sigmoid optim.learning_rate=1e-3",
         "discord-trace loss.weights.name=auto optim.learning_rate=3e-4",
     )
     return c
