@@ -34,12 +34,18 @@ def installed(tmp_path_factory):
     place = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     # From a copy: setuptools writes beside the sources.
-    kept = shutil.ignore_patterns(".git", ".venv*", "runs", "models", "build", "__pycache__")
-    shutil.copytree(ROOT, place / "source", ignore=kept, symlinks=True)
+    patterns = shutil.ignore_patterns(".git", ".venv*", "runs", "models", "build")
+
+    def beside(directory, names):  # of the top alone: a room is called models, too
+        return patterns(directory, names) if Path(directory) == ROOT else {"__pycache__"}
+
+    shutil.copytree(ROOT, place / "source", ignore=beside, symlinks=True)
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", str(place / "source")]
     subprocess.run([*build, "--wheel-dir", str(place)], check=True)
     [wheel] = place.glob("dcod_jax-*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", place / "site", wheel], check=True)
+    rooms = {path.name for path in (ROOT / "dcod_jax").iterdir()} - {"__pycache__"}
+    assert rooms <= {path.name for path in (place / "site" / "dcod_jax").iterdir()}
     return place / "site"
 
 
