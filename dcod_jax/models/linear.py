@@ -51,13 +51,21 @@ class Form:
     y: str
     head_dim: int = 0
 
+    @property
+    def reads_heads(self) -> bool:
+        return self.x == "bnth"
+
+    @property
+    def writes_heads(self) -> bool:
+        return self.y == "bnth"
+
     def split(self, kernel: Array) -> Array:
         """A kernel [I, O] with the heads in a dimension of their own."""
-        if self.kernel == "inh":
+        if self.writes_heads:
             return kernel.reshape(len(kernel), -1, self.head_dim)
-        return (
-            kernel.reshape(-1, self.head_dim, kernel.shape[1]) if self.kernel == "nho" else kernel
-        )
+        if self.reads_heads:
+            return kernel.reshape(-1, self.head_dim, kernel.shape[1])
+        return kernel
 
 
 PLAIN = Form("...i", "io", "...o")
@@ -90,7 +98,7 @@ def _product(x: Array, kernel: Array, bias: Array | None, form: Form) -> Array:
     if bias is None:
         return y
     bias = bias.astype(x.dtype)
-    return y + (bias.reshape(-1, 1, form.head_dim) if form.kernel == "inh" else bias)
+    return y + (bias.reshape(-1, 1, form.head_dim) if form.writes_heads else bias)
 
 
 def _affine_forward(
@@ -115,7 +123,7 @@ def _affine_backward(
     in_kernel = in_kernel.reshape(kernel.shape)
     if bias is None:
         return in_x, in_kernel, None
-    tokens = (0, 2) if form.kernel == "inh" else range(gradient.ndim - 1)
+    tokens = (0, 2) if form.writes_heads else range(gradient.ndim - 1)
     return in_x, in_kernel, gradient.sum(tokens, dtype=bias.dtype).reshape(bias.shape)
 
 
@@ -188,13 +196,13 @@ class Linear(nnx.Module):
         if not self.transposed:
             y: Any = affine(x, self.kernel[...], bias, form)
         else:
-            flat = x if form.x != "bnth" else jnp.swapaxes(x, 1, 2).reshape(len(x), x.shape[2], -1)
+            flat = jnp.swapaxes(x, 1, 2).reshape(len(x), x.shape[2], -1) if form.reads_heads else x
             y = transposed_matmul(flat, self.kernel[...].astype(x.dtype)).astype(x.dtype)
             y = y if bias is None else y + bias.astype(x.dtype)
-            y = y if form.y != "bnth" else split_heads(y, form.head_dim)
+            y = split_heads(y, form.head_dim) if form.writes_heads else y
         if self.lora_scale is None:
             return y
-        inward, outward = (form, PLAIN) if form.kernel == "nho" else (PLAIN, form)
+        inward, outward = (form, PLAIN) if form.reads_heads else (PLAIN, form)
         low: Any = affine(x, self.lora_a[...], None, inward)
         more: Any = affine(low, self.lora_b[...], None, outward)
         return y + self.lora_scale * more
