@@ -158,7 +158,7 @@ def _reported(verb: str) -> Iterator[None]:
         raise  # of `| head`, see _readable_end
     except (DcodError, OSError) as error:
         gc.collect()  # what a failed read left half-done is destroyed while the hook is ours
-        print(f"dcod_jax.{verb}: error: {_message(error)}", file=sys.stderr)
+        print(f"dcod_jax.{verb}: error: {logs.printable(_message(error))}", file=sys.stderr)
         raise SystemExit(1) from None
     except (RuntimeError, MemoryError) as error:  # JAX's is a RuntimeError
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):

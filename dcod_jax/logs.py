@@ -57,7 +57,12 @@ class _Stderr(logging.Handler):
         else:
             text = self.format(record)
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        print(f"{self.prefix}{level}{text}", file=sys.stderr, flush=True)
+        print(f"{self.prefix}{level}{printable(text)}", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """The text without what drives a terminal: a stranger's file or server may have written it."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 class Advance(Protocol):

@@ -37,6 +37,7 @@ class FakeServer(http.server.ThreadingHTTPServer):
         self.dialect, self.model, self.tokenizer = dialect, model, tokenizer
         self.name, self.longest, self.shifts, self.proxied = "big", 512, True, False
         self.change, self.faults = (lambda answer: answer), []
+        self.about = {"version": "0.11.0"}
         self.bodies, self.keys = [], []
         self.busy = self.most_busy = self.patience = 0
         self.together = threading.Event()  # of the first two requests, where patience is set
@@ -139,7 +140,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             card["owned_by"] = "llamacpp"
         said = {
             "/v1/models": {"object": "list", "data": [card]},
-            "/version": {"version": "0.11.0"},
+            "/version": server.about,
             "/get_model_info": {"model_path": "org/big", "is_generation": True},
             "/props": {"model_path": "big.gguf", "build_info": "b1", "total_slots": 3},
         }
@@ -165,6 +166,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         elif isinstance(fault, bytes):
             self._send(fault)
+        elif callable(fault):
+            self.close_connection = True
+            with contextlib.suppress(ConnectionError):
+                fault(self.wfile)
         else:
             self._send({"error": f"fault {fault}"}, fault)
         with server.lock:

@@ -139,6 +139,14 @@ def test_what_the_system_refuses_is_one_line_with_the_file(name, ends):
     assert said.count("\n") == 1
 
 
+def test_a_strangers_text_in_a_message_drives_no_terminal(ends):
+    def work(_):
+        raise DcodError("a name: \x1b[2J\ud800 \u202ee\u0301 é\n\tsecond line")
+
+    shown = "a name: \\x1b[2J\\ud800 \\u202ee\u0301 é\n\tsecond line"
+    assert ends("train", work) == (1, f"dcod_jax.train: error: {shown}\n")
+
+
 @pytest.mark.parametrize(
     ("verb", "error", "said"),
     [

@@ -45,6 +45,8 @@ def parse_teacher(text: str) -> TeacherEntry:
     """
     name, *pairs = re.split(r"\s+(\w+)=", text.strip())
     keys = dict(zip(pairs[::2], map(str.strip, pairs[1::2]), strict=True))
+    if len(keys) < len(pairs) // 2:
+        raise ValueError(f"score.teachers: {text!r} has a key twice; leave one of the two")
     known = TeacherEntry._fields[1:]
     if not re.fullmatch(r"[\w.+/:-]{1,200}", name):
         raise ValueError(f"score.teachers: {text!r} has no name; expected entries as {_EXAMPLE}")
@@ -84,11 +86,14 @@ def parse_weight(text: str) -> tuple[str, float]:
 
 
 def _no_url(server: str) -> bool:
-    """Whether a server's text is no http:// or https:// URL with a host."""
+    """Whether a text is no http:// or https:// URL of a host that a request can be sent to."""
     try:
-        parts = urllib.parse.urlsplit(server)
-        return parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0
-    except ValueError:  # of the port
+        parts, address = urllib.parse.urlsplit(server), re.fullmatch("[!-~]+", server)
+        more = parts.query or parts.fragment or "@" in parts.netloc
+        (parts.hostname or "").encode("idna")
+        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        return not known or not address or bool(more)
+    except ValueError:  # of the port, of the host's name
         return True
 
 

@@ -79,7 +79,7 @@ def _vllm_read(answers: Sequence[Any], asked: Asked) -> list[Position]:
                 "begin from its cache; start it with --no-enable-prefix-caching"
             )
         given = {
-            int(key): Candidate(int(key), value["logprob"], value.get("decoded_token"))
+            (own := _id(key)): Candidate(own, value["logprob"], value.get("decoded_token"))
             for key, value in entries[place].items()
         }
         own = asked.ids[place]
@@ -87,6 +87,13 @@ def _vllm_read(answers: Sequence[Any], asked: Asked) -> list[Position]:
             raise DcodError(f"prompt_logprobs[{place}] does not have the trace's token {own}")
         found.append(Position(given[own], list(given.values())))
     return found
+
+
+def _id(key: str) -> int:
+    """The id of a key; ValueError for "01" or " 1", beside which "1" may stand."""
+    if str(token_id := int(key)) != key:
+        raise ValueError(f"no token id: {key!r}")
+    return token_id
 
 
 def _sglang_bodies(asked: Asked) -> list[Body]:
@@ -152,7 +159,7 @@ def _llama_cpp_read(answers: Sequence[Any], asked: Asked) -> list[Position]:
     _length(given["top_logprobs"], len(texts), "top_logprobs")
     if asked.ids[0] != bos or sampled:
         greedy = given["token_logprobs"][-1] if sampled else -math.inf
-        if greedy < max(given["top_logprobs"][-1].values()):
+        if not greedy >= max(given["top_logprobs"][-1].values()):  # of NaN neither holds
             raise DcodError(
                 "its log-probs are of the position before: the greedy token behind the text is not "
                 "the most probable one there. llama-cpp-python does this for texts that do not "
@@ -203,6 +210,8 @@ def _llama_server_read(answers: Sequence[Any], asked: Asked) -> list[Position]:
         own = [one for one in given if one.token_id == asked.ids[place]]
         if not own:
             raise DcodError(f"it has no log-prob of the token {asked.ids[place]} at {place}")
+        if any(math.isnan(one.logprob) for one in given):  # which no order has
+            raise DcodError(f"the log-probability of a token at {place} is nan")
         top = sorted(given[1:], key=lambda one: -one.logprob)[: asked.top_k]
         found.append(Position(own[0], top))  # of a whole vocabulary the last have no probability
     return found
@@ -249,14 +258,13 @@ def _length(values: Any, count: int, name: str) -> None:
 
 def _number(value: Any, place: int) -> float:
     """A log-probability; what rounding left just above 0 becomes 0."""
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    plain, shown = type(value) in (int, float), str(value)[:40]
     if not plain or not -math.inf < value <= 1e-3:
         raise DcodError(
-            f"the log-probability at token {place} is {str(value)[:40]}; expected a finite number "
-            "<= 0"
+            f"the log-probability at token {place} is {shown}; expected a finite number <= 0"
         )
     if value <= _IMPOSSIBLE:
-        raise DcodError(f"it gives token {place} the probability 0 (log-probability {value})")
+        raise DcodError(f"it gives token {place} the probability 0 (log-probability {shown})")
     return min(float(value), 0.0)
 
 
@@ -264,11 +272,11 @@ def _number(value: Any, place: int) -> float:
 def _same_text(tokenizer: Tokenizer, token_id: int, text: str) -> bool:
     """Whether a server's text of a token is ours; parts of a character cannot be compared."""
     ours = decode(tokenizer, [token_id])
+    raw = str(tokenizer.convert_ids_to_tokens(token_id))
     if "\ufffd" in ours or "\ufffd" in text:
-        return True
+        return len(text) <= 64 + len(raw)  # each text is kept
     if not text and token_id in tokenizer.added_tokens_decoder:  # llama.cpp shows none
         return True
-    raw = tokenizer.convert_ids_to_tokens(token_id)
     if text == f"token_id:{token_id}":  # vLLM's --return-tokens-as-token-ids
         return True
     return text == raw or ours.strip() == text.replace("\u2581", " ").strip()

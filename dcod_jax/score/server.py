@@ -12,8 +12,12 @@ import http.client
 import json
 import os
 import random
+import re
+import reprlib
+import socket
 import threading
-import urllib.error
+import time
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,6 +35,9 @@ KEY = "OPENAI_API_KEY"  # environment variable; sent where it is set
 _AGAIN = (408, 409, 425, 429)  # and every 5xx: the server may answer the same request later
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 60.0  # seconds between attempts
 _ENTRY_BYTES = 600  # of an answer, for one token of one position
+_TOLD = 100  # of what a server says of itself, so many entries of at most 200 characters are kept
+_SHOWN = reprlib.Repr()  # of an answer, which may be large
+_SHOWN.maxstring = 200
 
 
 class _RefusedError(DcodError):
@@ -115,13 +122,13 @@ class ServedTeacher:
             if stopped.is_set():  # by another trace's error, which is the one shown
                 raise _RefusedError(f"{what}: stopped")
             answers.append(self._answer(dialect.path, body, limit, what, stopped))
-        said = answers[0].get("model") if isinstance(answers[0], dict) else None
-        names = [self.name, str(self.about.get("root", self.name))]
-        if isinstance(said, str) and not any(said in name or name in said for name in names):
-            raise DcodError(
-                f"{what}: the answer is by the model {said!r}: the server was started again with "
-                "another model, or passes requests on to one"
-            )
+        own = {_last_name(name) for name in (self.name, str(self.about.get("root", self.name)))}
+        for said in [answer.get("model") for answer in answers if isinstance(answer, dict)]:
+            if isinstance(said, str) and _last_name(said) not in own:
+                raise DcodError(
+                    f"{what}: the answer is by the model {said[:200]!r}: the server was started "
+                    "again with another model, or passes requests on to one"
+                )
         try:
             return scored(asked, dialect.read(answers, asked))
         except DcodError as error:
@@ -129,7 +136,7 @@ class ServedTeacher:
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise DcodError(
                 f"{what}: not an answer of the dialect {self.entry.dialect} with the prompt's "
-                f"log-probs ({type(error).__name__}: {str(error)[:80]}): {str(answers[-1])[:200]}"
+                f"log-probs ({type(error).__name__}: {str(error)[:80]}): {_SHOWN.repr(answers[-1])}"
             ) from None
 
     def _answer(
@@ -155,24 +162,37 @@ class ServedTeacher:
         raise AssertionError("unreachable")
 
 
+def _last_name(model: str) -> str:
+    """big of org/big and of /models/big.gguf: servers and proxies put more before a name."""
+    return model.rpartition("/")[2].removesuffix(".gguf")
+
+
 def _ask(url: str, body: dict[str, Any] | None, *, limit: int, timeout: float, what: str) -> Any:
     """One attempt. Raises _UnavailableError where another may succeed, else DcodError."""
-    headers = {"Content-Type": "application/json"}
-    if os.environ.get(KEY):
-        headers["Authorization"] = f"Bearer {os.environ[KEY]}"
-    data = None if body is None else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json", "Connection": "close"}
+    key = os.environ.get(KEY, "")
+    if key and not re.fullmatch("[!-~]+", key):
+        raise _RefusedError(
+            f"{KEY} in the environment has blanks, ends of lines or letters that are not ASCII, "
+            "and no request can carry it; set it again"
+        )
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
+    data, ends = None if body is None else json.dumps(body).encode(), time.monotonic() + timeout
     try:
-        request = urllib.request.Request(url, data, headers)
-        with urllib.request.urlopen(request, timeout=timeout) as response:
-            content = response.read(limit + 1)
-    except urllib.error.HTTPError as error:
-        said = f"{error.code} {error.read(500).decode('utf-8', 'replace')}"
-        if error.code in _AGAIN or error.code >= 500:
-            raise _UnavailableError(said, error.headers.get("Retry-After")) from None
-        hint = f"; {KEY} in the environment is the key sent" if error.code in (401, 403) else ""
-        raise _RefusedError(f"{what}: the server refuses: {said}{hint}") from None
+        response, content = _exchange(url, data, headers, most=limit + 1, timeout=timeout)
     except (OSError, http.client.HTTPException) as error:
-        raise _UnavailableError(f"{type(error).__name__}: {error}") from None
+        late = f"not whole in {timeout:g} s (score.timeout)" if time.monotonic() > ends else error
+        raise _UnavailableError(f"{type(error).__name__}: {late}") from None
+    if (status := response.status) != http.HTTPStatus.OK:
+        said = f"{status} {content[:500].decode('utf-8', 'replace')}"
+        if status in _AGAIN or status >= 500:
+            raise _UnavailableError(said, response.headers.get("Retry-After"))
+        hint = f"; {KEY} in the environment is the key sent" if status in (401, 403) else ""
+        if 300 <= status < 400:
+            hint = f"; it sends requests to {str(response.headers.get('Location'))[:200]}: set "
+            hint += "score.server (server= in score.teachers) to the place that answers"
+        raise _RefusedError(f"{what}: the server refuses: {said}{hint}")
     if len(content) > limit:
         raise DcodError(f"{what}: an answer of more than {limit} bytes, which no such trace needs")
     try:
@@ -181,6 +201,44 @@ def _ask(url: str, body: dict[str, Any] | None, *, limit: int, timeout: float, w
         begins = content[:60].decode("utf-8", "replace")
         why = f"an answer that is no JSON, {begins!r}: {str(error)[:80]}"
         raise _UnavailableError(why) from None
+
+
+def _cut_off(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it has been closed
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def _exchange(
+    url: str, data: bytes | None, headers: dict[str, str], *, most: int, timeout: float
+) -> tuple[http.client.HTTPResponse, bytes]:
+    """(answer, its first `most` bytes) of one request, whole in `timeout` seconds or TimeoutError.
+
+    No redirect is followed: neither the text nor the key goes to a place that nobody typed.
+    """
+    parts = urllib.parse.urlsplit(url)
+    proxy = urllib.request.getproxies().get(parts.scheme, "")
+    direct = not proxy or urllib.request.proxy_bypass(parts.netloc)
+    via = parts if direct else urllib.parse.urlsplit(proxy)
+    kind = {"https": http.client.HTTPSConnection}.get(parts.scheme, http.client.HTTPConnection)
+    connection = kind(via.hostname or "", via.port, timeout=timeout)
+    if not direct and parts.scheme == "https":
+        connection.set_tunnel(parts.hostname or "", parts.port)
+    target = url if not direct and parts.scheme == "http" else parts.path
+    ends = time.monotonic() + timeout
+    with contextlib.closing(connection):
+        connection.connect()
+        end = threading.Timer(timeout, _cut_off, [connection.sock])
+        end.daemon = True
+        end.start()  # each byte of an answer may come in time, and the last one never
+        try:
+            connection.request("GET" if data is None else "POST", target, data, headers)
+            with connection.getresponse() as response:
+                content = response.read(most)
+        finally:
+            end.cancel()
+    if time.monotonic() > ends:
+        raise TimeoutError
+    return response, content
 
 
 def open_server(entry: TeacherEntry, settings: Any, tokenizer: Tokenizer) -> ServedTeacher:
@@ -195,7 +253,7 @@ def open_server(entry: TeacherEntry, settings: Any, tokenizer: Tokenizer) -> Ser
     return dataclasses.replace(
         teacher,
         about=about,
-        longest=longest if isinstance(longest, int) else 0,
+        longest=longest if type(longest) is int and longest > 0 else 0,
         concurrency=own or teacher.concurrency,
     )
 
@@ -213,8 +271,8 @@ def _told(teacher: ServedTeacher) -> tuple[dict[str, Any], Any]:
         raise DcodError(f"{url}/v1/models: not a list of models ({error!r})") from None
     if entry.model not in cards:
         raise DcodError(
-            f"{url} has the models {', '.join(map(str, cards)) or 'none'}, not {entry.model!r}; "
-            "set teacher.name (model= in score.teachers) to one of them"
+            f"{url} has the models {', '.join(map(str, cards))[:500] or 'none'}, not "
+            f"{entry.model!r}; set teacher.name (model= in score.teachers) to one of them"
         )
     card = cards[entry.model]
     if card.get("owned_by") == "llamacpp" and entry.dialect != "llama_server":
@@ -229,5 +287,6 @@ def _told(teacher: ServedTeacher) -> tuple[dict[str, Any], Any]:
             if isinstance(more, dict):
                 told |= {key: more[key] for key in names or more if key in more}
                 slots = more.get("total_slots")
-    short = {k: v for k, v in told.items() if isinstance(v, str | int) and len(str(v)) <= 200}
-    return short, slots
+    kept = [(key, value) for key, value in told.items() if isinstance(value, str | int)]
+    plain = [(k, v) for k, v in kept if len(both := f"{k} {v}") <= 200 and both.isprintable()]
+    return dict(plain[:_TOLD]), slots

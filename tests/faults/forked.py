@@ -1,7 +1,7 @@
 """Verbs in forks of one process that has imported everything and run nothing, and their faults.
 
-A fork pays for no import. A point of a fault is the number of a file operation, as Python's audit
-events count them, or a number of bytes: the same point in every run.
+A fork pays for no import. A point of a fault is the number of a file operation among those of its
+kind, as Python's audit events count them, or a number of bytes: the same point in every run.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import importlib
 import logging
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import sys
@@ -43,18 +44,28 @@ _END = "\n--- changes of files:\n"
 class Fault:
     """What befalls a process.
 
-    operation: kill -9 before the at-th change of a file; bytes: killed by the kernel, whatever
-    writes, where a file would get longer than `at`; slow: every change takes `at` seconds more;
-    descriptors: `at` files can be open beyond those that are. With `clock` the time of day jumps
-    by so many seconds twice a second.
+    operation: kill -9 before the at-th change of this kind (kind_of); bytes: killed by the kernel,
+    whatever writes, where a file would get longer than `at`; slow: every change takes `at` seconds
+    more; descriptors: `at` files can be open beyond those that are. With `clock` the time of day
+    jumps by so many seconds twice a second.
     """
 
     kind: str = ""
     at: float = 0
     clock: float = 0
+    change: str = ""
 
 
 NONE = Fault()
+
+
+def kind_of(change: str) -> str:
+    """A change without the numbers, hashes and random letters in its names.
+
+    How many files a checkpoint has depends on the moment, so a number among all changes is no point
+    that each run has.
+    """
+    return re.sub(r"partial-[^/]+|[0-9a-f]{8,}|\d+", "#", change)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,14 +94,19 @@ def perform(verb: str, words: list[str], output: Connection, home: str, fault: F
 
 
 def _arm(fault: Fault, home: str, changes: list[str]) -> None:
+    left = fault.at  # changes of its kind up to the one before which it is killed
+
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
         name = _changed(event, arguments, home) if event in _CHANGES else ""
         if name:
             changes.append(f"{event} {name}")
             if fault.kind == "slow":
                 time.sleep(fault.at)
-            elif fault.kind == "operation" and len(changes) == fault.at:
-                os.kill(os.getpid(), signal.SIGKILL)
+            elif fault.kind == "operation" and kind_of(changes[-1]) == fault.change:
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
     if fault.kind == "bytes":

@@ -5,6 +5,7 @@ The long form tries 16 seeded points of each verb, no two before one kind of cha
     python -m pytest -m long -s tests/faults/test_faults.py
 """
 
+import collections
 import contextlib
 import os
 import random
@@ -16,7 +17,7 @@ import warnings
 
 import pytest
 from cases import AFTER, case_of, read, write_place
-from forked import KILLED, Fault, run, warm
+from forked import KILLED, Fault, kind_of, run, warm
 
 from dcod_jax import files
 from dcod_jax.copies import local_copy
@@ -60,8 +61,8 @@ def test_killed_and_started_again_it_ends_as_if_it_had_not_been(place, verb):
     kill(case, Fault("bytes", 3 * dice.choice(case.sizes) // 4))
     case.begin()
     change, said = LAST[verb]
-    last = max(number for number, c in enumerate(case.changes, 1) if re.match(change, c))
-    kill(case, Fault("operation", last))
+    kinds = [kind_of(c) for c in case.changes if re.match(change, c)]
+    kill(case, Fault("operation", kinds.count(kinds[-1]), change=kinds[-1]))
     meanwhile = lambda _: case.check_whole()  # noqa: E731
     assert said in case.check_end(Fault("slow", 0.003, clock=JUMP), meanwhile=meanwhile)
 
@@ -70,10 +71,10 @@ def test_killed_and_started_again_it_ends_as_if_it_had_not_been(place, verb):
 @pytest.mark.parametrize("verb", AFTER)
 def test_killed_at_many_points(place, verb):
     case, dice = case_of(place, verb), random.Random(verb)
-    kinds = {re.sub(r"[0-9a-f]{8,}|\d+", "#", c): n for n, c in enumerate(case.changes, 1)}
+    kinds = collections.Counter(map(kind_of, case.changes))
     faults = [Fault("bytes", dice.randrange(size)) for size in dice.choices(case.sizes, k=4)]
-    operations = dice.sample(sorted(kinds.values()), min(12, len(kinds)))
-    faults += [Fault("operation", number) for number in operations]
+    for kind in dice.sample(sorted(kinds), min(12, len(kinds))):
+        faults.append(Fault("operation", (kinds[kind] + 1) // 2, change=kind))
     failed = []
     for fault in faults:
         case.begin()
@@ -81,7 +82,7 @@ def test_killed_at_many_points(place, verb):
             kill(case, fault)
             case.check_end()
         except AssertionError as error:
-            failed.append((fault, case.changes[int(fault.at) - 1], str(error)[:300]))
+            failed.append((fault, str(error)[:300]))
     print(f"{verb}: {len(faults)} points of {len(case.changes)} changes, {len(failed)} failed")
     assert not failed, failed
 

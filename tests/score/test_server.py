@@ -1,5 +1,7 @@
 """Traces scored by a server: exact, in each dialect; what it says is checked, and asked again."""
 
+import dataclasses
+import time
 import types
 
 import fake_servers
@@ -155,8 +157,69 @@ def test_failed_attempts_are_repeated_and_a_refusal_is_not(tokenizer):
         with pytest.raises(DcodError, match=r"'t0': the server refuses: 400 .*fault 400"):
             teacher.score(traces[:1], top_k=0)
         assert len(fake.bodies) == 1
-    with pytest.raises(DcodError, match=r"/v1/models: no answer in 4 attempts \(URLError"):
+    with pytest.raises(DcodError, match=r"/v1/models: no answer in 4 attempts \(ConnectionRef"):
         open_server(fake, tokenizer)
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n"
+
+
+def drip(piece, head=b""):
+    """Bytes without end, each in time."""
+
+    def write(file):
+        file.write(head)
+        while True:
+            file.write(piece)
+            time.sleep(0.02)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda file: file.write(chunked(500)), r"in 1 attempts \(IncompleteRead"),
+        (lambda file: file.write(chunked(400)), r"in 1 attempts \(IncompleteRead"),
+        (drip(b" ", HEAD), r"in 1 attempts \(TimeoutError: not whole in 0.1 s \(score.timeout"),
+        (drip(b" ", HEAD.replace(b"200", b"503")), "TimeoutError: not whole in 0.1 s"),
+        (drip(b"HTTP/1.1 100 Continue\r\n\r\n"), "not whole in 0.1 s"),
+        (drip(b"H"), "not whole in 0.1 s"),
+        (lambda file: file.write(moved(302)), "refuses: 302 .*sends requests to http://else.where"),
+        (lambda file: file.write(moved(308)), "refuses: 308 .*set score.server"),
+    ],
+)
+def test_an_answer_without_an_end_and_one_that_sends_elsewhere(tokenizer, fault, message):
+    """A redirect would take the trace, and the key, to a host that nobody typed."""
+    with serve("vllm", MODEL, tokenizer) as fake:
+        teacher = open_server(fake, tokenizer, retries=0)
+        fake.faults = [fault]
+        with pytest.raises(DcodError, match=rf"trace 't0': .*{message}"):
+            dataclasses.replace(teacher, timeout=0.1).score(make_traces(1), top_k=0)
+
+
+def chunked(status):
+    return b"HTTP/1.1 %d X\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n" % status
+
+
+def moved(status):
+    return b"HTTP/1.1 %d X\r\nLocation: http://else.where/\r\nContent-Length: 0\r\n\r\n" % status
+
+
+def test_a_key_that_no_request_can_carry_and_a_proxy(tokenizer, monkeypatch):
+    with serve("vllm", MODEL, tokenizer) as fake:
+        for key in ("secret\r", "secret key", "secr\u00e9t"):
+            monkeypatch.setenv(server.KEY, key)
+            with pytest.raises(DcodError, match=r"OPENAI_API_KEY.* set it again") as refused:
+                open_server(fake, tokenizer)
+            assert "secr" not in str(refused.value)
+        monkeypatch.delenv(server.KEY)
+        monkeypatch.setenv("http_proxy", fake.url)
+        far = types.SimpleNamespace(url="http://big.example:8000", dialect="vllm")
+        with pytest.raises(DcodError, match=r"big.example:8000/v1/models: .*refuses: 404"):
+            open_server(far, tokenizer)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        assert open_server(fake, tokenizer).longest == 512
 
 
 def test_a_server_that_is_another_one_after_its_answers_is_refused(tokenizer):
@@ -210,9 +273,20 @@ def test_what_the_server_is_and_reads(tokenizer):
         fake.longest = 8
         with pytest.raises(DcodError, match=r"'t0' has 8 tokens.* reads 7 of big.*data.max_length"):
             open_server(fake, tokenizer).score(make_traces(), top_k=0)
+        for fake.longest in (-5, True, 1e30, "512", None):
+            assert open_server(fake, tokenizer).longest == 0
+        fake.proxied, fake.about = (
+            False,
+            {"version": "\ud800", "a" * 300: "", **{f"k{i}": i for i in range(300)}},
+        )
+        assert len(open_server(fake, tokenizer).about) == 100
         fake.name = "other"
         with pytest.raises(DcodError, match=r"has the models other, not 'big'; set teacher.name"):
             open_server(fake, tokenizer)
+        fake.name = "x" * 100_000
+        with pytest.raises(DcodError, match=r"has the models x+, not 'big'; set teacher.name") as e:
+            open_server(fake, tokenizer)
+        assert len(str(e.value)) < 1000
     with serve("llama_server", MODEL, tokenizer) as fake:
         about = open_server(fake, tokenizer).provenance()["server"]
         assert (about["model_path"], about["build_info"]) == ("big.gguf", "b1")
@@ -308,6 +382,7 @@ HOSTILE = {
     ),
     "a page": (lambda a: b"<html>log in", "an answer that is no JSON, '<html>log in'"),
     "another model": (lambda a: a | {"model": "org/small"}, "is by the model 'org/small'"),
+    "a model with more to its name": (lambda a: a | {"model": "big-2"}, "is by the model 'big-2'"),
     "own token is missing": (
         vllm_entry(lambda entry: {k: v for k, v in entry.items() if k != "1"}),
         r"prompt_logprobs\[7\] does not have the trace's token 1",
@@ -317,6 +392,7 @@ HOSTILE = {
     "positive": (of_each(logprob=0.5), "at token 7 is 0.5"),
     "text": (of_each(logprob="-0.5"), "at token 7 is -0.5; expected a finite number"),
     "true": (of_each(logprob=True), "at token 7 is True"),
+    "digits": (of_each(logprob=-(10**400)), "the probability 0 .log-probability -1000"),
     "vLLM's -inf": (of_each(logprob=-9999.0), "gives token 7 the probability 0"),
     "too few": (
         vllm_entry(lambda entry: dict(sorted(entry.items(), key=lambda e: e[0] != "1")[:2])),
@@ -331,6 +407,11 @@ HOSTILE = {
         vllm_entry(lambda entry: entry | {"x": {"logprob": -0.1}}),
         "not an answer of the dialect vllm.*ValueError",
     ),
+    "an id in two forms": (
+        vllm_entry(lambda entry: entry | {"01": {"logprob": -0.1}}),
+        "not an answer of the dialect vllm.*no token id: '01'",
+    ),
+    "a long text": (of_each(decoded_token="\ufffd" * 500), "another tokenizer"),
     "a text that is none": (of_each(decoded_token=7), "another tokenizer.*is '7' there"),
     "too long": (lambda a: a | {"pad": "x" * (1 << 21)}, "an answer of more than .* bytes"),
 }

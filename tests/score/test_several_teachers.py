@@ -235,6 +235,14 @@ def test_settings_of_recipe_and_dataset_are_compared(tmp_path, model):
         ({"score.server": "localhost:8000", "teacher.name": "m"}, "'localhost:8000' is no URL"),
         ({"score.server": "file:///etc/hosts", "teacher.name": "m"}, "is no URL of a server"),
         ({"score.teachers": ("a server=http://y:port",)}, "'http://y:port' is no URL"),
+        ({"score.teachers": ("a path=x path=y",)}, "has a key twice"),
+        *(
+            ({"score.server": url, "teacher.name": "m"}, "is no URL of a server")
+            for url in (
+                *("http://a..b:80", f"http://{'a' * 99}:80", "http://h/\u00fc", "http://h/a b"),
+                *("http://user:word@h", "http://h/v1?key=x", "http://h\n:80", "http://[::1"),
+            )
+        ),
         (
             {"score.teachers": ("a server=http://y dialect=llama_cpp",), "score.top_k": 3},
             "score.top_k=3: the dialect llama_cpp",
