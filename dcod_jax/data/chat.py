@@ -32,6 +32,7 @@ from dcod_jax.data.turns import (
     Text,
     calls_end,
     check_calls,
+    check_content,
     check_shown,
     probes,
     render_chat,
@@ -47,18 +48,6 @@ from dcod_jax.types import Trace
 MOST_RENDERED = 1 << 28  # characters of all prompts of one conversation
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 EMPTY_THINKING = "<think></think>"  # some templates write it before a turn without reasoning
-# Other models' end-of-turn tokens, which are plain text to a tokenizer that does not have them.
-_FOREIGN_ENDS = (
-    "</s> <|im_end|> <|endoftext|> <|eot_id|> <|end_of_text|> <|end|> <|return|> <eos> "
-    "<end_of_turn> <｜end▁of▁sentence｜> <|endofturn|> <|eom_id|>"
-).split()
-_FOREIGN_TURNS = re.compile(
-    r"^\s*(?:<\|start_header_id\|>|<\|begin_of_text\|>|<｜begin▁of▁sentence｜>|<bos>|<\|im_start\|>|"
-    r"<start_of_turn>|<\|start_of_role\|>)|^analysis[\s\S]*?assistant(?:commentary|final)|"
-    r"<\|im_end\|>\s*<\|im_start\|>|<\|eot_id\|>\s*<\|start_header_id\|>|"
-    r"<end_of_turn>\s*<start_of_turn>|<\|end\|>\s*<\|(?:start|user|assistant|system)\|>|"
-    r"<\|channel\|>\w+<\|message\|>|<｜User｜>[^<]*<｜Assistant｜>|\[INST\][^\[]*\[/INST\]"
-)
 
 
 class _StrippedError(DcodError):
@@ -151,7 +140,8 @@ def _whole_spans(
 ) -> Text:
     """The same, all in the text that the template gives the whole conversation."""
     marked = bool(_MARKERS.search(template))
-    render_turns_ahead(tokenizer, [(messages, supervised, tools)])
+    if len(supervised) > 1:
+        render_turns_ahead(tokenizer, [(messages, supervised, tools)])
     text, marks = render_chat(tokenizer, messages, template=template, tools=tools)
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if marked and len(marks) != len(turns):
@@ -285,46 +275,32 @@ def _bos(tokenizer: Tokenizer) -> str:
     return str(tokenizer.bos_token) if first == [tokenizer.bos_token_id] else ""
 
 
-def _check_content(tokenizer: Tokenizer, messages: Sequence[Message], template: str | None) -> None:
-    for message in messages:
-        text, tokens = message["content"], turn_tokens(tokenizer, template)
-        if message["role"] == "assistant" and tokens.search(text):  # marks belong to it
-            text = without_marks(text)
-        if found := tokens.search(text):
-            raise DcodError(
-                f"the {message['role']} message holds the special token {found.group(0)!r} as "
-                "text, which would be read as the token; remove it (vLLM: skip_special_tokens)"
-            )
-        if found := _FOREIGN_TURNS.search(text):
-            raise DcodError(
-                f"the {message['role']} message holds {found.group(0)[:60]!r}, turns of another "
-                "model's chat template as text; give the conversation as messages"
-            )
-        text = text.rstrip()
-        end = next((end for end in _FOREIGN_ENDS if text.endswith(end)), "")
-        if end and message["role"] == "assistant" and not (end == "</s>" and "<s>" in text):
-            raise DcodError(
-                f"the assistant message ends with {end!r}, another model's end-of-turn token, "
-                "which would be trained as text; remove it: the student's template writes its own"
-            )
-
-
 def encode(
+    tokenizer: Tokenizer, messages: Sequence[Message], **about: Any
+) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
+    """Token ids of a conversation and the mask of its supervised tokens, as `lay_out` finds them.
+
+    about: what `lay_out` takes.
+    """
+    return encode_laid(tokenizer, lay_out(tokenizer, messages, **about))
+
+
+def lay_out(
     tokenizer: Tokenizer,
     messages: Sequence[Message],
     *,
     first_completion: int = 0,
     unsupervised: Collection[int] = (),
     tools: Sequence[Any] | None = None,
-) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
-    """Token ids of a conversation and the mask of its supervised tokens.
+) -> Text:
+    """The text of a conversation and its supervised spans.
 
     Every assistant message from index `first_completion` on that is not `unsupervised` is
-    supervised, up to and with its end-of-turn token. Raises DcodError where the mask would be
-    empty, full or inexact, or the template does not show the `tools`.
+    supervised, up to and with its end-of-turn token. Raises DcodError where the spans would be
+    inexact, or the template does not show the `tools`.
     """
     template = chat_template(tokenizer)
-    _check_content(tokenizer, messages, template)
+    check_content(tokenizer, messages, template)
     check_calls(tokenizer, messages, template, tools)
     supervised = [
         index
@@ -338,10 +314,17 @@ def encode(
             "does (student.chat_template), or take the column out"
         )
     if template is None:
-        text, spans = _plain_spans(tokenizer, messages)
-    else:
-        text, spans = _template_spans(tokenizer, messages, template, supervised, tools)
-        check_shown(tokenizer, messages, template=template, tools=tools)
+        return _plain_spans(tokenizer, messages)
+    laid = _template_spans(tokenizer, messages, template, supervised, tools)
+    check_shown(tokenizer, messages, template=template, tools=tools)
+    return laid
+
+
+def encode_laid(
+    tokenizer: Tokenizer, laid: Text
+) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
+    """As `encode`; raises DcodError where the mask would be empty, full or inexact."""
+    text, spans = laid
     ids, cuts = encode_at(tokenizer, text, [border for span in spans for border in span])
     mask = np.zeros(len(ids), bool)
     for start, end in zip(cuts[::2], cuts[1::2], strict=True):
@@ -363,7 +346,7 @@ def _shows_tools(
 def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """Ids of a prompt up to where the completion starts: what `encode` masks out before it."""
     template = chat_template(tokenizer)
-    _check_content(tokenizer, messages, template)
+    check_content(tokenizer, messages, template)
     if template is not None:
         text, _ = render_chat(tokenizer, messages, template=template, prompt=True)
         check_shown(tokenizer, messages, template=template, prompt=True)
@@ -379,7 +362,7 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of plain text, behind the bos token where the tokenizer puts one: no chat template."""
-    _check_content(tokenizer, [{"role": "user", "content": text}], None)
+    check_content(tokenizer, [{"role": "user", "content": text}], None)
     return encode_plain(tokenizer, _bos(tokenizer) + text)
 
 

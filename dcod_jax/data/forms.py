@@ -93,7 +93,10 @@ def _thoughts(row: Row, count: int) -> list[str]:
 
 def _of_record(row: Row, trace: RawTrace) -> RawTrace:
     """The only completion of a record, which has its token ids, log-probs and finish reason."""
-    row.used |= {"token_ids", "logprobs", "finish_reason"}
+    beside = {"token_ids", "logprobs", "finish_reason"}
+    row.used |= beside
+    if beside.isdisjoint(row.record):
+        return trace
     turns = Turns(trace.messages, trace.unsupervised, trace.extras)
     return dataclasses.replace(sampled(row.record, turns), told=trace.told)
 
@@ -347,7 +350,7 @@ def read_record(
         trace = dataclasses.replace(completion, **told, **about)
         traces.append(trace if completion.failed else finished(trace))
     extras = _extras(row, traces) | prompt.extras
-    return [dataclasses.replace(t, extras=t.extras | extras) for t in traces]
+    return [dataclasses.replace(t, extras=t.extras | extras) for t in traces] if extras else traces
 
 
 def _extras(row: Row, traces: list[RawTrace]) -> frozenset[str]:

@@ -54,6 +54,12 @@ class Kept:
             *(_as_bytes(name), value),
         )
 
+    def add(self, name: str | bytes) -> bool:
+        """Keep a name with the number 1; whether it is new."""
+        before = self._file.total_changes
+        self._run("insert or ignore into kept (name, value) values (?, 1)", _as_bytes(name))
+        return self._file.total_changes > before
+
     def __iter__(self) -> Iterator[str]:
         """The names in the order in which they came."""
         place = 0

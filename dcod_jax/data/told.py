@@ -194,4 +194,4 @@ def finished(trace: RawTrace) -> RawTrace:
         )
     if cut:
         why = f"finish_reason is {trace.finish_reason}"
-    return dataclasses.replace(trace, unfinished=why)
+    return dataclasses.replace(trace, unfinished=why) if why != trace.unfinished else trace

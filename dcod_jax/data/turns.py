@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dcod_jax.data.reasoning import Reasoning, of_channels, opened
+from dcod_jax.data.reasoning import Reasoning, of_channels, opened, without_marks
 from dcod_jax.data.templates import TemplateError, render, render_ahead
 from dcod_jax.data.tokenizer import Tokenizer, added_tokens, chat_template
 from dcod_jax.errors import DcodError
@@ -141,9 +141,11 @@ def turn_tokens(tokenizer: Tokenizer, template: str | None) -> re.Pattern[str]:
 
 
 @functools.lru_cache(maxsize=256)
-def _left_out(tokenizer: Tokenizer, template: str, probe: str, tools: str, prompt: bool) -> str:
+def _left_out(tokenizer: Tokenizer, template: str, kinds: str, tools: str, prompt: bool) -> str:
     """The role of the first message whose text the template does not write, or ""."""
-    messages = json.loads(probe)
+    messages = json.loads(kinds)
+    for place, message in enumerate(messages):
+        message["content"] = f"7q{place}x3" if message["content"] else ""
     shown = {"template": template, "prompt": prompt, "tools": json.loads(tools)}
     try:
         text, _ = render_chat(tokenizer, messages, **shown)
@@ -161,16 +163,54 @@ def check_shown(
     prompt: bool = False,
 ) -> None:
     """Refuse a template that leaves out messages, as those that know few roles do."""
-    probe = [
-        message | {"content": f"7q{place}x3" if message["content"].strip() else ""}
-        for place, message in enumerate(messages)
-    ]
-    texts = (json.dumps(value) for value in (probe, list(tools) if tools else None))
+    kinds = [message | {"content": bool(message["content"].strip())} for message in messages]
+    texts = (json.dumps(value) for value in (kinds, list(tools) if tools else None))
     if role := _left_out(tokenizer, template, *texts, prompt):
         raise DcodError(
             f"the chat template does not write the text of a message by {role!r}, and the model "
             "would not see it; give a template that does (student.chat_template), or another role"
         )
+
+
+# Other models' end-of-turn tokens, which are plain text to a tokenizer that does not have them.
+_FOREIGN_ENDS = (
+    "</s> <|im_end|> <|endoftext|> <|eot_id|> <|end_of_text|> <|end|> <|return|> <eos> "
+    "<end_of_turn> <｜end▁of▁sentence｜> <|endofturn|> <|eom_id|>"
+).split()
+_FOREIGN_START = re.compile(
+    r"\s*(?:<\|start_header_id\|>|<\|begin_of_text\|>|<｜begin▁of▁sentence｜>|<bos>|<\|im_start\|>|"
+    r"<start_of_turn>|<\|start_of_role\|>)|analysis[\s\S]*?assistant(?:commentary|final)"
+)
+_FOREIGN_TURNS = re.compile(
+    r"<\|im_end\|>\s*<\|im_start\|>|<\|eot_id\|>\s*<\|start_header_id\|>|"
+    r"<end_of_turn>\s*<start_of_turn>|<\|end\|>\s*<\|(?:start|user|assistant|system)\|>|"
+    r"<\|channel\|>\w+<\|message\|>|<｜User｜>[^<]*<｜Assistant｜>|\[INST\][^\[]*\[/INST\]"
+)
+
+
+def check_content(tokenizer: Tokenizer, messages: Sequence[Message], template: str | None) -> None:
+    """Refuse texts that hold the tokens or turns of a template, this one's or another's."""
+    for message in messages:
+        text, tokens = message["content"], turn_tokens(tokenizer, template)
+        if message["role"] == "assistant" and tokens.search(text):  # marks belong to it
+            text = without_marks(text)
+        if found := tokens.search(text):
+            raise DcodError(
+                f"the {message['role']} message holds the special token {found.group(0)!r} as "
+                "text, which would be read as the token; remove it (vLLM: skip_special_tokens)"
+            )
+        if found := _FOREIGN_START.match(text) or _FOREIGN_TURNS.search(text):
+            raise DcodError(
+                f"the {message['role']} message holds {found.group(0)[:60]!r}, turns of another "
+                "model's chat template as text; give the conversation as messages"
+            )
+        text = text.rstrip()
+        end = next((end for end in _FOREIGN_ENDS if text.endswith(end)), "")
+        if end and message["role"] == "assistant" and not (end == "</s>" and "<s>" in text):
+            raise DcodError(
+                f"the assistant message ends with {end!r}, another model's end-of-turn token, "
+                "which would be trained as text; remove it: the student's template writes its own"
+            )
 
 
 def _eos(tokenizer: Tokenizer) -> int | None:

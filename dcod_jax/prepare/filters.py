@@ -14,10 +14,10 @@ import dataclasses
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from dcod_jax.data import chat
-from dcod_jax.data.borders import tokens_above
+from dcod_jax.data.borders import encode_ahead, tokens_above
 from dcod_jax.data.conversation import remember
 from dcod_jax.data.kept import Kept
 from dcod_jax.data.presets import fields_of
@@ -26,7 +26,7 @@ from dcod_jax.data.records import RawTrace
 from dcod_jax.data.teachers import TEACHER, WEIGHT, teacher_entries, teacher_of_file
 from dcod_jax.data.tokenizer import Tokenizer
 from dcod_jax.data.traces import HINT, Source, read_traces
-from dcod_jax.data.turns import reasoning_rule, render_turns_ahead
+from dcod_jax.data.turns import Text, reasoning_rule, render_turns_ahead
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.grading import REJECTED_AS, Grade, graded
 from dcod_jax.prepare import overlap
@@ -47,6 +47,13 @@ class Counts:
     def manifest(self) -> dict[str, Any]:
         read = self.kept + sum(self.dropped.values())
         return {"read": read, "kept": self.kept, "dropped": dict(sorted(self.dropped.items()))}
+
+
+class _Dropped(NamedTuple):
+    """Why a trace is not kept."""
+
+    detail: str
+    reason: str = "bad_record"
 
 
 _Graded = tuple[RawTrace, Grade | None]
@@ -85,7 +92,7 @@ class Filter:
             prepare.overlap_files, size=prepare.overlap_ngram, prompt_field=prepare.prompt_field
         )
         self.seen, self.ids = Kept(), Kept()  # keys of traces; how often an id came
-        self.held_out = Kept()  # prompts of data.eval_traces
+        self.held_out: Kept | None = None  # prompts of data.eval_traces, once they are read
         self.counts = Counts()
         self.models: set[str] = set()
         self.entries = teacher_entries(config)
@@ -107,16 +114,39 @@ class Filter:
             render_turns_ahead(
                 self.tokenizer, ((t.messages, t.supervised(), t.tools) for t in right)
             )
-            for trace, grade in block:
-                if grade is not None and not grade.correct:
-                    found = f"answer {grade.extracted!r} by rule {grade.rule}"
-                    detail = f"{found}, expected {trace.answer!r}"
-                    self._drop(trace, detail, REJECTED_AS[grade.reason])
-                elif known := self._known(trace):
-                    self._drop(trace, *known)
-                elif encoded := self._encode(trace):
+            found = [(trace, self._laid_out(trace, grade)) for trace, grade in block]
+            texts = (laid[0] for _, laid in found if not isinstance(laid, _Dropped))
+            encode_ahead(self.tokenizer, list(texts))
+            for trace, laid in found:
+                encoded = laid if isinstance(laid, _Dropped) else self._encode(trace, laid)
+                if isinstance(encoded, _Dropped):
+                    self._drop(trace, *encoded)
+                else:
                     self.counts.kept += 1
                     yield trace, encoded
+
+    def _laid_out(self, trace: RawTrace, grade: Grade | None) -> Text | _Dropped:
+        """The trace's text with its supervised spans."""
+        if grade is not None and not grade.correct:
+            found = f"answer {grade.extracted!r} by rule {grade.rule}"
+            return _Dropped(f"{found}, expected {trace.answer!r}", REJECTED_AS[grade.reason])
+        if known := self._known(trace):
+            return known
+        try:
+            return chat.lay_out(
+                self.tokenizer,
+                trace.messages,
+                first_completion=trace.first_completion,
+                unsupervised=trace.unsupervised,
+                tools=trace.tools,
+            )
+        except DcodError as error:
+            return self._bad(trace, error)
+
+    def _bad(self, trace: RawTrace, error: DcodError) -> _Dropped:
+        if self.config.prepare.on_bad_record == "error":
+            raise DcodError(f"{trace.source}: {error}; {HINT}") from error
+        return _Dropped(str(error))
 
     def _to_grade(self, sources: Sequence[Source]) -> Iterator[tuple[RawTrace, str, str | None]]:
         """(whole trace, completion, reference answer where it is graded)."""
@@ -143,42 +173,30 @@ class Filter:
             else:
                 yield trace, text, trace.answer if settings.filter_correct else None
 
-    def _known(self, trace: RawTrace) -> tuple[str, str] | None:
-        """(detail, reason) where this text is held out, came before or is in an evaluation set."""
-        if overlap.prompt_key(trace) in self.held_out:
-            return "the prompt is in data.eval_traces", "held_out_prompt"
-        key = overlap.trace_key(trace)
-        if self.config.prepare.deduplicate and key in self.seen:
-            return "an earlier trace has this prompt and completion", "duplicate"
-        if found := self.index.find(trace):
-            return found, "overlap"
-        self.seen[key] = 1
-        return None
+    def _known(self, trace: RawTrace) -> _Dropped | None:
+        """Why not, where this text is held out, came before or is in an evaluation set."""
+        if self.held_out is not None and overlap.prompt_key(trace) in self.held_out:
+            return _Dropped("the prompt is in data.eval_traces", "held_out_prompt")
+        again = _Dropped("an earlier trace has this prompt and completion", "duplicate")
+        found, once = self.index.find(trace), self.config.prepare.deduplicate
+        key = overlap.trace_key(trace) if once else b""
+        if found:
+            return again if once and key in self.seen else _Dropped(found, "overlap")
+        return again if once and not self.seen.add(key) else None
 
-    def _encode(self, trace: RawTrace) -> Trace | None:
-        """The tokenised trace; None when it was dropped."""
-        limit = self.config.data.max_length
+    def _encode(self, trace: RawTrace, laid: Text) -> Trace | _Dropped:
+        """The tokenised trace."""
+        limit, logprobs = self.config.data.max_length, None
         try:
-            ids, mask = chat.encode(
-                self.tokenizer,
-                trace.messages,
-                first_completion=trace.first_completion,
-                unsupervised=trace.unsupervised,
-                tools=trace.tools,
-            )
+            ids, mask = chat.encode_laid(self.tokenizer, laid)
             if self.config.prepare.logprobs == "require":
                 ids, mask = as_sampled(self.tokenizer, trace, ids, mask)
             if len(ids) > limit:
-                self._drop(trace, f"{len(ids)} tokens, data.max_length={limit}", "too_long")
-                return None
-            logprobs = None
+                return _Dropped(f"{len(ids)} tokens, data.max_length={limit}", "too_long")
             if self.config.prepare.logprobs == "require":
                 logprobs = delivered_logprobs(self.tokenizer, trace, ids[mask])
         except DcodError as error:
-            if self.config.prepare.on_bad_record == "error":
-                raise DcodError(f"{trace.source}: {error}; {HINT}") from error
-            self._drop(trace, str(error))
-            return None
+            return self._bad(trace, error)
         self.unused_logprobs += trace.logprobs is not None and logprobs is None
         self.models |= {trace.model} - {""}
         if trace.temperature is not None:
@@ -188,9 +206,10 @@ class Filter:
                 f"{trace.source}: more than {MOST_NAMES:,} different models or temperatures, which "
                 "the manifest would name; take the column out"
             )
-        again = self.ids.get(trace.id, 0) + 1
-        self.ids[trace.id] = again
-        name = trace.id if again == 1 else f"{trace.id}#{again}"
+        name = trace.id
+        if not self.ids.add(name):
+            self.ids[name] = again = self.ids.get(name) + 1
+            name = f"{name}#{again}"
         meta: dict[str, Any] = {"source": trace.source}
         teacher = trace.teacher or teacher_of_file(self.entries, trace.source)
         for key, value in (("answer", trace.answer), (TEACHER, teacher)):

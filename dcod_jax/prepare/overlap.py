@@ -42,7 +42,7 @@ def trace_key(trace: RawTrace) -> bytes:
     parts = [text for m in trace.messages for text in (m["role"], m["content"])]
     parts.append(",".join(map(str, trace.supervised())))
     beside = [trace.tools, *(message.get("tool_calls") for message in trace.messages)]
-    return _key(*parts, json.dumps(beside, sort_keys=True, default=str))
+    return _key(*parts, json.dumps(beside, sort_keys=True, default=str) if any(beside) else "")
 
 
 def _key(*texts: str) -> bytes:
@@ -61,7 +61,7 @@ class OverlapIndex:
 
     def find(self, trace: RawTrace) -> str | None:
         """'"shared words" in file:line' of the first overlap, else None."""
-        for message in trace.messages:
+        for message in trace.messages if self.ngrams or self.prompts else ():
             if message["role"] == "system":
                 continue
             text = words(message["content"])

@@ -273,6 +273,20 @@ def test_long_texts_are_counted_in_pieces(count, sure) -> None:
     assert (borders.tokens_above(tokenizer, ["h " * (count // 2)], 1000) > 1000) == sure
 
 
+def test_texts_encoded_together_have_the_ids_that_each_has_alone(monkeypatch) -> None:
+    tokenizer, texts = build(), ["the cat", "", "a" * 90, "the <|end|>hat", "the cat"]
+    alone = [borders.encode_plain(tokenizer, text) for text in texts]
+    monkeypatch.setattr(borders, "_TOGETHER", 100)
+    borders.encode_ahead(tokenizer, texts)
+    known = dict(borders._known(tokenizer))
+    assert [known[text] for text in texts] == alone
+    assert [borders.encode_plain(tokenizer, text) for text in texts] == alone
+    assert not borders._known(tokenizer)
+    borders.encode_ahead(tokenizer, ["left"])
+    borders.encode_ahead(tokenizer, [])
+    assert not borders._known(tokenizer)
+
+
 def test_an_end_token_that_is_added_and_not_special_ends_each_turn() -> None:
     """Phi's kind: with </s> behind the whole conversation, which alone is special."""
     template = ZEPHYR.replace("{{ eos_token }}", "<|end|>")

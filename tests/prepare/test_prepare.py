@@ -184,11 +184,12 @@ def test_eval_fraction_holds_out_prompts(config, tokenizer_dir) -> None:
 
 
 def test_eval_traces_and_their_prompts(config, tmp_path) -> None:
-    held_out = [record(3, completion="Four: 4\n#### 4"), record(20)]
+    again = record(3, completion="It may be 4.\n#### 4")  # of one prompt, both are measured on
+    held_out = [record(3, completion="Four: 4\n#### 4"), again, record(20)]
     config.data.eval_traces = str(write(tmp_path / "held.jsonl", held_out))
     root = prepare(config)
     assert dropped(root) == [("4", "held_out_prompt")]
-    assert read_manifest(root / "eval")["counts"]["kept"] == 2
+    assert read_manifest(root / "eval")["counts"]["kept"] == 3
     assert read_manifest(root / "train")["counts"]["kept"] == 4
 
 
