@@ -12,9 +12,12 @@ own search for the answer (pip install math-verify), in place of the one in the 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import pathlib
 import random
+import statistics
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,13 +61,18 @@ def main() -> None:
     for path in given.files:
         found = list(answers(path))
         rows += draw.sample(found, given.limit) if 0 < given.limit < len(found) else found
-    grades = list(graded((row, row[0], row[1]) for row in rows))
+    started, grades = [time.process_time()], []
+    for one in graded((row, row[0], row[1]) for row in rows):
+        grades.append(one)
+        started.append(time.process_time())
+    taken = statistics.median(b - a for a, b in itertools.pairwise(started))
     differ = []
     for (completion, reference, other), ours in grades:
         verdict = math_verify_verdict(completion, reference) if given.math_verify else other
         if verdict != ours.correct:
             differ.append((completion, reference, verdict, ours))
     print(f"{len(rows)} answers, {sum(g.correct for _, g in grades)} correct by ours")
+    print(f"{taken * 1000:.3f} ms of processor time an answer (median)")
     print(f"{len(differ)} disagreements ({len(differ) / len(rows):.2%})")
     shown = draw.sample(differ, given.sample) if given.sample < len(differ) else differ
     for completion, reference, verdict, ours in shown:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import itertools
 import re
+from collections.abc import Iterable
 
 from dcod_jax.evaluate.equality import MAX_ANSWER_CHARS
 from dcod_jax.evaluate.expressions import last_expression, lone
@@ -199,27 +201,32 @@ def _hash_value(text: str) -> str:
 
 
 # Each kind of mark; what shows in a text that was cut off that the answer behind it is whole; and
-# what every text with such a mark has in it, which is quick to look for.
+# what every such mark has among its first _REACH characters, which is quick to look for.
 _SENTENCE = r"\n|[.!?]\s|。"
-_MARKS = {
-    "hash": (_HASH, r"\n", "####"),
-    "answer_line": (_ANSWER_LINE, _SENTENCE, ""),
-    "answer_is": (_ANSWER_IS, _SENTENCE, "nswer|NSWER|答案"),
-    "answer_in_other_words": (_OTHER_IS, _SENTENCE,
-        "espuesta|esposta|isposta|éponse|ntwort|答え|답은|الجواب|الإجابة"),
-    "tag": (_TAG, r"</|\[/", ">|]"),
-    "json": (JSON_KEY, r"[,}\n]", "\"|'"),
-    "choice": (_CHOICE, r"\W", "ption|hoice|lternative|hoose|ick |elect|o with|选|OPTION"),
-}  # fmt: skip
+_OTHER_WORDS = "espuesta|ESPUESTA|esposta|ESPOSTA|isposta|ISPOSTA|éponse|ÉPONSE|ntwort|NTWORT"
+_MARKS = {rule: (pattern, ended, hints.split("|")) for rule, pattern, ended, hints in (
+    ("hash", _HASH, r"\n", "####"),
+    ("answer_line", _ANSWER_LINE, _SENTENCE, "nswer|NSWER|ans|Ans|ANS|esult|ESULT|A:|A |A*|A_|A="
+     f"|A-|A—|A：|A→|A⇒|答|твет|ТВЕТ|áp |ÁP |답|उत्तर|الإجابة|الجواب|{_OTHER_WORDS}"),
+    ("answer_is", _ANSWER_IS, _SENTENCE, "nswer|NSWER|答案"),
+    ("answer_in_other_words", _OTHER_IS, _SENTENCE, f"답은|答え|الجواب|الإجابة|{_OTHER_WORDS}"),
+    ("tag", _TAG, r"</|\[/", ">|]"),
+    ("json", JSON_KEY, r"[,}\n]", "\"|'"),
+    ("choice", _CHOICE, r"\W", "ption|hoice|lternative|hoose|ick |elect|o with|选|OPTION"),
+)}  # fmt: skip
+_REACH = 200
+_ALONE = re.compile("[A-J](?![A-Za-z])")
+_OPTION = re.compile("[B-J][*_]{0,2}[.):）、]")
 # Every text in which something is taken back has one of these in it.
 _RETRACTIONS = (
-    "wrong|ncorrect|not right|not correct|istake|error|misread|forgot|missed|verlooked|should have"
-    "|miscalculated|ctually|orrection:|cratch that|o wait,|o, wait,|ops,|ait, no|ait no|orry, no"
-)
+    "wrong|ncorrect|not right|not correct|istake|error|mis|forgot|verlooked|should have"
+    "|ctually|orrection:|cratch that|ait|ops,|orry, no"
+).split("|")
 
 
-def _has(text: str, words: str) -> bool:
-    return any(word in text for word in words.split("|"))
+def _first(text: str, words: Iterable[str], start: int = 0) -> int:
+    """Where the first of these words stands, -1 where none does."""
+    return min((place for word in words if (place := text.find(word, start)) >= 0), default=-1)
 
 
 def _marked(text: str, *, complete: bool) -> Extraction | None:
@@ -227,9 +234,11 @@ def _marked(text: str, *, complete: bool) -> Extraction | None:
     whole = json_answer(text)
     found = (whole[0], Extraction(whole[1], "json")) if whole and whole[1] else None
     for rule, (pattern, ended, hints) in _MARKS.items():
-        if not _has(text, hints):
+        first = _first(text, hints, max(0, found[0] - _REACH) if found else 0)
+        if first < 0:
             continue
-        for match in reversed(collections.deque(pattern.finditer(text), _TRIED)):
+        matches = pattern.finditer(text, max(0, first - _REACH))
+        for match in reversed(collections.deque(matches, _TRIED)):
             behind = text[match.end() : match.end() + READ]
             if found and match.end() <= found[0]:
                 break
@@ -240,12 +249,15 @@ def _marked(text: str, *, complete: bool) -> Extraction | None:
                     answer = f"({answer}) {stated}"
                 found = match.end(), Extraction(answer, rule)
                 break
-    bare = _BARE.search(text, max(0, len(text) - 200))
-    if bare and complete and (found is None or found[0] < bare.start()):
-        return Extraction(_letters(next(filter(None, bare.groups()))), "choice")
-    options = list(itertools.islice(_OPTION_LINE.finditer(text), 2))
-    if len(options) == 1 and complete and (found is None or found[0] < options[0].start()):
-        return Extraction(options[0].group(1), "choice")
+    place, tail = found[0] if found else 0, max(0, len(text) - _REACH)
+    if complete and (not found or _ALONE.search(text, max(place, tail))):
+        bare = _BARE.search(text, tail)
+        if bare and (found is None or place < bare.start()):
+            return Extraction(_letters(next(filter(None, bare.groups()))), "choice")
+    if complete and _OPTION.search(text, place):
+        options = list(itertools.islice(_OPTION_LINE.finditer(text), 2))
+        if len(options) == 1 and (found is None or place < options[0].start()):
+            return Extraction(options[0].group(1), "choice")
     return found[1] if found else None
 
 
@@ -299,10 +311,11 @@ def extract_answer(text: str, *, complete: bool = True) -> Extraction | None:
     >>> extract_answer("so 4 eggs.\n#### 4")
     Extraction(answer='4', rule='hash')
     """
-    text = without_blanks(text.translate(_PLAIN))
-    if _has(text, "<|__|~~"):
-        text = _MARKUP.sub("", _CALCULATION.sub("", text))
-    thoughts = list(_THOUGHT.finditer(text))
+    text = without_blanks(text if text.isascii() else text.translate(_PLAIN))
+    text = _CALCULATION.sub("", text)
+    if _first(text, ("<", "__", "~~")) >= 0:
+        text = _MARKUP.sub("", text)
+    thoughts = list(_THOUGHT.finditer(text)) if _first(text, ("<", "[/", "◁")) >= 0 else ()
     for part in (text[thoughts[-1].end() :], text) if thoughts else (text,):
         if found := _corrected(part, complete=complete) or _final(part, complete=complete):
             return found
@@ -320,12 +333,13 @@ def _final(part: str, *, complete: bool) -> Extraction | None:
 
 def _corrected(part: str, *, complete: bool) -> Extraction | None:
     """The answer behind the last "wait, that's wrong"; None where nothing is taken back."""
-    if not _has(part, _RETRACTIONS):
+    if _first(part, _RETRACTIONS) < 0:
         return None
     last = collections.deque(_RETRACTED.finditer(part), 1)
     return _final(part[last[0].end() :], complete=complete) if last else None
 
 
+@functools.lru_cache(1024)
 def reference_answer(answer: str) -> str:
     r"""The answer in a reference: a worked solution ending `#### N`, `A: N` or \boxed{N} is read.
 

@@ -291,7 +291,7 @@ def equal(predicted: str, reference: str, *, tolerance: float = 0.0) -> bool:
     `tolerance`.
     """
     if _PLAIN.fullmatch(predicted) and _PLAIN.fullmatch(reference):
-        return bool(same_number(predicted, reference, tolerance))
+        return predicted == reference or bool(same_number(predicted, reference, tolerance))
     if max(len(predicted), len(reference)) > _MAX_READ:
         return bool(predicted) and _squeeze(predicted) == _squeeze(reference)
     left, right = (_LEAD.sub("", canonical(text), count=1) for text in (predicted, reference))

@@ -32,8 +32,10 @@ _PRODUCT = (
 )
 _SIGN = r"(?:(?<=[^\s\d)]) [-−–] ?|(?<![\d)A-Za-z])[-−–]|± ?|\b(?:negative|minus) )?"
 _OPERATOR = r"(?:\s?[-+−–*/^×÷·±⁄]\s?|\sx\s(?=10))"
+# No expression begins inside a word, or at these signs: they are passed quickly.
+_BEGINS = r"(?![A-Za-z](?<=[A-Za-z]{2})| [^-−–]|[,;:!?=*])"
 _EXPRESSION = re.compile(
-    rf"(?P<span>{SPAN})"
+    rf"{_BEGINS}(?:(?P<span>{SPAN})"
     rf"|(?P<long>{_SIGN}{_TERM}(?:(?:{_OPERATOR}|(?=[√\\])){_TERM}){{1,20}})"
     rf"|(?P<product>{_SIGN}{_PRODUCT})"
     rf"|(?P<ordinal>\bthe (?:{NUMBER})(?:st|nd|rd|th)\b)"
@@ -42,7 +44,7 @@ _EXPRESSION = re.compile(
     r"|(?<![A-Za-z0-9_.^])\d{1,2}\s?[apAP]\.?[mM]\b\.?)"
     rf"|(?P<number>{_SIGN}(?:\\?[$€£¥₹]\s?)?(?<![A-Za-z0-9_.^])"
     rf"(?:\d{{1,3}}(?: \d{{3}})+(?![\d,]|\.\d)|(?:{NUMBER}){_MORE}?)"
-    rf"(?:\s?\\?%)?|[-−+]?[{VULGAR}∞])"
+    rf"(?:\s?\\?%)?|[-−+]?[{VULGAR}∞]))"
 )
 _REAL = r"[-−]?(?:\d[\d.,/]*+|∞|[a-z](?![a-z]))"
 _LESS = r"\s?(?:<=?|≤|>=?|≥|≠)\s?"
@@ -51,7 +53,7 @@ _COMPARISON = r"\$[^$\n]{1,60}[<>≤≥][^$\n]{0,60}\$"
 _MONTH = rf"(?:{MONTHS}|(?:Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec)\b\.?)"
 # What is one answer although it has words or several numbers in it.
 _WHOLE = re.compile(
-    rf"(?<!\d)(?:{prose.CHANCE}|{prose.COMPOUND}|(?:\d+/\d+|\d*√\d+|\d*π) ?≈ ?\d*\.\d+)"
+    rf"{_BEGINS}(?:(?<!\d)(?:{prose.CHANCE}|{prose.COMPOUND}|(?:\d+/\d+|\d*√\d+|\d*π) ?≈ ?\d*\.\d+)"
     r"|(?<=ratio is )\d+(?: to | ?: ?)\d+|(?<=ratio of )\d+(?: to | ?: ?)\d+"
     rf"|\b{_MONTH} \d{{1,2}}(?:st|nd|rd|th)?(?:, \d{{4}})?\b"
     rf"|\b\d{{1,2}}(?:st|nd|rd|th)? (?:of )?{_MONTH}(?: \d{{4}})?\b"
@@ -59,7 +61,7 @@ _WHOLE = re.compile(
     rf"|{_REAL}{_LESS}[a-z]{_LESS}{_REAL}"
     rf"|\b[a-z]{_LESS}{_REAL},? (?:and|or) [a-z]{_LESS}{_REAL}"
     rf"|{_BRACKETS}(?:(?:\s?(?:∪|U)\s?|, (?:and )?|,| and | or ){_BRACKETS})+"
-    rf"|{_COMPARISON} (?:and|or) {_COMPARISON}"
+    rf"|{_COMPARISON} (?:and|or) {_COMPARISON})"
 )
 _RESULT = re.compile(r"[=≈]\s*(?:\\?[$€£¥₹]\s?)?(?=[-−–]?[\d.])")
 _CIRCLED = re.compile("[①-⑩](?:[、，,]?[①-⑩])*")
@@ -159,7 +161,8 @@ def last_expression(text: str) -> str:
     """The last number with the expression that it stands in: "is 16/9." -> "16/9"; "": none."""
     if "\\begin" in text:
         text = _ALIGNED.sub(_rows, text)
-    text = _DISPLAY.sub(lambda m: f" ${' '.join((m.group(1) or m.group(2)).split())}$ ", text)
+    if "$$" in text or "\\[" in text:
+        text = _DISPLAY.sub(lambda m: f" ${' '.join((m.group(1) or m.group(2)).split())}$ ", text)
     for whole in reversed(text.splitlines()):
         line = prose.PRECISION.sub("", _ASIDE.sub("", whole[-_LINE:].replace("{,}", ",")))
         if refusal := _REFUSED.search(line):

@@ -14,6 +14,7 @@ from dcod_jax.evaluate.units import measured
 
 READ = 600  # characters behind a mark
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|\.\d+"
+_NUMBER = re.compile(rf"\s*(-?(?:{NUMBER}))[.\s]*")
 SPAN = r"(?<!\\)\$(?!\d[\d.,]*\s+[a-z]{2,}\s)(?:\\.|[^$\\\n]){1,200}\$|\\\([^\n]{1,200}?\\\)"
 # "1 in 6", with nothing behind it that makes it "20 in 30 minutes"
 CHANCE = (
@@ -172,6 +173,8 @@ def sentence(text: str) -> str:
 
 def value(text: str) -> str:
     """The answer that a text behind a mark begins with, without the words around it."""
+    if plain := _NUMBER.fullmatch(text):
+        return plain[1]
     text = re.split(r"</\w{1,20}>", text.strip(), maxsplit=1)[0]
     if fence := re.match(r"```[A-Za-z]*\s*\n?", text):
         text = text[fence.end() :].partition("```")[0].strip()

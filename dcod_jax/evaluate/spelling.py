@@ -9,6 +9,7 @@ import fractions
 import functools
 import re
 import unicodedata
+from collections.abc import Callable
 
 from dcod_jax.evaluate.numerals import in_digits, latex
 
@@ -27,20 +28,6 @@ _UNICODE = {sign: new for new, signs in {
     "": "✓✅✔\ufe0f", r"\sqrt[3]√": "∛", r"\sqrt[4]√": "∜", r"\ldots ": "…", "'": "’′",
 }.items() for sign in signs}  # fmt: skip
 _NAMES = "(?:arc)?(?:sin|cos|tan)|sinh|cosh|tanh|cot|sec|csc|cis|ln|log|exp|abs|gcd|lcm"
-# What a command becomes; those with arguments of their own come first.
-_WITH_ARGUMENT = [(re.compile(rf"\\(?:{pattern})"), new) for pattern, new in (
-    (rf"(?:text|mathrm|operatorname\*?)\s*\{{\s*({_NAMES})\s*\}}", r"\\\1 "),
-    (r"(?:(?:text)?color\s*\{\w*\}|(?:phantom|[hv]space|tag)\*?\s*\{[^{}]*\})|!\s*", ""),
-    (r"(?:(?:text(?:bf|it|rm|sf|tt|normal|md|up)?|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox)"
-     r"|operatorname\*?)\s*(?=\{)", r"\\text"),
-    (r"[dt]?frac\{\\text\{([^{}]*)\}\}\{\\text\{([^{}]*)\}(\^\{?\d\}?)?\}", r" \1/\2\3"),
-    (r"text\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "),
-    (r"q?quad\s*(?:and\s*)?(?=[-\d]|\\frac|\([a-z]\))", ", "),
-    (r"(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?", ""),
-    (r"mu(?![A-Za-z])\s*(?=[A-Za-z])", "u"),
-    (r"(?:mathbb|Bbb)\s*\{?\s*([A-Z])\s*\}?", r"\\mathbb{\1}"),
-)]  # fmt: skip
-_COMMAND = re.compile(r"\\([A-Za-z]+|[,;:> ()\[\]%#&])")
 _COMMANDS = {name: new for new, names in {
     "": "tiny small normalsize large Large LARGE huge Huge checkmark underline ensuremath "
         "displaystyle limits boldsymbol bf rm it hat vec mathbf mathrm therefore "
@@ -65,116 +52,21 @@ _COMMANDS = {name: new for new, names in {
 EQUALS = re.compile(r"(?<![<>!=])=(?!=)")
 MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
 _THOUSAND = {"k": "thousand", "m": "million", "b": "billion"}
-_THOUSANDS = [
-    re.compile(r"(?<=\d)\s*(?:\{,\}|,\\!)\s*(?=\d{3}(?!\d))"),
-    re.compile(r"(?<=\d)(?:\\[,;: ]|~)\s*(?=\d{3}(?!\d))"),
-]
-_COMMA_THOUSANDS = re.compile(
-    r"(?<![\d.,])(?:\d{1,3}(?:,(?: (?=000))?\d{3})+|\d{1,2}(?:,\d\d)+,\d{3})(?!\d|,\d)"
-)
-_UNDERSCORE_THOUSANDS = re.compile(r"(?<=\d)[_'](?=\d{3}(?!\d))")
-_SPACE_THOUSANDS = re.compile(r"(?<![\d.,/^_} ])(?<!\d )\d{1,3}(?: \d{3})+(?![\d/]| \d)")
+_BASES: dict[str, int] = {name: base for base, name in enumerate(
+    "two three four five six seven eight nine ten eleven twelve".split(), 2)}  # fmt: skip
+_BASE = rf"({'|'.join(_BASES)}|\d{{1,2}})"
+_BRACKET = re.compile(r"[(\[]|\\\{")
 _ROOT = re.compile(
     r"(?:√|(?<![A-Za-z\\])sqrt)\s*(\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z])|\\pi|\{([^{}]*)\})"
 )
 _ROOT_OF = re.compile(r"(?:√|(?<![A-Za-z\\])(?:sqrt|(cbrt)))\s*\(")
 _INDEXED_ROOT = re.compile(r"\^\{(\d)\}√")
 _ARGUMENT = re.compile(r"\s*(\{|\\[A-Za-z]+|[^\s{}\\])")
-_TRIGONOMETRIC_DEGREES = re.compile(
-    r"\\?\b((?:sin|cos|tan|cot|sec|csc|cis)(?:\^\{?\w+\}?)?)\s*(\()?\s*(\d+(?:\.\d+)?)\s*"
-    r"\^\s*\{?\s*\\circ\s*\}?(?(2)\s*\))"
-)
-_MIXED = re.compile(
-    r"(?<![\d.,/^_\w}])(\d{1,9})"
-    r"(?: (\d{1,9})/(\d{1,9})|\s*\\frac\{(\d{1,9})\}\{(\d{1,9})\})(?![\d/.])"
-)
-_ORDINAL = re.compile(r"(?<=\d)\s*\^?\s*\{?\s*(?:st|nd|rd|th)(?![A-Za-z])(?:\s*\})?")
-_REPEATING = re.compile(
-    r"(\d{1,30})\.(\d{0,30})(?:\\(?:overline|bar|dot)\s*\{?(\d{1,20})\}?|\((\d{1,20})\))"
-    r"|(\d{1,30})\.(\d{0,20}?)(\d{1,6}?)\7{2,20}\s*\.\.\."
-)
-
-
-_REWRITTEN = [(re.compile(pattern), new) for pattern, new in (  # its one spelling
-    (r'^"([^"]*)"$', r"\1"),
-    (r"^=\s*", ""),
-    (r"(^|[(\[,=])\s*\+\s*(?=\S)", r"\1"),
-    (r"(?:^|\{)((?:[^{}]|\{[^{}]*\})*?)\\(over|choose)(?![A-Za-z])"
-     r"((?:[^{}]|\{[^{}]*\})*)(?:\}|$)",
-     lambda m: f"\\{'frac' if m[2] == 'over' else 'binom'}{{{m[1]}}}{{{m[3]}}}"),
-    (r"(?<![\w\\])(?:\{\}\s*)?[_^]?\s*\{?(\d+)\}?\s*([CP])\s*_?\{?(\d+)\}?(?!\w)", r"\2(\1,\3)"),
-    (r"(?<![A-Za-z\\])([CP])_\{?(\w{1,3})\}?\^\{?(\w)\}?(?!\w)", r"\1(\2,\3)"),
-    (r"(?<![A-Za-z\\])([CP])\^\{?(\w)\}?_\{?(\w{1,3})\}?(?!\w)", r"\1(\3,\2)"),
-    (r"(?<=\S)\s*\+\s*(?:c|const\.?|constant)$", " + C"),
-    (r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?", r"\\overline{\1\2\3}"),
-    (r"(?<!\d)\.(?=\\(?:overline|bar|dot))", "0."),
-    (r"(?<=\d)万", r" \\times 10^4"),
-    (r"(?<=\d)亿", r" \\times 10^8"),
-    (r"^0b([01]+)$", r"\1_{2}"),
-    (r"(?i)^(?:0x([\da-f]+)|([\da-f]+)_\{?1[1-6]\}?)$",
-     lambda m: f"{m[1].upper()}_{{16}}" if m[1] else m[0].upper()),
-    (r"(?:the )?(square|cube) root of (\d+|[a-z])(?!\w)",
-     lambda m: f"\\sqrt{'[3]' if m[1] == 'cube' else ''}{{{m[2]}}}"),
-    (r"(?<=\d) times (?=[\d\\])", r" \\cdot "),
-    (r"^(?:plus or minus|plus/minus)|\+/-", r"\\pm "),
-    (r"\blog(2|10)\s*(?=\()", r"\\log_{\1}"),
-    (r"(?<=\d) (?:o'clock )?in the (morning|afternoon|evening)$",
-     lambda m: " am" if m[1] == "morning" else " pm"),
-    # k\pi, k \in Z -> n\pi: the name of a variable that is any integer does not count.
-    (r"^(.*?[^,\s(])[\s,(]*(?:(?:where|for|with) )?(?:(?:any|some|all|every) )?(integers? )?"
-     r"(?<![A-Za-z])([a-z])\s*(?:\\in\s*(?:\\mathbb\{Z\}|Z)|(?:is|are) (?:an |any )?integers?"
-     r"|(?(2)|(?!)))\)?$", lambda m: re.sub(rf"(?<![A-Za-z\\]){m[3]}(?![A-Za-z])", "n", m[1])),
-    (r"(?<![A-Za-z])(?:US|USD|A|AU|C|CA|HK|NZ|S)\s*(?=￥)", ""),
-    (r"(?<![A-Za-z])USD\s*(?=\d)", "￥"),
-    (r"^(?:AUD|CAD|EUR|GBP|INR|RMB|CNY|JPY|HKD|NZD)\s*(?=\d)", ""),
-    (r"(?<=[￥€£])([\d.,]+)\s*([kKMB]|mn|bn)$",
-     lambda m: f"{m[1]} {_THOUSAND[m[2][0].lower()]}"),
-    (r"(?<![A-Za-z])Rs\.?\s*(?=\d)", "₹"),
-    (r"^(?:#|No\.)\s*(?=\d)", ""),
-    (r"^(?:about|approx(?:imately|\.)?|roughly|around|nearly|\\approx|\\sim)\s*(?=[\d.\\-])", ""),
-    (r"(^|, )([A-Za-z]{3,}(?: [A-Za-z]+)*) ?: (?=[-\d\\￥])", r"\1\2 = "),
-    (r"(?<=\d) ?, (?:the|an?|which) [a-z ]+$", ""),
-    (r"(?<=[A-Za-z}])\s*\\cdot\s*(?=[A-Za-z])", " "),
-    (r"_\{\s*base\s*", "_{"),
-    (r"^not .+?,?\s*\bbut\s+(?=\S)", ""),
-    (r"^([^A-Za-z]*[\d}])\s*,\s*not\s+\S+$", r"\1"),
-    (r"(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup "),
-    (r"(?<![A-Za-z\\])(?:infinity|inf|oo)(?![A-Za-z])", r"\\infty "),
-    (r"^(?=.*\d)(?:[-+*/().\d\s^{}I]|\\(?:sqrt|frac|pi))*$",
-     lambda m: m[0].replace("I", "i")),  # as SymPy writes it
-    (r"^<\s*([^<>]*,[^<>]*)>$", r"\\langle \1\\rangle"),
-    (r"\s*\bis (?:greater|more|larger) than\b(?! or)\s*", " > "),
-    (r"\s*\bis (?:less|smaller) than\b(?! or)\s*", " < "),
-    (r"(?<![A-Za-z\\])a(sin|cos|tan)(?=\s*\()", r"arc\1"),
-    (rf"(?<![A-Za-z\\])({_NAMES})(?![A-Za-z])(?=\s*[\d(\\_]|\s+[a-z](?![A-Za-z]))", r"\\\1 "),
-    (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
-    (r"^(?:12(?::00)? )?noon$", "12:00 pm"),
-    (r"^(?:12(?::00)? )?midnight$", "12:00 am"),
-    (r"^(\d{1,2})(?::00)? o'clock$", r"\1:00"),
-    (r"\b(Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sep|Oct|Nov|Dec)t?\.?(?= \d|$)",
-     lambda m: next(month for month in MONTHS.split("|") if month.startswith(m[1]))),
-    (rf"(?i)^(\d{{1,2}}) (?:of )?({MONTHS})\b,?", r"\2 \1"),
-    (rf"^({MONTHS}) (\d{{1,2}}), (\d{{4}})$", r"\1 \2 \3"),
-    (r"(?<![\w}])\(([\dA-F]+)\)(?=\s*_)", r"\1"),
-    (r"(?<=[\dA-F]) (?=_)", ""),
-    (r"\{([:.=<>])\}|(?<=\S)\{\}$", r"\1"),
-    (r"(?<=\d)\{,\}(?=\d{1,2}(?!\d))", "."),
-    (r"^\(a\) .*", lambda m: re.sub(r"[\s,;]+(?=\([b-h]\) )", ", ", m[0])),
-    (r"(?i)^(yes|no|true|false)\b\s*[,.;:(]\s*(?!yes|no|true|false).*$", r"\1"),
-    (r"^(\d+)\s*to\s*(\d+)$", r"\1:\2"),
-    (r"^(-?\d[\d.]*)\s*=\s*([A-Za-z])$", r"\2 = \1"),
-    (r"^[A-Z][A-Za-z ]{1,40}\b(?:is|are|has|have|had|needs?|gets?|made|makes?)\s*(?=[-￥]?\d)", ""),
-)]  # fmt: skip
 # "1 in 6" and "one out of six" are probabilities, "5 in" is a length.
 _CHANCE = re.compile(
     r"(?:an? )?(\d[\d,]*|[a-z]{3,9})\s*(?:in|out of)(?: every)?\s*"
     r"(\d[\d,]*|[a-z]{3,9})\s*(?:chances?|probability)?",
     re.IGNORECASE,
-)
-_BASES = "two three four five six seven eight nine ten eleven twelve".split()
-_BASE_WORD = re.compile(
-    rf"_\s*\{{?\s*\(?({'|'.join(_BASES)}|\d{{1,2}})\)?\s*\}}?"
-    rf"|\s*\(?\b(?:in )?base[ -]?\s*\{{?({'|'.join(_BASES)}|\d{{1,2}})\b\)?\s*\}}?"
 )
 
 
@@ -191,6 +83,8 @@ def braced(text: str, start: int, limit: int, pair: str = "{}") -> str | None:
 
 def split(text: str, separator: re.Pattern[str]) -> list[str]:
     """The parts between separators that stand in no bracket."""
+    if not separator.search(text):
+        return [text.strip()] if text.strip() else []
     parts, depth, start, place = [], 0, 0, 0
     while place < len(text):
         match = separator.match(text, place) if depth == 0 else None
@@ -273,8 +167,7 @@ def _repeating(match: re.Match[str]) -> str:
 
 
 def _base(match: re.Match[str]) -> str:
-    name = match.group(1) or match.group(2)
-    return f"_{{{_BASES.index(name) + 2 if name in _BASES else name}}}"
+    return f"_{{{_BASES.get(match[1], match[1])}}}"
 
 
 def _chance(match: re.Match[str]) -> str:
@@ -288,44 +181,156 @@ def without_blanks(text: str) -> str:
     return re.sub(r"\s{9,}", lambda m: "\n\n" if "\n" in m.group(0) else "  ", text)
 
 
+Rows = list[tuple[str, re.Pattern[str], str | Callable[[re.Match[str]], str]]]
+
+
+def _table(*rows: tuple[str, str, str | Callable[[re.Match[str]], str]]) -> Rows:
+    """What every match of a pattern has in it and is quick to look for, the pattern, its text."""
+    return [(key, re.compile(pattern), new) for key, pattern, new in rows]
+
+
+def _rewritten(text: str, table: Rows) -> str:
+    for key, pattern, new in table:
+        if key in text:
+            text = pattern.sub(new, text)
+    return text
+
+
+_LATEX = _table(
+    (",", r"(?<=\d)\s*(?:\{,\}|,\\!)\s*(?=\d{3}(?!\d))", ""),
+    ("", r"(?<=\d)(?:\\[,;: ]|~)\s*(?=\d{3}(?!\d))", ""),
+    # Commands with arguments of their own come before the others.
+    ("\\", rf"\\(?:text|mathrm|operatorname\*?)\s*\{{\s*({_NAMES})\s*\}}", r"\\\1 "),
+    ("\\", r"\\(?:(?:(?:text)?color\s*\{\w*\}|(?:phantom|[hv]space|tag)\*?\s*\{[^{}]*\})|!\s*)",
+     ""),
+    ("\\", r"\\(?:(?:text(?:bf|it|rm|sf|tt|normal|md|up)?|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox)"
+     r"|operatorname\*?)\s*(?=\{)", r"\\text"),
+    ("\\text", r"\\[dt]?frac\{\\text\{([^{}]*)\}\}\{\\text\{([^{}]*)\}(\^\{?\d\}?)?\}",
+     r" \1/\2\3"),
+    ("\\text", r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "),
+    ("quad", r"\\q?quad\s*(?:and\s*)?(?=[-\d]|\\frac|\([a-z]\))", ", "),
+    ("\\", r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?", ""),
+    ("\\mu", r"\\mu(?![A-Za-z])\s*(?=[A-Za-z])", "u"),
+    ("\\", r"\\(?:mathbb|Bbb)\s*\{?\s*([A-Z])\s*\}?", r"\\mathbb{\1}"),
+    ("\\", r"\\([A-Za-z]+|[,;:> ()\[\]%#&])", lambda m: _COMMANDS.get(m[1], m[0])),
+    ("\n", r"\n", r" \\\\ "),
+    ("**", r"(?<=[\w)}])\*\*(?=[\w({-])", "^"),
+    ("**", r"\*\*", ""),
+    ("<=", "<=", r"\\le "),
+    (">=", ">=", r"\\ge "),
+    ("~", "~", " "),
+    ("\\circ", r"\\?\b((?:sin|cos|tan|cot|sec|csc|cis)(?:\^\{?\w+\}?)?)\s*(\()?\s*"
+     r"(\d+(?:\.\d+)?)\s*\^\s*\{?\s*\\circ\s*\}?(?(2)\s*\))", r"\\\1(\\frac{\\pi}{180}\\cdot \3)"),
+    ("\\circ", r"\^\s*\{?\s*\\circ\s*\}?\s*([CF])(?![A-Za-z])", r" deg\1"),
+    ("^", r"\^\s*(?:\{\s*(?:\\circ|o)\s*\}|(?:\\circ|o)(?![A-Za-z]))", ""),
+    ("", r"(?<=\d)\s*\^?\s*\{?\s*(?:st|nd|rd|th)(?![A-Za-z])(?:\s*\})?", ""),
+)  # fmt: skip
+# The one spelling of what has several.
+_PHRASES = _table(
+    ("", r"\s+", " "),
+    (".", r"(?<!\.) ?\. ?$", ""),
+    ("", r"^ | $", ""),
+    ('"', r'^"([^"]*)"$', r"\1"),
+    ("=", r"^=\s*", ""),
+    ("+", r"(^|[(\[,=])\s*\+\s*(?=\S)", r"\1"),
+    ("\\", r"(?:^|\{)((?:[^{}]|\{[^{}]*\})*?)\\(over|choose)(?![A-Za-z])"
+     r"((?:[^{}]|\{[^{}]*\})*)(?:\}|$)",
+     lambda m: f"\\{'frac' if m[2] == 'over' else 'binom'}{{{m[1]}}}{{{m[3]}}}"),
+    ("", r"(?<![\w\\])(?:\{\}\s*)?[_^]?\s*\{?(\d+)\}?\s*([CP])\s*_?\{?(\d+)\}?(?!\w)",
+     r"\2(\1,\3)"),
+    ("^", r"(?<![A-Za-z\\])([CP])_\{?(\w{1,3})\}?\^\{?(\w)\}?(?!\w)", r"\1(\2,\3)"),
+    ("^", r"(?<![A-Za-z\\])([CP])\^\{?(\w)\}?_\{?(\w{1,3})\}?(?!\w)", r"\1(\3,\2)"),
+    ("+", r"(?<=\S)\s*\+\s*(?:c|const\.?|constant)$", " + C"),
+    ("\\dot", r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?", r"\\overline{\1\2\3}"),
+    (".\\", r"(?<!\d)\.(?=\\(?:overline|bar|dot))", "0."),
+    ("万", r"(?<=\d)万", r" \\times 10^4"),
+    ("亿", r"(?<=\d)亿", r" \\times 10^8"),
+    ("0b", r"^0b([01]+)$", r"\1_{2}"),
+    ("", r"(?i)^(?:0x([\da-f]+)|([\da-f]+)_\{?1[1-6]\}?)$",
+     lambda m: f"{m[1].upper()}_{{16}}" if m[1] else m[0].upper()),
+    ("root of ", r"(?:the )?(square|cube) root of (\d+|[a-z])(?!\w)",
+     lambda m: f"\\sqrt{'[3]' if m[1] == 'cube' else ''}{{{m[2]}}}"),
+    (" times ", r"(?<=\d) times (?=[\d\\])", r" \\cdot "),
+    ("", r"^(?:plus or minus|plus/minus)|\+/-", r"\\pm "),
+    ("log", r"\blog(2|10)\s*(?=\()", r"\\log_{\1}"),
+    (" in the ", r"(?<=\d) (?:o'clock )?in the (morning|afternoon|evening)$",
+     lambda m: " am" if m[1] == "morning" else " pm"),
+    # k\pi, k \in Z -> n\pi: the name of a variable that is any integer does not count.
+    ("in", r"^(.*?[^,\s(])[\s,(]*(?:(?:where|for|with) )?(?:(?:any|some|all|every) )?(integers? )?"
+     r"(?<![A-Za-z])([a-z])\s*(?:\\in\s*(?:\\mathbb\{Z\}|Z)|(?:is|are) (?:an |any )?integers?"
+     r"|(?(2)|(?!)))\)?$", lambda m: re.sub(rf"(?<![A-Za-z\\]){m[3]}(?![A-Za-z])", "n", m[1])),
+    ("￥", r"(?<![A-Za-z])(?:US|USD|A|AU|C|CA|HK|NZ|S)\s*(?=￥)", ""),
+    ("USD", r"(?<![A-Za-z])USD\s*(?=\d)", "￥"),
+    ("", r"^(?:AUD|CAD|EUR|GBP|INR|RMB|CNY|JPY|HKD|NZD)\s*(?=\d)", ""),
+    ("", r"(?<=[￥€£])([\d.,]+)\s*([kKMB]|mn|bn)$",
+     lambda m: f"{m[1]} {_THOUSAND[m[2][0].lower()]}"),
+    ("Rs", r"(?<![A-Za-z])Rs\.?\s*(?=\d)", "₹"),
+    ("", r"^(?:#|No\.)\s*(?=\d)", ""),
+    ("", r"^(?:about|approx(?:imately|\.)?|roughly|around|nearly|\\approx|\\sim)\s*(?=[\d.\\-])",
+     ""),
+    (":", r"(^|, )([A-Za-z]{3,}(?: [A-Za-z]+)*) ?: (?=[-\d\\￥])", r"\1\2 = "),
+    (",", r"(?<=\d) ?, (?:the|an?|which) [a-z ]+$", ""),
+    ("\\cdot", r"(?<=[A-Za-z}])\s*\\cdot\s*(?=[A-Za-z])", " "),
+    ("base", r"_\{\s*base\s*", "_{"),
+    ("not ", r"^not .+?,?\s*\bbut\s+(?=\S)", ""),
+    ("not", r"^([^A-Za-z]*[\d}])\s*,\s*not\s+\S+$", r"\1"),
+    ("U", r"(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup "),
+    ("", r"(?<![A-Za-z\\])(?:infinity|inf|oo)(?![A-Za-z])", r"\\infty "),
+    ("I", r"^(?=.*\d)(?:[-+*/().\d\s^{}I]|\\(?:sqrt|frac|pi))*$",
+     lambda m: m[0].replace("I", "i")),  # as SymPy writes it
+    ("<", r"^<\s*([^<>]*,[^<>]*)>$", r"\\langle \1\\rangle"),
+    (" than", r"\s*\bis (?:greater|more|larger) than\b(?! or)\s*", " > "),
+    (" than", r"\s*\bis (?:less|smaller) than\b(?! or)\s*", " < "),
+    ("(", r"(?<![A-Za-z\\])a(sin|cos|tan)(?=\s*\()", r"arc\1"),
+    ("", rf"(?<![A-Za-z\\])({_NAMES})(?![A-Za-z])(?=\s*[\d(\\_]|\s+[a-z](?![A-Za-z]))", r"\\\1 "),
+    ("pi", r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
+    ("noon", r"^(?:12(?::00)? )?noon$", "12:00 pm"),
+    ("midnight", r"^(?:12(?::00)? )?midnight$", "12:00 am"),
+    ("o'clock", r"^(\d{1,2})(?::00)? o'clock$", r"\1:00"),
+    ("", r"\b(Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sep|Oct|Nov|Dec)t?\.?(?= \d|$)",
+     lambda m: next(month for month in MONTHS.split("|") if month.startswith(m[1]))),
+    (" ", rf"(?i)^(\d{{1,2}}) (?:of )?({MONTHS})\b,?", r"\2 \1"),
+    (", ", rf"^({MONTHS}) (\d{{1,2}}), (\d{{4}})$", r"\1 \2 \3"),
+    ("_", r"(?<![\w}])\(([\dA-F]+)\)(?=\s*_)", r"\1"),
+    (" _", r"(?<=[\dA-F]) (?=_)", ""),
+    ("}", r"\{([:.=<>])\}|(?<=\S)\{\}$", r"\1"),
+    ("{,}", r"(?<=\d)\{,\}(?=\d{1,2}(?!\d))", "."),
+    ("(a) ", r"^\(a\) .*", lambda m: re.sub(r"[\s,;]+(?=\([b-h]\) )", ", ", m[0])),
+    ("", r"(?i)^(yes|no|true|false)\b\s*[,.;:(]\s*(?!yes|no|true|false).*$", r"\1"),
+    ("to", r"^(\d+)\s*to\s*(\d+)$", r"\1:\2"),
+    ("=", r"^(-?\d[\d.]*)\s*=\s*([A-Za-z])$", r"\2 = \1"),
+    (" ", r"^[A-Z][A-Za-z ]{1,40}\b(?:is|are|has|have|had|needs?|gets?|made|makes?)\s*"
+     r"(?=[-￥]?\d)", ""),
+)  # fmt: skip
+_DIGITS = _table(
+    (".", r"(\d{1,30})\.(\d{0,30})(?:\\(?:overline|bar|dot)\s*\{?(\d{1,20})\}?|\((\d{1,20})\))"
+     r"|(\d{1,30})\.(\d{0,20}?)(\d{1,6}?)\7{2,20}\s*\.\.\.", _repeating),
+    ("...", r"(\d\.\d+)\s*\.\.\.$", r"\1"),
+    ("", r"(?<=\d)[_'](?=\d{3}(?!\d))", ""),
+    (" ", r"(?<![\d.,/^_} ])(?<!\d )\d{1,3}(?: \d{3})+(?![\d/]| \d)",
+     lambda m: m[0].replace(" ", "")),
+    ("", r"(?<![\d.,/^_\w}])(\d{1,9})"
+     r"(?: (\d{1,9})/(\d{1,9})|\s*\\frac\{(\d{1,9})\}\{(\d{1,9})\})(?![\d/.])", _mixed),
+    (",", r"(?<![\d.,])(?:\d{1,3}(?:,(?: (?=000))?\d{3})+|\d{1,2}(?:,\d\d)+,\d{3})(?!\d|,\d)",
+     lambda m: m[0] if _BRACKET.search(m.string) else re.sub("[, ]", "", m[0])),
+    ("_", rf"(?<=\d)\s*_\s*\{{?\s*\(?{_BASE}\)?\s*\}}?", _base),
+    ("base", rf"\s*\(?\b(?:in )?base[ -]?\s*\{{?{_BASE}\b\)?\s*\}}?", _base),
+)  # fmt: skip
+
+
 @functools.lru_cache(1024)
 def canonical(answer: str) -> str:
     r"""One spelling for what is written in many ways: `$x = 10{,}000.$` -> `x = 10000`.
 
     Text stands between spaces; single spaces stay, as they part words.
     """
-    text = without_blanks(answer).strip().strip("*`").rstrip("\\").strip()
-    for pattern in _THOUSANDS:
-        text = pattern.sub("", text)
+    text = _ascii(without_blanks(answer).strip().strip("*`").rstrip("\\").strip())
     # A new row of a matrix; elsewhere a backslash that was escaped twice.
-    text = re.sub(r"(\\\\)\s*\[-?[\d.]+\s*[a-z]{2}\]", r"\1", _ascii(text))
+    text = re.sub(r"(\\\\)\s*\[-?[\d.]+\s*[a-z]{2}\]", r"\1", text)
     text = text.replace("\\\\", "\n" if "\\begin" in text else "\\").replace("\\$", "￥")
     # What LaTeX prints as a dollar sign, and one that opens no formula.
     text = re.sub(r"^(-?)\$(?=[\d.,]+(?:\s?[kKMB]?$| and ))", r"\1￥", text).replace("$", "")
-    if "\\" in text:
-        for pattern, new in _WITH_ARGUMENT:
-            text = pattern.sub(new, text)
-        text = _COMMAND.sub(lambda m: _COMMANDS.get(m.group(1), m.group(0)), text)
-    text = text.replace("\n", r" \\ ")
-    text = re.sub(r"(?<=[\w)}])\*\*(?=[\w({-])", "^", text).replace("**", "")
-    text = text.replace("<=", r"\le ").replace(">=", r"\ge ").replace("~", " ")
-    text = _TRIGONOMETRIC_DEGREES.sub(r"\\\1(\\frac{\\pi}{180}\\cdot \3)", text)
-    text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?\s*([CF])(?![A-Za-z])", r" deg\1", text)
-    text = re.sub(r"\^\s*(?:\{\s*(?:\\circ|o)\s*\}|(?:\\circ|o)(?![A-Za-z]))", "", text)
-    text = _ORDINAL.sub("", text)
-    text = re.sub(r"\s+", " ", _with_braces(text)).strip()
-    text = re.sub(r"(?<!\.) ?\.$", "", text)
-    for pattern, new in _REWRITTEN:
-        text = pattern.sub(new, text)
-    text = text.strip()
+    text = _rewritten(_with_braces(_rewritten(text, _LATEX)), _PHRASES).strip()
     if match := _CHANCE.fullmatch(text):
         text = _chance(match)
-    text = in_digits(text)
-    text = re.sub(r"(\d\.\d+)\s*\.\.\.$", r"\1", _REPEATING.sub(_repeating, text))
-    text = _UNDERSCORE_THOUSANDS.sub("", text)
-    text = _SPACE_THOUSANDS.sub(lambda m: m.group(0).replace(" ", ""), text)
-    text = _MIXED.sub(_mixed, text)
-    if not re.search(r"[(\[]|\\\{", text):  # in a tuple the comma separates
-        text = _COMMA_THOUSANDS.sub(lambda m: re.sub("[, ]", "", m.group(0)), text)
-    text = re.sub(r"(?<=\d)\s*" + _BASE_WORD.pattern, _base, text)
-    return text.strip().rstrip(",;").strip()
+    return _rewritten(in_digits(text), _DIGITS).strip().rstrip(",;").strip()

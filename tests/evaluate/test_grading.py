@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dcod_jax.evaluate import answers, spelling
 from dcod_jax.evaluate.answers import Extraction, extract_answer, reference_answer
 from dcod_jax.evaluate.equality import equal
 from dcod_jax.evaluate.grading import Expected, grade, graded
@@ -34,6 +35,19 @@ def test_cases(kind: str) -> None:
     asked = [case for case in CASES if case["kind"] == kind and not case.get("reason")]
     found = [(case, grade(case["prediction"], case["gold"])) for case in asked]
     assert not [pair for pair in found if pair[1].correct != (pair[0]["expected"] == "correct")]
+
+
+def test_what_a_pattern_is_skipped_by_is_in_all_that_it_matches() -> None:
+    """The words that are looked for before a pattern is tried change nothing but the time."""
+    texts = [case[side] for case in CASES[::4] for side in ("prediction", "gold")]
+    for key, pattern, new in (*spelling._LATEX, *spelling._PHRASES, *spelling._DIGITS):
+        skipped = [text for text in texts if key not in text]
+        assert skipped == [pattern.sub(new, text) for text in skipped]
+    marks = [(mark, words) for mark, _, words in answers._MARKS.values()]
+    for pattern, words in (*marks, (answers._RETRACTED, answers._RETRACTIONS)):
+        skipped = [text for text in texts if not any(word in text for word in words)]
+        assert skipped
+        assert not any(map(pattern.search, skipped))
 
 
 def test_a_case_with_two_defensible_verdicts_says_why() -> None:
