@@ -243,7 +243,7 @@ def _show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 def _show_memory(title: str, report: dict[str, Any], target: Target) -> None:
     rows = []
-    for key in ("arguments", "temporaries", "peak", "alive", "host"):
+    for key in ("arguments", "temporaries", "peak", "host"):
         share = f"{report[key] / target.limit:.0%}" if target.limit and key != "host" else ""
         rows.append((key, _size(report[key]), share))
     rows.append(("limit", _size(target.limit), ""))

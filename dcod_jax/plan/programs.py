@@ -75,8 +75,8 @@ class Target:
 class Program:
     """One compiled program: bytes on a device, and what its HLO text says.
 
-    memory has "arguments", "temporaries", "peak" (both together, with the gaps between buffers),
-    "alive" (the most at one time, as the compiler counts; 0: not known), and "host" (the host's).
+    memory has "arguments"; "peak", all that is allocated on the device, arguments included;
+    "temporaries", the rest of it; and "host", bytes of the host.
     """
 
     memory: dict[str, int]
@@ -259,20 +259,29 @@ def compile_program(traced: jax.stages.Traced, *, limit: float | None = None) ->
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise DoesNotFitError(bytes_needed(str(error))) from None
-    found: Any = compiled.memory_analysis()
-    peak = found.argument_size_in_bytes + found.temp_size_in_bytes
-    peak += found.output_size_in_bytes - found.alias_size_in_bytes
-    if limit is not None and peak > limit:
-        raise DoesNotFitError(float(peak))
-    memory = {
-        "arguments": found.argument_size_in_bytes,
-        "temporaries": found.temp_size_in_bytes,
-        "peak": peak,
-        "alive": found.peak_memory_in_bytes,
-        "host": found.host_argument_size_in_bytes + found.host_temp_size_in_bytes,
-    }
+    memory = allocated(compiled)
+    if limit is not None and memory["peak"] > limit:
+        raise DoesNotFitError(float(memory["peak"]))
     text = compiled.as_text() or ""
     return Program(memory, hlo.Summary(text), text)
+
+
+def allocated(compiled: Any) -> dict[str, int]:
+    """Program.memory of a compiled program.
+
+    libtpu's peak_memory_in_bytes is the sum that it holds against a chip's memory; its
+    temp_size_in_bytes is more than it allocates. Elsewhere arguments, outputs and temporaries
+    add up to what is allocated, and peak_memory_in_bytes leaves the temporaries out.
+    """
+    found = compiled.memory_analysis()
+    arguments = found.argument_size_in_bytes
+    peak = arguments + found.temp_size_in_bytes
+    peak += found.output_size_in_bytes - found.alias_size_in_bytes
+    (device, *_) = jax.tree.leaves(compiled.input_shardings)[0].device_set
+    if device.platform == "tpu":
+        peak = found.peak_memory_in_bytes
+    host = found.host_argument_size_in_bytes + found.host_temp_size_in_bytes
+    return {"arguments": arguments, "temporaries": peak - arguments, "peak": peak, "host": host}
 
 
 def memory_limit(config: Any, device: Any) -> float | None:

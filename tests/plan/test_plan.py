@@ -112,7 +112,7 @@ def modelled(monkeypatch):
         if peak > target.limit:
             raise programs.DoesNotFitError(float(peak))
         return {"peak": peak, "seconds": None, "arguments": 0, "temporaries": 0, "host": 0} | {
-            "alive": 0, "collectives": [], "assumptions": [],
+            "collectives": [], "assumptions": [],
             "model_flops": 1.0, "executed_flops": 1.0,
         }  # fmt: skip
 
@@ -277,10 +277,23 @@ def test_a_program_over_the_limit_is_refused_with_what_it_needs():
     traced = jax.jit(lambda x: (x @ x).sum()).trace(jnp.ones((64, 64)))
     done = programs.compile_program(traced, limit=1e6).memory
     assert done["arguments"] == 64 * 64 * 4
-    assert 0 < done["alive"] <= done["peak"]
+    assert done["peak"] == done["arguments"] + done["temporaries"] > done["arguments"]
     with pytest.raises(programs.DoesNotFitError) as refused:
         programs.compile_program(traced, limit=float(done["peak"] - 1))
     assert refused.value.needed == done["peak"]
+
+
+@pytest.mark.parametrize(("platform", "peak"), [("tpu", 60), ("cpu", 112), ("gpu", 112)])
+def test_the_peak_of_a_tpu_is_what_libtpu_allocates(platform, peak):
+    sizes = {"argument": 40, "temp": 70, "output": 42, "alias": 40, "host_argument": 3}
+    found = {f"{name}_size_in_bytes": size for name, size in (sizes | {"host_temp": 4}).items()}
+    analysis = types.SimpleNamespace(**found, peak_memory_in_bytes=60)
+    place = types.SimpleNamespace(device_set=[types.SimpleNamespace(platform=platform)])
+    compiled = types.SimpleNamespace(
+        memory_analysis=lambda: analysis, input_shardings=((place,), {})
+    )
+    expected = {"arguments": 40, "temporaries": peak - 40, "peak": peak, "host": 7}
+    assert programs.allocated(compiled) == expected
 
 
 @pytest.mark.parametrize(
