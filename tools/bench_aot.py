@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -120,7 +121,8 @@ def published() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     models = json.loads((ROOT / "tests" / "models" / "published.json").read_text())
     for name, model in models.items():
         chips = 256 if model["parameters"] > 9e9 else 16
-        experts = 4 if {"num_experts", "num_local_experts"} & set(model["config"]) else 1
+        counts = (model["config"].get(key, 1) for key in ("num_experts", "num_local_experts"))
+        experts = math.gcd(4, max(counts))
         changes = {"data.seq_len": 2048, "data.max_length": 2048, "data.batch_size": chips}
         changes |= {"plan.topology": "v5e:16x16" if chips == 256 else "v5e:4x4"}
         changes |= {"mesh.fsdp": chips // experts, "mesh.expert": experts}

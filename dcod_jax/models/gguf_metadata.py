@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from dcod_jax.bounds import check
+from dcod_jax.bounds import array, check, either, flag, number, optional, whole
 from dcod_jax.errors import DcodError
 from dcod_jax.models import rope
 from dcod_jax.models.config import BOUNDS
 from dcod_jax.models.families import FAMILIES, Raw
+from dcod_jax.models.layer_types import FULL, SLIDING, full_every
 
 # (general.architecture, whether it has experts) -> model_type
 ARCHITECTURES = {
@@ -54,7 +56,12 @@ _REQUIRED = (
 _SIZES = "hidden_size num_hidden_layers num_attention_heads head_dim rope_theta".split()
 # Key -> the values under which the model computed here is llama.cpp's.
 _ACCEPTED: dict[str, tuple[Any, ...]] = {
-    "rope.scaling.type": (None, "none"),
+    "rope.scaling.type": (None, "linear", "none"),
+    "rope.scaling.factor": (None, 0.0, 1.0),
+    "rope.scaling.attn_factor": (None, 1.0),
+    "rope.scaling.yarn_ext_factor": (None, 1.0),
+    "rope.scaling.yarn_beta_fast": (None, 32.0),
+    "rope.scaling.yarn_beta_slow": (None, 1.0),
     "rope.scale_linear": (None, 1.0),
     "attention.causal": (None, True),
     "attention.clamp_kqv": (None, 0.0),
@@ -95,7 +102,7 @@ def raw_config(
     missing key, and metadata that cannot be honoured exactly.
     """
     architecture, model_type = _model_type(get, path)
-    family, ropes = FAMILIES[model_type], _ropes(architecture, get, shapes, factors)
+    family, ropes = FAMILIES[model_type], _ropes(architecture, get, shapes, factors, path)
     values = _values(architecture, model_type, get, scaled=bool(ropes), path=path)
     stops = [get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
     stops = [stop for at, stop in enumerate(stops) if stop is not None and stop not in stops[:at]]
@@ -127,6 +134,8 @@ def raw_config(
         raw["norm_topk_prob"] = model_type in _NORMALIZED
     if model_type == "phi3":
         raw["sliding_window"] = raw["sliding_window"] or None
+    if model_type == "olmo3":
+        _olmo3(raw, path)
     rotated = get(f"{architecture}.rope.dimension_count")
     if rotated is not None and rotated != head_dim:
         if not family.partial_rope or not isinstance(rotated, int):
@@ -148,7 +157,8 @@ def _model_type(get: Callable[[str], Any], path: object) -> tuple[str, str]:
             f"{path}: general.architecture={architecture!r}{' with experts' * experts} is not "
             f"supported (supported: {', '.join(names)})"
         )
-    return architecture, ARCHITECTURES[architecture, experts]
+    windowed = architecture == "olmo2" and get("olmo2.attention.sliding_window")
+    return architecture, "olmo3" if windowed else ARCHITECTURES[architecture, experts]
 
 
 def _values(
@@ -159,6 +169,7 @@ def _values(
     own = {*family.defaults, *family.keys, *(_SAME[key] for key in _REQUIRED), "rope_theta"}
     own |= {"num_key_value_heads", "head_dim"}
     own |= {"sliding_window"} if model_type == "phi3" else set()
+    own |= {"sliding_window_pattern"} if model_type == "olmo3" else set()
     own -= {"sliding_window"} if model_type == "mixtral" else set()  # llama.cpp has it not
     required = list(_REQUIRED)
     if model_type in ("gemma3_text", "phi3"):  # what the absent key means has changed
@@ -177,7 +188,11 @@ def _values(
     if family.mixture is not None:
         accepted["expert_weights_norm"] = (None, model_type in _NORMALIZED)
     if scaled:
-        del accepted["rope.scaling.type"]
+        del accepted["rope.scaling.type"], accepted["rope.scaling.factor"]
+    if model_type == "phi3":
+        del accepted["rope.scaling.attn_factor"]
+    if model_type == "olmo3":  # its graph has one base for both of its ropes
+        accepted["rope.freq_base_swa"] = (None, get("olmo2.rope.freq_base"))
     accepted = {f"{architecture}.{key}": one for key, one in accepted.items()}
     for key, one in {"split.count": (None, 0, 1), **accepted}.items():
         if get(key) not in one:
@@ -202,8 +217,9 @@ def _ropes(
     get: Callable[[str], Any],
     shapes: Mapping[str, tuple[int, ...]],
     factors: Callable[[str], list[float]],
+    path: object,
 ) -> Raw:
-    """rope_scaling of Gemma 3's linear scaling and of longrope; {} for any other."""
+    """rope_scaling of longrope, linear scaling and yarn; {} for any other."""
     scaling = f"{architecture}.rope.scaling"
     if architecture == "phi3" and {LONG, SHORT} <= shapes.keys():
         length = get(f"{scaling}.original_context_length")
@@ -217,9 +233,38 @@ def _ropes(
             },
             **({} if length is None else {"original_max_position_embeddings": length}),
         }
-    if architecture == "gemma3" and get(f"{scaling}.type") == "linear":
-        return {"rope_scaling": {"rope_type": "linear", "factor": _short(get(f"{scaling}.factor"))}}
-    return {}
+    kind, factor = get(f"{scaling}.type") or "linear", get(f"{scaling}.factor")
+    kinds = ("linear",) if architecture == "gemma3" else ("linear", "yarn")
+    if kind not in kinds or factor in (None, 0.0) or FREQS in shapes:
+        return {}
+    bounds = {f"{scaling}.factor": number(1, 1e6)}
+    bounds[f"{scaling}.yarn_attn_factor"] = optional(number(1e-3, 1e3))
+    check({key: get(key) for key in bounds}, bounds, source=path)
+    found: Raw = {"rope_type": kind, "factor": _short(factor)}
+    if kind == "yarn":
+        length = get(f"{scaling}.original_context_length")
+        found["original_max_position_embeddings"] = length or get(f"{architecture}.context_length")
+        usual, given = 1 + 0.1 * math.log(factor), get(f"{scaling}.yarn_attn_factor")
+        if given is not None and not np.allclose(given, usual, rtol=1e-5):
+            raise DcodError(
+                f"{path}: {scaling}.yarn_attn_factor={given!r} is not supported (supported: "
+                f"{usual:.6f}, which llama.cpp uses, or absent); use the HF directory of this model"
+            )
+    return {"rope_scaling": found}
+
+
+def _olmo3(raw: Raw, path: object) -> None:
+    """The layer types and the two ropes of OLMo-3, whose files are OLMo-2's with a window."""
+    given = raw.pop("sliding_window_pattern", 4)
+    key = "olmo2.attention.sliding_window_pattern"
+    check({key: given}, {key: either(whole(1, 4096), array(flag(), most=4096))}, source=path)
+    raw["layer_types"] = (
+        full_every(given, at=given - 1)(raw)
+        if isinstance(given, int)
+        else [SLIDING if windowed else FULL for windowed in given]
+    )
+    plain = {"rope_type": "default", "rope_theta": raw["rope_theta"]}
+    raw["rope_parameters"] = {FULL: plain | raw.pop("rope_scaling", {}), SLIDING: plain}
 
 
 def _llama3(given: list[float], head_dim: int, theta: float, path: object) -> Raw:

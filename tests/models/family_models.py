@@ -225,11 +225,15 @@ def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
         return model(torch.from_numpy(tokens.astype(np.int64))[None]).logits[0].numpy()
 
 
-def gradients(model: Any, texts: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """Gradient by parameter of the sum of -log q(next token) over some texts."""
+def gradients(model: Any, texts: list[np.ndarray], *, scale: float = 1.0) -> dict[str, np.ndarray]:
+    """Gradient by parameter of the sum of -log q(next token) over some texts.
+
+    It is that of the loss times scale, divided by scale: the same but for rounding.
+    """
     model.zero_grad()
     for text in texts:
         tokens = torch.from_numpy(text.astype(np.int64))[None]
         predicted = model(tokens).logits[0, :-1].log_softmax(-1)
-        (-predicted.gather(1, tokens[0, 1:, None]).sum()).backward()
-    return {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+        (-scale * predicted.gather(1, tokens[0, 1:, None]).sum()).backward()
+    named = model.named_parameters()
+    return {name: p.grad.numpy() / scale for name, p in named if p.grad is not None}

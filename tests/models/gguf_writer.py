@@ -9,7 +9,7 @@ from tokenizers import pre_tokenizers
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *LETTERS, "Ġt", "12", "he", "the"]
 MERGES = ["Ġ t", "1 2", "h e", "t he"]
-NAMES = {"gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "mixtral": "llama"}
+NAMES = {"gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "mixtral": "llama", "olmo3": "olmo2"}
 EXPERTS = ("qwen3_moe", "mixtral", "olmoe")
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
 
@@ -79,14 +79,21 @@ def add_family(writer, config, rope):
     """What llama.cpp's converter writes for one family only."""
     kind, writes, name = config.model_type, writer.add_key_value, writer.arch
     number, whole = package.GGUFValueType.FLOAT32, package.GGUFValueType.UINT32
-    if kind in ("gemma2", "gemma3_text", "phi3"):
+    if kind in ("gemma2", "gemma3_text", "phi3", "olmo3"):
         writes(f"{name}.attention.sliding_window", config.sliding_window or 0, whole)
     if kind == "gemma2":
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
             writes(f"gemma2.{key}", getattr(config, key), number)
-    if kind == "gemma3_text" and rope["rope_type"] == "linear":
-        writes("gemma3.rope.scaling.type", "linear", package.GGUFValueType.STRING)
-        writes("gemma3.rope.scaling.factor", rope["factor"], number)
+    if kind == "olmo3":
+        writer.add_sliding_window_pattern([one.startswith("sliding") for one in config.layer_types])
+        local = config.rope_parameters["sliding_attention"]["rope_theta"]
+        writes("olmo2.rope.freq_base_swa", local, number)
+    if rope["rope_type"] in ("linear", "yarn"):
+        writes(f"{name}.rope.scaling.type", rope["rope_type"], package.GGUFValueType.STRING)
+        writes(f"{name}.rope.scaling.factor", rope["factor"], number)
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writes(f"{name}.rope.scaling.yarn_attn_factor", 1 + 0.1 * np.log(rope["factor"]), number)
     if kind in EXPERTS:
         experts = getattr(config, "num_local_experts", None) or config.num_experts
         writes(f"{name}.expert_count", experts, whole)
@@ -115,6 +122,19 @@ def add_family(writer, config, rope):
                 writer.add_tensor(f"rope_factors_{name}.weight", factors)
 
 
+def quantised(values, kind):
+    """Rows in blocks of a type; of the K types, which the package does not write, random ones."""
+    if not kind.name.endswith("_K"):
+        return package.quants.quantize(values, kind)
+    block, size = package.GGML_QUANT_SIZES[kind]
+    blocks = np.random.default_rng(0).integers(0, 256, (values.size // block, size), np.uint8)
+    scales = slice(-2, None) if kind.name == "Q6_K" else slice(0, 4)  # float16
+    blocks[:, scales] = np.resize(
+        np.full(1, 0.01, np.float16).view(np.uint8), blocks[0, scales].size
+    )
+    return blocks.reshape(len(values), -1)
+
+
 def tensors(model):
     """(name, values) of a torch model, of all experts of a layer in one as the converter has it."""
     for name, tensor in model.state_dict().items():
@@ -127,9 +147,13 @@ def tensors(model):
 
 
 def write_gguf(
-    file, pair, *, pre="smollm", quantise=(), extra=None, drop=(), metadata=None, ids=None
+    file, pair, *, pre="smollm", quantise=None, extra=None, drop=(), metadata=None, ids=None
 ):
-    """A GGUF of the pair's torch model, written from the torch side only."""
+    """A GGUF of the pair's torch model, written from the torch side only.
+
+    quantise: the type of a tensor, by name.
+    """
+    quantise = quantise or {}
     config = pair.model.config
     architecture = NAMES.get(config.model_type, config.model_type)
     writer = package.GGUFWriter(file, architecture)
@@ -170,8 +194,8 @@ def write_gguf(
         if architecture.startswith("gemma") and name.endswith("norm.weight"):
             values = values + 1
         if target in quantise:
-            kind = package.GGMLQuantizationType.Q8_0
-            writer.add_tensor(target, package.quants.quantize(values, kind), raw_dtype=kind)
+            kind = package.GGMLQuantizationType[quantise[target]]
+            writer.add_tensor(target, quantised(values, kind), raw_dtype=kind)
         else:
             writer.add_tensor(target, np.ascontiguousarray(values))
     for name, values in (extra or {}).items():

@@ -119,17 +119,23 @@ def check(raw, directory, *, with_gradient=True):
             np.argmax(following[drawn], -1), continued[reference.PROMPT :]
         )
     if with_gradient:
-        _check_gradient(_files(config, gradient), reference.gradients(model, texts))
+        _check_gradient(_files(config, gradient), model, texts)
     _check_export(model, directory, config, params)
 
 
-def _check_gradient(ours, theirs):
+def _check_gradient(ours, model, texts):
+    theirs = reference.gradients(model, texts)
     assert ours.keys() == theirs.keys()
     sizes = {name: np.abs(expected).max() for name, expected in theirs.items()}
     floor = 1e-3 * max(sizes.values())  # the bias of keys without positions has no gradient
     for name, expected in theirs.items():
         difference = np.abs(ours[name] - expected).max()
-        assert difference <= 1e-4 * max(sizes[name], floor), (name, difference, sizes[name])
+        if difference > 1e-4 * max(sizes[name], floor):
+            # Nothing but rounding is left of the gradient of a router whose one expert a norm
+            # follows. How much that is shows where torch rounds otherwise.
+            others = (reference.gradients(model, texts, scale=scale) for scale in (0.7, 1.3, 3.0))
+            rounding = max(np.abs(other[name] - expected).max() for other in others)
+            assert difference <= 4 * rounding, (name, difference, rounding, sizes[name])
 
 
 def _check_export(model, directory, config, params):

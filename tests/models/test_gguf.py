@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import types
 from typing import Any
@@ -13,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import _SMALL
-from gguf_writer import write_gguf
+from gguf_writer import permute, write_gguf
 
 from dcod_jax.errors import DcodError
 from dcod_jax.models import gguf, hf, transformer
 from dcod_jax.models.config import from_hf
 from dcod_jax.models.gguf_metadata import raw_config
 from dcod_jax.models.rope import frequencies
-from dcod_jax.models.tensors import flatten
+from dcod_jax.models.tensors import flatten, slots, tensor_of
 
 FAMILIES = ["llama", "smollm2", "qwen2-padded-vocab"]
 
@@ -66,6 +67,10 @@ GRANITE = {
     "residual_multiplier": 0.5,
     "logits_scaling": 8.0,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0}
+YARN["original_max_position_embeddings"] = 32
+MIXED = ["full_attention", *["sliding_attention"] * 4, "full_attention", "sliding_attention"]
+OLMO3 = {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}}
 EXPERTS = {"num_experts": 3, "num_local_experts": 3, "num_experts_per_tok": 2}
 
 
@@ -79,6 +84,9 @@ EXPERTS = {"num_experts": 3, "num_local_experts": 3, "num_experts_per_tok": 2}
         ("phi3", {"sliding_window": None}),
         ("phi3", LONGROPE),
         ("olmo2", {}),
+        ("olmo3", {"layer_types": MIXED, "sliding_window": 9, "rope_parameters": OLMO3}),
+        ("qwen2", {"rope_parameters": YARN}),
+        ("qwen3", {"rope_parameters": {**YARN, "rope_type": "linear"}, "head_dim": 8}),
         ("smollm3", {"no_rope_layer_interval": 4}),
         ("granite", GRANITE),
         ("qwen3_moe", {**EXPERTS, "moe_intermediate_size": 24, "norm_topk_prob": True}),
@@ -124,33 +132,54 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "rope.freq_base": ("x", [1.0]),
     "rope.dimension_count": ("8", [8]),
     "expert_count": ("x", [4]),
+    "rope.scaling.factor": (4.0, "x", [4.0]),  # beside rope_freqs
     "general.architecture": (["llama"], 3, None),
 }
 
 
+def metadata(architecture, **changes):
+    """The config of these metadata, beside those that every file has."""
+    good = {"embedding_length": 32, "feed_forward_length": 48, "block_count": 1}
+    good |= {"attention.head_count": 4, "context_length": 64}
+    good["attention.layer_norm_rms_epsilon"] = 1e-5
+    own = {"general.architecture": architecture}
+    own |= {f"{architecture}.{key}": value for key, value in good.items()}
+    own |= {key if "general" in key else f"{architecture}.{key}": changes[key] for key in changes}
+    shapes = {"token_embd.weight": (16, 32)}
+    shapes |= {"rope_freqs.weight": (4,)} if architecture == "llama" else {}
+    raw = raw_config(own.get, shapes, lambda name: [1.0, 1.0, 1.0, 1.0], path="m.gguf")
+    return from_hf(raw, source="m.gguf")
+
+
 @pytest.mark.parametrize("key", WRONG)
 def test_metadata_of_a_wrong_kind_are_refused(key):
-    good: dict[str, Any] = {
-        "general.architecture": "llama",
-        "llama.embedding_length": 32,
-        "llama.feed_forward_length": 48,
-        "llama.block_count": 1,
-        "llama.attention.head_count": 4,
-        "llama.context_length": 64,
-        "llama.attention.layer_norm_rms_epsilon": 1e-5,
-    }
-    shapes = {"token_embd.weight": (16, 32), "rope_freqs.weight": (4,)}
-
-    def read(**changes: Any):
-        own = good | changes
-        raw = raw_config(own.get, shapes, lambda name: [1.0, 1.0, 1.0, 1.0], path="m.gguf")
-        return from_hf(raw, source="m.gguf")
-
-    assert read().head_dim == 8
+    assert metadata("llama").head_dim == 8
     for value in WRONG[key]:
-        name = key if key.startswith("general") else f"llama.{key}"
         with pytest.raises(DcodError, match=r"m\.gguf"):
-            read(**{name: value})
+            metadata("llama", **{key: value})
+
+
+def test_a_rope_that_llama_cpp_would_compute_otherwise_is_refused():
+    yarn = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
+    assert metadata("olmo2", **yarn).kinds[0].rope["original_max_position_embeddings"] == 64
+    window = {"attention.sliding_window": 8, "block_count": 5}
+    found = metadata("olmo2", **yarn, **window).kinds
+    assert [kind.window for kind in found] == [8, 8, 8, None, 8]
+    assert [kind.rope.kind for kind in found[2:4]] == ["default", "yarn"]
+    for changes, named in (
+        (yarn | {"rope.scaling.factor": "4"}, "rope.scaling.factor='4' must be a number"),
+        (yarn | {"rope.scaling.factor": 0.5}, "rope.scaling.factor=0.5 must be a number"),
+        (yarn | {"rope.scaling.yarn_attn_factor": 1.5}, "(supported: 1.138629, which"),
+        (yarn | {"rope.scaling.yarn_attn_factor": "1"}, "yarn_attn_factor='1' must be a number"),
+        (yarn | {"rope.scaling.yarn_beta_fast": 16.0}, "yarn_beta_fast=16.0 is not supported"),
+        (yarn | {"rope.scaling.attn_factor": 2.0}, "rope.scaling.attn_factor=2.0 is not"),
+        (window | {"rope.freq_base_swa": 99.0}, "rope.freq_base_swa=99.0 is not supported"),
+        (window | {"attention.sliding_window_pattern": [True]}, "layer_types has 1 entries"),
+        (window | {"attention.sliding_window_pattern": [1] * 5}, "pattern[0]=1 must be true or"),
+        (window | {"attention.sliding_window_pattern": 0}, "sliding_window_pattern=0 must be"),
+    ):
+        with pytest.raises(DcodError, match=re.escape(named)):
+            metadata("olmo2", **changes)
 
 
 @pytest.mark.parametrize("pair", ["llama"], indirect=True)
@@ -176,7 +205,8 @@ def test_quantised_tensors_are_dequantised_and_unpermuted(pair, tmp_path):
         "blk.0.attn_q.weight": "model.layers.0.self_attn.q_proj.weight",
         "blk.1.ffn_up.weight": "model.layers.1.mlp.up_proj.weight",
     }
-    _, params = gguf.read_gguf(write_gguf(tmp_path / "model.gguf", pair, quantise=quantised))
+    types = dict.fromkeys(quantised, "Q8_0")
+    _, params = gguf.read_gguf(write_gguf(tmp_path / "model.gguf", pair, quantise=types))
     state = pair.model.state_dict()
     expected = [_through_q8_0(state[name].numpy()) for name in quantised.values()]
     ours = [
@@ -186,6 +216,27 @@ def test_quantised_tensors_are_dequantised_and_unpermuted(pair, tmp_path):
     for one, other, name in zip(ours, expected, quantised.values(), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-7)
         assert np.abs(other - state[name].numpy()).max() > 1e-4  # it was quantised
+
+
+def test_every_type_is_read_as_the_package_dequantises_it(tmp_path):
+    kinds = "F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q4_K Q5_K Q6_K".split()
+    names = "attn_q attn_output ffn_gate ffn_up ffn_down".split()
+    targets = [f"blk.{layer}.{name}.weight" for layer in (0, 1) for name in names]
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "model_type": "llama"}
+    pair = types.SimpleNamespace(model=family_models.build({**_SMALL, **sizes}))
+    quantise = dict(zip(targets, kinds, strict=True))
+    file = write_gguf(tmp_path / "model.gguf", pair, quantise=quantise)
+    config, params = gguf.read_gguf(file)
+    tensors = {one.name: one for one in package.GGUFReader(file).tensors}
+    assert {one.tensor_type.name for one in tensors.values()} == {"F32", *kinds}
+    for slot in slots(config, "gguf"):
+        tensor = tensors[slot.name]
+        wanted = package.quants.dequantize(tensor.data, tensor.tensor_type)
+        if slot.rope_heads:
+            order = permute(np.arange(len(wanted)), slot.rope_heads)
+            wanted = wanted[np.argsort(order)]
+        ours = tensor_of(flatten(params), slot, dtype=np.float32)
+        np.testing.assert_array_equal(ours, wanted, err_msg=slot.name)
 
 
 @pytest.mark.parametrize("pair", ["llama"], indirect=True)

@@ -1,7 +1,8 @@
 """Configs that families publish (published.json): parsed, and as many parameters as published.
 
 They are written down from memory of their config.json; counts are those of the files on the hub.
-"scans" are [layers in a period, periods] of each scan. tools/bench_aot.py compiles their steps.
+"scans" are [layers in a period, periods] of each scan. tools/bench_aot.py compiles their steps, and
+docs/models.md has a table of them.
 """
 
 from __future__ import annotations
@@ -35,3 +36,15 @@ def test_a_published_config_has_the_published_number_of_parameters(name):
     found = [[len(kinds), periods] for kinds, periods in groups(config.kinds)]
     assert found == PUBLISHED[name]["scans"]
     assert configs.from_hf(configs.to_hf(config, dtype="bfloat16")) == config
+
+
+def test_the_table_of_families_names_their_published_configs_and_files():
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    lines = [line for line in page.splitlines() if line.startswith("| `")][1:]  # without the head
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    table = {row[0].strip("`"): row for row in rows}
+    assert list(table) == list(configs.FAMILIES)
+    for name, row in table.items():
+        own = [key for key, model in PUBLISHED.items() if model["config"]["model_type"] == name]
+        assert row[3] == (", ".join(own) or "none")
+        assert all(f"`{file}`" in row[6] for file in configs.FAMILIES[name].gguf)
