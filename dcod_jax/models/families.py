@@ -131,6 +131,14 @@ _GLM_FAMILY = Family(
     accepts={"partial_rotary_factor": None},
     partial_rope=True,
 )
+_VAULTGEMMA_FAMILY = Family(
+    architecture="VaultGemmaForCausalLM",
+    defaults=_GEMMA2,
+    keys=_GEMMA2_KEYS,
+    options=lambda raw: {**_gemma_options(raw), "norms": "pre_feedforward"},
+    types=layer_types.full_every(2, at=1),
+    reads_types=True,
+)
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         architecture="LlamaForCausalLM",
@@ -141,10 +149,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "mistral": Family("MistralForCausalLM", _MISTRAL, types=layer_types.every_layer_alike),
     "ministral": Family(
-        architecture="MinistralForCausalLM",
-        defaults=_MISTRAL,
-        types=layer_types.every_layer_alike,
-        reads_types=True,
+        "MinistralForCausalLM", _MISTRAL, types=layer_types.every_layer_alike, reads_types=True
     ),
     "cwm": Family(
         architecture="CwmForCausalLM",
@@ -227,23 +232,13 @@ FAMILIES: dict[str, Family] = {
         accepts={"hidden_act": ("gelu_pytorch_tanh", "gelu")},
         gguf=("gemma",),
     ),
-    "gemma2": Family(
+    "gemma2": dataclasses.replace(
+        _VAULTGEMMA_FAMILY,
         architecture="Gemma2ForCausalLM",
-        defaults=_GEMMA2,
-        keys=_GEMMA2_KEYS,
         options=lambda raw: {**_gemma_options(raw), "norms": "both"},
-        types=layer_types.full_every(2, at=1),
-        reads_types=True,
         gguf=("gemma2",),
     ),
-    "vaultgemma": Family(
-        architecture="VaultGemmaForCausalLM",
-        defaults=_GEMMA2,
-        keys=_GEMMA2_KEYS,
-        options=lambda raw: {**_gemma_options(raw), "norms": "pre_feedforward"},
-        types=layer_types.full_every(2, at=1),
-        reads_types=True,
-    ),
+    "vaultgemma": _VAULTGEMMA_FAMILY,
     "gemma3_text": Family(
         architecture="Gemma3ForCausalLM",
         defaults=_GEMMA2
@@ -314,7 +309,7 @@ FAMILIES: dict[str, Family] = {
         | {"num_key_value_heads": 4, "attention_bias": False, "moe_intermediate_size": 768},
         keys=("attention_bias", "hidden_act"),
         options=lambda raw: {"qk_norm": "head"},
-        types=layer_types.all_by_use_sliding_window,
+        types=lambda raw: layer_types.from_max_window_layers(raw | {"max_window_layers": 0}),
         mixture=MixtureKeys(experts=128, per_token=8, width="moe_intermediate_size"),
         gguf=("qwen3moe",),
     ),

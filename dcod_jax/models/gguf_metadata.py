@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from dcod_jax.bounds import array, check, either, flag, number, optional, whole
+from dcod_jax.bounds import array, check, flag, number, optional
 from dcod_jax.errors import DcodError
 from dcod_jax.models import rope
 from dcod_jax.models.config import BOUNDS
 from dcod_jax.models.families import FAMILIES, Raw
-from dcod_jax.models.layer_types import FULL, SLIDING, full_every
+from dcod_jax.models.layer_types import FULL, SLIDING
 
 # (general.architecture, whether it has experts) -> model_type
 ARCHITECTURES = {
@@ -72,14 +72,12 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
 }
 # Those of _SAME that are refused with any other value where the family has no such key.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "attention.sliding_window": (None, 0),
-    "attention.sliding_window_pattern": (None,),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), (None,)),
+    **dict.fromkeys(("attention.sliding_window_pattern", "attention.scale"), (None,)),
     **dict.fromkeys(("embedding_scale", "residual_scale", "logit_scale"), (None, 1.0)),
-    "attention.scale": (None,),
-    "rope.freq_base_swa": (None,),
     **dict.fromkeys(("expert_count", "expert_used_count", "expert_feed_forward_length"), (None, 0)),
+    "attention.sliding_window": (None, 0),
+    "rope.freq_base_swa": (None,),
 }
 _NORMALIZED = ("qwen3_moe", "mixtral")  # whose experts' weights llama.cpp makes add up to 1
 
@@ -237,32 +235,24 @@ def _ropes(
     kinds = ("linear",) if architecture == "gemma3" else ("linear", "yarn")
     if kind not in kinds or factor in (None, 0.0) or FREQS in shapes:
         return {}
-    bounds = {f"{scaling}.factor": number(1, 1e6)}
-    bounds[f"{scaling}.yarn_attn_factor"] = optional(number(1e-3, 1e3))
-    check({key: get(key) for key in bounds}, bounds, source=path)
+    check({f"{scaling}.factor": factor}, {f"{scaling}.factor": number(1, 1e6)}, source=path)
     found: Raw = {"rope_type": kind, "factor": _short(factor)}
     if kind == "yarn":
         length = get(f"{scaling}.original_context_length")
         found["original_max_position_embeddings"] = length or get(f"{architecture}.context_length")
-        usual, given = 1 + 0.1 * math.log(factor), get(f"{scaling}.yarn_attn_factor")
-        if given is not None and not np.allclose(given, usual, rtol=1e-5):
-            raise DcodError(
-                f"{path}: {scaling}.yarn_attn_factor={given!r} is not supported (supported: "
-                f"{usual:.6f}, which llama.cpp uses, or absent); use the HF directory of this model"
-            )
+        usual = 1 + 0.1 * math.log(factor)  # which llama.cpp takes, whatever the file says
+        key = f"{scaling}.yarn_attn_factor"
+        check({key: get(key)}, {key: optional(number(usual - 1e-5, usual + 1e-5))}, source=path)
     return {"rope_scaling": found}
 
 
 def _olmo3(raw: Raw, path: object) -> None:
     """The layer types and the two ropes of OLMo-3, whose files are OLMo-2's with a window."""
-    given = raw.pop("sliding_window_pattern", 4)
+    windowed = raw.pop("sliding_window_pattern", None)
     key = "olmo2.attention.sliding_window_pattern"
-    check({key: given}, {key: either(whole(1, 4096), array(flag(), most=4096))}, source=path)
-    raw["layer_types"] = (
-        full_every(given, at=given - 1)(raw)
-        if isinstance(given, int)
-        else [SLIDING if windowed else FULL for windowed in given]
-    )
+    check({key: windowed}, {key: optional(array(flag(), most=4096))}, source=path)
+    if windowed is not None:
+        raw["layer_types"] = [SLIDING if one else FULL for one in windowed]
     plain = {"rope_type": "default", "rope_theta": raw["rope_theta"]}
     raw["rope_parameters"] = {FULL: plain | raw.pop("rope_scaling", {}), SLIDING: plain}
 

@@ -24,11 +24,6 @@ def from_max_window_layers(raw: Raw) -> list[str]:
     return [SLIDING if layer >= first else FULL for layer in range(count)]
 
 
-def all_by_use_sliding_window(raw: Raw) -> list[str]:
-    windowed = raw["use_sliding_window"] and raw["sliding_window"] is not None
-    return [SLIDING if windowed else FULL] * raw["num_hidden_layers"]
-
-
 def full_every(period: int, *, at: int) -> Callable[[Raw], list[str]]:
     """Layer i is full where i % period == at."""
     return lambda raw: [
