@@ -8,6 +8,7 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
+from forks import Started
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,13 +41,13 @@ def of_xla(devices: int) -> dict[str, str]:
 
 
 def launch(count, command, *, devices=1, own=()):
-    """`count` processes of one run on CPU, joined over gloo; returns them."""
+    """`count` forks of one run on CPU, joined over gloo, as Python runs `command`."""
     address = f"127.0.0.1:{free_port()}"
     paths = os.pathsep.join((os.environ["PYTHONPATH"], str(ROOT), str(ROOT / "tests")))
     environment = os.environ | of_xla(devices) | {"PYTHONPATH": paths}
     where = [f"--config.hosts.coordinator={address}", f"--config.hosts.processes={count}"]
     return [
-        subprocess.Popen(
+        Started(
             [*command, *where, f"--config.hosts.process_id={i}", *(own[i] if own else ())],
             cwd=ROOT,
             env=environment,

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -194,8 +195,7 @@ def test_the_real_models_recipe_on_a_tiny_one(tmp_path):
     hf.save_params(student, config, params, dtype=jnp.float32, max_shard_bytes=1 << 30)
     raw = tiny.raw_config(num_hidden_layers=3)
     (student / "config.json").write_text(json.dumps(raw))
-    command = [
-        sys.executable,
+    words = [
         "-m",
         "dcod_jax.train",
         "--config=quickstart_smollm2",
@@ -205,7 +205,9 @@ def test_the_real_models_recipe_on_a_tiny_one(tmp_path):
         "--config.train.steps=4",
         "--config.train.eval_every=2",
     ]
-    output = call(command, tmp_path, flags=of_xla(1))
+    done = forks.run(words, cwd=tmp_path, env=os.environ | of_xla(1))
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
     manifest = json.loads((tmp_path / "run" / "traces.jsonl.manifest.json").read_text())
     assert manifest["sampled"] == 160
     assert 0 < manifest["rejected"]["truncated"] < 120

@@ -4,11 +4,10 @@ import dataclasses
 import io
 import json
 import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
+import forks
 import ml_dtypes
 import numpy as np
 import pytest
@@ -393,8 +392,7 @@ write(Path({directory!r}), make_traces(30, low=3000, high=3001), shard_records=3
 
 
 def test_a_disk_that_is_full_is_reported_and_leaves_no_dataset(tmp_path):
-    command = [sys.executable, "-c", FULL_DISK.format(directory=str(tmp_path / "d"))]
     environment = os.environ | {"PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = forks.run(["-c", FULL_DISK.format(directory=str(tmp_path / "d"))], env=environment)
     assert all(text in done.stderr for text in ("DcodError: cannot write", "File too large"))
     assert not list((tmp_path / "d").iterdir())

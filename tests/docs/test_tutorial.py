@@ -6,14 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import forks
 import pytest
 from host_runs import of_xla
 
 ROOT = Path(__file__).resolve().parents[2]
-FORKS = ROOT / "tests" / "shell_forks.py"
 ASSETS = ROOT / "dcod_jax" / "assets" / "quickstart"
 PAGE = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```bash( cloud)?\n(.*?)^```$", PAGE, re.M | re.S)
@@ -53,8 +52,8 @@ PRELUDE = """
 set -euo pipefail
 dcod() {
   case " $* " in
-    *" --config "*) "$PYTHON" -IS "$FORKS" "$SOCKET" "$@" $REDUCED ;;
-    *) "$PYTHON" -IS "$FORKS" "$SOCKET" "$@" ;;
+    *" --config "*) "$PYTHON" -IS "$FORKS" ask "$SOCKET" 0 -m dcod_jax "$@" $REDUCED ;;
+    *) "$PYTHON" -IS "$FORKS" ask "$SOCKET" 0 -m dcod_jax "$@" ;;
   esac
 }
 python() { "$PYTHON" "$@"; }
@@ -87,24 +86,17 @@ def place(tmp_path_factory):
         "PYTHON": sys.executable,
         "REDUCED": flags,
         "PYTHONPATH": f"{os.environ['PYTHONPATH']}:{ROOT}",
-        "FORKS": str(FORKS),
-        "SOCKET": str(place / "forks"),
+        "FORKS": forks.__file__,
+        "SOCKET": forks.server(),
     }
-    server = subprocess.Popen([sys.executable, FORKS, place / "forks"], env=environment)
-    try:
-        while not (place / "forks").exists() and server.poll() is None:
-            time.sleep(0.05)
-        done = subprocess.run(
-            ["bash", "-c", PRELUDE + "\n".join(commands)],
-            cwd=place,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=900,
-        )
-    finally:
-        server.kill()
-        server.wait()
+    done = subprocess.run(
+        ["bash", "-c", PRELUDE + "\n".join(commands)],
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return place, done.stdout + done.stderr
 

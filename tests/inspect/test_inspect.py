@@ -2,10 +2,8 @@
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
+import forks
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,8 +19,6 @@ from dcod_jax.losses.adaptive import initial
 from dcod_jax.models import hf, transformer
 from dcod_jax.train.checkpointer import Checkpointer, Snapshot
 from dcod_jax.types import Trace, TrainState
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -258,11 +254,6 @@ def test_mistakes_are_reported_without_a_traceback(root, student, tmp_path, caps
 
 def test_the_command_runs(root):
     directory, _ = root
-    done = subprocess.run(
-        [sys.executable, "-m", "dcod_jax.inspect", str(directory / "eval")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = forks.run(["-m", "dcod_jax.inspect", str(directory / "eval")])
     assert done.returncode == 0, done.stderr
     assert "not scored" in done.stdout

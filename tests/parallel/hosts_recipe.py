@@ -1,7 +1,6 @@
 """The recipe that several processes run together, and what tests read of its runs."""
 
 import json
-import sys
 
 import jax
 import numpy as np
@@ -54,7 +53,7 @@ def load(place, **changes):
 
 def tasks(place, what, *more, count=2, devices=2):
     script = str(ROOT / "tests" / "host_tasks.py")
-    command = [sys.executable, script, what, "--config", str(place / "recipe.py"), *more]
+    command = [script, what, "--config", str(place / "recipe.py"), *more]
     return launch(count, command, devices=devices)
 
 

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import signal
-import sys
 
 import jax
 import numpy as np
@@ -342,8 +341,8 @@ def test_the_commands_themselves_from_traces_to_a_graded_export(place, tmp_path)
     more = ["--config.data.eval_fraction=0.2", "--config.train.eval_every=3", *where]
 
     def verb(name, *own):
-        command = [sys.executable, "-m", f"dcod_jax.{name}"]
-        return launch(2, [*command, "--config", str(place / "recipe.py"), *more, *own])
+        words = ["-m", f"dcod_jax.{name}", "--config", str(place / "recipe.py"), *more, *own]
+        return launch(2, words)
 
     early = finish(verb("train"))
     assert [end[0] for end in early] == [1, 1]

@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import sys
 import threading
 
 import pytest
@@ -183,7 +182,7 @@ def misbehave(place, culprit, misdeed, *, meets=False, more=(), own=((), ()), wa
     script = place / "script.py"
     script.write_text(SCRIPT.format(culprit=culprit, misdeed=misdeed, meets=meets))
     recipe = ["--config", str(configs.BASE), f"--config.run_dir={place / 'run'}"]
-    command = [sys.executable, str(script), *recipe, "--config.hosts.heartbeat=8", *more]
+    command = [str(script), *recipe, "--config.hosts.heartbeat=8", *more]
     run = launch(2, command, own=own)
     return finish(run, timeout=90) if wait else run
 

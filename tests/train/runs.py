@@ -2,11 +2,11 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
+from forks import Started
 
 from dcod_jax import config as configs
 from dcod_jax.models import hf, transformer
@@ -51,9 +51,8 @@ def load(place, run_dir, *more):
 
 
 def start(place, run_dir, *more):
-    command = [sys.executable, "-m", "dcod_jax.train", *words(place, run_dir, *more)]
-    return subprocess.Popen(
-        command,
+    return Started(
+        ["-m", "dcod_jax.train", *words(place, run_dir, *more)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fake_store import contents
+from forks import Started
 
 from dcod_jax.errors import DcodError
 from dcod_jax.files import as_path
@@ -98,8 +98,8 @@ def test_a_run_is_read_again_and_again_while_it_saves(tmp_path, gcs):
     paths = os.pathsep.join([str(TESTS / "train"), str(TESTS), str(TESTS.parent)])
     environment = os.environ | {"PYTHONPATH": paths}
     seen = {place: set() for place in places}
-    command = [sys.executable, "-c", WRITER, *map(str, words)]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as writer:
+    command = ["-c", WRITER, *words]
+    with Started(command, env=environment, stderr=subprocess.PIPE, text=True) as writer:
         while writer.poll() is None:
             time.sleep(0.2)
             for place in places:

@@ -160,7 +160,9 @@ def test_sigterm_then_kill_9_then_the_same_command_is_bit_identical(place, refer
     run_dir = place / "stopped"
     first = start(place, run_dir, "--config.train.steps=8")
     kill_after(first, run_dir / "metrics.jsonl", 2, signal.SIGSTOP)
-    with pytest.raises(DcodError, match=rf"run_dir=\S+stopped is in use by process {first.pid} on"):
+    with pytest.raises(
+        DcodError, match=rf"run_dir=\S+stopped is in use by process {first.program} on"
+    ):
         command.train(load(place, run_dir))
     first.send_signal(signal.SIGTERM)
     first.send_signal(signal.SIGCONT)
