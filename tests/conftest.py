@@ -29,12 +29,16 @@ if "DCOD_CACHE_DIR" not in os.environ:
 
 from pathlib import Path
 
+import hypothesis
 import jax
 import pytest
 from jax._src import compiler  # its options of one program have no public way in
 from jaxtyping import install_import_hook
 
 gc.disable()  # while everything is imported
+# The same examples in every run.
+hypothesis.settings.register_profile("suite", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("suite")
 ROOT = Path(__file__).resolve().parents[1]
 
 # Every module but types.py: its records are pytrees, and also hold shardings and shapes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from pathlib import Path
@@ -63,13 +64,19 @@ def raw_config(**changes) -> dict:
     }
 
 
+@functools.cache
+def _params(raw: str, seed: int) -> dict:
+    config = model_configs.from_hf(json.loads(raw))
+    return jax.device_get(transformer.init_params(config, jax.random.key(seed)))
+
+
 def write_model(path: Path, *, seed: int = 0, shard_bytes: int = 1 << 30, **changes) -> Path:
     """HF directory: config, random weights, tokenizer."""
     write_tokenizer(path)
     raw = raw_config(**changes)
     (path / "config.json").write_text(json.dumps(raw))
     config = model_configs.from_hf(raw)
-    params = transformer.init_params(config, jax.random.key(seed))
+    params = _params(json.dumps(raw), seed)
     hf.save_params(path, config, params, dtype=jnp.float32, max_shard_bytes=shard_bytes)
     return path
 

@@ -112,7 +112,7 @@ def kept_loss(cfg, r, nll, temperature, offset=0.0):
 def test_the_temperature_hits_the_effective_sample_size_and_is_monotone_in_it(name):
     before = dict.fromkeys(ratios(), (0.0, 0.0))
     hits = 0
-    for target in (0.4, 0.6, 0.75, 0.9, 0.98):
+    for target in (0.4, 0.75, 0.98):
         cfg = config(name=name, target_ess=target)
         for which, (temperature, offset, _, ess) in solutions(cfg).items():
             assert temperature >= before[which][0] * (1 - 1e-4), (which, target)
@@ -123,7 +123,7 @@ def test_the_temperature_hits_the_effective_sample_size_and_is_monotone_in_it(na
                 assert temperature > before[which][0]
                 hits += 1
             before[which] = (temperature, ess)
-    assert hits >= 18  # the others ask for less than there is where the temperature is lowest
+    assert hits >= 10  # the others ask for less than there is where the temperature is lowest
 
 
 def test_the_temperature_may_aim_at_the_mean_weight_instead():
@@ -133,7 +133,7 @@ def test_the_temperature_may_aim_at_the_mean_weight_instead():
             assert mean == pytest.approx(target, rel=0.01)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("temperature", [0.5, 4.0])
 def test_the_offset_hits_the_mean_weight_at_any_fixed_temperature(temperature):
     offsets = []
     for target in (0.2, 0.5, 0.8):
@@ -146,7 +146,7 @@ def test_the_offset_hits_the_mean_weight_at_any_fixed_temperature(temperature):
     assert np.all(np.diff(offsets, axis=0) > 0)
 
 
-@pytest.mark.parametrize("mean", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("mean", [0.3, 0.8])
 def test_the_kept_loss_goes_with_the_offset_too(mean):
     cfg = config(offset=AUTO, target_loss=0.9, target_mean=mean)
     for name in ("lags", "from scratch", "agrees but for a few"):
@@ -157,7 +157,7 @@ def test_the_kept_loss_goes_with_the_offset_too(mean):
         assert got_mean == pytest.approx(mean, rel=0.01), name
 
 
-@pytest.mark.parametrize(("ess", "mean"), [(0.9, 0.5), (0.7, 0.3), (0.95, 0.8)])
+@pytest.mark.parametrize(("ess", "mean"), [(0.7, 0.3), (0.95, 0.8)])
 def test_both_together_hit_both(ess, mean):
     cfg = config(offset=AUTO, target_ess=ess, target_mean=mean)
     for name, (_, _, got_mean, got_ess) in solutions(cfg).items():
@@ -182,7 +182,7 @@ def test_out_of_reach_is_the_nearer_end_and_stays_finite():
 def test_the_temperature_hits_the_kept_loss_and_is_monotone_in_it(name):
     before = dict.fromkeys(ratios(), 0.0)
     hits = 0
-    for target in (0.4, 0.6, 0.8, 0.9, 0.95, 0.99):
+    for target in (0.4, 0.8, 0.95):
         cfg = config(name=name, target_loss=target)
         for which, (temperature, offset, *_) in solutions(cfg).items():
             r = ratios()[which]
@@ -197,13 +197,13 @@ def test_the_temperature_hits_the_kept_loss_and_is_monotone_in_it(name):
             else:  # it may not be sharper than the fixed temperature that is the default
                 assert temperature == pytest.approx(SHARPEST_FOR_LOSS, rel=1e-5), (which, target)
             before[which] = temperature
-    assert 12 <= hits < 30  # both happen
+    assert 5 <= hits < 15  # both happen
 
 
 @pytest.mark.parametrize("target", [{"target_loss": 0.93}, {"target_ess": 0.8}], ids=str)
 def test_the_solver_finds_what_a_bisection_in_float64_finds(target):
     """The tolerance that docs/adaptive.md states, in the logarithm of the temperature."""
-    generator = np.random.default_rng(np.random.SeedSequence().entropy)
+    generator = np.random.default_rng(5)
     rs = {f"{i}": np.float32(generator.normal(-2, 1.5, (B, T)) * 2.0**i) for i in range(4)}
     for which, (temperature, *_) in solutions(config(**target), rs).items():
         r = rs[which]
@@ -284,13 +284,14 @@ def test_the_kept_loss_is_solved_at_the_ends_of_float32(name):
         "ahead": np.full(shape, 1e4),
     }
     teachers = {"sure": np.zeros(shape), "lost": np.full(shape, -1e4)}
+    retemper = jax.jit(adaptive.retemper, static_argnums=0)
     for (which, student), (_, teacher) in itertools.product(far.items(), teachers.items()):
         student = np.minimum(np.float32(student), 0)
         r = np.float32(student - teacher)
         for target in (0.5, 0.9, 0.99):
             cfg = config(name=name, target_loss=target)
             both = (jnp.asarray(np.float32(x)) for x in (student, teacher))
-            state = adaptive.retemper(cfg, adaptive.initial(), Tokens(*both, *WHERE))
+            state = retemper(cfg, adaptive.initial(), Tokens(*both, *WHERE))
             temperature = float(state.temperature)
             assert SHARPEST_FOR_LOSS * 0.999 <= temperature <= MAX_TEMPERATURE * 1.001, which
             w = np.asarray(weights.raw(cfg, jnp.asarray(r), state))[MASK]

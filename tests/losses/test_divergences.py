@@ -1,13 +1,16 @@
 """Each divergence: values and gradients against float64, against TRL, its range and its zeros."""
 
+import ast
 import functools
-import warnings
+import importlib.util
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_losses as reference
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_losses import CASES, label
@@ -53,11 +56,9 @@ def test_every_divergence_of_the_registry_is_a_case():
     assert set(reference.NAMES) == {n for n, entry in DIVERGENCES.items() if entry.value}
 
 
-@pytest.mark.parametrize(
-    ("vocab", "temperature"), [(5, 1.0), (5, 0.7), (5, 4.0), (32003, 1.0), (32003, 2.0)]
-)
+@pytest.mark.parametrize(("vocab", "temperature"), [(5, 1.0), (5, 0.7), (5, 4.0), (32003, 1.0)])
 def test_values_and_gradients_equal_a_float64_loop(vocab, temperature):
-    teacher, student = random_logits(vocab, 12 if vocab == 5 else 2, vocab)
+    teacher, student = random_logits(vocab, 12 if vocab == 5 else 7, vocab)
     found = everything(teacher, student, temperature)
     log_p, log_q = (
         reference.log_softmax(np.float64(logits) / temperature) for logits in (teacher, student)
@@ -157,7 +158,7 @@ def _extremes(vocab):
     return jnp.float32(np.stack(teacher)), jnp.float32(np.stack(student))
 
 
-@pytest.mark.parametrize("vocab", [5, 301])
+@pytest.mark.parametrize("vocab", [pytest.param(5, marks=pytest.mark.long), 301])
 def test_extreme_logits_give_finite_values_and_gradients(vocab):
     teacher, student = _extremes(vocab)
     for temperature in (1.0, 0.1):
@@ -174,18 +175,21 @@ def test_extreme_logits_give_finite_values_and_gradients(vocab):
 
 @pytest.fixture(scope="module")
 def generalized_jsd_loss():
-    """TRL's, of its GKD trainer. The import takes seconds; it warns that the place may move."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from trl.experimental.gkd import GKDTrainer
-    return GKDTrainer.generalized_jsd_loss
+    """TRL's, out of the file of its GKD trainer, whose import takes seconds."""
+    [root] = importlib.util.find_spec("trl").submodule_search_locations
+    [file] = Path(root).rglob("gkd_trainer.py")
+    functions = ast.walk(ast.parse(file.read_text()))
+    name = "generalized_jsd_loss"
+    [found] = [node for node in functions if getattr(node, "name", "") == name]
+    found.decorator_list = []
+    names = {"torch": torch, "F": torch.nn.functional}
+    exec(compile(ast.Module([found], []), str(file), "exec"), names)
+    return names[name]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 4.0])
 def test_jsd_is_trls_generalized_jsd(generalized_jsd_loss, temperature):
-    import torch
-
-    logits = random_logits(5, 9, 37)
+    logits = random_logits(5, 12, 5)
     found = everything(*logits, temperature)
     teacher, student = (torch.tensor(np.float64(x)) for x in logits)
     student.requires_grad_()
