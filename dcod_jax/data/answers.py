@@ -83,7 +83,8 @@ def answer_of(record: Record) -> Record | None:
     if isinstance(record.get("content"), str) and "tokens_predicted" in record:  # llama.cpp
         return record
     candidates = record.get("candidates")
-    return record if isinstance(candidates, list) and candidates else None
+    several = candidates if isinstance(candidates, list) else []
+    return record if any(not isinstance(one, str) for one in several) else None
 
 
 def read(row: Row) -> tuple[list[Message], list[RawTrace], Record]:
@@ -183,7 +184,8 @@ def _responses(body: Record, output: list[Any]) -> Record:
             text = item.get("content") or []
             content += [{"type": "text", "text": text}] if isinstance(text, str) else text
         elif kind == "reasoning":
-            content += [item] if item.get("content") or item.get("summary") else []
+            told = ("content", "summary", "encrypted_content")
+            content += [item] if any(item.get(key) for key in told) else []
         elif kind == "function_call":
             calls.append({"id": item.get("call_id"), "function": item})
         else:

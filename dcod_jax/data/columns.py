@@ -181,7 +181,7 @@ def hint(record: Record, fields: Fields, part: str, names: Sequence[str] = ()) -
     if {"role", "content"} <= record.keys() or {"from", "value"} <= record.keys():
         return found + '; one message alone is no record: write {"messages": [...]}'
     asked = find(record, presets.PROMPTS)
-    texts = [n for n in given if n != asked and isinstance(record[n], str) and " " in record[n]]
+    texts = [n for n in given if n != asked and any(" " in text for text in _texts(record[n]))]
     if part == "completion" and not chosen and not found and len(texts) == 1 + (asked is None):
         found = "" if asked else f"; if it is {texts[0]}: prepare.prompt_field={texts[0]}"
         found += f"; if it is {texts[-1]}: prepare.completion_field={texts[-1]}"
@@ -261,18 +261,19 @@ class Row:
 
     def _history(self) -> list[Message]:
         """Earlier turns in a column of their own: [[question, answer], ...] or messages."""
-        value = listed(self.get("history"))
+        own = find(self.record, presets.HISTORIES) or "history"
+        value = listed(self.get(own))
         if not value or (isinstance(value, str) and not value.strip()):
             return []
         if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
-            return raw.read_messages(value, "history", self.fields).messages
+            return raw.read_messages(value, own, self.fields).messages
         found: list[Message] = []
         for index, pair in enumerate(value if isinstance(value, list) else [value]):
             if not isinstance(pair, list) or len(pair) != 2:
                 have = f"found {str(pair)[:60]}"
-                raise BadRecordError(f"history[{index}] must be [question, answer], {have}")
+                raise BadRecordError(f"{own}[{index}] must be [question, answer], {have}")
             for role, text in zip(("user", "assistant"), pair, strict=True):
-                found.append({"role": role, "content": raw.read_text(text, f"history[{index}]")})
+                found.append({"role": role, "content": raw.read_text(text, f"{own}[{index}]")})
         return found
 
     def system(self, messages: list[Message]) -> list[Message]:

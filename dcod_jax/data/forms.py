@@ -18,12 +18,13 @@ from dcod_jax.data.columns import (
     Row,
     completion_columns,
     ends_with_answer,
+    find,
     hint,
     missing,
     unreadable,
 )
 from dcod_jax.data.kept import Kept
-from dcod_jax.data.presets import COMPLETIONS, CONVERSATIONS, HUMAN, Fields, listed, plain
+from dcod_jax.data.presets import COMPLETIONS, CONVERSATIONS, HUMAN, TOOLS, Fields, listed, plain
 from dcod_jax.data.reasoning import may_be_reasoning
 from dcod_jax.data.records import BadRecordError, Message, RawTrace, Record, Turns
 from dcod_jax.data.told import finish, finished, judged, numbered
@@ -333,13 +334,14 @@ def read_record(
     records.check_name(name, "id")
     records.check_name(model, "model")
     answer, temperature = row.answer(known), known.get("temperature")
+    tools = find(row.record, TOOLS) or "tools"
     about = {
         "source": source,
         "record": record,
         "answer": answer,
         "model": model,
         "temperature": float(temperature) if isinstance(temperature, int | float) else None,
-        "tools": row.tools or calls.read_tools(row.get("tools"), row.get("functions")),
+        "tools": row.tools or calls.read_tools(row.get(tools), row.get("functions")),
     }
     traces = []
     for index, completion in enumerate(completions):

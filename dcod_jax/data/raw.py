@@ -44,15 +44,22 @@ _PLAIN_KEYS |= {"refusal", "annotations", "audio", "tool_calls", "function_call"
 
 def read_text(value: object, name: str) -> str:
     """A non-empty string; parts [{"type": "text", "text": ...}] are joined."""
-    text, reasoning = parts(value, name)
+    text, reasoning = parts(value, name, drop=True)
     if reasoning:
-        raise BadRecordError(f"{name} has a part of type 'thinking', where no answer is")
+        raise BadRecordError(f"{name} has a part of type 'thinking', and is no answer; write text")
     if not text.strip():
         raise BadRecordError(f"{name} is empty")
     return text
 
 
-_ENCRYPTED = ("reasoning.encrypted", "redacted_thinking")
+_ENCRYPTED = ("reasoning.encrypted", "redacted_thinking", "redactedContent")
+
+
+def _is_encrypted(part: Record) -> bool:
+    """Whether a part of reasoning tells nothing of it: its text is encrypted, or left out."""
+    kind = part.get("type") or next(iter(part), "")
+    hidden = part.get("encrypted_content") or (kind == "thinking" and part.get("signature"))
+    return kind in _ENCRYPTED or bool(hidden and not any(part.get(key) for key in _THINKING))
 
 
 def parts(value: object, name: str, *, drop: bool = False) -> tuple[str, str]:
@@ -69,9 +76,9 @@ def parts(value: object, name: str, *, drop: bool = False) -> tuple[str, str]:
         kind = str(part.get("type") or ("text" if "text" in part else ", ".join(part)))
         place = "thinking" if kind.startswith("reasoning") or kind == "summary_text" else kind
         place = "text" if kind in ("output_text", "input_text") else place
-        if kind in _ENCRYPTED and drop:
-            continue
-        if kind in _ENCRYPTED:
+        if _is_encrypted(part):
+            if drop:
+                continue
             raise BadRecordError(
                 f"{name} has a part of type {kind!r}: reasoning that is encrypted cannot be "
                 "trained on; prepare.reasoning=drop trains on the answers alone"
@@ -83,7 +90,8 @@ def parts(value: object, name: str, *, drop: bool = False) -> tuple[str, str]:
             raise BadRecordError(f"{name} has a part of type {kind!r} without {' or '.join(keys)}")
         inner = next((part[key] for key in keys if part.get(key)), "")
         inner = [inner] if isinstance(inner, dict) else inner
-        inner = "".join(parts(inner, f"{name}.{place}")) if isinstance(inner, list) else inner
+        if isinstance(inner, list):
+            inner = "".join(parts(inner, f"{name}.{place}", drop=drop))
         place = "thinking" if part.get("thought") is True else place  # Gemini
         if not isinstance(inner, str):
             raise BadRecordError(f"{name}.{place} must be a string, found {kind_of(inner)}")
@@ -102,7 +110,7 @@ def thoughts(value: object, name: str) -> list[str]:
     if isinstance(value, dict):
         value = next((value[key] for key in _THINKING if value.get(key)), None)
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        readable = [part for part in value if part.get("type") not in _ENCRYPTED]
+        readable = [part for part in value if not _is_encrypted(part)]
         return ["".join(parts(readable or value, name))]
     texts = value if isinstance(value, list) else [value] if isinstance(value, str) else []
     if not all(text is None or isinstance(text, str) for text in texts):
@@ -239,7 +247,7 @@ def read_message(value: object, name: str, fields: Fields) -> Message:
             (null or f"{name} must have {by} and {texts[0]}, found {', '.join(value)}")
             + (f"; refusal: {str(value['refusal'])[:80]}" if value.get("refusal") else "")
         )
-    drop = role == "assistant" and fields.reasoning.policy == "drop"
+    drop = role != "assistant" or fields.reasoning.policy == "drop"
     content, thought = ("", "")
     if text and value[text] != "":
         content, thought = parts(value[text], f"{name}.{text}", drop=drop)

@@ -25,17 +25,20 @@ _FINISH = re.compile(r"(.*finish|done|stop)reasons?|stoptypes?|status")
 _KNOWN_WORDS = re.compile(r"finishreasons?|donereason")  # the others may hold anything
 _STATUS = re.compile("(in)?completed?|fail(ed|ure)|error|cancel+ed|truncated|timed?_?out|aborted")
 _COMPLETE = re.compile(
-    r"(is|was|has)?(reasoning|generation|response|completion|output)?(complete|completed|finished|done)"
+    r"(is|was|has)?(reasoning|generation|response|completion|output)?(completed?|finished|done|ended)|"
+    r"(has|(ends|ended|stops|stopped)(with|on|at)?)?eos"
 )
 _LIMIT = "(max|length|limit|token|context)"
 _CUT = re.compile(
-    r"(is|was|got)?(truncated|truncation|cutoff|incomplete|unfinished|overlong)|stoppedlimit|"
+    r"(is|was|got|has)?(truncated|truncation|cutoff|incomplete|unfinished|overlong|clipped|partial|"
+    r"aborted|cancell?ed|interrupted|timedout)|(is|has|had)error|stoppedlimit|"
     rf"(hit|reached|exceeded|exceeds){_LIMIT}.*|{_LIMIT}.*(hit|reached|exceeded)"
 )
-_OF = "is|was|all|answer|final|response|solution|generation|completion|output|model|tests?|r1"
-_OF = f"({_OF}|extracted|llm|judge|gold|majority)*"
+_OF = "is|was|all|answer|final|response|solution|generation|completion|output|model|tests?|r1|unit"
+_OF = f"({_OF}|extracted|llm|judge|gold|majority|rule|verification|verifier|generated|gen|overall)*"
 _RIGHT = re.compile(
-    rf"{_OF}(correct|correctness|verified|passed|verdict|judge?ment|mathverify)(mathverify|llama)?"
+    rf"{_OF}(correct|correctness|verified|verify|passed|verdict|judge?ment|mathverify)"
+    r"(mathverify|llama)?"
 )
 _WRONG = re.compile(rf"{_OF}(incorrect|wrong|failed)")
 _BOOLEAN = re.compile(

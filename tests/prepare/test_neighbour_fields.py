@@ -69,13 +69,20 @@ def test_one_id_of_two_requests_is_refused_before_an_output() -> None:
 def test_system_text_of_any_name_is_in_the_prompt() -> None:
     asked = {"system": "S", "messages": [USER]}
     for record in (
-        ENDED | {"system_message": "S"},
+        *(ENDED | {name: "S"} for name in ("system_message", "sys_prompt", "System Instructions")),
         {"systemInstruction": {"parts": [{"text": "S"}]}, "messages": TALK},
         {"request": asked, "response": {"choices": [{"message": WHOLE_TURN}]}},
         {"input": ASKED, "instructions": "S", "output": ITEMS},
     ):
         [trace] = reading(record)
         assert trace.messages[0] == {"role": "system", "content": "S"}, record
+
+
+def test_earlier_turns_and_tools_of_any_name_are_in_the_prompt() -> None:
+    for name in ("history", "chat_history", "Conversation_History", "previous_messages"):
+        [trace] = reading(ENDED | {name: TALK, "available_tools": [ADD]})
+        assert trace.messages == [*TALK, USER, PLAIN_TURN]
+        assert (trace.supervised(), trace.tools, trace.extras) == ([3], [ADD], frozenset())
 
 
 def test_a_completion_of_json_is_a_text() -> None:

@@ -208,7 +208,9 @@ DROPPED = {
         {"prompt": TALK[:1], "completion": [PLAIN_TURN], "completed": False},
         {"prompt": ASKED, "choices": [{"message": PLAIN_TURN}], "finished": False},
         *(ENDED | {name: True} for name in ("incomplete", "is_incomplete", "was_truncated",
-          "truncation", "hit_max_tokens", "max_tokens_reached", "stopped_limit", "overlong")),
+          "truncation", "hit_max_tokens", "max_tokens_reached", "stopped_limit", "overlong",
+          "is_clipped", "partial", "aborted", "timed_out", "is_error")),
+        *(ENDED | {name: False} for name in ("has_eos", "ended_with_eos", "ended")),
         {"messages": [USER, PLAIN_TURN | {"truncated": True}]},
         {"prompt": ASKED, "completions": [{"text": SAID, "truncated": True}]},
     ],
@@ -229,7 +231,8 @@ DROPPED = {
         {"prompt": ASKED, "completions": [{"text": SAID, "correct": False}]},
         {"prompt": ASKED, "choices": [{"message": PLAIN_TURN, "correct": False}]},
         *(ENDED | {name: False} for name in (
-            "valid", "accepted", "exact_match", "llm_judge_correct", "is_right")),
+            "valid", "accepted", "exact_match", "llm_judge_correct", "is_right", "rule_verify",
+            "verification_passed", "unit_tests_passed", "gen_correct")),
         *(ENDED | {name: "incorrect"} for name in ("label", "judge", "result")),
         {"messages": [USER, DRAFT | {"correct": False}, USER, WHOLE_TURN | {"correct": True}]},
     ],
@@ -314,6 +317,20 @@ REFUSED = [
         {},
         "encrypted cannot be trained on; prepare.reasoning=drop",
     ),
+    *(
+        ({"messages": [USER, {"role": "assistant", "content": [part, *TEXT_PART]}]}, {}, "encrypt")
+        for part in (
+            {"type": "thinking", "thinking": "", "signature": "x"},
+            {"reasoningContent": {"redactedContent": "x"}},
+        )
+    ),
+    (
+        {"input": ASKED, "output": [{"type": "reasoning", "encrypted_content": "x"}, ITEMS[1]]},
+        {},
+        "encrypted cannot be trained on",
+    ),
+    ({"messages": [{"role": "system", "content": [*TEXT_PART, BLOCK]}, *TALK]}, {}, "is no answer"),
+    *(({"prompt": ASKED, n: [SAID]}, {}, f"if it is {n}: ") for n in ("samples", "candidates")),
     ({"prompt": ASKED, "generated_text": f"{ASKED} {SAID}"}, {}, "return_full_text=False"),
     ({"prompt": ASKED, "choices": [{"text": f"{ASKED} {SAID}"}]}, {}, "its whole prompt"),
     ({"messages": [USER, PLAIN_TURN | {"channel": "commentary"}, PLAIN_TURN]}, {}, "'commentary'"),
@@ -364,6 +381,8 @@ def test_what_may_be_reasoning_is_left_out_where_reasoning_is() -> None:
         "completion": f"{WHOLE[: -len(SAID)]}<think>\nagain\n</think>\n{SAID}",
     }
     assert texts([twice], **dropped) == [(ASKED, SAID)]
+    sealed = {"input": ASKED, "output": [{"type": "reasoning", "encrypted_content": "x"}, ITEMS[1]]}
+    assert texts([sealed], **dropped) == [(ASKED, SAID)]
     assert texts([ENDED | {"cot": None}], reasoning_field="cot") == [(ASKED, SAID)]
     for name in ("gt_cot", "reference_rationale", "ground_truth_reasoning"):  # not the teacher's
         assert texts([ENDED | {name: THOUGHT}]) == [(ASKED, SAID)]
