@@ -131,12 +131,12 @@ def read_whole(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object that a file holds; DcodError where it holds none."""
+def read_json(path: Path, *, mend: str = "write it again") -> dict[str, Any]:
+    """The JSON object that a file holds; a DcodError for what is none ends in `mend`."""
     try:
         found = from_json(read_whole(path))
     except ValueError as error:
-        raise DcodError(f"{path}: not valid JSON ({error}); write it again") from error
+        raise DcodError(f"{path} is not valid JSON ({error}); {mend}") from error
     if not isinstance(found, dict):
         raise DcodError(f"{path}: expected a JSON object, found {type(found).__name__}")
     return found
@@ -207,14 +207,20 @@ def _fsync(path: pathlib.Path) -> None:
         os.close(descriptor)
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write `content` to `path` atomically; on a DcodError the old content is still there."""
+@contextlib.contextmanager
+def refusals(path: Location) -> Iterator[None]:
+    """The system's refusal of a write as a DcodError that names this file."""
     try:
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(content)
+        yield
     except OSError as error:
         why = error.strerror or error
         raise DcodError(f"cannot write {path}: {why}; free space and run it again") from error
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write `content` to `path` atomically; on a DcodError the old content is still there."""
+    with refusals(path), atomic_write(path) as temporary:
+        temporary.write_bytes(content)
 
 
 @contextlib.contextmanager

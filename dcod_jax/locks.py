@@ -157,9 +157,8 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 def _runs(process: int) -> bool:
     try:
-        os.kill(process, 0)
+        with contextlib.suppress(PermissionError):  # it is another user's
+            os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # it is another user's
-        return True
     return True

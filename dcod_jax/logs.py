@@ -10,8 +10,7 @@ import logging
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -65,17 +64,14 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
-class Advance(Protocol):
-    """Count `amount` more as done and show `text` (such as the loss) beside it."""
-
-    def __call__(self, amount: int, text: str = "") -> None: ...
-
-
 @contextlib.contextmanager
 def track(
     label: str, total: int, *, unit: str = "tokens", done: int = 0, enabled: bool = True
-) -> Iterator[Advance]:
-    """Yield advance(n, text); `done` of the total was finished before and has no rate."""
+) -> Iterator[Callable[..., None]]:
+    """Yield advance(n, text): n more are done, and text (such as the loss) is shown beside them.
+
+    `done` of the total was finished before and has no rate.
+    """
     from dcod_jax.parallel import hosts  # loads jax, which a verb's --help does not
 
     console = Console(stderr=True)

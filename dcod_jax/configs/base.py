@@ -19,7 +19,15 @@ def get_config() -> Any:
 
     # auto: $XDG_CACHE_HOME/dcod_jax/programs (~/.cache/...) | a directory | empty: none
     c.compilation_cache = "auto"  # compiled programs are kept here for the next start
+    c.compare = ()  # variants trained from one start: ("sft loss.weights.name=uniform", ...)
 
+    for section in (_models, _traces, _loss, _training, _machines, _sampling, _results):
+        section(c)
+    return c.lock()
+
+
+def _models(c: Any) -> None:
+    """The student, and the teacher that is asked about the traces."""
     c.student = ConfigDict()
     c.student.path = ""  # HF directory or .gguf file: architecture and initial weights
     c.student.config = ""  # HF config.json (or its directory): random initial weights instead
@@ -50,6 +58,9 @@ def get_config() -> Any:
     c.teacher.template_kwargs = ()  # its variables: ("enable_thinking=false",)
     c.teacher.dtype = "bfloat16"  # weights and compute dtype of the teacher
 
+
+def _traces(c: Any) -> None:
+    """The traces, how they become a dataset, and the teacher's log-probs of them."""
     c.data = ConfigDict()
     c.data.traces = ""  # raw traces: .jsonl files, a glob, or an HF dataset (path or hub id)
     c.data.eval_traces = ""  # raw held-out traces, same forms; empty: split off by eval_fraction
@@ -99,6 +110,9 @@ def get_config() -> Any:
     # Several teachers, each of its own traces: ("a path=models/A", "b server=http://... model=B")
     c.score.teachers = ()  # docs/teachers.md
 
+
+def _loss(c: Any) -> None:
+    """What a step minimises, and on whose text."""
     c.loss = ConfigDict()
     # nll | forward_kl | reverse_kl | jsd | todi | skew_kl | skew_reverse_kl | taid
     c.loss.divergence = "nll"  # nll: the trace token; the others need the teacher's distribution
@@ -147,6 +161,9 @@ def get_config() -> Any:
     c.on_policy.max_new_tokens = 256  # longest completion sampled
     c.on_policy.temperature = 1.0  # sampling temperature
 
+
+def _training(c: Any) -> None:
+    """The optimizer, the loop and its profile."""
     c.optim = ConfigDict()
     c.optim.learning_rate = 1e-5  # peak
     c.optim.schedule = "cosine"  # cosine | linear | constant, after warmup
@@ -194,6 +211,9 @@ def get_config() -> Any:
     c.profile = ConfigDict()
     c.profile.steps = ""  # first:last, both traced by XProf into run_dir/profile; empty: none
 
+
+def _machines(c: Any) -> None:
+    """Devices, processes, and the slice that a plan is for."""
     c.plan = ConfigDict()
     # what plan compiles for: v5e:4x4, v5p:2x2x4, v6e:16x16, ..., cpu:8, or gpu:1 of this machine
     c.plan.topology = ""  # details: docs/scaling.md
@@ -219,6 +239,9 @@ def get_config() -> Any:
     c.hosts.heartbeat = 60.0  # seconds without a heartbeat after which a process is lost
     c.hosts.timeout = 1800.0  # seconds without progress of any process after which the run is stuck
 
+
+def _sampling(c: Any) -> None:
+    """What is sampled: traces, answers, and continuations for drift."""
     c.generate = ConfigDict()
     c.generate.prompts = ""  # prompts JSONL (prompt, answer): sample traces from the teacher first
     c.generate.model = "teacher"  # teacher | student: whose samples; student: Lightning OPD
@@ -257,6 +280,9 @@ def get_config() -> Any:
     c.drift.batch_size = 64  # sequences sampled together
     c.drift.resamples = 2000  # bootstrap resamples behind an interval
 
+
+def _results(c: Any) -> None:
+    """What is made of runs: the page, the tuned recipe, the exported model."""
     c.report = ConfigDict()
     c.report.at_end = False  # train writes the HTML report when it is done
     c.report.path = ""  # HTML file; empty: run_dir/report.html
@@ -277,6 +303,3 @@ def get_config() -> Any:
     c.export.adapter = False  # write a PEFT directory of the adapters in place of the whole model
     c.export.step = -1  # checkpoint step; -1: the best by train.best_metric, else the newest
     c.export.max_shard_gb = 4.0  # larger weights are split into files of this size
-
-    c.compare = ()  # variants trained from one start: ("sft loss.weights.name=uniform", ...)
-    return c.lock()

@@ -47,8 +47,7 @@ from dcod_jax.files import (
     file_entry,
     file_sha256,
     file_size,
-    from_json,
-    read_whole,
+    read_json,
     replace_file,
     to_json,
 )
@@ -109,12 +108,7 @@ def read_manifest(directory: Location) -> dict[str, Any]:
             "run the same `python -m dcod_jax.prepare` command again"
         )
         raise DcodError(f"{directory} has no {MANIFEST}: {hint}")
-    try:
-        manifest = from_json(read_whole(path))
-    except ValueError as error:
-        raise DcodError(f"{path} is not valid JSON ({error}); prepare the dataset again") from error
-    if not isinstance(manifest, dict):
-        raise DcodError(f"{path}: expected a JSON object, found {type(manifest).__name__}")
+    manifest = read_json(path, mend="prepare the dataset again")
     found = (manifest.get("format"), manifest.get("version"))
     if found != (FORMAT, VERSION):
         raise DcodError(
@@ -152,6 +146,12 @@ def _check_file(directory: Path, entry: dict[str, Any], *, verify: bool) -> None
             raise DcodError(
                 f"{path} is damaged: expected sha256 {entry['sha256']}, found {actual}; {_MEND}"
             )
+
+
+def split_paths(root: Path) -> list[Path]:
+    """Directories of the datasets in `root`: train and, if there, eval; else root itself."""
+    found = [root / name for name in ("train", "eval") if (root / name).is_dir()]
+    return found if found[:1] == [root / "train"] else [root]
 
 
 def remove_unlisted(directory: Path, manifest: dict[str, Any] | None = None) -> None:

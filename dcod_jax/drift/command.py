@@ -23,7 +23,6 @@ from rich.table import Table
 
 from dcod_jax import seeds
 from dcod_jax.copies import read_arrays
-from dcod_jax.data import chat
 from dcod_jax.data.templates import template_of
 from dcod_jax.data.tokenizer import (
     Tokenizer,
@@ -45,13 +44,14 @@ from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.command import exported_students
 from dcod_jax.evaluate.metrics import number_table, show
 from dcod_jax.evaluate.problems import read_problems
+from dcod_jax.evaluate.prompts import PromptForm, encode_prompts
 from dcod_jax.export.command import export_path
 from dcod_jax.files import Path, as_path, atomic_write, check_own, replace_file, to_json
 from dcod_jax.locks import locked
 from dcod_jax.logs import track
 from dcod_jax.models import hf
 from dcod_jax.parallel.mesh import make_mesh
-from dcod_jax.sample.sampler import Sample, check_room
+from dcod_jax.sample.sampler import Sample
 from dcod_jax.score.teacher import Teacher, open_teacher
 
 log = logging.getLogger(__name__)
@@ -103,17 +103,9 @@ def _prompts(config: Any, tokenizer: Tokenizer, models: Sequence[Path]) -> list[
         limit=config.drift.limit,
         need_answer=False,
     )
-    prompts = [chat.encode_prompt(tokenizer, problem.messages) for problem in problems]
-    names = [f"{problem.source}: the prompt" for problem in problems]
-    for model in models:
-        check_room(
-            hf.read_config(model),
-            prompts,
-            names,
-            max_new_tokens=config.drift.max_new_tokens,
-            key="drift.max_new_tokens",
-        )
-    return prompts
+    key, most = "drift.max_new_tokens", config.drift.max_new_tokens
+    options = {"form": PromptForm(), "key": key, "max_new_tokens": most}
+    return encode_prompts(problems, tokenizer, *map(hf.read_config, models), **options)
 
 
 def _students(config: Any) -> dict[str, Path]:

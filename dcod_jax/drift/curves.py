@@ -37,7 +37,7 @@ class Sequences(NamedTuple):
 
     values: Float[np.ndarray, "N L"]
     mask: Bool[np.ndarray, "N L"]  # True where the sequence has a token, its stop token included
-    prompt: Int[np.ndarray, " N"] | None = None  # None: each sequence is drawn on its own
+    prompt: Int[np.ndarray, " N"]  # which prompt the sequence continues
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +73,7 @@ def drift_curves(
     """R, E and ExAccErr by length, from KLs on the student's and on the teacher's own sequences.
 
     Prompts are drawn with replacement, and each brings all its sequences of both sets, so what a
-    prompt makes hard in both cancels. Without prompts the sequences are drawn, for each set on its
-    own. Float64 throughout.
+    prompt makes hard in both cancels. Float64 throughout.
     """
     own, other = _PromptSums(student), _PromptSums(teacher)
     value = _errors(own.mean(), other.mean())
@@ -132,8 +131,6 @@ class _PromptSums:
 
     def __init__(self, sequences: Sequences):
         values, mask, prompt = sequences
-        self.grouped = prompt is not None
-        prompt = np.arange(len(values)) if prompt is None else prompt
         self.names, place = np.unique(prompt, return_inverse=True)
         shape = (len(self.names), values.shape[1])
         self.sums, self.counts = np.zeros(shape), np.zeros(shape)
@@ -185,14 +182,8 @@ def _resampled(
     own: _PromptSums, other: _PromptSums, *, resamples: int, seed: int
 ) -> dict[str, np.ndarray]:
     """The curves of every resample, [resamples, L] each."""
-    if own.grouped != other.grouped:
-        raise DcodError("give the prompts of both sets of sequences, or of neither")
-    if own.grouped and not np.array_equal(own.names, other.names):
+    if not np.array_equal(own.names, other.names):
         raise DcodError("student's and teacher's sequences must continue the same prompts")
-    pairs = zip(
-        _draws(len(own.names), resamples, seed),
-        _draws(len(other.names), resamples, seed if own.grouped else seed + 1),
-        strict=True,
-    )
-    blocks = [_errors(own.resampled(mine), other.resampled(theirs)) for mine, theirs in pairs]
+    draws = _draws(len(own.names), resamples, seed)
+    blocks = [_errors(own.resampled(one), other.resampled(one)) for one in draws]
     return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}

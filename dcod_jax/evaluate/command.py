@@ -50,7 +50,7 @@ from dcod_jax.evaluate.metrics import (
     show,
 )
 from dcod_jax.evaluate.problems import ProblemSet, problem_sets
-from dcod_jax.evaluate.prompts import PromptForm, encode_prompts, prompt_form
+from dcod_jax.evaluate.prompts import prompt_form, set_prompts
 from dcod_jax.export.command import MARKER, export_path
 from dcod_jax.files import Path, as_path, check_own, rename, replace_file, to_json
 from dcod_jax.locks import locked
@@ -190,9 +190,7 @@ def _sampling(config: Any) -> Sampling:
     return evaluation_sampling(config, seed=seeds.key_seed(config.seed, "evaluate"))
 
 
-def _request(
-    config: Any, model: _EvaluatedModel, problem_set: ProblemSet, form: PromptForm
-) -> dict[str, Any]:
+def _request(config: Any, model: _EvaluatedModel, problem_set: ProblemSet) -> dict[str, Any]:
     """What the answers follow from; the batch size and the mesh are not in it."""
     rows = [[p.id, p.messages, p.answer, p.tolerance] for p in problem_set.problems]
     asked = json.dumps(rows, ensure_ascii=False, sort_keys=True)
@@ -201,7 +199,7 @@ def _request(
         "weights": model.fingerprint,
         "tokenizer": tokenizer_fingerprint(model.tokenizer),
         "template": template_fingerprint(model.tokenizer),
-        "prompt": dataclasses.asdict(form),
+        "prompt": dataclasses.asdict(prompt_form(config, problem_set)),
         "sampling": dataclasses.asdict(_sampling(config)),
         "max_new_tokens": config.evaluate.max_new_tokens,
         "compute_dtype": config.student.compute_dtype,
@@ -217,9 +215,8 @@ def grade_set(
     An interrupted evaluation goes on with the blocks that are left. Answers that were given under
     other settings are kept as <model>.previous.jsonl and asked again.
     """
-    form = prompt_form(config, problem_set)
     path = folder / f"{model.name}.jsonl"
-    request = _request(config, model, problem_set, form)
+    request = _request(config, model, problem_set)
     files = BlockFiles([path], request, counts=("answered", "seconds"))
     manifest, other = files.finished()
     if manifest is None:
@@ -230,27 +227,17 @@ def grade_set(
             previous = next(path for path in names if not path.exists())
             rename(path, previous)
             log.info("%s was written %s: kept as %s, asked again", path, other, previous.name)
-        _answer_rest(config, model, problem_set, form, files)
+        _answer_rest(config, model, problem_set, files)
         manifest = files.finish()
     return read_generations(path), manifest["seconds"]
 
 
 def _answer_rest(
-    config: Any,
-    model: _EvaluatedModel,
-    problem_set: ProblemSet,
-    form: PromptForm,
-    files: BlockFiles,
+    config: Any, model: _EvaluatedModel, problem_set: ProblemSet, files: BlockFiles
 ) -> None:
     settings, sampling = config.evaluate, _sampling(config)
     asked = [(p, k) for p in problem_set.problems for k in range(sampling.samples)]
-    prompts = encode_prompts(
-        form,
-        problem_set,
-        model.tokenizer,
-        hf.read_config(model.path),
-        max_new_tokens=settings.max_new_tokens,
-    )
+    prompts = set_prompts(config, problem_set, model.tokenizer, hf.read_config(model.path))
     _, process, processes = model.share
     most = -(-len(asked) // processes)  # so that no process is left without any
     done, left = files.pending(len(asked), min(BATCHES_IN_BLOCK * settings.batch_size, most))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from dcod_jax.data import chat
@@ -27,26 +28,26 @@ class PromptForm:
     instruction: str = ""  # behind every question
 
     def prompt(self, tokenizer: Tokenizer, problem: Problem) -> list[int]:
-        """Token ids up to where the answer starts; raises DcodError with the problem's place."""
-        try:
-            if self.form == "plain":
-                return chat.encode_text(tokenizer, self._text(problem))
-            return chat.encode_prompt(tokenizer, self._messages(problem))
-        except DcodError as error:
-            raise DcodError(f"{problem.source}: {error}") from error
+        """Token ids up to where the answer starts."""
+        if self.form == "plain":
+            return chat.encode_text(tokenizer, self._text(problem))
+        return chat.encode_prompt(tokenizer, self._messages(problem))
 
     def _ask(self, question: str) -> str:
         return f"{question}\n{self.instruction}" if self.instruction else question
 
     def _messages(self, problem: Problem) -> list[dict[str, str]]:
         *before, last = problem.messages
+        last = {**last, "content": self._ask(last["content"])}
+        if not self.exemplars:
+            return [*before, last]
         system = [m for m in before if m["role"] == "system"]
         talk = [m for m in before if m["role"] != "system"]
         shown = []
         for question, answer in self.exemplars:
             shown.append({"role": "user", "content": self._ask(question)})
             shown.append({"role": "assistant", "content": answer})
-        return [*system, *shown, *talk, {**last, "content": self._ask(last["content"])}]
+        return [*system, *shown, *talk, last]
 
     def _text(self, problem: Problem) -> str:
         lead = "".join(m["content"] + "\n\n" for m in problem.messages if m["role"] == "system")
@@ -58,26 +59,43 @@ class PromptForm:
 
 
 def encode_prompts(
-    form: PromptForm,
-    problem_set: ProblemSet,
+    problems: Sequence[Problem],
     tokenizer: Tokenizer,
-    model: ModelConfig,
-    *,
+    *models: ModelConfig,
+    form: PromptForm,
+    key: str,
     max_new_tokens: int,
 ) -> list[list[int]]:
-    """Token ids of every prompt; raises DcodError where one leaves no room for its answer."""
-    prompts = [form.prompt(tokenizer, problem) for problem in problem_set.problems]
-    names = [f"{problem.source}: the prompt" for problem in problem_set.problems]
-    key = "evaluate.max_new_tokens"
-    check_room(model, prompts, names, max_new_tokens=max_new_tokens, key=key)
+    """Token ids of every prompt.
+
+    Raises DcodError with the problem's place where one cannot be encoded, or leaves no room in a
+    model for the max_new_tokens of this key.
+    """
+    prompts = []
+    for problem in problems:
+        try:
+            prompts.append(form.prompt(tokenizer, problem))
+        except DcodError as error:
+            raise DcodError(f"{problem.source}: {error}") from error
+    names = [f"{problem.source}: the prompt" for problem in problems]
+    for model in models:
+        check_room(model, prompts, names, max_new_tokens=max_new_tokens, key=key)
     return prompts
+
+
+def set_prompts(
+    config: Any, problem_set: ProblemSet, tokenizer: Tokenizer, model: ModelConfig
+) -> list[list[int]]:
+    """`encode_prompts` of a problem set in the form of evaluate.*."""
+    key, most = "evaluate.max_new_tokens", config.evaluate.max_new_tokens
+    options = {"form": prompt_form(config, problem_set), "key": key, "max_new_tokens": most}
+    return encode_prompts(problem_set.problems, tokenizer, model, **options)
 
 
 def check_sets(config: Any, tokenizer: Tokenizer, model: ModelConfig) -> None:
     """Raise DcodError where evaluate.problems or a set cannot be read or leaves no room."""
-    most = config.evaluate.max_new_tokens
     for one in problem_sets(config):
-        encode_prompts(prompt_form(config, one), one, tokenizer, model, max_new_tokens=most)
+        set_prompts(config, one, tokenizer, model)
 
 
 def prompt_form(config: Any, problem_set: ProblemSet) -> PromptForm:

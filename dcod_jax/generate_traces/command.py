@@ -20,7 +20,6 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from dcod_jax.data import chat
 from dcod_jax.data.blocks import BlockFiles
 from dcod_jax.data.presets import PROMPT_FIELDS
 from dcod_jax.data.templates import template_of
@@ -30,12 +29,13 @@ from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.generations import sample_options, sampling_of, text_of
 from dcod_jax.evaluate.grading import REJECTED_AS, graded
 from dcod_jax.evaluate.problems import Problem, read_problems
+from dcod_jax.evaluate.prompts import PromptForm, encode_prompts
 from dcod_jax.files import Path, as_path, file_sha256
 from dcod_jax.locks import locked
 from dcod_jax.logs import track
 from dcod_jax.models import hf
 from dcod_jax.parallel import hosts
-from dcod_jax.sample.sampler import Sample, check_room, decoding_params, sample
+from dcod_jax.sample.sampler import Sample, decoding_params, sample
 from dcod_jax.score.teacher import Teacher, open_start, open_teacher
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,14 @@ def _sample_rest(
     own = left[process::processes]
     if not own:
         return
-    prompts = _encode_prompts(config, teacher, problems)
+    prompts = encode_prompts(
+        problems,
+        teacher.tokenizer,
+        hf.read_config(teacher.path),
+        form=PromptForm(),
+        key="generate.max_new_tokens",
+        max_new_tokens=config.generate.max_new_tokens,
+    )
     draw = _sampler(config, teacher, mesh)
     total, enabled = sum(map(len, own)), config.train.progress
     with track("sampling", total, unit="traces", enabled=enabled) as bar:
@@ -145,24 +152,6 @@ def _to_grade(
         graded = config.prepare.filter_correct and problem.answer and not reason
         record = _record(config, problem, copy, text, drawn)
         yield (record, reason), text, problem.answer if graded else None
-
-
-def _encode_prompts(config: Any, teacher: Teacher, problems: Sequence[Problem]) -> list[list[int]]:
-    """Token ids of every prompt; raises DcodError where one leaves no room for a completion."""
-    prompts = []
-    for problem in problems:
-        try:
-            prompts.append(chat.encode_prompt(teacher.tokenizer, problem.messages))
-        except DcodError as error:
-            raise DcodError(f"{problem.source}: {error}") from error
-    check_room(
-        hf.read_config(teacher.path),
-        prompts,
-        [f"{problem.source}: the prompt" for problem in problems],
-        max_new_tokens=config.generate.max_new_tokens,
-        key="generate.max_new_tokens",
-    )
-    return prompts
 
 
 def _request(config: Any, teacher: Teacher) -> dict[str, Any]:

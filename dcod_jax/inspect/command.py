@@ -17,13 +17,12 @@ from rich.text import Text
 from dcod_jax.data import chat
 from dcod_jax.data.codec import bytes_per_token
 from dcod_jax.data.conversation import FIELDS
-from dcod_jax.data.dataset import MANIFEST, TraceDataset, check_fingerprints, read_manifest
+from dcod_jax.data.dataset import TraceDataset, check_fingerprints, read_manifest, split_paths
 from dcod_jax.data.tokenizer import Tokenizer, decode, load_tokenizer, tokenizer_fingerprint
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Location, Path, as_path, atomic_write, check_own
+from dcod_jax.files import Location, Path, as_path, atomic_write, check_own, refusals
 from dcod_jax.types import Trace
 
-SPLITS = ("train", "eval")
 EXPORT_BATCH = 512  # traces read, scored and written together
 NOT_SCORED = "not scored"
 ARRAYS = (
@@ -36,9 +35,7 @@ Scorer = Callable[[list[Trace]], list[np.ndarray]]  # log-probs of each trace's 
 def inspect(args: argparse.Namespace) -> None:
     """The verb: manifest, marked traces, export."""
     console = Console()
-    root = as_path(args.directory)
-    paths = [root / name for name in SPLITS if (root / name / MANIFEST).is_file()]
-    paths = paths if paths and not (root / MANIFEST).exists() else [root]
+    paths = split_paths(as_path(args.directory))
     if args.json:
         found = {path.name: read_manifest(path) for path in paths}
         print(json.dumps(found if len(found) > 1 else found[paths[0].name], indent=2))
@@ -228,11 +225,8 @@ def export(
     check_own(path, "token_ids", "completion_mask")
     path.parent.mkdir(parents=True, exist_ok=True)
     write = _write_parquet if path.suffix == ".parquet" else _write_jsonl
-    try:
-        with atomic_write(path) as temporary:
-            write(temporary, _batches(datasets, tokenizer, student))
-    except OSError as error:
-        raise DcodError(f"cannot write {path}: {error}") from error
+    with refusals(path), atomic_write(path) as temporary:
+        write(temporary, _batches(datasets, tokenizer, student))
     return sum(map(len, datasets))
 
 

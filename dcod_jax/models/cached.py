@@ -35,7 +35,7 @@ from dcod_jax.parallel.mesh import is_names, parts, spec
 from dcod_jax.types import Params
 
 # One layer: (its kind, (x, keys, values), (its weights, its index)) -> (x, keys, values).
-Block = Callable[[LayerKind, Any, tuple[Params, Any]], tuple[Any, None]]
+CachedBlock = Callable[[LayerKind, Any, tuple[Params, Any]], tuple[Any, None]]
 CACHE_CHUNK = 256  # cache slots that attention reads at a time: a chunk of several is copied out
 MAX_CACHE_CHUNKS = 16  # a longer cache is read in larger chunks
 
@@ -224,7 +224,7 @@ def _apply_experts(graph: Any, layer: Params, axes: Params, x: Array, mesh: Mesh
 
 
 def _through_layers(
-    config: ModelConfig, block: Block, x: Array, layers: Any, cache: Cache
+    config: ModelConfig, block: CachedBlock, x: Array, layers: Any, cache: Cache
 ) -> tuple[Array, Cache]:
     """x after all layers, one by one (a tuple of layers) or in scans (stacked ones)."""
     if isinstance(layers, tuple):

@@ -52,9 +52,7 @@ from dcod_jax.models.tensors import (
     slots,
     tensor_of,
 )
-from dcod_jax.models.transformer import logical_axes
 from dcod_jax.parallel import hosts
-from dcod_jax.parallel import mesh as meshes
 from dcod_jax.types import Params
 
 
@@ -162,9 +160,7 @@ def _load_adapted(
     settings = peft.read(directory)
     found, base = load_model(settings["base_model_name_or_path"], dtype=dtype, mesh=mesh)
     whole = dataclasses.replace(found, lora=peft.lora_of(settings, weight_map(directory)))
-    shardings = None
-    if mesh is not None:
-        shardings = meshes.tree_shardings(mesh, lora.trained(whole, logical_axes(whole)))
+    shardings = None if mesh is None else lora.trained_shardings(whole, mesh)
     adapter = load_params(directory, whole, shardings=shardings, form="peft")
     return load_config(directory)[0], lora.merge(whole, adapter, base, dtype=dtype)
 

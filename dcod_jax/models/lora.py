@@ -86,11 +86,18 @@ def join(params: Params, base: Params) -> Params:
     return traverse_util.unflatten_dict(flat)
 
 
-def init_adapter(config: ModelConfig, key: Array, mesh: jax.sharding.Mesh) -> Params:
-    """Adapters of a new run, float32: A uniform, B zero; they do not depend on the mesh."""
-    shardings = meshes.tree_shardings(mesh, trained(config, logical_axes(config)))
-    init = jax.jit(lambda key: trained(config, init_params(config, key)), out_shardings=shardings)
-    return init(key)
+def trained_shardings(config: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
+    """Of what is trained."""
+    return meshes.tree_shardings(mesh, trained(config, logical_axes(config)))
+
+
+def init_trained(config: ModelConfig, key: Array, mesh: jax.sharding.Mesh) -> Params:
+    """Random parameters of what is trained, float32, in their pieces; they follow from the key.
+
+    Of adapters A is uniform and B zero.
+    """
+    layout = trained_shardings(config, mesh)
+    return jax.jit(lambda key: trained(config, init_params(config, key)), out_shardings=layout)(key)
 
 
 @functools.partial(jax.jit, static_argnames="scale")

@@ -221,7 +221,8 @@ def _score(config: Any, target: Target) -> dict[str, Any] | None:
             *(rows, length, _size(error.needed)),
         )
         return {"rows": rows, "length": length, "needs": error.needed, "fits": False}
-    report = program.memory | estimate.score_numbers(config, target, program, rows, length)
+    flops = estimate.teacher_flops(config, rows * length, length)
+    report = program.memory | estimate.timing(target, program, flops, rows * length)
     _show_memory(f"scoring step, {rows} x {length} tokens", report, target)
     _say_speed(length, report)
     return report | {"rows": rows, "length": length, "fits": True}

@@ -99,7 +99,7 @@ def _seconds(
     return max(compute, beside) + alone, lines
 
 
-def _timing(target: Target, program: Program, kernel_flops: float, tokens: int) -> dict[str, Any]:
+def timing(target: Target, program: Program, kernel_flops: float, tokens: int) -> dict[str, Any]:
     """Collectives, estimated seconds and tokens a day of any step."""
     each = len(target.devices) // target.slices
     slice_of = [i // each for i in range(len(target.devices))]
@@ -122,8 +122,8 @@ def train_numbers(
     length = config.data.seq_len
     tokens = config.data.batch_size * length
     model_flops = step_flops(config, model, programs.head_tokens(config))
-    timing = _timing(target, program, flops_in_kernels(config, tokens), tokens)
-    seconds = timing["seconds"]
+    times = timing(target, program, flops_in_kernels(config, tokens), tokens)
+    seconds = times["seconds"]
     peak = target.chip.peak_flops * len(target.devices) if target.chip else None
     return {
         "model_flops": model_flops,
@@ -132,13 +132,5 @@ def train_numbers(
         "kernels": program.summary.kernels,
         "estimated_cycles": program.summary.cycles,
         "mfu": model_flops / seconds / peak if seconds and peak else None,
-        **timing,
+        **times,
     }
-
-
-def score_numbers(
-    config: Any, target: Target, program: Program, rows: int, length: int
-) -> dict[str, Any]:
-    """Collectives, estimated seconds and tokens a day of a scoring step."""
-    tokens = rows * length
-    return _timing(target, program, teacher_flops(config, tokens, length), tokens)

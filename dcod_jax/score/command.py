@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from dcod_jax.config import dataset_dir, dataset_lock
 from dcod_jax.data.codec import bytes_per_token
-from dcod_jax.data.dataset import TraceDataset, check_fingerprints, read_manifest
+from dcod_jax.data.dataset import TraceDataset, check_fingerprints, read_manifest, split_paths
 from dcod_jax.data.scores import (
     KnownScores,
     add_scores,
@@ -56,7 +56,6 @@ from dcod_jax.score.teacher import (
 )
 from dcod_jax.types import Trace
 
-SPLITS = ("train", "eval")
 Scorer: TypeAlias = Callable[..., list[Trace]]
 
 
@@ -69,10 +68,7 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
     log-probs are there and score.overwrite is not set.
     """
     root = as_path(dataset_dir(config))
-    splits = [root / name for name in SPLITS if (root / name).is_dir()]
-    if not splits:
-        read_manifest(root)  # a dataset of one split, or the error that says what is missing
-        splits = [root]
+    splits = split_paths(root)
     check_settings(config, splits[0])
     teachers = _open_teachers(config)
     student, others = _other_tokenizers(config, splits, teachers)

@@ -215,12 +215,10 @@ def teacher_traces(config: Any, teacher: StudyModel) -> tuple[list[Trace], dict[
                 continue
             styles[kind.style_of(text)] += 1
             if draw.random() < study.noise:
-                text, counts["disturbed"] = (
-                    disturb(text, draw, kind.SYMBOLS),
-                    counts["disturbed"] + 1,
-                )
-            name = f"{len(kept)}"
-            kept.append(to_trace(teacher.tokenizer, name, problem.record()["prompt"], text))
+                text = disturb(text, draw, kind.SYMBOLS)
+                counts["disturbed"] += 1
+            prompt = problem.record()["prompt"]
+            kept.append(to_trace(teacher.tokenizer, f"{len(kept)}", prompt, text))
     return kept, {"counts": counts, "styles": dict(styles)}
 
 
@@ -310,9 +308,7 @@ def open_of_start(
             traces = select(traces, [float(x.mean()) for x in logprobs], share)
         elif rule == "short":
             traces = select(traces, [-float(t.completion_mask.sum()) for t in traces], share)
-        with DatasetWriter(path, shard_records=8192, manifest=manifest) as writer:
-            for trace in traces:
-                writer.write(trace)
+        _write(path, traces, manifest)
     return TraceDataset(path)
 
 
@@ -334,10 +330,14 @@ def open_traces(
             traces, report = teacher_traces(config, teacher)
             traces = _scored(config, teacher, traces)
         report["settings"] = _settings(config, "start" if teacher is None else "teacher")
-        with DatasetWriter(path, shard_records=8192, manifest=report) as writer:
-            for trace in traces:
-                writer.write(trace)
+        _write(path, traces, report)
     return TraceDataset(path)
+
+
+def _write(path: Path, traces: Sequence[Trace], manifest: dict[str, Any]) -> None:
+    with DatasetWriter(path, shard_records=8192, manifest=manifest) as writer:
+        for trace in traces:
+            writer.write(trace)
 
 
 def _settings(config: Any, kind: str) -> dict[str, Any]:

@@ -178,9 +178,8 @@ class Lab:
     def _start_file(self, config: Any, steps: int, seed: int) -> Path:
         study, data = config.study, config.data
         optimizer = dataclasses.asdict(optim_config(config))
-        for name in ("learning_rate", "schedule"):  # the warm start has its own
-            del optimizer[name]
-        for name in ("on_nonfinite", "spike_factor", "max_skipped"):  # the study has none
+        # The warm start has its own rate and schedule, and the study skips no step.
+        for name in "learning_rate schedule on_nonfinite spike_factor max_skipped".split():
             del optimizer[name]
         of = [study.width, study.layers, study.start_learning_rate, study.start_problems]
         of += [list(study.start_styles), list(study.start_terms), config.seed, seed]

@@ -31,7 +31,7 @@ from dcod_jax.errors import DcodError
 from dcod_jax.files import Location, Path, as_path, remove_tree
 from dcod_jax.models import lora, transformer
 from dcod_jax.models.config import ModelConfig
-from dcod_jax.parallel.mesh import put, tree_shardings
+from dcod_jax.parallel.mesh import put
 from dcod_jax.stores import RemotePath
 from dcod_jax.train import checksums
 from dcod_jax.types import Params, TrainState
@@ -302,7 +302,7 @@ def sharded_shapes(model_config: ModelConfig, mesh: Mesh | None) -> Params:
     return jax.tree.map(
         lambda shape, layout: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=layout),
         shapes,
-        tree_shardings(mesh, lora.trained(model_config, transformer.logical_axes(model_config))),
+        lora.trained_shardings(model_config, mesh),
     )
 
 

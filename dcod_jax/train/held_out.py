@@ -6,7 +6,6 @@ run with these measurements has the bits of one without them.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from dcod_jax.data.teachers import parse_weight
 from dcod_jax.data.tokenizer import Tokenizer
 from dcod_jax.evaluate.generations import Sampling, answer, evaluation_sampling
 from dcod_jax.evaluate.problems import Problem, problem_file
-from dcod_jax.evaluate.prompts import encode_prompts, prompt_form
+from dcod_jax.evaluate.prompts import set_prompts
 from dcod_jax.evaluate.statistics import wilson
 from dcod_jax.losses import reduce
 from dcod_jax.losses.reduce import Sums
@@ -32,26 +31,16 @@ from dcod_jax.sample.sampler import decoding_params
 from dcod_jax.train.settings import loss_config
 from dcod_jax.types import Params, TrainState
 
-
-@dataclasses.dataclass(frozen=True)
-class Questions:
-    """train.eval_problems as the student is asked them."""
-
-    problems: tuple[Problem, ...]
-    prompts: list[list[int]]
-    sampling: Sampling  # greedy
+Question = tuple[Problem, list[int]]  # and the token ids of its prompt
 
 
-def questions(config: Any, model: ModelConfig, tokenizer: Tokenizer) -> Questions | None:
-    """What train.eval_problems asks in the form of evaluate.*; None where it is empty."""
+def questions(config: Any, model: ModelConfig, tokenizer: Tokenizer) -> list[Question]:
+    """What train.eval_problems asks in the form of evaluate.*; [] where it is empty."""
     if not config.train.eval_problems:
-        return None
+        return []
     found = problem_file(config, config.train.eval_problems)
-    most = config.evaluate.max_new_tokens
-    form = prompt_form(config, found)
-    prompts = encode_prompts(form, found, tokenizer, model, max_new_tokens=most)
-    greedy = Sampling(stop=evaluation_sampling(config).stop)
-    return Questions(found.problems, prompts, greedy)
+    prompts = set_prompts(config, found, tokenizer, model)
+    return list(zip(found.problems, prompts, strict=True))
 
 
 class HeldOut:
@@ -117,16 +106,16 @@ class HeldOut:
             "eval/tokens": float(total.count),
         }
 
-    def _accuracy(self, asked: Questions, state: TrainState) -> dict[str, float]:
+    def _accuracy(self, asked: list[Question], state: TrainState) -> dict[str, float]:
         """Right greedy answers with a 95 % interval (Wilson); all processes decode together."""
-        settings, count = self.config.evaluate, len(asked.problems)
+        settings, count = self.config.evaluate, len(asked)
         given = answer(
             self.decoding(state),
             self.tokenizer,
-            [(problem, 0) for problem in asked.problems],
-            asked.prompts,
+            [(problem, 0) for problem, _ in asked],
+            [prompt for _, prompt in asked],
             indices=range(count),
-            sampling=asked.sampling,
+            sampling=Sampling(stop=evaluation_sampling(self.config).stop),
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,
             grade_truncated=settings.grade_truncated,

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float
 from dcod_jax.bounds import check, mapping, number, whole
 from dcod_jax.copies import Mirror
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Location, Path, as_path, atomic_write, from_json
+from dcod_jax.files import Location, Path, as_path, atomic_write, from_json, refusals
 from dcod_jax.losses import adaptive, reduce, weights
 from dcod_jax.losses.distill import LossConfig, tokens_of
 from dcod_jax.losses.reduce import Sums, TokenStats
@@ -328,15 +328,15 @@ def _keep_lines(path: Path, start: int) -> list[dict[str, Any]]:
     """Leave the lines up to a step in the file, and return those of it; step 0 begins anew."""
     kept = read_metrics(path) if start and path.exists() else iter(())
     last: list[dict[str, Any]] = []
-    try:
-        with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-            for line in kept:
-                if line["step"] <= start:
-                    file.write(json.dumps(line) + "\n")
-                    last += [line] if line["step"] == start else []
-    except OSError as error:
-        why = error.strerror or error
-        raise DcodError(f"cannot write {path}: {why}; free space and run it again") from error
+    with (
+        refusals(path),
+        atomic_write(path) as temporary,
+        temporary.open("w", encoding="utf-8") as file,
+    ):
+        for line in kept:
+            if line["step"] <= start:
+                file.write(json.dumps(line) + "\n")
+                last += [line] if line["step"] == start else []
     return last
 
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from dcod_jax import config as configs
 from dcod_jax import seeds
-from dcod_jax.data.dataset import MANIFEST, TraceDataset, check_fingerprints
+from dcod_jax.data.dataset import MANIFEST, TraceDataset, check_fingerprints, split_paths
 from dcod_jax.data.teachers import teacher_entries
 from dcod_jax.data.templates import template_of
 from dcod_jax.data.tokenizer import (
@@ -30,7 +30,7 @@ from dcod_jax.models import hf, lora, transformer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.tensor_files import weight_map
 from dcod_jax.parallel import hosts
-from dcod_jax.parallel.mesh import check_divides, make_mesh, tree_shardings
+from dcod_jax.parallel.mesh import check_divides, make_mesh
 from dcod_jax.score.alignment import ONLY_TEXT
 from dcod_jax.score.teacher import expected_weights, open_teacher
 from dcod_jax.train import learned_from
@@ -151,20 +151,15 @@ def expected_start(config: Any) -> str | None:
 
 def dataset_splits(config: Any) -> dict[str, Path]:
     """{"train": ..., "eval": ...} of the trace dataset, as far as they are finished."""
-    root = as_path(configs.dataset_dir(config))
-    found = {name: root / name for name in ("train", "eval")}
-    found = {name: path for name, path in found.items() if (path / MANIFEST).is_file()}
-    return found or ({"train": root} if (root / MANIFEST).is_file() else {})
+    paths = split_paths(as_path(configs.dataset_dir(config)))
+    found = zip(("train", "eval"), paths, strict=False)
+    return {name: path for name, path in found if (path / MANIFEST).is_file()}
 
 
 def open_datasets(config: Any, student: Student) -> tuple[TraceDataset, TraceDataset | None]:
     """(train, held-out or None), checked against the student's tokenizer and template."""
-    root = as_path(configs.dataset_dir(config))
-    split = (root / "train").is_dir()
     opened = []
-    for path in (root / "train", root / "eval") if split else (root,):
-        if path.name == "eval" and not path.is_dir():
-            continue
+    for path in split_paths(as_path(configs.dataset_dir(config))):
         # All see the same files; a copy of a store's is compared with its hash when it is opened.
         dataset = TraceDataset(path, verify=config.data.verify_checksums and hosts.first())
         check_fingerprints(
@@ -232,9 +227,8 @@ def initial_snapshot(
 
     1. run_dir's newest checkpoint, or a newer one on the processes' own disks: the whole run;
     2. train.init_from: the parameters of another run's newest checkpoint, at step 0;
-    3. student.lora: new adapters;
-    4. student.path: HF or GGUF weights;
-    5. student.config: random parameters.
+    3. student.path: HF or GGUF weights, where all of them are trained;
+    4. random ones: of student.config, or new adapters beside student.path.
     """
     shapes = sharded_shapes(student.config, mesh)
     options: dict[str, Any] = {"mesh": mesh, "model_config": student.config}
@@ -256,17 +250,15 @@ def initial_snapshot(
     if config.train.init_from:
         params, record = _from_run(config, student, shapes, mesh)
         log.info("parameters from %s, step %d", config.train.init_from, record.step)
-    elif student.config.lora is not None:
-        key = jax.random.key(seeds.key_seed(config.seed, "init"))
-        params = lora.init_adapter(student.config, key, mesh)
-        log.info("new adapters of rank %d, seed %d", student.config.lora.rank, config.seed)
-    elif config.student.path:
+    elif config.student.path and student.config.lora is None:
         _, params = hf.load_model(config.student.path, dtype=jnp.float32, mesh=mesh)
         log.info("parameters from %s", config.student.path)
     else:
-        shardings = tree_shardings(mesh, transformer.logical_axes(student.config))
-        params = random_params(student.config, config.seed, shardings)
-        log.info("random parameters for %s, seed %d", config.student.config, config.seed)
+        key, adapters = seeds.key_seed(config.seed, "init"), student.config.lora
+        params = lora.init_trained(student.config, jax.random.key(key), mesh)
+        what = f"random parameters for {config.student.config}"
+        what = f"new adapters of rank {adapters.rank}" if adapters else what
+        log.info("%s, seed %d", what, config.seed)
     state = init_state(params, optimizer, **options)
     data = {"parts": learns_from, "changes": []}
     return Snapshot(state=state, step=0, config=config.to_dict(), data=data)
@@ -280,12 +272,6 @@ def _from_run(config: Any, student: Student, shapes: Params, mesh: Mesh) -> tupl
     run = read_record(place, key="train.init_from")
     check_base(run, source, hf.weights_fingerprint(source))
     return read_params(place, shapes, key="train.init_from")
-
-
-def random_params(model_config: ModelConfig, seed: int, shardings: Params) -> Params:
-    """Initial parameters; they depend on the seed, not on the shardings."""
-    init = jax.jit(lambda key: transformer.init_params(model_config, key), out_shardings=shardings)
-    return init(jax.random.key(seeds.key_seed(seed, "init")))
 
 
 def _check_same_run(config: Any, earlier: dict[str, Any], directory: Path) -> None:

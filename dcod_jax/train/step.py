@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -50,9 +49,9 @@ def state_shardings(
     offload: bool = False,
 ) -> TrainState:
     """Shardings in the structure of the state; `offload` puts the moments into host memory."""
-    trained = functools.partial(lora.trained, model_config)
-    params = tree_shardings(mesh, trained(transformer.logical_axes(model_config)))
-    shapes = jax.eval_shape(optimizer.init, trained(transformer.param_shapes(model_config)))
+    params = lora.trained_shardings(model_config, mesh)
+    trained = lora.trained(model_config, transformer.param_shapes(model_config))
+    shapes = jax.eval_shape(optimizer.init, trained)
     replicated = sharding(mesh, ())
     moments = optax.tree_utils.tree_map_params(
         optimizer,
@@ -318,8 +317,7 @@ def make_eval_step(forward: Forward) -> Callable[..., Sums]:
     """Jitted (state, batch, *frozen) -> held-out sums; add them, then finish."""
 
     mesh, replicated = forward.mesh, sharding(forward.mesh, ())
-    axes = lora.trained(forward.model, transformer.logical_axes(forward.model))
-    params = tree_shardings(mesh, axes)
+    params = lora.trained_shardings(forward.model, mesh)
     layout = TrainState(replicated, params, None, replicated)  # pyright: ignore
 
     def eval_step(state: TrainState, batch: Batch, *frozen: Params) -> Sums:

@@ -117,7 +117,7 @@ def test_log_ratio_by_position(measured):
         assert found["teacher"].value[t] == pytest.approx(wanted, rel=1e-6)
     # Student's own tokens are likelier under it than under the teacher, the teacher's less.
     assert np.nanmean(found["student"].value) > 0 > np.nanmean(found["teacher"].value)
-    one = position_means(Sequences(ratio, scored.mask()), resamples=20)
+    one = position_means(Sequences(ratio, scored.mask(), np.arange(len(ratio))), resamples=20)
     np.testing.assert_allclose(one.value, found["teacher"].value, rtol=1e-6)
 
 

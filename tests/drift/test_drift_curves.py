@@ -17,10 +17,6 @@ def example(seed, *, count=12, length=7):
     return Sequences(kl, mask, np.repeat(np.arange(count // 3), 3))
 
 
-def ungrouped(sequences):
-    return sequences._replace(prompt=None)
-
-
 def mean_alive(kl, mask, t):
     """A loop: sequences that have ended are not in the average."""
     alive = [float(kl[i, t]) for i in range(len(kl)) if mask[i, t]]
@@ -39,7 +35,7 @@ def loop_errors(own, other, length):
 def test_curves_equal_a_loop_over_sequences():
     own, other = example(0), example(1)
     own[0][~own[1]] = np.nan  # what stands behind the end of a sequence is not looked at
-    curves = curves_of(ungrouped(own), ungrouped(other), resamples=5)
+    curves = curves_of(own, other, resamples=5)
     wanted = loop_errors(own, other, 7)
     for name, column in (("accumulated", 0), ("reference", 1), ("excess", 2)):
         found = getattr(curves, name).value
@@ -50,28 +46,18 @@ def test_curves_equal_a_loop_over_sequences():
     assert curves.reach(13) == 0
 
 
-@pytest.mark.parametrize("grouped", [True, False])
-def test_intervals_equal_resampling_written_out(grouped):
+def test_intervals_equal_resampling_written_out():
     """The same draws, each resample built by copying sequences and averaged in loops."""
     own, other = example(2), example(3)
-    sets = (own, other) if grouped else (ungrouped(own), ungrouped(other))
-    found = curves_of(*sets, resamples=300, seed=4)
-    prompts = 4 if grouped else 12
-    draws = [
-        np.concatenate(list(drift_curves._draws(prompts, 300, seed)))
-        for seed in ((4, 4) if grouped else (4, 5))
-    ]
-    assert draws[0].sum(axis=1).tolist() == [prompts] * 300
+    found = curves_of(own, other, resamples=300, seed=4)
+    draws = np.concatenate(list(drift_curves._draws(4, 300, 4)))
+    assert draws.sum(axis=1).tolist() == [4] * 300
     excess = []
-    for counts in zip(*draws, strict=True):
+    for times in draws:
         pieces = []
-        for (kl, mask, prompt), times in zip((own, other), counts, strict=True):
-            of = prompt if grouped else np.arange(12)
+        for kl, mask, prompt in (own, other):
             rows = [
-                i
-                for g in range(prompts)
-                for _ in range(int(times[g]))
-                for i in np.where(of == g)[0]
+                i for g in range(4) for _ in range(int(times[g])) for i in np.where(prompt == g)[0]
             ]
             pieces.append((kl[rows], mask[rows]))
         excess.append(loop_errors(*pieces, 4)[:, 2])
@@ -90,7 +76,7 @@ def test_the_interval_covers_a_known_expectation():
     inside = 0
     for number in range(200):
         own, other = generator.gamma(1.0, 1.0, (2, 40, 2))
-        sets = Sequences(own, mask), Sequences(other, mask)
+        sets = Sequences(own, mask, np.arange(40)), Sequences(other, mask, np.arange(40))
         curve = curves_of(*sets, resamples=200, seed=number).excess
         inside += curve.low[1] <= 0 <= curve.high[1]
     assert 178 <= inside <= 198  # 190 ± 3 standard deviations, and the bootstrap's own bias
@@ -101,7 +87,7 @@ def test_equal_models_have_no_excess_and_zero_error_is_absent():
     curves = curves_of(same, same, resamples=50)
     assert np.nanmax(np.abs(curves.excess.value)) < 1e-12
     assert np.isnan([curves.excess.low, curves.excess.high]).all()  # nothing was seen to vary
-    zero = Sequences(same.values * 0, same.mask)
+    zero = same._replace(values=same.values * 0)
     nothing = curves_of(zero, zero, resamples=5).excess
     assert np.isnan(nothing.value).all()
 
@@ -137,8 +123,6 @@ def test_paired_difference_of_two_students():
 
 def test_sets_that_do_not_belong_together_are_refused():
     own, other = example(0), example(1)
-    with pytest.raises(DcodError, match="of both sets"):
-        curves_of(own, ungrouped(other))
     with pytest.raises(DcodError, match="the same prompts"):
         curves_of(own, other._replace(prompt=other.prompt + 1))
     with pytest.raises(DcodError, match="resamples"):

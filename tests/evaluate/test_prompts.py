@@ -18,7 +18,13 @@ from dcod_jax.evaluate.problems import (
     ProblemSet,
     problem_sets,
 )
-from dcod_jax.evaluate.prompts import EXEMPLARS, PromptForm, prompt_form, read_exemplars
+from dcod_jax.evaluate.prompts import (
+    EXEMPLARS,
+    PromptForm,
+    encode_prompts,
+    prompt_form,
+    read_exemplars,
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +62,9 @@ def test_plain_form_is_text_without_the_template(tmp_path):
     expected = "Question: 1+1?\nthink\nAnswer: #### 2\n\nQuestion: 1+2?\nthink\nAnswer:"
     assert tokenizer.decode(ids) == expected
     talk = [*problem().messages, {"role": "assistant", "content": "3"}, *problem().messages]
+    asked = [problem(messages=talk)]
     with pytest.raises(DcodError, match=r"file:1: .*asks one question"):
-        PromptForm("plain").prompt(tokenizer, problem(messages=talk))
+        encode_prompts(asked, tokenizer, form=PromptForm("plain"), key="", max_new_tokens=1)
 
 
 def test_the_built_in_exemplars_are_right_and_no_problem_of_the_set():

@@ -278,7 +278,7 @@ def test_paths_that_hold_no_model(tmp_path):
     with pytest.raises(DcodError, match=r"no config\.json"):
         _load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "lla')
-    with pytest.raises(DcodError, match="not valid JSON"):
+    with pytest.raises(DcodError, match="is not valid JSON"):
         _load(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(DcodError, match="JSON object"):

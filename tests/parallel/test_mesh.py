@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 
 from dcod_jax.errors import DcodError
-from dcod_jax.models import transformer
+from dcod_jax.models import lora, transformer
 from dcod_jax.parallel import collectives
 from dcod_jax.parallel import mesh as meshes
 from dcod_jax.train.checkpointer import Checkpointer, Snapshot
 from dcod_jax.train.optim import OptimConfig, make_optimizer
-from dcod_jax.train.setup import random_params
 from dcod_jax.train.step import init_state
 from tests.train.test_train_step import MODEL
 
@@ -152,9 +151,10 @@ def _layout(mesh):
 
 
 def test_random_parameters_are_made_in_their_pieces_and_do_not_depend_on_the_mesh():
-    one = random_params(MODEL, 3, _layout(meshes.make_mesh(devices=jax.devices()[:1])))
+    key = jax.random.key(3)
+    one = lora.init_trained(MODEL, key, meshes.make_mesh(devices=jax.devices()[:1]))
     mesh = meshes.make_mesh(1, 2, context=2, tensor=2)
-    many = random_params(MODEL, 3, _layout(mesh))
+    many = lora.init_trained(MODEL, key, mesh)
     kernel = many["layers"]["mlp"]["up_proj"]["kernel"]  # [2, 32, 48]
     assert kernel.addressable_shards[0].data.shape == (2, 8, 24)
     jax.tree.map(np.testing.assert_array_equal, one, many)
@@ -176,7 +176,7 @@ MESHES = (
 def test_a_checkpoint_moves_from_mesh_to_mesh_and_keeps_its_bits(tmp_path):
     layouts = [meshes.make_mesh(**sizes) for sizes in MESHES]
     state = init_state(
-        random_params(MODEL, 3, _layout(layouts[0])),
+        lora.init_trained(MODEL, jax.random.key(3), layouts[0]),
         OPTIMIZER,
         mesh=layouts[0],
         model_config=MODEL,

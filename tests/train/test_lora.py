@@ -40,7 +40,7 @@ SCALE = 6.0 / 2.0  # alpha / sqrt(rank)
 def adapter() -> dict:
     """Adapters that change the model: neither matrix is 0."""
     mesh = make_mesh(devices=jax.devices()[:1])
-    made = lora.init_adapter(MODEL, jax.random.key(3), mesh)
+    made = lora.init_trained(MODEL, jax.random.key(3), mesh)
     draw = np.random.default_rng(4)
     return jax.tree.map(
         lambda x: np.float32(np.asarray(x) + 0.05 * draw.normal(size=x.shape)), made
