@@ -51,7 +51,6 @@ CHOICES = {
     "train.best_metric": ("", "eval/nll", "eval/loss", "eval/accuracy", "nll", "loss", "accuracy"),
     "optim.on_nonfinite": ("stop", "skip"),
     "hosts.cluster": ("auto", "none", "slurm", "ompi", "mpi4py", "k8s"),
-    "hosts.collectives": ("gloo", "mpi"),
     "evaluate.form": ("chat", "plain"),
 }
 
@@ -67,7 +66,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "evaluate.max_new_tokens evaluate.batch_size export.max_shard_gb on_policy.max_new_tokens "
         "hosts.connect_timeout hosts.heartbeat hosts.timeout "
         "drift.samples drift.max_new_tokens drift.batch_size drift.resamples "
-        "report.points report.histogram_traces plan.slices "
+        "report.points plan.slices "
         "study.seeds study.tuning_seeds study.width study.layers study.start_learning_rate "
         "study.start_problems study.traces study.problems study.drift_length",
     ),

@@ -234,7 +234,6 @@ def _machines(c: Any) -> None:
     c.hosts.processes = 0  # processes of the run, where hosts.coordinator is set
     c.hosts.process_id = -1  # this process, 0 to processes - 1, where hosts.coordinator is set
     c.hosts.cluster = "auto"  # auto (a TPU slice says it) | none | slurm | ompi | mpi4py | k8s
-    c.hosts.collectives = "gloo"  # between processes on CPU: gloo | mpi
     c.hosts.connect_timeout = 300.0  # seconds to wait for all processes at the start
     c.hosts.heartbeat = 60.0  # seconds without a heartbeat after which a process is lost
     c.hosts.timeout = 1800.0  # seconds without progress of any process after which the run is stuck
@@ -288,7 +287,6 @@ def _results(c: Any) -> None:
     c.report.path = ""  # HTML file; empty: run_dir/report.html
     c.report.runs = ()  # directories of other runs to show beside this config's
     c.report.traces = 12  # held-out traces shown token by token; 0: none, and no weight histogram
-    c.report.histogram_traces = 256  # held-out traces behind the weight histogram
     c.report.points = 500  # points of a curve; a longer one keeps its extremes
 
     c.tune = ConfigDict()

@@ -118,10 +118,6 @@ def _switch(
     return jax.lax.switch(index, kernels, query, key, value, segment_ids)
 
 
-def _switch_forward(kernels: tuple[Kernel, ...], *arrays: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _switch(kernels, *arrays), arrays
-
-
 def _switch_backward(
     kernels: tuple[Kernel, ...], arrays: tuple[Array, ...], gradient: Array
 ) -> tuple[Array | None, ...]:
@@ -140,7 +136,7 @@ def _switch_backward(
     return *jax.lax.switch(index, branches, *heads, gradient), None
 
 
-_switch.defvjp(_switch_forward, _switch_backward)
+_switch.defvjp(lambda kernels, *arrays: (_switch(kernels, *arrays), arrays), _switch_backward)
 
 
 def attention(

@@ -219,12 +219,6 @@ def _take(
     return x[order // (len(order) // len(x))]
 
 
-def _take_forward(
-    x: Array, order: Array, inverse: Array, used: Array
-) -> tuple[Array, tuple[Array, Array, int]]:
-    return _take(x, order, inverse, used), (inverse, used, len(x))
-
-
 def _take_backward(
     residuals: tuple[Array, Array, int], gradient: Array
 ) -> tuple[Array, None, None, None]:
@@ -235,7 +229,10 @@ def _take_backward(
     return summed, None, None, None
 
 
-_take.defvjp(_take_forward, _take_backward)
+_take.defvjp(
+    lambda x, order, inverse, used: (_take(x, order, inverse, used), (inverse, used, len(x))),
+    _take_backward,
+)
 
 
 class ExpertMap(nnx.Module):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-Raw = dict[str, Any]
+from dcod_jax.models.rope import Raw
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 

@@ -115,20 +115,10 @@ def apply_rope(
     return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)
 
 
-def _apply_rope_forward(
-    x: Array, cos: Array, sin: Array, pairs: str
-) -> tuple[Array, tuple[Array, Array]]:
-    return apply_rope(x, cos, sin, pairs), (cos, sin)
-
-
-def _apply_rope_backward(
-    pairs: str, rope: tuple[Array, Array], gradient: Array
-) -> tuple[Array, None, None]:
-    cos, sin = rope
-    return apply_rope(gradient, cos, -sin, pairs), None, None
-
-
-apply_rope.defvjp(_apply_rope_forward, _apply_rope_backward)
+apply_rope.defvjp(
+    lambda x, cos, sin, pairs: (apply_rope(x, cos, sin, pairs), (cos, -sin)),
+    lambda pairs, back, gradient: (apply_rope(gradient, *back, pairs), None, None),
+)
 
 
 def capped(x: Float[Array, "*N"], softcap: float | None) -> Float[Array, "*N"]:

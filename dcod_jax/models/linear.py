@@ -101,13 +101,6 @@ def _product(x: Array, kernel: Array, bias: Array | None, form: Form) -> Array:
     return y + (bias.reshape(-1, 1, form.head_dim) if form.writes_heads else bias)
 
 
-def _affine_forward(
-    x: Array, kernel: Array, bias: Array | None, form: Form
-) -> tuple[Array, tuple[Array, Array, Array | None]]:
-    # Not `affine`: rematerialisation saves products (remat.py), and would see a call of it instead.
-    return _product(x, kernel, bias, form), (x, kernel, bias)
-
-
 def _affine_backward(
     form: Form, residuals: tuple[Array, Array, Array | None], gradient: Array
 ) -> tuple[Array, Array, Array | None]:
@@ -127,7 +120,11 @@ def _affine_backward(
     return in_x, in_kernel, gradient.sum(tokens, dtype=bias.dtype).reshape(bias.shape)
 
 
-affine.defvjp(_affine_forward, _affine_backward)
+# Not `affine`: rematerialisation saves products (remat.py), and would see a call of it instead.
+affine.defvjp(
+    lambda x, kernel, bias, form: (_product(x, kernel, bias, form), (x, kernel, bias)),
+    _affine_backward,
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
+from itertools import filterfalse
 from typing import Any
 
 import jax.numpy as jnp
@@ -187,18 +188,14 @@ def _check_names(config: ModelConfig, found: set[str], expected: set[str], *, wh
             f"{where}: {len(missing)} tensors are missing, first {missing[0]!r}; "
             f"the config (model_type={config.model_type!r}) needs them{hint}"
         )
-    unexpected = sorted(name for name in found - expected if not _tolerated(config, name))
+    tied = {HEAD} if config.tie_word_embeddings else set()
+    unexpected = sorted(filterfalse(_BUFFERS.fullmatch, found - expected - tied))
     if unexpected:
         raise DcodError(
             f"{where}: {len(unexpected)} tensors are not part of "
             f"model_type={config.model_type!r} with this config, first {unexpected[0]!r}; "
             f"dropping them would change the model"
         )
-
-
-def _tolerated(config: ModelConfig, name: str) -> bool:
-    duplicate = config.tie_word_embeddings and name == HEAD
-    return duplicate or _BUFFERS.fullmatch(name) is not None
 
 
 def write_shard(file: Path, tensors: dict[str, np.ndarray]) -> None:

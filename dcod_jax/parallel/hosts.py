@@ -113,7 +113,6 @@ def _has_peers(settings: Any) -> bool:
 
 
 def _initialize(settings: Any, reporter: ExitReporter, *, notices: bool) -> None:
-    jax.config.update("jax_cpu_collectives_implementation", settings.collectives)
     jax.config.update("jax_enable_preemption_service", notices)
     explicit = bool(settings.coordinator)
     places: dict[str, Any] = {"cluster_detection_method": "deactivate"}

@@ -44,6 +44,7 @@ from dcod_jax.report.traces import histogram, see, shown
 log = logging.getLogger(__name__)
 
 ASSETS = pathlib.Path(__file__).resolve().parents[1] / "assets" / "report"
+WEIGHED = 256  # held-out traces behind the weight histogram
 GENERATOR = 'content="dcod_jax report"'  # of page.html, which tells our pages from others
 VENDOR = "vendor/"  # the chart library, with its licence
 STYLES = (VENDOR + "uPlot.min.css", "style.css")
@@ -87,7 +88,7 @@ def collect(runs: Sequence[Run], *, settings: Any) -> dict[str, Any]:
         try:
             if jax.process_count() > 1:
                 raise DcodError("on several processes; run `python -m dcod_jax.report` on one host")
-            seen = see(run, count=max(settings.traces, settings.histogram_traces))
+            seen = see(run, count=max(settings.traces, WEIGHED))
         except DcodError as error:
             notes.append(f"{run.name}: traces are not shown: {error}")
             continue
