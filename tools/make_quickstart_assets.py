@@ -37,7 +37,7 @@ from dcod_jax.configs.study import get_config as study_recipe
 from dcod_jax.errors import DcodError
 from dcod_jax.study import domain
 from dcod_jax.study.arithmetic import Chain, worked_traces
-from dcod_jax.study.domain import Problem
+from dcod_jax.study.domain import StudyProblem
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "dcod_jax" / "assets" / "quickstart"
@@ -221,17 +221,17 @@ def jsonl(records: Iterable[dict[str, str]]) -> str:
 
 
 def shipped_problems(
-    made: dict[str, list[Chain]], competent: dict[str, list[Problem]]
+    made: dict[str, list[Chain]], competent: dict[str, list[StudyProblem]]
 ) -> dict[str, str]:
     """{file name in the assets: content}."""
     names = ("prompts", "validation", "eval")
-    files: dict[str, Sequence[Problem]] = {f"{name}.jsonl": made[name] for name in names}
+    files: dict[str, Sequence[StudyProblem]] = {f"{name}.jsonl": made[name] for name in names}
     for name in (*names, "longer"):
         files[f"competent/{name}.jsonl"] = competent[name]
     return {name: jsonl(p.record() for p in problems) for name, problems in files.items()}
 
 
-def competent_problems() -> dict[str, list[Problem]]:
+def competent_problems() -> dict[str, list[StudyProblem]]:
     """Problems of the quickstart: held out, to sample the teacher on, and of the start."""
     config = study_recipe()
     config.study.problems = COMPETENT_SET
@@ -244,9 +244,9 @@ def competent_problems() -> dict[str, list[Problem]]:
     return found | {"worked": list(itertools.islice(worked, COMPETENT))}
 
 
-def distinct(problems: Iterator[Problem], count: int) -> list[Problem]:
+def distinct(problems: Iterator[StudyProblem], count: int) -> list[StudyProblem]:
     """The first `count` problems that differ; their expressions are ids."""
-    found: dict[str, Problem] = {}
+    found: dict[str, StudyProblem] = {}
     while len(found) < count:
         problem = next(problems)
         found.setdefault(problem.expression, problem)
@@ -284,7 +284,7 @@ def make_data() -> None:
     (ASSETS / "competent").mkdir(exist_ok=True)
     for name, content in shipped_problems(made, competent).items():
         (ASSETS / name).write_text(content)
-    solved: dict[str, Sequence[Problem]] = {**made, "competent": competent["worked"]}
+    solved: dict[str, Sequence[StudyProblem]] = {**made, "competent": competent["worked"]}
     for name in SHAPES:
         styles = COMPETENT_STYLE if name == "competent" else EVERY_STYLE
         traces = worked_traces(solved[name], styles, seed=SEED)

@@ -42,7 +42,7 @@ from dcod_jax.models.tensor_files import (
     write_shard,
 )
 from dcod_jax.models.tensors import (
-    Form,
+    FileForm,
     Slot,
     assemble,
     check_structure,
@@ -107,7 +107,7 @@ def load_params(
     *,
     dtype: DTypeLike = jnp.float32,
     shardings: Params | None = None,
-    form: Form = "hf",
+    form: FileForm = "hf",
 ) -> Params:
     """Params of an HF directory, read tensor by tensor and placed as shardings say.
 
@@ -122,7 +122,7 @@ def load_params(
 
 
 def check_saved(
-    path: Location, config: ModelConfig, params: Params, *, dtype: DTypeLike, form: Form = "hf"
+    path: Location, config: ModelConfig, params: Params, *, dtype: DTypeLike, form: FileForm = "hf"
 ) -> None:
     """Read what save_params wrote back, and compare it with params cast to dtype, bit for bit.
 
@@ -172,7 +172,7 @@ def save_params(
     *,
     dtype: DTypeLike,
     max_shard_bytes: int,
-    form: Form = "hf",
+    form: FileForm = "hf",
 ) -> None:
     """Write model.safetensors, or several files with an index where one would be too large.
 

@@ -26,7 +26,7 @@ from dcod_jax.files import Path, atomic_write, read_json, rename
 from dcod_jax.models import peft
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.models.multimodal import text_names
-from dcod_jax.models.tensors import STAGED, Form, Part, Slot, blocks, slots
+from dcod_jax.models.tensors import STAGED, FileForm, Part, Slot, blocks, slots
 from dcod_jax.stores import RemotePath
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def weight_map(directory: Path) -> dict[str, Path]:
     raise DcodError(f"{directory}: no {SINGLE} and no {INDEX} in it; expected HF weights")
 
 
-def stored_form(directory: Path, form: Form) -> Form:
+def stored_form(directory: Path, form: FileForm) -> FileForm:
     """That of HF files with the experts of a layer in one tensor is another.
 
     Transformers 5 writes them so with save_original_format=False.
@@ -124,7 +124,7 @@ def _reader(
 
 @contextlib.contextmanager
 def checked_reader(
-    directory: Path, config: ModelConfig, form: Form
+    directory: Path, config: ModelConfig, form: FileForm
 ) -> Iterator[Callable[[Slot, Part], np.ndarray]]:
     """`_reader` of the directory, once all names and shapes in it are the config's."""
     expected, held = slots(config, form), weight_map(directory)

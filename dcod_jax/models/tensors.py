@@ -23,7 +23,7 @@ from dcod_jax.parallel import mesh as meshes
 from dcod_jax.types import Params
 
 # peft: the adapters alone; the others hold all else; stacked: HF with the experts in one tensor
-Form = Literal["hf", "stacked", "gguf", "peft"]
+FileForm = Literal["hf", "stacked", "gguf", "peft"]
 PEFT = "base_model.model."  # what names in PEFT files begin with
 Part = tuple[slice, ...]  # one slice a dimension, each with a start and a stop
 Bounds = tuple[tuple[int, int], ...]  # of a piece: (start, stop) of each dimension
@@ -70,13 +70,13 @@ def unflatten(flat: dict[str, Any]) -> Params:
     return traverse_util.unflatten_dict(flat, sep=".")
 
 
-def _leaves(config: ModelConfig, form: Form) -> dict[str, jax.ShapeDtypeStruct]:
+def _leaves(config: ModelConfig, form: FileForm) -> dict[str, jax.ShapeDtypeStruct]:
     """The parameters that a file of this form holds."""
     shapes = param_shapes(config)
     return flatten((lora.trained if form == "peft" else lora.frozen)(config, shapes) or shapes)
 
 
-def slots(config: ModelConfig, form: Form) -> list[Slot]:
+def slots(config: ModelConfig, form: FileForm) -> list[Slot]:
     """Every tensor that the model has in a file of this form."""
     declared, found = flatten(declarations(config)), []
     for path, leaf in _leaves(config, form).items():
@@ -109,7 +109,7 @@ def shardings_of(config: ModelConfig, mesh: Mesh | None) -> Params | None:
 
 def assemble(
     config: ModelConfig,
-    form: Form,
+    form: FileForm,
     read: Callable[[Slot, Part], np.ndarray],
     *,
     dtype: DTypeLike,
@@ -132,7 +132,7 @@ def assemble(
 
 def differing(
     config: ModelConfig,
-    form: Form,
+    form: FileForm,
     read: Callable[[Slot, Part], np.ndarray],
     params: Params,
     *,
@@ -157,7 +157,7 @@ def differing(
 
 def _piece_reader(
     config: ModelConfig,
-    form: Form,
+    form: FileForm,
     read: Callable[[Slot, Part], np.ndarray],
     *,
     dtype: DTypeLike,
@@ -299,7 +299,7 @@ def _copy(leaf: Any, slot: Slot, host: np.ndarray) -> None:
             view[start - first : stop - first] = rows.addressable_data(0) if apart else rows
 
 
-def check_structure(config: ModelConfig, params: Params, form: Form) -> None:
+def check_structure(config: ModelConfig, params: Params, form: FileForm) -> None:
     """Refuse params that are not this config's, naming the first leaf that differs."""
     expected = {path: leaf.shape for path, leaf in _leaves(config, form).items()}
     got = {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}

@@ -45,7 +45,7 @@ OFFLINE = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_PREFIXES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _NEEDED = (
     re.compile(r"Used ([\d.]+)([KMGT]) of"),
     re.compile(r"total memory required.*?\(([\d.]+)([KMGT])\)"),
@@ -298,7 +298,7 @@ def memory_limit(config: Any, device: Any) -> float | None:
 def bytes_needed(message: str) -> float | None:
     """Bytes that a RESOURCE_EXHAUSTED message speaks of: "Used 21.2G of 15.75G hbm"."""
     found = next(filter(None, (pattern.search(message) for pattern in _NEEDED)), None)
-    return float(found[1]) * UNITS[found[2]] if found else None
+    return float(found[1]) * _PREFIXES[found[2]] if found else None
 
 
 # ---------------------------------------------------------------- operations

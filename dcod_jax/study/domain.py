@@ -35,7 +35,7 @@ DOMAINS = {"arithmetic": arithmetic, "letters": letters}  # study.domain
 _BARE = dict.fromkeys(("logprobs", "topk_ids", "topk_logprobs", "tail_logprobs"))
 _SHARE = "0 < SHARE <= 1"
 SETS = ("in", "operands", "longer")  # test sets, beside "validation"
-Problem = Chain | letters.Moves
+StudyProblem = Chain | letters.Moves
 
 
 def domain_of(config: Any) -> ModuleType:
@@ -49,7 +49,7 @@ def domain_of(config: Any) -> ModuleType:
 
 def problem_stream(
     config: Any, name: str, terms: Sequence[int], first: Sequence[int]
-) -> Iterator[Problem]:
+) -> Iterator[StudyProblem]:
     """Endless random problems of study.domain with these terms and first operands.
 
     Both ranges are inclusive. A problem may come twice.
@@ -60,7 +60,7 @@ def problem_stream(
             yield problem
 
 
-def held_out(config: Any) -> dict[str, list[Problem]]:
+def held_out(config: Any) -> dict[str, list[StudyProblem]]:
     """{"validation" and each of SETS: distinct problems}, none of which is in two of them."""
     study = config.study
     taken: set[str] = set()
@@ -70,7 +70,7 @@ def held_out(config: Any) -> dict[str, list[Problem]]:
         "operands": (study.terms, study.held_out_operands),
         "longer": (study.longer_terms, study.first_operands),
     }
-    found: dict[str, list[Problem]] = {name: [] for name in ranges}
+    found: dict[str, list[StudyProblem]] = {name: [] for name in ranges}
     for name, (terms, first) in ranges.items():
         stream = problem_stream(config, name, terms, first)
         while len(found[name]) < study.problems:
@@ -81,7 +81,7 @@ def held_out(config: Any) -> dict[str, list[Problem]]:
     return found
 
 
-def training_problems(config: Any, name: str, terms: Sequence[int]) -> Iterator[Problem]:
+def training_problems(config: Any, name: str, terms: Sequence[int]) -> Iterator[StudyProblem]:
     """Endless problems outside every held-out set."""
     forbidden = {p.expression for problems in held_out(config).values() for p in problems}
     stream = problem_stream(config, name, terms, config.study.first_operands)
@@ -104,11 +104,11 @@ def teacher_recipe(config: Any, shape: ModelConfig) -> Any:
 # ---------------------------------------------------------------- texts
 
 
-def prompt_ids(tokenizer: Any, problem: Problem) -> list[int]:
+def prompt_ids(tokenizer: Any, problem: StudyProblem) -> list[int]:
     return chat.encode_prompt(tokenizer, [{"role": "user", "content": problem.record()["prompt"]}])
 
 
-def is_correct(problem: Problem, text: str) -> bool:
+def is_correct(problem: StudyProblem, text: str) -> bool:
     """Whether the text ends in the answer; the domain's answers need no algebra."""
     found = extract_answer(text)
     return found is not None and found.answer == str(problem.answer)
@@ -245,7 +245,9 @@ def style_shares(config: Any) -> dict[str, float]:
     return shares
 
 
-def _why_not(config: Any, problem: Problem, answer: Sample, text: str, draw: random.Random) -> str:
+def _why_not(
+    config: Any, problem: StudyProblem, answer: Sample, text: str, draw: random.Random
+) -> str:
     if not answer.finished or not text.strip():
         return "unfinished"
     if config.prepare.filter_correct and not is_correct(problem, text):
@@ -312,7 +314,7 @@ def open_of_start(
     return TraceDataset(path)
 
 
-def traces_path(directory: Path, config: Any, *, start: bool) -> Path:
+def dataset_path(directory: Path, config: Any, *, start: bool) -> Path:
     """Path of the trace dataset of these settings under `directory`."""
     kind = "start" if start else "teacher"
     content = json.dumps(_settings(config, kind), sort_keys=True)
@@ -322,7 +324,7 @@ def traces_path(directory: Path, config: Any, *, start: bool) -> Path:
 def open_traces(
     path: Path, config: Any, teacher: StudyModel | None, tokenizer: Any
 ) -> TraceDataset:
-    """The dataset at traces_path, made if missing: the teacher's samples, or the start's."""
+    """The dataset at dataset_path, made if missing: the teacher's samples, or the start's."""
     if not (path / MANIFEST).exists():
         if teacher is None:
             traces, report = start_traces(config, tokenizer), {}

@@ -118,7 +118,7 @@ class Lab:
         )
 
     def traces(self, config: Any, *, start: bool = False) -> TraceDataset:
-        path = domain.traces_path(self.directory / "traces", config, start=start)
+        path = domain.dataset_path(self.directory / "traces", config, start=start)
         if path not in self._datasets:
             teacher = None if start else self.teacher
             self._datasets[path] = domain.open_traces(path, config, teacher, self.tokenizer)

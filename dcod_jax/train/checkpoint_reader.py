@@ -33,7 +33,7 @@ from dcod_jax.train.checkpointer import (
 from dcod_jax.types import Params
 
 Found = TypeVar("Found")
-BASE = "base of the adapters"  # among what a run learned from (learned_from.py)
+ADAPTER_BASE = "base of the adapters"  # among what a run learned from (learned_from.py)
 
 
 def find_run(place: Location, *, key: str) -> tuple[Path, int | None]:
@@ -116,7 +116,7 @@ def read_student(
 
 def check_base(run: Record, source: Location, found: str) -> None:
     """Raise DcodError where the base at `source` is not the one that a run's adapters belong to."""
-    expected = run.data.get("parts", {}).get(BASE)
+    expected = run.data.get("parts", {}).get(ADAPTER_BASE)
     if found != expected:
         raise DcodError(
             f"student.path={source}: its weights have the hash {found}, but the adapters were "

@@ -16,7 +16,7 @@ from dcod_jax.data.tokenizer import Tokenizer, template_fingerprint, tokenizer_f
 from dcod_jax.errors import DcodError
 from dcod_jax.files import Path
 from dcod_jax.models import hf
-from dcod_jax.train.checkpoint_reader import BASE
+from dcod_jax.train.checkpoint_reader import ADAPTER_BASE
 from dcod_jax.train.checkpointer import Record
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def parts(
     if config.loss.teacher == "live":
         found["live teacher"] = hf.weights_fingerprint(config.teacher.path)
     if config.student.lora.rank:
-        found[BASE] = hf.weights_fingerprint(config.student.path)
+        found[ADAPTER_BASE] = hf.weights_fingerprint(config.student.path)
     return found
 
 

@@ -97,7 +97,7 @@ class LocalCheckpoints:
             everyone = hosts.exchange("local steps", [HOST, own])
             names = [f"process {i} ({host})" for i, (host, _) in enumerate(everyone)]
             held = [have for _, have in everyone]
-            step, newest, lacking = agree(held, after=after, before=before)
+            step, newest, lacking = newest_common(held, after=after, before=before)
             if step is None:
                 who = ", ".join(names[i] for i in lacking)
                 if lacking:
@@ -175,7 +175,7 @@ class LocalCheckpoints:
             self.identity.unlink(missing_ok=True)
 
 
-def agree(
+def newest_common(
     held: Sequence[Sequence[int]], *, after: int, before: int
 ) -> tuple[int | None, int, list[int]]:
     """(newest step that all processes have, or None; newest that one has; who lacks that one).

@@ -130,13 +130,13 @@ def guarded(
             inner, state.norms.at[state.taken % WINDOW].set(norm), state.taken + 1, state.skipped
         )
         changes = jax.tree.map(lambda x: jnp.where(skip, jnp.zeros_like(x), x), changes)
-        state = choose(skip, state, taken)
+        state = unless_skipped(skip, state, taken)
         return changes, state._replace(skipped=state.skipped + skip)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore
 
 
-def choose(skip: Bool[Array, ""], before: Any, after: Any) -> Any:
+def unless_skipped(skip: Bool[Array, ""], before: Any, after: Any) -> Any:
     """The tree before a step that was skipped, or after one that was taken: the same bits."""
     return jax.tree.map(lambda old, new: jnp.where(skip, old, new), before, after)
 

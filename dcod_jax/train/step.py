@@ -23,7 +23,7 @@ from dcod_jax.parallel.mesh import batch_shards, constrain, describe, sharding, 
 from dcod_jax.train import metrics
 from dcod_jax.train.forward import Forward
 from dcod_jax.train.metrics import StepMetrics
-from dcod_jax.train.optim import Guarded, Schedule, choose, make_optimizer
+from dcod_jax.train.optim import Guarded, Schedule, make_optimizer, unless_skipped
 from dcod_jax.train.settings import optim_config
 from dcod_jax.types import Batch, LossState, Params, TrainState
 
@@ -192,7 +192,7 @@ def _update(
         measured["skipped"] = opt_state.skipped > moments.skipped
         measured["skipped_total"] = opt_state.skipped
         # Of parameters, too: adding an update of 0 would make a 0 of -0.
-        params = choose(measured["skipped"], state.params, params)
+        params = unless_skipped(measured["skipped"], state.params, params)
         count -= moments.skipped
     measured["learning_rate"] = schedule(count)
     return params, opt_state, measured
@@ -278,7 +278,7 @@ def make_train_step(
         )
         loss_state = loss.learned(state.loss_state, state.step, small, sums, rows[0])
         if "skipped" in changed:
-            loss_state = choose(changed["skipped"], before.loss_state, loss_state)
+            loss_state = unless_skipped(changed["skipped"], before.loss_state, loss_state)
         return TrainState(state.step + 1, params, opt_state, loss_state), measured  # pyright: ignore
 
     return jax.jit(

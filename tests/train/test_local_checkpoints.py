@@ -20,7 +20,7 @@ from dcod_jax.train import loop as train
 from dcod_jax.train import step as train_steps
 from dcod_jax.train.checkpoint_reader import read_params
 from dcod_jax.train.checkpointer import Checkpointer, Snapshot, finished
-from dcod_jax.train.local_checkpoints import IDENTITY, LocalCheckpoints, agree, layout
+from dcod_jax.train.local_checkpoints import IDENTITY, LocalCheckpoints, layout, newest_common
 from dcod_jax.types import TrainState
 
 
@@ -53,7 +53,7 @@ def said(caplog):
     ],
 )
 def test_the_newest_step_that_all_have_and_who_lacks_the_newest(steps, agreed):
-    assert agree(steps, after=10, before=20) == agreed
+    assert newest_common(steps, after=10, before=20) == agreed
 
 
 def state_of(mesh, step, rows=16):
