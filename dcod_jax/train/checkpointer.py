@@ -47,10 +47,9 @@ _RUN = {"step": whole(0, 1 << 53), "metrics": mapping()}
 _RUN |= {"config": mapping({"student": optional(mapping(_STUDENT))})}
 _RUN |= {"progress": mapping(_PROGRESS)}
 REMOVED = ".removed"  # beside the steps: those that are no longer kept, until they are gone
-# What Orbax warns of at each save of a local checkpoint, and at each without held-out metrics.
-# And what it logs, with a traceback, of an error that the next save or wait raises.
-EXPECTED_WARNINGS = ("primary_host=None", "did not provide metrics")
-EXPECTED_WARNINGS += ("_SignalingThread.run() raised an exception",)
+# What Orbax warns of at each save without held-out metrics, and what it logs, with a traceback, of
+# an error that the next save or wait raises.
+EXPECTED_WARNINGS = ("did not provide metrics", "_SignalingThread.run() raised an exception")
 # Orbax asks for them at each save, for a log line; tensorstore 0.1 frees none, 50 KB a save.
 tensorstore.experimental_collect_matching_metrics = lambda *_: []
 
@@ -86,28 +85,17 @@ def rank(metrics: dict[str, float], name: str) -> float:
 class Checkpointer:
     """The checkpoints of one directory: the newest `keep`, and the best by best_metric."""
 
-    def __init__(
-        self,
-        run_dir: Location,
-        *,
-        keep: int = 2,
-        best_metric: str = "",
-        local: bool = False,
-        beside_local: bool = False,
-    ):
-        """local: run_dir is of this process alone, which saves its shards and waits for no other;
-        beside_local: such checkpoints are written in the same run."""
-        self.local, self.best_metric = local, best_metric
+    def __init__(self, run_dir: Location, *, keep: int = 2, best_metric: str = ""):
+        self.best_metric = best_metric
         self.directory = as_path(run_dir).resolve() / "checkpoints"
         if isinstance(self.directory, RemotePath) and self.directory.protocol != "gs":
             raise DcodError(
                 f"run_dir={run_dir}: checkpoints need a local directory or gs://bucket/name"
             )
-        self._explained = functools.partial(explain, self.directory, local=local)
+        self._explained = functools.partial(explain, self.directory)
         self.place = epath.Path(str(self.directory))  # Orbax's own way to gs://
         kept: list[Any] = [policies.LatestN(keep)]
-        # local_checkpoints.py removes half-written local ones.
-        options: dict[str, Any] = {"cleanup_tmp_directories": not local}
+        options: dict[str, Any] = {"cleanup_tmp_directories": True}
         if best_metric:
             options |= {"best_fn": lambda metrics: rank(metrics, best_metric), "best_mode": "min"}
             kept.append(
@@ -126,23 +114,16 @@ class Checkpointer:
         asynchronous.post_finalization_callback = lambda: checksums.write(
             self._unnamed(), self._saving
         )
-        if jax.process_count() > 1 and not local:
+        if jax.process_count() > 1:
             self._all_written = ocp.multihost.get_barrier_sync_fn()
             asynchronous.barrier_sync_fn = self._barrier
-        # Orbax waits for directories made in the background under a number that counts the saves
-        # of a process. A process that gave up its local checkpoints has another number than
-        # process 0: it would write before the directory is made, and lose its part.
-        asynchronous.create_directories_asynchronously = not (local or beside_local)
         options["async_options"] = asynchronous
         logging.getLogger("absl").addFilter(_unexpected)
         with self._explained(what="open"):
             self.directory.mkdir(parents=True, exist_ok=True)
-            if local:
-                self.manager = _local_manager(self.place, options)
-            else:
-                self.manager = ocp.CheckpointManager(
-                    self.place, item_names=ITEMS, options=ocp.CheckpointManagerOptions(**options)
-                )
+            self.manager = ocp.CheckpointManager(
+                self.place, item_names=ITEMS, options=ocp.CheckpointManagerOptions(**options)
+            )
 
     def steps(self) -> list[int]:
         """Steps that can be restored, oldest first."""
@@ -158,10 +139,9 @@ class Checkpointer:
         progress = {key: getattr(snapshot, key) for key in names}
         run = {key: getattr(snapshot, key) for key in ("step", "config", "metrics")}
         run[checksums.PROMISED] = checksums.NAME
-        tree: Any = ocp.args.PyTreeSave if self.local else ocp.args.StandardSave
         items = ocp.args.Composite(
-            params=tree(snapshot.state.params),
-            opt_state=tree(_moments(snapshot.state)),
+            params=ocp.args.StandardSave(snapshot.state.params),
+            opt_state=ocp.args.StandardSave(_moments(snapshot.state)),
             run=ocp.args.JsonSave(run | {"progress": progress}),
         )
         ranked = snapshot.metrics if self.best_metric in snapshot.metrics else None
@@ -173,7 +153,7 @@ class Checkpointer:
 
     def _remove_old(self) -> None:
         """Remove the checkpoints that retention renamed: none is half-removed under its name."""
-        if not isinstance(self.directory, RemotePath) and (self.local or jax.process_index() == 0):
+        if not isinstance(self.directory, RemotePath) and jax.process_index() == 0:
             remove_tree(self.directory / REMOVED)
 
     def _unnamed(self) -> Path:
@@ -219,16 +199,14 @@ class Checkpointer:
         elif step is None or step not in steps:
             asked = "a checkpoint" if step is None else f"step {step}"
             raise DcodError(f"{self.directory}: {asked} was expected, but it holds steps {steps}")
-        items: dict[str, Any] = {}
-        for name, tree in (("params", like.params), ("opt_state", _moments(like))):
-            items[name] = ocp.args.StandardRestore(tree := restoring(tree))
-            if self.local:
-                how = ocp.checkpoint_utils.construct_restore_args(tree)
-                items[name] = ocp.args.PyTreeRestore(tree, restore_args=how)
-        checksums.verify(self.directory, step, ITEMS, steps=steps, alone=self.local)
+        args = ocp.args.Composite(
+            params=ocp.args.StandardRestore(restoring(like.params)),
+            opt_state=ocp.args.StandardRestore(restoring(_moments(like))),
+            run=ocp.args.JsonRestore(),
+        )
+        checksums.verify(self.directory, step, ITEMS, steps=steps)
         with self._explained(step):
             check_shapes(self.place / str(step) / "params", like.params)
-            args = ocp.args.Composite(**items, run=ocp.args.JsonRestore())
             found: Any = self.manager.restore(step, args=args)
         state = TrainState(
             step=put(jnp.int32(step), getattr(like.step, "sharding", None)),
@@ -240,9 +218,7 @@ class Checkpointer:
 
 
 @contextlib.contextmanager
-def explain(
-    directory: Path, step: int | None = None, *, what: str = "restore", local: bool = False
-) -> Iterator[None]:
+def explain(directory: Path, step: int | None = None, *, what: str = "restore") -> Iterator[None]:
     """Errors of Orbax and of the disk become DcodErrors that name what is left and what to do."""
     try:
         yield
@@ -254,9 +230,6 @@ def explain(
         where = directory / str(step) if step is not None else directory
         text = " ".join(str(error).split())[:400] or type(error).__name__
         full = "space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
-        if local:  # the caller says what follows from it
-            text = "no space left on the disk" if "space left" in str(error) else text
-            raise DcodError(f"{where}: cannot {what} a local checkpoint: {text}") from error
         there = finished(directory)
         others = [other for other in there if other != step]
         if full:
@@ -349,39 +322,3 @@ def _moments(state: TrainState) -> dict[str, PyTree]:
 
 def _unexpected(record: logging.LogRecord) -> bool:
     return not any(text in record.getMessage() for text in EXPECTED_WARNINGS)
-
-
-class _LocalManager(ocp.CheckpointManager):
-    """Saves of one process among several, perhaps at other moments than the others'."""
-
-    def reached_preemption(self, step: int) -> bool:
-        # The service would take the step of a late save for the step that the loop is at, and all
-        # processes could agree on a step that is past already.
-        return False
-
-
-def _local_manager(place: epath.Path, options: dict[str, Any]) -> ocp.CheckpointManager:
-    """Every process is its own primary host and writes each shard it holds, whichever replica."""
-    processes = ocp.options.MultiprocessingOptions(
-        primary_host=None,
-        active_processes={jax.process_index()},
-        barrier_sync_key_prefix=f"local-{jax.process_index()}",
-    )
-    arrays = ocp.type_handlers.ArrayHandler(
-        primary_host=None, replica_id=None, use_replica_parallel=False
-    )
-    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-    handlers: dict[str, Any] = {
-        item: ocp.PyTreeCheckpointHandler(
-            multiprocessing_options=processes, type_handler_registry=registry
-        )
-        for item in ("params", "opt_state")
-    }
-    handlers["run"] = ocp.JsonCheckpointHandler(multiprocessing_options=processes)
-    return _LocalManager(
-        place,
-        item_handlers=handlers,
-        options=ocp.CheckpointManagerOptions(
-            **options, create=False, multiprocessing_options=processes
-        ),
-    )

@@ -1,4 +1,4 @@
-"""The checkpoints of a run behind one interface: shared ones, and those on each host's own disk."""
+"""When a run saves, and what it goes on from where a checkpoint is damaged."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from dcod_jax.files import Path, as_path
 from dcod_jax.train import checksums
 from dcod_jax.train.checkpointer import Checkpointer, Snapshot, finished
 from dcod_jax.train.checksums import DamagedCheckpointError
-from dcod_jax.train.local_checkpoints import LocalCheckpoints
 from dcod_jax.types import TrainState
 
 log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """When a run saves, where it saves, and what it restores."""
+    """The checkpoints of a run, by train.save_every and train.on_damaged_checkpoint."""
 
     def __init__(self, config: Any, *, best_metric: str):
         """best_metric: the held-out metric whose best checkpoint is kept; "" keeps the newest."""
@@ -29,24 +28,14 @@ class Checkpoints:
         for step in finished(home) if best_metric else []:  # which Orbax reads as it opens them
             with self._damage_allowed(home, steps := finished(home), step):
                 checksums.verify(home, step, ("metrics",), steps=steps)
-        self.shared = Checkpointer(
-            config.run_dir,
-            keep=settings.keep,
-            best_metric=best_metric,
-            beside_local=bool(settings.local_dir),
-        )
-        self.local = LocalCheckpoints(
-            self.shared, directory=settings.local_dir, every=settings.local_every
-        )
+        self.kept = Checkpointer(config.run_dir, keep=settings.keep, best_metric=best_metric)
 
-    def restore(self, like: TrainState, *, before: int) -> Snapshot | None:
-        """The run at its newest checkpoint, or None; a local one's step must be below `before`."""
-        if found := self.local.restore(like, before=before):
-            return found
-        while steps := self.shared.steps():
-            with self._damage_allowed(self.shared.directory, steps, steps[-1]):
-                return self.shared.restore(like)
-            self.shared.manager.reload()  # something else changed the directory
+    def restore(self, like: TrainState) -> Snapshot | None:
+        """The run at its newest checkpoint, or None."""
+        while steps := self.kept.steps():
+            with self._damage_allowed(self.kept.directory, steps, steps[-1]):
+                return self.kept.restore(like)
+            self.kept.manager.reload()  # something else changed the directory
         return None
 
     @contextlib.contextmanager
@@ -60,13 +49,7 @@ class Checkpoints:
             log.warning("%s; set aside", error)
             checksums.set_aside(home, step)
 
-    def due(self, step: int, *, stop: bool) -> Checkpointer | LocalCheckpoints | None:
-        """Where to save at this step, if at all; `stop`: the loop ends here."""
-        if stop or (self.every and step > 0 and step % self.every == 0):
-            return None if step in self.shared.steps() else self.shared
-        return self.local if self.local.due(step) else None
-
-    def close(self) -> None:
-        """Wait until the last shared checkpoint is whole; only then remove the local ones."""
-        self.shared.close()
-        self.local.close()
+    def due(self, step: int, *, stop: bool) -> bool:
+        """Whether to save at this step; `stop`: the loop ends here."""
+        wanted = stop or (self.every and step > 0 and step % self.every == 0)
+        return bool(wanted) and step not in self.kept.steps()

@@ -24,7 +24,6 @@ from dcod_jax.train.checkpointer import Checkpointer, Snapshot
 from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.train.forward import make_forward
 from dcod_jax.train.held_out import HeldOut, reading
-from dcod_jax.train.local_checkpoints import LocalCheckpoints
 from dcod_jax.train.on_policy import OnPolicy
 from dcod_jax.train.profiling import GOODPUT
 from dcod_jax.train.settings import best_metric
@@ -72,7 +71,7 @@ def _fit(config: Any, name: str, student: Student, entered: float, end: int) -> 
         log.info("%s: all %d steps are done", run_dir, end)
         if hosts.first():
             forget_unfinished(run_dir / GOODPUT)
-        checkpoints.close()
+        checkpoints.kept.close()
         return run.step
     sample = train_set.read([0])[0]
     print(f"one trace, supervised part marked:\n{chat.render_sample(student.tokenizer, sample)}\n")
@@ -85,13 +84,13 @@ def _fit(config: Any, name: str, student: Student, entered: float, end: int) -> 
             began, last = time.monotonic(), run.step == end
             stop = interrupted(run.step) or last
             evaluate = held_out.due(run.step, run.metrics, last=last)
-            checkpointer = checkpoints.due(run.step, stop=stop)
-            if evaluate or checkpointer:
+            save = checkpoints.due(run.step, stop=stop)
+            if evaluate or save:
                 telemetry.settle()
             if evaluate:
                 _measure(evaluate, run, held_out, telemetry)
-            if checkpointer:
-                _save(config, run, batches, telemetry, checkpointer)
+            if save:
+                _save(config, run, batches, telemetry, checkpoints.kept)
             if stop:
                 break
             step = run.step + 1
@@ -105,7 +104,7 @@ def _fit(config: Any, name: str, student: Student, entered: float, end: int) -> 
             places = host_batch["head_positions"]
             telemetry.dispatched(Pending(step, values, trace_index, cost, places))
         with telemetry.timed("save"):
-            checkpoints.close()
+            checkpoints.kept.close()
     if not last:
         text = "%s: interrupted, saved at step %d in %.1f s; the same command goes on"
         log.warning(text, run_dir, run.step, time.monotonic() - began)
@@ -129,11 +128,7 @@ def _measure(names: list[str], run: Snapshot, held_out: HeldOut, telemetry: Tele
 
 
 def _save(
-    config: Any,
-    run: Snapshot,
-    batches: Any,
-    telemetry: Telemetry,
-    checkpointer: Checkpointer | LocalCheckpoints,
+    config: Any, run: Snapshot, batches: Any, telemetry: Telemetry, checkpointer: Checkpointer
 ) -> None:
     run_dir = as_path(config.run_dir)
     with telemetry.timed("save", f"saving step {run.step}"):

@@ -56,8 +56,7 @@ log = logging.getLogger(__name__)
 # order of floating-point sums.
 FREE = (
     "run_dir compare log_level compilation_cache mesh. student.remat student.attention "
-    "train.gradient_sums train.log_every train.eval train.save_every train.keep train.local_ "
-    "train.best_metric "
+    "train.gradient_sums train.log_every train.eval train.save_every train.keep train.best_metric "
     "train.progress train.microbatches optim.offload optim.max_skipped loss.head data.prefetch "
     "data.verify_checksums data.traces data.eval data.split "
     "data.dataset teacher. prepare. score. generate. evaluate. drift. report. export. plan. tune. "
@@ -225,7 +224,7 @@ def initial_snapshot(
 ) -> Snapshot:
     """The run that the loop continues, with parameters from the first of these that exists.
 
-    1. run_dir's newest checkpoint, or a newer one on the processes' own disks: the whole run;
+    1. run_dir's newest checkpoint: the whole run;
     2. train.init_from: the parameters of another run's newest checkpoint, at step 0;
     3. student.path: HF or GGUF weights, where all of them are trained;
     4. random ones: of student.config, or new adapters beside student.path.
@@ -234,15 +233,13 @@ def initial_snapshot(
     options: dict[str, Any] = {"mesh": mesh, "model_config": student.config}
     options["offload"] = config.optim.offload
     like = init_state(shapes, optimizer, **options, abstract=True)
-    if found := checkpoints.restore(like, before=config.train.steps):
-        _check_same_run(config, found.config, checkpoints.shared.directory)
-        local = checkpoints.local.newest  # 0 unless the run was restored from there
-        where = f", from the local checkpoints in {config.train.local_dir}" if local else ""
-        log.info("resuming %s at step %d%s", config.run_dir, found.step, where)
+    if found := checkpoints.restore(like):
+        _check_same_run(config, found.config, checkpoints.kept.directory)
+        log.info("resuming %s at step %d", config.run_dir, found.step)
         data = learned_from.goes_on_with(
             learns_from,
             found,
-            checkpoints.shared.directory,
+            checkpoints.kept.directory,
             accept=config.train.accept_changed_data,
             steps=config.train.steps,
         )

@@ -263,10 +263,10 @@ class Telemetry:
 
     def _not_finite(self, done: Pending, values: dict[str, float]) -> str:
         ids = self._traces(done)
-        shared = self.checkpoints.shared
-        shared.wait()
-        steps = shared.steps()
-        good = f"step {steps[-1]} in {shared.directory}" if steps else "none"
+        kept = self.checkpoints.kept
+        kept.wait()
+        steps = kept.steps()
+        good = f"step {steps[-1]} in {kept.directory}" if steps else "none"
         return (
             f"step {done.step}: loss={values['loss']}, grad_norm={values['grad_norm']}; the state "
             f"was not saved. Last good checkpoint: {good}. Traces of the batch: {ids}. "

@@ -262,7 +262,7 @@ def test_a_checkpoint_of_before_is_restored_and_told(damaged, caplog):
 
 
 def policy(run_dir, what):
-    train = {"save_every": 1, "keep": 2, "local_dir": "", "local_every": 0}
+    train = {"save_every": 1, "keep": 2}
     settings = types.SimpleNamespace(**train, on_damaged_checkpoint=what)
     config = types.SimpleNamespace(run_dir=run_dir, train=settings)
     return Checkpoints(config, best_metric="eval/nll")
@@ -271,24 +271,23 @@ def policy(run_dir, what):
 def test_a_run_goes_on_from_the_whole_step_where_it_may(two_steps, damaged, caplog):
     flip(damaged / "checkpoints" / "2" / "run" / "metadata", None)
     with pytest.raises(DcodError, match="step 1 is whole"):
-        policy(damaged, "stop").restore(make_state(), before=9)
+        policy(damaged, "stop").restore(make_state())
     checkpoints = policy(damaged, "previous")
-    found = checkpoints.restore(make_state(), before=9)
+    found = checkpoints.restore(make_state())
     assert_equal(found.state, two_steps[1][0])
     assert "run/metadata has checksum" in caplog.text
     assert (damaged / "damaged" / "2" / "run" / "metadata").is_file()
-    due = checkpoints.due(2, stop=False)
-    assert due is checkpoints.shared
-    due.save(dataclasses.replace(found, step=2))
-    checkpoints.close()
-    assert policy(damaged, "stop").restore(make_state(), before=9).step == 2
+    assert checkpoints.due(2, stop=False)
+    checkpoints.kept.save(dataclasses.replace(found, step=2))
+    checkpoints.kept.close()
+    assert policy(damaged, "stop").restore(make_state()).step == 2
 
 
 def test_damaged_metrics_are_named_before_orbax_reads_them(damaged):
     truncate(damaged / "checkpoints" / "1" / "metrics" / "metrics", None)
     with pytest.raises(DcodError, match=r"checkpoints/1 is damaged: metrics/metrics has 8 bytes"):
         policy(damaged, "stop")
-    assert policy(damaged, "previous").restore(make_state(), before=9).step == 2
+    assert policy(damaged, "previous").restore(make_state()).step == 2
     assert (damaged / "damaged" / "1").is_dir()
 
 
@@ -296,7 +295,7 @@ def test_the_only_checkpoint_is_never_set_aside(damaged):
     shutil.rmtree(damaged / "checkpoints" / "1")
     flip(damaged / "checkpoints" / "2" / "run" / "metadata", None)
     with pytest.raises(DcodError, match="no other checkpoint is whole"):
-        policy(damaged, "previous").restore(make_state(), before=9)
+        policy(damaged, "previous").restore(make_state())
     assert finished(damaged / "checkpoints") == [2]
 
 
