@@ -36,6 +36,8 @@ from dcod_jax.stores import RemotePath
 from dcod_jax.train import checksums
 from dcod_jax.types import Params, TrainState
 
+log = logging.getLogger(__name__)
+
 ITEMS = ("params", "opt_state", "run")
 _PROGRESS = {"iterator": mapping(), "tokens_seen": whole(0, 1 << 62)}
 _PROGRESS |= {"on_policy": mapping(items=number(0, 1e300)), "data": optional(mapping())}
@@ -85,13 +87,27 @@ def rank(metrics: dict[str, float], name: str) -> float:
 class Checkpointer:
     """The checkpoints of one directory: the newest `keep`, and the best by best_metric."""
 
-    def __init__(self, run_dir: Location, *, keep: int = 2, best_metric: str = ""):
-        self.best_metric = best_metric
+    def __init__(
+        self,
+        run_dir: Location,
+        *,
+        keep: int = 2,
+        best_metric: str = "",
+        every: int = 0,
+        past_damage: bool = False,
+    ):
+        """every: steps between two saves; 0: at the end only. past_damage: a damaged checkpoint is
+        set aside where it is not the only one."""
+        self.best_metric, self.every, self.past_damage = best_metric, every, past_damage
         self.directory = as_path(run_dir).resolve() / "checkpoints"
         if isinstance(self.directory, RemotePath) and self.directory.protocol != "gs":
             raise DcodError(
                 f"run_dir={run_dir}: checkpoints need a local directory or gs://bucket/name"
             )
+        for step in finished(self.directory) if best_metric else []:
+            with self._damage_allowed(step):  # Orbax reads the metrics as it opens them
+                steps = finished(self.directory)
+                checksums.verify(self.directory, step, ("metrics",), steps=steps)
         self._explained = functools.partial(explain, self.directory)
         self.place = epath.Path(str(self.directory))  # Orbax's own way to gs://
         kept: list[Any] = [policies.LatestN(keep)]
@@ -124,6 +140,22 @@ class Checkpointer:
             self.manager = ocp.CheckpointManager(
                 self.place, item_names=ITEMS, options=ocp.CheckpointManagerOptions(**options)
             )
+
+    @contextlib.contextmanager
+    def _damage_allowed(self, step: int) -> Iterator[None]:
+        """Set a damaged checkpoint aside, if the run may go past it."""
+        try:
+            yield
+        except checksums.DamagedCheckpointError as error:
+            if not self.past_damage or len(finished(self.directory)) == 1:
+                raise
+            log.warning("%s; set aside", error)
+            checksums.set_aside(self.directory, step)
+
+    def due(self, step: int, *, stop: bool) -> bool:
+        """Whether to save at this step; `stop`: the loop ends here."""
+        wanted = stop or (self.every > 0 and step > 0 and step % self.every == 0)
+        return wanted and step not in self.steps()
 
     def steps(self) -> list[int]:
         """Steps that can be restored, oldest first."""
@@ -190,6 +222,14 @@ class Checkpointer:
                 self.manager.delete(step)
             self._remove_old()
         self.manager.close()
+
+    def newest(self, like: TrainState) -> Snapshot | None:
+        """The run at its newest checkpoint, or None; damaged ones are set aside if they may be."""
+        while steps := self.steps():
+            with self._damage_allowed(steps[-1]):
+                return self.restore(like)
+            self.manager.reload()  # something else changed the directory
+        return None
 
     def restore(self, like: TrainState, *, step: int | None = None) -> Snapshot:
         """The run at a step (default: the newest), laid out as the arrays or shapes of `like`."""

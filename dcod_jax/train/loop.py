@@ -21,7 +21,6 @@ from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.plan.remat import choose_remat
 from dcod_jax.train import learned_from
 from dcod_jax.train.checkpointer import Checkpointer, Snapshot
-from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.train.forward import make_forward
 from dcod_jax.train.held_out import HeldOut, reading
 from dcod_jax.train.on_policy import OnPolicy
@@ -33,6 +32,7 @@ from dcod_jax.train.setup import (
     load_base,
     load_live_teacher,
     load_student,
+    open_checkpoints,
     open_datasets,
 )
 from dcod_jax.train.step import configured_step, make_eval_step
@@ -60,7 +60,7 @@ def _fit(config: Any, name: str, student: Student, entered: float, end: int) -> 
     optimizer, train_step, eval_step = _make_steps(config, student, mesh, base)
     of = (student.config, student.tokenizer, mesh)
     held_out = HeldOut(config, *of, dataset=eval_set, eval_step=eval_step, base=base)
-    checkpoints = Checkpoints(config, best_metric=held_out.known(best_metric(config)))
+    checkpoints = open_checkpoints(config, held_out.known(best_metric(config)))
     learns_from = learned_from.parts(config, student.tokenizer, train_set, eval_set)
     run = initial_snapshot(config, student, optimizer, mesh, checkpoints, learns_from)
     batches = pipeline.train_batches(
@@ -71,7 +71,7 @@ def _fit(config: Any, name: str, student: Student, entered: float, end: int) -> 
         log.info("%s: all %d steps are done", run_dir, end)
         if hosts.first():
             forget_unfinished(run_dir / GOODPUT)
-        checkpoints.kept.close()
+        checkpoints.close()
         return run.step
     sample = train_set.read([0])[0]
     print(f"one trace, supervised part marked:\n{chat.render_sample(student.tokenizer, sample)}\n")
@@ -90,7 +90,7 @@ def _fit(config: Any, name: str, student: Student, entered: float, end: int) -> 
             if evaluate:
                 _measure(evaluate, run, held_out, telemetry)
             if save:
-                _save(config, run, batches, telemetry, checkpoints.kept)
+                _save(config, run, batches, telemetry, checkpoints)
             if stop:
                 break
             step = run.step + 1
@@ -104,7 +104,7 @@ def _fit(config: Any, name: str, student: Student, entered: float, end: int) -> 
             places = host_batch["head_positions"]
             telemetry.dispatched(Pending(step, values, trace_index, cost, places))
         with telemetry.timed("save"):
-            checkpoints.kept.close()
+            checkpoints.close()
     if not last:
         text = "%s: interrupted, saved at step %d in %.1f s; the same command goes on"
         log.warning(text, run_dir, run.step, time.monotonic() - began)

@@ -41,8 +41,7 @@ from dcod_jax.train.checkpoint_reader import (
     read_record,
     read_student,
 )
-from dcod_jax.train.checkpointer import Record, Snapshot, finished, sharded_shapes
-from dcod_jax.train.checkpoints import Checkpoints
+from dcod_jax.train.checkpointer import Checkpointer, Record, Snapshot, finished, sharded_shapes
 from dcod_jax.train.forward import TeacherModel
 from dcod_jax.train.held_out import questions
 from dcod_jax.train.metrics import TRACES
@@ -214,12 +213,20 @@ def load_base(config: Any, student: Student, mesh: Mesh) -> tuple[Params, ...]:
     return (hf.load_model(config.student.path, dtype=dtype, mesh=mesh)[1],)
 
 
+def open_checkpoints(config: Any, best_metric: str = "") -> Checkpointer:
+    """The checkpoints of the run, by train.*; best_metric: one that is measured."""
+    settings = config.train
+    past = settings.on_damaged_checkpoint == "previous"
+    options = {"keep": settings.keep, "every": settings.save_every, "past_damage": past}
+    return Checkpointer(config.run_dir, best_metric=best_metric, **options)
+
+
 def initial_snapshot(
     config: Any,
     student: Student,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-    checkpoints: Checkpoints,
+    checkpoints: Checkpointer,
     learns_from: dict[str, Any],
 ) -> Snapshot:
     """The run that the loop continues, with parameters from the first of these that exists.
@@ -233,13 +240,13 @@ def initial_snapshot(
     options: dict[str, Any] = {"mesh": mesh, "model_config": student.config}
     options["offload"] = config.optim.offload
     like = init_state(shapes, optimizer, **options, abstract=True)
-    if found := checkpoints.restore(like):
-        _check_same_run(config, found.config, checkpoints.kept.directory)
+    if found := checkpoints.newest(like):
+        _check_same_run(config, found.config, checkpoints.directory)
         log.info("resuming %s at step %d", config.run_dir, found.step)
         data = learned_from.goes_on_with(
             learns_from,
             found,
-            checkpoints.kept.directory,
+            checkpoints.directory,
             accept=config.train.accept_changed_data,
             steps=config.train.steps,
         )

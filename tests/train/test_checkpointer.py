@@ -5,7 +5,6 @@ import gc
 import json
 import math
 import shutil
-import types
 from pathlib import Path
 
 import jax
@@ -20,7 +19,6 @@ from dcod_jax.parallel import mesh as meshes
 from dcod_jax.train import checksums
 from dcod_jax.train.checkpoint_reader import read_params, read_record
 from dcod_jax.train.checkpointer import ITEMS, Checkpointer, Snapshot, finished
-from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.types import TrainState
 
 OPTIMIZER = optax.adamw(1e-2)
@@ -262,32 +260,29 @@ def test_a_checkpoint_of_before_is_restored_and_told(damaged, caplog):
 
 
 def policy(run_dir, what):
-    train = {"save_every": 1, "keep": 2}
-    settings = types.SimpleNamespace(**train, on_damaged_checkpoint=what)
-    config = types.SimpleNamespace(run_dir=run_dir, train=settings)
-    return Checkpoints(config, best_metric="eval/nll")
+    return Checkpointer(run_dir, best_metric="eval/nll", every=1, past_damage=what == "previous")
 
 
 def test_a_run_goes_on_from_the_whole_step_where_it_may(two_steps, damaged, caplog):
     flip(damaged / "checkpoints" / "2" / "run" / "metadata", None)
     with pytest.raises(DcodError, match="step 1 is whole"):
-        policy(damaged, "stop").restore(make_state())
+        policy(damaged, "stop").newest(make_state())
     checkpoints = policy(damaged, "previous")
-    found = checkpoints.restore(make_state())
+    found = checkpoints.newest(make_state())
     assert_equal(found.state, two_steps[1][0])
     assert "run/metadata has checksum" in caplog.text
     assert (damaged / "damaged" / "2" / "run" / "metadata").is_file()
     assert checkpoints.due(2, stop=False)
-    checkpoints.kept.save(dataclasses.replace(found, step=2))
-    checkpoints.kept.close()
-    assert policy(damaged, "stop").restore(make_state()).step == 2
+    checkpoints.save(dataclasses.replace(found, step=2))
+    checkpoints.close()
+    assert policy(damaged, "stop").newest(make_state()).step == 2
 
 
 def test_damaged_metrics_are_named_before_orbax_reads_them(damaged):
     truncate(damaged / "checkpoints" / "1" / "metrics" / "metrics", None)
     with pytest.raises(DcodError, match=r"checkpoints/1 is damaged: metrics/metrics has 8 bytes"):
         policy(damaged, "stop")
-    assert policy(damaged, "previous").restore(make_state()).step == 2
+    assert policy(damaged, "previous").newest(make_state()).step == 2
     assert (damaged / "damaged" / "1").is_dir()
 
 
@@ -295,7 +290,7 @@ def test_the_only_checkpoint_is_never_set_aside(damaged):
     shutil.rmtree(damaged / "checkpoints" / "1")
     flip(damaged / "checkpoints" / "2" / "run" / "metadata", None)
     with pytest.raises(DcodError, match="no other checkpoint is whole"):
-        policy(damaged, "previous").restore(make_state())
+        policy(damaged, "previous").newest(make_state())
     assert finished(damaged / "checkpoints") == [2]
 
 

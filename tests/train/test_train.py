@@ -38,7 +38,6 @@ from dcod_jax.score.command import score
 from dcod_jax.train import checksums, command, learned_from, setup
 from dcod_jax.train import loop as train
 from dcod_jax.train.checkpointer import Checkpointer, Snapshot
-from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.train.held_out import reading
 from dcod_jax.train.optim import make_optimizer
 from dcod_jax.train.settings import optim_config
@@ -115,7 +114,7 @@ def test_mfu_counts_the_head_where_it_is_compiled_and_a_live_teachers_forward_pa
     batch, _ = next(batches)
     assert batch["head_positions"].shape == (16, 32)
     run = Snapshot(state=TrainState(jnp.int32(0), {}, (), adaptive.initial()), step=0)
-    checkpoints = Checkpoints(config, best_metric="")
+    checkpoints = setup.open_checkpoints(config)
     with Telemetry(config, run, student, dataset, checkpoints, name="", entered=0.0) as telemetry:
         model = student.config
         linear = sum(p.size for p in jax.tree.leaves(transformer.param_shapes(model)["layers"]))
@@ -379,7 +378,7 @@ def first_snapshot(config):
         student,
         optimizer,
         train.make_mesh(),
-        Checkpoints(config, best_metric=""),
+        setup.open_checkpoints(config),
         learned_from.parts(config, student.tokenizer, *datasets),
     )
 
