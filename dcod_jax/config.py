@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import json
 import pathlib
 import re
 import sys
@@ -277,13 +276,8 @@ def dataset_lock(config: Any) -> Path:
     return path.with_name(f".{path.name}.lock")
 
 
-def to_json(config: Any) -> str:
-    """The resolved config, one key a line, for storing beside what it made."""
-    return json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n"
-
-
 def to_config(values: dict[str, Any]) -> Any:
-    """The config that to_json or to_dict wrote."""
+    """The config whose to_dict() this is."""
     return FrozenConfigDict(values)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import tiny
 from fake_traces import make_traces
 
-from dcod_jax.config import BASE, load_recipe, to_json
+from dcod_jax.config import BASE, load_recipe
 from dcod_jax.data import chat
 from dcod_jax.data.dataset import DatasetWriter, TraceDataset
 from dcod_jax.data.presets import Fields
@@ -26,7 +26,7 @@ from dcod_jax.data.tokenizer import load_tokenizer
 from dcod_jax.data.traces import find_sources, read_traces
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.problems import read_problems
-from dcod_jax.files import file_entry
+from dcod_jax.files import file_entry, to_json
 from dcod_jax.models import gguf, gguf_tokenizer, hf
 from dcod_jax.report import command as report
 from dcod_jax.report import data as report_data
@@ -236,7 +236,7 @@ def write_all(root: Path) -> dict[str, Path]:
             for trace in make_traces(4):
                 writer.write(trace)
     run = homes["report"]
-    (run / "config.json").write_text(to_json(load_recipe(BASE)))
+    (run / "config.json").write_bytes(to_json(load_recipe(BASE).to_dict()))
     lines = [{"step": i, "loss": 1.0 / i, "weights/position_0000": 1.0} for i in range(1, 9)]
     tiny.write_jsonl(run / "metrics.jsonl", lines)
     total = {f"{part}_seconds": 1.0 for part in report_data.GOODPUT_PARTS} | {"goodput": 0.5}

@@ -53,7 +53,7 @@ from dcod_jax.models.gguf_tokenizer import export_tokenizer
 from dcod_jax.parallel import hosts
 from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.train.checkpoint_reader import read_student
-from dcod_jax.train.settings import best_metric
+from dcod_jax.train.settings import best_metric, student_source
 from dcod_jax.train.setup import dataset_splits
 from dcod_jax.types import Params
 
@@ -77,9 +77,7 @@ def export_runs(config: Any) -> None:
 
 def export(config: Any) -> Path:
     """Export the run's checkpoint; returns the directory once it was re-opened and compared."""
-    base_model = config.student.path or config.student.config
-    if not base_model:
-        raise DcodError("no student: set student.path or student.config as in the training run")
+    base_model = student_source(config)
     path, home = export_path(config), _tokenizer_home(config)
     check_destination(path)
     hosts.check_joined()
@@ -133,8 +131,8 @@ def rehearse(config: Any) -> None:
     Raises DcodError for what an export after the training would fail at.
     """
     student = config.student
-    base = student.path or student.config
-    model_config = hf.read_config(as_path(base))
+    base = student_source(config)
+    model_config = hf.read_config(base)
     if config.export.adapter:
         model_config = lora.with_adapter(model_config, student.lora)
     home = _tokenizer_home(config)
@@ -154,7 +152,7 @@ def rehearse(config: Any) -> None:
 
 
 def _tokenizer_home(config: Any) -> Path:
-    home = as_path(config.student.tokenizer or config.student.path or config.student.config)
+    home = as_path(config.student.tokenizer or student_source(config))
     return home.parent if home.name == "config.json" else home
 
 

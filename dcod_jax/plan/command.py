@@ -23,6 +23,7 @@ from rich.table import Table
 from dcod_jax import config as configs
 from dcod_jax.errors import DcodError
 from dcod_jax.files import as_path, check_own, replace_file
+from dcod_jax.models import hf
 from dcod_jax.models import remat as remats
 from dcod_jax.models.counts import num_params
 from dcod_jax.parallel.mesh import batch_shards, make_mesh, parts
@@ -117,7 +118,9 @@ def remedies(config: Any, devices: Sequence[Any]) -> Iterator[tuple[str, dict[st
         yield f"train.microbatches={pieces}", dict(changes)
     data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
     others = parts(mesh, "embed") // fsdp
-    widths = [model.hidden_size for model in programs.models_of(config)]
+    widths = [programs.student_of(config).hidden_size]
+    if config.loss.teacher == "live":
+        widths.append(hf.read_config(config.teacher.path).hidden_size)
     while data % 2 == 0 and not any(n % (2 * fsdp * others) for n in widths):
         data, fsdp = data // 2, fsdp * 2
         changes |= {"mesh.fsdp": fsdp, "mesh.data": data}

@@ -31,7 +31,7 @@ from dcod_jax.plan.chips import Chip
 from dcod_jax.score import scoring
 from dcod_jax.train.checkpointer import sharded_shapes
 from dcod_jax.train.forward import TeacherModel, make_forward
-from dcod_jax.train.settings import loss_config
+from dcod_jax.train.settings import loss_config, student_source
 from dcod_jax.train.step import configured_step, init_state
 from dcod_jax.types import Batch, Params
 
@@ -142,17 +142,8 @@ def _describe(name: str, chip: Chip, slices: int) -> tuple[Any, ...]:
 
 
 def student_of(config: Any) -> ModelConfig:
-    """Architecture of student.config or student.path; nothing else is read."""
-    source = config.student.config or config.student.path
-    if not source:
-        raise DcodError("no student: set student.config (config.json) or student.path")
-    return lora.with_adapter(hf.read_config(source), config.student.lora)
-
-
-def models_of(config: Any) -> list[ModelConfig]:
-    """Architectures of all parameters of a train step: the student's, and a live teacher's."""
-    live = config.loss.teacher == "live"
-    return [student_of(config), *([hf.read_config(config.teacher.path)] if live else [])]
+    """Architecture of the student; no weights are read."""
+    return lora.with_adapter(hf.read_config(student_source(config)), config.student.lora)
 
 
 def _shapes(model: ModelConfig, dtype: DTypeLike, mesh: Mesh) -> Params:

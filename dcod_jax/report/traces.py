@@ -29,7 +29,7 @@ from dcod_jax.score.scoring import score_settings, score_traces
 from dcod_jax.train.checkpoint_reader import read_student
 from dcod_jax.train.checkpointer import finished
 from dcod_jax.train.metrics import read_metrics
-from dcod_jax.train.settings import loss_config
+from dcod_jax.train.settings import loss_config, student_source
 from dcod_jax.types import Params, Trace
 
 BINS = 40
@@ -165,9 +165,7 @@ def _student(run: Run, export: Path | None) -> tuple[str, ModelConfig, Params, M
         return f"export {export}", *hf.load_model(export, dtype=jnp.float32, mesh=mesh), mesh
     if not finished(run.path / "checkpoints"):
         raise DcodError(f"{run.path} has neither an export nor a finished checkpoint")
-    settings = run.config.student
-    source = settings.path or settings.config
-    model_config, params, record = read_student(run.path, source, mesh=mesh)
+    model_config, params, record = read_student(run.path, student_source(run.config), mesh=mesh)
     return f"checkpoint of step {record.step}", model_config, params, mesh
 
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from dcod_jax import config as configs
 from dcod_jax.data import chat, pipeline
 from dcod_jax.errors import EXIT_INTERRUPTED
-from dcod_jax.files import Path, as_path, forget_unfinished, replace_file
+from dcod_jax.files import Path, as_path, forget_unfinished, replace_file, to_json
 from dcod_jax.locks import check_held, locked
 from dcod_jax.losses.reduce import Sums
 from dcod_jax.parallel import hosts
@@ -118,7 +118,7 @@ def _begin(config: Any, run: Snapshot, batches: Any, run_dir: Path) -> None:
         own, accept = batches.get_state()["stream"], config.train.accept_changed_data
         batches.set_state(learned_from.position(run.iterator, own, accept=accept))
     elif hosts.first():
-        replace_file(run_dir / "config.json", configs.to_json(config).encode())
+        replace_file(run_dir / "config.json", to_json(config.to_dict()))
 
 
 def _measure(names: list[str], run: Snapshot, held_out: HeldOut, telemetry: Telemetry) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from dcod_jax.errors import DcodError
 from dcod_jax.losses.adaptive import TaidConfig
 from dcod_jax.losses.distill import LossConfig
 from dcod_jax.losses.weights import AUTO, CHOSEN, WeightConfig
@@ -24,6 +25,15 @@ def loss_config(config: Any) -> LossConfig:
         "taid": TaidConfig(**taid, steps=config.train.steps),
     }
     return LossConfig(**values | records)
+
+
+def student_source(config: Any) -> str:
+    """What the student is read from: student.path, else student.config; DcodError without one."""
+    if not (config.student.path or config.student.config):
+        raise DcodError(
+            "no student: set student.path (HF directory or .gguf) or student.config (config.json)"
+        )
+    return config.student.path or config.student.config
 
 
 def optim_config(config: Any) -> OptimConfig:

@@ -45,7 +45,7 @@ from dcod_jax.train.checkpointer import Checkpointer, Record, Snapshot, finished
 from dcod_jax.train.forward import TeacherModel
 from dcod_jax.train.held_out import questions
 from dcod_jax.train.metrics import TRACES
-from dcod_jax.train.settings import loss_config
+from dcod_jax.train.settings import loss_config, student_source
 from dcod_jax.train.step import check_batch, init_state
 from dcod_jax.types import Params
 
@@ -118,13 +118,8 @@ def preflight(config: Any) -> None:
 
 def load_student(config: Any) -> Student:
     """Architecture and tokenizer of student.path or student.config."""
-    source = config.student.path or config.student.config
-    if not source:
-        raise DcodError(
-            "no student: set student.path (HF directory or .gguf) or student.config (config.json)"
-        )
-    path = as_path(source)
-    model_config = lora.with_adapter(hf.read_config(path), config.student.lora)
+    source = student_source(config)
+    model_config = lora.with_adapter(hf.read_config(source), config.student.lora)
     tokenizer = student_tokenizer(config.student)
     if len(tokenizer) > model_config.vocab_size:
         raise DcodError(
@@ -270,7 +265,7 @@ def initial_snapshot(
 
 def _from_run(config: Any, student: Student, shapes: Params, mesh: Mesh) -> tuple[Params, Record]:
     """Parameters of train.init_from: those of its student, or adapters of the same base."""
-    place, source = config.train.init_from, config.student.path or config.student.config
+    place, source = config.train.init_from, student_source(config)
     if student.config.lora is None:
         return read_student(place, source, mesh=mesh, key="train.init_from")[1:]
     run = read_record(place, key="train.init_from")

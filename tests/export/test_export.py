@@ -12,7 +12,7 @@ import tiny
 import torch
 import transformers
 
-from dcod_jax.config import BASE, load_recipe, to_json
+from dcod_jax.config import BASE, load_recipe
 from dcod_jax.data.templates import TemplateChoice
 from dcod_jax.data.tokenizer import (
     load_tokenizer,
@@ -22,7 +22,7 @@ from dcod_jax.data.tokenizer import (
 from dcod_jax.errors import DcodError
 from dcod_jax.export import command as exports
 from dcod_jax.export.command import export, export_model, export_runs
-from dcod_jax.files import check_own
+from dcod_jax.files import check_own, to_json
 from dcod_jax.losses.adaptive import initial
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import from_hf
@@ -395,5 +395,5 @@ def test_only_files_of_this_program_are_replaced(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(DcodError, match=r"config\.json"):
         check_own(tmp_path / "config.json", *OWN_FILES["config.json"])
-    (tmp_path / "config.json").write_text(to_json(load_recipe(BASE)))
+    (tmp_path / "config.json").write_bytes(to_json(load_recipe(BASE).to_dict()))
     check_own(tmp_path / "config.json", *OWN_FILES["config.json"])

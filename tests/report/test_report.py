@@ -21,6 +21,7 @@ from dcod_jax import config as configs
 from dcod_jax.data.dataset import MANIFEST, TraceDataset
 from dcod_jax.errors import DcodError
 from dcod_jax.export.command import MARKER
+from dcod_jax.files import to_json
 from dcod_jax.losses import weights
 from dcod_jax.losses.weights import Tokens
 from dcod_jax.models import hf, transformer
@@ -70,7 +71,7 @@ def place(tmp_path_factory):
         score(config)
     for _, variant in configs.variants(config):
         run = Path(variant.run_dir)
-        (run / "config.json").write_text(configs.to_json(variant))
+        (run / "config.json").write_bytes(to_json(variant.to_dict()))
         (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines()))
     seconds = {f"{part}_seconds": 2.5 for part in report_data.GOODPUT_PARTS}
     content = {"attempts": [{}, {}, {}], "total": {"goodput": 0.8125, **seconds}}
