@@ -105,8 +105,8 @@ class Checkpointer:
                 f"run_dir={run_dir}: checkpoints need a local directory or gs://bucket/name"
             )
         for step in finished(self.directory) if best_metric else []:
-            with self._damage_allowed(step):  # Orbax reads the metrics as it opens them
-                steps = finished(self.directory)
+            # Orbax reads the metrics as it opens them.
+            with self._damage_allowed(steps := finished(self.directory), step):
                 checksums.verify(self.directory, step, ("metrics",), steps=steps)
         self._explained = functools.partial(explain, self.directory)
         self.place = epath.Path(str(self.directory))  # Orbax's own way to gs://
@@ -142,12 +142,15 @@ class Checkpointer:
             )
 
     @contextlib.contextmanager
-    def _damage_allowed(self, step: int) -> Iterator[None]:
-        """Set a damaged checkpoint aside, if the run may go past it."""
+    def _damage_allowed(self, steps: list[int], step: int) -> Iterator[None]:
+        """Set a damaged checkpoint aside, if the run may go past it; steps: those before the body.
+
+        The directory cannot tell afterwards: the first process may have moved the step already.
+        """
         try:
             yield
         except checksums.DamagedCheckpointError as error:
-            if not self.past_damage or len(finished(self.directory)) == 1:
+            if not self.past_damage or len(steps) == 1:
                 raise
             log.warning("%s; set aside", error)
             checksums.set_aside(self.directory, step)
@@ -226,7 +229,7 @@ class Checkpointer:
     def newest(self, like: TrainState) -> Snapshot | None:
         """The run at its newest checkpoint, or None; damaged ones are set aside if they may be."""
         while steps := self.steps():
-            with self._damage_allowed(steps[-1]):
+            with self._damage_allowed(steps, steps[-1]):
                 return self.restore(like)
             self.manager.reload()  # something else changed the directory
         return None
