@@ -278,6 +278,23 @@ def test_a_run_goes_on_from_the_whole_step_where_it_may(two_steps, damaged, capl
     assert policy(damaged, "stop").newest(make_state()).step == 2
 
 
+def test_a_step_that_the_first_process_has_moved_is_passed_by_the_others(damaged, monkeypatch):
+    flip(damaged / "checkpoints" / "2" / "run" / "metadata", None)
+    checkpoints = policy(damaged, "previous")
+    verify, set_aside = checksums.verify, checksums.set_aside
+
+    def late(home, step, items, **options):
+        try:
+            verify(home, step, items, **options)
+        except DcodError:
+            set_aside(home, step)  # by the first process, before this one asks what is left
+            raise
+
+    monkeypatch.setattr(checksums, "verify", late)
+    monkeypatch.setattr(checksums, "set_aside", lambda home, step: None)
+    assert checkpoints.newest(make_state()).step == 1
+
+
 def test_damaged_metrics_are_named_before_orbax_reads_them(damaged):
     truncate(damaged / "checkpoints" / "1" / "metrics" / "metrics", None)
     with pytest.raises(DcodError, match=r"checkpoints/1 is damaged: metrics/metrics has 8 bytes"):
