@@ -48,26 +48,31 @@ MODULES = [
     if path.stem not in ("__init__", "__main__", "__pycache__", "types", "assets", "configs")
 ]
 
-# Measured; the others are shorter or have many tests.
+# Measured; the others are shorter or have many tests. test_notebook.py behind the file whose
+# programs it has: at the same time both would compile them.
 LONGEST = [
     "test_hosts.py",
     "test_tutorial.py",
     "test_end_to_end.py",
-    "test_notebook.py",
     "test_train_losses.py",
     "test_train.py",
+    "test_notebook.py",
     "test_train_step_teachers.py",
     "test_study.py",
     "test_train_step.py",
+    "test_monitor.py",
+    "test_faults.py",
+    "test_tune.py",
 ]
 install_import_hook(MODULES, "beartype.beartype")
 logging.getLogger("dcod_jax").setLevel(logging.INFO)  # for caplog, as the verbs set it
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first, so that both workers end together."""
+    """The longest files first, then those of the room of training: both workers end together."""
     first = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: first.get(item.path.name, len(first)))
+    other = lambda path: len(first) + (path.parent.name != "train")  # noqa: E731
+    items.sort(key=lambda item: first.get(item.path.name, other(item.path)))
 
 
 def pytest_collection_finish():
@@ -105,6 +110,21 @@ def one_device(monkeypatch):
     mesh = make_mesh(1, devices=jax.devices()[:1])
     for module in (loop, setup):
         monkeypatch.setattr(module, "make_mesh", lambda **_: mesh)
+
+
+@pytest.fixture
+def one_train_step(monkeypatch):
+    """All runs of the test have the step of the first: they differ in nothing that it holds."""
+    from dcod_jax.train import step
+
+    made, make = [], step.make_train_step
+
+    def once(*arguments, **options):
+        if not made:
+            made.append(make(*arguments, **options))
+        return made[0]
+
+    monkeypatch.setattr(step, "make_train_step", once)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -45,13 +45,9 @@ WINDOWED = {
 def _params(config, seed=0):
     """Random parameters, biases and norm scales included."""
     params = transformer.init_params(config, jax.random.key(seed))
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noisy = [
-        leaf + 0.1 * jax.random.normal(key, leaf.shape)
-        for leaf, key in zip(leaves, keys, strict=True)
-    ]
-    return jax.tree.unflatten(structure, noisy)
+    generator = np.random.default_rng(seed + 1)
+    noisy = lambda x: jnp.asarray(np.float32(x + 0.1 * generator.normal(size=x.shape)))  # noqa: E731
+    return jax.tree.map(noisy, jax.device_get(params))
 
 
 def _tokens(*shape, seed=0):

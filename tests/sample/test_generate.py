@@ -308,7 +308,8 @@ def test_eight_devices_give_the_samples_of_one(on_one_device, monkeypatch, share
     run = decoding.decode
 
     def kept(*args, **options):
-        texts.append(run.lower(*args, **options).compile().as_text())
+        if not texts:
+            texts.append(run.lower(*args, **options).compile().as_text())
         return run(*args, **options)
 
     monkeypatch.setattr(decoding, "decode", kept)

@@ -89,6 +89,7 @@ def params_of(config):
     return checkpoint_reader.read_params(config.run_dir, like, step=config.train.steps)[0]
 
 
+@pytest.mark.usefixtures("one_train_step")
 def test_answers_are_graded_and_leave_the_bits_of_the_training(config):
     """With answers to the end, and to step 20 only: the same run; one program for all rounds."""
     before = [f._cache_size() for f in (decoding.decode, decoding.prefill)]

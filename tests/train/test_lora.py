@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import peft
 import pytest
 import tiny
 import torch
@@ -223,6 +222,7 @@ def whole_model(place):
     return lora.with_adapter(hf.read_config(place / "base"), settings)
 
 
+@pytest.mark.usefixtures("one_train_step")
 def test_a_run_continued_ends_with_the_same_bits(place, run):
     for count in (2, 4):
         command.train(recipe(place, place / "again", **{"train.steps": count}))
@@ -262,6 +262,8 @@ def test_peft_loads_the_adapters_and_its_merged_logits_are_ours(place, run, adap
     torch.set_num_threads(1)
     base = AutoModelForCausalLM.from_pretrained(place / "base", dtype=torch.bfloat16).float()
     beside = base(torch.tensor(ids)).logits.detach().numpy()
+    import peft  # takes seconds, which every worker would pay
+
     model = peft.PeftModel.from_pretrained(base, adapters)
     for whole in (lambda: model, model.merge_and_unload):
         theirs = whole()(torch.tensor(ids)).logits.detach().numpy()

@@ -211,6 +211,7 @@ def params_of(config):
     return checkpoint_reader.read_params(config.run_dir, like)[0]
 
 
+@pytest.mark.usefixtures("one_train_step")
 def test_a_run_with_a_skipped_step_goes_on_tells_of_it_and_resumes(config, caplog, monkeypatch):
     place = Path(config.student.path).parent
     whole = configs.replace(config, {"run_dir": str(place / "whole")})

@@ -98,9 +98,13 @@ def test_a_live_teacher_gives_the_cached_loss(place, divergence, tolerance):
         assert steps[0]["divergence"] != pytest.approx(steps[0]["nll"], rel=1e-2)
         assert steps[0]["teacher/captured_mass"] == pytest.approx(1.0, abs=1e-5)
         assert "teacher/captured_mass" not in next(line for line in live if "loss" in line)
+    another = ("loss.teacher=live", f"teacher.path={place / 'student'}")
+    with pytest.raises(DcodError, match=r"teacher\.path"):  # another teacher is another run
+        fit(place, f"live-{divergence}", key, *another)
 
 
 @alone
+@pytest.mark.usefixtures("one_train_step")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -148,6 +152,8 @@ def test_what_the_loss_has_learned_survives_a_restart(place, changes):
         assert interpolation == sorted(interpolation)
         assert interpolation[0] == pytest.approx(0.4)
         assert interpolation[-1] > 0.4
+        with pytest.raises(DcodError, match=r"train\.steps: 4 then, 5 now"):  # taid's schedule
+            fit(place, f"parts-{name}", *parts, "train.steps=5")
         in_step = "loss.weights.smoothing=0" in changes
         for line in (
             steps[0] if in_step else ()
@@ -155,17 +161,18 @@ def test_what_the_loss_has_learned_survives_a_restart(place, changes):
             assert line["weights/ess"] == pytest.approx(0.9, rel=0.01)
 
 
+@pytest.mark.usefixtures("one_train_step")
 def test_gkd_samples_from_the_student_counts_its_cost_and_resumes_exactly(place):
     changes = ("loss.divergence=jsd", "loss.teacher=live", "loss.weights.name=uniform")
-    changes += ("loss.teacher_weights=a=0.5", "on_policy.fraction=0.5", "seed=3")
-    whole = fit(place, "gkd", *changes, "train.steps=6", "train.save_every=0")
-    parts = ("train.eval_every=3", "train.save_every=3")
-    fit(place, "gkd-parts", *changes, *parts, "train.steps=3")
-    again = fit(place, "gkd-parts", *changes, *parts, "train.steps=6")
+    changes += ("loss.teacher_weights=a=0.5", "on_policy.fraction=0.5", "seed=8")
+    whole = fit(place, "gkd", *changes, "train.steps=4", "train.save_every=0")
+    parts = ("train.eval_every=2", "train.save_every=2")
+    fit(place, "gkd-parts", *changes, *parts, "train.steps=2")
+    again = fit(place, "gkd-parts", *changes, *parts, "train.steps=4")
     steps = [[x for x in lines if "loss" in x] for lines in (whole, again)]
     assert steps[0] == steps[1]
     on = [line["on_policy/batch"] for line in steps[0]]
-    assert 0 < sum(on) < 6
+    assert on[0] == 0 < sum(on)
     generated = [line["on_policy/tokens_generated"] for line in steps[0]]
     assert generated == sorted(generated)
     for before, after, was_on in zip([0, *generated], generated, on, strict=False):
@@ -173,10 +180,8 @@ def test_gkd_samples_from_the_student_counts_its_cost_and_resumes_exactly(place)
     for line in steps[0]:  # the student's own text is of no teacher
         assert line["weights/mean"] == pytest.approx(1, abs=0 if line["on_policy/batch"] else 0.5)
         assert (line["weights/mean"] < 0.9) == (not line["on_policy/batch"])
-    offline = fit(place, "gkd-off", *changes[:4], "seed=3")
-    first_off = on.index(0.0)
-    if first_off == 0:  # a batch that is not sampled is the offline one
-        assert offline[1]["loss"] == steps[0][0]["loss"]
+    offline = fit(place, "gkd-off", *changes[:4], "seed=8", "train.steps=1")
+    assert offline[1]["loss"] == steps[0][0]["loss"]  # a batch that is not sampled is this one
 
 
 def test_a_distribution_that_no_cache_holds_is_refused_before_anything_is_read(place):
@@ -194,22 +199,6 @@ def test_a_distribution_that_no_cache_holds_is_refused_before_anything_is_read(p
     ):
         with pytest.raises(DcodError, match=message):
             load(place, "refused", *changes)
-
-
-@alone
-def test_taids_schedule_does_not_allow_another_length(place):
-    changes = ("loss.divergence=taid", "loss.weights.name=uniform")
-    fit(place, "taid", *changes, "train.steps=1")
-    with pytest.raises(DcodError, match=r"train\.steps: 1 then, 2 now"):
-        fit(place, "taid", *changes, "train.steps=2")
-
-
-@alone
-def test_another_live_teacher_is_not_the_same_run(place):
-    train.fit(load(place, "own", "loss.teacher=live"))
-    other = load(place, "own", "loss.teacher=live", f"teacher.path={place / 'student'}")
-    with pytest.raises(DcodError, match=r"teacher\.path"):
-        train.fit(other)
 
 
 def test_a_live_teacher_with_another_tokenizer_is_refused(place, tmp_path):

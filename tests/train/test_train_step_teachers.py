@@ -106,7 +106,9 @@ LIVE = config("taid", "live", smoothing=0.9, scope="prefix")
 
 
 @pytest.mark.parametrize(
-    "cfg", [CACHED, KEPT, LIVE], ids=["cached same step", "kept loss", "live taid smoothed"]
+    "cfg",
+    [CACHED, pytest.param(KEPT, marks=pytest.mark.long), LIVE],
+    ids=["cached same step", "kept loss", "live taid smoothed"],
 )
 def test_devices_microbatches_and_the_compact_head_change_nothing(cfg):
     batch = with_cache(packed()) if cfg is CACHED else packed()
