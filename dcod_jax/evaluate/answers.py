@@ -94,7 +94,7 @@ _ANSWER_LINE = re.compile(
     re.MULTILINE,
 )
 _ANSWER_IS = re.compile(
-    r"(?i:\banswers?\b(?! (?:choice|option)s?\b)[^\n.:;?!]{0,80}?"
+    r"(?i:\banswers?\b(?! (?:choice|option)s?\b)(?:[^\n.:;?!\"]|\"[^\n\"]{0,80}\"){0,80}?"
     r"(?:\n\s{0,3}(?=is\b|to\b|of\b|for\b)"
     r"[^\n.:;?!]{0,60}?)?(?<![A-Za-z])(?:is|are|(?:would|must|will|should) be)(?![A-Za-z]))"
     r"[ \t*_]{0,4}[:：]?[*_]{0,2}\s{0,4}(?=\S)"
@@ -215,6 +215,11 @@ _MARKS = {rule: (pattern, ended, hints.split("|")) for rule, pattern, ended, hin
     ("choice", _CHOICE, r"\W", "ption|hoice|lternative|hoose|ick |elect|o with|选|OPTION"),
 )}  # fmt: skip
 _REACH = 200
+# "- x = 5" and "- y = 6", one a line.
+_ITEM = (
+    r"[-*•]? ?[$*\\(]*([A-Za-z](?:_\{?\w\}?)? = [^\n$*]{1,40}?)(?:\\\))?[$*.,;]*(?=\s*(?:\n|\Z))"
+)
+_VALUES = re.compile(rf"{_ITEM}(?:\s*\n\s*{_ITEM})+")
 _ALONE = re.compile("[A-J](?![A-Za-z])")
 _OPTION = re.compile("[B-J][*_]{0,2}[.):）、]")
 # Every text in which something is taken back has one of these in it.
@@ -264,6 +269,8 @@ def _marked(text: str, *, complete: bool) -> Extraction | None:
 def _behind(rule: str, match: re.Match[str], behind: str) -> str:
     """The answer that stands behind a mark of this rule."""
     if "\n" in match.group(0):  # an item of a list, no minus
+        if several := _VALUES.match(behind):
+            return ", ".join(re.findall(_ITEM, several[0]))
         behind = re.sub(r"^(?:[-*•>] |1[.)] (?=[^\n]*\s*\Z))", "", behind)
     if match.group(0).lstrip().startswith("|"):  # a cell of a table
         behind = behind.partition("|")[0]

@@ -25,7 +25,8 @@ _TIME = re.compile(r"\d{1,2}:\d\d")
 _RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?){2,}")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z\s.,'\"&()-]*")
 _CHOICE = re.compile(
-    r"(?:\(([A-Za-z])\)[.:]?|([A-J])\s*[.):](?![A-Z]\.))\s*(?P<rest>(?!.*\([b-e]\)).*)", re.DOTALL
+    r"(?:\(([A-Za-z])\)[.:]?|([A-J]|[a-j](?=\)))\s*[.):](?![A-Z]\.))\s*(?P<rest>(?!.*\([b-e]\)).*)",
+    re.DOTALL,
 )
 _LETTERS = re.compile(r"[A-J](?:(?:\s*,\s*|\s*,?\s+and\s+)[A-J])+|[A-J]{2,10}")
 _LEAD = re.compile(r"(?:the )?(?:final |correct )?answer(?: is:?|\s*:)\s*", re.I)

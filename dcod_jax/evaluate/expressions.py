@@ -21,7 +21,7 @@ _CALL = (
     r"|\\sqrt(?:\[\d\])?\{[^{}\n]{1,40}\}|\\[dt]?frac\{[^{}\n]{1,40}\}\{[^{}\n]{1,40}\}"
     r"|\\pi\b|π|pi\b|\((?:[\d.+*/^·√π −–-]|(?<![A-Za-z])[A-Za-z](?![A-Za-z])){2,40}\))"
 )
-_MORE = rf"(?:[eE][-+]?\d{{1,3}}(?!\w)|\s\d{{1,3}}[/⁄]\d{{1,3}}(?![\d/])|[{VULGAR}])"
+_MORE = rf"(?:[eE][-+]?\d{{1,3}}(?!\w)|\s\d{{1,3}}[/⁄]\d{{1,3}}(?![\d/])|[{VULGAR}]|!(?=[.,;)]))"
 _DIGITS = rf"(?<![A-Za-z0-9_.\\^])(?:{NUMBER}){_MORE}?(?![A-Za-z0-9]*_)"
 _LETTER = r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z'’])"
 _RICH = rf"(?:{_DIGITS}(?:{_LETTER}|[A-Za-z](?![A-Za-z]))?{_POWER}?(?: ?{_CALL}{_POWER}?){{0,3}}"
@@ -61,12 +61,14 @@ _WHOLE = re.compile(
     rf"|{_REAL}{_LESS}[a-z]{_LESS}{_REAL}"
     rf"|\b[a-z]{_LESS}{_REAL},? (?:and|or) [a-z]{_LESS}{_REAL}"
     rf"|{_BRACKETS}(?:(?:\s?(?:∪|U)\s?|, (?:and )?|,| and | or ){_BRACKETS})+"
-    rf"|{_COMPARISON} (?:and|or) {_COMPARISON})"
+    rf"|{_COMPARISON} (?:and|or) {_COMPARISON}"
+    rf"|\ball real (?:numbers|values)(?: of [a-z])?,? (?:except|excluding)(?: for)? [^.:]*(?=\.?$))"
 )
 _RESULT = re.compile(r"[=≈]\s*(?:\\?[$€£¥₹]\s?)?(?=[-−–]?[\d.])")
 _CIRCLED = re.compile("[①-⑩](?:[、，,]?[①-⑩])*")
 _LIST = re.compile(r"[:;]\s|[a-z]\s+[-+]?\d[^,]*(?:,|\bor\b)")
 _JOINS = re.compile(r"\s*(?:[,，、或和]|,?\s*\b(?:and|or)\b)\s*(?:[a-z]\s*=\s*)?")
+_GIVEN = re.compile(r"\b(?:when|if|for|let|since)\s+(?:[a-z]\s*=\s*)?\Z", re.IGNORECASE)
 _COMPARED = re.compile(r"(?<![A-Za-z])[a-z]\s*(?:[<>]=?|[≤≥≦≧⩽⩾≠])\s*$")
 _REJECTED = re.compile(
     r"(?:\bnot|n't(?: be)?|rather than|instead of|other than|unlike|不是|而非)\s*$", re.IGNORECASE
@@ -108,6 +110,7 @@ _NAME = re.compile(
     r"|\b((?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day|January|February|March|April|June|July"
     r"|August|September|October|November|December)[.!*]*$"
 )
+_NO_VERB = r"(?!.*\b(?:is|are|so|has|have|gives?|makes?)\b)"
 # What stands behind an answer and has numbers of its own.
 _ASIDE = re.compile(
     r"(?<=\d) (?:such )?(?:(?!is|are|was|and|or|by|more|less)[a-z]+ ){1,3}(?:between|less than"
@@ -115,11 +118,19 @@ _ASIDE = re.compile(
     r"(?!.*\b(?:is|are|so|has|have|gives|we|then)\b)[^=:]*$"
     r"|(?<=\d) (?:out )?of (?:the|these|those) \d+(?! ?[=/])[^=\d]*$"
     r"|, not (?:[A-Z][a-z]+|\$?-?\d+\$?)(?=[.!]?$)|"
-    r"(?<=\d)(?: [a-z]+)?,? (?:after|found) (?!.*\b(?:is|are|was|were|has|have|he|she|it)\b)"
+    r"(?<=\d)(?: [a-z]+){0,2},? (?:after|found) (?!.*\b(?:is|are|was|were|has|have|he|she|it)\b)"
     r"[^.!?'=]*(?=[.!?]?\s*$)"
     r"|\[\d{1,2}\](?=[\s.,]|$)"
     r"|\((?:(?:from|see|by|using|as|via|word|to|rounded|step|eq|equation|including|since|because"
-    r"|not|or|with|each)\b|\d[\d.]* [a-z]{3})[^(),\n]{0,60}\)"
+    r"|not|or|with|each|about|approx\w*|roughly|i\.e|where|when)\b|[≈~]|\d[\d.]*%? [a-z]{3})"
+    r"[^(),\n]{0,60}\)"
+    # "-4, occurring at x = 2", "9 is reached when x = 3", "5 when x = 2"
+    rf"|(?<=[\d$)}}]),?(?: which)?(?: is)? (?:(?:attained|achieved|reached|obtained"
+    rf"|occurr(?:s|ing)) (?:at|when|for|if)|when|for)(?= \$?[a-z] ?=){_NO_VERB}[^=]*=[^=]*$"
+    # "55 girls: 25 big and 30 small ones", "4 pens, with 2 left", "8 weeks to save $9"
+    rf"|, which is [^,=]*\bthan\b[^,=]*$|(?<=\d)(?P<kept>(?: [a-z]+){{0,2}}){_NO_VERB}"
+    r"(?:: \d+ [a-z ]+(?:,|and) |, with | with (?=\$[^,]*$)|(?:(?<=days)|(?<=hours)|(?<=weeks)"
+    r"|(?<=months)|(?<=years)|(?<=minutes)) to (?!get|make|give|about)(?=[a-z]+ [^=]*\d))[^=]*$"
     r"|,? or (?:about|approximately|roughly|around) [^,;=]*?(?=\.?$)"
     r"|,? (?:when|if|after) (?:[a-z]+ ){0,3}divided by \$?\d+\$?|,? \(?mod(?:ulo)? \$?\d+\$?\)?"
     r"|(?:,? (?:by|from|in|see|as shown in|using) )"
@@ -164,7 +175,8 @@ def last_expression(text: str) -> str:
     if "$$" in text or "\\[" in text:
         text = _DISPLAY.sub(lambda m: f" ${' '.join((m.group(1) or m.group(2)).split())}$ ", text)
     for whole in reversed(text.splitlines()):
-        line = prose.PRECISION.sub("", _ASIDE.sub("", whole[-_LINE:].replace("{,}", ",")))
+        line = prose.BOLD.sub("", whole[-_LINE:].replace("{,}", ","))
+        line = prose.PRECISION.sub("", _ASIDE.sub(r"\g<kept>", line))
         if refusal := _REFUSED.search(line):
             known = re.search("be determined|information|data", refusal.group(0))
             return "cannot be determined" if known else ""
@@ -192,7 +204,9 @@ def last_expression(text: str) -> str:
         if results := list(_RESULT.finditer(line)):  # "= 3 more than 1/5 pound": the result
             behind = _EXPRESSION.match(line, results[-1].end())
             between = line[behind.end() : best.start()] if behind else ""
-            listed = re.fullmatch(r"\s*,[\s\d.,/−-]*(?:\b(?:and|or)\b\s*)?", between)
+            listed = re.fullmatch(
+                r"\s*,[\s\d.,/−-]*(?:\b(?:and|or)\b\s*)?|,? (?:so|then|thus)\b.*\bis\b.*", between
+            )
             if behind and best.lastgroup != "span" and not listed:
                 best = behind
         return _with_neighbours(line, found, best)
@@ -222,6 +236,8 @@ def _with_neighbours(line: str, found: list[re.Match[str]], best: re.Match[str])
         items = [items[0].lstrip("-−– ")]  # "Total - 12"
     before = [match for match in found if match.end() <= best.start()]
     while before and _JOINS.fullmatch(line[before[-1].end() : start]):
+        if _GIVEN.search(line, 0, before[-1].start()):  # "When x = 2, y = 5."
+            break
         start = before[-1].start()
         items.insert(0, _bare(before.pop()))
     opening, closing = line[:start][-1:], line[best.end() : best.end() + 1]

@@ -40,18 +40,21 @@ _STOP = re.compile(
     r"No|a\.m|p\.m|A\.M|P\.M|U\.S|e\.g|i\.e|etc|approx|ft|in|oz|lb|sq|cu)\.)|(?P<end>"
     r"[!?](?=\s|$|[*\"'])|\.(?=\s|$|[*\"')])|[。．！？])"
 )
+BOLD = re.compile(r"(?<![\w)])\*\*|\*\*(?![\w(-])")
 _LEADING = re.compile(
     rf"((?:{SPAN}|{CHANCE}|{COMPOUND}|{_VALUE})"
     rf"(?:\s*(?:,|;|and|or)\s*(?:{SPAN}|{_VALUE}))*)(.*)"
 )
 _LEAD = re.compile(
     r"(?:that|simply|just|therefore|thus|clearly|equal to|equals|given by|approx(?:imately|\.)?|"
-    r"about|either|both|around|exactly|option|choice|indeed|now|then|hence|is:?|"
+    r"about|either|both|around|exactly|option|choice|(?:(?:la |a )?(?:opci[óo]n|opção|alternativa)"
+    r"|l['’]option|l['’]opzione|die option|вариант)(?= [A-J]\b)|"
+    r"indeed|now|then|hence|is:?|"
     r"an?(?= \d)|the(?= \d+(?:st|nd|rd|th))|=|:),?\s+(?=\S)",
     re.IGNORECASE,
 )
 _CLAUSE = re.compile(
-    r"(?<=\S)(?:,\s*|\s+)\(?(?:because|since|so that|so|which|when|where|if|as|but|"
+    r"(?<=\S)(?:,\s*|\s+)\(?(?:because|since|so that|so|who|which|when|where|if|as|but|"
     r"(?<!(?-i:[a-z]) )(?:and )?not|after|instead|assuming|given that|while|whereas|rather)\b.*"
     r"|[，,（(]?(?:因为|而?不是|而非).*",
     re.IGNORECASE | re.DOTALL,
@@ -188,7 +191,9 @@ def value(text: str) -> str:
         return match.group(0).replace("*", "")
     if match := _NOT_BUT.match(text):
         text = text[match.end() :]
-    words = sentence(text.partition("\n")[0]).strip("*_`, ").removesuffix("\\").strip()
+    words = (
+        BOLD.sub("", sentence(text.partition("\n")[0])).strip("*_`, ").removesuffix("\\").strip()
+    )
     for _ in range(3):
         words = _LEAD.sub("", words, count=1) if _LEAD.match(words) else words
     words = PRECISION.sub("", words)

@@ -23,10 +23,13 @@ _TABLE = """
 1 pint pt, 2 quart qt, 8 gal gallon
 1 cent ¢, 100 dollar usd buck ￥
 1 pence penny pennie, 100 pound
-"""
+""" + "\n".join(  # and "1 mW, 1e3 W watt, 1e6 kW, 1e9 MW, 1e12 GW"
+    f"1 m{unit}, 1e3 {unit} {name}, 1e6 k{unit}, 1e9 M{unit}, 1e12 G{unit}"
+    for unit, name in zip("J W V N Pa Hz eV A".split(), "joule watt volt newton pascal hertz eV amp"
+                          .split(), strict=True))  # fmt: skip
 _OTHERS = """
 ruble rouble ₽, won ₩, euro eur €, yen yuan rmb ¥, rupee rs ₹, degC celsius, degF fahrenheit,
-K kelvin, N newton, J joule, W watt, V volt, hz, kN, Pa pascal, eV, dB decibel, ohm Ω, B byte, bit,
+K kelvin, dB decibel, ohm Ω, B byte, bit,
 kb kilobyte, mb megabyte, gb gigabyte, am, pm
 """
 _LINES = [[part.split() for part in line.split(",")] for line in _TABLE.split("\n") if line]
@@ -42,7 +45,7 @@ NOT_UNITS = frozenset(
 _CURRENCY = re.compile(r"^([-+]?)\s*([€£¥₹￥₽₩])\s*(?=[-+]?(?:[\d.]|\\frac))|\s*([€£¥₹￥₽₩¢Ω])\s*$")
 # The value ends with what is no letter; then come words up to the end.
 _TAIL = re.compile(
-    r"(?P<value>.*(?:\d[a-z](?=\s)|[^\sA-Za-z/(.,'-]|\\pi(?=\s)))(?P<gap>[\s,/(]*)"
+    r"(?P<value>.*?(?:\d[a-z](?=\s)|[^\sA-Za-z/(.,'-]|\\pi(?=\s)))(?P<gap>[\s,/(]*)"
     r"(?P<words>(?<![\\A-Za-z])[A-Za-z](?:[A-Za-z\s./'()-]|\^\s*\{?\s*-?\d\s*\}?)*)",
     re.DOTALL,
 )
