@@ -191,7 +191,11 @@ def _responses(body: Record, output: list[Any]) -> Record:
         else:
             raise BadRecordError(f"output[{index}] is of type {kind!r}; only messages can be read")
     why = (body.get("incomplete_details") or {}).get("reason") or body.get("status")
+    refusal = next(
+        (p["refusal"] for p in content if isinstance(p, dict) and p.get("refusal")), None
+    )
     message = {"content": content or None} | ({"tool_calls": calls} if calls else {})
+    message |= {"content": None, "refusal": refusal} if refusal else {}
     return {"message": message, "finish_reason": why}
 
 

@@ -171,17 +171,17 @@ def hint(record: Record, fields: Fields, part: str, names: Sequence[str] = ()) -
     if inner and not close:
         return f"; {inner[0]} holds records: write each as a line of its own (jq -c '.{inner[0]}')"
     if part == "completion" and len(several := _siblings(record)) > 1:
-        stem = re.sub(r"\d+$", "*", several[0])
-        return f"{found}; for {', '.join(several)} set prepare.completion_field={stem}"
+        key = "prepare.completion_field=" + re.sub(r"\d+$", "*", several[0])
+        return f"{found}; for {', '.join(several)} set {key}"
     if part == "completion" and better:
-        key = f"prepare.completion_field={better[0]}"
-        return f"{found}; of a preference pair the better one is {key}"
+        return f"{found}; of a preference pair the better one is prepare.{part}_field={better[0]}"
     if part == "completion" and talks:
         return f"{found}; {talks[0]} holds messages: prepare.completion_field={talks[0]}"
     if {"role", "content"} <= record.keys() or {"from", "value"} <= record.keys():
         return found + '; one message alone is no record: write {"messages": [...]}'
     asked = find(record, presets.PROMPTS)
-    texts = [n for n in given if n != asked and any(" " in text for text in _texts(record[n]))]
+    texts = [n for n in given if n not in (asked, *presets.REASONINGS)]
+    texts = [n for n in texts if any(" " in text for text in _texts(record[n]))]
     if part == "completion" and not chosen and not found and len(texts) == 1 + (asked is None):
         found = "" if asked else f"; if it is {texts[0]}: prepare.prompt_field={texts[0]}"
         found += f"; if it is {texts[-1]}: prepare.completion_field={texts[-1]}"

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int
 from dcod_jax.data import chat
 from dcod_jax.data.records import RawTrace
 from dcod_jax.data.tokenizer import Tokenizer, decode
+from dcod_jax.data.turns import reasoning_rule
 from dcod_jax.errors import DcodError
 from dcod_jax.types import Trace
 
@@ -31,9 +32,14 @@ class Conversation:
     tools: list[Any] | None = None
 
     def encode(self, tokenizer: Tokenizer) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
-        """Token ids and mask, as `chat.encode`."""
+        """Token ids and mask, as `chat.encode`, with reasoning in the template's own form."""
         others = set(range(len(self.messages))) - set(self.supervised)
-        return chat.encode(tokenizer, self.messages, unsupervised=others, tools=self.tools)
+        rule = reasoning_rule(tokenizer, "auto")
+        messages = [
+            m | {"content": rule.fold(m["content"], "")} if m["role"] == "assistant" else m
+            for m in self.messages
+        ]
+        return chat.encode(tokenizer, messages, unsupervised=others, tools=self.tools)
 
 
 def remember(tokenizer: Tokenizer, raw: RawTrace, token_ids: Sequence[int]) -> dict[str, Any]:

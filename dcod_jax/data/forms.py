@@ -25,7 +25,7 @@ from dcod_jax.data.columns import (
 )
 from dcod_jax.data.kept import Kept
 from dcod_jax.data.presets import COMPLETIONS, CONVERSATIONS, HUMAN, TOOLS, Fields, listed, plain
-from dcod_jax.data.reasoning import may_be_reasoning
+from dcod_jax.data.reasoning import may_be_reasoning, opened
 from dcod_jax.data.records import BadRecordError, Message, RawTrace, Record, Turns
 from dcod_jax.data.told import finish, finished, judged, numbered
 from dcod_jax.data.unpack import nulls, unpacked
@@ -252,13 +252,18 @@ def _check_template_kwargs(record: Record) -> None:
             )
 
 
-def _check_no_echo(record: Record, prompt: list[Message], completion: RawTrace) -> None:
-    """Refuse the prompt again before its continuation, as HF pipelines and echo=true give it."""
+def _check_border(record: Record, prompt: list[Message], completion: RawTrace) -> None:
+    """Refuse a prompt that is in its continuation, too (HF pipelines, echo=true), or begins it."""
     rows = [record, *(v[0] for v in record.values() if isinstance(v, list) and v)]
     choices = (answers.answer_of(record) or {}).get("choices")
     continued = any(isinstance(row, dict) and "generated_text" in row for row in rows)
     continued |= isinstance(choices, list) and bool((choices[0] or {}).get("text"))
     asked, said = prompt[-1]["content"].strip(), completion.messages[0]["content"].lstrip()
+    if (mark := opened(asked)) and asked.split("\n")[-1].strip() == mark:
+        raise BadRecordError(
+            f"the prompt ends with {mark}, which the student's template writes where it does; take "
+            "it out, and begin the completion with it"
+        )
     if continued and said.startswith(asked) and len(said) > len(asked) >= 8:
         raise BadRecordError(
             "the completion begins with its whole prompt, which would be trained as an answer; cut "
@@ -282,7 +287,7 @@ def _asked(prompt: list[Message], completion: RawTrace) -> list[Message]:
 def _turns(row: Row, prompt: list[Message], completion: RawTrace) -> dict[str, Any]:
     """The fields of the trace that hold its conversation: the prompt before the completion."""
     if prompt:
-        _check_no_echo(row.record, prompt, completion)
+        _check_border(row.record, prompt, completion)
     lead = row.system(prompt or completion.messages)
     earlier = [*lead, *_asked(prompt, completion)]
     turns = Turns(completion.messages, completion.unsupervised).after(earlier)

@@ -245,7 +245,12 @@ def stop_ids(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 def reasoning_rule(tokenizer: Tokenizer, policy: str) -> Reasoning:
     """How the tokenizer's template writes the reasoning of a message; <think> where it does not."""
-    rule, template = Reasoning(policy), chat_template(tokenizer)
+    return _rule(tokenizer, chat_template(tokenizer), policy)
+
+
+@functools.lru_cache(maxsize=8)
+def _rule(tokenizer: Tokenizer, template: str | None, policy: str) -> Reasoning:
+    rule = Reasoning(policy)
     if template is None:
         return rule
     asked = [{"role": "user", "content": "a"}]

@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 
 from dcod_jax.data.chat import EMPTY_THINKING
 from dcod_jax.data.conversation import recall
-from dcod_jax.data.reasoning import opening
+from dcod_jax.data.reasoning import of_channels, opening, split, without_marks
 from dcod_jax.data.tokenizer import Tokenizer, added_tokens, adds_space, steps_of, token_bytes
 from dcod_jax.data.turns import shared_prefix
 from dcod_jax.errors import DcodError
@@ -135,7 +135,7 @@ def _turns(side: str, tokenizer: Tokenizer, ids: np.ndarray, mask: np.ndarray) -
 
 def _turn_spans(content: str, ours: _Turn, theirs: _Turn) -> tuple[list[int], list[int]]:
     """The span of each token of a turn, the one that ends it included; -1 as in Alignment."""
-    one, other = _places(content, ours, theirs)
+    one, other, to_ours = _places(content, ours, theirs)
     # What both templates write around the text belongs to it.
     wholes = [b"".join(place.pieces) for place in (one, other)]
     left = shared_prefix(wholes[0][: one.start][::-1], wholes[1][: other.start][::-1])
@@ -143,7 +143,6 @@ def _turn_spans(content: str, ours: _Turn, theirs: _Turn) -> tuple[list[int], li
     for place, whole in zip((one, other), wholes, strict=True):
         for rest in (whole[: place.start - left], whole[place.stop + right :]):
             _check_template(place.turn, rest.decode("utf-8", "replace"))
-    size = len(one.text.encode())
 
     def ends(place: _Place, to_ours: Float[np.ndarray, " P"]) -> tuple[np.ndarray, np.ndarray]:
         """(where each token ends in our text, -1 in front of it, 0 inside, 1 behind it)."""
@@ -156,8 +155,8 @@ def _turn_spans(content: str, ours: _Turn, theirs: _Turn) -> tuple[list[int], li
         inner = to_ours[np.clip(last, 0, length)] + np.clip(last, -left, 0)
         return inner + np.clip(last - length, 0, right), side
 
-    mine, our_side = ends(one, np.arange(size + 1.0))
-    their, their_side = ends(other, _positions(other.text, one.text))
+    mine, our_side = ends(one, np.arange(one.stop - one.start + 1.0))
+    their, their_side = ends(other, to_ours)
     borders = np.intersect1d(mine[our_side == 0], their[their_side == 0])
     before, behind = (int((our_side == side).sum()) for side in (-1, 1))
     end = before + len(borders) + behind
@@ -179,7 +178,10 @@ def _check_template(turn: _Turn, text: str) -> None:
         )
 
 
-def _places(content: str, ours: _Turn, theirs: _Turn) -> tuple[_Place, _Place]:
+_Places = tuple[_Place, _Place, Float[np.ndarray, " P"]]  # with the place in ours of each byte
+
+
+def _places(content: str, ours: _Turn, theirs: _Turn) -> _Places:
     """Where both write the content of the message, or what stands behind its opened reasoning."""
     text = content.strip()
     behind = [text.removeprefix(mark).strip()] if (mark := opening(text)) else []
@@ -189,8 +191,10 @@ def _places(content: str, ours: _Turn, theirs: _Turn) -> tuple[_Place, _Place]:
         if (mine := _place(ours, forms)) is None:
             continue
         if their := _place(theirs, (mine.text, *forms)):
-            return mine, their
+            return mine, their, _positions(their.text, mine.text)
         missing = theirs
+    if found := _apart(content, ours, theirs):
+        return found
     written = b"".join(token_bytes(missing.tokenizer, missing.ids)).decode("utf-8", "replace")
     at = max(shared_prefix(written.lstrip(), text) - 10, 0)
     steps = (str(step["type"]) for step in steps_of(missing.tokenizer, "normalizer"))
@@ -202,13 +206,53 @@ def _places(content: str, ours: _Turn, theirs: _Turn) -> tuple[_Place, _Place]:
     )
 
 
-def _place(turn: _Turn, texts: Sequence[str]) -> _Place | None:
-    """Of the first of the texts that the tokens write."""
+def _apart(content: str, ours: _Turn, theirs: _Turn) -> _Places | None:
+    """Where both write reasoning and answer, each with its own marks around them.
+
+    The marks that begin the reasoning are one span, and so are those between the two.
+    """
+    found: list[list[_Place]] = [[], []]
+    parts = [part.strip() for part in of_channels(content) or split(content) if part.strip()]
+    for index, part in enumerate(parts):
+        forms = (part, *(unicodedata.normalize(form, part) for form in FORMS))
+        for turn, places in zip((ours, theirs), found, strict=True):
+            texts = (found[0][index].text, *forms) if turn is theirs else forms
+            place = _place(turn, texts, first=index < len(parts) - 1)
+            if place is None:
+                return None
+            places.append(place)
+    joined = []
+    for first, *rest in found:
+        whole, last = b"".join(first.pieces), rest[-1] if rest else first
+        between = whole[first.stop : last.start].decode("utf-8", "replace")
+        if without_marks(between).strip() or last.start < first.start:
+            return None
+        joined.append(
+            (first._replace(stop=last.stop), whole[: first.start].decode("utf-8", "replace"))
+        )
+    leads = {lead for _, lead in joined}
+    marked = len(leads) > 1 and all(opening(lead) == lead.strip() != "" for lead in leads)
+    one, other = (place._replace(start=0) if marked else place for place, _ in joined)
+    places = np.full(other.stop - other.start + 1, np.nan)
+    places[0] = 0
+    for mine, their in zip(*found, strict=True):
+        start = their.start - other.start
+        inside = mine.start - one.start + _positions(their.text, mine.text)
+        places[start : start + len(inside)] = inside
+    before = np.maximum.accumulate(np.nan_to_num(places, nan=-1.0))
+    return one, other, np.where(np.isnan(places), before + 0.5, places)
+
+
+def _place(turn: _Turn, texts: Sequence[str], *, first: bool = False) -> _Place | None:
+    """Of the first of the texts that the tokens write: its last place, or behind a first mark."""
     for text in texts:
         content = text.encode()
         pieces = _pieces(turn, content)
-        if (start := b"".join(pieces).rfind(content)) >= 0:
-            return _Place(turn, text, pieces, start, start + len(content))
+        whole = b"".join(pieces)
+        lead = opening(whole.decode("utf-8", "replace")).encode()
+        place = whole.find(content, whole.find(lead) + len(lead)) if first else whole.rfind(content)
+        if place >= 0:
+            return _Place(turn, text, pieces, place, place + len(content))
     return None
 
 

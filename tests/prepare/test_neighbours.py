@@ -253,6 +253,8 @@ DROPPED = {
         {"custom_id": "1", "params": {"messages": [USER]}, "result": {"type": "expired"}},
         {"messages": [USER], "response": {"promptFeedback": {"blockReason": "SAFETY"}}},
         {"messages": [USER], "choices": [{"message": PLAIN_TURN, "error": {"code": 502}}]},
+        {"input": ASKED, "output": [{"type": "message", "content": [{"type": "refusal",
+                                                                     "refusal": "No."}]}]},
     ],
 }  # fmt: skip
 
@@ -331,6 +333,12 @@ REFUSED = [
     ),
     ({"messages": [{"role": "system", "content": [*TEXT_PART, BLOCK]}, *TALK]}, {}, "is no answer"),
     *(({"prompt": ASKED, n: [SAID]}, {}, f"if it is {n}: ") for n in ("samples", "candidates")),
+    ({"prompt": f"{ASKED}\n<think>\n", "completion": SAID}, {}, "the prompt ends with <think>"),
+    (
+        {"problem": ASKED, "reasoning": THOUGHT, "r1_text": SAID},
+        {},
+        "if it is r1_text: prepare.completion_field=r1_text",
+    ),
     ({"prompt": ASKED, "generated_text": f"{ASKED} {SAID}"}, {}, "return_full_text=False"),
     ({"prompt": ASKED, "choices": [{"text": f"{ASKED} {SAID}"}]}, {}, "its whole prompt"),
     ({"messages": [USER, PLAIN_TURN | {"channel": "commentary"}, PLAIN_TURN]}, {}, "'commentary'"),

@@ -14,6 +14,7 @@ from dcod_jax.data import chat
 from dcod_jax.data.conversation import FIELDS, recall, remember
 from dcod_jax.data.records import RawTrace
 from dcod_jax.data.tokenizer import decode, token_bytes
+from dcod_jax.data.turns import reasoning_rule
 from dcod_jax.errors import DcodError
 from dcod_jax.score.alignment import align, score_aligned, with_scores
 from dcod_jax.types import Trace
@@ -236,6 +237,53 @@ def test_reasoning_that_one_template_opens_is_certain_to_it(student_opens):
         assert (scored.logprobs == -1).all()
     else:
         assert (scored.logprobs == [0] * len(mark) + [-1] * (len(inside) + 1)).all()
+
+
+# Qwen3's, which takes reasoning out of the text, and gpt-oss's, which has it in a channel.
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if '</think>' in m.content %}"
+    "<think>\n{{ m.content.split('</think>')[0].split('<think>')[-1].strip() }}\n</think>\n\n"
+    "{{ m.content.split('</think>')[-1].strip() }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+HARMONY = (
+    "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}"
+    "{% if m.thinking %}<|channel|>analysis<|message|>{{ m.thinking }}<|end|><|start|>assistant"
+    "{% endif %}<|channel|>final<|message|>{{ m.content }}<|return|>"
+    "{% else %}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+MARKS = {
+    CHATML: (b"<think>", b"</think>", b"<|im_end|>"),
+    THINKING: (b"<think>\n", b"\n</think>\n\n", b"<|im_end|>"),
+    HARMONY: (
+        b"<|channel|>analysis<|message|>",
+        b"<|end|><|start|>assistant<|channel|>final<|message|>",
+        b"<|return|>",
+    ),
+}
+PAIRS = [(CHATML, THINKING), (THINKING, CHATML), (THINKING, HARMONY), (HARMONY, THINKING)]
+
+
+@pytest.mark.parametrize(("one", "other"), [*PAIRS, (CHATML, HARMONY)])
+@pytest.mark.parametrize("thought", ["2, 3", "think", "é 5"])
+def test_reasoning_and_answer_are_matched_by_role(one, other, thought):
+    sides = []
+    for template, merges in ((one, []), (other, [*chain("2,"), *chain("5")])):
+        names = "<|start|> <|end|> <|message|> <|channel|> <|return|>".split()
+        sides.append(byte_level(merges))
+        sides[-1].chat_template = template
+        sides[-1].add_special_tokens({"additional_special_tokens": names})
+    rule = reasoning_rule(sides[0], "auto")  # as prepare folds it
+    trace = trace_of(sides[0], asked(rule.fold(f"<think>{thought}</think>5", "")))
+    found, ours, theirs = both(*sides, trace)
+    spans = list(zip(ours, theirs, strict=True))
+    assert b"".join(a for a, b in spans if a == b != b"<|im_end|>") == f"{thought}5".encode()
+    marks = zip(MARKS[one], MARKS[other], strict=True)
+    assert [pair for pair in spans if pair[0] != pair[1]] == [(a, b) for a, b in marks if a != b]
+    scored = with_scores(trace, found, np.full(len(found.teacher_spans), -1.0, np.float32))
+    assert scored.logprobs is not None
+    assert scored.logprobs.sum() == pytest.approx(-len(found.teacher_spans), rel=1e-6)
 
 
 def test_tool_calls_are_the_same_text_or_refused():
