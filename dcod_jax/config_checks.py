@@ -77,7 +77,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "optim.warmup_steps optim.max_skipped student.lora.rank "
         "optim.weight_decay optim.clip_norm optim.final_fraction train.eval_every "
         "train.eval_problems_every tune.budget "
-        "train.eval_batches train.save_every generate.temperature "
+        "train.eval_batches train.save_every train.local_every generate.temperature "
         "generate.top_k evaluate.limit evaluate.temperature evaluate.top_k evaluate.shots "
         "data.head_tokens on_policy.temperature drift.limit report.traces plan.hbm_gib "
         "hosts.processes "
@@ -245,6 +245,27 @@ def _profile_errors(text: str, steps: int) -> list[str]:
     ]
 
 
+def _local_errors(flat: dict[str, Any]) -> Iterator[str]:
+    """train.local_* that could not give a checkpoint, or would put it in the wrong place."""
+    names = ("local_dir", "local_every", "save_every")
+    directory, every, save_every = (flat[f"train.{name}"] for name in names)
+    if "://" in directory:
+        yield (
+            f"train.local_dir={directory} must be a directory on each host's own disk, such as "
+            "/mnt/disk/dcod_jax; for more frequent checkpoints in run_dir lower train.save_every"
+        )
+    elif bool(directory) != (every > 0):
+        yield (
+            f"train.local_dir={directory!r} and train.local_every={every} need each other: the "
+            "directory on each host's own disk, and the steps between checkpoints in it"
+        )
+    elif 0 < save_every <= every:
+        yield (
+            f"train.local_every={every} must be less than train.save_every={save_every}, or the "
+            "checkpoints in run_dir would be the newer ones"
+        )
+
+
 def _lora_errors(flat: dict[str, Any]) -> Iterator[str]:
     """student.lora.* that names no adapters, or adapters without a base."""
     rank, targets, base = (
@@ -356,7 +377,7 @@ def config_errors(flat: dict[str, Any], loss: LossConfig) -> list[str]:
 
 
 _CHECKS: tuple[Callable[[dict[str, Any]], Iterable[str]], ...] = (
-    *(_range_errors, _shape_errors, _conflicts, _hosts_errors),
+    *(_range_errors, _shape_errors, _conflicts, _hosts_errors, _local_errors),
     *(_lora_errors, _sampling_errors, teacher_errors),
     *(settings.held_out_errors, grid.config_errors),
 )

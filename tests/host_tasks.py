@@ -4,9 +4,11 @@
 
 `fit NAME` trains into run_dir/NAME, `stop STEP` sends this process SIGTERM before that step is
 read, `kill STEP` SIGKILL; `late` sends SIGTERM when no loop runs, `die N`
-kills it in its N-th shard. All do so on process 1 alone.
+kills it in its N-th shard. All do so on process 1 alone. From `slow` on process 0 takes a second to
+make the directories of a checkpoint.
 """
 
+import asyncio
 import os
 import signal
 import sys
@@ -14,6 +16,7 @@ import time
 from typing import Any
 
 import jax
+from orbax.checkpoint._src.path import atomicity
 
 from dcod_jax import config as configs
 from dcod_jax.cli import run_config_verb
@@ -62,6 +65,16 @@ def die_in(piece: int) -> None:
     score.score_traces = score_traces
 
 
+def slow_directories() -> None:
+    real = atomicity._create_paths
+
+    async def create(*arguments: Any, **options: Any) -> None:
+        await asyncio.sleep(1)
+        await real(*arguments, **options)
+
+    atomicity._create_paths = create
+
+
 def kept_tensors() -> list[bool]:
     """Whether this process gets each of the tensors that an export gathers."""
     real, kept = hf.tensor_of, []
@@ -92,6 +105,9 @@ def work(config) -> None:
                     time.sleep(2)  # the notice reaches the coordinator in a thread
                 hosts.barrier("the notice is there")
                 hosts.stop_if_noticed()
+            case ["slow"]:
+                if jax.process_index() == 0:
+                    slow_directories()
             case ["die", piece]:
                 if jax.process_index() == 1:
                     die_in(int(piece))

@@ -75,6 +75,16 @@ def test_values_are_read_as_the_type_of_their_key(text, expected):
         (["--config.evaluate.bs=1"], "did you mean 'evaluate.batch_size'?"),
         (["--config.compare=(sft, discord)"], "expected texts in parentheses or with commas"),
         (["--config", "/"], "--config /: a directory; a recipe is a Python file"),
+        (["--config.train.local_dir=/disk"], "train.local_every=0 need each other"),
+        (["--config.train.local_every=5"], "train.local_dir='' and train.local_every=5 need each"),
+        (
+            ["--config.train.local_dir=/disk", "--config.train.local_every=100"],
+            "train.local_every=100 must be less than train.save_every=100",
+        ),
+        (
+            ["--config.train.local_dir=gs://b/x", "--config.train.local_every=5"],
+            "train.local_dir=gs://b/x must be a directory on each host's own disk",
+        ),
         (["--config.seed"], "--config.seed needs a value"),
         (["--config", "no/such.py"], "no such file"),
     ],

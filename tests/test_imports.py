@@ -34,7 +34,8 @@ LEVELS = """
     evaluate.generations evaluate.statistics evaluate.metrics
     train.metrics train.optim train.profiling train.settings
     tune.grid config_checks config doctor cli
-    train.checksums train.checkpointer train.checkpoint_reader train.forward train.step
+    train.checksums train.checkpointer train.checkpoint_reader train.local_checkpoints
+    train.checkpoints train.forward train.step
     score.teacher score.alignment score.scoring score.dialects score.server
     prepare.delivered prepare.overlap prepare.filters
     generate_traces.command prepare.command score.command inspect.arguments inspect.command

@@ -27,6 +27,7 @@ from dcod_jax.stores import RemotePath
 from dcod_jax.train import metrics
 from dcod_jax.train.checkpoint_reader import read_params
 from dcod_jax.train.checkpointer import Checkpointer, Snapshot
+from dcod_jax.train.local_checkpoints import LocalCheckpoints
 from dcod_jax.types import TrainState
 
 pytestmark = pytest.mark.usefixtures("copy_cache")
@@ -201,6 +202,22 @@ def test_checkpoints_are_saved_and_restored_in_cloud_storage(gcs):
     ):
         read_params(run, wrong, best_metric="eval/nll")
     again.close()
+
+
+def test_local_checkpoints_beside_those_in_cloud_storage(gcs, tmp_path):
+    for expected in (None, 2):
+        shared = Checkpointer(gcs / "beside", beside_local=True)
+        local = LocalCheckpoints(shared, directory=str(tmp_path), every=1)
+        found = local.restore(jax.tree.map(jnp.asarray, state_of(0)), before=9)
+        assert (found.step if found else None) == expected
+        if expected is None:
+            shared.save(Snapshot(state=state_of(1), step=1, config={}))
+            local.save(Snapshot(state=state_of(2), step=2, config={}))
+            local.own.wait()
+        shared.close()
+    assert Checkpointer(gcs / "beside").steps() == [1]
+    local.close()
+    assert [path.name for path in (gcs / "beside" / "checkpoints").iterdir()] == ["1"]
 
 
 def test_a_half_written_checkpoint_in_cloud_storage_is_not_restored(gcs):

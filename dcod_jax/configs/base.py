@@ -194,6 +194,8 @@ def _training(c: Any) -> None:
     c.train.eval_problems_every = 0  # steps between two rounds of them; 0: train.eval_every
     c.train.save_every = 100  # steps between checkpoints; 0: only at the end
     c.train.keep = 2  # newest checkpoints kept, beside the best
+    c.train.local_dir = ""  # also save to this directory of each host's own disk; empty: do not
+    c.train.local_every = 0  # steps between checkpoints in train.local_dir, less than save_every
     # eval/nll | eval/loss | accuracy (of train.eval_problems): chooses the checkpoint that is kept
     # and exported; empty: the newest
     c.train.best_metric = "eval/nll"  # the better of two equal ones is the later

@@ -36,8 +36,6 @@ from dcod_jax.stores import RemotePath
 from dcod_jax.train import checksums
 from dcod_jax.types import Params, TrainState
 
-log = logging.getLogger(__name__)
-
 ITEMS = ("params", "opt_state", "run")
 _PROGRESS = {"iterator": mapping(), "tokens_seen": whole(0, 1 << 62)}
 _PROGRESS |= {"on_policy": mapping(items=number(0, 1e300)), "data": optional(mapping())}
@@ -49,9 +47,10 @@ _RUN = {"step": whole(0, 1 << 53), "metrics": mapping()}
 _RUN |= {"config": mapping({"student": optional(mapping(_STUDENT))})}
 _RUN |= {"progress": mapping(_PROGRESS)}
 REMOVED = ".removed"  # beside the steps: those that are no longer kept, until they are gone
-# What Orbax warns of at each save without held-out metrics, and what it logs, with a traceback, of
-# an error that the next save or wait raises.
-EXPECTED_WARNINGS = ("did not provide metrics", "_SignalingThread.run() raised an exception")
+# What Orbax warns of at each save of a local checkpoint, and at each without held-out metrics.
+# And what it logs, with a traceback, of an error that the next save or wait raises.
+EXPECTED_WARNINGS = ("primary_host=None", "did not provide metrics")
+EXPECTED_WARNINGS += ("_SignalingThread.run() raised an exception",)
 # Orbax asks for them at each save, for a log line; tensorstore 0.1 frees none, 50 KB a save.
 tensorstore.experimental_collect_matching_metrics = lambda *_: []
 
@@ -93,25 +92,22 @@ class Checkpointer:
         *,
         keep: int = 2,
         best_metric: str = "",
-        every: int = 0,
-        past_damage: bool = False,
+        local: bool = False,
+        beside_local: bool = False,
     ):
-        """every: steps between two saves; 0: at the end only. past_damage: a damaged checkpoint is
-        set aside where it is not the only one."""
-        self.best_metric, self.every, self.past_damage = best_metric, every, past_damage
+        """local: run_dir is of this process alone, which saves its shards and waits for no other;
+        beside_local: such checkpoints are written in the same run."""
+        self.local, self.best_metric = local, best_metric
         self.directory = as_path(run_dir).resolve() / "checkpoints"
         if isinstance(self.directory, RemotePath) and self.directory.protocol != "gs":
             raise DcodError(
                 f"run_dir={run_dir}: checkpoints need a local directory or gs://bucket/name"
             )
-        for step in finished(self.directory) if best_metric else []:
-            # Orbax reads the metrics as it opens them.
-            with self._damage_allowed(steps := finished(self.directory), step):
-                checksums.verify(self.directory, step, ("metrics",), steps=steps)
-        self._explained = functools.partial(explain, self.directory)
+        self._explained = functools.partial(explain, self.directory, local=local)
         self.place = epath.Path(str(self.directory))  # Orbax's own way to gs://
         kept: list[Any] = [policies.LatestN(keep)]
-        options: dict[str, Any] = {"cleanup_tmp_directories": True}
+        # local_checkpoints.py removes half-written local ones.
+        options: dict[str, Any] = {"cleanup_tmp_directories": not local}
         if best_metric:
             options |= {"best_fn": lambda metrics: rank(metrics, best_metric), "best_mode": "min"}
             kept.append(
@@ -130,35 +126,23 @@ class Checkpointer:
         asynchronous.post_finalization_callback = lambda: checksums.write(
             self._unnamed(), self._saving
         )
-        if jax.process_count() > 1:
+        if jax.process_count() > 1 and not local:
             self._all_written = ocp.multihost.get_barrier_sync_fn()
             asynchronous.barrier_sync_fn = self._barrier
+        # Orbax waits for directories made in the background under a number that counts the saves
+        # of a process. A process that gave up its local checkpoints has another number than
+        # process 0: it would write before the directory is made, and lose its part.
+        asynchronous.create_directories_asynchronously = not (local or beside_local)
         options["async_options"] = asynchronous
         logging.getLogger("absl").addFilter(_unexpected)
         with self._explained(what="open"):
             self.directory.mkdir(parents=True, exist_ok=True)
-            self.manager = ocp.CheckpointManager(
-                self.place, item_names=ITEMS, options=ocp.CheckpointManagerOptions(**options)
-            )
-
-    @contextlib.contextmanager
-    def _damage_allowed(self, steps: list[int], step: int) -> Iterator[None]:
-        """Set a damaged checkpoint aside, if the run may go past it; steps: those before the body.
-
-        The directory cannot tell afterwards: the first process may have moved the step already.
-        """
-        try:
-            yield
-        except checksums.DamagedCheckpointError as error:
-            if not self.past_damage or len(steps) == 1:
-                raise
-            log.warning("%s; set aside", error)
-            checksums.set_aside(self.directory, step)
-
-    def due(self, step: int, *, stop: bool) -> bool:
-        """Whether to save at this step; `stop`: the loop ends here."""
-        wanted = stop or (self.every > 0 and step > 0 and step % self.every == 0)
-        return wanted and step not in self.steps()
+            if local:
+                self.manager = _local_manager(self.place, options)
+            else:
+                self.manager = ocp.CheckpointManager(
+                    self.place, item_names=ITEMS, options=ocp.CheckpointManagerOptions(**options)
+                )
 
     def steps(self) -> list[int]:
         """Steps that can be restored, oldest first."""
@@ -174,9 +158,10 @@ class Checkpointer:
         progress = {key: getattr(snapshot, key) for key in names}
         run = {key: getattr(snapshot, key) for key in ("step", "config", "metrics")}
         run[checksums.PROMISED] = checksums.NAME
+        tree: Any = ocp.args.PyTreeSave if self.local else ocp.args.StandardSave
         items = ocp.args.Composite(
-            params=ocp.args.StandardSave(snapshot.state.params),
-            opt_state=ocp.args.StandardSave(_moments(snapshot.state)),
+            params=tree(snapshot.state.params),
+            opt_state=tree(_moments(snapshot.state)),
             run=ocp.args.JsonSave(run | {"progress": progress}),
         )
         ranked = snapshot.metrics if self.best_metric in snapshot.metrics else None
@@ -188,7 +173,7 @@ class Checkpointer:
 
     def _remove_old(self) -> None:
         """Remove the checkpoints that retention renamed: none is half-removed under its name."""
-        if not isinstance(self.directory, RemotePath) and jax.process_index() == 0:
+        if not isinstance(self.directory, RemotePath) and (self.local or jax.process_index() == 0):
             remove_tree(self.directory / REMOVED)
 
     def _unnamed(self) -> Path:
@@ -226,14 +211,6 @@ class Checkpointer:
             self._remove_old()
         self.manager.close()
 
-    def newest(self, like: TrainState) -> Snapshot | None:
-        """The run at its newest checkpoint, or None; damaged ones are set aside if they may be."""
-        while steps := self.steps():
-            with self._damage_allowed(steps, steps[-1]):
-                return self.restore(like)
-            self.manager.reload()  # something else changed the directory
-        return None
-
     def restore(self, like: TrainState, *, step: int | None = None) -> Snapshot:
         """The run at a step (default: the newest), laid out as the arrays or shapes of `like`."""
         steps = self.steps()
@@ -242,14 +219,16 @@ class Checkpointer:
         elif step is None or step not in steps:
             asked = "a checkpoint" if step is None else f"step {step}"
             raise DcodError(f"{self.directory}: {asked} was expected, but it holds steps {steps}")
-        args = ocp.args.Composite(
-            params=ocp.args.StandardRestore(restoring(like.params)),
-            opt_state=ocp.args.StandardRestore(restoring(_moments(like))),
-            run=ocp.args.JsonRestore(),
-        )
-        checksums.verify(self.directory, step, ITEMS, steps=steps)
+        items: dict[str, Any] = {}
+        for name, tree in (("params", like.params), ("opt_state", _moments(like))):
+            items[name] = ocp.args.StandardRestore(tree := restoring(tree))
+            if self.local:
+                how = ocp.checkpoint_utils.construct_restore_args(tree)
+                items[name] = ocp.args.PyTreeRestore(tree, restore_args=how)
+        checksums.verify(self.directory, step, ITEMS, steps=steps, alone=self.local)
         with self._explained(step):
             check_shapes(self.place / str(step) / "params", like.params)
+            args = ocp.args.Composite(**items, run=ocp.args.JsonRestore())
             found: Any = self.manager.restore(step, args=args)
         state = TrainState(
             step=put(jnp.int32(step), getattr(like.step, "sharding", None)),
@@ -261,7 +240,9 @@ class Checkpointer:
 
 
 @contextlib.contextmanager
-def explain(directory: Path, step: int | None = None, *, what: str = "restore") -> Iterator[None]:
+def explain(
+    directory: Path, step: int | None = None, *, what: str = "restore", local: bool = False
+) -> Iterator[None]:
     """Errors of Orbax and of the disk become DcodErrors that name what is left and what to do."""
     try:
         yield
@@ -273,6 +254,9 @@ def explain(directory: Path, step: int | None = None, *, what: str = "restore") 
         where = directory / str(step) if step is not None else directory
         text = " ".join(str(error).split())[:400] or type(error).__name__
         full = "space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
+        if local:  # the caller says what follows from it
+            text = "no space left on the disk" if "space left" in str(error) else text
+            raise DcodError(f"{where}: cannot {what} a local checkpoint: {text}") from error
         there = finished(directory)
         others = [other for other in there if other != step]
         if full:
@@ -365,3 +349,39 @@ def _moments(state: TrainState) -> dict[str, PyTree]:
 
 def _unexpected(record: logging.LogRecord) -> bool:
     return not any(text in record.getMessage() for text in EXPECTED_WARNINGS)
+
+
+class _LocalManager(ocp.CheckpointManager):
+    """Saves of one process among several, perhaps at other moments than the others'."""
+
+    def reached_preemption(self, step: int) -> bool:
+        # The service would take the step of a late save for the step that the loop is at, and all
+        # processes could agree on a step that is past already.
+        return False
+
+
+def _local_manager(place: epath.Path, options: dict[str, Any]) -> ocp.CheckpointManager:
+    """Every process is its own primary host and writes each shard it holds, whichever replica."""
+    processes = ocp.options.MultiprocessingOptions(
+        primary_host=None,
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix=f"local-{jax.process_index()}",
+    )
+    arrays = ocp.type_handlers.ArrayHandler(
+        primary_host=None, replica_id=None, use_replica_parallel=False
+    )
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    handlers: dict[str, Any] = {
+        item: ocp.PyTreeCheckpointHandler(
+            multiprocessing_options=processes, type_handler_registry=registry
+        )
+        for item in ("params", "opt_state")
+    }
+    handlers["run"] = ocp.JsonCheckpointHandler(multiprocessing_options=processes)
+    return _LocalManager(
+        place,
+        item_handlers=handlers,
+        options=ocp.CheckpointManagerOptions(
+            **options, create=False, multiprocessing_options=processes
+        ),
+    )

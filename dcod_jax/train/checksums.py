@@ -62,18 +62,22 @@ def write_part(directory: Path, process: int) -> None:
     replace_file(directory / f"{NAME}.{process}", to_json(named))
 
 
-def verify(home: Path, step: int, items: Sequence[str], *, steps: Sequence[int] = ()) -> None:
+def verify(
+    home: Path, step: int, items: Sequence[str], *, steps: Sequence[int] = (), alone: bool = False
+) -> None:
     """Compare the files of these items of a checkpoint with what was saved; () stands for all.
 
-    Of several processes each reads every n-th file, and all call this. Raises
-    DamagedCheckpointError, which names the file and the newest whole one of `steps`.
+    Of several processes each reads every n-th file, and all call this; alone: one reads all of its
+    own. Raises DamagedCheckpointError, which names the file and the newest whole one of `steps`.
     """
-    problem = _problem(home, step, items)
+    problem = _problem(home, step, items, alone=alone)
     if not problem:
         return
     text = f"{home / str(step)} is damaged: {problem}"
+    if alone:  # the caller says what follows from it
+        raise DamagedCheckpointError(text)
     others = sorted(set(steps) - {step}, reverse=True)
-    good = next((other for other in others if not _problem(home, other, ())), None)
+    good = next((other for other in others if not _problem(home, other, (), alone=False)), None)
     if good is None:
         raise DamagedCheckpointError(
             f"{text}; no other checkpoint is whole: restore the file from a copy, or move the "
@@ -94,11 +98,16 @@ def set_aside(home: Path, step: int) -> None:
     hosts.barrier("a damaged checkpoint set aside")
 
 
-def _problem(home: Path, step: int, items: Sequence[str]) -> str:
+def _problem(home: Path, step: int, items: Sequence[str], *, alone: bool) -> str:
     """What is wrong with a checkpoint, the same on all processes; "" for nothing."""
-    share = slice(hosts.process_index(), None, hosts.count())
-    found = _own_problem(home / str(step), step, items, share=share)
-    return next(filter(None, hosts.exchange("checksums", found)), "")
+    found = _own_problem(home / str(step), step, items, share=slice(None) if alone else _share())
+    texts = [found] if alone else hosts.exchange("checksums", found)
+    return next(filter(None, texts), "")
+
+
+def _share() -> slice:
+    process = hosts.process_index()
+    return slice(None) if process is None else slice(process, None, hosts.count())
 
 
 def _own_problem(directory: Path, step: int, items: Sequence[str], *, share: slice) -> str:

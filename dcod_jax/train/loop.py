@@ -21,8 +21,10 @@ from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.plan.remat import choose_remat
 from dcod_jax.train import learned_from
 from dcod_jax.train.checkpointer import Checkpointer, Snapshot
+from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.train.forward import make_forward
 from dcod_jax.train.held_out import HeldOut, reading
+from dcod_jax.train.local_checkpoints import LocalCheckpoints
 from dcod_jax.train.on_policy import OnPolicy
 from dcod_jax.train.profiling import GOODPUT
 from dcod_jax.train.settings import best_metric
@@ -32,7 +34,6 @@ from dcod_jax.train.setup import (
     load_base,
     load_live_teacher,
     load_student,
-    open_checkpoints,
     open_datasets,
 )
 from dcod_jax.train.step import configured_step, make_eval_step
@@ -60,7 +61,7 @@ def _fit(config: Any, name: str, student: Student, entered: float, end: int) -> 
     optimizer, train_step, eval_step = _make_steps(config, student, mesh, base)
     of = (student.config, student.tokenizer, mesh)
     held_out = HeldOut(config, *of, dataset=eval_set, eval_step=eval_step, base=base)
-    checkpoints = open_checkpoints(config, held_out.known(best_metric(config)))
+    checkpoints = Checkpoints(config, best_metric=held_out.known(best_metric(config)))
     learns_from = learned_from.parts(config, student.tokenizer, train_set, eval_set)
     run = initial_snapshot(config, student, optimizer, mesh, checkpoints, learns_from)
     batches = pipeline.train_batches(
@@ -84,13 +85,13 @@ def _fit(config: Any, name: str, student: Student, entered: float, end: int) -> 
             began, last = time.monotonic(), run.step == end
             stop = interrupted(run.step) or last
             evaluate = held_out.due(run.step, run.metrics, last=last)
-            save = checkpoints.due(run.step, stop=stop)
-            if evaluate or save:
+            checkpointer = checkpoints.due(run.step, stop=stop)
+            if evaluate or checkpointer:
                 telemetry.settle()
             if evaluate:
                 _measure(evaluate, run, held_out, telemetry)
-            if save:
-                _save(config, run, batches, telemetry, checkpoints)
+            if checkpointer:
+                _save(config, run, batches, telemetry, checkpointer)
             if stop:
                 break
             step = run.step + 1
@@ -128,7 +129,11 @@ def _measure(names: list[str], run: Snapshot, held_out: HeldOut, telemetry: Tele
 
 
 def _save(
-    config: Any, run: Snapshot, batches: Any, telemetry: Telemetry, checkpointer: Checkpointer
+    config: Any,
+    run: Snapshot,
+    batches: Any,
+    telemetry: Telemetry,
+    checkpointer: Checkpointer | LocalCheckpoints,
 ) -> None:
     run_dir = as_path(config.run_dir)
     with telemetry.timed("save", f"saving step {run.step}"):

@@ -41,7 +41,8 @@ from dcod_jax.train.checkpoint_reader import (
     read_record,
     read_student,
 )
-from dcod_jax.train.checkpointer import Checkpointer, Record, Snapshot, finished, sharded_shapes
+from dcod_jax.train.checkpointer import Record, Snapshot, finished, sharded_shapes
+from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.train.forward import TeacherModel
 from dcod_jax.train.held_out import questions
 from dcod_jax.train.metrics import TRACES
@@ -55,7 +56,8 @@ log = logging.getLogger(__name__)
 # order of floating-point sums.
 FREE = (
     "run_dir compare log_level compilation_cache mesh. student.remat student.attention "
-    "train.gradient_sums train.log_every train.eval train.save_every train.keep train.best_metric "
+    "train.gradient_sums train.log_every train.eval train.save_every train.keep train.local_ "
+    "train.best_metric "
     "train.progress train.microbatches optim.offload optim.max_skipped loss.head data.prefetch "
     "data.verify_checksums data.traces data.eval data.split "
     "data.dataset teacher. prepare. score. generate. evaluate. drift. report. export. plan. tune. "
@@ -208,25 +210,17 @@ def load_base(config: Any, student: Student, mesh: Mesh) -> tuple[Params, ...]:
     return (hf.load_model(config.student.path, dtype=dtype, mesh=mesh)[1],)
 
 
-def open_checkpoints(config: Any, best_metric: str = "") -> Checkpointer:
-    """The checkpoints of the run, by train.*; best_metric: one that is measured."""
-    settings = config.train
-    past = settings.on_damaged_checkpoint == "previous"
-    options = {"keep": settings.keep, "every": settings.save_every, "past_damage": past}
-    return Checkpointer(config.run_dir, best_metric=best_metric, **options)
-
-
 def initial_snapshot(
     config: Any,
     student: Student,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-    checkpoints: Checkpointer,
+    checkpoints: Checkpoints,
     learns_from: dict[str, Any],
 ) -> Snapshot:
     """The run that the loop continues, with parameters from the first of these that exists.
 
-    1. run_dir's newest checkpoint: the whole run;
+    1. run_dir's newest checkpoint, or a newer one on the processes' own disks: the whole run;
     2. train.init_from: the parameters of another run's newest checkpoint, at step 0;
     3. student.path: HF or GGUF weights, where all of them are trained;
     4. random ones: of student.config, or new adapters beside student.path.
@@ -235,13 +229,15 @@ def initial_snapshot(
     options: dict[str, Any] = {"mesh": mesh, "model_config": student.config}
     options["offload"] = config.optim.offload
     like = init_state(shapes, optimizer, **options, abstract=True)
-    if found := checkpoints.newest(like):
-        _check_same_run(config, found.config, checkpoints.directory)
-        log.info("resuming %s at step %d", config.run_dir, found.step)
+    if found := checkpoints.restore(like, before=config.train.steps):
+        _check_same_run(config, found.config, checkpoints.shared.directory)
+        local = checkpoints.local.newest  # 0 unless the run was restored from there
+        where = f", from the local checkpoints in {config.train.local_dir}" if local else ""
+        log.info("resuming %s at step %d%s", config.run_dir, found.step, where)
         data = learned_from.goes_on_with(
             learns_from,
             found,
-            checkpoints.directory,
+            checkpoints.shared.directory,
             accept=config.train.accept_changed_data,
             steps=config.train.steps,
         )

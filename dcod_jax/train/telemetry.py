@@ -23,7 +23,8 @@ from dcod_jax.parallel import hosts
 from dcod_jax.plan import chips
 from dcod_jax.plan.estimate import step_flops
 from dcod_jax.train import trace_weights
-from dcod_jax.train.checkpointer import Checkpointer, Snapshot
+from dcod_jax.train.checkpointer import Snapshot
+from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.train.metrics import MetricsWriter, StepMetrics, is_logged
 from dcod_jax.train.profiling import PHASES, Goodput, Tracer
 from dcod_jax.train.settings import loss_config
@@ -61,7 +62,7 @@ class Telemetry:
         run: Snapshot,
         student: Student,
         dataset: TraceDataset,
-        checkpoints: Checkpointer,
+        checkpoints: Checkpoints,
         *,
         name: str,
         entered: float,
@@ -262,9 +263,10 @@ class Telemetry:
 
     def _not_finite(self, done: Pending, values: dict[str, float]) -> str:
         ids = self._traces(done)
-        self.checkpoints.wait()
-        steps = self.checkpoints.steps()
-        good = f"step {steps[-1]} in {self.checkpoints.directory}" if steps else "none"
+        shared = self.checkpoints.shared
+        shared.wait()
+        steps = shared.steps()
+        good = f"step {steps[-1]} in {shared.directory}" if steps else "none"
         return (
             f"step {done.step}: loss={values['loss']}, grad_norm={values['grad_norm']}; the state "
             f"was not saved. Last good checkpoint: {good}. Traces of the batch: {ids}. "

@@ -25,6 +25,7 @@ from dcod_jax.score.command import score
 from dcod_jax.train import checksums
 from dcod_jax.train import loop as train
 from dcod_jax.train.checkpointer import ITEMS, Checkpointer
+from dcod_jax.train.local_checkpoints import LocalCheckpoints
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +171,70 @@ def test_a_stopped_run_goes_on_to_the_same_bits(place, two, again):
     [first, _] = succeed(tasks(place, "fit c"))
     assert "resuming" in said(first)
     same_run(place, two[0] / "c", two[0] / "a")
+
+
+@pytest.fixture(scope="module")
+def local(place, two):
+    """Two runs of which process 1 is killed at step 6, after local saves of 1, 2, 4 and 5.
+
+    The first goes on with both disks; the second's process 1 comes back with an empty one, and of
+    a third the disk of process 1 refuses everything; a fourth is told to stop. Each process holds
+    half of every array, so the other half is on no disk of its own.
+    """
+    disk = place / "disk"
+    more = [f"--config.train.local_dir={disk}", "--config.train.local_every=1"]
+    more += ["--config.mesh.data=1", "--config.mesh.fsdp=4"]
+    homes = {}
+    for name in ("kept", "replaced", "refused", "halted"):
+        shared = Checkpointer(two[0] / name)
+        homes[name] = LocalCheckpoints(shared, directory=str(disk), every=1).home.parent
+        shared.close()
+    first = finish(tasks(place, "fit kept kill 6", *more))
+    left = {path.parts[-4] for path in homes["kept"].glob("process-*/*/checkpoints/5")}
+    second = finish(tasks(place, "fit kept; fit replaced kill 6", *more))
+    shutil.rmtree(homes["replaced"] / "process-1")
+    homes["refused"].mkdir(parents=True)
+    (homes["refused"] / "process-1").write_text("not a directory")
+    third = succeed(
+        tasks(place, "fit sound; fit replaced; slow; fit refused; fit halted stop 3", *more),
+        code=EXIT_INTERRUPTED,
+    )
+    for ends in (first, second):
+        assert [end[0] for end in ends] == [EXIT_PEER, -signal.SIGKILL], ends
+    return left, second, third, homes
+
+
+@pytest.mark.long
+def test_a_killed_run_goes_on_from_the_local_step_to_the_same_bits(place, two, local):
+    left, second, _, homes = local
+    assert left == {"process-0", "process-1"}
+    assert f"resuming {two[0] / 'kept'} at step 5, from the local checkpoints in" in said(second[0])
+    same_run(place, two[0] / "kept", two[0] / "sound")
+    assert not homes["kept"].exists()
+
+
+@pytest.mark.long
+def test_a_process_without_its_disk_sends_all_to_the_shared_step(place, two, local):
+    told = said(local[2][0])
+    assert re.search(r"local checkpoints: process 1 \(.*\) has none of step 5; not used", told)
+    assert f"resuming {two[0] / 'replaced'} at step 3\n" in told
+    same_run(place, two[0] / "replaced", two[0] / "sound")
+
+
+@pytest.mark.long
+def test_a_disk_that_refuses_on_one_process_leaves_the_shared_saves_alone(place, two, local):
+    errors = local[2][1][2]
+    assert errors.count("warning: process 1 (") == 1
+    assert str(local[3]["refused"] / "process-1") in errors
+    same_run(place, two[0] / "refused", two[0] / "sound")
+
+
+@pytest.mark.long
+def test_a_sigterm_between_local_saves_saves_in_the_shared_directory(two, local):
+    *_, third, homes = local
+    step = int(re.search(r"interrupted, saved at step (\d+) in", said(third[0]))[1])
+    assert Checkpointer(two[0] / "halted").steps()[-1] == step
+    assert not homes["halted"].exists()
 
 
 @pytest.mark.long

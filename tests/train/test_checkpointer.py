@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import shutil
+import types
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from dcod_jax.parallel import mesh as meshes
 from dcod_jax.train import checksums
 from dcod_jax.train.checkpoint_reader import read_params, read_record
 from dcod_jax.train.checkpointer import ITEMS, Checkpointer, Snapshot, finished
+from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.types import TrainState
 
 OPTIMIZER = optax.adamw(1e-2)
@@ -260,46 +262,33 @@ def test_a_checkpoint_of_before_is_restored_and_told(damaged, caplog):
 
 
 def policy(run_dir, what):
-    return Checkpointer(run_dir, best_metric="eval/nll", every=1, past_damage=what == "previous")
+    train = {"save_every": 1, "keep": 2, "local_dir": "", "local_every": 0}
+    settings = types.SimpleNamespace(**train, on_damaged_checkpoint=what)
+    config = types.SimpleNamespace(run_dir=run_dir, train=settings)
+    return Checkpoints(config, best_metric="eval/nll")
 
 
 def test_a_run_goes_on_from_the_whole_step_where_it_may(two_steps, damaged, caplog):
     flip(damaged / "checkpoints" / "2" / "run" / "metadata", None)
     with pytest.raises(DcodError, match="step 1 is whole"):
-        policy(damaged, "stop").newest(make_state())
+        policy(damaged, "stop").restore(make_state(), before=9)
     checkpoints = policy(damaged, "previous")
-    found = checkpoints.newest(make_state())
+    found = checkpoints.restore(make_state(), before=9)
     assert_equal(found.state, two_steps[1][0])
     assert "run/metadata has checksum" in caplog.text
     assert (damaged / "damaged" / "2" / "run" / "metadata").is_file()
-    assert checkpoints.due(2, stop=False)
-    checkpoints.save(dataclasses.replace(found, step=2))
+    due = checkpoints.due(2, stop=False)
+    assert due is checkpoints.shared
+    due.save(dataclasses.replace(found, step=2))
     checkpoints.close()
-    assert policy(damaged, "stop").newest(make_state()).step == 2
-
-
-def test_a_step_that_the_first_process_has_moved_is_passed_by_the_others(damaged, monkeypatch):
-    flip(damaged / "checkpoints" / "2" / "run" / "metadata", None)
-    checkpoints = policy(damaged, "previous")
-    verify, set_aside = checksums.verify, checksums.set_aside
-
-    def late(home, step, items, **options):
-        try:
-            verify(home, step, items, **options)
-        except DcodError:
-            set_aside(home, step)  # by the first process, before this one asks what is left
-            raise
-
-    monkeypatch.setattr(checksums, "verify", late)
-    monkeypatch.setattr(checksums, "set_aside", lambda home, step: None)
-    assert checkpoints.newest(make_state()).step == 1
+    assert policy(damaged, "stop").restore(make_state(), before=9).step == 2
 
 
 def test_damaged_metrics_are_named_before_orbax_reads_them(damaged):
     truncate(damaged / "checkpoints" / "1" / "metrics" / "metrics", None)
     with pytest.raises(DcodError, match=r"checkpoints/1 is damaged: metrics/metrics has 8 bytes"):
         policy(damaged, "stop")
-    assert policy(damaged, "previous").newest(make_state()).step == 2
+    assert policy(damaged, "previous").restore(make_state(), before=9).step == 2
     assert (damaged / "damaged" / "1").is_dir()
 
 
@@ -307,7 +296,7 @@ def test_the_only_checkpoint_is_never_set_aside(damaged):
     shutil.rmtree(damaged / "checkpoints" / "1")
     flip(damaged / "checkpoints" / "2" / "run" / "metadata", None)
     with pytest.raises(DcodError, match="no other checkpoint is whole"):
-        policy(damaged, "previous").newest(make_state())
+        policy(damaged, "previous").restore(make_state(), before=9)
     assert finished(damaged / "checkpoints") == [2]
 
 

@@ -38,6 +38,7 @@ from dcod_jax.score.command import score
 from dcod_jax.train import checksums, command, learned_from, setup
 from dcod_jax.train import loop as train
 from dcod_jax.train.checkpointer import Checkpointer, Snapshot
+from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.train.held_out import reading
 from dcod_jax.train.optim import make_optimizer
 from dcod_jax.train.settings import optim_config
@@ -114,7 +115,7 @@ def test_mfu_counts_the_head_where_it_is_compiled_and_a_live_teachers_forward_pa
     batch, _ = next(batches)
     assert batch["head_positions"].shape == (16, 32)
     run = Snapshot(state=TrainState(jnp.int32(0), {}, (), adaptive.initial()), step=0)
-    checkpoints = setup.open_checkpoints(config)
+    checkpoints = Checkpoints(config, best_metric="")
     with Telemetry(config, run, student, dataset, checkpoints, name="", entered=0.0) as telemetry:
         model = student.config
         linear = sum(p.size for p in jax.tree.leaves(transformer.param_shapes(model)["layers"]))
@@ -281,10 +282,11 @@ def test_a_finished_run_is_left_alone_but_for_what_a_kill_left(place, reference)
         return sorted((path, path.stat().st_mtime_ns) for path in paths)
 
     before = there()
-    left = reference / "goodput.json.tmp"
-    left.write_text('{"atte')
+    left = [reference / "goodput.json.tmp", reference / "checkpoints" / "local.txt.tmp"]
+    for file in left:
+        file.write_text('{"atte')
     assert train.fit(load(place, reference)) == 8
-    assert not left.exists()
+    assert not any(file.exists() for file in left)
     assert there() == before
 
 
@@ -378,7 +380,7 @@ def first_snapshot(config):
         student,
         optimizer,
         train.make_mesh(),
-        setup.open_checkpoints(config),
+        Checkpoints(config, best_metric=""),
         learned_from.parts(config, student.tokenizer, *datasets),
     )
 
