@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
 import pathlib
 import re
@@ -36,10 +37,7 @@ def load(argv: Sequence[str], *, verb: str) -> Any:
     """
     recipe, overrides, wants_help = _parse(argv)
     config = load_recipe(recipe or (STUDY if verb == "study" else BASE))
-    if lacking := keys(load_recipe(BASE)).keys() - keys(config).keys():
-        raise DcodError(
-            f"{recipe}: get_config() returned a config without {min(lacking)!r}; {_BEGIN}"
-        )
+    _check_types(recipe, keys(config))
     for key, text in overrides:
         assign(config, key, text)
     if wants_help:
@@ -52,6 +50,22 @@ def load(argv: Sequence[str], *, verb: str) -> Any:
         )
     check(config)
     return FrozenConfigDict(config)
+
+
+def _check_types(recipe: str, found: dict[str, Any]) -> None:
+    """Raise DcodError where a recipe took keys away, added some, or unlocked their types."""
+    known = keys(load_recipe(STUDY))
+    lacking = {key for key in known if not key.startswith("study.")} - found.keys()
+    if wrong := lacking or found.keys() - known.keys():
+        what = "without" if lacking else "with the unknown key"
+        key = min(wrong)
+        hint = "" if lacking else nearest(key, known)
+        raise DcodError(f"{recipe}: get_config() returned a config {what} {key!r}{hint}; {_BEGIN}")
+    for key, value in found.items():
+        kinds = {type(known[key])} | ({int} if type(known[key]) is float else set())
+        if value is not None and type(value) not in kinds | ({str} if key in AUTOMATIC else set()):
+            expected = _EXPECTED[type(known[key]).__name__]
+            raise DcodError(f"{recipe}: {key}={str(value)[:80]!r}: expected {expected}")
 
 
 def _parse(argv: Sequence[str]) -> tuple[str, list[tuple[str, str]], bool]:
@@ -103,8 +117,9 @@ def load_recipe(path: Location) -> Any:
     except (Exception, SystemExit) as error:
         raise DcodError(_recipe_error(path, error)) from error
     finally:
-        sys.path.remove(str(path.parent))
-    if not isinstance(config, ConfigDict):
+        with contextlib.suppress(ValueError):  # a recipe may change the path
+            sys.path.remove(str(path.parent))
+    if not isinstance(config, ConfigDict) or isinstance(config, FrozenConfigDict):
         raise DcodError(
             f"{path}: get_config() returned {type(config).__name__}, not a ConfigDict; {_BEGIN}"
         )
@@ -203,10 +218,13 @@ def _read(key: str, text: str, old: Any) -> Any:
             return float(text)
         if kind is tuple:
             if text.startswith(("(", "[")):
-                return tuple(ast.literal_eval(text))
+                found = ast.literal_eval(text)
+                if not isinstance(found, tuple | list):  # of ('a') tuple() would make letters
+                    raise wrong
+                return tuple(found)
             element = type(old[0]) if old else str
             return tuple(element(part.strip()) for part in text.split(",") if part.strip())
-    except (KeyError, ValueError, SyntaxError, TypeError):
+    except (KeyError, ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         raise wrong from None
     return text
 
@@ -218,7 +236,7 @@ def keys(config: Any, prefix: str = "") -> dict[str, Any]:
         if isinstance(value, (ConfigDict, FrozenConfigDict)):
             flat |= keys(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value
+            flat[f"{prefix}{name}"] = value
     return flat
 
 

@@ -226,7 +226,7 @@ def _hosts_errors(flat: dict[str, Any]) -> Iterator[str]:
             f"hosts.processes={count} and hosts.process_id={own} need hosts.coordinator="
             "host:port of process 0; leave all three out where hosts.cluster knows them"
         )
-    if address and (not host or not port.isdigit()):
+    if address and not (host and re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 1 << 16):
         yield f"hosts.coordinator={address!r} must be host:port of process 0"
     if address and not 0 <= own < count:
         yield (
@@ -236,7 +236,7 @@ def _hosts_errors(flat: dict[str, Any]) -> Iterator[str]:
 
 
 def _profile_errors(text: str, steps: int) -> list[str]:
-    found = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text)
+    found = re.fullmatch(r"([1-9]\d{0,9}):([1-9]\d{0,9})", text)
     if not text or (found and int(found[1]) <= int(found[2]) <= steps):
         return []
     return [

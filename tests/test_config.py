@@ -74,6 +74,9 @@ def test_values_are_read_as_the_type_of_their_key(text, expected):
         (["--config.optim.lr=1"], "did you mean 'optim.learning_rate'?"),
         (["--config.evaluate.bs=1"], "did you mean 'evaluate.batch_size'?"),
         (["--config.compare=(sft, discord)"], "expected texts in parentheses or with commas"),
+        (["--config.compare=('sft')"], "expected texts in parentheses or with commas"),
+        ([f"--config.compare=({'-' * 9999}1,)"], "expected texts in parentheses or with commas"),
+        (["--config.profile.steps=1:" + "9" * 5000], "must be first:last, such as 10:13"),
         (["--config", "/"], "--config /: a directory; a recipe is a Python file"),
         (["--config.train.local_dir=/disk"], "train.local_every=0 need each other"),
         (["--config.train.local_every=5"], "train.local_dir='' and train.local_every=5 need each"),
@@ -148,6 +151,14 @@ def test_a_mistake_in_a_recipe_is_named_with_its_line(tmp_path, monkeypatch, bod
         ),
         (["return 3"], "get_config() returned int, not a ConfigDict; begin it with"),
         (["c.run_dir = 'a\\0b'"], "must be a text without NUL characters"),
+        (["with c.unlocked(): c.train.stpes = 3"], "unknown key 'train.stpes'; did you mean 'trai"),
+        (["with c.unlocked(): c.more = {1: 2}"], "unknown key 'more.1'"),
+        (["with c.ignore_type(): c.train.steps = 'x'"], "train.steps='x': expected a whole number"),
+        (["with c.ignore_type(): c.run_dir = 3"], "run_dir='3': expected a text"),
+        (["with c.ignore_type(): c.compare = 'abc'"], "compare='abc': expected texts"),
+        (["c.seed = True"], "seed='True': expected a whole number"),
+        (["c.loss.weights.temperature = True"], "loss.weights.temperature='True': expected a num"),
+        (["from ml_collections import FrozenConfigDict", "c = FrozenConfigDict(c)"], "FrozenConf"),
     ],
 )
 def test_a_recipe_may_raise_anything(tmp_path, body, said):
@@ -155,6 +166,10 @@ def test_a_recipe_may_raise_anything(tmp_path, body, said):
         config.load(recipe(tmp_path, body), verb="train")
     assert said in str(caught.value)
     assert "mine.py" in str(caught.value) or "run_dir" in str(caught.value)
+
+
+def test_a_recipe_may_change_the_path_of_imports(tmp_path):
+    config.load(recipe(tmp_path, ["import sys", "sys.path.pop(0)"]), verb="train")
 
 
 def test_a_recipe_without_get_config_or_with_a_broken_import_is_named(tmp_path):

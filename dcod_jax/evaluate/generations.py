@@ -173,7 +173,7 @@ def read_generations(path: Location) -> list[Generation]:
     found = []
     for source, record in read_records(as_path(path)):
         check(record, _LINE, source=source)
-        found.append(Generation(**mapping(_LINE).kept(record)))
+        found.append(Generation(**{"extracted": None} | mapping(_LINE).kept(record)))
     return found
 
 

@@ -79,12 +79,23 @@ def load_config(path: Location) -> tuple[ModelConfig, dict[str, Any]]:
     directory = _directory(path)
     file = directory if directory.is_file() else directory / "config.json"
     if is_adapter(directory):
-        config, raw = load_config(peft.read(directory)["base_model_name_or_path"])
+        config, raw = load_config(_base_of(directory))
         return _with_stop_ids(config, file), raw
     if not file.is_file():
         raise DcodError(f"{directory}: no config.json in it; expected an HF model directory")
     raw = read_json(file)
     return _with_stop_ids(configs.from_hf(raw, source=str(file)), file), raw
+
+
+def _base_of(directory: Path) -> str:
+    """The model that adapters belong to; DcodError where that is a directory of adapters, too."""
+    base = peft.read(directory)["base_model_name_or_path"]
+    if is_adapter(as_path(base)):
+        raise DcodError(
+            f"{directory / peft.ADAPTER_CONFIG}: base_model_name_or_path={base} holds adapters, no "
+            "model; merge them with PEFT (merge_and_unload, save_pretrained) and name that"
+        )
+    return base
 
 
 def _with_stop_ids(config: ModelConfig, file: Path) -> ModelConfig:
@@ -158,7 +169,7 @@ def _load_adapted(
     directory: Path, *, dtype: DTypeLike, mesh: Mesh | None
 ) -> tuple[ModelConfig, Params]:
     settings = peft.read(directory)
-    found, base = load_model(settings["base_model_name_or_path"], dtype=dtype, mesh=mesh)
+    found, base = load_model(_base_of(directory), dtype=dtype, mesh=mesh)
     whole = dataclasses.replace(found, lora=peft.lora_of(settings, weight_map(directory)))
     shardings = None if mesh is None else lora.trained_shardings(whole, mesh)
     adapter = load_params(directory, whole, shardings=shardings, form="peft")
@@ -237,7 +248,7 @@ def _fingerprint(path: Location) -> str:
         whole.update(bytes.fromhex(content_sha256(file)))
         hosts.moved()
     if directory.is_dir() and is_adapter(directory):
-        whole.update(_fingerprint(peft.read(directory)["base_model_name_or_path"]).encode())
+        whole.update(_fingerprint(_base_of(directory)).encode())
     return whole.hexdigest()
 
 

@@ -26,7 +26,7 @@ from dcod_jax import config as configs
 from dcod_jax.bounds import check, mapping, number, optional, text, whole
 from dcod_jax.configs.study import study_keys
 from dcod_jax.errors import DcodError
-from dcod_jax.files import from_json, naming
+from dcod_jax.files import from_json, naming, read_whole
 
 MAIN = "main"  # the condition whose learning rates the others take over, where it has the arm
 # Keys that say where things are or what else is run, not what a run is.
@@ -142,7 +142,7 @@ class Results:
         own = ("test", run.condition, run.seed)
         for line in self.done.values():
             same = (line["kind"], line["condition"], line["seed"]) == own
-            if same and line["start"] != start:
+            if same and line.get("start") != start:
                 raise DcodError(
                     f"{self.path}: arm {line['arm']!r} of condition {run.condition!r}, seed "
                     f"{run.seed}, began from a start that solves other problems than the one that "
@@ -175,7 +175,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise DcodError(f"{path}: no such file; python -m dcod_jax.study writes it")
     lines = []
-    *complete, _ = path.read_bytes().split(b"\n")
+    *complete, _ = read_whole(path).split(b"\n")
     for place, raw in enumerate(complete, 1):
         try:
             line = from_json(raw)

@@ -101,7 +101,7 @@ def read_student(
     """
     model = hf.read_config(source)
     run = read_record(place, key=key)
-    whole = lora.with_adapter(model, run.config.get("student", {}).get("lora"))
+    whole = lora.with_adapter(model, (run.config.get("student") or {}).get("lora"))
     which: dict[str, Any] = {"step": step, "best_metric": best_metric, "key": key}
     params, record = read_params(place, sharded_shapes(whole, mesh), **which)
     if whole.lora is None:

@@ -332,10 +332,11 @@ def record_of(run: Any, *, source: object) -> dict[str, Any]:
     if known := run["progress"].get("data"):
         check(known, _DATA, source=source)
     for name, value in run["metrics"].items():
-        if type(value) not in (int, float):  # it may be NaN
+        if type(value) is not float and whole(-(1 << 53), 1 << 53).fault(value):  # it may be NaN
             raise DcodError(f"{source}: run.metrics[{name!r}]={value!r:.80} must be a number")
     found = {key: run[key] for key in ("step", "config", "metrics")}
-    return found | mapping(_PROGRESS).kept(run["progress"])
+    kept = mapping(_PROGRESS).kept(run["progress"])
+    return found | {key: value for key, value in kept.items() if value is not None}
 
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import time
 from typing import Any
 
@@ -126,7 +127,8 @@ def _earlier(run_dir: Path, start: int) -> list[dict[str, Any]]:
     found = read_json(run_dir / GOODPUT)
     check(found, _FILE, source=f"{run_dir / GOODPUT} (without it the count begins anew)")
     attempts = found["attempts"]
-    if unnamed := [key for one in attempts for key in one["steps_at_save"] if not key.isdecimal()]:
+    saves = [key for attempt in attempts for key in attempt["steps_at_save"]]
+    if unnamed := [key for key in saves if not re.fullmatch("[0-9]{1,16}", key)]:
         raise DcodError(f"{run_dir / GOODPUT}: steps_at_save names no step: {unnamed[0]!r:.80}")
     if attempts and not attempts[-1]["ended"]:
         last, path = attempts[-1], run_dir / "metrics.jsonl"

@@ -18,7 +18,7 @@ import logging
 from typing import Any
 
 from dcod_jax import config as configs
-from dcod_jax.bounds import array, check, mapping, optional, text, whole
+from dcod_jax.bounds import array, check, mapping, number, optional, text, whole
 from dcod_jax.errors import DcodError
 from dcod_jax.evaluate.metrics import number_table, show
 from dcod_jax.files import Path, as_path, check_own, read_json, replace_file, to_json
@@ -82,7 +82,8 @@ def _train(run: Any, name: str, steps: int) -> dict[str, Any]:
     return {"metrics": read_record(run.run_dir, step=steps).metrics}
 
 
-_RESULT = {"name": text(), "step": whole(0, 1 << 53), "metrics": optional(mapping())}
+_RESULT = {"name": text(), "step": whole(0, 1 << 53), "error": optional(text())}
+_RESULT |= {"metrics": optional(mapping(items=number(-1e308, 1e308)))}
 _CONTENT = {"plan": mapping(), "results": array(mapping(_RESULT))}
 
 
@@ -97,6 +98,12 @@ class _Results:
         if path.is_file():
             self.content = read_json(path)
             check(self.content, _CONTENT, source=path)
+            for line in self.content["results"]:
+                if not line.get("error") and metric not in (line.get("metrics") or {}):
+                    raise DcodError(
+                        f"{path}: the result of {line['name']!r:.80} has neither {metric} nor an "
+                        "error; take it out, and that round of the candidate is done again"
+                    )
             if self.content["plan"] != of:
                 changed = [key for key in of if self.content["plan"].get(key) != of[key]]
                 raise DcodError(
@@ -121,7 +128,7 @@ class _Results:
         return [line for line in self.content["results"] if line["name"] == name]
 
     def failed(self, name: str) -> bool:
-        return any("error" in line for line in self.of(name))
+        return any(line.get("error") for line in self.of(name))
 
     def known(self, name: str, steps: int) -> bool:
         """Whether this round of the candidate is done; nothing more is asked of a failed one."""
@@ -132,7 +139,7 @@ class _Results:
 
         def key(name: str) -> tuple[Any, ...]:
             lines = self.of(name)
-            metrics = lines[-1].get("metrics", {}) if lines else {}
+            metrics = (lines[-1].get("metrics") if lines else None) or {}
             return self.failed(name), rank(metrics, self.metric), rank(metrics, "eval/nll")
 
         return sorted(names, key=key)
@@ -143,7 +150,7 @@ class _Results:
         return f"{self.metric} {self._value(last)} at step {last['step']}"
 
     def _value(self, line: dict[str, Any]) -> str:
-        if "error" in line:
+        if line.get("error"):
             return "failed"
         value = line["metrics"][self.metric]
         return f"{value:.1%}" if self.metric == "eval/accuracy" else f"{value:.4f}"

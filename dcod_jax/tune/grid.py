@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from dcod_jax.errors import DcodError, nearest
 # Keys that every candidate must share, or accuracies and steps could not be compared.
 SHARED = ("run_dir", "compare", "tune.", "train.steps", "train.best_metric", "train.eval")
 SHARED += ("evaluate.", "data.", "prepare.", "generate.", "score.", "hosts.", "mesh.")
+_MOST = 1000  # candidates
 
 
 def candidates(grid: Sequence[str], known: Container[str]) -> list[tuple[str, ...]]:
@@ -35,6 +37,8 @@ def candidates(grid: Sequence[str], known: Container[str]) -> list[tuple[str, ..
             for change in changes:
                 _check_key(change, entry, known)
             axes[-1].append(tuple(changes))
+    if (count := math.prod(map(len, axes))) > _MOST:
+        raise DcodError(f"tune.grid names {count:,} candidates; at most {_MOST:,} are tried")
     found = [tuple(itertools.chain(*parts)) for parts in itertools.product(*axes)]
     for changes in found:
         keys = [change.partition("=")[0] for change in changes]

@@ -63,6 +63,7 @@ GENERATION = {"id": "a", "completion": "", "answer": "1", "extracted": None, "co
 GENERATION |= {"finished": True, "tokens": 1, "sample": 0, "reason": "", "repeats": False}
 GENERATION |= {"difficulty": ""}
 COUNTS, METRICS = {"done": 1, "by": {"a": 1}}, {"step": 1, "loss": 0.5}
+ABSENT = object()
 FIRST = "000000000-000000001.json"
 MODEL = from_hf(tiny.raw_config(), source="tiny")
 RESULT = {"kind": "tune", "condition": "main", "arm": "sft", "seed": 1, "rate": 1e-3}
@@ -71,7 +72,11 @@ RESULT |= {
     "curves": {"nll": 1.0},
     "drift": {"excess": 1},
 }
+RESULT["start"] = {"in": "ff"}
+PLAN = {"candidates": ["c1"], "rounds": [], "metric": "eval/nll"}
+TUNED = {"name": "c1", "step": 1, "metrics": {"eval/nll": 1.0}}
 ATTEMPT = {"from_step": 0, "step": 1, "elapsed": 1.0, "steps_at_save": {"1": 1.0}, "ended": ""}
+LONG = "9" * 5000  # digits, which int() refuses
 ATTEMPT |= dict.fromkeys(PARTS, 0.0)
 
 
@@ -113,6 +118,20 @@ def _study(path):
     return [round(line["accuracy"]["validation"], 9) for line in results.done.values()]
 
 
+def _start(path):
+    run = conditions.Run("test", "main", "dft", 1, 1e-3)
+    conditions.Results(path).check_start(run, RESULT["start"])
+
+
+def _tune(path):
+    results = _Results(path, ("c1",), [], "eval/nll")
+    [first, *_] = results.order(["c1"])
+    if results.known(first, 1):
+        results.text(first)
+    with contextlib.redirect_stdout(io.StringIO()):
+        results.show({"c1": ()}, first)
+
+
 @pytest.mark.parametrize(
     ("name", "read", "good"),
     [
@@ -122,12 +141,10 @@ def _study(path):
         (f"{BlockFiles([Path('a')], {'seed': 0}).directory}/{FIRST}", _counts, COUNTS),
         (f"{scores.score_blocks(Path(), {'shards': []}, {}, {}).directory}/{FIRST}", _notes, NOTE),
         ("results.jsonl", _study, RESULT),
+        ("results.jsonl", _start, RESULT | {"kind": "test"}),
         ("a.jsonl", lambda path: read_generations(path)[0].tokens + 1, GENERATION),
-        (
-            "tune.json",
-            lambda path: _Results(path, (), [], "eval/nll"),
-            {"plan": {"candidates": [], "rounds": [], "metric": "eval/nll"}, "results": []},
-        ),
+        ("tune.json", _tune, {"plan": PLAN, "results": [TUNED]}),
+        ("tune.json", _tune, {"plan": PLAN, "results": [TUNED, TUNED | {"error": "nan"}]}),
         ("metrics.jsonl", lambda path: sum(next(metrics.read_metrics(path)).values()), METRICS),
     ],
 )
@@ -142,14 +159,26 @@ def test_what_a_run_reads_of_its_own_is_checked_to_the_leaves(tmp_path, name, re
             places += [(parts, place) for place in range(len(parts))]
     for inner, key in places:
         kept = inner[key]
-        for junk in ("x", [[None]], {"y": []}, True):
+        for junk in ("x", [[None]], {"y": []}, True, None, 10**400, ABSENT):
             inner[key] = junk
+            if junk is ABSENT:
+                del inner[key]
             path.write_text(json.dumps(good) + "\n")
             with contextlib.suppress(DcodError):
                 read(path)
+            if junk is ABSENT and isinstance(inner, list):
+                inner.insert(key, kept)
         inner[key] = kept
     path.write_text(json.dumps(good) + "\n")
     read(path)
+
+
+def test_a_step_of_thousands_of_digits_is_named(tmp_path):
+    (tmp_path / "goodput.json").write_text(
+        json.dumps({"attempts": [ATTEMPT | {"steps_at_save": {LONG: 1.0}}]})
+    )
+    with pytest.raises(DcodError, match="steps_at_save names no step: '999"):
+        _goodput(tmp_path / "goodput.json")
 
 
 def test_blocks_that_overlap_are_named(tmp_path):

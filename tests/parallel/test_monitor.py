@@ -64,6 +64,13 @@ def test_a_stall_is_blamed_on_those_that_wait_for_nobody():
         (["hosts.processes=2"], r"hosts.processes=2 and hosts.process_id=-1 need hosts.coord"),
         (["hosts.coordinator=a:1", "hosts.processes=2"], "process_id=-1 must be one of 0 to 1"),
         (["hosts.coordinator=a", "hosts.processes=1", "hosts.process_id=0"], "must be host:port"),
+        *(
+            (
+                [f"hosts.coordinator=a:{port}", "hosts.processes=1", "hosts.process_id=0"],
+                "host:port",
+            )
+            for port in ("0", "65536", "\u00b2", "9" * 5000)
+        ),
         (["hosts.cluster=slrum"], "did you mean 'slurm'"),
         (["hosts.heartbeat=0"], "hosts.heartbeat=0.0 must be greater than 0"),
     ],

@@ -193,9 +193,11 @@ def test_an_answer_without_an_end_and_one_that_sends_elsewhere(tokenizer, fault,
     """A redirect would take the trace, and the key, to a host that nobody typed."""
     with serve("vllm", MODEL, tokenizer) as fake:
         teacher = open_server(fake, tokenizer, retries=0)
+        if "not whole" in message:
+            teacher = dataclasses.replace(teacher, timeout=0.1)
         fake.faults = [fault]
         with pytest.raises(DcodError, match=rf"trace 't0': .*{message}"):
-            dataclasses.replace(teacher, timeout=0.1).score(make_traces(1), top_k=0)
+            teacher.score(make_traces(1), top_k=0)
 
 
 def chunked(status):

@@ -289,6 +289,8 @@ def test_a_peft_directory_is_read_as_the_model_that_it_makes(place, adapters):
         ("peft_type", "IA3", "only LORA"),
         ("r", 0, "r"),
         ("r", 3, "has shape"),
+        ("base_model_name_or_path", str(adapters), "holds adapters, no model; merge them"),
+        ("base_model_name_or_path", str(place / "changed"), "holds adapters, no model"),  # itself
     ):
         changed = place / "changed"
         shutil.copytree(adapters, changed, dirs_exist_ok=True)

@@ -47,6 +47,7 @@ def test_candidates_are_every_combination_of_the_alternatives():
         (("train.steps=10|20",), "train.steps is the same for all candidates"),
         (("evaluate.shots=0|8",), "evaluate.shots is the same"),
         ((f"{RATE}=1|1",), "the same candidate twice"),
+        ((f"{RATE}={'|'.join(map(str, range(99)))}",) * 9, "candidates; at most 1,000 are tried"),
         ((f"{RATE}=1|2", f"{RATE}=3|4"), f"sets {RATE} twice"),
     ],
 )
