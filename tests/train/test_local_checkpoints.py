@@ -291,7 +291,8 @@ def test_a_full_disk_is_told_once_and_the_finished_ones_stay(tmp_path, small_dis
     [place] = small_disk.glob("run-*/process-0/*/checkpoints")
     assert [path.name for path in place.iterdir()] == ["1"]
     _, restored = run.start()
-    assert restored is not None and restored.step == 1
+    assert restored is not None
+    assert restored.step == 1
 
 
 # ---------------------------------------------------------------- a whole run
