@@ -31,9 +31,10 @@ def serve(path: str) -> None:
     importlib.import_module("tensorboardX.event_file_writer")
     gc.freeze()
     parent = os.getppid()
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
+    with packets() as listener:
+        listener.bind(f"{path}.tmp")
         listener.listen()
+        os.rename(f"{path}.tmp", path)  # nobody asks before it listens
         listener.settimeout(PATIENCE)
         while os.getppid() == parent:
             with contextlib.suppress(ChildProcessError):
@@ -49,15 +50,20 @@ def serve(path: str) -> None:
     answer(asking)
 
 
+def packets() -> socket.socket:
+    """A socket whose messages come whole."""
+    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
 def answer(asking: socket.socket) -> None:
     asking.settimeout(None)
     text, streams, *_ = socket.recv_fds(asking, 1 << 20, 3)
     if child := os.fork():
         for stream in streams:
             os.close(stream)
-        asking.sendall(child.to_bytes(WIDTH, signed=True))
+        asking.send(child.to_bytes(WIDTH, signed=True))
         _, status = os.waitpid(child, 0)
-        asking.sendall(os.waitstatus_to_exitcode(status).to_bytes(WIDTH, signed=True))
+        asking.send(os.waitstatus_to_exitcode(status).to_bytes(WIDTH, signed=True))
         os._exit(0)
     asking.close()
     for number, stream in enumerate(streams):
@@ -85,19 +91,24 @@ def perform(kind: str, *words: str) -> None:
 
 
 def ask(path: str, told: int, words: list[str]) -> None:
-    with socket.socket(socket.AF_UNIX) as server:
+    with packets() as server:
         server.connect(path)
         request = json.dumps([words, os.getcwd(), dict(os.environ)])
         socket.send_fds(server, [request.encode()], [0, 1, 2])
-        number = lambda: int.from_bytes(server.recv(WIDTH, socket.MSG_WAITALL), signed=True)  # noqa: E731
-        pid = number()
+        pid = number(server)
         if told:
             os.write(told, str(pid).encode())
             os.close(told)
-        code = number()
+        code = number(server)
     if code < 0:
         os.kill(os.getpid(), -code)
     os._exit(code)
+
+
+def number(server: socket.socket) -> int:
+    if not (text := server.recv(WIDTH)):
+        raise SystemExit("the server of forks ended")
+    return int.from_bytes(text, signed=True)
 
 
 @functools.cache

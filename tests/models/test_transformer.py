@@ -76,9 +76,9 @@ def test_remat_changes_no_gradient():
     params, tokens = _params(config), _tokens(2, 80)
     runs = {
         kept: jax.jit(jax.value_and_grad(_loss(config, remat=kept)))(params, tokens)
-        for kept in ("none", "dots", "attention", "full", "dots:1")
+        for kept in ("none", "full", "dots:1")  # one layer keeps attention, the other all products
     }
-    for kept in ("dots", "attention", "full", "dots:1"):
+    for kept in ("full", "dots:1"):
         _assert_close(runs[kept], runs["none"])
 
 
@@ -253,8 +253,10 @@ def test_mesh_that_does_not_divide_is_refused(changes, key):
         transformer.hidden_states(config, _params(config), _tokens(8, 4), mesh=mesh)
 
 
-@pytest.mark.parametrize("chunk", [256, 32])  # the cache is read at once, in three chunks
-@pytest.mark.parametrize(("split", "transposed"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("split", "transposed", "chunk"),  # the cache is read at once, in three chunks
+    [(False, False, 256), (True, True, 256), (False, False, 32), (True, False, 32)],
+)
 def test_cache_reads_only_what_was_written_and_is_not_ahead(monkeypatch, split, transposed, chunk):
     monkeypatch.setattr(cached, "CACHE_CHUNK", chunk)
     config = _config(**(WINDOWED if chunk == 32 else {}))

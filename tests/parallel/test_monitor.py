@@ -5,6 +5,7 @@ import signal
 import socket
 import threading
 
+import forks
 import pytest
 from host_runs import finish, launch
 
@@ -152,6 +153,16 @@ def test_an_error_ends_a_process_whose_coordinator_is_frozen(monkeypatch, capsys
     client.thawed.set()
     failing.join()
     monitor.reporter.running.communicate()
+
+
+def test_a_fork_ends_as_its_program_and_a_signal_is_the_programs(tmp_path):
+    """Of tests/forks.py, in which the processes of a run are started."""
+    code = "import os, sys; print(os.getcwd(), os.environ['OWN']); sys.exit(3)"
+    done = forks.run(["-c", code], cwd=tmp_path, env=os.environ | {"OWN": "own"})
+    assert (done.returncode, done.stdout) == (3, f"{tmp_path} own\n"), done.stderr
+    with forks.Started(["-c", "import time; time.sleep(60)"]) as started:
+        started.send_signal(signal.SIGKILL)
+    assert started.returncode == -signal.SIGKILL
 
 
 # ---------------------------------------------------------------- lost and stuck peers

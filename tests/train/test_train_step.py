@@ -167,7 +167,11 @@ TRACE = loss_config(scope="sequence", temperature=0.7, unit="spread", smoothing=
 
 @pytest.mark.parametrize(
     ("sizes", "microbatches", "cfg"),
-    [((1, 1, 1), 4, None), ((2, 2, 2), 2, TRACE), ((1, 2, 2, 2), 1, None)],
+    [
+        pytest.param((1, 1, 1), 4, None, marks=pytest.mark.long),
+        ((2, 2, 2), 2, TRACE),
+        ((1, 2, 2, 2), 1, None),
+    ],
     ids=["accumulated", "trace-eight-devices", "context"],
 )
 def test_microbatches_and_devices_change_nothing(sizes, microbatches, cfg):
@@ -194,7 +198,9 @@ def test_what_waits_in_host_memory_changes_no_bit(more):
 SCOPED = loss_config(scope="prefix", normalize="sequence", temperature=0.7)
 
 
-@pytest.mark.parametrize("cfg", [None, SCOPED], ids=["token", "prefix"])
+@pytest.mark.parametrize(
+    "cfg", [pytest.param(None, marks=pytest.mark.long), SCOPED], ids=["token", "prefix"]
+)
 def test_packed_equals_unpacked(cfg):
     together = one_step(packed(), cfg=cfg)
     alone = one_step(pack([[i] for i in range(DOCUMENTS)], length=9), cfg=cfg, rows=DOCUMENTS)
