@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 
 VERBS = ("drift", "evaluate", "export", "generate_traces", "inspect", "plan", "prepare", "report")
 PATIENCE = 5.0  # seconds between two looks whether the server's parent is still there
@@ -42,7 +43,9 @@ def serve(path: str) -> None:
                     pass
             with contextlib.suppress(TimeoutError):
                 asking, _ = listener.accept()
-                if not os.fork():
+                with warnings.catch_warnings(action="ignore"):  # threads of imported libraries wait
+                    child = os.fork()
+                if not child:
                     break
                 asking.close()
         else:

@@ -121,7 +121,7 @@ def test_no_expression_takes_long(kind: str) -> None:
     answer, reference = HOSTILE[kind]
     start = time.process_time()
     assert not equal(answer, reference)
-    assert time.process_time() - start < 2  # under beartype; without bounds, for ever
+    assert time.process_time() - start < 10  # 1 on two cores; without bounds, for ever
 
 
 def test_a_number_of_too_many_chinese_digits_is_none() -> None:

@@ -168,7 +168,7 @@ def test_algebra_agrees_and_keeps_order() -> None:
 def test_an_answer_that_is_made_to_take_forever_is_wrong_at_once(answer: str) -> None:
     started = time.process_time()
     assert grade(f"\\boxed{{{answer}}}", "5 + x").reason == "wrong"
-    assert time.process_time() - started < 2.0  # under beartype; without bounds, days
+    assert time.process_time() - started < 10  # 1 on two cores; without bounds, days
 
 
 def test_an_item_without_a_reference_passes_ungraded() -> None:
@@ -185,7 +185,7 @@ def test_a_long_text_is_searched_in_linear_time() -> None:
         started = time.process_time()
         extract_answer(text)
         reference_answer(text)
-        assert time.process_time() - started < 3  # a quadratic search takes minutes
+        assert time.process_time() - started < 10  # a quadratic search takes minutes
 
 
 @pytest.mark.shared
