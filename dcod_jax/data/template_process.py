@@ -97,11 +97,7 @@ def _compiled(template: str) -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = _tojson
-    environment.globals |= {
-        "raise_exception": _refuse,
-        "dict": PlainDict(),
-        "namespace": Namespace,
-    }
+    environment.globals |= {"raise_exception": _refuse, "dict": PlainDict(), "namespace": Namespace}
     return environment.from_string(template)
 
 

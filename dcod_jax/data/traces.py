@@ -210,13 +210,7 @@ def _contents(sources: Sequence[Source], longest: int) -> Generator[tuple[str, C
 
 
 def _traces_of(
-    content: Content,
-    fields: Fields,
-    where: str,
-    requests: Kept,
-    answered: Kept,
-    *,
-    longest: int,
+    content: Content, fields: Fields, where: str, requests: Kept, answered: Kept, *, longest: int
 ) -> list[RawTrace]:
     """The traces of one record; a request is remembered for the outputs that follow."""
     if isinstance(content, TooLong):
