@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
 from collections.abc import Sequence
 
 from dcod_jax.data.tokenizer import Tokenizer, decode, library_errors
 from dcod_jax.data.turns import shared_prefix, special_names, special_tokens
 from dcod_jax.errors import DcodError
-
-_TOGETHER = 1 << 16  # characters that are tokenised together, which takes some 100 bytes for each
 
 
 @functools.lru_cache(maxsize=1)
@@ -21,20 +20,11 @@ def _known(tokenizer: Tokenizer) -> dict[str, list[int]]:
 
 def encode_ahead(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
     """Encode what `encode_plain` will be asked for: together, it takes less time."""
-    known = _known(tokenizer)
+    known, backend = _known(tokenizer), tokenizer.backend_tokenizer
     known.clear()
-    left = list(texts)
-    while left:
-        some = [left.pop()]
-        while left and sum(map(len, some)) + len(left[-1]) <= _TOGETHER:
-            some.append(left.pop())
-        try:
-            with library_errors():
-                encode = tokenizer.backend_tokenizer.encode_batch_fast
-                found = encode(some, add_special_tokens=False)
-        except ValueError:  # told of each text where it is asked for
-            continue
-        known |= {text: encoding.ids for text, encoding in zip(some, found, strict=True)}
+    with contextlib.suppress(ValueError), library_errors():  # told of the text that is asked for
+        found = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        known |= {text: encoding.ids for text, encoding in zip(texts, found, strict=True)}
 
 
 def encode_plain(tokenizer: Tokenizer, text: str) -> list[int]:

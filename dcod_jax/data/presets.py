@@ -85,12 +85,12 @@ class Fields:
     prompt: str = ""
     completion: str = ""
     answer: str = "answer"
-    system_prompt: str = ""  # the text of a system message for traces that have none
     reasoning_field: str = ""
+    verdict: str = ""  # a preset's column with a verdict under a name of its own
+    system_prompt: str = ""  # the text of a system message for traces that have none
     reasoning: Reasoning = _AS_WRITTEN
     teacher: str = "teacher"
     weight: str = ""  # empty: traces have no weights
-    verdict: str = ""  # a preset's column with a verdict under a name of its own
 
     def chosen(self) -> list[str]:
         """The names that are no synonyms."""
@@ -98,44 +98,30 @@ class Fields:
         return [name for name in (*parts, self.teacher, self.weight, self.verdict) if name]
 
 
-def _preset(
-    prompt: str, completion: str, answer: str = "answer", reasoning: str = "", verdict: str = ""
-) -> Fields:
-    return Fields(prompt, completion, answer, reasoning_field=reasoning, verdict=verdict)
-
-
-_CHAT = _preset("", "messages")
-_SHAREGPT = _preset("", "conversations")
+_DEEPSEEK = ("deepseek_attempt", "answer", "deepseek_thinking_trajectory", "deepseek_grade")
 PRESETS = {
-    "openr1": _preset("problem", "generations", "answer"),
-    "openthoughts": _SHAREGPT,
-    "openthoughts_metadata": _preset(
-        "problem", "deepseek_solution", "", reasoning="deepseek_reasoning"
+    "openr1": Fields("problem", "generations"),
+    "openthoughts_metadata": Fields("problem", "deepseek_solution", "", "deepseek_reasoning"),
+    "s1k": Fields("question", "attempt", reasoning_field="thinking_trajectories"),
+    "s1k_1_1": Fields("question", *_DEEPSEEK),
+    "limo": Fields("question", "solution"),
+    "deepmath": Fields("question", "r1_solution_*", "final_answer"),
+    **dict.fromkeys(
+        ("openmathinstruct2", "openmathreasoning"),
+        Fields("problem", "generated_solution", "expected_answer"),
     ),
-    "bespoke_stratos": _SHAREGPT,
-    "s1k": _preset("question", "attempt", reasoning="thinking_trajectories"),
-    "s1k_1_1": _preset(
-        *("question", "deepseek_attempt", "answer"),
-        *("deepseek_thinking_trajectory", "deepseek_grade"),
+    "nemotron": Fields("input", "output"),
+    "metamathqa": Fields("query", "response"),
+    "codeforces_cots": Fields("prompt", "generation"),
+    "dolphin_r1": Fields("messages", "answer", "", "reasoning"),
+    "medical_o1": Fields("Question", "Response", reasoning_field="Complex_CoT"),
+    "openorca": Fields("question", "response"),
+    "orca_math": Fields("question", "answer", ""),
+    **dict.fromkeys(("mathinstruct", "alpaca"), Fields("instruction", "output")),
+    **dict.fromkeys(
+        ("numinamath", "am_r1", "mixture_of_thoughts", "ultrachat"), Fields("", "messages")
     ),
-    "limo": _preset("question", "solution", "answer"),
-    "deepmath": _preset("question", "r1_solution_*", "final_answer"),
-    "numinamath": _CHAT,
-    "openmathinstruct2": _preset("problem", "generated_solution", "expected_answer"),
-    "openmathreasoning": _preset("problem", "generated_solution", "expected_answer"),
-    "nemotron": _preset("input", "output"),
-    "metamathqa": _preset("query", "response"),
-    "mathinstruct": _preset("instruction", "output"),
-    "am_r1": _CHAT,
-    "mixture_of_thoughts": _CHAT,
-    "codeforces_cots": _preset("prompt", "generation"),
-    "dolphin_r1": _preset("messages", "answer", "", "reasoning"),
-    "medical_o1": _preset("Question", "Response", reasoning="Complex_CoT"),
-    "openorca": _preset("question", "response"),
-    "slimorca": _SHAREGPT,
-    "ultrachat": _CHAT,
-    "orca_math": _preset("question", "answer", ""),
-    "alpaca": _preset("instruction", "output"),
+    **dict.fromkeys(("openthoughts", "bespoke_stratos", "slimorca"), Fields("", "conversations")),
 }
 
 

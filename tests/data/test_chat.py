@@ -273,10 +273,9 @@ def test_long_texts_are_counted_in_pieces(count, sure) -> None:
     assert (borders.tokens_above(tokenizer, ["h " * (count // 2)], 1000) > 1000) == sure
 
 
-def test_texts_encoded_together_have_the_ids_that_each_has_alone(monkeypatch) -> None:
+def test_texts_encoded_together_have_the_ids_that_each_has_alone() -> None:
     tokenizer, texts = build(), ["the cat", "", "a" * 90, "the <|end|>hat", "the cat"]
     alone = [borders.encode_plain(tokenizer, text) for text in texts]
-    monkeypatch.setattr(borders, "_TOGETHER", 100)
     borders.encode_ahead(tokenizer, texts)
     known = dict(borders._known(tokenizer))
     assert [known[text] for text in texts] == alone
