@@ -198,11 +198,8 @@ class Expression:
         if self._next == "^":
             self._take()
             start, exponent = self.place, self._signed()
-            inverse = f"\\arc{token[1:]}"
-            if (
-                "".join(self.tokens[start : self.place]).strip("{}") == "-1"
-                and inverse in ops.FUNCTIONS
-            ):
+            inverse, power = f"\\arc{token[1:]}", "".join(self.tokens[start : self.place])
+            if power.strip("{}") == "-1" and inverse in ops.FUNCTIONS:
                 token, exponent = inverse, None
         if base and token != "\\log":
             raise UnknownError

@@ -178,11 +178,7 @@ class _EvaluatedModel:
         dtype = jnp.dtype(self.config.student.compute_dtype)
         model_config, params = hf.load_model(self.path, dtype=dtype, mesh=mesh)
         return decoding_params(
-            model_config,
-            params,
-            valid_vocab=len(self.tokenizer),
-            compute_dtype=dtype,
-            mesh=mesh,
+            model_config, params, valid_vocab=len(self.tokenizer), compute_dtype=dtype, mesh=mesh
         )
 
 

@@ -66,11 +66,10 @@ class _Comparison:
     def same(self, left: Parsed, right: Parsed) -> bool:
         if not left.ends and not right.ends:
             return self._single(left, right)
-        if left.label and right.label and left.label != right.label:
-            return False
-        if max(len(left.items), len(right.items)) > MAX_ITEMS:
-            return False
-        if left.variable and right.variable and left.variable != right.variable:
+        names = [(left.label, right.label), (left.variable, right.variable)]
+        if max(len(left.items), len(right.items)) > MAX_ITEMS or any(
+            all(pair) and pair[0] != pair[1] for pair in names
+        ):
             return False
         if is_region(left) or is_region(right):
             first, second = region(left), region(right)
@@ -79,12 +78,9 @@ class _Comparison:
         if "<" in (left.ends, right.ends):
             return _squeeze(left.text) == _squeeze(right.text)
         if {left.ends, right.ends} & {"∪", "∩", "∖"}:
-            ordered = left.ends == right.ends == "∖"
-            return left.ends == right.ends and (
-                all(map(self.same, left.items, right.items))
-                if ordered
-                else self._as_sets(left.items, right.items)
-            )
+            if left.ends != right.ends or left.ends != "∖":
+                return left.ends == right.ends and self._as_sets(left.items, right.items)
+            return all(map(self.same, left.items, right.items))
         brackets = {left.ends, right.ends} - {"", ","}
         if brackets & {"(]", "[)"} and "," in (left.ends, right.ends):
             return False

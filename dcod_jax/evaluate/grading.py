@@ -48,9 +48,7 @@ def grade(completion: str, answer: str | Expected) -> Grade:
     return Grade(correct, "correct" if correct else "wrong", found.answer, found.rule)
 
 
-def graded(
-    items: Iterable[tuple[Any, str, str | Expected | None]],
-) -> Iterator[tuple[Any, Any]]:
+def graded(items: Iterable[tuple[Any, str, str | Expected | None]]) -> Iterator[tuple[Any, Any]]:
     """(payload, completion, answer) -> (payload, Grade), lazily; None in place of no answer's."""
     for payload, completion, answer in items:
         yield payload, None if answer is None else grade(completion, answer)

@@ -291,22 +291,12 @@ def accuracy_table(title: str, rows: Rows, *, baseline: str) -> Table:
     return table
 
 
-def _at_k_table(title: str, details: Rows) -> Table:
-    table = number_table(f"{title}: pass@k and maj@k (95 %)", "model", "k", "pass@k", "maj@k")
-    for name, row in details.items():
-        for place, k in enumerate(row["pass_at_k"]):
-            cells = [_interval(*row[kind][k]) for kind in ("pass_at_k", "maj_at_k")]
-            table.add_row("" if place else name, k, *cells)
-    return table
-
-
-def _length_table(title: str, details: Rows) -> Table:
-    title += ": accuracy by answer length (quartiles of each model's answers)"
-    table = number_table(title, "model", "tokens", "answers", "accuracy")
-    for name, row in details.items():
-        for place, part in enumerate(row["by_length"]):
-            span, share = f"{part['from']} to {part['to']}", f"{part['accuracy']:.1%}"
-            table.add_row("" if place else name, span, str(part["answers"]), share)
+def _long_table(title: str, parts: Mapping[str, Sequence[Sequence[str]]], *headings: str) -> Table:
+    """A table with several rows for each model, the first of which names it."""
+    table = number_table(title, "model", *headings)
+    for name, rows in parts.items():
+        for place, cells in enumerate(rows):
+            table.add_row("" if place else name, *cells)
     return table
 
 
@@ -319,19 +309,28 @@ def _difficulty_table(title: str, details: Rows) -> Table:
     return table
 
 
-def _defect_table(title: str, details: Rows) -> Table:
-    title += ": degenerate outputs, share of all answers"
-    table = number_table(title, "model", "no answer", "cut off", "ends in a loop")
-    for name, row in details.items():
-        table.add_row(name, *(f"{share:.1%}" for share in row["degenerate"].values()))
-    return table
-
-
 def detail_tables(title: str, rows: Rows) -> list[Table]:
     """The tables of one set that have something to show."""
     details = {name: row["details"] for name, row in rows.items()}
-    tables = [_length_table(title, details), _defect_table(title, details)]
+    kinds = ("pass_at_k", "maj_at_k")
+    at_k = {name: [[k, *(_interval(*row[kind][k]) for kind in kinds)] for k in row["pass_at_k"]]
+            for name, row in details.items()}  # fmt: skip
+    lengths = {name: [[f"{part['from']} to {part['to']}", str(part["answers"]),
+                       f"{part['accuracy']:.1%}"] for part in row["by_length"]]
+               for name, row in details.items()}  # fmt: skip
+    defects = {name: [[f"{share:.1%}" for share in row["degenerate"].values()]]
+               for name, row in details.items()}  # fmt: skip
+    tables = [
+        _long_table(f"{title}: accuracy by answer length (quartiles of each model's answers)",
+                    lengths, "tokens", "answers", "accuracy"),
+        _long_table(f"{title}: degenerate outputs, share of all answers",
+                    defects, "no answer", "cut off", "ends in a loop"),
+    ]  # fmt: skip
     first = next(iter(details.values()))
     if first["by_difficulty"]:
         tables.insert(1, _difficulty_table(title, details))
-    return [_at_k_table(title, details), *tables] if len(first["pass_at_k"]) > 1 else tables
+    if len(first["pass_at_k"]) > 1:
+        tables.insert(
+            0, _long_table(f"{title}: pass@k and maj@k (95 %)", at_k, "k", "pass@k", "maj@k")
+        )
+    return tables

@@ -128,12 +128,8 @@ def _counted(words: str) -> int:
     """ "one hundred and five" -> 105."""
     total = group = 0
     for word in re.findall("[a-z]+|[0-9]+", words):
-        if word in ("and", "a", "an"):
-            continue
-        if word.isdecimal():
-            group += int(word)
-        elif word in _VALUES:
-            group += _VALUES[word]
+        if word.isdecimal() or word in _VALUES or word in ("and", "a", "an"):
+            group += int(word) if word.isdecimal() else _VALUES.get(word, 0)
         elif word in ("hundred", "dozen"):
             group = max(group, 1) * MULTIPLIERS[word]
         else:

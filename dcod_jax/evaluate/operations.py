@@ -12,6 +12,7 @@ import operator
 from collections.abc import Callable
 
 Value = fractions.Fraction | float | complex
+Function = Callable[..., Value]
 
 MAX_BITS = 20_000  # of an exact power
 MAX_TERMS = 1_000  # of a sum or product
@@ -124,33 +125,25 @@ def _absolute(value: Value) -> Value:
     return abs(value) if isinstance(value, fractions.Fraction) else complex(abs(value))
 
 
-FUNCTIONS: dict[str, Callable[..., Value]] = {
+FUNCTIONS: dict[str, Function] = {
     **{f"\\{name}": _near_zero(getattr(cmath, name)) for name in ("sin", "cos", "tan")},
     **{f"\\{name}": getattr(cmath, name) for name in ("sinh", "cosh", "tanh")},
     **{f"\\arc{name}": getattr(cmath, f"a{name}") for name in ("sin", "cos", "tan")},
-    "\\abs": _absolute,
-    "\\cis": lambda value: cmath.exp(1j * value),
-    **{
-        "\\cot": _near_zero(_inverse(cmath.tan)),
-        "\\sec": _inverse(cmath.cos),
-        "\\csc": _inverse(cmath.sin),
-    },
+    **{"\\abs": _absolute, "\\cis": lambda value: cmath.exp(1j * value)},
+    **{"\\sec": _inverse(cmath.cos), "\\csc": _inverse(cmath.sin)},
+    "\\cot": _near_zero(_inverse(cmath.tan)),
     **{"\\ln": cmath.log, "\\exp": cmath.exp, "\\log": _log, "\\lg": _log},
 }
-OF_SEVERAL: dict[str, Callable[..., Value]] = {
+OF_SEVERAL: dict[str, Function] = {
     **{"\\gcd": _integers(math.gcd), "\\lcm": _integers(math.lcm)},
     **{"\\max": lambda *v: max(v, key=real), "\\min": lambda *v: min(v, key=real)},
     **{"C": _binomial, "P": lambda n, k: _binomial(n, k) * factorial(k)},
 }
-OF_TWO: dict[str, Callable[..., Value]] = {"\\frac": operator.truediv, "\\binom": _binomial}
-BETWEEN: dict[str, Callable[..., Value]] = {
+OF_TWO: dict[str, Function] = {"\\frac": operator.truediv, "\\binom": _binomial}
+BETWEEN: dict[str, Function] = {
     **dict.fromkeys(("*", "\\cdot", "\\times"), operator.mul),
     **dict.fromkeys(("/", "\\div"), operator.truediv),
     **dict.fromkeys(("mod", "\\bmod", "\\mod"), operator.mod),
 }
-AROUND: dict[str, Callable[..., Value]] = {
-    "\\lfloor": _rounded(1),
-    "\\lceil": _rounded(-1),
-    "|": _absolute,
-}
+AROUND: dict[str, Function] = {"\\lfloor": _rounded(1), "\\lceil": _rounded(-1), "|": _absolute}
 CONSTANTS: dict[str, Value] = {"\\pi": complex(math.pi), "e": complex(math.e), "i": 1j}

@@ -71,9 +71,8 @@ def problem_sets(config: Any) -> list[ProblemSet]:
         sets.append(problem_file(config, config.evaluate.problems, limit=limit))
     for text in config.evaluate.sets:
         entry = parse_set(text)
-        problems = read_set(
-            entry, system_prompt=system_prompt, limit=limit, skipped=(skipped := [])
-        )
+        given = {"system_prompt": system_prompt, "limit": limit, "skipped": (skipped := [])}
+        problems = read_set(entry, **given)
         benchmark = BENCHMARKS.get(entry.name)
         instruction = benchmark.instruction if benchmark else ""
         sets.append(ProblemSet(entry.name, tuple(problems), instruction, len(skipped)))
@@ -194,11 +193,11 @@ class _Fields:
 def _collect(
     rows: Iterable[tuple[str, Record]],
     fields: _Fields,
-    *,
-    system_prompt: str,
-    limit: int,
     empty: str,
-    skipped: list[str] | None,
+    *,
+    system_prompt: str = "",
+    limit: int = 0,
+    skipped: list[str] | None = None,
 ) -> list[Problem]:
     """The problems of at most `limit` rows, whose ids must differ.
 
@@ -240,35 +239,28 @@ def _collect(
 def read_problems(
     path: Location,
     *,
-    system_prompt: str = "",
     prompt_field: str = "",
     answer_field: str = "answer",
-    limit: int = 0,
     need_answer: bool = True,
-    skipped: list[str] | None = None,
     keys: str = PREPARE_KEYS,
+    **options: Any,
 ) -> list[Problem]:
     """Problems of a file: {"prompt" | "question" | "problem" | "messages", "answer", "id"?}.
 
     {"question": "1 + 1?", "answer": 2} -> one user message, answer "2". `prompt_field` replaces
-    the synonyms. The places of problems without an answer go to `skipped`. `keys` says where the
-    fields are set. Raises DcodError with file:line for what is no such record and for an id that
-    occurs twice.
+    the synonyms; `keys` says where the fields are set; `options` are those of _collect. Raises
+    DcodError with file:line for what is no such record and for an id that occurs twice.
     """
     prompts = (prompt_field,) if prompt_field else (*PROMPT_FIELDS, "messages")
     return _collect(
         read_records(as_path(path)),
         _Fields(Benchmark("", ""), prompts, (answer_field,), keys, need_answer),
-        system_prompt=system_prompt,
-        limit=limit,
-        empty=f"{path}: no problems; expected one JSON object a line",
-        skipped=skipped,
+        f"{path}: no problems; expected one JSON object a line",
+        **options,
     )
 
 
-def read_set(
-    entry: SetEntry, *, system_prompt: str = "", limit: int = 0, skipped: list[str] | None = None
-) -> list[Problem]:
+def read_set(entry: SetEntry, **options: Any) -> list[Problem]:
     """The problems of a benchmark, from a local file, a dataset directory or the hub.
 
     `entry.place` is the file, directory or hub id; "": the benchmark's own hub id. A file of a name
@@ -278,15 +270,8 @@ def read_set(
     name, place, prompt_field, answer_field = entry
     benchmark = BENCHMARKS.get(name)
     if benchmark is None:
-        return read_problems(
-            place,
-            system_prompt=system_prompt,
-            prompt_field=prompt_field,
-            answer_field=answer_field or "answer",
-            limit=limit,
-            skipped=skipped,
-            keys=SET_KEYS,
-        )
+        names = {"prompt_field": prompt_field, "answer_field": answer_field or "answer"}
+        return read_problems(place, **names, keys=SET_KEYS, **options)
     local = bool(place) and as_path(place).is_file()
     synonyms = tuple(dict.fromkeys((benchmark.prompt, *PROMPT_FIELDS)))
     if answer_field:
@@ -300,10 +285,8 @@ def read_set(
     return _collect(
         read_records(as_path(place)) if local else _hub_rows(benchmark, name, place),
         fields,
-        system_prompt=system_prompt,
-        limit=limit,
-        empty=f"evaluate.sets: {name} has no problems in {place or benchmark.hub}",
-        skipped=skipped,
+        f"evaluate.sets: {name} has no problems in {place or benchmark.hub}",
+        **options,
     )
 
 

@@ -21,12 +21,9 @@ from dcod_jax.evaluate.operations import Value
 End = fractions.Fraction | float
 _GRID = [fractions.Fraction(n, 4) for n in range(-200, 201)]  # between which ends are looked for
 _ZERO = 1e-9
-_SIGNS: dict[str, Callable[[End], bool]] = {
-    "<": lambda difference: difference < 0,
-    "\\le": lambda difference: difference <= 0,
-    ">": lambda difference: difference > 0,
-    "\\ge": lambda difference: difference >= 0,
-    "\\ne": lambda difference: difference != 0,
+_SIGNS: dict[str, Callable[[End, int], bool]] = {
+    **{"<": operator.lt, "\\le": operator.le, ">": operator.gt, "\\ge": operator.ge},
+    "\\ne": operator.ne,
 }
 
 
@@ -68,7 +65,7 @@ def interval(brackets: str, low: End, high: End) -> Region:
     above = _SIGNS[">" if brackets[0] == "(" else "\\ge"]
     below = _SIGNS["<" if brackets[1] == ")" else "\\le"]
     ends = frozenset(end for end in (low, high) if math.isfinite(end))
-    return Region(ends, lambda x: above(_difference(x, low)) and below(_difference(x, high)))
+    return Region(ends, lambda x: above(_difference(x, low), 0) and below(_difference(x, high), 0))
 
 
 def point(value: End) -> Region:
@@ -99,10 +96,10 @@ def _real(value: Value | None) -> End | None:
     return value
 
 
-def _where(difference: Callable[[End], End | None], sign: Callable[[End], bool]) -> Region:
+def _where(difference: Callable[[End], End | None], sign: Callable[[End, int], bool]) -> Region:
     def holds(x: End) -> bool:
         found = difference(x)
-        return found is not None and sign(found)
+        return found is not None and sign(found, 0)
 
     zero, one = difference(fractions.Fraction(0)), difference(fractions.Fraction(1))
     if zero is not None and one is not None and zero != one:  # a linear one has its exact end

@@ -194,8 +194,6 @@ def compound(text: str) -> list[str]:
     scale = next((s for s in _SCALES if set(units) <= set(s)), None)
     if scale is None or len(set(units)) < len(units):
         return []
-    total = fractions.Fraction(0)
-    for unit, (_, count) in zip(units, counts, strict=True):
-        total += count * scale[unit]
+    total = sum(count * scale[unit] for unit, (_, count) in zip(units, counts, strict=True))
     order = sorted(units, key=lambda unit: -scale[unit])
-    return [f"{latex(total / scale[unit])} {unit}" for unit in order]
+    return [f"{latex(fractions.Fraction(total) / scale[unit])} {unit}" for unit in order]
