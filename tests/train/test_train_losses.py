@@ -75,7 +75,7 @@ def params(place, name):
 @pytest.mark.parametrize(
     ("divergence", "tolerance"),
     [
-        ("nll", 2e-5),
+        pytest.param("nll", 2e-5, marks=pytest.mark.long),
         pytest.param("forward_kl", 3e-3, marks=pytest.mark.long),
         ("todi", 6e-3),
     ],
