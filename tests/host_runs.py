@@ -32,9 +32,11 @@ def of_xla(devices: int) -> dict[str, str]:
     """The suite's environment of XLA in a process of so many fake devices.
 
     A device that waits for the others holds a thread of a pool of NPROC, or of `devices` where
-    those are more: with few of them a kernel finds none, and all devices wait for ever.
+    those are more: with few of them a kernel finds none, and all devices wait for ever. On a
+    machine with other work a device may come later than XLA waits for it by default (40 s).
     """
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags += " --xla_cpu_collective_call_terminate_timeout_seconds=400"
     if faster_compiling():
         flags += f" --{EMITTERS}=false"
     return {"XLA_FLAGS": flags, "NPROC": str(64 if devices > 1 else os.cpu_count())}
