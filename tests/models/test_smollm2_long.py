@@ -173,7 +173,9 @@ def test_every_tensor_is_that_of_transformers_reader(smollm2, gguf_file):
     # The file holds a float32; ours is its shortest decimal, theirs all its digits.
     assert np.float32(config.rms_norm_eps) == np.float32(reference.config.rms_norm_eps)
     assert config.max_position_embeddings == reference.config.max_position_embeddings
-    assert config.rope_theta == reference.config.rope_parameters["rope_theta"]
+    [kind] = config.layer_kinds
+    assert kind.rope is not None
+    assert kind.rope.theta == reference.config.rope_parameters["rope_theta"]
 
 
 def _gsm8k_questions(shared_data):
