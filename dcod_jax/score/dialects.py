@@ -210,7 +210,7 @@ def _llama_server_read(answers: Sequence[Any], asked: Asked) -> list[Position]:
         own = [one for one in given if one.token_id == asked.ids[place]]
         if not own:
             raise DcodError(f"it has no log-prob of the token {asked.ids[place]} at {place}")
-        if any(math.isnan(one.logprob) for one in given):  # which no order has
+        if any(one.logprob != one.logprob for one in given):  # NaN, which no order has
             raise DcodError(f"the log-probability of a token at {place} is nan")
         top = sorted(given[1:], key=lambda one: -one.logprob)[: asked.top_k]
         found.append(Position(own[0], top))  # of a whole vocabulary the last have no probability

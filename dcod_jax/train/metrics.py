@@ -326,14 +326,13 @@ class MetricsWriter:
 
 def _keep_lines(path: Path, start: int) -> list[dict[str, Any]]:
     """Leave the lines up to a step in the file, and return those of it; step 0 begins anew."""
-    kept = read_metrics(path) if start and path.exists() else iter(())
     last: list[dict[str, Any]] = []
     with (
         refusals(path),
         atomic_write(path) as temporary,
         temporary.open("w", encoding="utf-8") as file,
     ):
-        for line in kept:
+        for line in read_metrics(path) if start and path.exists() else ():
             if line["step"] <= start:
                 file.write(json.dumps(line) + "\n")
                 last += [line] if line["step"] == start else []

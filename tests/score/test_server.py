@@ -1,6 +1,10 @@
 """Traces scored by a server: exact, in each dialect; what it says is checked, and asked again."""
 
 import dataclasses
+import json
+import math
+import random
+import threading
 import time
 import types
 
@@ -10,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 from fake_servers import serve
+from fuzz import mutated_json
 from other_tokenizers import byte_level
 
 from dcod_jax.data.teachers import TeacherEntry
@@ -112,6 +117,10 @@ def test_llama_server_tells_of_tokens_that_end_inside_a_character():
         asked = [body["n_probs"] for _, body in fake.bodies]
         fake.change = _last_is_impossible
         [same] = open_server(fake, pieces).score([trace], top_k=2)
+        for value, message in ((math.nan, "is nan"), (10**400, "is 1000"), (None, "TypeError")):
+            fake.change = _last_is(value)
+            with pytest.raises(DcodError, match=rf"trace 't': .*{message}"):
+                open_server(fake, pieces).score([trace], top_k=2)
         fake.change = lambda answer: answer | {"tokens_evaluated": 1}
         with pytest.raises(DcodError, match="'t': it read 1 of the 2 tokens before token 2"):
             open_server(fake, pieces).score([trace], top_k=0)
@@ -132,6 +141,17 @@ def _last_is_impossible(answer):
         if len(said["top_logprobs"]) > 2:
             said["top_logprobs"][-1]["logprob"] = -3.4e38  # as llama-server writes -inf
     return answer
+
+
+def _last_is(value):
+    """The last log-prob of a position's alternatives, which no order has as NaN."""
+
+    def change(answer):
+        for said in answer.get("completion_probabilities", []):
+            said["top_logprobs"][-1]["logprob"] = value
+        return answer
+
+    return change
 
 
 def _top(answer, entries):
@@ -367,6 +387,38 @@ def vllm_entry(change):
 
 def of_each(**changes):
     return vllm_entry(lambda entry: {key: value | changes for key, value in entry.items()})
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_mutated_answer_is_scored_or_refused_in_words(tokenizer, dialect, monkeypatch):
+    fake, [trace], top_k = fake_of(dialect, tokenizer), make_traces(1), 2 * (dialect != "llama_cpp")
+    entry = TeacherEntry("", server="http://h", model="big", dialect=dialect)
+    teacher = server.ServedTeacher(entry, "http://h", tokenizer, {}, 0, 1, 0, 1.0)
+    dice, refused = random.Random(dialect), []
+
+    def answer(_, path, body, *rest):
+        good = json.loads(json.dumps(getattr(fake, dialect)(body)))
+        return mutated_json(good, dice) if dice.random() < 0.5 else good
+
+    monkeypatch.setattr(server.ServedTeacher, "_answer", answer)
+    for _ in range(MUTATIONS):
+        try:
+            found = teacher._score_one(trace, top_k, threading.Event())
+        except DcodError as error:
+            refused.append(str(error))
+        else:
+            assert np.isfinite(found.logprobs).all()
+            assert (found.logprobs <= 0).all()
+    assert 0 < len(refused) < MUTATIONS
+    assert max(map(len, refused)) < 2000
+
+
+MUTATIONS = 40
+
+
+def fake_of(dialect, tokenizer):
+    with fake_servers.FakeServer(dialect, MODEL, tokenizer) as server:
+        return server
 
 
 HOSTILE = {
