@@ -34,7 +34,7 @@ import numpy as np
 # The compiled reader and writer; they come without type stubs.
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
-from dcod_jax.bounds import array, check, flag, mapping, optional, text, whole
+from dcod_jax.bounds import array, check, either, flag, mapping, number, optional, text, whole
 from dcod_jax.copies import local_copy
 from dcod_jax.data.codec import decode, encode, score_kind
 from dcod_jax.data.kept import Kept
@@ -61,7 +61,10 @@ _SIZE = whole(0, 1 << 53)
 _FILE = {"file": text(255), "bytes": _SIZE, "sha256": text(64)}
 _TOTALS = ("records", "tokens", "completion_tokens")
 SHARD = mapping({**_FILE, **dict.fromkeys(_TOTALS, _SIZE)})
-_MADE_BY = optional(mapping({"fingerprint": optional(text()), "weights": optional(text())}))
+_NUMBER = number(-1e308, 1e308)
+_MADE_BY = dict.fromkeys(("fingerprint", "weights", "source"), optional(text()))
+_MADE_BY |= {"teachers": optional(mapping(items=mapping()))}
+_REASONS = mapping(items=_SIZE)
 _FIELDS = {
     "shards": array(SHARD, fewest=1, most=1 << 20),
     "lengths": mapping(_FILE),
@@ -69,7 +72,11 @@ _FIELDS = {
     "scored": flag(),
     "top_k": whole(0, 1 << 24),
     "alignment": optional(mapping({"longest_span": whole(0, 1 << 31)})),
-    **dict.fromkeys(("tokenizer", "template", "teacher", "start"), _MADE_BY),
+    **dict.fromkeys(("tokenizer", "template", "teacher", "start"), optional(mapping(_MADE_BY))),
+    "counts": optional(mapping({"dropped": optional(_REASONS)}, items=either(_SIZE, _REASONS))),
+    "sources": optional(array(mapping())),
+    "by_teacher": optional(mapping(items=mapping(items=_NUMBER))),
+    **dict.fromkeys(("mean_logprob", "captured_mass"), optional(_NUMBER)),
     "teachers": optional(array(text())),
     "weighted": optional(flag()),
 }

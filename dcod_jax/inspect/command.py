@@ -143,7 +143,7 @@ def _manifest_rows(dataset: TraceDataset) -> Iterator[tuple[str, str]]:
     counts = dict(manifest.get("counts") or {})
     dropped = {f"dropped: {k}": n for k, n in sorted(counts.pop("dropped", {}).items())}
     for name, value in (counts | dropped).items():
-        yield name, f"{value:,}"
+        yield name, _fields(value) if isinstance(value, dict) else f"{value:,}"
     for source in manifest.get("sources") or []:
         yield "source", _fields(source)
     if not manifest["scored"]:

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import os
 import threading
 from pathlib import Path
@@ -309,6 +310,18 @@ ENTRY |= {"file": "traces-00000.array_record", "sha256": "0"}
         ({"tokenizer": "abc"}, "tokenizer='abc' must be an object"),
         ({"teacher": {"weights": 3}}, "teacher.weights=3 must be a text"),
         ({"format": [1]}, "expected format"),
+        # What only inspect and the model card show.
+        ({"tokenizer": {"source": 3}}, "tokenizer.source=3 must be a text"),
+        ({"teacher": {"teachers": [1]}}, r"teacher.teachers=\[1\] must be an object"),
+        ({"counts": {"read": "x"}}, "counts.'read'.='x' must be a whole number"),
+        ({"counts": {"read": None}}, "counts.'read'. is missing"),
+        ({"counts": {"dropped": [1]}}, r"counts.'dropped'.=\[1\] must be"),
+        ({"counts": {"dropped": 3}}, "counts.dropped=3 must be an object"),
+        ({"sources": "abc"}, "sources='abc' must be a list"),
+        ({"sources": [1]}, r"sources\[0\]=1 must be an object"),
+        ({"by_teacher": {"a": 3}}, "by_teacher.'a'.=3 must be an object"),
+        ({"mean_logprob": "x"}, "mean_logprob='x' must be a number"),
+        ({"captured_mass": math.nan}, "captured_mass=nan must be a number"),
     ],
 )
 def test_an_edited_manifest_is_refused(tmp_path, change, words):
