@@ -110,13 +110,15 @@ _NAME = re.compile(
     r"|\b((?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day|January|February|March|April|June|July"
     r"|August|September|October|November|December)[.!*]*$"
 )
+_REST = r"(?:(?!\.\s+\S)[^=])*$"  # to the end of the line, of which it is the last sentence
 _NO_VERB = r"(?!.*\b(?:is|are|so|has|have|gives?|makes?)\b)"
 # What stands behind an answer and has numbers of its own.
 _ASIDE = re.compile(
     r"(?<=\d) (?:such )?(?:(?!is|are|was|and|or|by|more|less)[a-z]+ ){1,3}(?:between|less than"
     r"|greater than|smaller than|below|under|up to|at most|not exceeding) "
     r"(?!.*\b(?:is|are|so|has|have|gives|we|then)\b)[^=:]*$"
-    r"|(?<=\d) (?:out )?of (?:the|these|those) \d+(?! ?[=/])[^=\d]*$"
+    r"|(?<=\d)(?P<share>(?: [a-z]+){0,2}?)(?: (?:in|for|on|to|from) (?:each|all|every one))?"
+    r" (?:out )?of (?:the|these|those|his|her|their|its|our) \d+(?! ?[=/])[^=\d]*$"
     r"|, not (?:[A-Z][a-z]+|\$?-?\d+\$?)(?=[.!]?$)|"
     r"(?<=\d)(?: [a-z]+){0,2},? (?:after|found) (?!.*\b(?:is|are|was|were|has|have|he|she|it)\b)"
     r"[^.!?'=]*(?=[.!?]?\s*$)"
@@ -126,12 +128,16 @@ _ASIDE = re.compile(
     r"[^(),\n]{0,60}\)"
     # "-4, occurring at x = 2", "9 is reached when x = 3", "5 when x = 2"
     rf"|(?<=[\d$)}}]),?(?: which)?(?: is)? (?:(?:attained|achieved|reached|obtained"
-    rf"|occurr(?:s|ing)) (?:at|when|for|if)|when|for)(?= \$?[a-z] ?=){_NO_VERB}[^=]*=[^=]*$"
+    rf"|occurr(?:s|ing)) (?:at|when|for|if)|when|for)(?= \$?[a-z] ?=){_NO_VERB}[^=]*={_REST}"
+    r"|(?<=[\d$)%]),? (?:because|since) (?!.*\b(?:so|has|have|then|gives)\b)(?:(?!\.\s+\S).)*$"
+    r"|[，,]?(?:当且仅当|此时)[^，。]*时?[^。]*|（[^（）]*舍[^（）]*）"
     # "55 girls: 25 big and 30 small ones", "4 pens, with 2 left", "8 weeks to save $9"
     rf"|, which is [^,=]*\bthan\b[^,=]*$|(?<=\d)(?P<kept>(?: [a-z]+){{0,2}}){_NO_VERB}"
-    r"(?:: \d+ [a-z ]+(?:,|and) |, with | with (?=\$[^,]*$)|(?:(?<=days)|(?<=hours)|(?<=weeks)"
-    r"|(?<=months)|(?<=years)|(?<=minutes)) to (?!get|make|give|about)(?=[a-z]+ [^=]*\d))[^=]*$"
-    r"|,? or (?:about|approximately|roughly|around) [^,;=]*?(?=\.?$)"
+    r"(?: (?:in|by|during|at the end of) (?:year|week|day|month|hour|round|grade) (?=\d+\.?$)"
+    r"|: \d+ [a-z ]+(?:,|and) |, with | with (?=\$[^,]*$)|(?:(?<=days)|(?<=hours)|(?<=weeks)"
+    r"|(?<=months)|(?<=years)|(?<=minutes)) to (?!get|make|give|about)(?=[a-z]+ [^=]*\d))"
+    + _REST
+    + r"|,? or (?:about|approximately|roughly|around) [^,;=]*?(?=\.?$)"
     r"|,? (?:when|if|after) (?:[a-z]+ ){0,3}divided by \$?\d+\$?|,? \(?mod(?:ulo)? \$?\d+\$?\)?"
     r"|(?:,? (?:by|from|in|see|as shown in|using) )"
     r"(?:step|equation|eq\.|figure|table|theorem|lemma)s? \(?\d+\)?"
@@ -176,7 +182,7 @@ def last_expression(text: str) -> str:
         text = _DISPLAY.sub(lambda m: f" ${' '.join((m.group(1) or m.group(2)).split())}$ ", text)
     for whole in reversed(text.splitlines()):
         line = prose.BOLD.sub("", whole[-_LINE:].replace("{,}", ","))
-        line = prose.PRECISION.sub("", _ASIDE.sub(r"\g<kept>", line))
+        line = prose.PRECISION.sub("", _ASIDE.sub(r"\g<kept>\g<share>", line))
         if refusal := _REFUSED.search(line):
             known = re.search("be determined|information|data", refusal.group(0))
             return "cannot be determined" if known else ""
@@ -205,7 +211,9 @@ def last_expression(text: str) -> str:
             behind = _EXPRESSION.match(line, results[-1].end())
             between = line[behind.end() : best.start()] if behind else ""
             listed = re.fullmatch(
-                r"\s*,[\s\d.,/−-]*(?:\b(?:and|or)\b\s*)?|,? (?:so|then|thus)\b.*\bis\b.*", between
+                r"\s*,[\s\d.,/−-]*(?:\b(?:and|or)\b\s*)?|,? (?:so|then|thus)\b.*\bis\b.*"
+                r"|.*(?:\b(?:altogether|in total|in all)\b|\.\s|时[，,]).*",
+                between,
             )
             if behind and best.lastgroup != "span" and not listed:
                 best = behind

@@ -115,7 +115,7 @@ def _ascii(text: str) -> str:
     text = _SUBSCRIPT.sub(lambda m: f"_{{{m.group(0).translate(_SUBSCRIPTS)}}}", text)
     if not text.isascii():
         text = re.sub("(?<=[①-⑩])[、，,]\\s*(?=[①-⑩])", "", text)
-        text = re.sub(r"^([A-J])[、．]", r"\1. ", text)
+        text = re.sub(r"^([A-J])[、．](?!\s*[A-J](?![A-Za-z.]))", r"\1. ", text)
         text = unicodedata.normalize("NFKC", "".join(map(_letter, text)))
     text = _INDEXED_ROOT.sub(r"\\sqrt[\1]√", text)
     for match in reversed(list(_ROOT_OF.finditer(text))):
@@ -297,6 +297,7 @@ _PHRASES = _table(
     (" _", r"(?<=[\dA-F]) (?=_)", ""),
     ("}", r"\{([:.=<>])\}|(?<=\S)\{\}$", r"\1"),
     ("{,}", r"(?<=\d)\{,\}(?=\d{1,2}(?!\d))", "."),
+    (" (", r"^[a-z]+(?:[ -][a-z]+)? \((\d[\d,.]*)\)$", r"\1"),  # "twenty (20)"
     ("(a) ", r"^\(a\) .*", lambda m: re.sub(r"[\s,;]+(?=\([b-h]\) )", ", ", m[0])),
     ("", r"(?i)^(yes|no|true|false)\b\s*[,.;:(]\s*(?!yes|no|true|false).*$", r"\1"),
     ("to", r"^(\d+)\s*to\s*(\d+)$", r"\1:\2"),
