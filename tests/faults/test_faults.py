@@ -61,8 +61,9 @@ def test_killed_and_started_again_it_ends_as_if_it_had_not_been(place, verb):
     kill(case, Fault("bytes", 3 * dice.choice(case.sizes) // 4))
     case.begin()
     change, said = LAST[verb]
-    kinds = [kind_of(c) for c in case.changes if re.match(change, c)]
-    kill(case, Fault("operation", kinds.count(kinds[-1]), change=kinds[-1]))
+    last = max(n for n, name in enumerate(case.changes) if re.match(change, name))
+    *before, kind = map(kind_of, case.changes[: last + 1])
+    kill(case, Fault("operation", before.count(kind) + 1, change=kind))
     meanwhile = lambda _: case.check_whole()  # noqa: E731
     assert said in case.check_end(Fault("slow", 0.003, clock=JUMP), meanwhile=meanwhile)
 
