@@ -175,12 +175,14 @@ def worker_ours(args: argparse.Namespace) -> dict[str, float]:
     import jax
 
     from dcod_jax.models.transformer import init_params
+    from dcod_jax.train.step import compiled_apart
 
     variant = VARIANTS[args.worker]
     model_config, loss = our_config(
         variant.weights, head_chunk=args.head_chunk, loss=variant.loss, **variant.shape
     )
     step, state = our_step(args, model_config, loss)
+    step = compiled_apart(step)
     batch = our_batch(model_config.vocab_size, top_k=variant.top_k, prompt=variant.prompt)
     teacher = ()
     if loss.config.teacher == "live":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import ctypes
 import glob
 import importlib.util
 import json
@@ -349,3 +350,10 @@ def stop_if_noticed() -> None:
             monitor.agreed = True
             log.info("a process was told to stop; the same command goes on")
             raise SystemExit(EXIT_INTERRUPTED)
+
+
+def release_memory() -> None:
+    """Return what this process has freed to the system, where the C library can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -11,7 +11,6 @@ directory for each variant. Exit codes: 0 done, 1 error, 75 interrupted after sa
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -53,7 +52,7 @@ def train(config: Any) -> None:
     with runs_ready(config) as runs:
         for name, variant in runs:
             fit(variant, name=name)
-            release_memory()
+            hosts.release_memory()
             hosts.stop_if_noticed()
         finish(config, runs)
 
@@ -73,13 +72,6 @@ def runs_ready(config: Any) -> Iterator[list[tuple[str, Any]]]:
         hosts.barrier("the lock of run_dir")
         make_inputs(config)
         yield runs
-
-
-def release_memory() -> None:
-    """Return freed memory to the system where the C library can (glibc): the next run needs it."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 # ---------------------------------------------------------------- inputs
@@ -105,7 +97,7 @@ def make_inputs(config: Any) -> None:
     verbs = {"generate_traces": generate_traces, "prepare": prepare, "score": score}
     for name in missing_verbs(config):
         verbs[name](config)
-        release_memory()
+        hosts.release_memory()
 
 
 def _unfinished(config: Any) -> list[str]:

@@ -36,7 +36,7 @@ from dcod_jax.train.setup import (
     load_student,
     open_datasets,
 )
-from dcod_jax.train.step import configured_step, make_eval_step
+from dcod_jax.train.step import compiled_apart, configured_step, make_eval_step
 from dcod_jax.train.telemetry import Pending, Telemetry
 from dcod_jax.types import Params
 
@@ -158,7 +158,7 @@ def _make_steps(
         remat=choose_remat(config, mesh.devices.flat),
     )
     optimizer, train_step = configured_step(config, forward)
-    eval_step = make_eval_step(forward)
+    train_step, eval_step = compiled_apart(train_step), make_eval_step(forward)
     return (
         optimizer,
         lambda state, batch: train_step(state, batch, *teacher_params, *base),

@@ -19,6 +19,7 @@ from dcod_jax.losses.routing import statistics
 from dcod_jax.losses.weights import Tokens
 from dcod_jax.models import lora, transformer
 from dcod_jax.models.config import ModelConfig
+from dcod_jax.parallel import hosts
 from dcod_jax.parallel.mesh import batch_shards, constrain, describe, sharding, tree_shardings
 from dcod_jax.train import metrics
 from dcod_jax.train.forward import Forward
@@ -287,6 +288,25 @@ def make_train_step(
         out_shardings=(layout, None),  # of the metrics as constrained
         donate_argnums=0,
     )
+
+
+def compiled_apart(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A jitted function that is compiled whole before it first runs with arguments of a form.
+
+    What the compiler has freed is returned to the system in between: on a CPU it would lie beside
+    the temporaries of every step.
+    """
+    programs: dict[Any, Any] = {}
+
+    def run(*args: Any) -> Any:
+        leaves, structure = jax.tree.flatten(args)
+        form = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        if form not in programs:
+            programs[form] = step.lower(*args).compile()  # pyright: ignore
+            hosts.release_memory()
+        return programs[form](*args)
+
+    return run
 
 
 def configured_step(

@@ -26,7 +26,7 @@ from dcod_jax.locks import locked
 from dcod_jax.parallel import hosts
 from dcod_jax.train.checkpoint_reader import read_record
 from dcod_jax.train.checkpointer import rank
-from dcod_jax.train.command import release_memory, runs_ready
+from dcod_jax.train.command import runs_ready
 from dcod_jax.train.loop import fit
 from dcod_jax.train.settings import best_metric
 from dcod_jax.train.telemetry import DivergedError
@@ -59,7 +59,7 @@ def tune(config: Any) -> str:
             for name, run in left.items():
                 if not results.known(name, rung.steps):
                     results.add(name, rung.steps, _train(run, name, rung.steps))
-                    release_memory()
+                    hosts.release_memory()
                     hosts.stop_if_noticed()
         best = results.order(list(left))[0]
         if results.failed(best):

@@ -21,11 +21,18 @@ from dcod_jax.losses.head import VocabHead
 from dcod_jax.losses.weights import WeightConfig
 from dcod_jax.models import transformer
 from dcod_jax.models.config import from_hf
+from dcod_jax.parallel import hosts
 from dcod_jax.parallel.mesh import make_mesh
 from dcod_jax.plan import hlo
 from dcod_jax.train.forward import Forward
 from dcod_jax.train.optim import OptimConfig, make_optimizer
-from dcod_jax.train.step import check_batch, init_state, make_eval_step, make_train_step
+from dcod_jax.train.step import (
+    check_batch,
+    compiled_apart,
+    init_state,
+    make_eval_step,
+    make_train_step,
+)
 from dcod_jax.types import Batch
 
 VOCAB, VALID, ROWS, LENGTH, DOCUMENTS = 64, 61, 8, 24, 24
@@ -374,3 +381,19 @@ def test_beyond_the_gradient_an_automatic_temperature_takes_three_sums():
     of_gradients = MODEL.num_layers + 1  # the layers' one by one, then the rest
     assert sum(one.times for one in own if one.size <= 4096) == 2, own
     assert sum(one.times for one in own) <= of_gradients + 3, own
+
+
+def test_a_program_is_compiled_and_memory_released_before_its_first_run(monkeypatch):
+    done = []
+    monkeypatch.setattr(hosts, "release_memory", lambda: done.append("released"))
+
+    def double(x, more):
+        jax.debug.callback(lambda: done.append("ran"))
+        return x * 2 if more is None else x + more
+
+    step = compiled_apart(jax.jit(double))
+    for x, more, expected in ((1.0, None, 2.0), (2.0, None, 4.0), (3.0, 4.0, 7.0), (1.0, 1.0, 2.0)):
+        args = [None if value is None else jnp.float32(value) for value in (x, more)]
+        assert float(jax.block_until_ready(step(*args))) == expected
+        jax.effects_barrier()
+    assert done == ["released", "ran", "ran", "released", "ran", "ran"]
