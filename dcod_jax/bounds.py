@@ -70,27 +70,33 @@ class Bound:
 
 
 def whole(low: int, high: int) -> Bound:
+    """An int in [low, high]."""
     return Bound(f"a whole number from {low} to {high}", (int,), low, high)
 
 
 def number(low: int | float, high: int | float) -> Bound:
+    """An int or a float in [low, high], which no NaN is."""
     return Bound(f"a number from {low:g} to {high:g}", (int, float), low, high)
 
 
 def flag() -> Bound:
+    """A bool."""
     return Bound("true or false", (bool,))
 
 
 def text(longest: int = 1 << 20) -> Bound:
+    """A text, by its length in characters."""
     return Bound(f"a text of at most {longest} characters", (str,), 0, longest)
 
 
 def array(items: Bound | None = None, *, fewest: int = 0, most: int = 1 << 24) -> Bound:
+    """A list or tuple, by its length, of parts that are as `items` says."""
     of = f" of {fewest} to {most} parts"
     return Bound(f"a list{of}", (list, tuple), fewest, most, items=items)
 
 
 def mapping(fields: Mapping[str, Bound] | None = None, *, items: Bound | None = None) -> Bound:
+    """An object with these fields, or whose values are all as `items` says; others may be there."""
     return Bound("an object", (dict,), items=items, fields=fields)
 
 

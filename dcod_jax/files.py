@@ -98,6 +98,7 @@ def file_size(path: Path) -> int:
 
 
 def file_sha256(path: Location) -> str:
+    """sha256 of a file's content, in hexadecimal digits."""
     with as_path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,5 +1,6 @@
 """Recipes and the command line: precedence, types, and messages that name the mistake."""
 
+import dataclasses
 import functools
 import re
 
@@ -241,6 +242,16 @@ def base_loss():
 
 def errors(flat, change):
     return config_checks.config_errors(flat | change, base_loss())
+
+
+def test_a_default_that_a_record_repeats_is_that_of_the_base_config():
+    base = config.load_recipe(config.BASE)
+    loss = settings.loss_config(base)
+    taid = dataclasses.replace(loss.taid, steps=1)  # of the run, no key of loss
+    for record in (loss, loss.weights, taid, settings.optim_config(base)):
+        for field in dataclasses.fields(record):
+            if field.default is not dataclasses.MISSING:
+                assert getattr(record, field.name) == field.default, field.name
 
 
 def test_help_lists_every_key_with_its_comment(capsys):

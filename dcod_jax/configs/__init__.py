@@ -1,2 +1,3 @@
-"""The base config and the shipped recipes. Read base first: it has every key. The others are
-recipes that `--config NAME` finds."""
+"""The base config and the shipped recipes, which `--config NAME` finds. Read base first: it has
+every key. Then quickstart, quickstart_lacking, quickstart_smollm2 and lightning_opd (trainings),
+and study, study_letters and study_styles (comparisons)."""

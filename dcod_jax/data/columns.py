@@ -206,11 +206,10 @@ def _siblings(record: Record) -> list[str]:
 
 
 class Row:
-    """A record being read, with the names of the columns that were."""
+    """A record being read, the names of the columns that were, and of those without a value."""
 
     def __init__(self, record: Record, fields: Fields, *, nulls: Sequence[str] = ()):
-        self.record, self.fields = record, fields
-        self.nulls = nulls  # names of columns without a value
+        self.record, self.fields, self.nulls = record, fields, nulls
         self.used = {*_SHARED, *(n for n in map(str, record) if unreadable(n) and not record[n])}
         self.tools: list[Any] | None = None
         self.telling: list[tuple[str, str, Any]] | None = None  # what told.py finds in `leaves`
@@ -221,6 +220,7 @@ class Row:
         return list(leaves(self.record))
 
     def get(self, name: str) -> Any:
+        """The column's value, None where it is absent; it counts as read."""
         self.used.add(name)
         return self.record.get(name)
 

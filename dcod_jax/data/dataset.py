@@ -91,6 +91,7 @@ _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+    """Write the file that makes a dataset valid, whole or not at all."""
     replace_file(directory / MANIFEST, to_json(manifest))
 
 
@@ -249,6 +250,7 @@ class DatasetWriter:
         return self
 
     def write(self, trace: Trace) -> None:
+        """Append a trace; DcodError for one that cannot stand beside the traces before it."""
         kind = score_kind(trace)
         self._kind = self._kind or kind
         if kind != self._kind:

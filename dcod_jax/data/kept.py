@@ -41,6 +41,7 @@ class Kept:
             ) from error
 
     def get(self, name: str | bytes, default: Any = None) -> Any:
+        """The value under a name, or the default."""
         found = self._run("select value from kept where name = ?", _as_bytes(name))
         return found[0][0] if found else default
 

@@ -77,11 +77,13 @@ class Turns:
     told: tuple[Record, ...] = ()  # what supervised messages tell of themselves
 
     def after(self, earlier: list[Message]) -> Turns:
+        """The same turns behind earlier messages."""
         shifted = frozenset(i + len(earlier) for i in self.unsupervised)
         return Turns([*earlier, *self.messages], shifted, self.extras)
 
 
 def kind_of(value: object) -> str:
+    """The type of a value as messages name it; None is null."""
     return "null" if value is None else type(value).__name__
 
 
@@ -122,6 +124,7 @@ def truth(value: object) -> bool | None:
 
 
 def read_list(record: Record, name: str) -> list[Any] | None:
+    """The list under a name, None where it is absent; BadRecordError for another type."""
     value = record.get(name)
     if value is not None and not isinstance(value, list):
         raise BadRecordError(f"{name} must be a list, found {kind_of(value)}")

@@ -33,6 +33,7 @@ class Generation(Extension):
         environment.extend(written=0, spans=[])
 
     def parse(self, parser: Any) -> Any:
+        """The block between {% generation %} and its end, whose text is marked."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
@@ -50,6 +51,7 @@ class PlainDict:
         return dict(*args, **kwargs)
 
     def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        """As dict.fromkeys."""
         return dict.fromkeys(*args)
 
 
@@ -147,6 +149,7 @@ def answer(
 
 
 def main() -> None:
+    """Answer the lines of stdin, each text within limits of memory and time (argv: seconds)."""
     cpu_seconds, wall_seconds = map(float, sys.argv[1:])
     with suppress(ValueError, OSError):  # macOS has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))

@@ -143,6 +143,7 @@ class TemplateChoice:
 
     @property
     def given(self) -> bool:
+        """Whether it is anything but the tokenizer's own template."""
         return self != OWN
 
 

@@ -96,6 +96,7 @@ def probes(supervised: Sequence[int]) -> list[int]:
 
 
 def shared_prefix(left: str | bytes, right: str | bytes) -> int:
+    """How many characters (or bytes) both begin with."""
     differ = (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
     return next(differ, min(len(left), len(right)))
 

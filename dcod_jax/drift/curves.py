@@ -68,7 +68,7 @@ class DriftCurves:
 
 
 def drift_curves(
-    student: Sequences, teacher: Sequences, *, resamples: int = 2000, seed: int = 0
+    student: Sequences, teacher: Sequences, *, resamples: int, seed: int = 0
 ) -> DriftCurves:
     """R, E and ExAccErr by length, from KLs on the student's and on the teacher's own sequences.
 
@@ -86,7 +86,7 @@ def excess_difference(
     first: tuple[Sequences, Sequences],
     second: tuple[Sequences, Sequences],
     *,
-    resamples: int = 2000,
+    resamples: int,
     seed: int = 0,
 ) -> Curve:
     """ExAccErr of the second student minus the first's, paired; each (own KLs, the teacher's)."""
@@ -98,7 +98,7 @@ def excess_difference(
     return Curve(values[1] - values[0], *interval(drawn[1] - drawn[0]))
 
 
-def position_means(sequences: Sequences, *, resamples: int = 2000, seed: int = 0) -> Curve:
+def position_means(sequences: Sequences, *, resamples: int, seed: int = 0) -> Curve:
     """Mean over the sequences alive at each position, with its interval."""
     sums = _PromptSums(sequences)
     blocks = [sums.resampled(draws) for draws in _draws(len(sums.names), resamples, seed)]

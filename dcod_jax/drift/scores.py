@@ -46,10 +46,10 @@ class DriftSettings:
     seed: int
     eos_ids: Sequence[int]
     valid_vocab: int
-    samples: int = 1  # continuations of each prompt
-    batch_size: int = 64  # sequences sampled together
-    batch_tokens: int = 16384  # tokens scored together
-    head_chunk: int = 512  # tokens whose logits exist together
+    samples: int  # continuations of each prompt
+    batch_size: int  # sequences sampled together
+    batch_tokens: int  # tokens scored together
+    head_chunk: int  # tokens whose logits exist together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Measured:
     student: Scored  # sequences that the student sampled
     teacher: Scored  # sequences that the teacher sampled, from the same prompts
 
-    def curves(self, *, resamples: int = 2000, seed: int = 0) -> DriftCurves:
+    def curves(self, *, resamples: int, seed: int = 0) -> DriftCurves:
         """R, E and ExAccErr by length; prompts are resampled."""
         return drift_curves.drift_curves(*self.kls(), resamples=resamples, seed=seed)
 
@@ -97,7 +97,7 @@ class Measured:
         """(on the student's sequences, on the teacher's)."""
         return self.student.kls(), self.teacher.kls()
 
-    def log_ratios(self, *, resamples: int = 2000, seed: int = 0) -> dict[str, Curve]:
+    def log_ratios(self, *, resamples: int, seed: int = 0) -> dict[str, Curve]:
         """Mean log q(y_t) − log p(y_t) by position, on either model's sequences."""
         sides = (("student", self.student), ("teacher", self.teacher))
         return {
@@ -208,17 +208,17 @@ def _score_sequences(
         out.tokens[row, : len(one.token_ids)] = one.token_ids
     lengths = [len(p) + len(s.token_ids) for p, s in zip(prompts, drawn, strict=True)]
     shards = batch_shards(mesh)
-    for planned in batches_by_length(lengths, batch_tokens=settings.batch_tokens, shards=shards):
-        batch = _batch(prompts, drawn, planned)
+    for group in batches_by_length(lengths, batch_tokens=settings.batch_tokens, shards=shards):
+        batch = _batch(prompts, drawn, group)
         placed = jax.tree.map(lambda x: jax.device_put(x, sharding(mesh, ("batch", None))), batch)
         kl, own, other = jax.device_get(_score(forward, student.params, teacher.params, placed))
-        for row, i in enumerate(planned.members):
+        for row, i in enumerate(group.members):
             n = int(out.length[i])
             out.kl[i, : n + 1] = kl[row, : n + 1]
             out.student_logprobs[i, :n] = own[row, :n]
             out.teacher_logprobs[i, :n] = other[row, :n]
         if on_batch is not None:
-            on_batch(len(planned.members))
+            on_batch(len(group.members))
     if not np.isfinite(out.kl).all():
         bad = int(np.argmax(~np.isfinite(out.kl).all(axis=1)))
         raise DcodError(
@@ -240,13 +240,13 @@ def _forward(teacher: DriftModel, student: DriftModel, settings: DriftSettings) 
     )
 
 
-def _batch(prompts: Sequence[Sequence[int]], drawn: Sequence[Sample], planned: TraceBatch) -> Batch:
+def _batch(prompts: Sequence[Sequence[int]], drawn: Sequence[Sample], group: TraceBatch) -> Batch:
     """Prompt and continuation, the head at the last prompt position and all behind it."""
-    shape = (planned.rows, planned.length)
+    shape = (group.rows, group.length)
     tokens, targets, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))
-    width = bucket_length(max(len(drawn[i].token_ids) for i in planned.members) + 1)
-    heads = np.full((planned.rows, width), planned.length, np.int32)  # length: unused
-    for row, i in enumerate(planned.members):
+    width = bucket_length(max(len(drawn[i].token_ids) for i in group.members) + 1)
+    heads = np.full((group.rows, width), group.length, np.int32)  # length: unused
+    for row, i in enumerate(group.members):
         ids = [*prompts[i], *drawn[i].token_ids]
         tokens[row, : len(ids)] = ids
         targets[row, : len(ids) - 1] = ids[1:]
@@ -258,7 +258,7 @@ def _batch(prompts: Sequence[Sequence[int]], drawn: Sequence[Sample], planned: T
         "targets": targets,
         "loss_mask": segment_ids > 0,
         "segment_ids": segment_ids,
-        "positions": np.broadcast_to(np.arange(planned.length, dtype=np.int32), shape),
+        "positions": np.broadcast_to(np.arange(group.length, dtype=np.int32), shape),
         "teacher_logprobs": np.zeros(shape, np.float32),
         "head_positions": heads,
     }

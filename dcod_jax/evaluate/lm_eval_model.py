@@ -88,6 +88,7 @@ class DcodLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """The tokenizer's eos."""
         return cast(int, self.tokenizer.eos_token_id)
 
     @property
@@ -113,6 +114,7 @@ class DcodLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
+        """The conversation as text; DcodError where the model has no template."""
         template = chat_template(self.tokenizer)
         if template is None:
             raise DcodError(f"{self.path} has no chat template; give model_args chat_template=FILE")

@@ -28,12 +28,14 @@ def _bits(value: fractions.Fraction) -> int:
 
 
 def whole(value: Value) -> int:
+    """The value as an int; UnknownError where it is none."""
     if isinstance(value, fractions.Fraction) and value.denominator == 1:
         return value.numerator
     raise UnknownError
 
 
 def real(value: Value) -> fractions.Fraction | float:
+    """The value without an imaginary part that is rounding; UnknownError where it has one."""
     if isinstance(value, fractions.Fraction):
         return value
     if abs(value.imag) > EXACT * abs(value.real):
@@ -55,6 +57,7 @@ def _root(value: fractions.Fraction, degree: int) -> Value:
 
 
 def power(base: Value, exponent: Value) -> Value:
+    """base ** exponent: exact where both are rational and small, of odd roots the real one."""
     if not isinstance(exponent, fractions.Fraction):
         return complex(base) ** complex(exponent)
     power, degree = exponent.numerator, exponent.denominator
@@ -70,6 +73,7 @@ def power(base: Value, exponent: Value) -> Value:
 
 
 def add(left: Value, right: Value) -> Value:
+    """The sum, 0 where it is no more than rounding of its terms."""
     return _settled(left + right, max(abs(left), abs(right)))
 
 
@@ -93,6 +97,7 @@ def _binomial(n: Value, k: Value) -> Value:
 
 
 def factorial(value: Value) -> Value:
+    """n!, by the gamma function where n is not whole; UnknownError beyond MAX_TERMS."""
     if isinstance(value, fractions.Fraction) and value.denominator == 1 and value >= 0:
         if value > MAX_TERMS:
             raise UnknownError

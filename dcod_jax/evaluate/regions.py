@@ -69,6 +69,7 @@ def interval(brackets: str, low: End, high: End) -> Region:
 
 
 def point(value: End) -> Region:
+    """The region of one number."""
     return interval("[]", value, value)
 
 

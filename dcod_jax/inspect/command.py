@@ -122,6 +122,7 @@ def _read_checkpoint(run_dir: str) -> tuple[Any, Any, Path]:
 
 
 def print_manifest(dataset: TraceDataset, console: Console) -> None:
+    """Print what the dataset's manifest says, one row for each entry."""
     table = Table(title=Text(str(dataset.directory)), show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")

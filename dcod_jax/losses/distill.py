@@ -54,6 +54,7 @@ class LossConfig:
 
     @property
     def needs_top_k(self) -> bool:  # in the trace dataset
+        """Whether the trace dataset must hold the teacher's top-k."""
         return self.needs_distribution and self.teacher == "cached"
 
     @property

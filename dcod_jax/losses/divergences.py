@@ -29,10 +29,12 @@ def _mixture(log_a: Array, log_b: Array, share: Array | float) -> Array:
 
 
 def forward_kl(log_p: LogDistribution, log_q: LogDistribution) -> PerToken:
+    """KL(p‖q)."""
     return kl(log_p, log_q)
 
 
 def reverse_kl(log_p: LogDistribution, log_q: LogDistribution) -> PerToken:
+    """KL(q‖p)."""
     return kl(log_q, log_p)
 
 
@@ -61,10 +63,12 @@ def todi(log_p: LogDistribution, log_q: LogDistribution) -> PerToken:
 
 
 def skew_kl(log_p: LogDistribution, log_q: LogDistribution, *, skew: float) -> PerToken:
+    """KL(p‖λp + (1−λ)q), λ the skew."""
     return kl(log_p, _mixture(log_p, log_q, skew))
 
 
 def skew_reverse_kl(log_p: LogDistribution, log_q: LogDistribution, *, skew: float) -> PerToken:
+    """KL(q‖(1−λ)p + λq), λ the skew."""
     return kl(log_q, _mixture(log_q, log_p, skew))
 
 

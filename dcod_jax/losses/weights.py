@@ -77,10 +77,12 @@ class WeightConfig:
 
     @property
     def needs_teacher(self) -> bool:
+        """Whether log p is read."""
         return "teacher" in self.reads
 
     @property
     def needs_start(self) -> bool:
+        """Whether the start's log q is read."""
         return "start" in self.reads
 
     @property

@@ -57,6 +57,7 @@ class Block(nnx.Module):
         x: Float[Array, "B T D"],
         rope: tuple[Float[Array, "B T P"], Float[Array, "B T P"]] | None,
     ) -> tuple[Float[Array, "B N T H"], Float[Array, "B G T H"], Float[Array, "B G T H"]]:
+        """Query, key and value heads of the layer's input, rotated by `rope` if there is one."""
         return self.self_attn.project(self._norm("before attention", x), rope)
 
     def finish(
@@ -68,9 +69,11 @@ class Block(nnx.Module):
     def add_attention(
         self, x: Float[Array, "B T D"], mixed: Float[Array, "B N T H"]
     ) -> Float[Array, "B T D"]:
+        """The layer's input plus what attention mixed."""
         return self._add(x, self._norm("after attention", self.self_attn.output(mixed)))
 
     def apply_mlp(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """x plus what the MLP makes of it."""
         assert isinstance(self.mlp, MLP)
         return self._add(x, self._norm("after mlp", self.mlp(self._norm("before mlp", x))))
 

@@ -33,6 +33,7 @@ class Lora:
 
     @property
     def scale(self) -> float:
+        """What the product of the two low-rank maps is multiplied by."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def adapts(self, name: str) -> bool:

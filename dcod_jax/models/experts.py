@@ -44,21 +44,17 @@ def grouped_matmul(
 def _product(x: Array, kernels: Array, sizes: Array, *, transposed: bool = False) -> Array:
     """grouped_matmul with kernels or their transposes."""
     of = x, kernels.astype(x.dtype), sizes
-    forms: dict[str, Any] = {"cpu": _product_in_blocks, "default": _ragged_product}
+    forms: dict[str, Any] = {"cpu": _product_in_blocks, "default": jax.lax.ragged_dot}
     if transposed:
-        forms = {at: functools.partial(_turned, form) for at, form in forms.items()}
-        forms["tpu"] = _turned_in_tiles
+        forms = {at: functools.partial(_with_transposes, form) for at, form in forms.items()}
+        forms["tpu"] = _transposed_tiled
     if len(x) * kernels.size < _SMALL:
         return forms["default"](*of)
     return jax.lax.platform_dependent(*of, **forms)
 
 
-def _turned(form: Callable[..., Array], x: Array, kernels: Array, sizes: Array) -> Array:
+def _with_transposes(form: Callable[..., Array], x: Array, kernels: Array, sizes: Array) -> Array:
     return form(x, jnp.swapaxes(kernels, 1, 2), sizes)
-
-
-def _ragged_product(x: Array, kernels: Array, sizes: Array) -> Array:
-    return jax.lax.ragged_dot(x, kernels, sizes)
 
 
 def _ragged_outer(x: Array, gradient: Array, sizes: Array, *, dtype: Any) -> Array:
@@ -82,7 +78,7 @@ def _padded_to_tiles(x: Array) -> Array:
     return jnp.pad(x, ((0, -len(x) % 128), (0, 0)))
 
 
-def _turned_in_tiles(x: Array, kernels: Array, sizes: Array, *, interpret: bool = False) -> Array:
+def _transposed_tiled(x: Array, kernels: Array, sizes: Array, *, interpret: bool = False) -> Array:
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
     tiles = (128, _tile(kernels.shape[2], 512), _tile(kernels.shape[1], 1024))
@@ -121,11 +117,11 @@ def _padded(x: Array, groups: int) -> Array:
 def _in_blocks(
     sizes: Array,
     rows: int,
-    prepare: Callable[[Array], Any],
+    of_group: Callable[[Array], Any],
     add: Callable[..., Array],
     carry: Array,
 ) -> Array:
-    """carry = add(carry, prepare(group), group, start, end of the group, block) block by block.
+    """carry = add(carry, of_group(g), g, start, end of group g, block) block by block.
 
     Blocks are in the order of the rows; the last one of a group may reach beyond its end.
     """
@@ -134,13 +130,13 @@ def _in_blocks(
 
     def group(index: Array, carry: Array) -> Array:
         at = used[index]
-        prepared, end, start = prepare(at), ends[at], ends[at] - sizes[at]
+        own, end, start = of_group(at), ends[at], ends[at] - sizes[at]
         for block in blocks:
             left = jnp.maximum(end - start, 0)
             count = -(-left // block) if block == blocks[-1] else left // block
 
             def one(i: Array, carry: Array, start: Array = start, block: int = block) -> Array:
-                return add(carry, prepared, at, start + i * block, end, block)
+                return add(carry, own, at, start + i * block, end, block)
 
             carry = jax.lax.fori_loop(0, count, one, carry)
             start += count * block

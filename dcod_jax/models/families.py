@@ -344,6 +344,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def refuse(source: str, key: str, value: Any, supported: str) -> DcodError:
+    """The error for a value of a config that is not computed here."""
     return DcodError(
         f"{source}: {key}={value!r} is not supported (supported: {supported}); "
         f"use a model without it"

@@ -92,6 +92,7 @@ class GgufFile:
     reader: GGUFReader
 
     def get(self, key: str, default: Any = None) -> Any:
+        """The value of a metadata key, or the default; DcodError for a text that is none."""
         field = self.reader.get_field(key)
         try:
             return default if field is None else field.contents()
@@ -100,6 +101,7 @@ class GgufFile:
 
 
 def open_gguf(location: Location) -> GgufFile:
+    """Map a GGUF file; DcodError where it is missing or not whole."""
     path = as_path(location)
     if not path.is_file():
         raise DcodError(f"{path}: no such .gguf file; check the path")

@@ -10,14 +10,17 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def every_layer_full(raw: Raw) -> list[str]:
+    """No layer has a window."""
     return [FULL] * raw["num_hidden_layers"]
 
 
 def every_layer_alike(raw: Raw) -> list[str]:
+    """All layers have the window, where the config has one."""
     return [FULL if raw.get("sliding_window") is None else SLIDING] * raw["num_hidden_layers"]
 
 
 def from_max_window_layers(raw: Raw) -> list[str]:
+    """Layers from max_window_layers on have the window (Qwen)."""
     count = raw["num_hidden_layers"]
     windowed = raw["use_sliding_window"] and raw["sliding_window"] is not None
     first = (raw["max_window_layers"] or 0) if windowed else count
@@ -32,6 +35,7 @@ def full_every(period: int, *, at: int) -> Callable[[Raw], list[str]]:
 
 
 def gemma3(raw: Raw) -> list[str]:
+    """The last layer of each sliding_window_pattern is full."""
     period = raw["sliding_window_pattern"]
     return full_every(period, at=period - 1)(raw)
 
@@ -44,6 +48,7 @@ def exaone4(raw: Raw) -> list[str]:
 
 
 def smollm3(raw: Raw) -> list[str]:
+    """Layers that rotate have the window, where it is used."""
     windowed = raw["use_sliding_window"] and raw["sliding_window"] is not None
     return [SLIDING if windowed and not rotates else FULL for rotates in rotated(raw)]
 

@@ -48,6 +48,7 @@ class RMSNorm(nnx.Module):
 
 
 def norm(config: ModelConfig, width: int, hf: str, gguf: str) -> RMSNorm:
+    """The model's norm of this width, under these names in files."""
     return RMSNorm(width, hf, gguf, eps=config.rms_norm_eps, offset=config.norm_offset)
 
 
@@ -177,6 +178,7 @@ class Attention(nnx.Module):
         return apply_rope(query, *rope, self.pairs), apply_rope(key, *rope, self.pairs), value
 
     def output(self, mixed: Float[Array, "B N T H"]) -> Float[Array, "B T D"]:
+        """What attention mixed, back in the width of the model."""
         return self.o_proj(mixed, from_heads(self.head_dim))
 
 

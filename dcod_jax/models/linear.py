@@ -22,6 +22,7 @@ MANY_ROWS = 512  # beyond, a CPU multiplies x @ w as fast as w @ x
 
 
 def split_heads(x: Float[Array, "B T D"], head_dim: int) -> Float[Array, "B N T H"]:
+    """[B, T, N·H] -> [B, N, T, H]."""
     return jnp.swapaxes(x.reshape(*x.shape[:2], -1, head_dim), 1, 2)
 
 
@@ -53,10 +54,12 @@ class Form:
 
     @property
     def reads_heads(self) -> bool:
+        """Whether x is [B, N, T, H]."""
         return self.x == "bnth"
 
     @property
     def writes_heads(self) -> bool:
+        """Whether y is [B, N, T, H]."""
         return self.y == "bnth"
 
     def split(self, kernel: Array) -> Array:
@@ -142,6 +145,7 @@ class Declaration:
 
 
 def declare(value: Array, axes: tuple[str, ...], hf: str, gguf: str, **more: Any) -> nnx.Param:
+    """A parameter with its Declaration; `more` are the fields behind the names."""
     return nnx.Param(value, declaration=Declaration(axes, hf, gguf, **more))
 
 

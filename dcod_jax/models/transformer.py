@@ -174,6 +174,7 @@ def embed(
     mesh: Mesh | None,
     length: str | None = None,
 ) -> Array:
+    """Embedded tokens [B, T, D] in compute_dtype, times scale."""
     # Every device looks up all tokens of its replica in the columns that it holds; what it found
     # is exchanged for its own rows. The table is never whole on a device, nor is its gradient.
     # Rows are taken before the cast, so that the gradients of a frequent token add up in the

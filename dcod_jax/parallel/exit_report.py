@@ -27,6 +27,7 @@ def answers(address: str) -> bool:
 
 
 def main() -> None:
+    """Read lines to their end, and print the reason unless the last one says closed."""
     last: dict[str, Any] = {}
     for line in sys.stdin:
         last = json.loads(line)

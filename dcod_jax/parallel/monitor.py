@@ -174,13 +174,16 @@ class Monitor:
     # ---- what the process itself reports
 
     def doing(self, what: str, *, waiting: bool) -> None:
+        """What this process does from now on, and whether it waits for the others."""
         self.own = dataclasses.replace(self.own, state=what, waiting=waiting)
         self.moved()
 
     def moved(self) -> None:  # called, as doing is, by the main thread alone
+        """Count a piece of progress."""
         self.own = dataclasses.replace(self.own, count=self.own.count + 1)
 
     def barrier(self, name: str) -> None:
+        """Wait until every process has called it with this name."""
         before = self.own.state
         self.doing(name, waiting=True)
         # Longer than the verdict takes, which knows who is missing.
@@ -190,6 +193,7 @@ class Monitor:
         self.doing(before, waiting=False)
 
     def exchange(self, name: str, text: str) -> list[str]:
+        """The texts of all processes, in their order."""
         folder = f"dcod_jax/exchange/{name}/{self.numbers[name] + 1}/"
         self.client.key_value_set(f"{folder}{self.process:06d}", text)
         self.barrier(name)

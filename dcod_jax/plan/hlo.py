@@ -55,6 +55,7 @@ class Instruction:
 
     @property
     def called(self) -> list[str]:
+        """Names of the computations that it calls."""
         names = _CALLED.findall(self.rest)
         for group in _BRANCHES.findall(self.rest):
             names += _OPERAND.findall(group)
@@ -197,6 +198,7 @@ class Summary:
 
     @property
     def collectives(self) -> list[Collective]:
+        """Every collective of the program."""
         return list(self._collectives.values())
 
     def _walk(self, name: str, times: int) -> None:

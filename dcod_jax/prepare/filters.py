@@ -45,6 +45,7 @@ class Counts:
     dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     def manifest(self) -> dict[str, Any]:
+        """The counts as the manifest has them."""
         read = self.kept + sum(self.dropped.values())
         return {"read": read, "kept": self.kept, "dropped": dict(sorted(self.dropped.items()))}
 

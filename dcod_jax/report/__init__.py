@@ -1,4 +1,4 @@
 """One self-contained HTML page about runs, from what their directories hold.
 
-Read command.py, then data.py (metrics, accuracy, drift) and traces.py (weights of tokens).
+Read command.py with arguments.py, then data.py (metrics, accuracy, drift) and traces.py (weights).
 """

@@ -144,6 +144,7 @@ class DecodingParams:
 
     @property
     def config(self) -> ModelConfig:
+        """The model's config."""
         return self.form.config
 
 

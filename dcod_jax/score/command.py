@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -56,6 +57,8 @@ from dcod_jax.score.teacher import (
 )
 from dcod_jax.types import Trace
 
+log = logging.getLogger(__name__)
+
 Scorer: TypeAlias = Callable[..., list[Trace]]
 
 
@@ -80,7 +83,7 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
     for split in splits:
         manifest = read_manifest(split)
         if (manifest.get("teacher"), manifest.get("score")) == (about, stored):
-            print(f"{split}: {about['name']} scored these traces before; nothing to do")
+            log.info("%s: %s scored these traces before; nothing to do", split, about["name"])
             done[split.name] = manifest
     if len(done) == len(splits):
         if hosts.first():  # where another process reads the dataset: another time
@@ -242,7 +245,7 @@ def _score_split(
     blocks = score_blocks(split, manifest, teacher, settings)
     finished = scored_shards(split, blocks, overwrite=overwrite)
     if finished:
-        print(f"{split}: going on behind {len(finished)} of {len(shards)} shards")
+        log.info("%s: going on behind %d of %d shards", split, len(finished), len(shards))
     tokens = {number: shards[number]["tokens"] for number in range(process, len(shards), processes)}
     before = sum(count for number, count in tokens.items() if number in finished)
     label, shown = f"scoring {split.name}", config.train.progress

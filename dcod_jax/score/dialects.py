@@ -53,6 +53,7 @@ class Asked:
 
     @property
     def ids(self) -> list[int]:
+        """The trace's token ids as a list."""
         return self.trace.token_ids.tolist()
 
 

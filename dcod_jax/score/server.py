@@ -67,9 +67,11 @@ class ServedTeacher:
 
     @property
     def name(self) -> str:
+        """The model's name on the server."""
         return self.entry.model
 
     def provenance(self) -> dict[str, Any]:
+        """What a manifest says of it."""
         return {
             "name": self.name,
             "revision": self.entry.revision,

@@ -33,6 +33,7 @@ class Teacher:
     tokenizer: Any
 
     def provenance(self) -> dict[str, str]:
+        """What a manifest says of it."""
         return {
             "name": self.name,
             "revision": self.revision,
@@ -41,6 +42,7 @@ class Teacher:
         }
 
     def load(self, mesh: Mesh | None = None) -> tuple[ModelConfig, Params]:
+        """(config, parameters), sharded over mesh if one is given."""
         return load_model(self.path, dtype=jnp.dtype(self.dtype), mesh=mesh)
 
 

@@ -31,6 +31,7 @@ class Chain:
 
     @property
     def answer(self) -> int:
+        """The value of the whole expression."""
         return self.running_values()[-1]
 
     def running_values(self) -> list[int]:

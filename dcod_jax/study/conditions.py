@@ -48,6 +48,7 @@ class Run:
 
     @property
     def key(self) -> tuple[str, str, str, int, float]:
+        """What a line of results.jsonl is found by."""
         return (self.kind, self.condition, self.arm, self.seed, self.rate)
 
 

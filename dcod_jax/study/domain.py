@@ -105,6 +105,7 @@ def teacher_recipe(config: Any, shape: ModelConfig) -> Any:
 
 
 def prompt_ids(tokenizer: Any, problem: StudyProblem) -> list[int]:
+    """Token ids of the problem's prompt, the student's turn opened."""
     return chat.encode_prompt(tokenizer, [{"role": "user", "content": problem.record()["prompt"]}])
 
 
@@ -129,6 +130,7 @@ def disturb(text: str, draw: random.Random, symbols: str) -> str:
 
 
 def to_trace(tokenizer: Any, name: str, prompt: str, completion: str) -> Trace:
+    """The trace of one prompt and completion."""
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
     ids, mask = chat.encode(tokenizer, messages)
     return Trace(name, ids, mask)
@@ -161,6 +163,7 @@ class StudyModel:
         )
 
     def text(self, drawn: Sample) -> str:
+        """The text of a continuation, without special tokens."""
         return self.tokenizer.decode(
             drawn.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )

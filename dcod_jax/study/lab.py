@@ -118,6 +118,7 @@ class Lab:
         )
 
     def traces(self, config: Any, *, start: bool = False) -> TraceDataset:
+        """The teacher's traces of a condition, or with `start` those of the warm start."""
         path = domain.dataset_path(self.directory / "traces", config, start=start)
         if path not in self._datasets:
             teacher = None if start else self.teacher
@@ -350,7 +351,10 @@ class Lab:
             seed=config.seed,
             eos_ids=(self.tokenizer.eos_token_id,),
             valid_vocab=len(self.tokenizer),
+            samples=1,
             batch_size=config.generate.batch_size,
+            batch_tokens=config.score.batch_tokens,
+            head_chunk=config.loss.head_chunk,
         )
         key = (len(prompts), config.generate.max_new_tokens)
         if key not in self._teacher_samples:

@@ -23,10 +23,12 @@ class Moves:
 
     @property
     def expression(self) -> str:
+        """The word and its moves: "dab 1 r"."""
         return " ".join([self.word, *self.moves])
 
     @property
     def answer(self) -> str:
+        """The word after the last move."""
         return self.words()[-1]
 
     def words(self) -> list[str]:

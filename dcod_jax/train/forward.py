@@ -60,6 +60,7 @@ class Forward:
 
     @property
     def mesh(self) -> Mesh:
+        """The mesh that the head was made for."""
         assert self.loss.head.mesh is not None
         return self.loss.head.mesh
 

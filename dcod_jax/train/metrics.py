@@ -243,6 +243,7 @@ class Board:
         self.flush, self.close = self._file.flush, self._file.close
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Add the values of a step."""
         for key, value in values.items():
             summary = self._scalar(key, value)
             self._file.write_event(self._event(step=step, wall_time=time.time(), summary=summary))
@@ -305,6 +306,7 @@ class MetricsWriter:
             self._sent = time.monotonic()
 
     def close(self) -> None:
+        """Send the rest and close the files."""
         if self.enabled:
             with self._told():
                 self.file.close()

@@ -48,7 +48,7 @@ class OptimConfig:
     offload: bool = False
     on_nonfinite: str = "stop"
     spike_factor: float = 0.0
-    max_skipped: int = 0
+    max_skipped: int = 20
 
 
 def make_schedule(cfg: OptimConfig, steps: int) -> Schedule:

@@ -30,7 +30,7 @@ from dcod_jax.train.command import runs_ready
 from dcod_jax.train.loop import fit
 from dcod_jax.train.settings import best_metric
 from dcod_jax.train.telemetry import DivergedError
-from dcod_jax.tune.grid import Rung, planned, spent
+from dcod_jax.tune.grid import Rung, candidates_and_rounds, spent
 
 log = logging.getLogger(__name__)
 RESULTS, RECIPE = "tune.json", "best.py"
@@ -42,19 +42,19 @@ def tune(config: Any) -> str:
         raise DcodError(
             'tune.grid is empty; expected entries such as "optim.learning_rate=1e-5|3e-5"'
         )
-    changes, plan = planned(configs.keys(config))
+    changes, rounds = candidates_and_rounds(configs.keys(config))
     names = [f"c{number:0{len(str(len(changes)))}}" for number in range(1, len(changes) + 1)]
     compare = tuple(" ".join((n, *own)) for n, own in zip(names, changes, strict=True))
     grid = configs.replace(config, {"compare": compare, "tune.grid": ()})
     folder = as_path(config.run_dir)
-    results = _Results(folder / RESULTS, compare, plan, best_metric(config))
+    results = _Results(folder / RESULTS, compare, rounds, best_metric(config))
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".tune.lock", what=f"run_dir={folder}"), runs_ready(grid) as runs:
         hosts.barrier("the lock of tune")
-        rounds = " then ".join(f"{rung.candidates} to step {rung.steps}" for rung in plan)
-        log.info("tune: %s; %d steps in all", rounds, spent(plan))
+        told = " then ".join(f"{rung.candidates} to step {rung.steps}" for rung in rounds)
+        log.info("tune: %s; %d steps in all", told, spent(rounds))
         left = dict(runs)
-        for rung in plan:
+        for rung in rounds:
             left = {name: left[name] for name in results.order(list(left))[: rung.candidates]}
             for name, run in left.items():
                 if not results.known(name, rung.steps):
@@ -84,17 +84,17 @@ def _train(run: Any, name: str, steps: int) -> dict[str, Any]:
 
 _RESULT = {"name": text(), "step": whole(0, 1 << 53), "error": optional(text())}
 _RESULT |= {"metrics": optional(mapping(items=number(-1e308, 1e308)))}
-_CONTENT = {"plan": mapping(), "results": array(mapping(_RESULT))}
+_CONTENT = {"tuning": mapping(), "results": array(mapping(_RESULT))}
 
 
 class _Results:
-    """run_dir/tune.json: what was planned, and what each candidate reached in each round."""
+    """run_dir/tune.json: what is tried, and what each candidate reached in each round."""
 
-    def __init__(self, path: Path, compare: tuple[str, ...], plan: list[Rung], metric: str):
+    def __init__(self, path: Path, compare: tuple[str, ...], rounds: list[Rung], metric: str):
         self.path, self.metric = path, metric
-        of = {"candidates": list(compare), "rounds": [vars(r) for r in plan], "metric": metric}
-        self.content: dict[str, Any] = {"plan": of, "results": []}
-        check_own(path, '"plan"', '"results"')
+        of = {"candidates": list(compare), "rounds": [vars(r) for r in rounds], "metric": metric}
+        self.content: dict[str, Any] = {"tuning": of, "results": []}
+        check_own(path, '"tuning"', '"results"')
         if path.is_file():
             self.content = read_json(path)
             check(self.content, _CONTENT, source=path)
@@ -104,8 +104,8 @@ class _Results:
                         f"{path}: the result of {line['name']!r:.80} has neither {metric} nor an "
                         "error; take it out, and that round of the candidate is done again"
                     )
-            if self.content["plan"] != of:
-                changed = [key for key in of if self.content["plan"].get(key) != of[key]]
+            if self.content["tuning"] != of:
+                changed = [key for key in of if self.content["tuning"].get(key) != of[key]]
                 raise DcodError(
                     f"{path} is of another tuning: its {' and '.join(changed)} differ; set tune.*, "
                     "train.steps and train.best_metric back, or choose another run_dir"
@@ -157,7 +157,7 @@ class _Results:
 
     def show(self, changes: dict[str, tuple[str, ...]], best: str) -> None:
         """One row for each candidate, the last ones left first, one column for each round."""
-        ends = [rung["steps"] for rung in self.content["plan"]["rounds"]]
+        ends = [rung["steps"] for rung in self.content["tuning"]["rounds"]]
         title = f"{self.metric} of {len(changes)} candidates, chosen: {best}"
         table = number_table(title, "candidate", "settings", *(f"step {end}" for end in ends))
         for name in sorted(self.order(list(changes)), key=lambda name: -len(self.of(name))):

@@ -81,7 +81,7 @@ def rungs(count: int, *, steps: int, factor: int, budget: int) -> list[Rung]:
     while sizes[-1] > 1:
         sizes.append(-(-sizes[-1] // factor))
 
-    def plan(first: int) -> list[Rung]:
+    def after(first: int) -> list[Rung]:
         ends = [first * factor**i for i in range(len(sizes) - 1)] + [steps]
         return [Rung(size, end) for size, end in zip(sizes, ends, strict=True)]
 
@@ -91,25 +91,25 @@ def rungs(count: int, *, steps: int, factor: int, budget: int) -> list[Rung]:
             f"train.steps={steps} are too few for {count} candidates in {len(sizes)} rounds "
             f"(tune.factor={factor}); lengthen it, or make tune.grid smaller"
         )
-    least = spent(plan(1))
+    least = spent(after(1))
     if budget < least:
         raise DcodError(
             f"tune.budget={budget} steps are too few: {count} candidates in {len(sizes)} rounds "
             f"take at least {least}, of which the chosen one has train.steps={steps}"
         )
     if len(sizes) == 1:
-        return plan(steps)
-    more = spent(plan(2)) - least  # for each step of the first round: spent is linear in it
-    return plan(min(longest, 1 + (budget - least) // more))
+        return after(steps)
+    more = spent(after(2)) - least  # for each step of the first round: spent is linear in it
+    return after(min(longest, 1 + (budget - least) // more))
 
 
-def spent(plan: Sequence[Rung]) -> int:
+def spent(rounds: Sequence[Rung]) -> int:
     """Optimizer steps of all candidates over all rounds."""
-    before = [0, *(rung.steps for rung in plan)]
-    return sum(r.candidates * (r.steps - b) for r, b in zip(plan, before, strict=False))
+    before = [0, *(rung.steps for rung in rounds)]
+    return sum(r.candidates * (r.steps - b) for r, b in zip(rounds, before, strict=False))
 
 
-def planned(flat: Mapping[str, Any]) -> tuple[list[tuple[str, ...]], list[Rung]]:
+def candidates_and_rounds(flat: Mapping[str, Any]) -> tuple[list[tuple[str, ...]], list[Rung]]:
     """(candidates, rounds) of a config's {key: value}; raises DcodError for what cannot be."""
     found = candidates(flat["tune.grid"], flat)
     steps = flat["train.steps"]
@@ -126,6 +126,6 @@ def config_errors(flat: Mapping[str, Any]) -> Iterator[str]:
     if not flat["train.best_metric"]:
         yield "tune.grid needs train.best_metric, by which it chooses: accuracy or eval/nll"
     try:
-        planned(flat)
+        candidates_and_rounds(flat)
     except DcodError as error:
         yield str(error)

@@ -38,7 +38,8 @@ def one_device():
 
 def settings(**changes):
     options = {"mesh": one_device(), "max_new_tokens": NEW, "seed": 3, "eos_ids": (STOP,)}
-    options |= {"valid_vocab": V, "samples": 3, "batch_size": 8, "batch_tokens": 256}
+    options |= {"valid_vocab": V, "samples": 3, "batch_size": 8}
+    options |= {"batch_tokens": 256, "head_chunk": 512}
     return DriftSettings(**(options | changes))
 
 

@@ -42,9 +42,9 @@ def _rows(*shape, seed=0):
 
 FORMS = {
     "blocks": (experts._product_in_blocks, experts._outer_in_blocks),
-    "ragged": (experts._ragged_product, experts._ragged_outer),
+    "ragged": (jax.lax.ragged_dot, experts._ragged_outer),
     "tiles": (
-        lambda x, kernels, sizes: experts._turned_in_tiles(
+        lambda x, kernels, sizes: experts._transposed_tiled(
             x, kernels.swapaxes(1, 2), sizes, interpret=True
         ),
         functools.partial(experts._outer_in_tiles, interpret=True),

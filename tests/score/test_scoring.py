@@ -211,7 +211,8 @@ def hashes(root: Path) -> dict[str, str]:
     return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def test_stopped_and_started_again_gives_the_same_bytes(tmp_path, teacher, capsys):
+def test_stopped_and_started_again_gives_the_same_bytes(tmp_path, teacher, capsys, caplog):
+    caplog.set_level("INFO", logger="dcod_jax")
     whole = write_dataset(tmp_path / "whole", teacher)
     manifests = score(make_config(whole, teacher, score__top_k="3"))
     assert manifests["train"]["scored"]
@@ -241,20 +242,20 @@ def test_stopped_and_started_again_gives_the_same_bytes(tmp_path, teacher, capsy
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dcod_jax.score.command.score_traces", counted)
         score(make_config(cut, teacher, score__top_k="3"))
-    assert "going on behind 2 of 5 shards" in capsys.readouterr().out
+    assert "going on behind 2 of 5 shards" in caplog.text
     assert len(calls) == 4  # three of five shards of train were left, one of eval
     assert hashes(cut) == hashes(whole)
 
 
-def test_scored_again_by_the_same_teacher_does_nothing(tmp_path, teacher, capsys):
+def test_scored_again_by_the_same_teacher_does_nothing(tmp_path, teacher, caplog):
+    caplog.set_level("INFO", logger="dcod_jax")
     root = write_dataset(tmp_path / "data", teacher)
     score(make_config(root, teacher))
     first = hashes(root)
-    capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(teachers.Teacher, "load", None)  # the weights are not even read
         score(make_config(root, teacher))
-    assert capsys.readouterr().out.count("scored these traces before") == 2
+    assert caplog.text.count("scored these traces before") == 2
     assert hashes(root) == first
     trace = TraceDataset(root / "train").read([0])[0]
     assert trace.logprobs is not None

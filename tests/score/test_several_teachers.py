@@ -57,7 +57,8 @@ def served(trace) -> np.ndarray:
     return MODEL[trace.token_ids[places - 1], trace.token_ids[places]].astype(np.float32)
 
 
-def test_each_teacher_scores_its_own_traces(tmp_path, model, capsys):
+def test_each_teacher_scores_its_own_traces(tmp_path, model, capsys, caplog):
+    caplog.set_level("INFO", logger="dcod_jax")
     records = tiny.sums(10)
     other = tiny.write_jsonl(tmp_path / "b.jsonl", records[6:])
     for number, entry in enumerate(records[:6]):
@@ -77,7 +78,7 @@ def test_each_teacher_scores_its_own_traces(tmp_path, model, capsys):
             score(config)
         asked = len(fake.bodies)
         manifest = score(config)["train"]
-        assert "going on behind 1 of 3 shards" in capsys.readouterr().out
+        assert "going on behind 1 of 3 shards" in caplog.text
         assert len(fake.bodies) - asked == 4
     weights = {"a": hf.weights_fingerprint(model), "org/b": "served: big"}
     assert manifest["teacher"]["name"] == "a, org/b"

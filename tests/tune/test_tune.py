@@ -60,20 +60,20 @@ def test_what_is_no_candidate_is_refused(grid, error):
 @pytest.mark.parametrize("factor", [2, 3, 5])
 def test_rounds_halve_and_stay_within_the_budget(count, factor):
     for budget in (500, 1000, 5000):
-        plan = rungs(count, steps=400, factor=factor, budget=budget)
-        assert plan[0].candidates == count
-        assert plan[-1] == Rung(1, 400)
+        rounds = rungs(count, steps=400, factor=factor, budget=budget)
+        assert rounds[0].candidates == count
+        assert rounds[-1] == Rung(1, 400)
         total = sum(
             rung.candidates * (rung.steps - before)
-            for rung, before in zip(plan, [0, *(r.steps for r in plan)], strict=False)
+            for rung, before in zip(rounds, [0, *(r.steps for r in rounds)], strict=False)
         )
-        assert total == spent(plan) <= budget
-        for earlier, later in itertools.pairwise(plan):
+        assert total == spent(rounds) <= budget
+        for earlier, later in itertools.pairwise(rounds):
             assert later.candidates == -(-earlier.candidates // factor)
             assert earlier.steps < later.steps
-        if count > 1 and (longer := plan[0].steps + 1) * factor ** (len(plan) - 2) < 400:
-            ends = [longer * factor**i for i in range(len(plan) - 1)] + [400]
-            more = [Rung(r.candidates, end) for r, end in zip(plan, ends, strict=True)]
+        if count > 1 and (longer := rounds[0].steps + 1) * factor ** (len(rounds) - 2) < 400:
+            ends = [longer * factor**i for i in range(len(rounds) - 1)] + [400]
+            more = [Rung(r.candidates, end) for r, end in zip(rounds, ends, strict=True)]
             assert spent(more) > budget
 
 
@@ -149,7 +149,7 @@ def test_a_killed_tuning_goes_on_and_its_recipe_is_the_chosen_run(
     assert f"resuming {tuned.run_dir}/c2 at step 5" in caplog.text
     assert "c3 failed: step" in caplog.text
     stored = json.loads(Path(tuned.run_dir, "tune.json").read_text())
-    assert stored["plan"]["rounds"] == [
+    assert stored["tuning"]["rounds"] == [
         {"candidates": 3, "steps": 10},
         {"candidates": 1, "steps": 30},
     ]
