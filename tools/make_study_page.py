@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from study_results import Arm, Estimate, Pick, Study, arm_of, drift, seed_mean
+from study_results import Arm, Estimate, Line, Pick, Study, arm_of, drift, seed_mean
 
 from dcod_jax.errors import DcodError
-from dcod_jax.study.conditions import read_results
+from dcod_jax.study.conditions import MAIN, read_results
 from dcod_jax.study.domain import SETS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -129,6 +129,40 @@ def chosen_table(study: Study, names: Sequence[str]) -> str:
     return table(head, rows)
 
 
+def picked_table(study: Study, names: Sequence[str]) -> str:
+    """What validation alone picks among SFT, token and auto, and what the pick ends above them."""
+    rows = []
+    for condition in names:
+        arms = {arm: (condition, arm) for arm in (*OTHERS, CHOSEN)}
+        if not all(arm in study.runs for arm in arms.values()):
+            continue
+        own = [line for line in study.tunes if line["condition"] == condition]
+        grids = own or [line for line in study.tunes if line["condition"] == MAIN]
+        cost = sum(line["train_cpu"] + line["eval_cpu"] for line in own if line["arm"] in arms)
+        best = {
+            arm: max(rate_means([line for line in grids if line["arm"] == arm]).values(), default=0)
+            for arm in arms
+        }
+        pick = max(best, key=lambda arm: best[arm])
+        for name in ("in", "longer"):
+            differ = [
+                "the same" if arm == pick else points(study.difference(arms[pick], arms[arm], name))
+                for arm in OTHERS
+            ]
+            mean = f"{100 * study.accuracy(arms[pick], name).mean:.1f}"
+            rows.append([condition, name, f"`{pick}`", mean, *differ, f"{cost:.0f}" if own else ""])
+    head = ["condition", "set", "picked", "accuracy", "minus SFT", "minus token", "grid, CPU-s"]
+    return table(head, rows)
+
+
+def rate_means(tunes: Sequence[Line]) -> dict[float, float]:
+    """{rate: mean validation accuracy} of one arm's tuning runs."""
+    return {
+        rate: float(np.mean([x["accuracy"]["validation"] for x in tunes if x["rate"] == rate]))
+        for rate in sorted({line["rate"] for line in tunes})
+    }
+
+
 def drift_table(study: Study, names: Sequence[str]) -> str:
     """ExAccErr and its parts."""
 
@@ -166,13 +200,10 @@ def cost_table(study: Study, names: Sequence[str]) -> str:
 def rates_table(study: Study, _: Sequence[str]) -> str:
     """The learning-rate grids: mean validation accuracy of the tuning runs, percent."""
     rates = sorted({line["rate"] for line in study.tunes})
-    grids: dict[Arm, dict[float, list[float]]] = {}
-    for line in study.tunes:
-        grid = grids.setdefault(arm_of(line), {})
-        grid.setdefault(line["rate"], []).append(line["accuracy"]["validation"])
     rows = []
-    for (condition, arm), grid in grids.items():
-        means = [round(float(np.mean(grid[rate])), 9) if rate in grid else None for rate in rates]
+    for condition, arm in dict.fromkeys(map(arm_of, study.tunes)):
+        grid = rate_means([line for line in study.tunes if arm_of(line) == (condition, arm)])
+        means = [round(grid[rate], 9) if rate in grid else None for rate in rates]
         place = means.index(max(value for value in means if value is not None))
         cells = ["" if value is None else f"{100 * value:.1f}" for value in means]
         cells[place] = f"**{cells[place]}**"
@@ -211,6 +242,7 @@ BLOCKS: dict[str, Callable[[Study, Sequence[str]], str]] = {
     "references": references_table,
     "accuracy": accuracy_table,
     "chosen": chosen_table,
+    "picked": picked_table,
     "differences": difference_table,
     "gains": gain_table,
     "drift": drift_table,

@@ -83,3 +83,32 @@ def test_gains_are_paired_with_each_seeds_own_start():
     found = Study(lines)
     assert found.gain(("main", "sft"), "in").mean == pytest.approx((2 - 1) / 8)
     assert found.starts("main", "in").tolist() == [0.25, 0.5]
+
+
+def test_validation_picks_an_arm_by_its_best_rate():
+    """The pick against the others; a condition without a grid of its own has the one of main."""
+    tuned = {"sft": (0.5, 0.2), "sft+sigmoid": (0.4, 0.3), "sft+auto": (0.1, 0.6)}
+    lines = []
+    for number, (arm, grid) in enumerate(tuned.items()):
+        for condition in ("main", "other"):
+            lines.append(settings_line(condition, arm))
+            correct = [1] * (number + 1) + [0] * (3 - number)
+            for seed in (1, 2):
+                line = line_of(condition, arm, seed, correct, [0] * 4)
+                line["correct"]["longer"] = line["correct"]["in"]
+                lines.append(line)
+        cost = {"train_cpu": 2.0, "eval_cpu": 0.5}
+        for rate, accuracy in zip((1e-3, 3e-3), grid, strict=True):
+            own = {"kind": "tune", "condition": "main", "arm": arm, "rate": rate} | cost
+            lines += [own | {"accuracy": {"validation": accuracy + x}} for x in (-0.1, 0.1)]
+    page = fill_page("<!-- study: picked -->\n<!-- end -->", Study(lines))
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if "`" in line]
+    assert [row[:3] for row in rows] == [
+        [condition, name, "`sft+auto`"]
+        for condition in ("main", "other")
+        for name in ("in", "longer")
+    ]
+    assert [row[3] for row in rows] == ["75.0"] * 4
+    assert [row[4].split(" ")[0].strip("*") for row in rows] == ["+50.0"] * 4
+    assert [row[5].split(" ")[0].strip("*") for row in rows] == ["+25.0"] * 4
+    assert [row[6:] for row in rows] == [["30"], ["30"], [], []]
