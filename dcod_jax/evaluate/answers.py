@@ -47,7 +47,7 @@ _RETRACTED = re.compile(
     r"(?:wrong|incorrect|not (?:right|correct)|mistake|error|misread|miscalculated"
     r"|forgot|missed|overlooked|should have)"
     r"[^.!?:\n]{0,60}?[.!:,;]"
-    r"|actually,? (?:it's|it is|it should be|the answer is) (?=[-$\\]*\d)"
+    r"|(?:actually|wait),? (?:it's|it is|it should be|the answer is) (?=[-$\\]*\d)"
     r"|(?:wait|sorry|oops),? no\b[ ,.:;—–]*|correction:|scratch that[;,.]|no,? wait,|oops,)",
     re.IGNORECASE,
 )
@@ -61,12 +61,12 @@ _UNBRACED = re.compile(r"\\[dt]?frac\s*(?:\d\s*\d|\{[^{}]*\}\{[^{}]*\})|[^\s$\\]
 _BOX_LABEL = re.compile(r"(?<![A-Za-z\\])([A-Za-z](?:_\{?\w\}?)?)\s*=\s*$")
 # What parts two boxes of one answer: "$\boxed{3}$ and $y = \boxed{4}$", "(a) \boxed{3} (b) ...".
 _GLUE = re.compile(
-    r"(?:(?P<joint>\n|[,;•，；、和或]|\\q?quad|\n\s*-|\b(?:and|or)\b|\(?\b(?:[a-h]|[ivx]{1,4}|\d)[).:](?=\s))"
+    r"(?:(?P<joint>\n|[,;•，；、和或]|\\q?quad|\n\s*-|\b(?:and|or)\b|\(?\b(?:[a-h]|[ivx]{1,4}|\d)[).:](?=[\s*]))"
     r"|[\s$&*.]|\\[()\[\]\\,;! ]|\\text\{\s*|\}|\\?[A-Za-z]\w?(?:_\{?\w\}?)?\s*=)*"
 )
 # "and the perimeter is \boxed{14}" goes on with the answer, "and so it is \boxed{14}" corrects.
 _GOES_ON = re.compile(
-    r"[\s$\\)\]]*,?\s*(?:and|or)\b[^\n.!?]{0,80}"
+    r"[\s$\\)\]]*(?:[a-z]{2,15}\b)?,?\s*(?:and|or)\b[^\n.!?]{0,80}"
     r"|[\s$\\)\]]*\s[a-z]{2,15}(?: [a-z]{2,15})?,\s*(?:and )?[$\\(\s]*"  # "5 apples, 6 pears"
     r"|[$\s]*[，；、](?![^$]*[不应改即所故因])[\u4e00-\u9fff]{1,8}[=$\s]*"
     r"|[ $\\)\]*]*[,;\n][\s*•-]*[A-Za-z][\w ]{0,40}:[*$\\(\[\s]*(?:\\?[A-Za-z]\w?\s*=\s*)?"
@@ -94,9 +94,10 @@ _ANSWER_LINE = re.compile(
     re.MULTILINE,
 )
 _ANSWER_IS = re.compile(
-    r"(?i:\banswers?\b(?! (?:choice|option)s?\b)(?:[^\n.:;?!\"]|\"[^\n\"]{0,80}\"){0,80}?"
+    r"(?i:\banswers?\b(?:(?:(?<=[.!] answer)|(?<=[.!] final answer))(?= ?:)"
+    r"|(?!>| (?:choice|option)s?\b)(?:[^\n.:;?!\"]|\"[^\n\"]{0,80}\"){0,80}?"
     r"(?:\n\s{0,3}(?=is\b|to\b|of\b|for\b)"
-    r"[^\n.:;?!]{0,60}?)?(?<![A-Za-z])(?:is|are|(?:would|must|will|should) be)(?![A-Za-z]))"
+    r"[^\n.:;?!]{0,60}?)?(?<![A-Za-z])(?:is|are|(?:would|must|will|should) be)(?![A-Za-z])))"
     r"[ \t*_]{0,4}[:：]?[*_]{0,2}\s{0,4}(?=\S)"
     r"|答案】?\s*(?:应?[是为選选]|[:：])?\s*[:：]?\s{0,4}(?=\S)"
 )
@@ -123,8 +124,8 @@ _BARE = re.compile(
     r"|true[.!]?\s*)\Z"
     r"|\A[\s(\[*]{0,6}([a-e])[)\].*]{0,4}\s*\Z"
     r"|\A[\s(\[*]{0,6}([A-J])[)\].*]{0,4}, (?:because|since|as) [^\n]{0,200}\Z"
-    r"|\b(?i:so|hence|thus|therefore|must be|(?:best|correct|right)(?: (?:one|choice))? is|it's"
-    r"|it is|answer)[,:]? (?:it's |it is |it must be )?"
+    r"|\b(?i:so|hence|thus|therefore|must be|(?:best|correct|right|true)(?: (?:one|choice))? is"
+    r"|it's|it is|answer)[,:]? (?:it's |it is |it must be )?"
     r"[*(]{0,3}([A-J])[)*]{0,3}(?:, not \(?[A-J]\)?)?[.!]?\s*\Z"
     rf"|\A\s*(?:[Bb]oth\s+)?({LETTERS})[).!]{{0,2}}\s*\Z",
     re.MULTILINE,
@@ -221,6 +222,7 @@ _ITEM = (
 )
 _VALUES = re.compile(rf"{_ITEM}(?:\s*\n\s*{_ITEM})+")
 _ALONE = re.compile("[A-J](?![A-Za-z])")
+_SHORT = 20  # characters that "(b)." and its blanks may have
 _OPTION = re.compile("[B-J][*_]{0,2}[.):）、]")
 # Every text in which something is taken back has one of these in it.
 _RETRACTIONS = (
@@ -231,7 +233,9 @@ _RETRACTIONS = (
 
 def _first(text: str, words: Iterable[str], start: int = 0) -> int:
     """Where the first of these words stands, -1 where none does."""
-    return min((place for word in words if (place := text.find(word, start)) >= 0), default=-1)
+    rest = text[start:]
+    there = [word for word in words if word in rest]
+    return start + min(map(rest.find, there)) if there else -1
 
 
 def _marked(text: str, *, complete: bool) -> Extraction | None:
@@ -254,14 +258,14 @@ def _marked(text: str, *, complete: bool) -> Extraction | None:
                     answer = f"({answer}) {stated}"
                 found = match.end(), Extraction(answer, rule)
                 break
-    place, tail = found[0] if found else 0, max(0, len(text) - _REACH)
-    if complete and (not found or _ALONE.search(text, max(place, tail))):
-        bare = _BARE.search(text, tail)
-        if bare and (found is None or place < bare.start()):
-            return Extraction(_letters(next(filter(None, bare.groups()))), "choice")
-    if complete and _OPTION.search(text, place):
+    place, tail = found[0] if found else -1, max(0, len(text) - _REACH)
+    short = not found and len(text) < _SHORT
+    alone = complete and (short or _ALONE.search(text, max(place, tail)))
+    if alone and (bare := _BARE.search(text, tail)) and place < bare.start():
+        return Extraction(_letters(next(filter(None, bare.groups()))), "choice")
+    if complete and _OPTION.search(text, max(place, 0)):
         options = list(itertools.islice(_OPTION_LINE.finditer(text), 2))
-        if len(options) == 1 and (found is None or place < options[0].start()):
+        if len(options) == 1 and place < options[0].start():
             return Extraction(options[0].group(1), "choice")
     return found[1] if found else None
 

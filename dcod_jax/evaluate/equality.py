@@ -24,8 +24,10 @@ _BASED = re.compile(r"([-+]?[\dA-F]*\d[\dA-F]*(?:\.\d+)?)_\{?(\d{1,2})\}?")
 _TIME = re.compile(r"\d{1,2}:\d\d")
 _RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?){2,}")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z\s.,'\"&()-]*")
+_OPENING = re.compile(r"(?i)^(?:it is|it's|there (?:is|are)|it(?= does)|on(?= \w+day))\s+")
 _CHOICE = re.compile(
-    r"(?:\(([A-Za-z])\)[.:]?|([A-J]|[a-j](?=\)))\s*[.):](?![A-Z]\.))\s*(?P<rest>(?!.*\([b-e]\)).*)",
+    r"(?:\(([A-Za-z])\)[.:]?|([A-J]|[a-j](?=\)))"
+    r"(?:\s*[.):](?![A-Z]\.)| - (?=[A-Za-z]{3}|\d+ [a-z]{2})))\s*(?P<rest>(?!.*\([b-e]\)).*)",
     re.DOTALL,
 )
 _LETTERS = re.compile(r"[A-J](?:(?:\s*,\s*|\s*,?\s+and\s+)[A-J])+|[A-J]{2,10}")
@@ -34,13 +36,15 @@ _LEAD = re.compile(r"(?:the )?(?:final |correct )?answer(?: is:?|\s*:)\s*", re.I
 _CHOICE_BESIDE = re.compile(
     r"(?P<before>[^()]*?)\s*,?\s*\(?(?:[Oo]ption|[Cc]hoice) \(?(?P<named>[A-J])\)*"
     r"|(?P<first>[A-J])\s*\((?P<value>[^(),]+)\)"
-    r"|(?P<number>[^()A-Za-z]*\d[^()]*?)\s*\((?P<last>[A-J])\)",
+    r"|(?P<number>[^()A-Za-z]*\d[^()]*?|[A-Za-z][a-z]{2,}[a-z ]*?)\s*\((?P<last>[A-J])\)",
     re.DOTALL,
 )
 _VARIABLE = re.compile(r"(?<![A-Za-z\\])[a-z](?![A-Za-z])")
 _NOUN = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{3,}(?![A-Za-z])")
 _AXIS = re.compile(r"(?<![A-Za-z\\])[jk](?![A-Za-z])")
 _OF_A_VARIABLE = re.compile(r"\||\\(?:frac|sqrt|sin|cos|tan|log|ln)(?![A-Za-z])")
+_ONE_LETTER = re.compile(r"[A-Za-z]|\\(?!angle|triangle)[a-z]+")
+_NAMED = re.compile(r"([A-Z]|\\?[A-Za-z]+?)([A-Za-z]|\d+)('*)")  # f(2), P(A), a_3, AB
 _CALCULATED = re.compile(r"\([^()]*\w\s*[-+*/^]|^[xyz]{2,}$")
 _AND_PART = re.compile(r"(-?\d+)\s*and\s*(\\frac\{\d+\}\{\d+\}|\d+/\d+)")
 _PLAIN = re.compile(r"-?\d{1,60}(?:\.\d{1,60})?")
@@ -82,7 +86,7 @@ class _Comparison:
                 return left.ends == right.ends and self._as_sets(left.items, right.items)
             return all(map(self.same, left.items, right.items))
         brackets = {left.ends, right.ends} - {"", ","}
-        if brackets & {"(]", "[)"} and "," in (left.ends, right.ends):
+        if brackets & {"(]", "[)"} and left.ends != right.ends:
             return False
         if brackets == {"()"} and left.ends != right.ends:  # y = 5, x = 3 is (3, 5)
             left, right = map(_in_order, (left, right))
@@ -108,14 +112,8 @@ class _Comparison:
     def _single(self, left: Parsed, right: Parsed) -> bool:
         if _squeeze(left.text) == _squeeze(right.text) and left.label == right.label:
             return True
-        letters = len(left.label) == len(right.label) == 1
-        if letters and left.label != right.label:  # x = 1 is not y = 1
+        if all(labels := (left.label, right.label)) and _of_others(*labels):
             return False
-        if left.label and right.label and left.label != right.label:
-            of_one = 1 in (len(left.label), len(right.label))
-            if any((of_one and _OF_A_VARIABLE.match(label)) or _CALCULATED.search(label)
-                   for label in (left.label, right.label)):  # nor is |x| = 1  # fmt: skip
-                return False
         texts = [left.text, right.text]
         equations = [len(split(text, EQUALS)) > 1 for text in texts]
         if equations[0] != equations[1] and (label := left.label or right.label):
@@ -188,6 +186,20 @@ def _in_order(parsed: Parsed) -> Parsed:
     )
 
 
+def _of_others(left: str, right: str) -> bool:
+    """Whether two labels are known to name different things: x and y, x and |x|, f(2) and f(3)."""
+    one, other = (re.sub(r"[\s(){}_]", "", label) for label in (left, right))
+    functions = sum(bool(_OF_A_VARIABLE.match(label)) for label in (left, right))
+    named = [match.group(1, 3) for match in map(_NAMED.fullmatch, (one, other)) if match]
+    return one != other and (
+        functions > (1 not in (len(left), len(right)))
+        or any(map(_CALCULATED.search, (left, right)))
+        or all(map(_ONE_LETTER.fullmatch, (left, right)))
+        or ("'" in left) != ("'" in right)
+        or (named[1:] == named[:1] and set(one) != set(other))
+    )
+
+
 def _squeeze(text: str) -> str:
     return re.sub(r"\s+(?!\d)|(?<!\d)\s+", "", text)  # 1 2 is not 12
 
@@ -247,7 +259,7 @@ def _clock(one: Quantity) -> tuple[int, int] | None:
 
 def _words(text: str) -> str:
     """Words without case, articles and marks; "" for what is no word but mathematics."""
-    plain = re.sub(r"(?i)^(?:it is|it's|there (?:is|are)|it(?= does))\s+", "", text.strip(" .,\"'"))
+    plain = _OPENING.sub("", text.strip(" .,\"'"))
     if not _WORDS.fullmatch(plain) or set(plain) <= set("xyz "):
         return ""
     if len(plain) == 1:

@@ -17,7 +17,7 @@ _LINE = 2_000  # characters of a line that are searched
 _POWER = r"(?:\^(?:\{[^{}\n]{1,12}\}|\([^()\n]{1,8}\)|-?\w{1,4})|\*\*-?\d{1,3}|[⁰¹²³⁴-⁹⁻]{1,4})"
 _CALL = (
     r"(?:(?<![A-Za-z\\])\\?(?:sqrt|cbrt|exp|ln|log(?:_\w{1,3}|[₀-₉]+)?|(?:arc)?(?:sin|cos|tan))"
-    r"(?:\([^()\n]{1,30}\)|(?<=n) \d+(?!\d|\.\d))|√\(?[\d.]+\)?|(?<![A-Za-z\\])e(?=[\^⁰¹²³⁴-⁹⁻])"
+    r"(?:\([^()\n]{1,30}\)|(?<=[ng]) \d+(?!\d|\.\d))|√\(?[\d.]+\)?|(?<![A-Za-z\\])e(?=[\^⁰¹²³⁴-⁹⁻])"
     r"|\\sqrt(?:\[\d\])?\{[^{}\n]{1,40}\}|\\[dt]?frac\{[^{}\n]{1,40}\}\{[^{}\n]{1,40}\}"
     r"|\\pi\b|π|pi\b|\((?:[\d.+*/^·√π −–-]|(?<![A-Za-z])[A-Za-z](?![A-Za-z])){2,40}\))"
 )
@@ -44,12 +44,13 @@ _EXPRESSION = re.compile(
     r"|(?<![A-Za-z0-9_.^])\d{1,2}\s?[apAP]\.?[mM]\b\.?)"
     rf"|(?P<number>{_SIGN}(?:\\?[$€£¥₹]\s?)?(?<![A-Za-z0-9_.^])"
     rf"(?:\d{{1,3}}(?: \d{{3}})+(?![\d,]|\.\d)|(?:{NUMBER}){_MORE}?)"
-    rf"(?:\s?\\?%)?|[-−+]?[{VULGAR}∞]))"
+    rf"(?:\s?\\?%| percent\b)?|[-−+]?[{VULGAR}∞]))"
 )
 _REAL = r"[-−]?(?:\d[\d.,/]*+|∞|[a-z](?![a-z]))"
 _LESS = r"\s?(?:<=?|≤|>=?|≥|≠)\s?"
 _BRACKETS = r"[\[(][^()\[\]\n]{1,30},[^()\[\]\n]{1,30}[\])]"
 _COMPARISON = r"\$[^$\n]{1,60}[<>≤≥][^$\n]{0,60}\$"
+_ROOT = r"(?:square|cube) root of \d+(?! ?[-+*/^])"
 _MONTH = rf"(?:{MONTHS}|(?:Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec)\b\.?)"
 # What is one answer although it has words or several numbers in it.
 _WHOLE = re.compile(
@@ -62,9 +63,12 @@ _WHOLE = re.compile(
     rf"|\b[a-z]{_LESS}{_REAL},? (?:and|or) [a-z]{_LESS}{_REAL}"
     rf"|{_BRACKETS}(?:(?:\s?(?:∪|U)\s?|, (?:and )?|,| and | or ){_BRACKETS})+"
     rf"|{_COMPARISON} (?:and|or) {_COMPARISON}"
+    rf"|{_ROOT}|(?<![\d.])\d+(?:'\s?\d+(?:\"|'')| (?:times (?:the )?{_ROOT}|(?:choose|by) \d+"
+    r"|factorial\b|to the (?:\d+th power|power of \d+)|squared\b))"
     rf"|\ball real (?:numbers|values)(?: of [a-z])?,? (?:except|excluding)(?: for)? [^.:]*(?=\.?$))"
 )
 _RESULT = re.compile(r"[=≈]\s*(?:\\?[$€£¥₹]\s?)?(?=[-−–]?[\d.])")
+_SUBORDINATE = re.compile(r"(?:^|[.;] )(?:because|since|as|if|when|with)\b[^.,;]*$", re.IGNORECASE)
 _CIRCLED = re.compile("[①-⑩](?:[、，,]?[①-⑩])*")
 _LIST = re.compile(r"[:;]\s|[a-z]\s+[-+]?\d[^,]*(?:,|\bor\b)")
 _JOINS = re.compile(r"\s*(?:[,，、或和]|,?\s*\b(?:and|or)\b)\s*(?:[a-z]\s*=\s*)?")
@@ -128,7 +132,7 @@ _ASIDE = re.compile(
     r"[^(),\n]{0,60}\)"
     # "-4, occurring at x = 2", "9 is reached when x = 3", "5 when x = 2"
     rf"|(?<=[\d$)}}]),?(?: which)?(?: is)? (?:(?:attained|achieved|reached|obtained"
-    rf"|occurr(?:s|ing)) (?:at|when|for|if)|when|for)(?= \$?[a-z] ?=){_NO_VERB}[^=]*={_REST}"
+    rf"|occurr(?:s|ing)) (?:at|when|for|if)|when|for|at)(?= \$?[a-z] ?=){_NO_VERB}[^=]*={_REST}"
     r"|(?<=[\d$)%]),? (?:because|since) (?!.*\b(?:so|has|have|then|gives)\b)(?:(?!\.\s+\S).)*$"
     r"|[，,]?(?:当且仅当|此时)[^，。]*时?[^。]*|（[^（）]*舍[^（）]*）"
     # "55 girls: 25 big and 30 small ones", "4 pens, with 2 left", "8 weeks to save $9"
@@ -150,7 +154,7 @@ _ASIDE = re.compile(
 
 # One short line: it begins as mathematics does, or is a word or a name.
 _LONE = re.compile(
-    r"(?:[-+−±]?(?:[.(\[{$€£¥₹½…∞√πℝ]|\d(?!\d?:\d\d)|\\(?!\w*box|begin))"
+    r"(?:\(?[A-J]\) ?\S|[-+−±]?(?:[.(\[{$€£¥₹½…∞√πℝ]|\d(?!\d?:\d\d)|\\(?!\w*box|begin))"
     r"|(?:log|ln|sin|cos|tan|plus or|(?:the )?(?:square|cube) root)(?![a-z])"
     r"|(?i:[a-z]{1,2})\s?[-+*/^(<>≤≥≠≧]|(?!(?:[Ss]orry|[Uu]nsure)\b)(?=[^\d\u3040-\ud7a3]{1,40}\Z)"
     r"(?:[^\W_]\S*|[A-Z]\S*(?: (?:and |of |the )?[A-Z]\S*){1,3}|(?i:an?|one|the)[ -]\w+)[.!]?\Z)"
@@ -182,7 +186,8 @@ def last_expression(text: str) -> str:
         text = _DISPLAY.sub(lambda m: f" ${' '.join((m.group(1) or m.group(2)).split())}$ ", text)
     for whole in reversed(text.splitlines()):
         line = prose.BOLD.sub("", whole[-_LINE:].replace("{,}", ","))
-        line = prose.PRECISION.sub("", _ASIDE.sub(r"\g<kept>\g<share>", line))
+        line = _ASIDE.sub(r"\g<kept>\g<share>", line)
+        line = prose.PRECISION.sub("", line) if "to " in line else line
         if refusal := _REFUSED.search(line):
             known = re.search("be determined|information|data", refusal.group(0))
             return "cannot be determined" if known else ""
@@ -212,10 +217,13 @@ def last_expression(text: str) -> str:
             between = line[behind.end() : best.start()] if behind else ""
             listed = re.fullmatch(
                 r"\s*,[\s\d.,/−-]*(?:\b(?:and|or)\b\s*)?|,? (?:so|then|thus)\b.*\bis\b.*"
-                r"|.*(?:\b(?:altogether|in total|in all)\b|\.\s|时[，,]).*",
+                r"|.*(?:\b(?:altogether|in total|in all)\b|\.\s|时[，,]).*"
+                # "When t = 4, the height is 80"
+                r"|.*\b(?:is|are|equals|gives|giving|yields|becomes|(?<!\bto )get)[ $]{1,3}",
                 between,
             )
-            if behind and best.lastgroup != "span" and not listed:
+            given = "," in between and _SUBORDINATE.search(line, 0, results[-1].start())
+            if behind and best.lastgroup != "span" and not (listed or given):
                 best = behind
         return _with_neighbours(line, found, best)
     return ""

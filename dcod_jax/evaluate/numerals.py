@@ -48,7 +48,7 @@ _SPELLED = re.compile(
     rf"(?P<whole>\d+|{_WORD}(?:(?:[ -]| and ){_WORD})*(?![ -]{_PART})))"
     rf"(?P<dozen> ?dozen)?"
     rf"(?: and (?P<more>an?|{_WORD})[ -](?P<rest>{_PART}))?)"
-    r"(?=$|[ ,.%](?!\d))(?P<unit> percent(?![a-z]))?(?:(?: of)? an?(?= [a-z]))?"
+    r"(?=$|[ ,.%](?!\d))(?:(?: of)? an?(?= [a-z]))?"
 )
 # A number in words inside a sentence; "one" alone is mostly a pronoun.
 IN_WORDS = re.compile(
@@ -64,7 +64,8 @@ _IN_CHINESE = re.compile(
     r"(?P<unit>[\u4e00-\u9fff]{0,2})"
 )
 IN_CHINESE = re.compile(
-    rf"(?<=[是为有得剩下共需要了])({_CHINESE_NUMBER})(?=[\u4e00-\u9fff]?[。，！]|$)"
+    rf"(?<=[是为有得剩下共需要了])({_CHINESE_NUMBER})(?=(?:[\u4e00-\u9fff]?|[种个次只本条名]"
+    r"[\u4e00-\u9fff]{0,4})[。，！]|$)"
 )
 
 
@@ -153,7 +154,7 @@ def _from_words(match: re.Match[str]) -> str:
         value *= 12 if match.group("dozen") else 1
         if match.group("rest"):
             value += _fraction(match.group("more"), match.group("rest"))
-    return sign + latex(value) + ("%" if match.group("unit") else "")
+    return sign + latex(value)
 
 
 def _from_chinese(text: str) -> int:

@@ -11,22 +11,27 @@ from dcod_jax.evaluate.equality import equal
 FIELDS = ("options", "choices")
 LETTERS = "ABCDEFGHIJ"
 _LABELLED = re.compile(r"\s*[(\[]?([A-Ja-j])\s*[).:\]]\s*(.*)", re.DOTALL)
-_IN_A_LINE = re.compile(r"(?:^|[,;\n])\s*[(\[]?([a-jA-J])\s*[).:\]]\s*")  # MathQA
+_IN_A_LINE = re.compile(r"(?<![^,;\s])[(\[]?([a-jA-J])\s*[).:\]]\s*")  # MathQA, SAT
 
 
 def read_options(record: dict[str, Any], source: str) -> dict[str, str]:
     """Letter -> text of the field `options` or `choices`; {} where a record has neither.
 
-    A list of texts, with or without "A)", {"A": text}, {"label": […], "text": […]}, and
-    "a ) 3 , b ) 4" are read. Raises DcodError for another form.
+    A list of texts, with or without "A)", {"A": text}, {"label": […], "text": […]},
+    "a ) 3 , b ) 4" and "A) 3 B) 4" are read. Raises DcodError for another form.
     """
     field = next((name for name in FIELDS if record.get(name)), "")
     if not field:
         return {}
     value = record[field]
     if isinstance(value, str):
-        pieces = _IN_A_LINE.split(value)
-        value = dict(zip(pieces[1::2], (piece.strip(" ,;") for piece in pieces[2::2]), strict=True))
+        marks: list[re.Match[str]] = []
+        for mark in _IN_A_LINE.finditer(value):  # "(a)" in the text of option B is none
+            order = LETTERS.lower() if (marks or [mark])[0][1].islower() else LETTERS
+            marks += [mark] if mark[1] == order[len(marks) : len(marks) + 1] else []
+        ends = [*(mark.start() for mark in marks[1:]), len(value)]
+        value = {mark[1]: value[mark.end() : end].strip(" ,;")
+                 for mark, end in zip(marks, ends, strict=False)}  # fmt: skip
     if isinstance(value, dict) and isinstance(value.get("text"), list):
         value = value["text"]
     if isinstance(value, list):

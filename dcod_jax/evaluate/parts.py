@@ -52,16 +52,18 @@ _COMMA = re.compile("[,;]")
 _OUTSIDE = re.compile(r"([\[\]])([^\[\]]+[,;][^\[\]]+)([\[\]])")  # ]1,3[ for (1,3)
 _MATRIX = re.compile(
     r"\s*[(\[]?\\begin\{(?P<kind>[pbBv]?matrix|smallmatrix|array|cases|aligned|gathered)\*?\}"
-    r"(?:\{[clr| ]*\})?(?P<rows>.*)\\end\{(?P=kind)\*?\}[)\]]?",
+    r"(?:\{[clr| ]*\})?(?P<rows>.*)\\end\{(?P=kind)\*?\}[)\]]?"
+    r"(?P<turned>\s*\^\s*\{?\s*(?:T|\\top|\\intercal)\s*\}?)?",
     re.DOTALL,
 )
 _TRANSPOSED = re.compile(r"(?<=[)\]])\s*\^\s*\{?\s*(?:T|\\top|\\intercal)\s*\}?$")
 _MOST_ROWS = 4  # of a determinant
 _WHOLE_LINE = {"\\mathbb{r}", "allrealnumbers", "allreals", "allrealvalues", "realnumbers"}
-_EMPTY = {"\\{\\}", "\\emptyset", "emptyset", "theemptyset"} | {
-    f"no{kind}solution{end}" for kind in ("", "real") for end in ("", "s")
-}
-_INTEGERS = {"\\mathbb{z}", "allintegers", "integers"}
+_SET_NAMES = {name: of for of, names in {
+    "\\emptyset": "\\{\\} \\emptyset emptyset theemptyset nosolution nosolutions norealsolution "
+                 "norealsolutions",
+    "\\mathbb{Z}": "\\mathbb{z} allintegers integers",
+}.items() for name in names.split()}  # fmt: skip
 _FLIPPED = {">": "<", "\\ge": "\\le"}
 SPANS = ("()", "[]", "(]", "[)")
 
@@ -134,9 +136,11 @@ def _matrix(match: re.Match[str], text: str) -> Parsed:
     if match.group("kind") == "vmatrix":
         return Parsed(_determinant([row.split("&") for row in rows[:_MOST_ROWS]]) or text)
     cells = [tuple(parse(cell) for cell in row.split("&")) for row in rows]
-    if len(rows) == 1:
+    if match.group("turned") and len(set(map(len, cells))) == 1:
+        cells = [*zip(*cells, strict=True)]
+    if len(cells) == 1:
         (row,) = cells
-        return Parsed(text, "row", row) if len(row) > 1 else parse(rows[0])
+        return Parsed(text, "row", row) if len(row) > 1 else row[0]
     if all(len(row) == 1 for row in cells):
         return Parsed(text, "column", tuple(row[0] for row in cells))
     return Parsed(text, "[]", tuple(Parsed(text, "[]", row) for row in cells))
@@ -185,10 +189,8 @@ def _whole(text: str) -> Parsed | None:
         return _line(text)
     if re.fullmatch(r"[a-z]\\in(?:\\mathbb\{r\}|r)", squeezed):
         return dataclasses.replace(_line(text), variable=text[0])
-    if squeezed in _EMPTY:
-        return Parsed("\\emptyset")
-    if squeezed in _INTEGERS:
-        return Parsed("\\mathbb{Z}")
+    if squeezed in _SET_NAMES:
+        return Parsed(_SET_NAMES[squeezed])
     if "\\begin" in text and len(sides := split(text, EQUALS)) == 2 and "\\begin" in sides[0]:
         return parse(sides[1])
     if match := _MATRIX.fullmatch(text):

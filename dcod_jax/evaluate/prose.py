@@ -87,7 +87,8 @@ _OTHER_VERB = re.compile(
 )
 _MULTIPLIER = re.compile(
     r"\s*\b(?:dozen|hundred|thousand|million|billion|trillion|percent|times|half|over|plus|"
-    r"(?:or|and|to) (?:\D?\d|a|half)|minus|squared|cubed|x 10|in base|[ap]\.?m)\b",
+    r"choose|factorial|(?:or|and|to) (?:\D?\d|a|half|the (?:power|\d))|minus|squared|cubed|x 10"
+    r"|in base|[ap]\.?m)\b",
     re.IGNORECASE,
 )
 _REMARK = re.compile(  # a word, a remark
@@ -120,7 +121,10 @@ def json_answer(text: str, tries: int = 20) -> tuple[int, str] | None:
             continue
         try:
             whole, place = json.JSONDecoder().raw_decode(text, start)
-            if any(JSON_KEY.match(f'"{key}":') for key in whole):
+            if any(JSON_KEY.match(f'"{key}":') for key in whole) or (start, place) == (
+                0,
+                len(text),
+            ):
                 found = place, json_text(whole)
         except (ValueError, RecursionError):
             continue
@@ -137,7 +141,8 @@ def json_text(value: Any) -> str:
             f"{name} = {json_text(one)}" for name, one in value.items())  # fmt: skip
         return f"{inner} {unit}".strip() if inner and isinstance(unit, str) else inner
     if isinstance(value, list):
-        return ", ".join(map(json_text, value))
+        texts = [(json_text(one), isinstance(one, list) and len(one) > 1) for one in value]
+        return ", ".join(rf"\langle {text}\rangle" if held else text for text, held in texts)
     if value is None:
         return ""
     return re.sub("[\f\b\t\r](?=[a-z])", lambda m: _ESCAPES[m.group(0)], str(value))
@@ -154,13 +159,8 @@ def json_value(text: str) -> str:
 def unwrapped(text: str) -> str:
     r"""What a JSON object that is a whole answer holds: '{"answer": 5}' -> "5"."""
     plain = text.replace("\\{", "{").replace("\\}", "}").strip() if '"' in text else ""
-    if not (plain.startswith("{") and plain.endswith("}")):
-        return text
-    try:
-        found = json_text(json.loads(plain))
-    except (ValueError, RecursionError):
-        return text
-    return found or text
+    found = json_answer(plain) if plain[:1] == "{" else None
+    return found[1] if found and found[1] and found[0] == len(plain) else text
 
 
 # ---------------------------------------------------------------- words
@@ -170,7 +170,7 @@ def sentence(text: str) -> str:
     r"""The first sentence: "$1.8$ m. So" -> "$1.8$ m", "Mrs. Hilt. She" -> "Mrs. Hilt"."""
     for match in _STOP.finditer(text):
         if match.lastgroup == "end":
-            return text[: match.start()].strip()
+            return text[: match.start()].strip().rstrip(".")
     return text.strip()
 
 
@@ -181,8 +181,6 @@ def value(text: str) -> str:
     text = re.split(r"</\w{1,20}>", text.strip(), maxsplit=1)[0]
     if fence := re.match(r"```[A-Za-z]*\s*\n?", text):
         text = text[fence.end() :].partition("```")[0].strip()
-    if match := JSON_KEY.search(text[:READ]):
-        return json_value(text[match.end() :])
     if text.startswith("{") and (whole := unwrapped(text.partition("\n")[0].rstrip("."))) != text:
         text = whole
     if match := re.match(r"\\\[\s*(.+?)\s*\\\]|\$\$\s*(.+?)\s*\$\$", text, re.DOTALL):

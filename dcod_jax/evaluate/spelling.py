@@ -30,7 +30,7 @@ _UNICODE = {sign: new for new, signs in {
 _NAMES = "(?:arc)?(?:sin|cos|tan)|sinh|cosh|tanh|cot|sec|csc|cis|ln|log|exp|abs|gcd|lcm"
 _COMMANDS = {name: new for new, names in {
     "": "tiny small normalsize large Large LARGE huge Huge checkmark underline ensuremath "
-        "displaystyle limits boldsymbol bf rm it hat vec mathbf mathrm therefore "
+        "displaystyle limits boldsymbol bf rm it tt hat vec mathbf mathrm therefore "
         "Rightarrow ( ) [ ]",
     " ": "quad qquad enspace thinspace , ; : >",
     r"\frac": "dfrac tfrac cfrac nicefrac sfrac xfrac",
@@ -200,22 +200,20 @@ _LATEX = _table(
     (",", r"(?<=\d)\s*(?:\{,\}|,\\!)\s*(?=\d{3}(?!\d))", ""),
     ("", r"(?<=\d)(?:\\[,;: ]|~)\s*(?=\d{3}(?!\d))", ""),
     # Commands with arguments of their own come before the others.
-    ("\\", rf"\\(?:text|mathrm|operatorname\*?)\s*\{{\s*({_NAMES})\s*\}}", r"\\\1 "),
     ("\\", r"\\(?:(?:(?:text)?color\s*\{\w*\}|(?:phantom|[hv]space|tag)\*?\s*\{[^{}]*\})|!\s*)",
      ""),
-    ("\\", r"\\(?:(?:text(?:bf|it|rm|sf|tt|normal|md|up)?|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox)"
-     r"|operatorname\*?)\s*(?=\{)", r"\\text"),
+    ("\\", r"\\(?:emph|bm|rm|text(?:bf|it|rm|s[cfl]|tt|normal|md|up)?"
+     r"|math(?:rm|bf|it|sf|tt|normal)|[mh]box|operatorname\*?)\s*(?=\{)", r"\\text"),
     ("\\text", r"\\[dt]?frac\{\\text\{([^{}]*)\}\}\{\\text\{([^{}]*)\}(\^\{?\d\}?)?\}",
      r" \1/\2\3"),
     ("\\text", r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "),
-    ("quad", r"\\q?quad\s*(?:and\s*)?(?=[-\d]|\\frac|\([a-z]\))", ", "),
+    ("quad", r"(?<=\S)\s*\\q?quad\s*(?:and\s*)?(?=[-\d]|\\frac|\([a-z]\))", ", "),
     ("\\", r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?", ""),
     ("\\mu", r"\\mu(?![A-Za-z])\s*(?=[A-Za-z])", "u"),
     ("\\", r"\\(?:mathbb|Bbb)\s*\{?\s*([A-Z])\s*\}?", r"\\mathbb{\1}"),
     ("\\", r"\\([A-Za-z]+|[,;:> ()\[\]%#&])", lambda m: _COMMANDS.get(m[1], m[0])),
     ("\n", r"\n", r" \\\\ "),
     ("**", r"(?<=[\w)}])\*\*(?=[\w({-])", "^"),
-    ("**", r"\*\*", ""),
     ("<=", "<=", r"\\le "),
     (">=", ">=", r"\\ge "),
     ("~", "~", " "),
@@ -248,8 +246,15 @@ _PHRASES = _table(
     ("0b", r"^0b([01]+)$", r"\1_{2}"),
     ("", r"(?i)^(?:0x([\da-f]+)|([\da-f]+)_\{?1[1-6]\}?)$",
      lambda m: f"{m[1].upper()}_{{16}}" if m[1] else m[0].upper()),
-    ("root of ", r"(?:the )?(square|cube) root of (\d+|[a-z])(?!\w)",
-     lambda m: f"\\sqrt{'[3]' if m[1] == 'cube' else ''}{{{m[2]}}}"),
+    ("root of ", r"(?:the )?(?:square|(cube)|(\d)) root of (\d+|[a-z])(?!\w)",
+     lambda m: f"\\sqrt{'[3]' if m[1] else f'[{m[2]}]' if m[2] else ''}{{{m[3]}}}"),
+    ("choose", r"(\d+) choose (\d+)", r"\\binom{\1}{\2}"),
+    (" factorial", r"(?<=\d) factorial\b", "!"),
+    (" ", r"(?<=\d) (?:squared|(?:raised )?to the (?:power of )?(\d+)(?: power)?)$",
+     lambda m: f"^{{{m[1] or 2}}}"),
+    (" by ", r"(?<=\d) by (?=\d)", r" \\times "),
+    ("multiplicity", r"\s*\(?(?:with |of )?multiplicity (?:of )?\w+\)?", ""),
+    (" ", r"^(?:for )?(?:all|any|every) (?=[a-z] ?(?:[<>]|\\[lgn]e))", ""),
     (" times ", r"(?<=\d) times (?=[\d\\])", r" \\cdot "),
     ("", r"^(?:plus or minus|plus/minus)|\+/-", r"\\pm "),
     ("log", r"\blog(2|10)\s*(?=\()", r"\\log_{\1}"),
@@ -265,7 +270,7 @@ _PHRASES = _table(
     ("", r"(?<=[￥€£])([\d.,]+)\s*([kKMB]|mn|bn)$",
      lambda m: f"{m[1]} {_THOUSAND[m[2][0].lower()]}"),
     ("Rs", r"(?<![A-Za-z])Rs\.?\s*(?=\d)", "₹"),
-    ("", r"^(?:#|No\.)\s*(?=\d)", ""),
+    ("", r"^(?:#|No\.|the )\s*(?=\d)", ""),
     ("", r"^(?:about|approx(?:imately|\.)?|roughly|around|nearly|\\approx|\\sim)\s*(?=[\d.\\-])",
      ""),
     (":", r"(^|, )([A-Za-z]{3,}(?: [A-Za-z]+)*) ?: (?=[-\d\\￥])", r"\1\2 = "),
@@ -281,11 +286,13 @@ _PHRASES = _table(
     ("I", r"^(?=.*\d)(?:[-+*/().\d\s^{}I]|\\(?:sqrt|frac|pi))*$",
      lambda m: m[0].replace("I", "i")),  # as SymPy writes it
     ("<", r"^<\s*([^<>]*,[^<>]*)>$", r"\\langle \1\\rangle"),
-    (" than", r"\s*\bis (?:greater|more|larger) than\b(?! or)\s*", " > "),
-    (" than", r"\s*\bis (?:less|smaller) than\b(?! or)\s*", " < "),
+    (" is ", r"\s*\bis (?:(greater|more|larger)|less|smaller) than\b(?! or)\s*",
+     lambda m: " > " if m[1] else " < "),
+    (" is at ", r"\s*\bis at (?:(least)|most)\b\s*", lambda m: f" \\{'gl'[not m[1]]}e "),
     ("(", r"(?<![A-Za-z\\])a(sin|cos|tan)(?=\s*\()", r"arc\1"),
     ("", rf"(?<![A-Za-z\\])({_NAMES})(?![A-Za-z])(?=\s*[\d(\\_]|\s+[a-z](?![A-Za-z]))", r"\\\1 "),
     ("pi", r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
+    (" over ", r"(?<=[\di])\s+over (?=\d)", "/"),
     ("noon", r"^(?:12(?::00)? )?noon$", "12:00 pm"),
     ("midnight", r"^(?:12(?::00)? )?midnight$", "12:00 am"),
     ("o'clock", r"^(\d{1,2})(?::00)? o'clock$", r"\1:00"),
@@ -309,7 +316,8 @@ _DIGITS = _table(
     (".", r"(\d{1,30})\.(\d{0,30})(?:\\(?:overline|bar|dot)\s*\{?(\d{1,20})\}?|\((\d{1,20})\))"
      r"|(\d{1,30})\.(\d{0,20}?)(\d{1,6}?)\7{2,20}\s*\.\.\.", _repeating),
     ("...", r"(\d\.\d+)\s*\.\.\.$", r"\1"),
-    ("", r"(?<=\d)[_'](?=\d{3}(?!\d))", ""),
+    ("per", r"(?<=[\d}]) ?per ?cent\b", "%"),
+    ("", r"(?<=\d)(?:[_'](?=\d{3}(?!\d))|\.(?=(?:\d{3}\.)+\d{3}$)|(?<=\.\d{3})\.(?=\d{3}$))", ""),
     (" ", r"(?<![\d.,/^_} ])(?<!\d )\d{1,3}(?: \d{3})+(?![\d/]| \d)",
      lambda m: m[0].replace(" ", "")),
     ("", r"(?<![\d.,/^_\w}])(\d{1,9})"

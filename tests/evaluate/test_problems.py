@@ -139,6 +139,7 @@ OPTIONS = [
     ({"choices": {"label": ["A", "B"], "text": ["up", "down"]}, "answer": "B"}, "(B) down"),
     ({"choices": [{"text": "up"}, {"text": "down"}], "answer": "down"}, "(B) down"),
     ({"options": "a ) 21 , b ) 1,250 , c ) none of these", "answer": "b"}, "(B) 1,250"),
+    ({"options": "A) 21 (b) B) 21.5 C) 22 km", "answer": "B"}, "(B) 21.5"),
 ]
 
 
