@@ -28,6 +28,8 @@ from dcod_jax.stores import RemotePath
 
 LARGEST = 1 << 28  # bytes of a file that is read whole
 _ENDS = 1 << 16  # bytes that are read of a file to see whose it is
+# The system's refusal to read what may be whole.
+REFUSED = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOMEM)
 UPLOADING = ".dcod_jax-uploading"  # object in a directory whose publication has not ended
 
 
@@ -215,7 +217,12 @@ def refusals(path: Location) -> Iterator[None]:
         yield
     except OSError as error:
         why = error.strerror or error
-        raise DcodError(f"cannot write {path}: {why}; free space and run it again") from error
+        raise DcodError(f"cannot write {path}: {why}; {room(error)} and run it again") from error
+
+
+def room(error: Exception) -> str:
+    """What lets a refused write succeed, as the error's text tells."""
+    return "raise the limit (ulimit -n)" if "open files" in str(error) else "free space"
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -28,7 +28,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from dcod_jax.bounds import array, check, flag, mapping, number, optional, text, whole
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Location, Path, as_path, remove_tree
+from dcod_jax.files import REFUSED, Location, Path, as_path, remove_tree
 from dcod_jax.models import lora, transformer
 from dcod_jax.models.config import ModelConfig
 from dcod_jax.parallel.mesh import put
@@ -250,6 +250,8 @@ def explain(
         known = (OSError, ValueError, KeyError, TypeError, RuntimeError)
         # Orbax wraps what tensorstore finds while it reads an array in a bare Exception.
         if not isinstance(error, known) and type(error) is not Exception:
+            raise
+        if what == "restore" and isinstance(error, OSError) and error.errno in REFUSED:
             raise
         where = directory / str(step) if step is not None else directory
         text = " ".join(str(error).split())[:400] or type(error).__name__

@@ -16,6 +16,7 @@ import xxhash
 from dcod_jax.bounds import array, check, either, mapping, text, whole
 from dcod_jax.errors import DcodError
 from dcod_jax.files import (
+    REFUSED,
     Path,
     file_size,
     from_json,
@@ -127,6 +128,8 @@ def _own_problem(directory: Path, step: int, items: Sequence[str], *, share: sli
         names = [n for n in sorted(expected) if not items or n.split("/")[0] in items][share]
         there = _checksums(directory, names)
     except (DcodError, OSError, ValueError, TypeError) as error:
+        if isinstance(error, OSError) and error.errno in REFUSED:
+            raise
         return f"{NAME} or run/metadata cannot be read ({' '.join(str(error).split())[:200]})"
     for name in names:
         if name not in there:

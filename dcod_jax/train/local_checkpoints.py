@@ -106,7 +106,7 @@ class LocalCheckpoints:
             found, problem = None, ""
             try:
                 found = self._checkpointer(name).restore(like, step=step)
-            except DcodError as error:
+            except (DcodError, OSError) as error:
                 problem = str(error)
             problems = hosts.exchange("reading local checkpoints", problem)
             if not any(problems):

@@ -1,9 +1,11 @@
 """Checkpoints: exact, asynchronous, never half-read, and clear when the disk is not."""
 
 import dataclasses
+import errno
 import gc
 import json
 import math
+import os
 import shutil
 import types
 from pathlib import Path
@@ -19,7 +21,7 @@ from dcod_jax.losses.adaptive import initial
 from dcod_jax.parallel import mesh as meshes
 from dcod_jax.train import checksums
 from dcod_jax.train.checkpoint_reader import read_params, read_record
-from dcod_jax.train.checkpointer import ITEMS, Checkpointer, Snapshot, finished
+from dcod_jax.train.checkpointer import ITEMS, Checkpointer, Snapshot, explain, finished
 from dcod_jax.train.checkpoints import Checkpoints
 from dcod_jax.types import TrainState
 
@@ -282,6 +284,21 @@ def test_a_run_goes_on_from_the_whole_step_where_it_may(two_steps, damaged, capl
     due.save(dataclasses.replace(found, step=2))
     checkpoints.close()
     assert policy(damaged, "stop").restore(make_state(), before=9).step == 2
+
+
+def test_what_the_system_refuses_to_read_is_no_damage(damaged, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "metadata")
+
+    for name in ("read_whole", "_checksums"):
+        with monkeypatch.context() as patch:
+            patch.setattr(checksums, name, refuse)
+            with pytest.raises(OSError, match="Too many open files"):
+                policy(damaged, "previous").restore(make_state(), before=9)
+    with pytest.raises(OSError, match="Too many"), explain(damaged, 2):
+        refuse()
+    assert not (damaged / "damaged").exists()
+    assert policy(damaged, "previous").restore(make_state(), before=9).step == 2
 
 
 def test_damaged_metrics_are_named_before_orbax_reads_them(damaged):
