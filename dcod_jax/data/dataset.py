@@ -24,6 +24,7 @@ It holds no time stamps and no absolute order of work, so equal traces give equa
 from __future__ import annotations
 
 import io
+import re
 import threading
 from array import array as array_of_numbers
 from collections.abc import Sequence
@@ -49,17 +50,18 @@ from dcod_jax.files import (
     file_size,
     read_json,
     replace_file,
+    room,
     to_json,
 )
+from dcod_jax.stores import RemotePath
 from dcod_jax.types import Trace
 
 FORMAT = "dcod_jax.traces"
 VERSION = 1
 MANIFEST = "manifest.json"
 LENGTHS = "lengths.npy"
-_SIZE = whole(0, 1 << 53)
+_SIZE, _TOTALS = whole(0, 1 << 53), ("records", "tokens", "completion_tokens")
 _FILE = {"file": text(255), "bytes": _SIZE, "sha256": text(64)}
-_TOTALS = ("records", "tokens", "completion_tokens")
 SHARD = mapping({**_FILE, **dict.fromkeys(_TOTALS, _SIZE)})
 _NUMBER = number(-1e308, 1e308)
 _MADE_BY = dict.fromkeys(("fingerprint", "weights", "source"), optional(text()))
@@ -80,8 +82,9 @@ _FIELDS = {
     "teachers": optional(array(text())),
     "weighted": optional(flag()),
 }
-_OWN_FILES = (
-    "traces-*.array_record scored-*.array_record *.array_record.tmp *.json.tmp lengths.npy*"
+_OWN_FILE = re.compile(
+    r"(manifest\.json|lengths\.npy|(traces|scored-[0-9a-f]+)-\d+\.array_record|"
+    r"scores\.partial-[0-9a-f]+/[\d-]+\.json)(\.tmp)?"
 )
 _MEND = "restore the file from a good copy, or prepare (and score) the dataset again"
 # One record per chunk, no compression: two to three times the random reads of zstd for a fifth
@@ -167,9 +170,21 @@ def remove_unlisted(directory: Path, manifest: dict[str, Any] | None = None) -> 
     kept = {MANIFEST}
     if manifest:
         kept |= {entry["file"] for entry in [*manifest["shards"], manifest["lengths"]]}
-    for path in {path for pattern in _OWN_FILES.split() for path in directory.glob(pattern)}:
-        if path.name not in kept:
+    for path in list(directory.glob("*")):
+        if path.name not in kept and _OWN_FILE.fullmatch(path.name):
             path.unlink()
+
+
+def check_own_dataset(root: Path, *others: str) -> None:
+    """Raise DcodError where a directory of datasets holds what this format and `others` do not."""
+    for path in root.rglob("*") if root.is_dir() else ():
+        name = str(path.relative_to(root))
+        own = name in others or _OWN_FILE.fullmatch(re.sub("^(train|eval)/", "", name))
+        if not own and (isinstance(path, RemotePath) or path.is_symlink() or not path.is_dir()):
+            raise DcodError(
+                f"{path} is not of the dataset {root}, which is left as it is: move the file "
+                "away, or set data.dataset to another directory"
+            )
 
 
 def check_fingerprints(
@@ -212,7 +227,7 @@ def write_shard(path: Path, traces: Sequence[Trace]) -> dict[str, Any]:
             writer.close()
             entry = file_entry(temporary) | {"file": path.name}
     except (RuntimeError, OSError) as error:
-        raise DcodError(f"cannot write {path}: {error}; free space and run it again") from error
+        raise DcodError(f"cannot write {path}: {error}; {room(error)} and run it again") from error
     return entry | {
         "records": len(traces),
         "tokens": sum(len(trace.token_ids) for trace in traces),

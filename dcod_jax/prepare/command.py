@@ -21,7 +21,7 @@ from rich.table import Table
 from dcod_jax.config import dataset_dir, dataset_lock
 from dcod_jax.configs.base import get_config
 from dcod_jax.data import chat
-from dcod_jax.data.dataset import MANIFEST, DatasetWriter, read_manifest
+from dcod_jax.data.dataset import MANIFEST, DatasetWriter, check_own_dataset, read_manifest
 from dcod_jax.data.kept import Kept
 from dcod_jax.data.records import RawTrace
 from dcod_jax.data.teachers import teacher_entries
@@ -35,6 +35,7 @@ from dcod_jax.data.tokenizer import (
 from dcod_jax.data.traces import Source, describe, find_sources
 from dcod_jax.errors import DcodError
 from dcod_jax.files import (
+    UPLOADING,
     Path,
     as_path,
     file_sha256,
@@ -149,6 +150,16 @@ def earlier_dataset(root: Path) -> Path:
     return root.with_name(f"{root.name}.before")
 
 
+def remove_earlier(root: Path) -> None:
+    """Remove earlier_dataset, but where it holds other files."""
+    try:
+        check_own_dataset(earlier_dataset(root), QUARANTINE)
+    except DcodError as error:
+        log.warning("%s", error)
+        return
+    remove_tree(earlier_dataset(root))
+
+
 def _compare(root: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Refuse a dataset that was made from something else, naming what differs."""
     base = get_config().to_dict()  # a key that came later had its default's effect before
@@ -214,11 +225,8 @@ def _write_dataset(config: Any, root: Path) -> None:
     sources, files = _inputs(config)
     identity = _identity(config, tokenizer, files)
     work = root.with_name(root.name + ".partial")
-    if work.exists() and {path.name for path in work.iterdir()} - {QUARANTINE, "train", "eval"}:
-        raise DcodError(
-            f"{work} is where prepare works, and holds what prepare does not write; it is left as "
-            "it is: move it away, or set data.dataset to another directory"
-        )
+    for directory in (work, root, earlier_dataset(root)):  # which are all removed or replaced
+        check_own_dataset(directory, QUARANTINE, UPLOADING)
     remove_tree(work)  # what an interrupted run left is not resumed
     work.mkdir(parents=True)
     dropped = work / QUARANTINE

@@ -40,11 +40,11 @@ from dcod_jax.data.tokenizer import (
     tokenizer_fingerprint,
 )
 from dcod_jax.errors import DcodError
-from dcod_jax.files import Path, as_path, remove_tree
+from dcod_jax.files import Path, as_path
 from dcod_jax.locks import locked
 from dcod_jax.logs import track
 from dcod_jax.parallel import hosts
-from dcod_jax.prepare.command import check_settings, earlier_dataset
+from dcod_jax.prepare.command import check_settings, earlier_dataset, remove_earlier
 from dcod_jax.score.alignment import ONLY_TEXT, score_aligned
 from dcod_jax.score.scoring import score_settings, score_traces
 from dcod_jax.score.server import ServedTeacher, open_server
@@ -90,7 +90,7 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
             with contextlib.suppress(DcodError), locked(dataset_lock(config), what=str(root)):
                 for split in splits:
                     tidy(split, done[split.name])
-                remove_tree(earlier_dataset(root))
+                remove_earlier(root)
         return done
     with locked(dataset_lock(config), what=f"data.dataset={root}"):
         hosts.barrier("the lock of data.dataset")
@@ -110,7 +110,7 @@ def score(config: Any) -> dict[str, dict[str, Any]]:
             elif hosts.first():
                 tidy(split, done[split.name])
         if hosts.first():
-            remove_tree(before)
+            remove_earlier(root)
     return done
 
 

@@ -10,12 +10,12 @@ from prepare_inputs import record, save_tokenizer, write
 from dcod_jax.config import dataset_dir
 from dcod_jax.data import borders, templates
 from dcod_jax.data.conversation import FIELDS, recall
-from dcod_jax.data.dataset import TraceDataset, read_manifest
+from dcod_jax.data.dataset import TraceDataset, read_manifest, remove_unlisted
 from dcod_jax.data.tokenizer import load_tokenizer, template_fingerprint, tokenizer_fingerprint
 from dcod_jax.errors import DcodError
 from dcod_jax.prepare import command as verb
 from dcod_jax.prepare import filters
-from dcod_jax.prepare.command import is_prepared, prepare
+from dcod_jax.prepare.command import is_prepared, prepare, remove_earlier
 
 
 def dropped(root: Path) -> list[tuple[str, str]]:
@@ -116,16 +116,35 @@ def test_templates_and_tokens_of_many_traces_are_made_together(config, monkeypat
     assert sum(encoded) < 1.2 * texts  # once, and what is between special tokens
 
 
-def test_a_users_file_where_prepare_works_is_left(config) -> None:
-    work = Path(f"{dataset_dir(config)}.partial")
-    (work / "train").mkdir(parents=True)
-    (work / "notes.txt").write_text("mine")
-    with pytest.raises(DcodError, match=r"partial is where prepare works.*left as it is"):
+@pytest.mark.parametrize("place", [".partial", "", ".before"])
+def test_a_users_file_in_what_prepare_replaces_is_left(config, place) -> None:
+    """What an interrupted run left is no user's, nor what the program itself wrote."""
+    if not place:
         prepare(config)
-    assert (work / "notes.txt").read_text() == "mine"
-    (work / "notes.txt").unlink()
-    assert prepare(config).is_dir()  # what an interrupted run left is no user's
-    assert not work.exists()
+        config.prepare.replace, config.data.max_length = True, config.data.max_length - 1
+    work = Path(f"{dataset_dir(config)}{place}")
+    manifest = None if place else read_manifest(work / "train")
+    shard = work / "train" / "traces-00000.array_record.tmp"
+    for name in ("notes.txt", "train/notes.txt", "train/traces-mine.array_record", "eval/link"):
+        file = work / name
+        for folder in (file.parent, shard.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        shard.touch()
+        file.symlink_to("nowhere") if file.name == "link" else file.write_text("mine")
+        with pytest.raises(DcodError, match=rf"{file} is not of the dataset {work}, .* left as"):
+            prepare(config)
+        assert file.is_symlink() or file.read_text() == "mine"
+        remove_unlisted(work / "train", manifest)
+        assert not shard.exists()
+        assert file.is_symlink() or file.read_text() == "mine"
+        if place == ".before":
+            remove_earlier(Path(dataset_dir(config)))
+            assert work.is_dir()
+        file.unlink()
+    assert prepare(config).is_dir()
+    assert place or read_manifest(work / "train") != manifest
+    remove_earlier(Path(dataset_dir(config)))
+    assert work.exists() == (not place)
 
 
 def test_without_the_filters_everything_stays(config) -> None:
