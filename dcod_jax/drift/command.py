@@ -37,6 +37,7 @@ from dcod_jax.drift.scores import (
     DriftSettings,
     Measured,
     Scored,
+    empty,
     measure,
     to_samples,
 )
@@ -153,13 +154,16 @@ class _Run:
         """Both prefix sets of one student, read where they were measured before."""
         request = self._request(path)
         final = self.folder / f"{name}.npz"
-        if done := _read(final, request):
+        if done := _read(final, request, self._names(0, self.prompts)):
             self._remove_parts(name)  # of a run that was killed when it had written the whole
             log.info("%s: measured before; nothing to do", final)
             self._keep(0, done.teacher)
             return done
-        parts = [self.folder / f"{name}.part-{block:06d}.npz" for block, _ in self._blocks()]
-        found = [_read(part, request) for part in parts]
+        names = {
+            self.folder / f"{name}.part-{block:06d}.npz": self._names(block, members)
+            for block, members in self._blocks()
+        }
+        parts, found = list(names), [_read(part, request, of) for part, of in names.items()]
         before = sum(part is not None for part in found)
         if before:
             log.info("%s: going on after %d of %d blocks", name, before, len(parts))
@@ -181,8 +185,12 @@ class _Run:
         return whole
 
     def _remove_parts(self, name: str) -> None:
-        for part in list(self.folder.glob(f"{name}.part-*")):
+        for part in list(self.folder.glob(f"{name}.part-[0-9]*.npz*")):
             part.unlink(missing_ok=True)
+
+    def _names(self, first: int, prompts: Sequence[object]) -> np.ndarray:
+        """Which prompt each sequence of a block continues."""
+        return np.repeat(first + np.arange(len(prompts)), self.config.drift.samples)
 
     def _blocks(self) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:
         """(first prompt, prompts) of each block."""
@@ -271,16 +279,35 @@ def _write(path: Path, measured: Measured, request: dict[str, Any]) -> None:
         np.savez_compressed(file, **contents)
 
 
-def _read(path: Path, request: dict[str, Any]) -> Measured | None:
-    """What _write wrote; None where there is nothing, or another request's answer (said so)."""
+def _fault(arrays: Mapping[str, np.ndarray], prompts: np.ndarray, width: int) -> str:
+    """The first array that is no measurement of sequences of these prompts, or ""."""
+    like = empty(len(prompts), width)
+    for name, wanted in _arrays(Measured(like, like)).items():
+        found, field = arrays.get(name), name.partition(".")[2]
+        if found is None or (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+            return f"{name} is not {wanted.dtype}{list(wanted.shape)}"
+        odd = (
+            (field == "prompt" and (found != prompts).any())
+            or (field == "length" and not 0 <= found.min() <= found.max() <= width)
+            or (field == "kl" and not np.isfinite(found).all())
+        )
+        if odd:
+            return f"a value of {name} is impossible"
+    return ""
+
+
+def _read(path: Path, request: dict[str, Any], prompts: np.ndarray) -> Measured | None:
+    """What _write wrote of these sequences; None where there is nothing.
+
+    Another request's answer is told and is None, too.
+    """
     if not path.is_file():
         return None
     arrays = read_arrays(path, mend="move it away")
     if str(arrays.get("request")) == to_json(request).decode():
-        try:
-            return _measured(arrays)
-        except KeyError as error:
-            raise DcodError(f"{path}: not what drift wrote (no {error}); move it away") from error
+        if fault := _fault(arrays, prompts, request["max_new_tokens"]):
+            raise DcodError(f"{path}: not what drift wrote ({fault}); move it away")
+        return _measured(arrays)
     log.info("%s is of other models or settings: measured anew", path)
     return None
 

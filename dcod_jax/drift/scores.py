@@ -106,6 +106,19 @@ class Measured:
         }
 
 
+def empty(count: int, width: int) -> Scored:
+    """Sequences without a token, in the types and shapes of what is measured."""
+    return Scored(
+        prompt=np.arange(count),
+        length=np.zeros(count, np.int64),
+        finished=np.zeros(count, bool),
+        tokens=np.zeros((count, width), np.int32),
+        kl=np.zeros((count, width + 1), np.float32),
+        student_logprobs=np.zeros((count, width), np.float32),
+        teacher_logprobs=np.zeros((count, width), np.float32),
+    )
+
+
 def to_samples(scored: Scored) -> list[Sample]:
     """The sequences as a sampler gives them; log-probs are the teacher's."""
     return [
@@ -194,17 +207,9 @@ def _score_sequences(
 ) -> Scored:
     """KL(p‖q) and both log-probs along sequences, by the loss code of a live teacher."""
     forward, mesh = _forward(teacher, student, settings), settings.mesh
-    count, width = len(drawn), settings.max_new_tokens
-    out = Scored(
-        prompt=np.arange(count),
-        length=np.array([len(s.token_ids) for s in drawn]),
-        finished=np.array([s.finished for s in drawn]),
-        tokens=np.zeros((count, width), np.int32),
-        kl=np.zeros((count, width + 1), np.float32),
-        student_logprobs=np.zeros((count, width), np.float32),
-        teacher_logprobs=np.zeros((count, width), np.float32),
-    )
+    out = empty(len(drawn), settings.max_new_tokens)
     for row, one in enumerate(drawn):
+        out.length[row], out.finished[row] = len(one.token_ids), one.finished
         out.tokens[row, : len(one.token_ids)] = one.token_ids
     lengths = [len(p) + len(s.token_ids) for p, s in zip(prompts, drawn, strict=True)]
     shards = batch_shards(mesh)

@@ -24,6 +24,7 @@ from dcod_jax.drift.scores import (
 )
 from dcod_jax.errors import DcodError
 from dcod_jax.export.command import MARKER
+from dcod_jax.files import to_json
 from dcod_jax.models import hf, transformer
 from dcod_jax.parallel.mesh import make_mesh, tree_shardings
 from dcod_jax.score.scoring import TraceBatch
@@ -198,6 +199,26 @@ def config(pair, tmp_path):
     return config
 
 
+def damaged(file):
+    """Each array absent, of another type or shape, or with a value that cannot be; the faults."""
+    arrays = dict(np.load(file))
+    request, prompts = json.loads(str(arrays.pop("request"))), arrays["teacher.prompt"]
+    text = np.array(to_json(request).decode())
+    odd = {"prompt": 1, "length": 999, "kl": np.float32("nan")}
+    for name, array in arrays.items():
+        others = [None, array.astype(np.complex64), array[..., None], array[:1], array[:0]]
+        if (field := name.partition(".")[2]) in odd:
+            others.append(array + odd[field])
+        for other in others:
+            kept = {key: value for key, value in arrays.items() if key != name}
+            np.savez(file, request=text, **kept, **({} if other is None else {name: other}))
+            with pytest.raises(
+                DcodError, match=rf"start\.npz: not what drift wrote.*{name} "
+            ) as told:
+                verb._read(file, request, prompts)
+            yield str(told.value)
+
+
 def test_the_verb_resumes_and_ends_with_the_same_numbers(
     config, pair, tmp_path, monkeypatch, capsys, caplog
 ):
@@ -241,6 +262,11 @@ def test_the_verb_resumes_and_ends_with_the_same_numbers(
     assert verb.drift(config) == whole
     assert calls[9:] == []  # everything was there
     assert json.loads((tmp_path / "run" / "drift.json").read_text()) == whole
+    kept = (folder / "start.npz").read_bytes()
+    assert len(set(damaged(folder / "start.npz"))) == 2 * (7 + 3)
+    with pytest.raises(DcodError, match="not what drift wrote"):
+        verb.drift(config)
+    (folder / "start.npz").write_bytes(kept)
     config.seed = 1
     assert verb.drift(config)["models"] != whole["models"]
     assert "measured anew" in caplog.text
