@@ -72,19 +72,23 @@ class _Renderer:
         """The reply to each text; {"limit"} where the process ended."""
         shared = json.dumps({"template": template, "date": _date(template)})
         content = f"[{shared}, [{', '.join(texts)}]]\n".encode()
-        with self.lock:
-            process = self.process = self.process or _start()
-            stdin, stdout = _pipes(process)
-            try:
-                stdin.write(content)
-                stdin.flush()
-                reply = stdout.readline()
-            except BrokenPipeError:
-                reply = b""
-            if reply.endswith(b"\n"):
-                return json.loads(reply)
-            code = process.wait()
-            self._close()
+        code = -signal.SIGKILL
+        for _ in range(2):  # the kernel, short of memory, may have killed it for another's
+            with self.lock:
+                process = self.process = self.process or _start()
+                stdin, stdout = _pipes(process)
+                try:
+                    stdin.write(content)
+                    stdin.flush()
+                    reply = stdout.readline()
+                except BrokenPipeError:
+                    reply = b""
+                if reply.endswith(b"\n"):
+                    return json.loads(reply)
+                code = process.wait()
+                self._close()
+            if code != -signal.SIGKILL:
+                break
         limits = {
             -signal.SIGPROF: f"{CPU_SECONDS:g} s of CPU",
             -signal.SIGALRM: f"{WALL_SECONDS:g} s",

@@ -127,10 +127,27 @@ def test_a_text_that_ends_the_process_leaves_the_others(hasty):
             templates.render(loops, MESSAGES, NAMES)
 
 
-def test_a_process_that_is_lost_is_started_again(hasty):
+def test_a_process_that_is_killed_is_started_again(hasty, monkeypatch):
+    """As by a kernel short of memory: the text is asked for once more, and no neighbour is lost."""
     renderer = templates._renderer(templates.os.getpid())
-    templates.render(CHATML, MESSAGES, NAMES)
+    texts = [(MESSAGES[:count], NAMES) for count in (5, 4)]
+    wanted = [templates.render(CHATML, *text) for text in texts]
     renderer.process.kill()
-    with pytest.raises(templates.TemplateError, match="ended with -9"):
-        templates.render(CHATML, MESSAGES, NAMES)
-    assert templates.render(CHATML, MESSAGES, NAMES)[0]
+    assert templates.render(CHATML, *texts[0]) == wanted[0]
+    renderer.process.kill()
+    templates.render_ahead(CHATML, texts)
+    assert [templates.render(CHATML, *text) for text in texts] == wanted
+    start, started = templates._start, []
+
+    def killed():
+        started.append(start())
+        started[-1].kill()
+        return started[-1]
+
+    renderer.close()
+    monkeypatch.setattr(templates, "_start", killed)
+    with pytest.raises(templates.TemplateError, match=r"needs more .* ended with -9"):
+        templates.render(CHATML, MESSAGES[:3], NAMES)
+    assert len(started) == 2
+    monkeypatch.undo()
+    assert templates.render(CHATML, *texts[0]) == wanted[0]
