@@ -110,7 +110,7 @@ def _acquire(path: pathlib.Path, held: list[int], *, what: str, shared: bool) ->
     try:
         if not shared:
             path.parent.mkdir(parents=True, exist_ok=True)
-        held.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666))
+        held.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666))
     except OSError as error:
         if shared:
             return

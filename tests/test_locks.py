@@ -74,6 +74,18 @@ def test_a_reader_makes_nothing_where_nothing_is(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_a_link_is_no_lock(tmp_path):
+    """Whoever may write the directory for temporary files can make one; a lock is emptied."""
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "lock").symlink_to("mine")
+    with (
+        pytest.raises(DcodError, match="cannot make the lock"),
+        locked(tmp_path / "lock", what="x"),
+    ):
+        pass
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
 def test_a_writer_without_the_right_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DcodError, match="cannot make the lock"):
