@@ -73,15 +73,19 @@ class BlockFiles(Blocks):
 
     def finished(self) -> tuple[dict[str, Any] | None, str]:
         """(manifest, "") of a finished result of this request; (None, what is there or "")."""
+        found: dict[str, Any] = {"files": {}}
+        if self.manifest.exists():
+            found = read_json(self.manifest)
+            parts = {"request": mapping(), "files": mapping(), **self.counts}
+            check(found, parts, source=self.manifest)
         if not self.paths[0].exists():
-            others = [path.name for path in self.paths[1:] if path.exists()]
-            own = self.manifest.exists() or self.directory.is_dir()  # of an interrupted start
-            return None, "" if own or not others else f"beside a {others[0]} of something else"
-        if not self.manifest.exists():
+            if self.directory.is_dir():  # of an interrupted start
+                return None, ""
+            others = [path for path in self.paths[1:] if path.exists()]
+            others = [p for p in others if found["files"].get(p.name) != file_sha256(p)]
+            return None, f"beside a {others[0].name} of something else" if others else ""
+        if not found["files"]:
             return None, "by something else (it has no manifest)"
-        found = read_json(self.manifest)
-        parts = {"request": mapping(), "files": mapping(), **self.counts}
-        check(found, parts, source=self.manifest)
         changed = [k for k, v in self.request.items() if found["request"].get(k) != v]
         if changed:
             return None, f"with other {', '.join(changed)}"

@@ -82,13 +82,17 @@ OWN_FILES = {
     "metrics.jsonl": ('"step"',),
     TRACES: ('"step"', '"most"'),
     "goodput.json": ('"attempts"', '"total"'),
+    "remat.json": ('"program"', '"peak"'),
 }
 
 
 def preflight(config: Any) -> None:
     """Refuse what cannot train before hours go into sampling and scoring for it."""
+    run_dir = as_path(config.run_dir)
     for name, marks in OWN_FILES.items():
-        check_own(as_path(config.run_dir) / name, *marks)
+        check_own(run_dir / name, *marks)
+    if not (run_dir / "config.json").is_file() and not finished(run_dir / "checkpoints"):
+        check_own(run_dir / "metrics.jsonl", "config.json beside it")  # it is another program's
     if config.train.init_from and not finished(as_path(config.run_dir) / "checkpoints"):
         find_run(config.train.init_from, key="train.init_from")
     student = load_student(config)

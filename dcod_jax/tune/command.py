@@ -33,7 +33,7 @@ from dcod_jax.train.telemetry import DivergedError
 from dcod_jax.tune.grid import Rung, candidates_and_rounds, spent
 
 log = logging.getLogger(__name__)
-RESULTS, RECIPE = "tune.json", "best.py"
+RESULTS, RECIPE, CHOSEN = "tune.json", "best.py", "Chosen by dcod tune"
 
 
 def tune(config: Any) -> str:
@@ -47,6 +47,7 @@ def tune(config: Any) -> str:
     compare = tuple(" ".join((n, *own)) for n, own in zip(names, changes, strict=True))
     grid = configs.replace(config, {"compare": compare, "tune.grid": ()})
     folder = as_path(config.run_dir)
+    check_own(folder / RECIPE, CHOSEN)
     results = _Results(folder / RESULTS, compare, rounds, best_metric(config))
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".tune.lock", what=f"run_dir={folder}"), runs_ready(grid) as runs:
@@ -172,7 +173,7 @@ def recipe(config: Any, about: str) -> str:
     base = configs.keys(configs.load_recipe(configs.BASE))
     own = {key: value for key, value in configs.keys(config).items() if key in base}
     lines = [f"    c.{key} = {value!r}" for key, value in own.items() if value != base[key]]
-    head = json.dumps(f"Chosen by dcod tune: {about}.", ensure_ascii=False)
+    head = json.dumps(f"{CHOSEN}: {about}.", ensure_ascii=False)
     imported = "from dcod_jax.configs.base import get_config as base"
     body = "\n".join(["    c = base()", *lines, "    return c"])
     return f"{head}\n\n{imported}\n\n\ndef get_config():\n{body}\n"

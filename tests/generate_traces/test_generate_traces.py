@@ -218,6 +218,18 @@ def test_a_file_of_someone_else_is_not_overwritten(place, tmp_path):
     with pytest.raises(DcodError, match="no manifest"):
         verb.generate_traces(make_config(place, tmp_path))
     assert (tmp_path / "traces.jsonl").read_text() == "{}\n"
+    (tmp_path / "traces.jsonl").unlink()
+    mine = {verb.REJECTED: "{}\n", "traces.jsonl.manifest.json": '{"mine": 1}'}
+    for name, content in mine.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DcodError, match="request is missing"):
+        verb.generate_traces(make_config(place, tmp_path))
+    manifest = {"request": {}, "files": {verb.REJECTED: "0" * 64}}
+    manifest |= dict.fromkeys(("sampled", "traces", "tokens", "rejected"), 1)
+    (tmp_path / "traces.jsonl.manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DcodError, match=r"beside a traces\.rejected\.jsonl of something else"):
+        verb.generate_traces(make_config(place, tmp_path))
+    assert (tmp_path / verb.REJECTED).read_text() == "{}\n"
 
 
 def test_the_manifest_counts_what_was_written(whole):

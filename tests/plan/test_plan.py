@@ -263,6 +263,17 @@ def test_auto_takes_the_least_recomputation_that_fits(student, tmp_path, monkeyp
     assert compiled == ["none", "dots", "attention", "dots:1"]
     assert (chosen("auto", 0.65), compiled) == ("dots:1", [])  # known by the program's hash
     assert (chosen("auto", 0.9), compiled) == ("dots", ["none", "dots"])
+    [kept] = tmp_path.rglob("remat.json")
+    known = json.loads(kept.read_text())
+    for junk in (None, 5, [], {}, ["dots"], "dots:-1", "x", "9" * 5000, True):
+        for key in known:
+            kept.write_text(json.dumps(known | {key: junk}))
+            assert chosen("auto", 0.9) == "dots"
+    for text in ("[]", "{", "[" * 99_999, "5"):
+        kept.write_text(text)
+        with pytest.raises(DcodError, match=r"remat\.json"):
+            chosen("auto", 0.9)
+    kept.unlink()
     assert chosen("auto", 0.9, **{"data.seq_len": 128}) == "dots"
     assert compiled == ["none", "dots"]  # another program
     assert chosen("auto") == "none"  # no limit is known of a CPU

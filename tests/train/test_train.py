@@ -26,7 +26,7 @@ from dcod_jax.drift.command import drift
 from dcod_jax.errors import EXIT_INTERRUPTED, DcodError
 from dcod_jax.evaluate.command import evaluate
 from dcod_jax.export.command import export
-from dcod_jax.files import as_path
+from dcod_jax.files import as_path, to_json
 from dcod_jax.generate_traces.command import generate_traces
 from dcod_jax.locks import locked
 from dcod_jax.losses import adaptive
@@ -368,6 +368,16 @@ def test_a_misspelt_run_to_start_from_is_refused_before_anything_is_made(place, 
     with pytest.raises(DcodError, match=r"train\.init_from=\S+typo: expected a run directory"):
         command.train(load(place, tmp_path / "run", typo))
     assert not any(tmp_path.iterdir())
+
+
+def test_metrics_of_another_program_are_left(place, tmp_path):
+    """They have steps as ours; ours have the config of their run beside them."""
+    mine = tmp_path / "metrics.jsonl"
+    mine.write_text('{"step": 1, "loss": 2.0}\n')
+    with pytest.raises(DcodError, match=r"metrics\.jsonl exists and .*lacks config\.json beside"):
+        setup.preflight(load(place, tmp_path))
+    (tmp_path / "config.json").write_bytes(to_json(load(place, tmp_path).to_dict()))
+    setup.preflight(load(place, tmp_path))
 
 
 def first_snapshot(config):

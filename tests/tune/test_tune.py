@@ -179,6 +179,11 @@ def test_a_killed_tuning_goes_on_and_its_recipe_is_the_chosen_run(
 def test_without_a_grid_or_held_out_traces_it_says_so(config, tmp_path):
     with pytest.raises(DcodError, match=r"tune.grid is empty"):
         command.tune(config)
+    tuned = variant(config, "mine", tune__grid=(f"{RATE}=1e-9|2e-2",))
+    Path(tuned.run_dir).mkdir()
+    Path(tuned.run_dir, "best.py").write_text("mine = 1")
+    with pytest.raises(DcodError, match=r"best\.py exists and was not written by this program"):
+        command.tune(tuned)
     results = command._Results(tmp_path / "tune.json", ("c1",), [Rung(1, 10)], "eval/nll")
     with pytest.raises(DcodError, match=r"train.best_metric=eval/nll was not measured"):
         results.add("c1", 10, {"metrics": {}})
