@@ -162,10 +162,13 @@ def _value_errors(flat: dict[str, Any]) -> Iterator[str]:
 
 def _variant_errors(flat: dict[str, Any]) -> Iterator[str]:
     """Variants of `compare` that would not get a directory of their own in run_dir."""
-    names = []
+    names, exports = [], []
     for text in flat["compare"]:
         name, *changes = text.split() or [""]
         names.append(name)
+        exports += [change for change in changes if change.startswith("export.path=")]
+        if re.fullmatch("dataset|start|teacher(-.*)?", name):
+            yield f"compare: the name {name} is taken by what else run_dir and the tables hold"
         if not NAME.fullmatch(name):
             yield (
                 f"compare: {text[:80]!r} must begin with a name of letters, digits and ._+-%, "
@@ -174,7 +177,7 @@ def _variant_errors(flat: dict[str, Any]) -> Iterator[str]:
         for change in changes:
             if change.partition("=")[0] in ("run_dir", "compare"):
                 yield f"compare: {name} must not change {change}; its directory is its name"
-    yield from _twice("compare", names)
+    yield from _twice("compare", names + exports)
 
 
 def _twice(key: str, names: list[str]) -> list[str]:

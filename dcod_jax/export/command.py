@@ -18,6 +18,7 @@ from dcod_jax import __version__
 from dcod_jax import config as configs
 from dcod_jax.bounds import array, check, mapping, text, whole
 from dcod_jax.data.dataset import read_manifest
+from dcod_jax.data.teachers import teacher_paths
 from dcod_jax.data.templates import OWN, TemplateChoice, template_of
 from dcod_jax.data.tokenizer import (
     MADE_WITH_EOS,
@@ -52,6 +53,7 @@ from dcod_jax.models.config import ModelConfig, to_hf
 from dcod_jax.models.gguf_tokenizer import export_tokenizer
 from dcod_jax.parallel import hosts
 from dcod_jax.parallel.mesh import make_mesh
+from dcod_jax.stores import RemotePath
 from dcod_jax.train.checkpoint_reader import read_student
 from dcod_jax.train.settings import best_metric, student_source
 from dcod_jax.train.setup import dataset_splits
@@ -78,8 +80,7 @@ def export_runs(config: Any) -> None:
 def export(config: Any) -> Path:
     """Export the run's checkpoint; returns the directory once it was re-opened and compared."""
     base_model = student_source(config)
-    path, home = export_path(config), _tokenizer_home(config)
-    check_destination(path)
+    path, home = _destination(config), _tokenizer_home(config)
     hosts.check_joined()
     mesh = make_mesh(**config.mesh)
     hosts.doing(f"exporting {config.run_dir}")
@@ -137,7 +138,7 @@ def rehearse(config: Any) -> None:
         model_config = lora.with_adapter(model_config, student.lora)
     home = _tokenizer_home(config)
     tokenizer = load_tokenizer(home, template=template_of(student))
-    check_destination(export_path(config))
+    _destination(config)
     with scratch() as directory:
         write_small(
             directory,
@@ -154,6 +155,17 @@ def rehearse(config: Any) -> None:
 def _tokenizer_home(config: Any) -> Path:
     home = as_path(config.student.tokenizer or student_source(config))
     return home.parent if home.name == "config.json" else home
+
+
+def _destination(config: Any) -> Path:
+    """export_path, where an export may be; DcodError where the run reads what is there."""
+    path = export_path(config)
+    read = {"the start": config.student.path, "the tokenizer": config.student.tokenizer}
+    for name, other in (read | teacher_paths(config)).items():
+        if other and as_path(other).resolve() == path.resolve():
+            raise DcodError(f"{path} is {name} of the run; set export.path to another directory")
+    check_destination(path)
+    return path
 
 
 def check_destination(path: Path) -> None:
@@ -174,10 +186,11 @@ def check_destination(path: Path) -> None:
     check(marker, {"files": _FILES}, source=path / MARKER)
     written = {entry["file"]: entry for entry in marker["files"]}
     for file in path.rglob("*"):
-        name = file.name
-        if file == path / MARKER or not file.is_file():
+        name, plain = file.name, isinstance(file, RemotePath) or not file.is_symlink()
+        if file == path / MARKER or (plain and file.is_dir()):
             continue
-        own = file.parent == path and name in written and file_size(file) == written[name]["bytes"]
+        own = plain and file.is_file() and file.parent == path and name in written
+        own = own and file_size(file) == written[name]["bytes"]
         if own and file.suffix != ".safetensors":  # large, and of the same size
             own = file_sha256(file) == written[name]["sha256"]
         if not own:

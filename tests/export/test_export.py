@@ -1,6 +1,7 @@
 """Export: opens in transformers with equal logits, checked on writing, never half there."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -266,6 +267,17 @@ def test_a_file_of_the_user_in_an_export_is_never_replaced(tmp_path, source):
         file.unlink()
         if name in before:
             file.write_bytes(before[name])
+    link = path / "mine"
+    for make, *of in ((os.symlink, "nowhere"), (os.symlink, tmp_path), (os.mkfifo,)):
+        make(*of, link)
+        with pytest.raises(DcodError, match="mine is not as an export"):
+            exports.check_destination(path)
+        link.unlink()
+    (path / "README.md").rename(tmp_path / "card")
+    (path / "README.md").symlink_to(tmp_path / "card")
+    with pytest.raises(DcodError, match=r"README\.md is not as an export"):
+        exports.check_destination(path)
+    (tmp_path / "card").replace(path / "README.md")
     exports.check_destination(path)
 
 
@@ -299,6 +311,15 @@ def test_what_the_export_needs_is_checked_before_the_training(tmp_path, source):
     with pytest.raises(DcodError, match=r"absent\.jinja"):
         exports.rehearse(config)
     config.student.chat_template = ""
+    write(tmp_path / "own", source)
+    config.export.path, own = f"{tmp_path}/run/../own", str(tmp_path / "own")
+    (tmp_path / "run").mkdir()
+    for name, section in (("the start", config.student), ("teacher", config.teacher)):
+        before, section.path = section.path, own
+        with pytest.raises(DcodError, match=f"own is {name} of the run; set export.path to"):
+            exports.rehearse(config)
+        section.path = before
+    exports.rehearse(config)
     config.export.path = str(tmp_path)
     with pytest.raises(DcodError, match="not an export of this program"):
         exports.rehearse(config)
@@ -391,6 +412,7 @@ def test_only_files_of_this_program_are_replaced(tmp_path):
     # What a model's directory holds is not what a run's holds, and what the program writes is.
     assert set(OWN_FILES) == {
         "config.json", "metrics.jsonl", "trace_weights.jsonl", "goodput.json",
+        "remat.json",
     }  # fmt: skip
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(DcodError, match=r"config\.json"):
