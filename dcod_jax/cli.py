@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import gc
 import importlib
+import io
 import logging
 import os
 import pathlib
@@ -23,7 +24,7 @@ from typing import Any
 from dcod_jax import __version__, logs
 from dcod_jax import config as configs
 from dcod_jax.compilation_cache import keep_programs
-from dcod_jax.errors import EXIT_INTERRUPTED, DcodError, nearest
+from dcod_jax.errors import EXIT_INTERRUPTED, DcodError, TerminatedError, nearest
 from dcod_jax.files import as_path
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,15 @@ def overview() -> str:
 
 @contextlib.contextmanager
 def _readable_end() -> Iterator[None]:
-    """Where the reader of the output left (`| head`), the process ends without a traceback."""
+    """What is written ends in no traceback: without a stream, in any encoding, without a reader."""
+    with contextlib.suppress(OSError):
+        while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass  # of `>&-`: else a file of the verb gets the number, and what a library prints
+        os.close(descriptor)
+    sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
         sys.stdout.flush()
@@ -138,12 +147,8 @@ def _command(verb: str, function: str) -> Callable[[Any], object]:
     return getattr(importlib.import_module(f"dcod_jax.{verb}.command"), function)
 
 
-class _Terminated(SystemExit):
-    """SIGTERM came where no state but that on disk is needed to go on."""
-
-
 def _terminate(number: int, frame: FrameType | None) -> None:
-    raise _Terminated(EXIT_INTERRUPTED)
+    raise TerminatedError(EXIT_INTERRUPTED)
 
 
 @contextlib.contextmanager
@@ -157,10 +162,15 @@ def _reported(verb: str) -> Iterator[None]:
     except BrokenPipeError:
         raise  # of `| head`, see _readable_end
     except (DcodError, OSError) as error:
+        text = _message(error) + _exhausted(error)
         gc.collect()  # what a failed read left half-done is destroyed while the hook is ours
-        print(f"dcod_jax.{verb}: error: {logs.printable(_message(error))}", file=sys.stderr)
+        print(f"dcod_jax.{verb}: error: {logs.printable(text)}", file=sys.stderr)
         raise SystemExit(1) from None
     except (RuntimeError, MemoryError) as error:  # JAX's is a RuntimeError
+        if files := _exhausted(error):
+            text = logs.printable(" ".join(str(error).split())[:300] + files)
+            print(f"dcod_jax.{verb}: error: {text}", file=sys.stderr)
+            raise SystemExit(1) from None
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         told = (str(error).strip().splitlines() or ["of this machine"])[0][:300]
@@ -169,7 +179,7 @@ def _reported(verb: str) -> Iterator[None]:
             file=sys.stderr,
         )
         raise SystemExit(1) from None
-    except _Terminated:
+    except TerminatedError:
         print(f"dcod_jax.{verb}: terminated; the same command goes on", file=sys.stderr)
         raise
     except KeyboardInterrupt:
@@ -184,6 +194,16 @@ def _reported(verb: str) -> Iterator[None]:
 def _unraisable(found: Any) -> None:
     """An error while an object is destroyed reaches nobody: a failed read's other tasks, closed."""
     log.debug("while %r was destroyed: %s", found.object, found.exc_value)
+
+
+def _exhausted(error: BaseException) -> str:
+    """What to add to an error that comes while no file can be opened; a library may not tell."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as found:
+        if found.errno in (errno.EMFILE, errno.ENFILE) and "open files" not in str(error):
+            return f"; no more files can be opened: {_HINTS[errno.EMFILE]}"
+    return ""
 
 
 def _message(error: DcodError | OSError) -> str:

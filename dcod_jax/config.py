@@ -16,7 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
 
 from dcod_jax.copies import local_copy
-from dcod_jax.errors import DcodError, nearest
+from dcod_jax.errors import DcodError, TerminatedError, nearest
 from dcod_jax.files import Location, Path, as_path
 
 BASE = pathlib.Path(__file__).resolve().parent / "configs" / "base.py"
@@ -111,10 +111,10 @@ def load_recipe(path: Location) -> Any:
         if "get_config" not in vars(module):
             raise DcodError(f"{path}: it has no function get_config(); {_BEGIN}")
         config = module.get_config()
-    except DcodError:
+    except (DcodError, KeyboardInterrupt, TerminatedError):
         raise
     # A recipe is the user's own code and may raise anything.
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise DcodError(_recipe_error(path, error)) from error
     finally:
         with contextlib.suppress(ValueError):  # a recipe may change the path
@@ -159,7 +159,10 @@ def _recipe_error(path: Path, error: BaseException) -> str:
     line, code = (frames[-1].lineno, frames[-1].line or "") if frames else (None, "")
     if isinstance(error, SyntaxError) and error.filename == own:
         line = error.lineno
-    text = f"{error} ({type(error).__name__})"
+    try:
+        text = f"{error} ({type(error).__name__})"
+    except BaseException:  # whatever its __str__ raises
+        text = type(error).__name__
     if found := _REFUSED.search(text):
         name = found[1] or found[2] or found[3]
         place = re.search(rf"\w+\.((?:\w+\.)*{name}(?:\.\w+)*)\s*[-+*/]?=", code)

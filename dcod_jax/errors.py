@@ -11,6 +11,10 @@ class DcodError(Exception):
 EXIT_INTERRUPTED = 75  # a signal stopped the run after its state was saved: start it again
 
 
+class TerminatedError(SystemExit):
+    """SIGTERM came where no state but that on disk is needed to go on."""
+
+
 def _initials(name: str) -> str:
     words = name.split("_")
     return "".join(word[:1] for word in words) if len(words) > 1 else ""

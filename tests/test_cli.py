@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -92,6 +93,24 @@ def test_a_module_whose_reader_left_ends_without_a_traceback(stream):
     assert not (done.stderr or "") + (done.stdout or "")
 
 
+@pytest.mark.parametrize("how", ["exec <&- >&- 2>&-", "export PYTHONIOENCODING=ascii"])
+def test_without_streams_and_in_any_encoding_the_verb_does_its_work(how, tmp_path):
+    """No file of the verb has the number of a stream, to which a library may print."""
+    script = (
+        "from dcod_jax import cli\n"
+        "def work(_):\n"
+        "    print('«')\n"
+        f"    with open({str(tmp_path / 'own')!r}, 'w') as file: file.write(str(file.fileno()))\n"
+        "cli._command = lambda *_: work\n"
+        "cli.run('inspect', ['x'])\n"
+    )
+    command = ["bash", "-c", f'{how}; "$0" "$@"', sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int((tmp_path / "own").read_text()) > 2
+    assert done.stdout == ("" if "exec" in how else "\\xab\n")
+
+
 # ---------------------------------------------------------------- how every verb ends
 
 RUNNING = [verb for verb in cli.VERBS if verb != "doctor"]
@@ -137,6 +156,23 @@ def test_what_the_system_refuses_is_one_line_with_the_file(name, ends):
     assert code == 1
     assert said.startswith("dcod_jax.train: error: runs/default/goodput.json: ")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [DcodError("0 records"), RuntimeError("INTERNAL: 0 records")])
+def test_an_error_without_open_files_says_so(error, ends):
+    """What a library makes of it may be anything: a shard with no records, a failed kernel."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def work(_):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        raise error
+
+    try:
+        code, said = ends("train", work)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    hint = "no more files can be opened: raise the limit of open files (ulimit -n)"
+    assert (code, said) == (1, f"dcod_jax.train: error: {error}; {hint}\n")
 
 
 def test_a_strangers_text_in_a_message_drives_no_terminal(ends):

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from dcod_jax import config, config_checks
-from dcod_jax.errors import DcodError
+from dcod_jax.errors import DcodError, TerminatedError
 from dcod_jax.models import remat
 from dcod_jax.train import settings
 
@@ -158,6 +158,12 @@ def test_a_mistake_in_a_recipe_is_named_with_its_line(tmp_path, monkeypatch, bod
         (["with c.ignore_type(): c.run_dir = 3"], "run_dir='3': expected a text"),
         (["with c.ignore_type(): c.compare = 'abc'"], "compare='abc': expected texts"),
         (["c.seed = True"], "seed='True': expected a whole number"),
+        (["class Odd(BaseException): pass", "raise Odd('why')"], "why (Odd)"),
+        (
+            ["class Odd(Exception):", "    def __str__(self): raise ValueError", "raise Odd"],
+            ": Odd",
+        ),
+        (["class Odd(Exception):", "    __str__ = lambda s: exit()", "raise Odd"], ": Odd"),
         (["c.loss.weights.temperature = True"], "loss.weights.temperature='True': expected a num"),
         (["from ml_collections import FrozenConfigDict", "c = FrozenConfigDict(c)"], "FrozenConf"),
     ],
@@ -167,6 +173,13 @@ def test_a_recipe_may_raise_anything(tmp_path, body, said):
         config.load(recipe(tmp_path, body), verb="train")
     assert said in str(caught.value)
     assert "mine.py" in str(caught.value) or "run_dir" in str(caught.value)
+
+
+def test_what_ends_the_process_is_no_mistake_of_the_recipe(tmp_path):
+    for name in ("KeyboardInterrupt", "TerminatedError"):
+        body = ["from dcod_jax.errors import TerminatedError", f"raise {name}"]
+        with pytest.raises((KeyboardInterrupt, TerminatedError)):
+            config.load(recipe(tmp_path, body), verb="train")
 
 
 def test_a_recipe_may_change_the_path_of_imports(tmp_path):
@@ -220,6 +233,9 @@ def test_names_of_directories_are_names(name):
     [
         ({"compare": ("a seed=1", "a seed=2")}, "compare: a is named more than once"),
         ({"compare": ("a run_dir=/etc",)}, "a must not change run_dir=/etc"),
+        ({"compare": ("start seed=1",)}, "the name start is taken"),
+        ({"compare": ("teacher-a seed=1",)}, "the name teacher-a is taken"),
+        ({"compare": ("a export.path=x", "b export.path=x")}, "export.path=x is named more than"),
         ({"compare": (3,)}, ""),
         ({"report.runs": (["a"],)}, "report.runs"),
         ({"evaluate.stop": ("a", 3)}, "hold texts"),
