@@ -181,10 +181,8 @@ def check_own_dataset(root: Path, *others: str) -> None:
         name = str(path.relative_to(root))
         own = name in others or _OWN_FILE.fullmatch(re.sub("^(train|eval)/", "", name))
         if not own and (isinstance(path, RemotePath) or path.is_symlink() or not path.is_dir()):
-            raise DcodError(
-                f"{path} is not of the dataset {root}, which is left as it is: move the file "
-                "away, or set data.dataset to another directory"
-            )
+            mend = "move the file away, or set data.dataset to another directory"
+            raise DcodError(f"{path} is not of the dataset {root}, which is left as it is: {mend}")
 
 
 def check_fingerprints(
