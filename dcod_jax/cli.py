@@ -106,8 +106,9 @@ def _readable_end() -> Iterator[None]:
         os.close(descriptor)
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+        with contextlib.suppress(OSError):  # of a file that became another one
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
     try:
         yield
         sys.stdout.flush()
