@@ -84,7 +84,8 @@ def answer_of(record: Record) -> Record | None:
         return record
     candidates = record.get("candidates")
     several = candidates if isinstance(candidates, list) else []
-    return record if any(not isinstance(one, str) for one in several) else None
+    keys = {key for one in several if isinstance(one, dict) for key in one}  # Gemini's
+    return record if keys & {"content", "finishReason", "finish_reason"} else None
 
 
 def read(row: Row) -> tuple[list[Message], list[RawTrace], Record]:
@@ -201,9 +202,10 @@ def _responses(body: Record, output: list[Any]) -> Record:
 
 def _choice(choice: Record, name: str, fields: Fields) -> RawTrace:
     message, text = choice.get("message"), choice.get("text")
-    if "delta" in choice:
-        raise BadRecordError(f"{name} is a piece of a streamed answer; join the pieces to messages")
     if message is None and text is None:
+        if "delta" in choice:
+            told = "is a piece of a streamed answer; join the pieces to messages"
+            raise BadRecordError(f"{name} {told}")
         raise BadRecordError(f"{name} must have a message or a text")
     given = raw.with_own_reasoning({"role": "assistant", **(message or {"content": text})}, choice)
     spoken = [given.get(key) for key in ("content", *raw.REASONING_KEYS, "tool_calls")]

@@ -56,6 +56,7 @@ def read_calls(message: Record, name: str) -> dict[str, Any]:
     given, legacy = message.get("tool_calls"), message.get("function_call")
     calls, found = given or ([legacy] if legacy else []), []
     for index, call in enumerate(calls if isinstance(calls, list) else [calls]):
+        call = listed(call)  # verifiers keep each as JSON text
         inner = call.get("function", call) if isinstance(call, dict) else {}
         inner = inner if isinstance(inner, dict) else {}
         arguments = inner.get("arguments", inner.get("args"))

@@ -12,13 +12,18 @@ from typing import Any
 
 from dcod_jax.data import presets, raw, records, schema
 from dcod_jax.data.presets import CONVERSATIONS, Fields, leaves, listed, plain
-from dcod_jax.data.reasoning import is_switch
+from dcod_jax.data.reasoning import has_reasoning, is_given, is_switch
 from dcod_jax.data.records import BadRecordError, Message, Record, Turns
 
 # Columns that may hold a teacher's text under a name of their own: `solution` is then not taken.
 _SUSPECTS = re.compile(
-    r"attempt|generat|solution|respon|complet|output|trajector|reason|thought|think|rationale|cot$",
+    r"attempt|generat|solution|respon|complet|output|trajector|reason|thought|think|rationale|cot$|"
+    r"assistant|predict|gpt|deepseek|qwen|claude|gemini|llama|mistral|(^|_)(r1|llm|teacher)",
     re.IGNORECASE,
+)
+# Lists of texts that are no samples.
+_LISTS = re.compile(
+    r"choice|option|hint|test|t[ao]g|topic|concept|skill|categor|source|example|step", re.IGNORECASE
 )
 _SHARED = {"id", "custom_id", "model", "temperature"}  # read in every form
 
@@ -112,17 +117,21 @@ def _human(record: Record) -> list[str]:
     name = find(record, presets.HUMAN)
     if name is None:
         return []
-    others = [
-        key
-        for key, value in record.items()
-        if key != name and _SUSPECTS.search(key) and any(" " in text for text in _texts(value))
-    ]
+    others = [key for key, value in record.items() if key != name and _is_suspect(key, value)]
     if others:
         raise BadRecordError(
             f"{name} may be a person's text, and {', '.join(others)} the teacher's; "
             f"{_choose(record)}"
         )
     return [name]
+
+
+def _is_suspect(name: str, value: object) -> bool:
+    """Whether a column holds sentences that may be a teacher's: by its name, list or marks."""
+    texts = [text for text in _texts(value) if " " in text]
+    samples = isinstance(value, list) and not _LISTS.search(name)
+    named = samples or _SUSPECTS.search(name) or any(map(has_reasoning, texts))
+    return bool(texts and named) and not is_given(name)
 
 
 def _choose(record: Record) -> str:
@@ -136,10 +145,10 @@ def _texts(value: object) -> list[str]:
     if isinstance(value, str):
         return [value.strip()] if value.strip() else []
     items = value if isinstance(value, list) else []
-    if items and isinstance(items[-1], dict):
-        text = items[-1].get("content", items[-1].get("value"))
-        return [text.strip()] if isinstance(text, str) else []
-    return [item.strip() for item in items if isinstance(item, str)]
+    items = items[-1:] if items and _by(items[-1]) else items  # of messages the last
+    keys = ("content", "value", "text", "response")
+    found = [next(filter(None, map(i.get, keys)), i) if isinstance(i, dict) else i for i in items]
+    return [text.strip() for text in found if isinstance(text, str)]
 
 
 def missing(record: Record, fields: Fields, part: str) -> BadRecordError:
@@ -160,17 +169,20 @@ def hint(record: Record, fields: Fields, part: str, names: Sequence[str] = ()) -
     chosen: str = getattr(fields, part)
     talks = [n for n in record if n not in (chosen, "rejected") and _answered(record, str(n))]
     given = [name for name, value in record.items() if value is not None]
-    close = [m for n in names for m in difflib.get_close_matches(n, given, n=2, cutoff=0.7)]
-    close = list(dict.fromkeys(n for n in close if isinstance(record[n], str | list)))[:3]
+    matches = difflib.get_close_matches
+    close = dict.fromkeys(m for n in names for m in matches(n, given, n=2, cutoff=0.7))
+    sure = {m for n in names for m in matches(n, given, n=1, cutoff=0.9)}  # completon
+    close = [n for n in close if n in sure or any(" " in text for text in _texts(record[n]))][:3]
     found = "".join(f"; if it is {name}: prepare.{part}_field={name}" for name in close)
-    inner = [n for n in given if _holds_records(record[n])]
+    asked = find(record, presets.PROMPTS)
+    inner = [n for n in given if n != asked and _holds_records(record[n])]
     looks = presets.propose(record)
     better = [n for n in ("chosen", "preferred_output") if n in given]
     if looks and not chosen:
         return f"{found}; these are the columns of prepare.form={looks[0]}"
     if inner and not close:
         return f"; {inner[0]} holds records: write each as a line of its own (jq -c '.{inner[0]}')"
-    if part == "completion" and len(several := _siblings(record)) > 1:
+    if part == "completion" and asked and len(several := _siblings(record)) > 1:
         key = "prepare.completion_field=" + re.sub(r"\d+$", "*", several[0])
         return f"{found}; for {', '.join(several)} set {key}"
     if part == "completion" and better:
@@ -179,7 +191,6 @@ def hint(record: Record, fields: Fields, part: str, names: Sequence[str] = ()) -
         return f"{found}; {talks[0]} holds messages: prepare.completion_field={talks[0]}"
     if {"role", "content"} <= record.keys() or {"from", "value"} <= record.keys():
         return found + '; one message alone is no record: write {"messages": [...]}'
-    asked = find(record, presets.PROMPTS)
     texts = [n for n in given if n not in (asked, *presets.REASONINGS)]
     texts = [n for n in texts if any(" " in text for text in _texts(record[n]))]
     if part == "completion" and not chosen and not found and len(texts) == 1 + (asked is None):

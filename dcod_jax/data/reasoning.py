@@ -171,7 +171,6 @@ _ABOUT = re.compile(
     r"domain|skill|topic|tag|dataset|effort|budget|required|name|url|version|_id)s?$",
     re.IGNORECASE,
 )
-# Solutions of the data set's own, which are not the teacher's: gt_cot, reference_rationale, ...
 _GIVEN = re.compile(r"(gt|gold|ground_?truth|reference|human|expert|official)_", re.IGNORECASE)
 _SWITCHES = (
     "on off true false yes no none low medium high auto enabled disabled minimal max xhigh default "
@@ -262,10 +261,15 @@ def has_reasoning(text: str) -> bool:
     return any(inside.strip() for _, _, inside in _blocks(Reasoning().complete(text)))
 
 
+def is_given(name: str) -> bool:
+    """Whether a column is named like the data set's own solution: gt_cot, reference_rationale."""
+    return bool(_GIVEN.match(name))
+
+
 def may_be_reasoning(name: str, value: object) -> bool:
     """Whether a field that nothing read is named like a teacher's reasoning and holds sentences."""
     name = name.rpartition(".")[2]
-    named = _THOUGHTS.search(name) and not _GIVEN.match(name) and not _ABOUT.search(name)
+    named = _THOUGHTS.search(name) and not is_given(name) and not _ABOUT.search(name)
     return bool(named) and _has_words(value)
 
 

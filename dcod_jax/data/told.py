@@ -17,11 +17,13 @@ from dcod_jax.data.records import BadRecordError, RawTrace, truth
 _CUT_OFF = re.compile(
     "length|max|limit|exceed|filter|safety|recitation|blocklist|prohibited|spii|guardrail|abort|"
     "cancel|error|fail|time|incomplete|truncat|insufficient|malformed|refusal|pause|toxic|language|"
-    "sensitive|repet|interrupt|disconnect|preempt|user|budget|out_of"
+    "sensitive|repet|interrupt|disconnect|preempt|user(?!_stop)|budget|out_of|too_|cost|context"
 )
 _WHOLE = re.compile("stop|eos|eot|end|complete|finish|tool|function|done|succe")
 # Names of columns and keys, as `plain` writes them: finish_reasons is finishreasons.
-_FINISH = re.compile(r"(.*finish|done|stop)reasons?|stoptypes?|status")
+_FINISH = re.compile(
+    r"(.*finish|done|stop|exit|terminat(ed|ion))(reason|status|condition)s?|stoptypes?|status"
+)
 _KNOWN_WORDS = re.compile(r"finishreasons?|donereason")  # the others may hold anything
 _STATUS = re.compile("(in)?completed?|fail(ed|ure)|error|cancel+ed|truncated|timed?_?out|aborted")
 _COMPLETE = re.compile(
@@ -35,15 +37,15 @@ _CUT = re.compile(
     rf"(hit|reached|exceeded|exceeds){_LIMIT}.*|{_LIMIT}.*(hit|reached|exceeded)"
 )
 _OF = "is|was|all|answer|final|response|solution|generation|completion|output|model|tests?|r1|unit"
-_OF = f"({_OF}|extracted|llm|judge|gold|majority|rule|verification|verifier|generated|gen|overall)*"
+_OF = f"({_OF}|extracted|llm|judge|gold|majority|rule|symbolic|verification|verifier|generated|gen|overall)*"
 _RIGHT = re.compile(
     rf"{_OF}(correct|correctness|verified|verify|passed|verdict|judge?ment|mathverify)"
-    r"(mathverify|llama)?"
+    r"(mathverify|llama)?(s|list)?|acc|(is)?(success|successful|resolved|solved|accepted)"
 )
 _WRONG = re.compile(rf"{_OF}(incorrect|wrong|failed)")
 _BOOLEAN = re.compile(
-    r"label|ktotag|pass|(is)?(success|successful|resolved|solved|valid|right|accepted|equivalent)|"
-    r"(is|exact|gold|answer)?match|judge|result|verificationresult|acc"
+    r"label|ktotag|pass|(is)?(valid|right|equivalent)|(is|exact|gold|answer)?match|judge|result|"
+    r"verificationresult|(grade|score|reward)s?"
 )
 _REJECTED = {"empty": True, "truncated": True, "wrong_answer": False, "no_answer": False}
 _KINDS = {"finish": _FINISH, "rejected": re.compile("rejected"), "complete": _COMPLETE, "cut": _CUT}
@@ -89,12 +91,13 @@ def _reason(name: str, value: Any) -> str:
 def _verdict(name: str, value: Any, kind: str) -> bool | None:
     if not isinstance(value, str | bool | int | float):
         return None
-    word, nested = str(value).strip().lower(), "." in name
+    # The last word of a judge's reasons: "They are the same.\nJudgement: Yes".
+    word, nested = str(value).lower().rpartition(":")[2].strip(" \n.*"), "." in name
     if kind == "boolean" and not nested and word not in ("true", "false", *_WORDS):
         return None  # a label may be a class
     if nested and isinstance(value, int | float) and not isinstance(value, bool):
         return None  # a count
-    found = _WORDS.get(word, truth(value))
+    found = _WORDS.get(word, truth(word))
     return found if found is None or kind != "wrong" else not found
 
 

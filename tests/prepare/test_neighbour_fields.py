@@ -41,11 +41,15 @@ ADD = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
             {"role": "user", "content": [{"toolResult": {"content": [{"text": "5"}]}}]},
         ),
         (
+            {"role": "assistant", "content": "", "tool_calls": [json.dumps(ADD)]},
+            {"role": "tool", "content": "5"},
+        ),
+        (
             {"role": "model", "parts": [{"functionCall": {"name": "add", "args": {"a": 2}}}]},
             {"role": "user", "parts": [{"functionResponse": {"response": 5}}]},
         ),
     ],
-    ids=["sharegpt", "roles", "anthropic", "bedrock", "gemini"],
+    ids=["sharegpt", "roles", "anthropic", "bedrock", "verifiers", "gemini"],
 )
 def test_calls_of_tools_in_any_dialect_are_one_form(call, result) -> None:
     [trace] = reading({"messages": [USER, call, result, WHOLE_TURN]})

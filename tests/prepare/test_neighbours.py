@@ -72,6 +72,7 @@ RIGHT = {
         {"prompt": ASKED, "text": SAID, "reasoning_content": THOUGHT,
          "meta_info": {"finish_reason": {"type": "stop"}}},
         {"messages": TALK, "choices": [{"message": WHOLE_TURN}]},  # the answer is in the log, too
+        {"prompt": ASKED, "choices": [{"message": WHOLE_TURN, "delta": {"content": ""}}]},
     ],
     "reasoning with its marks": [
         *({"prompt": ASKED, "completion": SAID, "reasoning": text} for text in (
@@ -200,6 +201,11 @@ DROPPED = {
         {"messages": [USER], "response": {"message": PLAIN_TURN, "finish_reason": "MAX_TOKENS"}},
         {"messages": [USER, PLAIN_TURN | {"response_metadata": {"finish_reason": "length"}}]},
         {"messages": [USER, PLAIN_TURN | {"finish_reason": "length"}, USER, PLAIN_TURN]},
+        *({"messages": TALK, name: word} for name, word in (
+            ("exit_status", "exit_cost"), ("exit_status", "submitted (exit_context)"),
+            ("stop_condition", "max_turns_reached"), ("stop_condition", "prompt_too_long"),
+            ("termination_reason", "max_steps"))),
+        {"messages": TALK, "info": {"exit_status": "LimitsExceeded"}},
     ],
     "is (true|false)": [
         ENDED | {"truncated": True},
@@ -233,7 +239,12 @@ DROPPED = {
         *(ENDED | {name: False} for name in (
             "valid", "accepted", "exact_match", "llm_judge_correct", "is_right", "rule_verify",
             "verification_passed", "unit_tests_passed", "gen_correct")),
-        *(ENDED | {name: "incorrect"} for name in ("label", "judge", "result")),
+        *(ENDED | {name: "incorrect"} for name in ("label", "judge", "result", "grade")),
+        *(ENDED | {name: 0.0} for name in ("resolved", "is_success", "acc", "symbolic_correct")),
+        ENDED | {"solved": "no"},
+        ENDED | {"judgement": "Reasoning: They differ.\nJudgement: No."},
+        *({"prompt": ASKED, "responses": [SAID, "Six."], name: [wrong, wrong]} for name, wrong in (
+            ("grades", "incorrect"), ("correct_list", False), ("scores", False))),
         {"messages": [USER, DRAFT | {"correct": False}, USER, WHOLE_TURN | {"correct": True}]},
     ],
     "is not ended by": [
@@ -273,6 +284,8 @@ def test_neighbours_of_the_cases_are_dropped(why) -> None:
     whole += [ENDED | {"correctness": 3}, ENDED | {"wrong": False}, ENDED | {"correct": "right"}]
     whole += [ENDED | {"reasoning": word} for word in ("minimal", "no_think")]
     whole += [ENDED | {"stats": {"correct": 0, "total": 8}}, ENDED | {"reasoning_type": "by hand"}]
+    whole += [ENDED | {"exit_status": "Submitted"}, ENDED | {"termination_reason": "user_stop"}]
+    whole += [ENDED | {"score": 0.0}, ENDED | {"label": "no"}, ENDED | {"judgement": "It: yes"}]
     assert texts(whole) == [(ASKED, SAID)] * len(whole)
 
 
@@ -362,6 +375,22 @@ REFUSED = [
         "behind a tool call",
     ),
     ({"data": [{"prompt": ASKED, "completion": SAID}]}, {}, r"jq -c '\.data'"),
+    *(
+        ({"problem": ASKED, "solution": "By hand, 5.", name: text}, {}, f"and {name} the teacher's")
+        for name, text in (
+            *(("reannotated_messages", TALK), ("code", [SAID, SAID]), ("text", WHOLE)),
+            *((name, SAID) for name in ("qwen_72b", "assistant_content", "prediction", "r1_text")),
+        )
+    ),
+    ({"messages": TALK, "completions": [{"text": "Six."}]}, {}, "texts differ: messages, compl"),
+    ({"prompt": ASKED, "candidates": [{"text": SAID}]}, {}, "no completion"),
+    (
+        {"input": {"messages": [USER]}, "preferred_output": [PLAIN_TURN]},
+        {},
+        "completion_field=preferred_output",
+    ),
+    ({"input": ASKED, "content": SAID, "repo_name": "x"}, {}, "completion_field=content"),
+    ({"message_1": ASKED, "message_2": SAID}, {}, "prompt_field=message_1; .*=message_2"),
     ({"prompt": ASKED, "completion": {"final": SAID}}, {}, "completion_field=completion.final"),
     (
         {"messages": [USER, {"role": "assistant", "content": None}]},
