@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from dcod_jax.data.borders import encode_at, encode_plain
-from dcod_jax.data.reasoning import closing, opened, without_marks
+from dcod_jax.data.reasoning import closed, closing, has_reasoning, opened, split, without_marks
 from dcod_jax.data.templates import READY
 from dcod_jax.data.tokenizer import Tokenizer, chat_template, decode
 from dcod_jax.data.turns import (
@@ -87,13 +87,16 @@ def _turn_end(
     place = written.find(said, len(EMPTY_THINKING) if begins else 0)
     lead = written[:place]
     if place < 0:
-        raise _StrippedError(
+        bare = without_marks(content) == content and not opened(text[:start])
+        bare |= content_end > start  # it is there, behind other text
+        raise (DcodError if bare else _StrippedError)(  # reasoning alone may be left out
             f"the chat template changes the completion: {content[:60]!r} became {turn[:60]!r} "
             "(templates of reasoning models drop the reasoning of earlier turns); give a template "
             f"that keeps it (student.chat_template: a file, or {' or '.join(READY)}), or leave "
             "the earlier turns unsupervised (weight 0)"
         )
-    if lead not in ("", EMPTY_THINKING) and not _is_channel(tokens, lead):
+    twice = lead == EMPTY_THINKING and has_reasoning(content)
+    if twice or (lead not in ("", EMPTY_THINKING) and not _is_channel(tokens, lead)):
         # A template may take a mark that the completion tells of for one of its own.
         kind = DcodError if without_marks(lead) else _StrippedError
         raise kind(
@@ -158,10 +161,11 @@ def _whole_spans(
             if not text.startswith(prompt):
                 raise _unstable(text, prompt, index)
             start = len(prompt)
-        content, last = (
-            _behind(text[max(0, start - 99) : start], messages[index]["content"]),
-            len(text),
-        )
+        lead, said, last = text[max(0, start - 99) : start], messages[index]["content"], len(text)
+        if (content := _behind(lead, said)) != said and closed(lead):
+            raise _StrippedError(
+                f"the template ends reasoning before {said[:60]!r}, which does, too"
+            )
         if marked:
             begins, last = marks[order[index]]
             if begins > start:
@@ -222,13 +226,7 @@ def _starts(
 def _unstable(text: str, prompt: str, index: int) -> DcodError:
     """The error of a generation prompt that is no prefix of the whole conversation."""
     same = shared_prefix(text, prompt)
-    if without_marks(prompt[same:]) != prompt[same:] and not opened(prompt):
-        return DcodError(
-            f"the generation prompt goes on {prompt[same:][:60]!r} before assistant turn {index}, "
-            "which ends reasoning, and the completion has reasoning; set "
-            "student.template_kwargs=enable_thinking=true, or prepare.reasoning=drop"
-        )
-    kind = _StrippedError if opened(prompt) else DcodError
+    kind = _StrippedError if opened(prompt) or closed(prompt) else DcodError
     return kind(
         f"the chat template is not prefix-stable: before assistant turn {index} the generation "
         f"prompt goes on {prompt[same:][:60]!r}, the whole conversation {text[same:][:60]!r}; "
@@ -240,6 +238,15 @@ def _unstable(text: str, prompt: str, index: int) -> DcodError:
 def _behind(prompt: str, content: str) -> str:
     """A completion as it goes on behind its generation prompt, which may have opened reasoning."""
     mark = opened(prompt)
+    if closed(prompt):
+        if has_reasoning(content):
+            raise DcodError(
+                f"the generation prompt ends reasoning ({prompt.rstrip()[-20:]!r}), and the "
+                "completion has reasoning; set student.template_kwargs=enable_thinking=true (or "
+                "the template's own name for it), or prepare.reasoning=drop"
+            )
+        inside, answer = split(content)  # of an empty block, which the prompt has already
+        return answer if not inside.strip() else content
     if not mark:
         return content
     if closing(mark) not in content.replace(f"`{closing(mark)}`", ""):  # which tells of it

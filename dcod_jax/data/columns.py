@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import difflib
 import functools
 import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from dcod_jax.data import presets, raw, records, schema
@@ -15,16 +15,6 @@ from dcod_jax.data.presets import CONVERSATIONS, Fields, leaves, listed, plain
 from dcod_jax.data.reasoning import has_reasoning, is_given, is_switch
 from dcod_jax.data.records import BadRecordError, Message, Record, Turns
 
-# Columns that may hold a teacher's text under a name of their own: `solution` is then not taken.
-_SUSPECTS = re.compile(
-    r"attempt|generat|solution|respon|complet|output|trajector|reason|thought|think|rationale|cot$|"
-    r"assistant|predict|gpt|deepseek|qwen|claude|gemini|llama|mistral|(^|_)(r1|llm|teacher)",
-    re.IGNORECASE,
-)
-# Lists of texts that are no samples.
-_LISTS = re.compile(
-    r"choice|option|hint|test|t[ao]g|topic|concept|skill|categor|source|example|step", re.IGNORECASE
-)
 _SHARED = {"id", "custom_id", "model", "temperature"}  # read in every form
 
 
@@ -129,8 +119,8 @@ def _human(record: Record) -> list[str]:
 def _is_suspect(name: str, value: object) -> bool:
     """Whether a column holds sentences that may be a teacher's: by its name, list or marks."""
     texts = [text for text in _texts(value) if " " in text]
-    samples = isinstance(value, list) and not _LISTS.search(name)
-    named = samples or _SUSPECTS.search(name) or any(map(has_reasoning, texts))
+    samples = isinstance(value, list) and not presets.LISTS.search(name)
+    named = samples or presets.SUSPECTS.search(name) or any(map(has_reasoning, texts))
     return bool(texts and named) and not is_given(name)
 
 
@@ -169,9 +159,8 @@ def hint(record: Record, fields: Fields, part: str, names: Sequence[str] = ()) -
     chosen: str = getattr(fields, part)
     talks = [n for n in record if n not in (chosen, "rejected") and _answered(record, str(n))]
     given = [name for name, value in record.items() if value is not None]
-    matches = difflib.get_close_matches
-    close = dict.fromkeys(m for n in names for m in matches(n, given, n=2, cutoff=0.7))
-    sure = {m for n in names for m in matches(n, given, n=1, cutoff=0.9)}  # completon
+    close = dict.fromkeys(m for n in names for m in get_close_matches(n, given, 2, 0.7))
+    sure = {m for n in names for m in get_close_matches(n, given, 1, 0.9)}  # completon
     close = [n for n in close if n in sure or any(" " in text for text in _texts(record[n]))][:3]
     found = "".join(f"; if it is {name}: prepare.{part}_field={name}" for name in close)
     asked = find(record, presets.PROMPTS)
@@ -338,7 +327,7 @@ class Row:
         ]
         have = [*known, *self.record, *self.nulls, *(name for m in inside for name, _ in leaves(m))]
         if plain(chosen) not in {plain(str(name)) for name in have}:
-            close = difflib.get_close_matches(chosen, map(str, have), n=1)
+            close = get_close_matches(chosen, map(str, have), n=1)
             raise BadRecordError(
                 f"no field {chosen!r}, which prepare.{key} names (null where a record has none); "
                 f"found {', '.join(map(str, self.record))}"

@@ -23,6 +23,16 @@ COMPLETIONS = (
     "attempt",
 )
 HUMAN = ("solution",)  # read where nothing else can be the completion
+# Columns that may hold a teacher's text under a name of their own: `solution` is then not taken.
+SUSPECTS = re.compile(
+    r"attempt|generat|solution|respon|complet|output|trajector|reason|thought|think|rationale|cot$|"
+    r"assistant|predict|gpt|deepseek|qwen|claude|gemini|llama|mistral|(^|_)(r1|llm|teacher)",
+    re.IGNORECASE,
+)
+# Lists of texts that are no samples.
+LISTS = re.compile(
+    r"choice|option|hint|test|t[ao]g|topic|concept|skill|categor|source|example|step", re.IGNORECASE
+)
 CONVERSATIONS = ("messages", "conversations", "conversation", "contents")
 ANSWERS = ("answer", "final_answer", "expected_answer", "reference_answer", "gold_answer")
 ANSWERS = (*ANSWERS, "ground_truth", "gt_answer")

@@ -24,10 +24,11 @@ _ENDING = re.compile(r"^end_|_(?:end|suffix)$")
 # How the two ends of a part differ: <think> and </think>, <|begin_of_thought|> and <|end_of_...|>.
 _PAIRS = (("begin_of", "end_of"), ("BEGIN_OF", "END_OF"), ("start", "end"), ("START", "END"))
 _PAIRS = (*_PAIRS, ("prefix", "suffix"))
-# Marks that no rule spells: Mistral's, Kimi's, MedGemma's, and the channels of harmony (gpt-oss).
+# Marks that no rule spells: of Mistral, Kimi, MedGemma, Gemma 4, and gpt-oss's channels (harmony).
 _CHANNEL = "<|channel|>analysis<|message|>"
 _FINAL = "<|channel|>final<|message|>"
 _ODD = {"[THINK]": "[/THINK]", "◁think▷": "◁/think▷", "<unused94>": "<unused95>"}
+_ODD["<|channel>thought"] = "<channel|>"
 _ODD[_CHANNEL] = f"<|end|><|start|>assistant{_FINAL}"
 _BEGINNING = {end: begin for begin, end in _ODD.items()}
 _VISIBLE = re.compile(r"\S")
@@ -86,6 +87,12 @@ def opened(prompt: str) -> str:
     tail = prompt.rstrip()[-80:]
     ends = (m for m in _MARK.finditer(tail) if m.end() == len(tail) and not _side(m)[1])
     return next((mark[0] for mark in ends), "")
+
+
+def closed(prompt: str) -> bool:
+    """Whether a generation prompt ends reasoning, as those of modes without it do."""
+    tail = prompt.rstrip()[-80:]
+    return any(m.end() == len(tail) and _side(m)[1] for m in _MARK.finditer(tail))
 
 
 def without_marks(text: str) -> str:

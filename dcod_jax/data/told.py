@@ -37,7 +37,8 @@ _CUT = re.compile(
     rf"(hit|reached|exceeded|exceeds){_LIMIT}.*|{_LIMIT}.*(hit|reached|exceeded)"
 )
 _OF = "is|was|all|answer|final|response|solution|generation|completion|output|model|tests?|r1|unit"
-_OF = f"({_OF}|extracted|llm|judge|gold|majority|rule|symbolic|verification|verifier|generated|gen|overall)*"
+_OF = rf"({_OF}|extracted|llm|judge|gold|majority|rule|verification|verifier|generated|gen|overall"
+_OF = f"{_OF}|symbolic)*"
 _RIGHT = re.compile(
     rf"{_OF}(correct|correctness|verified|verify|passed|verdict|judge?ment|mathverify)"
     r"(mathverify|llama)?(s|list)?|acc|(is)?(success|successful|resolved|solved|accepted)"

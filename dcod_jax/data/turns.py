@@ -57,7 +57,8 @@ def _by_channel(messages: Sequence[Message]) -> list[Message]:
     """Messages with the reasoning of harmony's channels in a key, where its template reads it."""
     shown: list[Message] = []
     for message in messages:
-        found = of_channels(message["content"]) if message["role"] == "assistant" else None
+        said = message["content"] if message["role"] == "assistant" else ""
+        found = of_channels(said) if isinstance(said, str) else None
         split = {"thinking": found[0], "content": found[1]} if found and found[1] else {}
         shown.append(message | split)
     return shown
@@ -255,20 +256,24 @@ def _rule(tokenizer: Tokenizer, template: str | None, policy: str) -> Reasoning:
     if template is None:
         return rule
     asked = [{"role": "user", "content": "a"}]
-    answer = {"role": "assistant", "content": _PROBE, "reasoning_content": _PROBE[::-1]}
-    try:
-        prompt, _ = render_chat(tokenizer, asked, template=template, prompt=True)
-        text, _ = render_chat(tokenizer, [*asked, answer], template=template)
-    except DcodError:  # named where the first trace is encoded
-        return rule
-    before, thought, rest = text.partition(_PROBE[::-1])
-    closing, answered, _ = rest.partition(_PROBE)
-    opening = before[shared_prefix(before, prompt) :]
-    if mark := opened(prompt):
-        opening = prompt[prompt.rindex(mark) :]
-    if not thought or not answered or not opening.strip() or not closing.strip():
-        return rule
-    return Reasoning(policy, opening, closing)
+    thought = _PROBE[::-1]
+    parts = [{"type": "thinking", "thinking": thought}, {"type": "text", "text": _PROBE}]
+    for said in ({"content": _PROBE, "reasoning_content": thought}, {"content": parts}):  # Mistral
+        answer = {"role": "assistant", **said}
+        try:
+            prompt, _ = render_chat(tokenizer, asked, template=template, prompt=True)
+            text, _ = render_chat(tokenizer, [*asked, answer], template=template)
+        except DcodError:  # named where the first trace is encoded
+            continue
+        before, written, rest = text.partition(thought)
+        closing, answered, _ = rest.partition(_PROBE)
+        opening = before[shared_prefix(before, prompt) :]
+        if mark := opened(prompt):
+            opening = prompt[prompt.rindex(mark) :]
+        known = said["content"] is not parts or opened(opening)  # and no list as text
+        if known and written and answered and opening.strip() and closing.strip():
+            return Reasoning(policy, opening, closing)
+    return rule
 
 
 # ---------------------------------------------------------------- tool calls

@@ -33,9 +33,35 @@ THINKING = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 OPENED = THINKING.removesuffix("{% endif %}") + "<think>\n{% endif %}"
+SAID = "{{ m.content }}"
+
+
+def turns(lead: str = "", *, said: str = SAID, prompt: str = "") -> str:
+    """A template that writes `lead` before an answer, `prompt` behind its generation prompt."""
+    return (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        f"{lead}{{% endif %}}{said}<|im_end|>\n{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}<|im_start|>assistant\n{prompt}{{% endif %}}"
+    )
+
+
+PARTS = (
+    "{% if m.content is string %}{{ m.content }}{% else %}[THINK]{{ m.content[0].thinking }}"
+    "[/THINK]{{ m.content[1].text }}{% endif %}"
+)
+# The behaviour of DeepSeek-V3.1's template, of QwQ's without reasoning, of Kimi-K2-Thinking's, of
+# Magistral's, and of one whose reasoning is a part in special tokens.
+OTHERS = {
+    "closed": turns("</think>", prompt="</think>"),
+    "unsaid": turns(prompt="<think>\n</think>"),
+    "empty": turns("<think></think>"),
+    "parts": turns(said=PARTS),
+    "opens": turns("<|open|>think<|close|>", said=f"{SAID}<|close|>", prompt="<|open|>think"),
+}
 USER = {"role": "user", "content": "Two and three?"}
 FINAL, THOUGHT = "<|channel|>final<|message|>5", "<|channel|>analysis<|message|>2, 3"
 WHOLE = f"{THOUGHT}<|end|><|start|>assistant{FINAL}"
+THOUGHTFUL = "<think>\n2, 3\n</think>\n\n5"
 MARKED = "<unused94>thought\n2, 3<unused95>5"
 
 
@@ -50,6 +76,7 @@ def students():
         ("harmony", HARMONY, "<|start|> <|end|> <|message|> <|channel|> <|return|> <|call|>"),
         ("thinking", THINKING, ""),
         ("opened", OPENED, ""),
+        *((name, template, "<|open|> <|close|>") for name, template in OTHERS.items()),
         ("gemma", GEMMA, "<start_of_turn> <end_of_turn> <unused94> <unused95>"),
     ):
         found[name] = chatml_tokenizer()
@@ -59,7 +86,7 @@ def students():
 
 
 @pytest.mark.parametrize(
-    ("student", "turns", "right"),
+    ("student", "talk", "right"),
     [
         ("harmony", [said("5")], f"{FINAL}<|return|>"),
         ("harmony", [said("5", thinking="2, 3")], f"{WHOLE}<|return|>"),
@@ -74,14 +101,21 @@ def students():
         ("harmony", [said(THOUGHT)], {"truncated": 1}),
         ("thinking", [said("Write `</think>`, 5.")], "Write `</think>`, 5.<|im_end|>"),
         ("opened", [said("2, 3\n</think>\n\n5")], "2, 3\n</think>\n\n5<|im_end|>"),
+        ("closed", [said("5")], "5<|im_end|>"),
+        ("closed", [said("<think>\n\n</think>\n\n5")], "5<|im_end|>"),
+        ("unsaid", [said("5")], "5<|im_end|>"),
+        ("unsaid", [said("<think></think>5")], "5<|im_end|>"),
+        ("empty", [said("5")], "<think></think>5<|im_end|>"),
+        ("empty", [said(THOUGHTFUL)], f"{THOUGHTFUL}<|im_end|>"),
+        ("parts", [said("5", reasoning="2, 3")], "[THINK]2, 3[/THINK]5<|im_end|>"),
         ("gemma", [said(MARKED)], f"{MARKED}<end_of_turn>"),
         ("gemma", [said(MARKED.partition("<unused95>")[0])], {"truncated": 1}),
         ("gemma", [said(MARKED.removesuffix("5"))], {"truncated": 1}),
     ],
 )
-def test_the_students_own_form_is_supervised(student, turns, right, students, tmp_path) -> None:
+def test_the_students_own_form_is_supervised(student, talk, right, students, tmp_path) -> None:
     path = tmp_path / "t.jsonl"
-    path.write_text(json.dumps({"messages": [USER, *turns]}))
+    path.write_text(json.dumps({"messages": [USER, *talk]}))
     found = outcome(path, students[student], {})
     if isinstance(right, dict):
         assert (found["kept"], found["dropped"]) == ([], right)
@@ -94,6 +128,7 @@ def test_the_students_own_form_is_supervised(student, turns, right, students, tm
                 "<start_of_turn>assistant\n",
                 "<|im_start|>assistant\n",
                 "<think>\n",
+                "</think>",
             )
         )
         assert "2, 3" not in prompt
@@ -102,19 +137,24 @@ def test_the_students_own_form_is_supervised(student, turns, right, students, tm
 
 
 @pytest.mark.parametrize(
-    ("turns", "message"),
+    ("student", "talk", "message"),
     [
-        ([said("5<|end|>")], "special token '<|end|>' as text"),
-        ([said("4"), USER, said("5")], "writes '<|end|>' behind a completion"),
-        ([said(f"{WHOLE}<|return|>{FINAL}")], "channel 'final' that is neither"),
-        ([said(f"{WHOLE}<|return|>6")], "has '6' outside of the messages"),
+        *(
+            (student, [said(THOUGHTFUL)], "the generation prompt ends reasoning (")
+            for student in ("closed", "unsaid")
+        ),
+        *(("opens", [said(text)], "template changes the completion") for text in ("5", THOUGHTFUL)),
+        ("harmony", [said("5<|end|>")], "special token '<|end|>' as text"),
+        ("harmony", [said("4"), USER, said("5")], "writes '<|end|>' behind a completion"),
+        ("harmony", [said(f"{WHOLE}<|return|>{FINAL}")], "channel 'final' that is neither"),
+        ("harmony", [said(f"{WHOLE}<|return|>6")], "has '6' outside of the messages"),
     ],
 )
-def test_what_the_channels_do_not_allow_is_refused(turns, message, students, tmp_path) -> None:
+def test_what_a_form_does_not_allow_is_refused(student, talk, message, students, tmp_path) -> None:
     path = tmp_path / "t.jsonl"
-    path.write_text(json.dumps({"messages": [USER, *turns]}))
+    path.write_text(json.dumps({"messages": [USER, *talk]}))
     with pytest.raises(DcodError, match=re.escape(message)):
-        outcome(path, students["harmony"], {})
+        outcome(path, students[student], {})
 
 
 def test_an_opened_prompt_needs_more_than_a_word_about_its_end(students, tmp_path) -> None:
