@@ -111,6 +111,8 @@ def read(row: Row) -> tuple[list[Message], list[RawTrace], Record]:
         return [], [RawTrace([], failed=failure)], record
     records.check_parts(len(choices), len(row.leaves))
     completions = [_choice(c or {}, f"choices[{i}]", row.fields) for i, c in enumerate(choices)]
+    own = {f"message.{key}" for key in record} if body is record else set()  # named as columns
+    completions = [dataclasses.replace(c, extras=c.extras - own) for c in completions]
     known = {**asked, **{k: v for k, v in request.items() if k != "body"}, **record}
     known.setdefault("model", body.get("model"))
     row.tools = calls.read_tools(asked.get("tools"))

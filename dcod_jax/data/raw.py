@@ -84,7 +84,8 @@ def parts(value: object, name: str, *, drop: bool = False) -> tuple[str, str]:
                 "trained on; prepare.reasoning=drop trains on the answers alone"
             )
         if place not in texts:
-            raise BadRecordError(f"{name} has a part of type {kind!r}; only text is supported")
+            told = "only text is supported: write what it says as text, or take it out"
+            raise BadRecordError(f"{name} has a part of type {kind!r}; {told}")
         keys = _THINKING if place == "thinking" else ("text",)
         if not any(key in part for key in keys):
             raise BadRecordError(f"{name} has a part of type {kind!r} without {' or '.join(keys)}")

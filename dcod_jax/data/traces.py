@@ -262,7 +262,21 @@ def _row(row: Record, longest: int) -> Content:
     except BadRecordError as error:
         return error
     texts = {name: value[:200] for name, value in row.items() if isinstance(value, str)}
-    return dict(row) if size <= longest else TooLong(json.dumps(texts).encode(), size)
+    return _as_called(dict(row)) if size <= longest else TooLong(json.dumps(texts).encode(), size)
+
+
+# Where a struct of a table has a name of every other row's, with null: it is absent.
+_CALLED = ("arguments", "args", "input", "tools", "available_tools", "functions")
+
+
+def _as_called(value: Any, inside: bool = False) -> Any:
+    """A row without nulls inside of calls' arguments and tools' definitions; maps as objects."""
+    if isinstance(value, list) and value and isinstance(value[0], tuple):
+        value = dict(value)
+    if isinstance(value, dict):
+        there = {k: v for k, v in value.items() if v is not None or not inside}
+        return {k: _as_called(v, inside or k in _CALLED) for k, v in there.items()}
+    return [_as_called(v, inside) for v in value] if isinstance(value, list) else value
 
 
 def _table_rows(source: Source, longest: int) -> Iterator[Record]:

@@ -115,6 +115,18 @@ def test_what_is_unread_inside_of_objects_is_listed() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("record", "unread"),
+    [
+        ({"prompt": ASKED, "content": WHOLE, "tokens_predicted": 9}, {"tokens_predicted"}),
+        ({"messages": [USER], "role": "assistant", "content": [{"text": WHOLE}], "a": 1}, {"a"}),
+        ({"messages": [USER], "choices": [{"message": WHOLE_TURN | {"a": 1}}]}, {"message.a"}),
+    ],
+)
+def test_an_answers_own_columns_are_listed_once(record, unread) -> None:
+    assert reading(record)[0].extras == unread
+
+
 def test_a_verdict_names_its_columns_and_one_that_is_true_is_enough() -> None:
     [trace] = reading(ENDED | {"correct": False, "metadata": {"math_verify": False}})
     assert trace.verdict_of == "correct, metadata.math_verify"
@@ -161,6 +173,20 @@ def test_a_file_of_another_suffix_is_read(name, tmp_path) -> None:
         path.write_text(json.dumps(ENDED))
     [trace] = read_traces(find_sources(str(tmp_path)), Fields())
     assert trace.completion_text() == SAID
+
+
+def test_arguments_of_a_table_are_without_the_names_of_other_calls(tmp_path) -> None:
+    said = [{"function": {"name": "add", "arguments": {key: 2}}} for key in "ab"]
+    talks = [[USER, {"role": "assistant", "tool_calls": [c]}, WHOLE_TURN] for c in said]
+    tools = [[{"name": "add", "parameters": {key: {"type": "integer"}}}] for key in "ab"]
+    verdicts = pyarrow.array([[("correct", "false")]] * 2, pyarrow.map_("string", "string"))
+    table = pyarrow.table({"messages": talks, "tools": tools, "info": verdicts})
+    parquet.write_table(table, tmp_path / "t.parquet")
+    found = list(read_traces(find_sources(str(tmp_path)), Fields()))
+    calls = [trace.messages[1]["tool_calls"][0]["function"] for trace in found]
+    assert calls == [{"name": "add", "arguments": {key: 2}} for key in "ab"]
+    assert [trace.tools for trace in found] == tools
+    assert [trace.verdict for trace in found] == [False, False]
 
 
 @pytest.mark.parametrize(("name", "content", "message"), FILES, ids=range(len(FILES)))
