@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import transformers
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
@@ -166,12 +165,6 @@ def test_twenty_of_each_family_are_those_of_transformers(model_type, seed, tmp_p
     check(reference.draw(model_type, seed), tmp_path)
 
 
-EARLY = pytest.mark.skipif(
-    "olmo3" not in reference.COMPARED,
-    reason=f"transformers {transformers.__version__} has one rope for all layers of OLMo-3",
-)
-
-
 # Together they have every option: see `draw`.
 @pytest.mark.parametrize(
     ("model_type", "seed", "with_gradient"),
@@ -179,7 +172,7 @@ EARLY = pytest.mark.skipif(
         ("gemma2", 0, True),
         ("phi3", 6, True),
         ("gemma3_text", 5, False),
-        pytest.param("olmo3", 0, False, marks=EARLY),
+        pytest.param("olmo3", 0, False, marks=reference.OLMO3),
         ("smollm3", 3, False),
         ("granite", 7, False),
         ("glm4", 1, False),

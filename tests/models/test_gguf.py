@@ -84,7 +84,11 @@ EXPERTS = {"num_experts": 3, "num_local_experts": 3, "num_experts_per_tok": 2}
         ("phi3", {"sliding_window": None}),
         ("phi3", LONGROPE),
         ("olmo2", {}),
-        ("olmo3", {"layer_types": MIXED, "sliding_window": 9, "rope_parameters": OLMO3}),
+        pytest.param(
+            "olmo3",
+            {"layer_types": MIXED, "sliding_window": 9, "rope_parameters": OLMO3},
+            marks=family_models.OLMO3,
+        ),
         ("qwen2", {"rope_parameters": YARN}),
         ("qwen3", {"rope_parameters": {**YARN, "rope_type": "linear"}, "head_dim": 8}),
         ("smollm3", {"no_rope_layer_interval": 4}),
