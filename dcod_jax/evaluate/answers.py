@@ -112,7 +112,7 @@ _TAG = re.compile(
 _CHOICE = re.compile(
     r"(?i:\b(?:(?:option|choice|alternative)s?|choose|pick|select|go with)"
     r"(?: would be| must be| is| are)?:?"
-    r"|故?选(?:项|择)?[是为]?[:：]?)\s{0,3}(?:\\text(?:bf)?\{)?[*_$(\"']{0,4}"
+    r"|故?选(?:项|择)?[是为]?[:：]?|正确的是)\s{0,3}(?:\\text(?:bf)?\{)?[*_$(\"']{0,4}"
     rf"({LETTERS}|[A-J]|(?<=\()[a-j](?=\)))(?![A-Za-z'])(?! [a-z]+ing)"
     r"(?![)*_]{0,3} (?:is|are)(?: both)? (?:wrong|incorrect|false|not)\b)"
 )
@@ -120,13 +120,14 @@ _CHOICE_VALUE = re.compile(rf"[)*_]{{0,3}}[.:)]?\s+({SPAN}|(?:{NUMBER})[\w %/.]{
 # "B" as the last line, "B is the correct answer", "so it must be B".
 _BARE = re.compile(
     r"^[ \t>*_(\[]{0,6}([A-J])[ \t)*_.\]。．]{0,6}\s{0,9}\Z"
-    r"|(?<![A-Za-z])([A-J])[)*_]{0,3} is (?:(?:the )?(?:correct|right|best|answer)[^\n]{0,40}"
-    r"|true[.!]?\s*)\Z"
+    r"|(?<![A-Za-z])([A-J])(?:[)*_]{0,3}|\) [\w.$/%\\]{1,15}) is (?:(?:the )?(?:correct|right|best"
+    r"|answer)[^\n]{0,40}|true[.!]?\s*)\Z"
     r"|\A[\s(\[*]{0,6}([a-e])[)\].*]{0,4}\s*\Z"
     r"|\A[\s(\[*]{0,6}([A-J])[)\].*]{0,4}, (?:because|since|as) [^\n]{0,200}\Z"
     r"|\b(?i:so|hence|thus|therefore|must be|(?:best|correct|right|true)(?: (?:one|choice))? is"
-    r"|it's|it is|answer)[,:]? (?:it's |it is |it must be )?"
+    r"|it's|it is|answer|leaving(?: only)?)[,:]? (?:it's |it is |it must be )?"
     r"[*(]{0,3}([A-J])[)*]{0,3}(?:, not \(?[A-J]\)?)?[.!]?\s*\Z"
+    r"|\b[Oo]nly ([A-J]) [a-z]+[.!]?\s*\Z"
     rf"|\A\s*(?:[Bb]oth\s+)?({LETTERS})[).!]{{0,2}}\s*\Z",
     re.MULTILINE,
 )
@@ -213,7 +214,7 @@ _MARKS = {rule: (pattern, ended, hints.split("|")) for rule, pattern, ended, hin
     ("answer_in_other_words", _OTHER_IS, _SENTENCE, f"답은|答え|الجواب|الإجابة|{_OTHER_WORDS}"),
     ("tag", _TAG, r"</|\[/", ">|]"),
     ("json", JSON_KEY, r"[,}\n]", "\"|'"),
-    ("choice", _CHOICE, r"\W", "ption|hoice|lternative|hoose|ick |elect|o with|选|OPTION"),
+    ("choice", _CHOICE, r"\W", "ption|hoice|lternative|hoose|ick |elect|o with|选|确|OPTION"),
 )}  # fmt: skip
 _REACH = 200
 # "- x = 5" and "- y = 6", one a line.

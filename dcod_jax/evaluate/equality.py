@@ -27,7 +27,8 @@ _WORDS = re.compile(r"[A-Za-z][A-Za-z\s.,'\"&()-]*")
 _OPENING = re.compile(r"(?i)^(?:it is|it's|there (?:is|are)|it(?= does)|on(?= \w+day))\s+")
 _CHOICE = re.compile(
     r"(?:\(([A-Za-z])\)[.:]?|([A-J]|[a-j](?=\)))"
-    r"(?:\s*[.):](?![A-Z]\.)| - (?=[A-Za-z]{3}|\d+ [a-z]{2})))\s*(?P<rest>(?!.*\([b-e]\)).*)",
+    r"(?:\s*[.):](?![A-Z]\.)| - (?=[A-Za-z]{3}|\d+ [a-z]{2})|, (?=[\d.]+$)))\s*"
+    r"(?P<rest>(?!.*\([b-e]\)).*)",
     re.DOTALL,
 )
 _LETTERS = re.compile(r"[A-J](?:(?:\s*,\s*|\s*,?\s+and\s+)[A-J])+|[A-J]{2,10}")

@@ -83,7 +83,7 @@ SUBJECT = re.compile(  # "Mrs. Hilt has more"
 )
 _OTHER_VERB = re.compile(
     r"\b(?!radius|plus|minus|times|units|less|axis|is|class|bus|towards|degrees)[a-z]+(?:s|ed) "
-    r"(?=\$?\d)"
+    r"(?:at )?(?=\$?\d)"
 )
 _MULTIPLIER = re.compile(
     r"\s*\b(?:dozen|hundred|thousand|million|billion|trillion|percent|times|half|over|plus|"
@@ -240,6 +240,6 @@ def _before_words(text: str) -> str | None:
     if match is None or _MULTIPLIER.match(match.group(2)):
         return None
     after = match.group(2)
-    if re.search(r"\band\s+\D?\d", after):  # "5 apples and 6 oranges"
+    if re.search(r"\band\s+\D?\d|^ [a-z]+, \d+ [a-z]+$", after):  # "5 apples and 6 oranges"
         return None
     return match.group(1).strip() + measured(after) if _REMARK.match(after) else None

@@ -136,7 +136,8 @@ def quantity(text: str) -> Quantity:
         words = pattern.sub(new, words)
     names = re.findall(r"[A-Za-z]+", words)
     if match is None or not all(
-        _is_unit(name, apart=bool(match.group("gap") or place)) for place, name in enumerate(names)
+        _is_unit(name, apart=bool(match.group("gap") or place or "/" in words))
+        for place, name in enumerate(names)
     ):
         return Quantity(text, _measure(_CANONICAL.get(currency, "")), 1, modulus)
     factor = math.prod(MULTIPLIERS.get(name.lower(), 1) for name in names)
