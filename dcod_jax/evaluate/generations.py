@@ -11,7 +11,7 @@ from typing import Any
 from dcod_jax.bounds import Bound, check, flag, mapping, optional, text, whole
 from dcod_jax.data.tokenizer import Tokenizer
 from dcod_jax.data.turns import stop_ids
-from dcod_jax.evaluate.grading import Expected, graded
+from dcod_jax.evaluate.grading import Expected, grade
 from dcod_jax.evaluate.problems import Problem, read_records
 from dcod_jax.evaluate.prompts import PLAIN_STOP
 from dcod_jax.files import Location, as_path
@@ -88,31 +88,26 @@ def answer(
         on_batch=on_batch,
         **sample_options(sampling, tokenizer),
     )
-    texts = [text_of(tokenizer, one) for one in drawn]
-    grades = graded(
-        (
-            (problem, number, one, text),
-            text,
-            Expected(problem.answer, problem.tolerance, one.finished or grade_truncated),
+    found = []
+    for (problem, number), one in zip(asked, drawn, strict=True):
+        text, complete = text_of(tokenizer, one), one.finished or grade_truncated
+        verdict = grade(text, Expected(problem.answer, problem.tolerance, complete))
+        found.append(
+            Generation(
+                id=problem.id,
+                completion=text,
+                answer=problem.answer,
+                extracted=verdict.extracted,
+                correct=verdict.correct,
+                finished=one.finished,
+                tokens=len(one.token_ids),
+                sample=number,
+                reason=verdict.reason,
+                repeats=loops(text),
+                difficulty=problem.difficulty,
+            )
         )
-        for (problem, number), one, text in zip(asked, drawn, texts, strict=True)
-    )
-    return [
-        Generation(
-            id=problem.id,
-            completion=text,
-            answer=problem.answer,
-            extracted=grade.extracted,
-            correct=grade.correct,
-            finished=one.finished,
-            tokens=len(one.token_ids),
-            sample=number,
-            reason=grade.reason,
-            repeats=loops(text),
-            difficulty=problem.difficulty,
-        )
-        for (problem, number, one, text), grade in grades
-    ]
+    return found
 
 
 def sampling_of(settings: Any, *, seed: int, stop: tuple[str, ...] = ()) -> Sampling:

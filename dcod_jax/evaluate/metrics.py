@@ -80,15 +80,11 @@ def paired_difference(
 def measure(generations: Sequence[Generation], *, seconds: float) -> dict[str, Any]:
     """The row of one model in results.json: accuracy, counts, and METRICS as "details"."""
     groups, defects = by_problem(generations), degenerate(generations)
-    share, low, high = accuracy(generations)
     return {
         "problems": len(groups),
         "correct": sum(g.correct for g in generations),
-        "accuracy": share,
-        "low": low,
-        "high": high,
-        "no_answer": defects["no_answer"],
-        "truncated": defects["truncated"],
+        **dict(zip(("accuracy", "low", "high"), accuracy(generations), strict=True)),
+        **{name: defects[name] for name in ("no_answer", "truncated")},
         "tokens": sum(g.tokens for g in generations),
         "seconds": seconds,
         "samples": len(generations) // len(groups),

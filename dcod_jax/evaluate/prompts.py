@@ -43,10 +43,8 @@ class PromptForm:
             return [*before, last]
         system = [m for m in before if m["role"] == "system"]
         talk = [m for m in before if m["role"] != "system"]
-        shown = []
-        for question, answer in self.exemplars:
-            shown.append({"role": "user", "content": self._ask(question)})
-            shown.append({"role": "assistant", "content": answer})
+        pairs = [(("user", self._ask(q)), ("assistant", a)) for q, a in self.exemplars]
+        shown = [{"role": role, "content": text} for pair in pairs for role, text in pair]
         return [*system, *shown, *talk, last]
 
     def _text(self, problem: Problem) -> str:
