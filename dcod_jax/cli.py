@@ -198,13 +198,24 @@ def _unraisable(found: Any) -> None:
 
 
 def _exhausted(error: BaseException) -> str:
-    """What to add to an error that comes while no file can be opened; a library may not tell."""
+    """What to add to an error where hardly a file can be opened, which a library may not tell.
+
+    On the way here files of the verb were closed.
+    """
+    opened: list[int] = []
     try:
-        os.close(os.open(os.devnull, os.O_RDONLY))
+        while len(opened) < _FEW:
+            opened.append(os.open(os.devnull, os.O_RDONLY))
     except OSError as found:
         if found.errno in (errno.EMFILE, errno.ENFILE) and "open files" not in str(error):
-            return f"; no more files can be opened: {_HINTS[errno.EMFILE]}"
+            return f"; hardly a file can be opened: {_HINTS[errno.EMFILE]}"
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
     return ""
+
+
+_FEW = 16  # files; a verb has about 30 of 1,024 open
 
 
 def _message(error: DcodError | OSError) -> str:

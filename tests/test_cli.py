@@ -1,5 +1,6 @@
 """The command line: verbs, their help without array libraries, exit codes."""
 
+import contextlib
 import errno
 import os
 import resource
@@ -162,16 +163,25 @@ def test_what_the_system_refuses_is_one_line_with_the_file(name, ends):
 def test_an_error_without_open_files_says_so(error, ends):
     """What a library makes of it may be anything: a shard with no records, a failed kernel."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened: list[int] = []
 
     def work(_):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        most = max(map(int, os.listdir("/proc/self/fd"))) + 4
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        with contextlib.suppress(OSError):
+            while True:
+                opened.append(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(3):  # as those that a verb closes on its way out
+            os.close(opened.pop())
         raise error
 
     try:
         code, said = ends("train", work)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    hint = "no more files can be opened: raise the limit of open files (ulimit -n)"
+        for descriptor in opened:
+            os.close(descriptor)
+    hint = "hardly a file can be opened: raise the limit of open files (ulimit -n)"
     assert (code, said) == (1, f"dcod_jax.train: error: {error}; {hint}\n")
 
 
