@@ -206,8 +206,7 @@ def _choice(choice: Record, name: str, fields: Fields) -> RawTrace:
     message, text = choice.get("message"), choice.get("text")
     if message is None and text is None:
         if "delta" in choice:
-            told = "is a piece of a streamed answer; join the pieces to messages"
-            raise BadRecordError(f"{name} {told}")
+            raise BadRecordError(f"{name} is a piece of a streamed answer; join them to messages")
         raise BadRecordError(f"{name} must have a message or a text")
     given = raw.with_own_reasoning({"role": "assistant", **(message or {"content": text})}, choice)
     spoken = [given.get(key) for key in ("content", *raw.REASONING_KEYS, "tool_calls")]

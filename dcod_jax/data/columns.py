@@ -12,7 +12,7 @@ from typing import Any
 
 from dcod_jax.data import presets, raw, records, schema
 from dcod_jax.data.presets import CONVERSATIONS, Fields, leaves, listed, plain
-from dcod_jax.data.reasoning import has_reasoning, is_given, is_switch
+from dcod_jax.data.reasoning import GIVEN, has_reasoning, is_switch
 from dcod_jax.data.records import BadRecordError, Message, Record, Turns
 
 _SHARED = {"id", "custom_id", "model", "temperature"}  # read in every form
@@ -121,7 +121,7 @@ def _is_suspect(name: str, value: object) -> bool:
     texts = [text for text in _texts(value) if " " in text]
     samples = isinstance(value, list) and not presets.LISTS.search(name)
     named = samples or presets.SUSPECTS.search(name) or any(map(has_reasoning, texts))
-    return bool(texts and named) and not is_given(name)
+    return bool(texts and named) and not GIVEN.match(name)
 
 
 def _choose(record: Record) -> str:

@@ -82,17 +82,16 @@ def opening(text: str) -> str:
     return mark[0] if mark and not _side(mark)[1] else ""
 
 
-def opened(prompt: str) -> str:
-    """The mark of reasoning that a generation prompt ends with, or ""."""
+def opened(prompt: str, *, ends: bool = False) -> str:
+    """The mark that begins (or `ends`) reasoning at the end of a generation prompt, or ""."""
     tail = prompt.rstrip()[-80:]
-    ends = (m for m in _MARK.finditer(tail) if m.end() == len(tail) and not _side(m)[1])
-    return next((mark[0] for mark in ends), "")
+    marks = (m for m in _MARK.finditer(tail) if m.end() == len(tail) and _side(m)[1] == ends)
+    return next((mark[0] for mark in marks), "")
 
 
-def closed(prompt: str) -> bool:
-    """Whether a generation prompt ends reasoning, as those of modes without it do."""
-    tail = prompt.rstrip()[-80:]
-    return any(m.end() == len(tail) and _side(m)[1] for m in _MARK.finditer(tail))
+def closed(prompt: str) -> str:
+    """The mark of the end of reasoning there, as in modes without it."""
+    return opened(prompt, ends=True)
 
 
 def without_marks(text: str) -> str:
@@ -178,7 +177,8 @@ _ABOUT = re.compile(
     r"domain|skill|topic|tag|dataset|effort|budget|required|name|url|version|_id)s?$",
     re.IGNORECASE,
 )
-_GIVEN = re.compile(r"(gt|gold|ground_?truth|reference|human|expert|official)_", re.IGNORECASE)
+# Columns with the data set's own solution: gt_cot, reference_rationale.
+GIVEN = re.compile(r"(gt|gold|ground_?truth|reference|human|expert|official)_", re.IGNORECASE)
 _SWITCHES = (
     "on off true false yes no none low medium high auto enabled disabled minimal max xhigh default "
     "think no_think thinking nan null n/a"
@@ -268,15 +268,10 @@ def has_reasoning(text: str) -> bool:
     return any(inside.strip() for _, _, inside in _blocks(Reasoning().complete(text)))
 
 
-def is_given(name: str) -> bool:
-    """Whether a column is named like the data set's own solution: gt_cot, reference_rationale."""
-    return bool(_GIVEN.match(name))
-
-
 def may_be_reasoning(name: str, value: object) -> bool:
     """Whether a field that nothing read is named like a teacher's reasoning and holds sentences."""
     name = name.rpartition(".")[2]
-    named = _THOUGHTS.search(name) and not is_given(name) and not _ABOUT.search(name)
+    named = _THOUGHTS.search(name) and not GIVEN.match(name) and not _ABOUT.search(name)
     return bool(named) and _has_words(value)
 
 
