@@ -110,7 +110,7 @@ _VERDICT = re.compile(
     re.IGNORECASE,
 )
 _NAME = re.compile(
-    r"\b(?:is|was|be) [*\"]*([A-Z][A-Za-z]+(?: [A-Z][a-z]+){0,3})[.!*\"]*$"
+    r"\b(?:is|was|be) [*\"]*((?:M[rs]s?\. |Dr\. )?[A-Z][A-Za-z]+(?: [A-Z][a-z]+){0,3})[.!*\"]*$"
     r"|\b((?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day|January|February|March|April|June|July"
     r"|August|September|October|November|December)[.!*]*$"
 )

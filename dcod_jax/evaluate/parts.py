@@ -36,7 +36,9 @@ _SEPARATOR = re.compile(
     re.IGNORECASE,
 )
 _AND = re.compile(rf"\band\b|{_CONJUNCTION}", re.IGNORECASE)
-_ENUMERATED = re.compile(r"^\(?(?:[a-e]|i{1,3}|iv|[1-5])\)\s+(?=\S)")  # "(a) 3, (b) 4"
+_ENUMERATED = re.compile(
+    r"^(?:\(?(?:[a-e]|i{1,3}|iv|[1-5])\)\s+|\([1-5]\))(?=\S)"
+)  # "(a) 3, (b) 4"
 _EXCLUDED = re.compile(
     r"([A-Za-z](?:_\{?\w\}?)?)\s*(?:\\ne\s*(?=[^<>=]*[,;]|\\pm)|\\not\s*\\?in(?![a-z]))([^<>=]*)"
 )

@@ -49,7 +49,7 @@ _LEAD = re.compile(
     r"(?:that|simply|just|therefore|thus|clearly|equal to|equals|given by|approx(?:imately|\.)?|"
     r"about|either|both|around|exactly|option|choice|(?:(?:la |a )?(?:opci[óo]n|opção|alternativa)"
     r"|l['’]option|l['’]opzione|die option|вариант)(?= [A-J]\b)|"
-    r"indeed|now|then|hence|is:?|"
+    r"indeed|now|then|hence|is:?|out of (?:the )?\d+ [a-z]+(?=,)|"
     r"an?(?= \d)|the(?= \d+(?:st|nd|rd|th))|=|:),?\s+(?=\S)",
     re.IGNORECASE,
 )
