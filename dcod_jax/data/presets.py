@@ -31,7 +31,9 @@ SUSPECTS = re.compile(
 )
 # Lists of texts that are no samples.
 LISTS = re.compile(
-    r"choice|option|hint|test|t[ao]g|topic|concept|skill|categor|source|example|step", re.IGNORECASE
+    "choice|option|hint|test|t[ao]g|topic|concept|skill|categor|source|example|step|domain|subject|"
+    "field|theme|keyword|label|type|level|author|(final|expected|reference|gold)_?answer",
+    re.IGNORECASE,
 )
 CONVERSATIONS = ("messages", "conversations", "conversation", "contents")
 ANSWERS = ("answer", "final_answer", "expected_answer", "reference_answer", "gold_answer")

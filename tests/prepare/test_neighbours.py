@@ -39,6 +39,8 @@ RIGHT = {
         {"instruction": "Add", "context": "two and three.", "response": WHOLE},
         {"Instruction": "Add", "Input": "two and three.", "Output": WHOLE},
         {"instruction": "", "input": ASKED, "output": WHOLE},
+        {"problem": ASKED, "solution": WHOLE, "domain": ["Mathematics -> Algebra"],
+         "final_answer": ["5 apples"], "hints": ["Count on."]},  # Omni-MATH, OlympiadBench
         {"question": ASKED, "choices": {"text": ["5", "6"], "label": ["A", "B"]}, "output": WHOLE},
     ],
     "packed messages": [
