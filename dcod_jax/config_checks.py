@@ -271,11 +271,8 @@ def _local_errors(flat: dict[str, Any]) -> Iterator[str]:
 
 def _lora_errors(flat: dict[str, Any]) -> Iterator[str]:
     """student.lora.* that names no adapters, or adapters without a base."""
-    rank, targets, base = (
-        flat["student.lora.rank"],
-        flat["student.lora.targets"],
-        flat["student.path"],
-    )
+    base = flat["student.path"]
+    rank, targets = (flat[f"student.lora.{name}"] for name in ("rank", "targets"))
     for target in targets:
         try:
             re.compile(target)

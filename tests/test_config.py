@@ -8,6 +8,7 @@ import pytest
 
 from dcod_jax import config, config_checks
 from dcod_jax.errors import DcodError, TerminatedError
+from dcod_jax.losses import weight_errors
 from dcod_jax.models import remat
 from dcod_jax.train import settings
 
@@ -268,6 +269,7 @@ def test_a_default_that_a_record_repeats_is_that_of_the_base_config():
         for field in dataclasses.fields(record):
             if field.default is not dataclasses.MISSING:
                 assert getattr(record, field.name) == field.default, field.name
+    assert {name: base.loss.weights[name] for name in weight_errors._USUAL} == weight_errors._USUAL
 
 
 def test_help_lists_every_key_with_its_comment(capsys):

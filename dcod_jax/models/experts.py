@@ -259,8 +259,8 @@ class Experts(nnx.Module):
         mixture, D, F = config.mixture, config.hidden_size, config.mlp_width
         sparse = mixture.block_sparse
         room = "block_sparse_moe" if sparse else "mlp"
-        std, names = config.initializer_range, ("w1", "w3", "w2") if sparse else None
-        gate, up, down = names or ("gate_proj", "up_proj", "down_proj")
+        std = config.initializer_range
+        gate, up, down = ("w1", "w3", "w2") if sparse else ("gate_proj", "up_proj", "down_proj")
         self.router = Linear(
             (D, mixture.experts),
             ("embed", "router"),
@@ -271,19 +271,18 @@ class Experts(nnx.Module):
             stacked="mlp.gate.weight",
         )
 
-        def every(width: tuple[int, int], axes: tuple[str, str], name: str, **more: Any):
+        def every(
+            width: tuple[int, int], axes: tuple[str, str], hf: str, gguf: str, *stacked: Any
+        ) -> ExpertMap:
             value = std * jax.random.normal(rngs.params(), (mixture.experts, *width))
-            hf = f"{room}.experts.{{expert}}.{name}"
-            return ExpertMap(value, axes, hf, **more)
+            hf = f"{room}.experts.{{expert}}.{hf}"
+            return ExpertMap(value, axes, hf, f"ffn_{gguf}_exps", stacked=stacked)
 
         inward, outward = ("expert_embed", "mlp"), ("mlp", "expert_embed")
         both = "mlp.experts.gate_up_proj"
-        more = {"gguf": "ffn_gate_exps", "stacked": (both, (0, 2 * F))}
-        self.gate_proj = every((D, F), inward, gate, **more)
-        more = {"gguf": "ffn_up_exps", "stacked": (both, (F, 2 * F))}
-        self.up_proj = every((D, F), inward, up, **more)
-        more = {"gguf": "ffn_down_exps", "stacked": ("mlp.experts.down_proj", None)}
-        self.down_proj = every((F, D), outward, down, **more)
+        self.gate_proj = every((D, F), inward, gate, "gate", both, (0, 2 * F))
+        self.up_proj = every((D, F), inward, up, "up", both, (F, 2 * F))
+        self.down_proj = every((F, D), outward, down, "down", "mlp.experts.down_proj", None)
         self.activation, self.mixture = config.activation, mixture
 
     def __call__(

@@ -139,13 +139,12 @@ def _check_config(run: Run) -> None:
         if type(own[key]) is not type(known[key])
         and {type(own[key]), type(known[key])} != {int, float}
     ]
-    if not odd:
-        configs.check(run.config)
-    else:
+    if odd:
         raise DcodError(
             f"{run.path}/config.json is of another version of dcod_jax, which differs in "
             f"{', '.join(odd[:3])}"
         )
+    configs.check(run.config)
 
 
 def _dataset(run: Run) -> TraceDataset:

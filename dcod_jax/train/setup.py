@@ -91,13 +91,14 @@ def preflight(config: Any) -> None:
     run_dir = as_path(config.run_dir)
     for name, marks in OWN_FILES.items():
         check_own(run_dir / name, *marks)
-    if not (run_dir / "config.json").is_file() and not finished(run_dir / "checkpoints"):
+    goes_on = bool(finished(run_dir / "checkpoints"))
+    if not (run_dir / "config.json").is_file() and not goes_on:
         check_own(run_dir / "metrics.jsonl", "config.json beside it")  # it is another program's
-    if config.train.init_from and not finished(as_path(config.run_dir) / "checkpoints"):
+    if config.train.init_from and not goes_on:
         find_run(config.train.init_from, key="train.init_from")
     student = load_student(config)
     opened = [config.teacher.path] if config.loss.teacher == "live" else []
-    if not config.train.init_from and not finished(as_path(config.run_dir) / "checkpoints"):
+    if not (config.train.init_from or goes_on):
         opened.append(config.student.path)
     for place in map(as_path, filter(None, opened)):
         if place.is_dir():

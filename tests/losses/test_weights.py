@@ -58,7 +58,7 @@ def token_weights(cfg, student, teacher):
 
 
 def allowed(cfg) -> bool:
-    return not config_errors(cfg)
+    return not list(config_errors(cfg))
 
 
 def signal_by_hand(cfg, q, p, extra):
