@@ -31,7 +31,7 @@ from dcod_jax.data.tokenizer import (
     tokenizer_fingerprint,
 )
 from dcod_jax.data.turns import stop_ids
-from dcod_jax.drift.curves import Curve, excess_difference
+from dcod_jax.drift.curves import Curve, drift_curves, excess_difference, position_means
 from dcod_jax.drift.scores import (
     DriftModel,
     DriftSettings,
@@ -323,7 +323,7 @@ def summary(
     models: dict[str, Any] = {}
     baseline = next((name for name in measured if name != "start"), "start")
     for name, one in measured.items():
-        curves = one.curves(**resampling)
+        curves = drift_curves(*one.kls(), **resampling)
         row: dict[str, Any] = {
             "reach": curves.reach(LEAST),
             "student_alive": curves.student_alive.tolist(),
@@ -331,8 +331,8 @@ def summary(
         }
         for field in ("student_kl", "teacher_kl", "accumulated", "reference", "excess"):
             row[field] = _json(getattr(curves, field))
-        ratios = one.log_ratios(**resampling)
-        row["log_ratio"] = {side: _json(curve) for side, curve in ratios.items()}
+        ratios = {side: getattr(one, side).log_ratios() for side in SIDES}
+        row["log_ratio"] = {s: _json(position_means(r, **resampling)) for s, r in ratios.items()}
         if name != baseline:
             pair = measured[baseline].kls(), one.kls()
             row["difference"] = _json(excess_difference(*pair, **resampling))

@@ -13,8 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
-from dcod_jax.drift import curves as drift_curves
-from dcod_jax.drift.curves import Curve, DriftCurves, Sequences
+from dcod_jax.drift.curves import Sequences
 from dcod_jax.errors import DcodError
 from dcod_jax.losses import adaptive
 from dcod_jax.losses.distill import DistillLoss, LossConfig
@@ -89,21 +88,9 @@ class Measured:
     student: Scored  # sequences that the student sampled
     teacher: Scored  # sequences that the teacher sampled, from the same prompts
 
-    def curves(self, *, resamples: int, seed: int = 0) -> DriftCurves:
-        """R, E and ExAccErr by length; prompts are resampled."""
-        return drift_curves.drift_curves(*self.kls(), resamples=resamples, seed=seed)
-
     def kls(self) -> tuple[Sequences, Sequences]:
         """(on the student's sequences, on the teacher's)."""
         return self.student.kls(), self.teacher.kls()
-
-    def log_ratios(self, *, resamples: int, seed: int = 0) -> dict[str, Curve]:
-        """Mean log q(y_t) − log p(y_t) by position, on either model's sequences."""
-        sides = (("student", self.student), ("teacher", self.teacher))
-        return {
-            name: drift_curves.position_means(scored.log_ratios(), resamples=resamples, seed=seed)
-            for name, scored in sides
-        }
 
 
 def empty(count: int, width: int) -> Scored:

@@ -255,10 +255,10 @@ def _show_memory(title: str, report: dict[str, Any], target: Target) -> None:
 
 
 def _show_collectives(report: dict[str, Any]) -> None:
-    rows = []
-    for row in report["collectives"]:
-        numbers = f"{row['count']:.0f}", _size(row["bytes"]), f"{row['overlapped']:.0%}"
-        rows.append((row["kind"], row["network"], *numbers))
+    rows = [
+        (r["kind"], r["network"], f"{r['count']:.0f}", _size(r["bytes"]), f"{r['overlapped']:.0%}")
+        for r in report["collectives"]
+    ]
     columns = ("kind", "network", "number", "received", "beside compute")
     _show("collectives of a device and step", columns, rows)
 

@@ -25,6 +25,7 @@ from dcod_jax.copies import read_arrays
 from dcod_jax.data import pipeline
 from dcod_jax.data.dataset import TraceDataset
 from dcod_jax.data.tokenizer import load_tokenizer
+from dcod_jax.drift.curves import drift_curves
 from dcod_jax.drift.scores import DriftModel, DriftSettings, draw_samples, measure
 from dcod_jax.errors import DcodError
 from dcod_jax.files import atomic_write
@@ -361,12 +362,10 @@ class Lab:
             self._teacher_samples[key] = draw_samples(teacher, prompts, settings)
         known = self._teacher_samples[key]
         measured = measure(teacher, student, prompts, settings, teacher_samples=known)
-        curves = measured.curves(resamples=1)
-        found = {}
-        for name in ("excess", "accumulated", "reference"):
-            value = float(getattr(curves, name).value[length - 1])
-            found[name] = round(value, 4) if math.isfinite(value) else None
-        return found
+        curves = drift_curves(*measured.kls(), resamples=1)
+        names = ("excess", "accumulated", "reference")
+        found = {name: float(getattr(curves, name).value[length - 1]) for name in names}
+        return {k: round(value, 4) if math.isfinite(value) else None for k, value in found.items()}
 
 
 def _shares(correct: dict[str, np.ndarray]) -> dict[str, float]:

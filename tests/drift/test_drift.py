@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from dcod_jax import config as configs
 from dcod_jax.drift import command as verb
 from dcod_jax.drift import scores as drift_scores
-from dcod_jax.drift.curves import Sequences, excess_difference, position_means
+from dcod_jax.drift.curves import Sequences, drift_curves, excess_difference, position_means
 from dcod_jax.drift.scores import (
     DriftModel,
     DriftSettings,
@@ -111,7 +111,8 @@ def test_kl_and_logprobs_equal_torch_token_by_token(measured, torch_models):
 
 
 def test_log_ratio_by_position(measured):
-    found = measured.log_ratios(resamples=20)
+    sides = {"student": measured.student, "teacher": measured.teacher}
+    found = {n: position_means(one.log_ratios(), resamples=20) for n, one in sides.items()}
     scored = measured.teacher
     ratio = scored.student_logprobs.astype(np.float64) - scored.teacher_logprobs
     for t in range(4):
@@ -276,7 +277,7 @@ def test_what_drift_json_holds(measured):
     config = configs.load_recipe(configs.BASE)
     config.drift.resamples = 30
     found = verb.summary(config, {"sft": measured}, prompts=5, teacher="t")["models"]["sft"]
-    curves = measured.curves(resamples=30)
+    curves = drift_curves(*measured.kls(), resamples=30)
     assert found["excess"]["value"] == pytest.approx(curves.excess.value.tolist())
     assert found["reach"] == curves.reach(10)
     assert "difference" not in found
