@@ -26,7 +26,7 @@ HUMAN = ("solution",)  # read where nothing else can be the completion
 # Columns that may hold a teacher's text under a name of their own: `solution` is then not taken.
 SUSPECTS = re.compile(
     r"attempt|generat|solution|respon|complet|output|trajector|reason|thought|think|rationale|cot$|"
-    r"assistant|predict|gpt|deepseek|qwen|claude|gemini|llama|mistral|(^|_)(r1|llm|teacher)",
+    r"assistant|predict|gpt|deepseek|qwen|claude|gemini|llama|mistral|(^|_)(r1|llm)|teacher_",
     re.IGNORECASE,
 )
 # Lists of texts that are no samples.

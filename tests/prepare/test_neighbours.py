@@ -40,7 +40,7 @@ RIGHT = {
         {"Instruction": "Add", "Input": "two and three.", "Output": WHOLE},
         {"instruction": "", "input": ASKED, "output": WHOLE},
         {"problem": ASKED, "solution": WHOLE, "domain": ["Mathematics -> Algebra"],
-         "final_answer": ["5 apples"], "hints": ["Count on."]},  # Omni-MATH, OlympiadBench
+         "final_answer": ["5 apples"], "hints": ["Count on."], "teacher": "Big R"},
         {"question": ASKED, "choices": {"text": ["5", "6"], "label": ["A", "B"]}, "output": WHOLE},
     ],
     "packed messages": [
