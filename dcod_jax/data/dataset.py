@@ -178,7 +178,7 @@ def remove_unlisted(directory: Path, manifest: dict[str, Any] | None = None) -> 
 def check_own_dataset(root: Path, *others: str) -> None:
     """Raise DcodError where a directory of datasets holds what this format and `others` do not."""
     for path in root.rglob("*") if root.is_dir() else ():
-        name = str(path.relative_to(root))
+        name = str(path).removeprefix(f"{root}/")
         own = name in others or _OWN_FILE.fullmatch(re.sub("^(train|eval)/", "", name))
         if not own and (isinstance(path, RemotePath) or path.is_symlink() or not path.is_dir()):
             mend = "move the file away, or set data.dataset to another directory"
