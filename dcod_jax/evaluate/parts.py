@@ -139,10 +139,10 @@ def _matrix(match: re.Match[str], text: str) -> Parsed:
         return Parsed(_determinant([row.split("&") for row in rows[:_MOST_ROWS]]) or text)
     cells = [tuple(parse(cell) for cell in row.split("&")) for row in rows]
     if match.group("turned") and len(set(map(len, cells))) == 1:
-        cells = [*zip(*cells, strict=True)]
+        cells = list(zip(*cells, strict=True))
     if len(cells) == 1:
         (row,) = cells
-        return Parsed(text, "row", row) if len(row) > 1 else row[0]
+        return row[0] if len(row) == 1 else Parsed(text, "row", row)
     if all(len(row) == 1 for row in cells):
         return Parsed(text, "column", tuple(row[0] for row in cells))
     return Parsed(text, "[]", tuple(Parsed(text, "[]", row) for row in cells))

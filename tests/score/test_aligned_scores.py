@@ -87,7 +87,7 @@ def by_torch(place, trace):
     return np.asarray([*shares, right[-1][1]]), [*starts, True]
 
 
-def test_the_verb_stores_the_log_probs_of_spans_and_the_loss_reads_them(place, capsys):
+def test_the_verb_stores_the_log_probs_of_spans_and_the_loss_reads_them(place, capsys, caplog):
     assert score(config_of(place))["data"]["alignment"]["longest_span"] == 5  # \n####
     assert "in 65 spans of 1.34 tokens, the longest of 5" in capsys.readouterr().out
     dataset = TraceDataset(place / "data")
@@ -97,7 +97,7 @@ def test_the_verb_stores_the_log_probs_of_spans_and_the_loss_reads_them(place, c
         np.testing.assert_allclose(trace.logprobs, shares, atol=2e-5)
         assert trace.span_starts.tolist() == starts
     score(config_of(place))
-    assert "scored these traces before" in capsys.readouterr().out
+    assert "scored these traces before" in caplog.text
 
     [(rows, index)] = pipeline.eval_batches(dataset, seq_len=96, batch_size=2)
     batch = Batch(**{name: jnp.asarray(value) for name, value in rows.items()})
