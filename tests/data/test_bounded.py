@@ -192,7 +192,8 @@ def test_empty_completions_are_counted_before_they_are_read(tmp_path, record, mo
     ("record", "message"),
     [
         ({"custom_id": "x", "request": "GET", "response": {"choices": [{"text": "a"}]}}, "no pro"),
-        ({"prompt": "q", "candidates": [None]}, None),
+        ({"prompt": "q", "candidates": [None]}, "no completion"),
+        ({"prompt": "q", "candidates": [{"finishReason": "SAFETY"}]}, None),
     ],
 )
 def test_an_absent_or_odd_part_of_an_answer_is_no_crash(tmp_path, record, message) -> None:

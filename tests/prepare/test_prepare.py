@@ -376,15 +376,21 @@ def test_a_config_without_a_tokenizer_is_refused(config) -> None:
 
 
 @pytest.mark.shared
-def test_real_qwen_traces(config, shared_data) -> None:
-    """800 traces of MATH problems: 737 right by our grader, the rest quarantined."""
-    config.data.traces = str(shared_data / "qwen25_math_traces" / "math_cot_100.jsonl")
+@pytest.mark.parametrize(("verdicts", "wrong"), [(True, 72), (False, 63)])
+def test_real_qwen_traces(config, shared_data, tmp_path, verdicts, wrong) -> None:
+    """800 traces of MATH problems: 728 right by the file's own verdicts, 737 by our grader."""
+    source = shared_data / "qwen25_math_traces" / "math_cot_100.jsonl"
+    records = [json.loads(line) for line in source.read_text().splitlines()]
+    own = records if verdicts else [{k: v for k, v in x.items() if k != "score"} for x in records]
+    file = tmp_path / "own.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in own))
+    config.data.traces = str(file)
     config.data.max_length = 100_000
     config.prepare.overlap_files = (str(shared_data / "math500" / "test.jsonl"),)
     config.prepare.overlap_ngram = 1000  # whole prompts only
     root = prepare(config)
     counts = read_manifest(root / "train")["counts"]
     assert counts["read"] == 800
-    assert counts["dropped"]["wrong_answer"] == 63
+    assert counts["dropped"]["wrong_answer"] == wrong
     assert counts["dropped"]["overlap"] > 0
     assert counts["kept"] + sum(counts["dropped"].values()) == 800
