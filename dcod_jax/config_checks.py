@@ -166,7 +166,8 @@ def _variant_errors(flat: dict[str, Any]) -> Iterator[str]:
     for text in flat["compare"]:
         name, *changes = text.split() or [""]
         names.append(name)
-        exports += [change for change in changes if change.startswith("export.path=")]
+        paths = [change.rstrip("/") for change in changes if change.startswith("export.path=")]
+        exports += [path for path in paths if path != "export.path="]
         if re.fullmatch("dataset|start|teacher(-.*)?", name):
             yield f"compare: the name {name} is taken by what else run_dir and the tables hold"
         if not NAME.fullmatch(name):

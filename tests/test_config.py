@@ -236,7 +236,7 @@ def test_names_of_directories_are_names(name):
         ({"compare": ("a run_dir=/etc",)}, "a must not change run_dir=/etc"),
         ({"compare": ("start seed=1",)}, "the name start is taken"),
         ({"compare": ("teacher-a seed=1",)}, "the name teacher-a is taken"),
-        ({"compare": ("a export.path=x", "b export.path=x")}, "export.path=x is named more than"),
+        ({"compare": ("a export.path=x", "b export.path=x/")}, "export.path=x is named more than"),
         ({"compare": (3,)}, ""),
         ({"report.runs": (["a"],)}, "report.runs"),
         ({"evaluate.stop": ("a", 3)}, "hold texts"),
@@ -250,6 +250,11 @@ def test_texts_and_lists_of_texts_are_checked(change, said):
     found = errors(flat, change)
     assert found
     assert said in found[0]
+
+
+def test_variants_may_all_export_where_they_do_by_default():
+    flat = config.keys(config.load_recipe(config.STUDY))
+    assert errors(flat, {"compare": ("a export.path=", "b export.path=")}) == errors(flat, {})
 
 
 @functools.cache

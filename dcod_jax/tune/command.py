@@ -85,7 +85,7 @@ def _train(run: Any, name: str, steps: int) -> dict[str, Any]:
 
 _RESULT = {"name": text(), "step": whole(0, 1 << 53), "error": optional(text())}
 _RESULT |= {"metrics": optional(mapping(items=number(-1e308, 1e308)))}
-_CONTENT = {"tuning": mapping(), "results": array(mapping(_RESULT))}
+_CONTENT = {"plan": mapping(), "results": array(mapping(_RESULT))}
 
 
 class _Results:
@@ -94,8 +94,8 @@ class _Results:
     def __init__(self, path: Path, compare: tuple[str, ...], rounds: list[Rung], metric: str):
         self.path, self.metric = path, metric
         of = {"candidates": list(compare), "rounds": [vars(r) for r in rounds], "metric": metric}
-        self.content: dict[str, Any] = {"tuning": of, "results": []}
-        check_own(path, '"tuning"', '"results"')
+        self.content: dict[str, Any] = {"plan": of, "results": []}
+        check_own(path, '"plan"', '"results"')
         if path.is_file():
             self.content = read_json(path)
             check(self.content, _CONTENT, source=path)
@@ -105,8 +105,8 @@ class _Results:
                         f"{path}: the result of {line['name']!r:.80} has neither {metric} nor an "
                         "error; take it out, and that round of the candidate is done again"
                     )
-            if self.content["tuning"] != of:
-                changed = [key for key in of if self.content["tuning"].get(key) != of[key]]
+            if self.content["plan"] != of:
+                changed = [key for key in of if self.content["plan"].get(key) != of[key]]
                 raise DcodError(
                     f"{path} is of another tuning: its {' and '.join(changed)} differ; set tune.*, "
                     "train.steps and train.best_metric back, or choose another run_dir"
@@ -158,7 +158,7 @@ class _Results:
 
     def show(self, changes: dict[str, tuple[str, ...]], best: str) -> None:
         """One row for each candidate, the last ones left first, one column for each round."""
-        ends = [rung["steps"] for rung in self.content["tuning"]["rounds"]]
+        ends = [rung["steps"] for rung in self.content["plan"]["rounds"]]
         title = f"{self.metric} of {len(changes)} candidates, chosen: {best}"
         table = number_table(title, "candidate", "settings", *(f"step {end}" for end in ends))
         for name in sorted(self.order(list(changes)), key=lambda name: -len(self.of(name))):

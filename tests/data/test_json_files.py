@@ -143,8 +143,8 @@ def _tune(path):
         ("results.jsonl", _study, RESULT),
         ("results.jsonl", _start, RESULT | {"kind": "test"}),
         ("a.jsonl", lambda path: read_generations(path)[0].tokens + 1, GENERATION),
-        ("tune.json", _tune, {"tuning": PLAN, "results": [TUNED]}),
-        ("tune.json", _tune, {"tuning": PLAN, "results": [TUNED, TUNED | {"error": "nan"}]}),
+        ("tune.json", _tune, {"plan": PLAN, "results": [TUNED]}),
+        ("tune.json", _tune, {"plan": PLAN, "results": [TUNED, TUNED | {"error": "nan"}]}),
         ("metrics.jsonl", lambda path: sum(next(metrics.read_metrics(path)).values()), METRICS),
     ],
 )

@@ -149,7 +149,7 @@ def test_a_killed_tuning_goes_on_and_its_recipe_is_the_chosen_run(
     assert f"resuming {tuned.run_dir}/c2 at step 5" in caplog.text
     assert "c3 failed: step" in caplog.text
     stored = json.loads(Path(tuned.run_dir, "tune.json").read_text())
-    assert stored["tuning"]["rounds"] == [
+    assert stored["plan"]["rounds"] == [
         {"candidates": 3, "steps": 10},
         {"candidates": 1, "steps": 30},
     ]
