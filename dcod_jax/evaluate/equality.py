@@ -27,10 +27,11 @@ _WORDS = re.compile(r"[A-Za-z][A-Za-z\s.,'\"&()-]*")
 _OPENING = re.compile(r"(?i)^(?:it is|it's|there (?:is|are)|it(?= does)|on(?= \w+day))\s+")
 _CHOICE = re.compile(
     r"(?:\(([A-Za-z])\)[.:]?|([A-J]|[a-j](?=\)))"
-    r"(?:\s*[.):](?![A-Z]\.)| - (?=[A-Za-z]{3}|\d+ [a-z]{2})|, (?=[\d.]+$)))\s*"
+    r"(?:\s*[.):](?![A-Z]\.)| - (?=[A-Za-z]{3}|\d+ [a-z]{2})|(?P<comma>, (?=[\d.]+$))))\s*"
     r"(?P<rest>(?!.*\([b-e]\)).*)",
     re.DOTALL,
 )
+_LISTED = re.compile(r",| and ")
 _LETTERS = re.compile(r"[A-J](?:(?:\s*,\s*|\s*,?\s+and\s+)[A-J])+|[A-J]{2,10}")
 _LEAD = re.compile(r"(?:the )?(?:final |correct )?answer(?: is:?|\s*:)\s*", re.I)
 # "12 (option B)", "C (12)" and "12 (C)"
@@ -45,7 +46,8 @@ _NOUN = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{3,}(?![A-Za-z])")
 _AXIS = re.compile(r"(?<![A-Za-z\\])[jk](?![A-Za-z])")
 _OF_A_VARIABLE = re.compile(r"\||\\(?:frac|sqrt|sin|cos|tan|log|ln)(?![A-Za-z])")
 _ONE_LETTER = re.compile(r"[A-Za-z]|\\(?!angle|triangle)[a-z]+")
-_NAMED = re.compile(r"([A-Z]|\\?[A-Za-z]+?)([A-Za-z]|\d+)('*)")  # f(2), P(A), a_3, AB
+_NAMED = re.compile(r"([A-Z]|\\?[A-Za-z]+?)([A-Za-z]|-?\d+)('*)")  # f(2), P(A), a_3, AB
+_DERIVED = re.compile(r"[A-Za-z]'+(?![A-Za-z])|\\frac\{d.*\}\{d")
 _CALCULATED = re.compile(r"\([^()]*\w\s*[-+*/^]|^[xyz]{2,}$")
 _AND_PART = re.compile(r"(-?\d+)\s*and\s*(\\frac\{\d+\}\{\d+\}|\d+/\d+)")
 _PLAIN = re.compile(r"-?\d{1,60}(?:\.\d{1,60})?")
@@ -196,8 +198,8 @@ def _of_others(left: str, right: str) -> bool:
         functions > (1 not in (len(left), len(right)))
         or any(map(_CALCULATED.search, (left, right)))
         or all(map(_ONE_LETTER.fullmatch, (left, right)))
-        or ("'" in left) != ("'" in right)
-        or (named[1:] == named[:1] and set(one) != set(other))
+        or bool(_DERIVED.match(left)) != bool(_DERIVED.match(right))
+        or (len(named) == 2 and named[0] == named[1] and set(one) != set(other))
     )
 
 
@@ -274,9 +276,13 @@ def _words(text: str) -> str:
     return _SYNONYMS.get(joined, joined) or plain
 
 
-def _choice(text: str) -> tuple[str, str]:
-    r"""("B", "12") of "\text{(B)} 12" and "12 (option B)", ("", text) of what names no choice."""
-    if match := _CHOICE.fullmatch(text):
+def _choice(text: str, other: str) -> tuple[str, str]:
+    r"""("B", "12") of "\text{(B)} 12" and "12 (option B)", ("", text) of what names no choice.
+
+    "B, 12" names one where the other answer is no list.
+    """
+    match = _CHOICE.fullmatch(text)
+    if match and not (match["comma"] and _LISTED.search(other)):
         return (match.group(1) or match.group(2)).upper(), match.group("rest").strip()
     if match := _CHOICE_BESIDE.fullmatch(text):
         letter = match.group("named") or match.group("first") or match.group("last")
@@ -305,6 +311,8 @@ def equal(predicted: str, reference: str, *, tolerance: float = 0.0) -> bool:
     if max(len(predicted), len(reference)) > _MAX_READ:
         return bool(predicted) and _squeeze(predicted) == _squeeze(reference)
     left, right = (_LEAD.sub("", canonical(text), count=1) for text in (predicted, reference))
+    if " by " in left + right:  # 8 by 10 is 8 x 10, as a size: no product
+        left, right = (re.sub(r"(?<=\d) ?\\times (?=\d)", " by ", text) for text in (left, right))
     if _squeeze(left) == _squeeze(right):
         return bool(left)
     if max(len(left), len(right)) > MAX_ANSWER_CHARS:
@@ -312,7 +320,7 @@ def equal(predicted: str, reference: str, *, tolerance: float = 0.0) -> bool:
     several = [_letters(re.sub(r"[()]", "", text)) for text in (left, right)]
     if several[0][0] and several[1][0] and not (several[0][1] and several[1][1]):  # "A, C" and "AC"
         return several[0][0] == several[1][0]
-    letters = [_choice(text) for text in (left, right)]
+    letters = [_choice(left, right), _choice(right, left)]
     if letters[1][0] and left.upper() == letters[1][0]:
         return True
     if letters[0][0] and letters[1][0]:

@@ -68,7 +68,17 @@ _WHOLE = re.compile(
     rf"|\ball real (?:numbers|values)(?: of [a-z])?,? (?:except|excluding)(?: for)? [^.:]*(?=\.?$))"
 )
 _RESULT = re.compile(r"[=≈]\s*(?:\\?[$€£¥₹]\s?)?(?=[-−–]?[\d.])")
-_SUBORDINATE = re.compile(r"(?:^|[.;] )(?:because|since|as|if|when|with)\b[^.,;]*$", re.IGNORECASE)
+# "When t = 4, the height is 80": an equation that is given, and what follows from it.
+_PREMISE = re.compile(
+    r"(?:^|[.;] )(?:because|since|as|if|when|with)\b[^.,;]*$"
+    r"|(?:\b(?:at|for|from|if|let|when|with)|(?:^|[.,] )[a-z]+ing(?: in)?)"
+    r" [^A-Za-z,;.]{0,9}[A-Za-z](?:[^A-Za-z,;.]|\.\d|\b(?:and|[a-z])\b){0,30}$",
+    re.IGNORECASE,
+)
+_CONCLUDED = re.compile(
+    r"(?!.*\b(?:which|since|because)\b)(?:[^,]*,(?! or\b).*"
+    r"|.*\b(?:is|are|equals|gives|giving|yields|becomes|(?<!\bto )get)[ $]{1,3})"
+)
 _CIRCLED = re.compile("[①-⑩](?:[、，,]?[①-⑩])*")
 _LIST = re.compile(r"[:;]\s|[a-z]\s+[-+]?\d[^,]*(?:,|\bor\b)")
 _JOINS = re.compile(r"\s*(?:[,，、或和]|,?\s*\b(?:and|or)\b)\s*(?:[a-z]\s*=\s*)?")
@@ -216,13 +226,13 @@ def last_expression(text: str) -> str:
             behind = _EXPRESSION.match(line, results[-1].end())
             between = line[behind.end() : best.start()] if behind else ""
             listed = re.fullmatch(
-                r"\s*,[\s\d.,/−-]*(?:\b(?:and|or)\b\s*)?|,? (?:so|then|thus)\b.*\bis\b.*"
-                r"|.*(?:\b(?:altogether|in total|in all)\b|\.\s|时[，,]).*"
-                # "When t = 4, the height is 80"
-                r"|.*\b(?:is|are|equals|gives|giving|yields|becomes|(?<!\bto )get)[ $]{1,3}",
+                r"\s*,[\s\d.,/−-]*(?:\b(?:and|or)\b\s*)?"
+                r"|(?: is [^,]*)?,? (?:so|then|thus)\b.*\bis\b.*"
+                r"|.*(?:\b(?:altogether|in total|in all|the (?:total|answer) is)\b|\.\s|时[，,]).*"
+                r"|(?!.*\b(?:which|that|this|and)\b)[^,;.]*\b(?:gives|yields)[ $]{1,3}",
                 between,
             )
-            given = "," in between and _SUBORDINATE.search(line, 0, results[-1].start())
+            given = _CONCLUDED.fullmatch(between) and _PREMISE.search(line, 0, results[-1].start())
             if behind and best.lastgroup != "span" and not (listed or given):
                 best = behind
         return _with_neighbours(line, found, best)

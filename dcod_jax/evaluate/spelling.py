@@ -26,6 +26,7 @@ _UNICODE = {sign: new for new, signs in {
     r"\mathbb{C}": "ℂ", r"^\circ ": "°º", r"^\circ C": "℃", r"^\circ F": "℉", ".": "٫。",
     ",": "٬", " cent": "¢", r"\land ": "∧", r"\setminus ": "∖", '"': "″", r"\mu ": "µ",
     "": "✓✅✔\ufe0f", r"\sqrt[3]√": "∛", r"\sqrt[4]√": "∜", r"\ldots ": "…", "'": "’′",
+    r"\phi ": "ϕ", r"\epsilon ": "ϵ",
 }.items() for sign in signs}  # fmt: skip
 _NAMES = "(?:arc)?(?:sin|cos|tan)|sinh|cosh|tanh|cot|sec|csc|cis|ln|log|exp|abs|gcd|lcm"
 _COMMANDS = {name: new for new, names in {
@@ -41,6 +42,7 @@ _COMMANDS = {name: new for new, names in {
     r"\emptyset ": "varnothing empty O",
     r"^\circ ": "degree degrees",
     "...": "ldots cdots dots",
+    **{f"\\{name}": f"var{name}" for name in "epsilon kappa phi rho sigma theta".split()},
     **{"i": "imath", "j": "jmath", r" \\ ": "cr"},
     "|": "mid vert lvert rvert",
     "￥": "textdollar dollar",
@@ -252,7 +254,6 @@ _PHRASES = _table(
     (" factorial", r"(?<=\d) factorial\b", "!"),
     (" ", r"(?<=\d) (?:squared|(?:raised )?to the (?:power of )?(\d+)(?: power)?)$",
      lambda m: f"^{{{m[1] or 2}}}"),
-    (" by ", r"(?<=\d) by (?=\d)", r" \\times "),
     ("multiplicity", r"\s*\(?(?:with |of )?multiplicity (?:of )?\w+\)?", ""),
     (" ", r"^(?:for )?(?:all|any|every) (?=[a-z] ?(?:[<>]|\\[lgn]e))", ""),
     (" times ", r"(?<=\d) times (?=[\d\\])", r" \\cdot "),
@@ -316,7 +317,8 @@ _DIGITS = _table(
      r"|(\d{1,30})\.(\d{0,20}?)(\d{1,6}?)\7{2,20}\s*\.\.\.", _repeating),
     ("...", r"(\d\.\d+)\s*\.\.\.$", r"\1"),
     ("per", r"(?<=[\d}]) ?per ?cent\b", "%"),
-    ("", r"(?<=\d)(?:[_'](?=\d{3}(?!\d))|\.(?=(?:\d{3}\.)+\d{3}$)|(?<=\.\d{3})\.(?=\d{3}$))", ""),
+    ("", r"(?<=\d)[_'](?=\d{3}(?!\d))", ""),
+    (".", r"(?<![\d.])[1-9]\d{0,2}(?:\.\d{3}){2,}$", lambda m: m[0].replace(".", "")),
     (" ", r"(?<![\d.,/^_} ])(?<!\d )\d{1,3}(?: \d{3})+(?![\d/]| \d)",
      lambda m: m[0].replace(" ", "")),
     ("", r"(?<![\d.,/^_\w}])(\d{1,9})"
