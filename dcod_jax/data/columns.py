@@ -109,19 +109,18 @@ def _human(record: Record) -> list[str]:
         return []
     others = [key for key, value in record.items() if key != name and _is_suspect(key, value)]
     if others:
-        raise BadRecordError(
-            f"{name} may be a person's text, and {', '.join(others)} the teacher's; "
-            f"{_choose(record)}"
-        )
+        told = f"{name} may be a person's text, and {', '.join(others)} the teacher's"
+        raise BadRecordError(f"{told}; {_choose(record)}")
     return [name]
 
 
 def _is_suspect(name: str, value: object) -> bool:
-    """Whether a column holds sentences that may be a teacher's: by its name, list or marks."""
+    """Whether a column holds sentences that may be a teacher's: by its name, roles or marks."""
     texts = [text for text in _texts(value) if " " in text]
-    samples = isinstance(value, list) and not presets.LISTS.search(name)
-    named = samples or presets.SUSPECTS.search(name) or any(map(has_reasoning, texts))
-    return bool(texts and named) and not GIVEN.match(name)
+    named = presets.SUSPECTS.search(name) and not presets.ABOUT.search(name)
+    samples = len(texts) > 1 and all("\\boxed" in text for text in texts)
+    sure = samples or _answered({name: value}, name) or any(map(has_reasoning, texts))
+    return bool(texts and (named or sure)) and not GIVEN.match(name)
 
 
 def _choose(record: Record) -> str:

@@ -86,6 +86,7 @@ _OWN_FILE = re.compile(
     r"(manifest\.json|lengths\.npy|(traces|scored-[0-9a-f]+)-\d+\.array_record|"
     r"scores\.partial-[0-9a-f]+/[\d-]+\.json)(\.tmp)?"
 )
+_NOBODYS = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs.*")  # of the system
 _MEND = "restore the file from a good copy, or prepare (and score) the dataset again"
 # One record per chunk, no compression: two to three times the random reads of zstd for a fifth
 # more bytes (token ids and float log-probs hardly compress).
@@ -145,8 +146,7 @@ def _check_file(directory: Path, entry: dict[str, Any], *, verify: bool) -> None
     path = directory / entry["file"]
     if not path.is_file():
         raise DcodError(f"{path} is missing, but {MANIFEST} lists it; {_MEND}")
-    size = file_size(path)
-    if size != entry["bytes"]:
+    if (size := file_size(path)) != entry["bytes"]:
         raise DcodError(
             f"{path} is damaged: expected {entry['bytes']} bytes, found {size}; {_MEND}"
         )
@@ -179,7 +179,8 @@ def check_own_dataset(root: Path, *others: str) -> None:
     """Raise DcodError where a directory of datasets holds what this format and `others` do not."""
     for path in root.rglob("*") if root.is_dir() else ():
         name = str(path).removeprefix(f"{root}/")
-        own = name in others or _OWN_FILE.fullmatch(re.sub("^(train|eval)/", "", name))
+        own = _OWN_FILE.fullmatch(re.sub("^(train|eval)/", "", name)) or name in others
+        own = own or _NOBODYS.fullmatch(path.name)
         if not own and (isinstance(path, RemotePath) or path.is_symlink() or not path.is_dir()):
             mend = "move the file away, or set data.dataset to another directory"
             raise DcodError(f"{path} is not of the dataset {root}, which is left as it is: {mend}")
@@ -193,11 +194,10 @@ def check_fingerprints(
     teacher: str | None = None,
     start: str | None = None,
 ) -> None:
-    """Refuse a dataset made with another tokenizer, chat template, teacher or start (None: not
-    checked).
+    """Refuse a dataset of another tokenizer, chat template, teacher or start (None: not checked).
 
-    Compares with manifest["tokenizer"]["fingerprint"], ["template"]["fingerprint"],
-    ["teacher"]["weights"] and ["start"]["weights"].
+    Compares the manifest's tokenizer.fingerprint, template.fingerprint, teacher.weights and
+    start.weights.
     """
     checks = (
         ("tokenizer", "fingerprint", tokenizer, "student.tokenizer or prepare the traces again"),

@@ -26,13 +26,14 @@ HUMAN = ("solution",)  # read where nothing else can be the completion
 # Columns that may hold a teacher's text under a name of their own: `solution` is then not taken.
 SUSPECTS = re.compile(
     r"attempt|generat|solution|respon|complet|output|trajector|reason|thought|think|rationale|cot$|"
-    r"assistant|predict|gpt|deepseek|qwen|claude|gemini|llama|mistral|(^|_)(r1|llm)|teacher_",
+    r"assistant|predict|gpt|deepseek|qwen|qwq|claude|gemini|gemma|llama|mistral|(^|_)(r1|llm)|"
+    r"teacher_|(sample|candidate|(^|_)trace|(^|_)trial)s?$|rollout|reannotat",
     re.IGNORECASE,
 )
-# Lists of texts that are no samples.
-LISTS = re.compile(
-    "choice|option|hint|test|t[ao]g|topic|concept|skill|categor|source|example|step|domain|subject|"
-    "field|theme|keyword|label|type|level|author|(final|expected|reference|gold)_?answer",
+# Of those names, the ends that stand for what is told of a problem, solution or model.
+ABOUT = re.compile(
+    r"(valid|comment|verdict|difficulty|level|type|source|model|grade|score|rate|rating|judge?ment|"
+    r"language|label|hint|test|tag|topic|concept|skill|category|categories|domain|keyword)s?$",
     re.IGNORECASE,
 )
 CONVERSATIONS = ("messages", "conversations", "conversation", "contents")

@@ -86,6 +86,8 @@ def _reason(name: str, value: Any) -> str:
     if name == "status" and not _STATUS.fullmatch(reason):
         return ""
     known = _KNOWN_WORDS.fullmatch(plain(name))
+    if not known and len(str(value).split()) > 4:  # a sentence, as of when to stop, is no code
+        return ""
     return "" if not known and is_cut_off(reason) is None else reason
 
 
@@ -93,7 +95,11 @@ def _verdict(name: str, value: Any, kind: str) -> bool | None:
     if not isinstance(value, str | bool | int | float):
         return None
     # The last word of a judge's reasons: "They are the same.\nJudgement: Yes".
-    word, nested = str(value).lower().rpartition(":")[2].strip(" \n.*"), "." in name
+    head, colon, word = str(value).lower().rpartition(":")
+    asked = re.split(r"[^\w -]", head.rstrip(" *"))[-1]
+    if colon and not _RIGHT.fullmatch(plain(asked)):
+        return None  # of something else: "The same. Any errors: No"
+    word, nested = word.strip(" \n.*"), "." in name
     if kind == "boolean" and not nested and word not in ("true", "false", *_WORDS):
         return None  # a label may be a class
     if nested and isinstance(value, int | float) and not isinstance(value, bool):

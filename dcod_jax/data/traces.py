@@ -275,7 +275,9 @@ def _as_called(value: Any, inside: bool = False) -> Any:
         value = dict(value)
     if isinstance(value, dict):
         there = {k: v for k, v in value.items() if v is not None or not inside}
-        return {k: _as_called(v, inside or k in _CALLED) for k, v in there.items()}
+        # A list under `input` holds messages, not a call's arguments.
+        called = [k for k, v in there.items() if k in _CALLED and (k, type(v)) != ("input", list)]
+        return {k: _as_called(v, inside or k in called) for k, v in there.items()}
     return [_as_called(v, inside) for v in value] if isinstance(value, list) else value
 
 

@@ -187,6 +187,10 @@ def test_arguments_of_a_table_are_without_the_names_of_other_calls(tmp_path) -> 
     assert calls == [{"name": "add", "arguments": {key: 2}} for key in "ab"]
     assert [trace.tools for trace in found] == tools
     assert [trace.verdict for trace in found] == [False, False]
+    turns = [USER, {"role": "assistant", "content": None}, USER]  # under input messages, no call
+    parquet.write_table(pyarrow.table({"input": [turns], "output": [SAID]}), tmp_path / "t.parquet")
+    with pytest.raises(DcodError, match=r"input\[1\]\.content is null"):
+        list(read_traces(find_sources(str(tmp_path)), Fields()))
 
 
 @pytest.mark.parametrize(("name", "content", "message"), FILES, ids=range(len(FILES)))

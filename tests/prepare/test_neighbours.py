@@ -41,6 +41,10 @@ RIGHT = {
         {"instruction": "", "input": ASKED, "output": WHOLE},
         {"problem": ASKED, "solution": WHOLE, "domain": ["Mathematics -> Algebra"],
          "final_answer": ["5 apples"], "hints": ["Count on."], "teacher": "Big R"},
+        *({"problem": ASKED, "solution": WHOLE, name: value} for name, value in (
+            *((name, ["Of two sums."]) for name in ("answer", "theorems", "code", "comments")),
+            ("solution_is_valid", "Problem not solved"), ("llm_comment", "It is hard."),
+            ("gpt_difficulty", "very hard"), ("steps", [THOUGHT, SAID]))),
         {"question": ASKED, "choices": {"text": ["5", "6"], "label": ["A", "B"]}, "output": WHOLE},
     ],
     "packed messages": [
@@ -244,7 +248,8 @@ DROPPED = {
         *(ENDED | {name: "incorrect"} for name in ("label", "judge", "result", "grade")),
         *(ENDED | {name: 0.0} for name in ("resolved", "is_success", "acc", "symbolic_correct")),
         ENDED | {"solved": "no"},
-        ENDED | {"judgement": "Reasoning: They differ.\nJudgement: No."},
+        *(ENDED | {"judgement": f"Reasoning: They differ.\n{end}"} for end in (
+            "Judgement: No.", "**Final verdict:** no", "Is correct: no")),
         *({"prompt": ASKED, "responses": [SAID, "Six."], name: [wrong, wrong]} for name, wrong in (
             ("grades", "incorrect"), ("correct_list", False), ("scores", False))),
         {"messages": [USER, DRAFT | {"correct": False}, USER, WHOLE_TURN | {"correct": True}]},
@@ -287,6 +292,12 @@ def test_neighbours_of_the_cases_are_dropped(why) -> None:
     whole += [ENDED | {"reasoning": word} for word in ("minimal", "no_think")]
     whole += [ENDED | {"stats": {"correct": 0, "total": 8}}, ENDED | {"reasoning_type": "by hand"}]
     whole += [ENDED | {"exit_status": "Submitted"}, ENDED | {"termination_reason": "user_stop"}]
+    whole += [ENDED | {"judgement": f"They are the same. {end}"} for end in (
+        "Any errors: No", "Hallucination: no", "Correct: yes\nConfidence: 0")]  # fmt: skip
+    whole += [ENDED | {"correct": "A: 0"}, ENDED | {"verified": "https://x.org:0"}]
+    until = "Stop when the answer is found. Or at the time limit"
+    names = ("termination_condition", "stop_condition", "exit_reason")
+    whole += [ENDED | {name: until} for name in names]
     whole += [ENDED | {"score": 0.0}, ENDED | {"label": "no"}, ENDED | {"judgement": "It: yes"}]
     assert texts(whole) == [(ASKED, SAID)] * len(whole)
 
@@ -381,6 +392,8 @@ REFUSED = [
         ({"problem": ASKED, "solution": "By hand, 5.", name: text}, {}, f"and {name} the teacher's")
         for name, text in (
             *(("reannotated_messages", TALK), ("code", [SAID, SAID]), ("text", WHOLE)),
+            *((name, ["It is 5."]) for name in ("samples", "rollouts", "qwen_72b", "gpt4")),
+            ("talk", [USER, DRAFT | {"content": "It is 5."}]),
             *((name, SAID) for name in ("qwen_72b", "assistant_content", "prediction", "r1_text")),
         )
     ),

@@ -125,6 +125,9 @@ def test_a_users_file_in_what_prepare_replaces_is_left(config, place) -> None:
     work = Path(f"{dataset_dir(config)}{place}")
     manifest = None if place else read_manifest(work / "train")
     shard = work / "train" / "traces-00000.array_record.tmp"
+    for name in (".DS_Store", "._a", "Thumbs.db", "train/desktop.ini", "train/.nfs01"):
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).touch()  # of the system
     for name in ("notes.txt", "train/notes.txt", "train/traces-mine.array_record", "eval/link"):
         file = work / name
         for folder in (file.parent, shard.parent):
