@@ -227,7 +227,7 @@ def last_expression(text: str) -> str:
             between = line[behind.end() : best.start()] if behind else ""
             listed = re.fullmatch(
                 r"\s*,[\s\d.,/−-]*(?:\b(?:and|or)\b\s*)?"
-                r"|(?: is [^,]*)?,? (?:so|then|thus)\b.*\bis\b.*"
+                r"|(?: is [^,]*)?,? (?:so|then|thus)\b.*\b(?:is|are)\b.*"
                 r"|.*(?:\b(?:altogether|in total|in all|the (?:total|answer) is)\b|\.\s|时[，,]).*"
                 r"|(?!.*\b(?:which|that|this|and)\b)[^,;.]*\b(?:gives|yields)[ $]{1,3}",
                 between,
