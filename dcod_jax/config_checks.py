@@ -166,8 +166,8 @@ def _variant_errors(flat: dict[str, Any]) -> Iterator[str]:
     for text in flat["compare"]:
         name, *changes = text.split() or [""]
         names.append(name)
-        paths = [change.rstrip("/") for change in changes if change.startswith("export.path=")]
-        exports += [path for path in paths if path != "export.path="]
+        paths = [change for change in changes if change.startswith("export.path=")]
+        exports += [path.rstrip("/") for path in paths if path.partition("=")[2].strip("'\"")]
         if re.fullmatch("dataset|start|teacher(-.*)?", name):
             yield f"compare: the name {name} is taken by what else run_dir and the tables hold"
         if not NAME.fullmatch(name):

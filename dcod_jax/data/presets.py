@@ -32,8 +32,9 @@ SUSPECTS = re.compile(
 )
 # Of those names, the ends that stand for what is told of a problem, solution or model.
 ABOUT = re.compile(
-    r"(valid|comment|verdict|difficulty|level|type|source|model|grade|score|rate|rating|judge?ment|"
-    r"language|label|hint|test|tag|topic|concept|skill|category|categories|domain|keyword)s?$",
+    r"(?<![a-z])(valid|comment|verdict|difficulty|level|type|source|model|grade|score|rate|rating|"
+    r"judge?ment|language|label|hint|test|tag|topic|concept|skill|category|categories|domain|"
+    r"keyword)s?$|^(clinical|test)_",
     re.IGNORECASE,
 )
 CONVERSATIONS = ("messages", "conversations", "conversation", "contents")

@@ -86,7 +86,8 @@ def _reason(name: str, value: Any) -> str:
     if name == "status" and not _STATUS.fullmatch(reason):
         return ""
     known = _KNOWN_WORDS.fullmatch(plain(name))
-    if not known and len(str(value).split()) > 4:  # a sentence, as of when to stop, is no code
+    # A sentence, as of when to stop, is no code.
+    if len(reason.split()) > 4 and re.search("exit|terminat|condition", plain(name)):
         return ""
     return "" if not known and is_cut_off(reason) is None else reason
 
@@ -105,7 +106,7 @@ def _verdict(name: str, value: Any, kind: str) -> bool | None:
     if nested and isinstance(value, int | float) and not isinstance(value, bool):
         return None  # a count
     found = _WORDS.get(word, truth(word))
-    return found if found is None or kind != "wrong" else not found
+    return not found if found is not None and kind == "wrong" and not colon else found
 
 
 def _telling(row: Row) -> list[tuple[str, str, Any]]:

@@ -70,13 +70,16 @@ _WHOLE = re.compile(
 _RESULT = re.compile(r"[=≈]\s*(?:\\?[$€£¥₹]\s?)?(?=[-−–]?[\d.])")
 # "When t = 4, the height is 80": an equation that is given, and what follows from it.
 _PREMISE = re.compile(
-    r"(?:^|[.;] )(?:because|since|as|if|when|with)\b[^.,;]*$"
+    r"(?:^|[.;] )(?:because|since|as|if|when|with)(?: \S+)?"
+    r"(?:(?! (?:he|she|it|they|we|you|the (?:total|cost|price|sum) is) )[^.,;])*$"
     r"|(?:\b(?:at|for|from|if|let|when|with)|(?:^|[.,] )[a-z]+ing(?: in)?)"
-    r" [^A-Za-z,;.]{0,9}[A-Za-z](?:[^A-Za-z,;.]|\.\d|\b(?:and|[a-z])\b){0,30}$",
+    r" (?!\$?\d+ ?[x×] ?\$?\d)[^A-Za-z,;.]{0,9}[A-Za-z]"
+    r"(?:[^A-Za-z,;.]|\.\d|\b(?:and|[a-z])\b){0,30}$",
     re.IGNORECASE,
 )
 _CONCLUDED = re.compile(
-    r"(?!.*\b(?:which|since|because)\b)(?:[^,]*,(?! or\b).*"
+    r"(?!.*\b(?:which|since|because)\b)"
+    r"(?:[^,]*,(?! (?:or|all|enough|worth|saving|remainder|where|and \d)\b).*"
     r"|.*\b(?:is|are|equals|gives|giving|yields|becomes|(?<!\bto )get)[ $]{1,3})"
 )
 _CIRCLED = re.compile("[①-⑩](?:[、，,]?[①-⑩])*")
@@ -227,7 +230,9 @@ def last_expression(text: str) -> str:
             between = line[behind.end() : best.start()] if behind else ""
             listed = re.fullmatch(
                 r"\s*,[\s\d.,/−-]*(?:\b(?:and|or)\b\s*)?"
-                r"|(?: is [^,]*)?,? (?:so|then|thus)\b.*\b(?:is|are)\b.*"
+                r"|(?: is [^,]*)?,? (?:so(?! that)|then|thus)\b"
+                r"(?!.*[, ](?:and there|which) (?:is|are)\b)"
+                r".*\b(?:is|are)\b.*"
                 r"|.*(?:\b(?:altogether|in total|in all|the (?:total|answer) is)\b|\.\s|时[，,]).*"
                 r"|(?!.*\b(?:which|that|this|and)\b)[^,;.]*\b(?:gives|yields)[ $]{1,3}",
                 between,

@@ -44,7 +44,8 @@ RIGHT = {
         *({"problem": ASKED, "solution": WHOLE, name: value} for name, value in (
             *((name, ["Of two sums."]) for name in ("answer", "theorems", "code", "comments")),
             ("solution_is_valid", "Problem not solved"), ("llm_comment", "It is hard."),
-            ("gpt_difficulty", "very hard"), ("steps", [THOUGHT, SAID]))),
+            ("gpt_difficulty", "very hard"), ("steps", [THOUGHT, SAID]),
+            ("clinical_trial", "Phase two"), ("test_samples", ["1 2", "3 4"]))),
         {"question": ASKED, "choices": {"text": ["5", "6"], "label": ["A", "B"]}, "output": WHOLE},
     ],
     "packed messages": [
@@ -200,6 +201,8 @@ DROPPED = {
         *(ENDED | {name: {"finish_reason": "length"}} for name in ("metadata", "details")),
         ENDED | {"metadata": '{"finish_reason": "length"}'},
         ENDED | {"stop_type": "limit"},
+        ENDED | {"stop_reason": "The maximum number of tokens was reached"},
+        ENDED | {"stop_reason": {"type": "abort", "message": "Abort in waiting", "code": 503}},
         {"prompt": ASKED, "completions": [SAID], "stop_reasons": ["length"]},
         ENDED | {"finish_reason": "stop", "native_finish_reason": "MAX_TOKENS"},
         {"prompt": ASKED, "completions": [{"text": SAID, "stop_reason": "max_tokens"}]},
@@ -392,6 +395,7 @@ REFUSED = [
         ({"problem": ASKED, "solution": "By hand, 5.", name: text}, {}, f"and {name} the teacher's")
         for name, text in (
             *(("reannotated_messages", TALK), ("code", [SAID, SAID]), ("text", WHOLE)),
+            ("generate", WHOLE),
             *((name, ["It is 5."]) for name in ("samples", "rollouts", "qwen_72b", "gpt4")),
             ("talk", [USER, DRAFT | {"content": "It is 5."}]),
             *((name, SAID) for name in ("qwen_72b", "assistant_content", "prediction", "r1_text")),
