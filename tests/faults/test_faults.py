@@ -236,7 +236,7 @@ def test_on_a_full_disk(place, verb, share):
 @pytest.mark.long
 def test_readers_of_every_kind_while_a_run_saves(place):
     """And a second trainer, which is refused; the run ends as if nobody had looked."""
-    case, steps = case_of(place, "train"), 60
+    case, steps = case_of(place, "train"), 120
     case.begin()
     recipe, run_dir = f"--config={place / 'recipe.py'}", case.home / "run"
     verbs = ("report", "export", "evaluate", "drift")
@@ -250,14 +250,16 @@ def test_readers_of_every_kind_while_a_run_saves(place):
             return
         verb, arguments = readers[len(ended) % len(readers)]
         ended.append((verb, run(verb, arguments, home=case.home)))
-        assert ended[-1][1].code == 0, ended[-1]
+        exports = (run_dir / ".export.lock").exists() and "in use by process" in ended[-1][1].text
+        assert ended[-1][1].code == 0 or (verb == "export" and exports), ended[-1]  # at its end
         second = run("train", words, home=case.home)
         assert second.code == 1 or not process.is_alive(), second
         assert "is in use by process" in second.text or not process.is_alive(), second
 
     trained = run("train", words, home=case.home, meanwhile=look)
     assert trained.code == 0, trained
-    assert {verb for verb, _ in ended} >= {*verbs, "inspect"}, [verb for verb, _ in ended]
+    done = {verb for verb, one in ended if one.code == 0}
+    assert done >= {*verbs, "inspect"}, done
     lines = read_metrics(run_dir / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, steps + 1))
     read(case.home)
