@@ -65,7 +65,7 @@ def test_bfloat16_stays_within_the_bounds_that_the_page_states():
     mesh, losses, logprobs, weights = make_mesh(devices=jax.devices()[:1]), [], [], []
     for dtype in ("float32", "bfloat16"):
         forward = Forward(config, DistillLoss(cfg, VocabHead(320, None, mesh)), jnp.dtype(dtype))
-        _, (sums, stats) = jax.jit(forward)(params, batch, jnp.int32(0), adaptive.initial(), None)
+        _, (sums, stats, _) = jax.jit(forward)(params, batch, jnp.int32(0), adaptive.initial(), ())
         losses.append([float(reduce.finish(sums, "mean")), float(reduce.mean_nll(sums))])
         logprobs.append(np.asarray(stats.student_logprobs)[mask])
         weights.append(np.asarray(stats.weights)[mask])
