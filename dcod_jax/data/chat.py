@@ -47,6 +47,10 @@ from dcod_jax.types import Trace
 
 MOST_RENDERED = 1 << 28  # characters of all prompts of one conversation
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_KEEPING = (
+    f"give a template that keeps earlier text (student.chat_template: a file, or "
+    f"{' or '.join(READY)}), or leave the earlier turns unsupervised (weight 0)"
+)
 EMPTY_THINKING = "<think></think>"  # some templates write it before a turn without reasoning
 
 
@@ -91,9 +95,7 @@ def _turn_end(
         bare |= content_end > start  # it is there, behind other text
         raise (DcodError if bare else _StrippedError)(  # reasoning alone may be left out
             f"the chat template changes the completion: {content[:60]!r} became {turn[:60]!r} "
-            "(templates of reasoning models drop the reasoning of earlier turns); give a template "
-            f"that keeps it (student.chat_template: a file, or {' or '.join(READY)}), or leave "
-            "the earlier turns unsupervised (weight 0)"
+            f"(templates of reasoning models drop the reasoning of earlier turns); {_KEEPING}"
         )
     twice = lead == EMPTY_THINKING and has_reasoning(content)
     if twice or (lead not in ("", EMPTY_THINKING) and not _is_channel(tokens, lead)):
@@ -230,8 +232,7 @@ def _unstable(text: str, prompt: str, index: int) -> DcodError:
     return kind(
         f"the chat template is not prefix-stable: before assistant turn {index} the generation "
         f"prompt goes on {prompt[same:][:60]!r}, the whole conversation {text[same:][:60]!r}; "
-        "training would see another prompt than sampling. Give a template that keeps earlier text "
-        f"(student.chat_template: a file, or {' or '.join(READY)})"
+        f"training would see another prompt than sampling; {_KEEPING}"
     )
 
 

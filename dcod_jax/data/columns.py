@@ -249,10 +249,12 @@ class Row:
                 raise BadRecordError(f"{name} is a list of texts; a prompt is one text or messages")
             return [*earlier, *raw.read_messages(value, name, self.fields).messages]
         text = raw.read_text(value, name)
-        for beside in ("input", "context")[name.lower() != "instruction" :]:  # Alpaca, Dolly
-            own = find(self.record, [beside])
-            more = self.record[own] if own else None
-            if own and own != name and isinstance(more, str):
+        known = ("input", "context", "passage", "body")  # Alpaca, Dolly, DROP, SVAMP
+        for own in find_each(self.record, known[name.lower() != "instruction" :]):
+            more = self.record[own]
+            if isinstance(more, list) and all(isinstance(part, str) for part in more):
+                more = "\n\n".join(more)
+            if own != name and isinstance(more, str):
                 self.used.add(own)
                 none = more.strip() in ("", "<noinput>") or more.strip() in text  # Alpaca's word
                 text += "" if none else f"\n\n{more}"

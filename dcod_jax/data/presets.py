@@ -15,7 +15,7 @@ from dcod_jax.data.json_text import parse
 from dcod_jax.data.reasoning import Reasoning
 from dcod_jax.data.records import BadRecordError
 
-PROMPT_FIELDS = ("prompt", "question", "problem", "instruction")
+PROMPT_FIELDS = ("prompt", "question_concat", "question", "problem", "instruction")  # 2nd: SVAMP
 PROMPTS = (*PROMPT_FIELDS, "query", "input")
 COMPLETIONS = (
     *("completion", "completions", "response", "responses", "output", "outputs"),

@@ -195,7 +195,6 @@ class Reasoning:
     policy: str = "auto"
     opening: str = "<think>\n"
     closing: str = "\n</think>\n\n"
-    in_prompt: bool = False  # the generation prompt has the opening already
 
     def fold(self, text: str, reasoning: str) -> str:
         """A completion and its reasoning as one text.

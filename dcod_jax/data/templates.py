@@ -251,5 +251,8 @@ def render(
             "give another one (student.chat_template)"
         )
     if "refused" in reply:
-        raise TemplateError(f"the chat template refuses them: {reply['refused']}")
+        raise TemplateError(
+            f"the chat template refuses them: {reply['refused']}; give a template that takes them "
+            "(student.chat_template)"
+        )
     return reply["text"], [(start, end) for start, end in reply["spans"]]

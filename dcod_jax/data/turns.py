@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dcod_jax.data.reasoning import Reasoning, of_channels, opened, without_marks
+from dcod_jax.data.reasoning import Reasoning, of_channels, opened, unfinished, without_marks
 from dcod_jax.data.templates import TemplateError, render, render_ahead
 from dcod_jax.data.tokenizer import Tokenizer, added_tokens, chat_template
 from dcod_jax.errors import DcodError
@@ -50,7 +50,8 @@ def render_chat(
         return render(template, _by_channel(messages), _names(tokenizer, tools, prompt=prompt))
     except TemplateError as error:
         roles = ", ".join(str(message.get("role")) for message in messages)
-        raise DcodError(f"messages of the roles ({roles}): {error}") from error
+        about = f"messages of the roles ({roles}) {'with' if tools else 'without'} tools"
+        raise DcodError(f"{about}: {error}") from error
 
 
 def _by_channel(messages: Sequence[Message]) -> list[Message]:
@@ -258,7 +259,8 @@ def _rule(tokenizer: Tokenizer, template: str | None, policy: str) -> Reasoning:
     asked = [{"role": "user", "content": "a"}]
     thought = _PROBE[::-1]
     parts = [{"type": "thinking", "thinking": thought}, {"type": "text", "text": _PROBE}]
-    for said in ({"content": _PROBE, "reasoning_content": thought}, {"content": parts}):  # Mistral
+    keys = dict.fromkeys(("reasoning_content", "reasoning"), thought)  # the latter: Gemma 4
+    for said in ({"content": _PROBE, **keys}, {"content": parts}):  # Mistral
         answer = {"role": "assistant", **said}
         try:
             prompt, _ = render_chat(tokenizer, asked, template=template, prompt=True)
@@ -271,7 +273,8 @@ def _rule(tokenizer: Tokenizer, template: str | None, policy: str) -> Reasoning:
         if mark := opened(prompt):
             opening = prompt[prompt.rindex(mark) :]
         known = said["content"] is not parts or opened(opening)  # and no list as text
-        if known and written and answered and opening.strip() and closing.strip():
+        whole = not unfinished(f"{opening}{thought}{closing}{_PROBE}")  # no mark of an answer
+        if known and whole and written and answered and opening.strip() and closing.strip():
             return Reasoning(policy, opening, closing)
     return rule
 

@@ -67,6 +67,11 @@ def test_reasoning_takes_the_form_of_the_template(template) -> None:
     assert rule.fold("hell", "so") == THOUGHTFUL
     own = QWEN3.replace("<think>\n", "<thought>").replace("\n</think>\n\n", "</thought>")
     assert reasoning_rule(build(own), "auto").fold("hell", "so") == "<thought>so</thought>hell"
+    other = own.replace("reasoning_content", "reasoning")  # Gemma 4's name for it
+    assert reasoning_rule(build(other), "auto").fold("hell", "so") == "<thought>so</thought>hell"
+    # A mark before the answer, as Command-A's: no form of reasoning alone, which would be cut off.
+    marked = own.replace("</thought>", "</thought><answer>").replace("<|im_end|>", "</answer>")
+    assert reasoning_rule(build(marked), "auto").fold("hell", "so") == THOUGHTFUL
 
 
 def test_a_completion_behind_opened_reasoning_needs_its_end() -> None:
@@ -80,6 +85,9 @@ def test_tools_are_shown_or_refused() -> None:
     tools = [{"name": "add"}]
     ids, _ = chat.encode(build(QWEN3), conversation("hi", "one"), tools=tools)
     assert '[{"name": "add"}]' in build(QWEN3).decode(ids)
+    needed = CHATML.replace("{% for", "{% for tool in tools %}{{ tool }}{% endfor %}{% for", 1)
+    with pytest.raises(DcodError, match=r"without tools: .*NoneType.*\(student.chat_template\)"):
+        chat.encode(build(needed), conversation("hi", "one"))
     with pytest.raises(DcodError, match="the chat template does not show them"):
         chat.encode(build(), conversation("hi", "one"), tools=tools)
 

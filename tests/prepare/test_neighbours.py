@@ -38,6 +38,10 @@ RIGHT = {
     "columns that belong to the prompt": [
         {"instruction": "Add", "context": "two and three.", "response": WHOLE},
         {"Instruction": "Add", "Input": "two and three.", "Output": WHOLE},
+        {"question": "Add", "context": ["two", "and three."], "response": WHOLE},
+        *({"Question": "Add", name: "two and three.", "response": WHOLE}
+          for name in ("Body", "passage")),
+        {"Body": "Add", "Question": "two and three.", "question_concat": ASKED, "output": WHOLE},
         {"instruction": "", "input": ASKED, "output": WHOLE},
         {"problem": ASKED, "solution": WHOLE, "domain": ["Mathematics -> Algebra"],
          "final_answer": ["5 apples"], "hints": ["Count on."], "teacher": "Big R"},
@@ -247,7 +251,7 @@ DROPPED = {
         {"prompt": ASKED, "choices": [{"message": PLAIN_TURN, "correct": False}]},
         *(ENDED | {name: False} for name in (
             "valid", "accepted", "exact_match", "llm_judge_correct", "is_right", "rule_verify",
-            "verification_passed", "unit_tests_passed", "gen_correct")),
+            "verification_passed", "unit_tests_passed", "gen_correct", "accuracy")),
         *(ENDED | {name: "incorrect"} for name in ("label", "judge", "result", "grade")),
         *(ENDED | {name: 0.0} for name in ("resolved", "is_success", "acc", "symbolic_correct")),
         ENDED | {"solved": "no"},
