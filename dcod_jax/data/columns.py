@@ -237,9 +237,8 @@ class Row:
         chosen = self.fields.prompt
         name = first if self.record.get(first) is not None and not chosen else None
         said = {n: v for n, v in self.record.items() if not isinstance(v, str) or v.strip()}
-        name = name or find(said, [chosen] if chosen else presets.PROMPTS)
-        name = name or find(self.record, [chosen] if chosen else presets.PROMPTS)
-        name = name or (None if chosen else find(self.record, CONVERSATIONS))
+        names = [chosen] if chosen else [*presets.PROMPTS, *CONVERSATIONS]
+        name = name or find(said, names[: len(presets.PROMPTS)]) or find(self.record, names)
         if name is None:
             raise missing(self.record, self.fields, "prompt")
         value = self.get(name)
