@@ -9,8 +9,9 @@ A supervised turn starts where the generation prompt ends, so that training sees
 sees, and ends with the end-of-turn token; what a template writes after that (a newline) is not
 supervised. Where a template has `{% generation %}` markers they decide, and are checked; elsewhere
 the text of the prompt with its generation prompt must be a prefix of the whole. A template that
-strips reasoning, or opens it in the generation prompt, gives generation prompt + completion + end
-for a supervised last turn. A tokenizer without a template gives prompt + completion + eos, prompt
+strips reasoning, or writes another prompt before a completion (with reasoning opened, or, as
+Mistral's, with the system message in its last turn), gives generation prompt + completion + end for
+a supervised last turn. A tokenizer without a template gives prompt + completion + eos, prompt
 and completion being plain strings.
 """
 
@@ -55,7 +56,7 @@ EMPTY_THINKING = "<think></think>"  # some templates write it before a turn with
 
 
 class _StrippedError(DcodError):
-    """A template that writes another text than the completion, as those that drop reasoning."""
+    """A template that writes another completion, as without its reasoning, or another prompt."""
 
 
 def _squeeze(text: str) -> str:
@@ -124,13 +125,17 @@ def _template_spans(
     tools: Sequence[Any] | None,
 ) -> Text:
     """The conversation's text, and the spans of its supervised turns."""
-    last = len(messages) - 1
+    last, options = len(messages) - 1, {"template": template, "tools": tools}
     try:
-        return _whole_spans(tokenizer, messages, template, supervised, tools)
+        laid = _whole_spans(tokenizer, messages, template, supervised, tools)
     except _StrippedError:
         if list(supervised) != [last] or "tool_calls" in messages[last]:
             raise
-    prompt, _ = render_chat(tokenizer, messages[:last], template=template, prompt=True, tools=tools)
+    else:
+        check_shown(tokenizer, messages, **options)
+        return laid
+    prompt, _ = render_chat(tokenizer, messages[:last], prompt=True, **options)
+    check_shown(tokenizer, messages[:last], prompt=True, **options)
     content = _behind(prompt, messages[last]["content"])
     text = prompt + content + turn_ending(tokenizer, template)[1]
     return text, [(len(prompt), len(text))]
@@ -225,11 +230,10 @@ def _starts(
     return {}
 
 
-def _unstable(text: str, prompt: str, index: int) -> DcodError:
+def _unstable(text: str, prompt: str, index: int) -> _StrippedError:
     """The error of a generation prompt that is no prefix of the whole conversation."""
     same = shared_prefix(text, prompt)
-    kind = _StrippedError if opened(prompt) or closed(prompt) else DcodError
-    return kind(
+    return _StrippedError(
         f"the chat template is not prefix-stable: before assistant turn {index} the generation "
         f"prompt goes on {prompt[same:][:60]!r}, the whole conversation {text[same:][:60]!r}; "
         f"training would see another prompt than sampling; {_KEEPING}"
@@ -323,9 +327,7 @@ def lay_out(
         )
     if template is None:
         return _plain_spans(tokenizer, messages)
-    laid = _template_spans(tokenizer, messages, template, supervised, tools)
-    check_shown(tokenizer, messages, template=template, tools=tools)
-    return laid
+    return _template_spans(tokenizer, messages, template, supervised, tools)
 
 
 def encode_laid(

@@ -222,7 +222,6 @@ MARKS_NOTHING = MARKED.replace("== 'assistant'", "== 'nobody'")
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (COUNTS_TURNS, "not prefix-stable"),
         (HEADER_NOT_IN_PROMPT, "not in its generation prompt"),
         (NO_END, "could not learn to stop"),
         (MARKS_WITHOUT_END, "leaves out the end-of-turn token"),
@@ -248,6 +247,8 @@ def test_a_generation_block_around_the_header_is_trimmed() -> None:
     other = around.replace("assistant\n{% endif %}", "bot\n{% endif %}")
     with pytest.raises(DcodError, match="training would see another prompt than sampling"):
         chat.encode(build(other), messages)
+    with pytest.raises(DcodError, match=r"not prefix-stable.*weight 0"):
+        chat.encode(build(COUNTS_TURNS), messages)
 
 
 def test_another_models_end_is_not_trained_as_text() -> None:

@@ -1,7 +1,7 @@
 """Chat templates that strip or open reasoning, show tools, write tool calls or take variables."""
 
 import pytest
-from test_chat import CHATML, DROPS_REASONING, build, conversation, supervised
+from test_chat import CHATML, COUNTS_TURNS, DROPS_REASONING, build, conversation, supervised
 
 from dcod_jax.data import chat
 from dcod_jax.data.presets import Fields
@@ -32,6 +32,24 @@ def test_reasoning_that_a_template_strips_or_opens_is_trained_as_it_is_sampled(t
         chat.encode(tokenizer, earlier)
     assert len(supervised(tokenizer, earlier, first_completion=3)) == 1
     assert len(supervised(tokenizer, earlier, unsupervised=[1])) == 1
+
+
+SYSTEM_IN_THE_LAST_TURN = (  # where that is the user's, as Mistral-7B-Instruct-v0.3
+    "{% for m in messages %}{% if m.role != 'system' %}<|im_start|>{{ m.role }}\n"
+    "{% if loop.last and m.role == 'user' and messages[0].role == 'system' %}"
+    "{{ messages[0].content }}\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [COUNTS_TURNS, SYSTEM_IN_THE_LAST_TURN])
+def test_a_last_turn_is_behind_the_prompt_that_sampling_sees(template) -> None:
+    tokenizer = build(template)
+    messages = [{"role": "system", "content": "Be kind."}, *conversation("hi", "one", "and", "two")]
+    ids, mask = chat.encode(tokenizer, messages, unsupervised={2})
+    assert ids[~mask].tolist() == chat.encode_prompt(tokenizer, messages[:-1])
+    assert supervised(tokenizer, messages, unsupervised={2}) == ["two<|im_end|>"]
+    assert "Be kind." in tokenizer.decode(ids[~mask])
 
 
 QWEN3 = (  # drops the reasoning of turns before the last question, as Qwen3 does
