@@ -106,7 +106,7 @@ def export(config: Any) -> Path:
                 "base_model": base_model,
                 "step": record.step,
                 "metrics": record.metrics,
-                "data_changes": record.data.get("changes", []),  # that the run was told to accept
+                "data_changes": record.data["changes"],  # that the run was told to accept
                 "data": {
                     name: read_manifest(split) for name, split in dataset_splits(config).items()
                 },

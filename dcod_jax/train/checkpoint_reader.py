@@ -116,7 +116,7 @@ def read_student(
 
 def check_base(run: Record, source: Location, found: str) -> None:
     """Raise DcodError where the base at `source` is not the one that a run's adapters belong to."""
-    expected = run.data.get("parts", {}).get(ADAPTER_BASE)
+    expected = run.data["parts"].get(ADAPTER_BASE)
     if found != expected:
         raise DcodError(
             f"student.path={source}: its weights have the hash {found}, but the adapters were "

@@ -38,8 +38,8 @@ from dcod_jax.types import Params, TrainState
 
 ITEMS = ("params", "opt_state", "run")
 _PROGRESS = {"iterator": mapping(), "tokens_seen": whole(0, 1 << 62)}
-_PROGRESS |= {"on_policy": mapping(items=number(0, 1e300)), "data": optional(mapping())}
-_DATA = {"parts": mapping(), "changes": array(mapping())}
+_DATA = mapping({"parts": mapping(), "changes": array(mapping())})
+_PROGRESS |= {"on_policy": mapping(items=number(0, 1e300)), "data": _DATA}
 _LORA = {"rank": whole(0, 1 << 20), "alpha": number(0, 1e9), "rslora": flag()}
 _STUDENT = dict.fromkeys(("path", "config", "tokenizer", "compute_dtype"), text())
 _STUDENT |= {"lora": optional(mapping(_LORA | {"targets": array(text())}))}
@@ -63,7 +63,8 @@ class Record:
     iterator: dict[str, Any] = dataclasses.field(default_factory=dict)  # position in the data
     tokens_seen: int = 0
     on_policy: dict[str, Any] = dataclasses.field(default_factory=dict)  # what sampling has cost
-    data: dict[str, Any] = dataclasses.field(default_factory=dict)  # learned_from.py
+    # What the run learned from (learned_from.py).
+    data: dict[str, Any] = dataclasses.field(default_factory=lambda: {"parts": {}, "changes": []})
     config: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the run that wrote it
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # held-out, at this step
 
@@ -157,7 +158,6 @@ class Checkpointer:
         names = ("iterator", "tokens_seen", "on_policy", "data")
         progress = {key: getattr(snapshot, key) for key in names}
         run = {key: getattr(snapshot, key) for key in ("step", "config", "metrics")}
-        run[checksums.PROMISED] = checksums.NAME
         tree: Any = ocp.args.PyTreeSave if self.local else ocp.args.StandardSave
         items = ocp.args.Composite(
             params=tree(snapshot.state.params),
@@ -331,14 +331,11 @@ def step_of(name: str) -> int | None:
 def record_of(run: Any, *, source: object) -> dict[str, Any]:
     """The fields of Record from a checkpoint's item `run`; DcodError for one of another type."""
     check({"run": run}, {"run": mapping(_RUN)}, source=source)
-    if known := run["progress"].get("data"):
-        check(known, _DATA, source=source)
     for name, value in run["metrics"].items():
         if type(value) is not float and whole(-(1 << 53), 1 << 53).fault(value):  # it may be NaN
             raise DcodError(f"{source}: run.metrics[{name!r}]={value!r:.80} must be a number")
     found = {key: run[key] for key in ("step", "config", "metrics")}
-    kept = mapping(_PROGRESS).kept(run["progress"])
-    return found | {key: value for key, value in kept.items() if value is not None}
+    return found | mapping(_PROGRESS).kept(run["progress"])
 
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:

@@ -8,7 +8,6 @@ files can write the checksums, too.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 
 import xxhash
@@ -29,10 +28,7 @@ from dcod_jax.files import (
 from dcod_jax.parallel import hosts
 from dcod_jax.stores import RemotePath
 
-log = logging.getLogger(__name__)
-
 NAME = "checksums.json"
-PROMISED = "checksums"  # key of the record of a checkpoint that was saved with this file
 LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes them after the checksums
 _BLOCK = 1 << 22
 _ENTRY = array(either(text(), whole(0, 1 << 60)), fewest=2, most=2)  # bytes and checksum
@@ -114,12 +110,7 @@ def _share() -> slice:
 def _own_problem(directory: Path, step: int, items: Sequence[str], *, share: slice) -> str:
     try:
         if not (directory / NAME).is_file():
-            record = from_json(read_whole(directory / "run" / "metadata"))
-            if PROMISED in record:
-                return f"{NAME} is missing"
-            if hosts.first() and "run" in items:
-                log.info("%s has no checksums (an earlier version saved it)", directory)
-            return ""
+            return f"{NAME} is missing"
         saved = from_json(read_whole(directory / NAME))
         check({"saved": saved}, {"saved": _SAVED}, source=NAME)
         if saved["step"] != step:
@@ -130,7 +121,7 @@ def _own_problem(directory: Path, step: int, items: Sequence[str], *, share: sli
     except (DcodError, OSError, ValueError, TypeError) as error:
         if isinstance(error, OSError) and error.errno in REFUSED:
             raise
-        return f"{NAME} or run/metadata cannot be read ({' '.join(str(error).split())[:200]})"
+        return f"{NAME} cannot be read ({' '.join(str(error).split())[:200]})"
     for name in names:
         if name not in there:
             return f"{name} is missing"

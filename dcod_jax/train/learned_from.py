@@ -54,14 +54,6 @@ def goes_on_with(
     now: dict[str, Any], found: Record, directory: Path, *, accept: bool, steps: int
 ) -> dict[str, Any]:
     """The record of a run that goes on from `found` with `now`, if that is equal or `accept`."""
-    if not found.data:
-        log.info(
-            "%s: step %d has no record of what the run learned from (an earlier version saved it); "
-            "it goes on with what is there",
-            directory,
-            found.step,
-        )
-        return {"parts": now, "changes": []}
     then = found.data["parts"]
     changes = [
         {"step": found.step, "part": part, "then": then.get(part), "now": now.get(part)}

@@ -88,6 +88,7 @@ def _goodput(path):
 
 
 def _run(path):
+    checksums.write(path.parents[1], 8)
     record = read_record(path.parents[3])
     lora.with_adapter(MODEL, (record.config.get("student") or {}).get("lora"))
     learned_from.goes_on_with({}, record, path, accept=True, steps=9)

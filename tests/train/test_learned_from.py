@@ -50,13 +50,6 @@ def test_a_finished_run_is_told_and_keeps_its_record(caplog):
     assert "all steps were done with other data" in caplog.text
 
 
-def test_a_run_of_before_gets_a_record(caplog):
-    caplog.set_level("INFO")
-    assert go_on(PARTS, data={}) == {"parts": PARTS, "changes": []}
-    [line] = caplog.messages
-    assert "step 4 has no record of what the run learned from" in line
-
-
 def test_other_traces_are_begun_with_the_next_epoch():
     state = {"epoch": 2, "row": 5, "stream": "old"}
     assert position(state, "old", accept=True) == state
