@@ -15,16 +15,27 @@ import http.server
 import itertools
 import json
 import threading
+import types
 
 import numpy as np
+import tiny
 
-from dcod_jax.data.tokenizer import decode, token_bytes
+from dcod_jax.data.teachers import TeacherEntry
+from dcod_jax.data.tokenizer import decode, load_tokenizer, token_bytes
+from dcod_jax.score import server
+from dcod_jax.types import Trace
+
+BOS = 2  # <user>: the tiny template begins with it, as SmolLM2's does with <|im_start|>
+DIALECTS = ("vllm", "sglang", "llama_cpp", "llama_server")
 
 
 def table(vocabulary: int, *, seed: int = 0) -> np.ndarray:
     """float64 [V, V], log p(next | token before)."""
     logits = np.random.default_rng(seed).normal(0, 2, (vocabulary, vocabulary))
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+MODEL = table(49)
 
 
 class FakeServer(http.server.ThreadingHTTPServer):
@@ -187,3 +198,44 @@ def serve(dialect, model, tokenizer):
         finally:
             server.shutdown()
             thread.join()
+
+
+def tiny_tokenizer(directory, **options):
+    """tiny's, with a bos token."""
+    found = load_tokenizer(tiny.write_tokenizer(directory, **options))
+    found.bos_token = "<user>"
+    return found
+
+
+def make_traces(count=5, *, first=BOS) -> list[Trace]:
+    """Prompts that begin with <user>; the last trace has two turns."""
+    generator = np.random.default_rng(7)
+    traces = []
+    for number in range(count):
+        ids = np.concatenate([[first], generator.integers(5, 49, 6 + 5 * number), [1]])
+        mask = np.arange(len(ids)) >= 3 + number
+        if number == count - 1:
+            mask[-6:-3] = False
+        traces.append(Trace(f"t{number}", ids.astype(np.int32), mask))
+    return traces
+
+
+def open_server(fake, tokenizer, **changes):
+    settings = {"concurrency": 2, "retries": 3, "timeout": 20.0} | changes
+    entry = TeacherEntry("", server=fake.url, model="big", dialect=fake.dialect)
+    return server.open_server(entry, types.SimpleNamespace(**settings), tokenizer)
+
+
+def vllm_entry(change):
+    """An answer whose entry of the last token is changed."""
+
+    def spoil(answer):
+        entries = answer["choices"][0]["prompt_logprobs"]
+        entries[-1] = change(entries[-1])
+        return answer
+
+    return spoil
+
+
+def of_each(**changes):
+    return vllm_entry(lambda entry: {key: value | changes for key, value in entry.items()})

@@ -1,4 +1,4 @@
-"""Paths: local ones stay what they were, remote ones have the same meaning over a store."""
+"""Paths: local ones stay what they were, remote ones mean the same over a store; files replaced."""
 
 import ast
 import os
@@ -8,11 +8,14 @@ import sys
 import types
 
 import pytest
+from fake_traces import contents
 
 from dcod_jax import files
+from dcod_jax.config import BASE, load_recipe
 from dcod_jax.errors import DcodError
-from dcod_jax.files import as_path, find, rename
+from dcod_jax.files import as_path, check_own, find, rename, replace_file, to_json
 from dcod_jax.stores import RemotePath
+from dcod_jax.train.setup import OWN_FILES
 
 PACKAGE = pathlib.Path(files.__file__).parent
 # Where paths are told apart, and a verb about this machine alone.
@@ -158,3 +161,44 @@ def test_every_path_of_the_package_goes_through_one_module(path):
             name, call = ast.unparse(node.func), ast.unparse(node)
             direct = name in OPENERS or name.startswith(("glob.", "shutil."))
             assert not direct or call in LOCAL, f"{path.name}:{node.lineno}: {call}"
+
+
+def test_a_file_that_cannot_be_replaced_keeps_its_old_content(tmp_path, monkeypatch):
+    path = tmp_path / "progress.json"
+    replace_file(path, b"old")
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DcodError, match=r"progress\.json.*No space left"):
+        replace_file(path, b"new")
+    assert contents(tmp_path) == {"progress.json": b"old"}
+
+
+def test_only_files_of_this_program_are_replaced(tmp_path):
+    own = tmp_path / "own.json"
+    assert check_own(own, '"attempts"') == own
+    for content, ours in (("", True), ('{"attempts": []}', True), ("my notes", False)):
+        own.write_text(content)
+        if ours:
+            check_own(own, '"attempts"')
+        else:
+            with pytest.raises(DcodError, match=r"own\.json exists and was not written by this"):
+                check_own(own, '"attempts"')
+    own.unlink()
+    for kind in (own.mkdir, lambda: own.symlink_to(tmp_path / "nowhere")):
+        kind()
+        with pytest.raises(DcodError, match="left as it is"):
+            check_own(own, '"attempts"')
+        own.rmdir() if own.is_dir() else own.unlink()
+    # What a model's directory holds is not what a run's holds, and what the program writes is.
+    assert set(OWN_FILES) == {
+        "config.json", "metrics.jsonl", "trace_weights.jsonl", "goodput.json",
+        "remat.json",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(DcodError, match=r"config\.json"):
+        check_own(tmp_path / "config.json", *OWN_FILES["config.json"])
+    (tmp_path / "config.json").write_bytes(to_json(load_recipe(BASE).to_dict()))
+    check_own(tmp_path / "config.json", *OWN_FILES["config.json"])

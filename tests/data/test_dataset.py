@@ -29,7 +29,7 @@ from dcod_jax.data.codec import bytes_per_token, decode, decode_columns, encode
 from dcod_jax.data.dataset import DatasetWriter, TraceDataset, check_fingerprints
 from dcod_jax.data.scores import add_scores
 from dcod_jax.errors import DcodError
-from dcod_jax.files import file_entry, replace_file
+from dcod_jax.files import file_entry
 from dcod_jax.types import Trace
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -379,19 +379,6 @@ def test_another_tokenizer_template_or_teacher_is_refused(tmp_path):
     for name, found in (("tokenizer", "tok"), ("template", "tem"), ("teacher", "abc")):
         with pytest.raises(DcodError, match=f"another {name}: expected .*other, found {found}"):
             check_fingerprints(dataset, **{name: "other"})
-
-
-def test_a_file_that_cannot_be_replaced_keeps_its_old_content(tmp_path, monkeypatch):
-    path = tmp_path / "progress.json"
-    replace_file(path, b"old")
-
-    def full(*arguments):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DcodError, match=r"progress\.json.*No space left"):
-        replace_file(path, b"new")
-    assert contents(tmp_path) == {"progress.json": b"old"}
 
 
 FULL_DISK = """

@@ -23,13 +23,11 @@ from dcod_jax.data.tokenizer import (
 from dcod_jax.errors import DcodError
 from dcod_jax.export import command as exports
 from dcod_jax.export.command import export, export_model, export_runs
-from dcod_jax.files import check_own, to_json
 from dcod_jax.losses.adaptive import initial
 from dcod_jax.models import hf, transformer
 from dcod_jax.models.config import from_hf
 from dcod_jax.parallel.mesh import make_mesh, tree_shardings
 from dcod_jax.train.checkpointer import Checkpointer, Snapshot
-from dcod_jax.train.setup import OWN_FILES
 from dcod_jax.types import TrainState
 
 CARD = {
@@ -391,31 +389,3 @@ class Checkpoints:
 
     def __exit__(self, *details):
         self.writer.close()
-
-
-def test_only_files_of_this_program_are_replaced(tmp_path):
-    own = tmp_path / "own.json"
-    assert check_own(own, '"attempts"') == own
-    for content, ours in (("", True), ('{"attempts": []}', True), ("my notes", False)):
-        own.write_text(content)
-        if ours:
-            check_own(own, '"attempts"')
-        else:
-            with pytest.raises(DcodError, match=r"own\.json exists and was not written by this"):
-                check_own(own, '"attempts"')
-    own.unlink()
-    for kind in (own.mkdir, lambda: own.symlink_to(tmp_path / "nowhere")):
-        kind()
-        with pytest.raises(DcodError, match="left as it is"):
-            check_own(own, '"attempts"')
-        own.rmdir() if own.is_dir() else own.unlink()
-    # What a model's directory holds is not what a run's holds, and what the program writes is.
-    assert set(OWN_FILES) == {
-        "config.json", "metrics.jsonl", "trace_weights.jsonl", "goodput.json",
-        "remat.json",
-    }  # fmt: skip
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(DcodError, match=r"config\.json"):
-        check_own(tmp_path / "config.json", *OWN_FILES["config.json"])
-    (tmp_path / "config.json").write_bytes(to_json(load_recipe(BASE).to_dict()))
-    check_own(tmp_path / "config.json", *OWN_FILES["config.json"])

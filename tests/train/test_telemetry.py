@@ -12,12 +12,21 @@ import pytest
 import tiny
 
 from dcod_jax import config as configs
+from dcod_jax.data import pipeline
 from dcod_jax.data.dataset import TraceDataset
 from dcod_jax.data.scores import add_scores
+from dcod_jax.losses import adaptive
 from dcod_jax.models import hf, transformer
+from dcod_jax.parallel.mesh import make_mesh
+from dcod_jax.plan.estimate import step_flops
 from dcod_jax.prepare.command import prepare
 from dcod_jax.report import data as report_data
-from dcod_jax.train import checkpoint_reader, loop, metrics, trace_weights
+from dcod_jax.train import checkpoint_reader, loop, metrics, setup, trace_weights
+from dcod_jax.train.checkpointer import Snapshot
+from dcod_jax.train.checkpoints import Checkpoints
+from dcod_jax.train.held_out import reading
+from dcod_jax.train.telemetry import Telemetry
+from dcod_jax.types import TrainState
 from tests.train import test_train_step as steps
 
 # ---------------------------------------------------------------- the step
@@ -209,6 +218,30 @@ def lines(config, name="metrics.jsonl"):
 def params_of(config):
     like = transformer.param_shapes(hf.load_config(config.student.path)[0])
     return checkpoint_reader.read_params(config.run_dir, like)[0]
+
+
+def test_mfu_counts_the_head_where_it_is_compiled_and_a_live_teachers_forward_pass(config):
+    """A live teacher that is the student: 3 + 1 forward passes, of the head for 32 of 64."""
+    place = Path(config.student.path).parent
+    sizes = {"data.head_tokens": 32, "data.batch_size": 16}
+    config = configs.replace(config, sizes | {"run_dir": str(place / "mfu")})
+    student = setup.load_student(config)
+    dataset, _ = setup.open_datasets(config, student)
+    batches = pipeline.train_batches(dataset, seed=0, **reading(config, make_mesh()))
+    batch, _ = next(batches)
+    assert batch["head_positions"].shape == (16, 32)
+    run = Snapshot(state=TrainState(jnp.int32(0), {}, (), adaptive.initial()), step=0)
+    checkpoints = Checkpoints(config, best_metric="")
+    with Telemetry(config, run, student, dataset, checkpoints, name="", entered=0.0) as telemetry:
+        model = student.config
+        linear = sum(p.size for p in jax.tree.leaves(transformer.param_shapes(model)["layers"]))
+        linear -= 2 * model.hidden_size  # scales of the norms
+        attention = 4 * model.hidden_size * 65 / 2
+        head = 32 * 2 * model.vocab_size * model.hidden_size
+        assert telemetry.flops == 3 * 16 * (64 * (2 * linear + attention) + head)
+    changes = {"loss.teacher": "live", "teacher.path": config.student.path}
+    live = step_flops(configs.replace(config, changes), model, 32)
+    assert live == pytest.approx(telemetry.flops * 4 / 3)
 
 
 @pytest.mark.usefixtures("one_train_step")

@@ -17,9 +17,7 @@ import tiny
 from fake_store import contents
 from runs import RECIPE, assert_same_run, final_params, load, metrics, start
 
-from dcod_jax import config as configs
 from dcod_jax import copies
-from dcod_jax.data import pipeline
 from dcod_jax.data.dataset import read_manifest
 from dcod_jax.data.scores import add_scores
 from dcod_jax.drift.command import drift
@@ -29,21 +27,15 @@ from dcod_jax.export.command import export
 from dcod_jax.files import as_path, to_json
 from dcod_jax.generate_traces.command import generate_traces
 from dcod_jax.locks import locked
-from dcod_jax.losses import adaptive
-from dcod_jax.models import hf, transformer
-from dcod_jax.parallel.mesh import make_mesh
-from dcod_jax.plan.estimate import step_flops
+from dcod_jax.models import hf
 from dcod_jax.prepare.command import prepare
 from dcod_jax.score.command import score
 from dcod_jax.train import checksums, command, learned_from, setup
 from dcod_jax.train import loop as train
-from dcod_jax.train.checkpointer import Checkpointer, Snapshot
+from dcod_jax.train.checkpointer import Checkpointer
 from dcod_jax.train.checkpoints import Checkpoints
-from dcod_jax.train.held_out import reading
 from dcod_jax.train.optim import make_optimizer
 from dcod_jax.train.settings import optim_config
-from dcod_jax.train.telemetry import Telemetry
-from dcod_jax.types import TrainState
 
 
 @pytest.fixture(scope="module")
@@ -104,28 +96,6 @@ def test_the_steps_asked_for_are_traced(reference):
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     steps = [e["args"]["step_num"] for e in events if e.get("name") == "train" and "args" in e]
     assert sorted(map(int, steps)) == [3, 4]
-
-
-def test_mfu_counts_the_head_where_it_is_compiled_and_a_live_teachers_forward_pass(place):
-    """A live teacher that is the student: 3 + 1 forward passes, of the head for 32 of 64."""
-    config = load(place, place / "mfu", "--config.data.head_tokens=32")
-    student = setup.load_student(config)
-    dataset, _ = setup.open_datasets(config, student)
-    batches = pipeline.train_batches(dataset, seed=0, **reading(config, make_mesh()))
-    batch, _ = next(batches)
-    assert batch["head_positions"].shape == (16, 32)
-    run = Snapshot(state=TrainState(jnp.int32(0), {}, (), adaptive.initial()), step=0)
-    checkpoints = Checkpoints(config, best_metric="")
-    with Telemetry(config, run, student, dataset, checkpoints, name="", entered=0.0) as telemetry:
-        model = student.config
-        linear = sum(p.size for p in jax.tree.leaves(transformer.param_shapes(model)["layers"]))
-        linear -= 2 * 2 * model.hidden_size  # scales of the norms
-        attention = 2 * 4 * model.hidden_size * 65 / 2
-        head = 32 * 2 * model.vocab_size * model.hidden_size
-        assert telemetry.flops == 3 * 16 * (64 * (2 * linear + attention) + head)
-    changes = {"loss.teacher": "live", "teacher.path": str(place / "student")}
-    live = step_flops(configs.replace(config, changes), model, 32)
-    assert live == pytest.approx(telemetry.flops * 4 / 3)
 
 
 def test_goodput_says_where_the_time_went(reference):
