@@ -260,8 +260,13 @@ def test_the_verb_resumes_and_ends_with_the_same_numbers(
     assert calls == [0, 1, 2, 2, 3, 0, 1, 2, 3]
     assert sampled == [True] * 5 + [False] * 4  # the second student's blocks know the teacher's
     assert "start: going on after 2 of 4 blocks" in caplog.text
+    left = ("start.part-000003.npz", "student.part-000000.npz.tmp")  # by kills
+    for name in (*left, "start.part-mine.npz"):
+        (folder / name).touch()
     assert verb.drift(config) == whole
     assert calls[9:] == []  # everything was there
+    names = {"start.npz", "student.npz", ".lock", "start.part-mine.npz"}
+    assert {p.name for p in folder.iterdir()} == names
     assert json.loads((tmp_path / "run" / "drift.json").read_text()) == whole
     kept = (folder / "start.npz").read_bytes()
     assert len(set(damaged(folder / "start.npz"))) == 2 * (7 + 3)
