@@ -63,6 +63,15 @@ def test_the_index_names_every_page():
     assert pages <= named
 
 
+def test_every_name_that_contributors_look_for_is_in_a_file_of_its_row():
+    rows = (ROOT / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in rows if row.startswith("|") and PLACE.search(row)]
+    assert len(rows) > 5
+    for row in rows:
+        files = "".join((ROOT / name).read_text(encoding="utf-8") for name in PLACE.findall(row))
+        assert not [name for name in re.findall(r"`(\w+)`", row) if name not in files], row
+
+
 def test_a_page_with_a_broken_link_is_seen(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# A page\n\n[here](#a-page) and [there](nowhere.md)\n")
