@@ -165,21 +165,14 @@ def _reported(verb: str) -> Iterator[None]:
     except (DcodError, OSError) as error:
         text = _message(error) + _exhausted(error)
         gc.collect()  # what a failed read left half-done is destroyed while the hook is ours
-        print(f"dcod_jax.{verb}: error: {logs.printable(text)}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise _failed(verb, text) from None
     except (RuntimeError, MemoryError) as error:  # JAX's is a RuntimeError
         if files := _exhausted(error):
-            text = logs.printable(" ".join(str(error).split())[:300] + files)
-            print(f"dcod_jax.{verb}: error: {text}", file=sys.stderr)
-            raise SystemExit(1) from None
+            raise _failed(verb, " ".join(str(error).split())[:300] + files) from None
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         told = (str(error).strip().splitlines() or ["of this machine"])[0][:300]
-        print(
-            f"dcod_jax.{verb}: error: out of memory: {told}; {_SMALLER.get(verb, _LESS)}",
-            file=sys.stderr,
-        )
-        raise SystemExit(1) from None
+        raise _failed(verb, f"out of memory: {told}; {_SMALLER.get(verb, _LESS)}") from None
     except TerminatedError:
         print(f"dcod_jax.{verb}: terminated; the same command goes on", file=sys.stderr)
         raise
@@ -190,6 +183,11 @@ def _reported(verb: str) -> Iterator[None]:
         sys.unraisablehook = hook
         if main_thread:
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _failed(verb: str, text: str) -> SystemExit:
+    print(f"dcod_jax.{verb}: error: {logs.printable(text)}", file=sys.stderr)
+    return SystemExit(1)
 
 
 def _unraisable(found: Any) -> None:

@@ -129,7 +129,7 @@ def measure(
     *,
     teacher_samples: Sequence[Sample] | None = None,
     first_prompt: int = 0,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int], None] = lambda count: None,
 ) -> Measured:
     """Sample from both models at temperature 1 and take KL(p‖q) along both sets of sequences.
 
@@ -148,7 +148,7 @@ def measure(
     names = np.repeat(first_prompt + np.arange(len(prompts)), settings.samples)
 
     def score(drawn: Sequence[Sample]) -> Scored:
-        found = _score_sequences(teacher, student, repeated, drawn, settings, on_batch=on_batch)
+        found = _score_sequences(teacher, student, repeated, drawn, settings, on_batch)
         return dataclasses.replace(found, prompt=names)
 
     return Measured(student=score(student_samples), teacher=score(teacher_samples))
@@ -160,7 +160,7 @@ def draw_samples(
     settings: DriftSettings,
     *,
     first_prompt: int = 0,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int], None] = lambda count: None,
 ) -> list[Sample]:
     """settings.samples continuations of each prompt at temperature 1, prompt by prompt."""
     first, count = first_prompt * settings.samples, len(prompts) * settings.samples
@@ -179,7 +179,7 @@ def draw_samples(
         batch_size=settings.batch_size,
         eos_ids=settings.eos_ids,
         indices=range(first, first + count),
-        on_batch=None if on_batch is None else lambda sequences, _: on_batch(sequences),
+        on_batch=lambda sequences, _: on_batch(sequences),
     )
 
 
@@ -189,8 +189,7 @@ def _score_sequences(
     prompts: Sequence[Sequence[int]],
     drawn: Sequence[Sample],
     settings: DriftSettings,
-    *,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int], None],
 ) -> Scored:
     """KL(p‖q) and both log-probs along sequences, by the loss code of a live teacher."""
     forward, mesh = _forward(teacher, student, settings), settings.mesh
@@ -209,8 +208,7 @@ def _score_sequences(
             out.kl[i, : n + 1] = kl[row, : n + 1]
             out.student_logprobs[i, :n] = own[row, :n]
             out.teacher_logprobs[i, :n] = other[row, :n]
-        if on_batch is not None:
-            on_batch(len(group.members))
+        on_batch(len(group.members))
     if not np.isfinite(out.kl).all():
         bad = int(np.argmax(~np.isfinite(out.kl).all(axis=1)))
         raise DcodError(

@@ -28,11 +28,6 @@ def _mixture(log_a: Array, log_b: Array, share: Array | float) -> Array:
     return jnp.logaddexp(log_a + jnp.log(share), log_b + jnp.log1p(-share))
 
 
-def forward_kl(log_p: LogDistribution, log_q: LogDistribution) -> PerToken:
-    """KL(p‖q)."""
-    return kl(log_p, log_q)
-
-
 def reverse_kl(log_p: LogDistribution, log_q: LogDistribution) -> PerToken:
     """KL(q‖p)."""
     return kl(log_q, log_p)
@@ -45,7 +40,7 @@ def jsd(log_p: LogDistribution, log_q: LogDistribution, *, beta: float) -> PerTo
     β = 0.999 is not almost the reverse KL: it is almost nothing.
     """
     if beta in (0.0, 1.0):
-        return reverse_kl(log_p, log_q) if beta else forward_kl(log_p, log_q)
+        return reverse_kl(log_p, log_q) if beta else kl(log_p, log_q)
     log_m = _mixture(log_p, log_q, beta)
     return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
 
@@ -106,7 +101,7 @@ DIVERGENCES: dict[str, Divergence] = {
         "the traces are all you have; with weights this is DisCorD on SFT, with `dft` weights DFT",
     ),
     "forward_kl": Divergence(
-        forward_kl,
+        kl,
         "Σ p log(p/q)",
         "Hinton et al. 2015, arXiv 1503.02531",
         "the student can hold the teacher's whole distribution; it covers every mode",

@@ -67,7 +67,7 @@ def _least_remat(config: Any, devices: list[Any], limit: float) -> tuple[str, fl
         more = f"; dots for all layers needs {dots / chips.GIB:.2f}" if dots else ""
         return remat, float(peaks[remat] or 0.0), "" if remat in ("none", "dots") else more
 
-    for remat in remats.NAMES[:-1]:
+    for remat in remats.NAMES:
         if not fits(remat):
             continue
         least, dots = peaks.get("attention"), peaks.get("dots")
@@ -79,8 +79,6 @@ def _least_remat(config: Any, devices: list[Any], limit: float) -> tuple[str, fl
                 if fits(f"dots:{count}"):
                     return found(f"dots:{count}")
         return found(remat)
-    if fits(remats.NAMES[-1]):
-        return found(remats.NAMES[-1])
     raise DcodError(
         f"student.remat=auto: none of {', '.join(remats.NAMES)} fits {limit / chips.GIB:.2f} GiB a "
         "device; raise train.microbatches or mesh.fsdp (python -m dcod_jax.plan tries them)"

@@ -25,7 +25,6 @@ POSITION = re.compile(r"weights/position_(\d{1,9})")  # metric of the bucket tha
 GOODPUT_PARTS = ("productive", "startup", "eval", "save", "lost", "wall")  # of goodput.json
 ALIVE = ("student_alive", "teacher_alive")
 CURVES = ("accumulated", "reference", "excess", "difference")
-_HELD = 8  # times the points shown, an even number: the most that is held of a series
 Pair: TypeAlias = tuple[int, float]  # step, value
 _NAMES = 1000  # about the most series of a run
 
@@ -138,9 +137,10 @@ def _is_run(directory: Path) -> bool:
 def run_record(run: Run, notes: list[str], *, points: int) -> dict[str, Any]:
     """{"name", "directory", "config", "series", "positions"} of a run.
 
-    series is {metric: {"steps": [...], "values": [...]}} of about `points` entries, without the
-    position buckets; positions are the buckets at the first, a middle and the last step with them.
-    Lines and values that are no numbers of a step are left out with a note.
+    series is {metric: {"steps": [...], "values": [...]}} without the position buckets: at most
+    `points` entries and the ends, of a long file at least half of that. positions are the buckets
+    at the first, a middle and the last step with them. Lines and values that are no numbers of a
+    step are left out with a note.
     """
     found: dict[str, _Curve] = {}
     having: list[dict[str, Any]] = []  # of the lines with position buckets each `every`-th
@@ -148,16 +148,16 @@ def run_record(run: Run, notes: list[str], *, points: int) -> dict[str, Any]:
     for line in _metrics(run.path / "metrics.jsonl", notes):
         for name, value in line.items():
             if name != "step" and not POSITION.fullmatch(name):
-                found.setdefault(name, _Curve(_HELD * points)).add((line["step"], value))
+                found.setdefault(name, _Curve(points // 2)).add((line["step"], value))
         if any(map(POSITION.fullmatch, line)):
             having += [] if count % every else [line]
             last, count = line, count + 1
-            if len(having) > _HELD * points:
+            if len(having) > points:
                 having, every = having[::2], 2 * every
     having += [] if last is None or having[-1] is last else [last]
     series = {}
     for name, curve in found.items():
-        steps, values = zip(*thin(curve.pairs(), points), strict=True)
+        steps, values = zip(*curve.pairs(), strict=True)
         series[name] = {"steps": steps, "values": values}
     return {
         "name": run.name,
@@ -177,8 +177,8 @@ class _Curve:
         self.ends: list[Pair] = []
 
     def add(self, pair: Pair) -> None:
-        if self.count % self.span == 0 and len(self.stretches) == self.most:
-            halves = zip(self.stretches[::2], self.stretches[1::2], strict=True)
+        if self.count % self.span == 0 and len(self.stretches) >= self.most:
+            halves = itertools.zip_longest(self.stretches[::2], self.stretches[1::2], fillvalue=[])
             self.stretches = [_extremes(one + other) for one, other in halves]
             self.span *= 2
         if self.count % self.span == 0:
@@ -268,19 +268,6 @@ def _positions(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         values = [lines[i][match[0]] for match in matches]
         found.append({"step": lines[i]["step"], "first": first, "values": values})
     return found
-
-
-def thin(found: Sequence[tuple[int, float]], points: int) -> list[tuple[int, float]]:
-    """About `points` of the (step, value) pairs: the ends, and the extremes of each stretch."""
-    if len(found) <= points:
-        return list(found)
-    stretches = max((points - 2) // 2, 1)
-    kept = {0, len(found) - 1}
-    for i in range(stretches):
-        inside = range(i * len(found) // stretches, (i + 1) * len(found) // stretches)
-        if inside:
-            kept |= {min(inside, key=lambda j: found[j][1]), max(inside, key=lambda j: found[j][1])}
-    return [found[i] for i in sorted(kept)]
 
 
 # ---------------------------------------------------------------- evaluation and drift

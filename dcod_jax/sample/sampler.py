@@ -82,7 +82,7 @@ def sample(
     stop_strings: Sequence[str] = (),
     decode: Callable[[Sequence[int]], str] | None = None,
     indices: Sequence[int] | None = None,
-    on_batch: Callable[[int, int], None] | None = None,
+    on_batch: Callable[[int, int], None] = lambda sequences, tokens: None,
 ) -> list[Sample]:
     """Continue every prompt; temperature 0 is greedy. Output in the order of the prompts.
 
@@ -119,8 +119,7 @@ def sample(
     samples: dict[int, Sample] = {}
     for finished in batch.run(prompts, (names & 0xFFFFFFFF).astype(np.uint32), strings):
         samples |= finished
-        if on_batch is not None:
-            on_batch(len(finished), sum(len(s.token_ids) for s in finished.values()))
+        on_batch(len(finished), sum(len(s.token_ids) for s in finished.values()))
     return [samples[i] for i in range(len(prompts))]
 
 

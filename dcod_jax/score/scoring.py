@@ -85,7 +85,7 @@ def score_traces(
     *,
     settings: ScoreSettings,
     mesh: Mesh | None = None,
-    on_tokens: Callable[[int], None] | None = None,
+    on_tokens: Callable[[int], None] = lambda count: None,
 ) -> list[Trace]:
     """The traces with log p(token | prefix) of each completion token, and the top-k if asked for.
 
@@ -112,8 +112,7 @@ def score_traces(
         arrays = jax.device_get(out)
         for row, i in enumerate(batch.members):
             scored[i] = _with_scores(traces[i], [a[row] for a in arrays])
-        if on_tokens is not None:
-            on_tokens(sum(len(traces[i].token_ids) for i in batch.members))
+        on_tokens(sum(len(traces[i].token_ids) for i in batch.members))
     return [t for t in scored if t is not None]
 
 

@@ -80,7 +80,11 @@ class ServedTeacher:
         }
 
     def score(
-        self, traces: Sequence[Trace], *, top_k: int, on_tokens: Callable[[int], None] | None = None
+        self,
+        traces: Sequence[Trace],
+        *,
+        top_k: int,
+        on_tokens: Callable[[int], None] = lambda count: None,
     ) -> list[Trace]:
         """The traces with their log-probs; the first that fails ends the others.
 
@@ -93,8 +97,7 @@ class ServedTeacher:
             waiting = [pool.submit(self._score_one, t, top_k, stopped) for t in traces]
             for trace, future in zip(traces, waiting, strict=True):
                 found.append(future.result())
-                if on_tokens is not None:
-                    on_tokens(len(trace.token_ids))
+                on_tokens(len(trace.token_ids))
         finally:
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)

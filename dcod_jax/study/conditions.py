@@ -26,7 +26,8 @@ from dcod_jax import config as configs
 from dcod_jax.bounds import check, mapping, number, optional, text, whole
 from dcod_jax.configs.study import study_keys
 from dcod_jax.errors import DcodError
-from dcod_jax.files import from_json, naming, read_whole
+from dcod_jax.files import naming
+from dcod_jax.train.metrics import json_lines
 
 MAIN = "main"  # the condition whose learning rates the others take over, where it has the arm
 # Keys that say where things are or what else is run, not what a run is.
@@ -176,13 +177,8 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise DcodError(f"{path}: no such file; python -m dcod_jax.study writes it")
     lines = []
-    *complete, _ = read_whole(path).split(b"\n")
-    for place, raw in enumerate(complete, 1):
-        try:
-            line = from_json(raw)
-        except ValueError as error:
-            raise DcodError(f"{path}:{place}: not JSON ({error}); remove the line") from None
-        source = f"{path}:{place} (remove the line, and its run is done again)"
+    for place, line in json_lines(path):
+        source = f"{path}:{place} (take the line out, and its run is done again)"
         check({"line": line}, {"line": mapping({"kind": text()})}, source=source)
         if line["kind"] not in _LINES:
             raise DcodError(f"{source}: kind={line['kind']!r:.80} is none of {', '.join(_LINES)}")

@@ -346,13 +346,18 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     # Of traces the lines name what is no number.
     values = None if path.name == TRACES else number(-math.inf, math.inf)
     bounds = {"line": mapping({"step": whole(0, 1 << 53)}, items=values)}
-    for place, line in whole_lines(path):
-        try:
-            found = from_json(line)
-        except ValueError as error:
-            raise DcodError(f"{path}:{place}: not JSON ({error}); take the line out") from None
+    for place, found in json_lines(path):
         check({"line": found}, bounds, source=f"{path}:{place} (take the line out)")
         yield found
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number, value) of the whole lines; DcodError names one that is no JSON."""
+    for place, line in whole_lines(path):
+        try:
+            yield place, from_json(line)
+        except ValueError as error:
+            raise DcodError(f"{path}:{place}: not JSON ({error}); take the line out") from None
 
 
 def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
