@@ -70,7 +70,7 @@ def answer(
     max_new_tokens: int,
     batch_size: int,
     grade_truncated: bool = False,
-    on_batch: Callable[[int, int], None] | None = None,
+    on_batch: Callable[[int, int], None] = lambda sequences, tokens: None,
 ) -> list[Generation]:
     """One graded answer for each (problem, number of the sample), in order.
 
