@@ -229,19 +229,21 @@ def _blocked(
     """
     B, N, S, H = query.shape
     G = key.shape[1]
-    queries = query.reshape(B, G, N // G, S, H)
     block = max(MIN_QUERY_BLOCK, -(-S // MAX_QUERY_BLOCKS))
+    sizes = [min(block, S - start) for start in range(0, S, block)]
+    # Not slices: their gradient would be a sum of as many whole arrays, padded with zeros.
+    queries = jax.lax.split(query.reshape(B, G, N // G, S, H), sizes, axis=3)
     mix = functools.partial(attend, scale=scores.scale, softcap=scores.softcap)
     window, outputs = scores.window, []
-    for start in range(0, S, block):
-        here = slice(start, min(start + block, S))
+    for start, asking in zip(range(0, S, block), queries, strict=True):
+        here = slice(start, start + asking.shape[3])
         seen = slice(0, key.shape[2])
         if ordered:
             seen = slice(0 if window is None else max(0, start - window + 1), here.stop)
         visible = _visible(
             places[0][here], places[1][seen], segments[0][:, here], segments[1][:, seen], window
         )
-        of = queries[..., here, :], key[:, :, seen], value[:, :, seen], visible
+        of = asking, key[:, :, seen], value[:, :, seen], visible
         outputs.append(jax.checkpoint(mix)(*of))
     return jnp.concatenate(outputs, axis=3).reshape(B, N, S, H)
 
