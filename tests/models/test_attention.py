@@ -104,6 +104,17 @@ def test_every_kernel_is_the_written_out_one(kind, window, softcap):
         np.testing.assert_allclose(a, b, rtol=0, atol=3e-6 * np.abs(b).max())
 
 
+def test_the_gradient_of_blocks_of_queries_is_not_a_sum_of_padded_rows():
+    query, key, value, _, segments = (jnp.asarray(x) for x in example(300))
+
+    def summed(query):
+        return attention.attention(query, key, value, segments, mesh=None, kind="blocked").sum()
+
+    program = str(jax.make_jaxpr(jax.grad(summed))(query))
+    assert "split[" in program
+    assert f"f32[{B},{G},{N // G},300,{H}] = pad" not in program
+
+
 @pytest.mark.parametrize(
     ("kind", "window", "softcap", "sizes"),
     [
