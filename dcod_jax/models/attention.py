@@ -227,8 +227,7 @@ def _blocked(
     places and segments are those of (queries [S] or [B, S], keys [M] or [B, M]). ordered: queries
     and keys are the same row in its order, so that a block needs no key outside its window.
     """
-    B, N, S, H = query.shape
-    G = key.shape[1]
+    (B, N, S, H), G = query.shape, key.shape[1]
     block = max(MIN_QUERY_BLOCK, -(-S // MAX_QUERY_BLOCKS))
     sizes = [min(block, S - start) for start in range(0, S, block)]
     # Not slices: their gradient would be a sum of as many whole arrays, padded with zeros.
@@ -237,9 +236,8 @@ def _blocked(
     window, outputs = scores.window, []
     for start, asking in zip(range(0, S, block), queries, strict=True):
         here = slice(start, start + asking.shape[3])
-        seen = slice(0, key.shape[2])
-        if ordered:
-            seen = slice(0 if window is None else max(0, start - window + 1), here.stop)
+        first = 0 if window is None else max(0, start - window + 1)
+        seen = slice(first, here.stop) if ordered else slice(None)
         visible = _visible(
             places[0][here], places[1][seen], segments[0][:, here], segments[1][:, seen], window
         )
