@@ -179,7 +179,7 @@ def hint(record: Record, fields: Fields, part: str, names: Sequence[str] = ()) -
         return f"{found}; {talks[0]} holds messages: prepare.completion_field={talks[0]}"
     if {"role", "content"} <= record.keys() or {"from", "value"} <= record.keys():
         return found + '; one message alone is no record: write {"messages": [...]}'
-    texts = [n for n in given if n not in (asked, *presets.REASONINGS)]
+    texts = [n for n in given if n not in (asked, *presets.REASONINGS, *presets.SYSTEMS)]
     texts = [n for n in texts if any(" " in text for text in _texts(record[n]))]
     if part == "completion" and not chosen and not found and len(texts) == 1 + (asked is None):
         found = "" if asked else f"; if it is {texts[0]}: prepare.prompt_field={texts[0]}"

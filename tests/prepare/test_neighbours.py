@@ -380,6 +380,7 @@ REFUSED = [
     ({"messages": [USER, DRAFT | {"ignore": True}, PLAIN_TURN]}, {}, r"messages\[1\].ignore"),
     ({"prompt": ASKED, "raw_response": WHOLE}, {}, "prepare.completion_field=raw_response"),
     ({"prompt": ASKED, "content": SAID}, {}, "prepare.completion_field=content"),
+    ({"system": "Be so kind.", "chat": SAID}, {}, r"found system, chat;(?! if it is system)"),
     ({"human": ASKED, "gpt": SAID}, {}, "prompt_field=human; .* prepare.completion_field=gpt"),
     (
         {
