@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -267,13 +267,22 @@ class DistillLoss:
         """What is read of the teacher, piece by piece and whole; vocab: rows of the student."""
         known = _Known(small.teacher_logprobs, trace_weights=small.trace_weights)
         if self.config.weights.needs_start:
+            if small.start_logprobs is None:
+                raise DcodError(
+                    f"loss.weights.ratio={self.config.weights.ratio} needs the log-probs of the "
+                    "student's start in the batch: score the dataset with score.student=True"
+                )
             known = known._replace(start_logprobs=small.start_logprobs)
         if teacher is None and not self.config.needs_distribution:
             return known, None
         if teacher is None:
-            cached: Any = batch
-            top_k = TopK(cached.topk_ids, cached.topk_logprobs, cached.tail_logprobs)
-            return known._replace(top_k=top_k), None
+            ids, logprobs, tail = batch.topk_ids, batch.topk_logprobs, batch.tail_logprobs
+            if ids is None or logprobs is None or tail is None:
+                raise DcodError(
+                    f"loss.divergence={self.config.divergence} needs the teacher's top-k in the "
+                    "batch: score the dataset with score.top_k, or set loss.teacher=live"
+                )
+            return known._replace(top_k=TopK(ids, logprobs, tail)), None
         hidden, matrix = jax.lax.stop_gradient((teacher.hidden, teacher.matrix))
         rows, valid = matrix.shape[0], self.head.valid_vocab
         if min(rows, vocab) < (valid or max(rows, vocab)):

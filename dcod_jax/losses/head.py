@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from dcod_jax.errors import DcodError
 from dcod_jax.parallel.collectives import sum_shards
 from dcod_jax.parallel.mesh import batch_shards, constrain, parts
 
@@ -187,6 +188,10 @@ class _Pieces:
 def _cut(head: VocabHead, shape: tuple[int, ...], token_loss: TokenLoss) -> _Pieces:
     batch, length = shape
     shards = batch_shards(head.mesh)
+    if batch % shards:
+        raise DcodError(f"a batch of {batch} rows must be a multiple of the {shards} batch shards")
+    if head.chunk < 1:
+        raise DcodError(f"loss.head_chunk={head.chunk} must be >= 1")
     lengths = parts(head.mesh, "length")
     length = -(-length // lengths)
     positions = max(1, head.chunk // (batch // shards))

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dcod_jax.errors import DcodError
 from dcod_jax.types import LossState
 
 AUTO = "auto"
@@ -126,7 +127,8 @@ def fixed(cfg: WeightConfig, solved: Solved = None) -> Tempering:
     given: Any = cfg
     if not cfg.automatic:
         return Tempering(given.temperature, given.offset)
-    assert solved is not None
+    if solved is None:
+        raise DcodError("loss.weights: automatic temperature needs the train state's tempering")
     follows = cfg.unit == "spread" or cfg.temperature == AUTO
     temperature = solved.temperature if follows else given.temperature
     return Tempering(temperature, solved.offset if cfg.offset == AUTO else given.offset)
@@ -256,13 +258,16 @@ def token_signal(
     extra: Float[Array, "*N"] | None = None,
 ) -> Float[Array, "*N"]:
     """The signal of each token, without gradient; extra: log q of the start, or the entropy."""
-    parties: dict[str, Any] = dict.fromkeys(("start", "entropy", "top_entropy"), extra)
+    parties = dict.fromkeys(("start", "entropy", "top_entropy"), extra)
     parties |= {"student": student_logprobs, "teacher": teacher_logprobs}
     entry = WEIGHTS[cfg.name]
     names = cfg.ratio.split("/") if entry.reads == "ratio" else entry.reads.split()
     if not names:
         return jnp.zeros(student_logprobs.shape, jnp.float32)
-    read = [jax.lax.stop_gradient(parties[name]).astype(jnp.float32) for name in names]
+    read = [parties[name] for name in names]
+    if any(one is None for one in read):
+        raise DcodError(f"{cfg.name} weights read {' and '.join(names)}; one of them is not there")
+    read = [jax.lax.stop_gradient(one).astype(jnp.float32) for one in read]  # pyright: ignore
     return read[0] - read[1] if entry.reads == "ratio" else entry.signal(*read)
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dcod_jax.errors import DcodError
 from dcod_jax.losses.head import MASKED_LOGIT, VocabHead, target_logprobs
 from dcod_jax.parallel.mesh import make_mesh, sharding
 
@@ -229,3 +230,13 @@ def test_temporary_memory_does_not_grow_with_vocabulary_times_length():
     assert long - base < 0.05 * more_tokens * 4096 * 4
     wide = temporary(8192, 256)
     assert wide - long < 4096 * (2 * D + 4 * 16 + 2) * 4  # 2: jaxlib 0.10.0 takes 0.5 % more
+
+
+def test_a_batch_that_the_shards_cannot_split_is_refused():
+    inputs = example()
+    mesh = make_mesh(8)
+    cut = {key: value[:6] for key, value in inputs.items() if key in ("hidden", "targets")}
+    with pytest.raises(DcodError, match="batch of 6 rows must be a multiple of the 8"):
+        token_logprobs(cut["hidden"], inputs["head_weight"], cut["targets"], chunk=8, mesh=mesh)
+    with pytest.raises(DcodError, match=r"loss\.head_chunk=0"):
+        token_logprobs(inputs["hidden"], inputs["head_weight"], inputs["targets"], chunk=0)

@@ -311,3 +311,9 @@ def test_batch_and_vocabulary_sharded_over_eight_devices(teacher):
     found = both(cfg, *placed, mesh=mesh)
     assert_close(found, both(cfg, *example()), atol=2e-5)
     assert found[1][1].sharding.is_equivalent_to(head, 2)
+
+
+def test_a_teacher_that_is_not_there_is_asked_for():
+    student, _, batch = example()
+    with pytest.raises(DcodError, match=r"score\.top_k"):
+        loss_of(config(teacher="cached"), student, (), dataclasses.replace(batch, topk_ids=None))
