@@ -312,13 +312,7 @@ class Row:
             if texts := raw.thoughts(value, own):
                 self.used.add(own)
                 found[own] = texts
-        differ = len({" ".join(" ".join(texts).split()) for texts in found.values()}) > 1
-        if differ and self.fields.reasoning.policy != "drop":
-            raise BadRecordError(
-                f"the reasoning in {' and '.join(found)} differs; prepare.reasoning_field names "
-                "the one that is meant"
-            )
-        return next(iter(found.values()), [])
+        return raw.only(found, self.fields)
 
     def _check_there(self, chosen: str, key: str, known: Record) -> None:
         """Refuse the name of a column that the record does not have, not even as null."""

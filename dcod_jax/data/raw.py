@@ -271,21 +271,25 @@ def _reasoning_of(message: Record, name: str, fields: Fields) -> str:
     if keys is REASONING_KEYS and given.keys().isdisjoint(keys):
         keys = _REASONING_PARTS
     found = {key: given[key] for key in keys if key in given}
-    texts = {key: "\n".join(thoughts(value, f"{name}.{key}")) for key, value in found.items()}
+    texts = {key: thoughts(value, f"{name}.{key}") for key, value in found.items()}
     for key, text in texts.items():
         readable = isinstance(value := found[key], str | list) or (
             isinstance(value, dict) and not value.keys().isdisjoint(_THINKING)
         )
         if not text and not readable:
             raise BadRecordError(f"{name}.{key} must be a string, found {kind_of(value)}")
-    texts = {key: text for key, text in texts.items() if text}
-    differ = len({" ".join(text.split()) for text in texts.values()}) > 1
+    return "\n".join(only({f"{name}.{key}": text for key, text in texts.items() if text}, fields))
+
+
+def only(found: dict[str, list[str]], fields: Fields) -> list[str]:
+    """The reasoning that each of these fields has; refused where they differ and it is kept."""
+    differ = len({" ".join(" ".join(texts).split()) for texts in found.values()}) > 1
     if differ and fields.reasoning.policy != "drop":
         raise BadRecordError(
-            f"{name} has different reasoning in {' and '.join(texts)}; "
-            "prepare.reasoning_field names the one that is meant"
+            f"the reasoning in {' and '.join(found)} differs; prepare.reasoning_field names the "
+            "one that is meant"
         )
-    return next(iter(texts.values()), "")
+    return next(iter(found.values()), [])
 
 
 def with_own_reasoning(message: Message, beside: Record) -> Message:
