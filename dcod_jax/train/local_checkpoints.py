@@ -65,16 +65,14 @@ class LocalCheckpoints:
         then = self.identity.read_bytes().decode(errors="replace").split() if known else []
         then, own[0], shared = hosts.exchange("local checkpoints", [then, own[0], shared])[0]
         found = None
-        if len(then) != 3 or not _ID.fullmatch(then[0]):  # the id becomes a directory's name
-            then = []
-        if len(then) == 3 and then[1] != own[1]:
-            log.info(
-                "local checkpoints are of %s processes, these are %s; not used", then[1], own[1]
-            )
-        elif len(then) == 3 and then[2] != own[2]:
-            log.info("local checkpoints are of another mesh or model; not used")
-        elif len(then) == 3:
-            found = self._read_newest(then[0], like, after=shared, before=before)
+        if len(then) == 3 and _ID.fullmatch(then[0]):  # the id becomes a directory's name
+            if then[1] != own[1]:
+                text = "local checkpoints are of %s processes, these are %s; not used"
+                log.info(text, then[1], own[1])
+            elif then[2] != own[2]:
+                log.info("local checkpoints are of another mesh or model; not used")
+            else:
+                found = self._read_newest(then[0], like, after=shared, before=before)
         if found is None and hosts.first():
             replace_file(self.identity, (" ".join(own) + "\n").encode())
         self.newest = found.step if found else 0
