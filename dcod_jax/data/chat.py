@@ -166,7 +166,13 @@ def _whole_spans(
         if start is None:
             prompt, _ = render_chat(tokenizer, before, template=template, prompt=True, tools=tools)
             if not text.startswith(prompt):
-                raise _unstable(text, prompt, index)
+                same = shared_prefix(text, prompt)
+                raise _StrippedError(
+                    f"the chat template is not prefix-stable: before assistant turn {index} the "
+                    f"generation prompt goes on {prompt[same:][:60]!r}, the whole conversation "
+                    f"{text[same:][:60]!r}; training would see another prompt than sampling; "
+                    f"{_KEEPING}"
+                )
             start = len(prompt)
         lead, said, last = text[max(0, start - 99) : start], messages[index]["content"], len(text)
         if (content := _behind(lead, said)) != said and closed(lead):
@@ -228,16 +234,6 @@ def _starts(
             "it, or leave earlier turns unsupervised (weight 0)"
         )
     return {}
-
-
-def _unstable(text: str, prompt: str, index: int) -> _StrippedError:
-    """The error of a generation prompt that is no prefix of the whole conversation."""
-    same = shared_prefix(text, prompt)
-    return _StrippedError(
-        f"the chat template is not prefix-stable: before assistant turn {index} the generation "
-        f"prompt goes on {prompt[same:][:60]!r}, the whole conversation {text[same:][:60]!r}; "
-        f"training would see another prompt than sampling; {_KEEPING}"
-    )
 
 
 def _behind(prompt: str, content: str) -> str:

@@ -245,14 +245,8 @@ def render(
     refuses the messages, fails, or passes its limits of time, memory and length.
     """
     reply = _renderer(os.getpid()).ask(template, json.dumps((messages, names)))
-    if "limit" in reply:
-        raise TemplateError(
-            f"the chat template needs more than {reply['limit']} for one conversation; "
-            "give another one (student.chat_template)"
-        )
-    if "refused" in reply:
-        raise TemplateError(
-            f"the chat template refuses them: {reply['refused']}; give a template that takes them "
-            "(student.chat_template)"
-        )
+    if "text" not in reply:
+        why = f"needs more than {reply.get('limit')} for one conversation"
+        why = f"refuses them: {reply['refused']}" if "refused" in reply else why
+        raise TemplateError(f"the chat template {why}; give another one (student.chat_template)")
     return reply["text"], [(start, end) for start, end in reply["spans"]]
