@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import fnmatch
 import functools
+import io
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -94,7 +95,8 @@ class RemotePath:
         yield from sorted(map(self._of, (self / pattern)._run("list", lambda s, p: s.glob(p))))
 
     def open(self, mode: str = "r", **options: Any) -> Any:
-        return self._run("open", lambda store, path: store.open(path, mode, **options))
+        file = self._run("open", lambda store, path: store.open(path, mode, **options))
+        return io.BufferedReader(file) if mode == "rb" else file  # fsspec's takes no readline(size)
 
     def read_bytes(self) -> bytes:
         return self._run("read", lambda store, path: store.cat_file(path))

@@ -46,6 +46,7 @@ def test_metrics_go_on_in_a_store_as_on_disk(tmp_path, store):
             writer.sync()
             lines = (root / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
             assert json.loads(lines[-1]) == {"step": 3, "loss": 0.125}
+        assert [line["step"] for line in metrics.read_metrics(root / "metrics.jsonl")] == [1, 2, 3]
         return (root / "metrics.jsonl").read_bytes()
 
     assert run(store) == run(tmp_path / "run")

@@ -111,7 +111,7 @@ def thoughts(value: object, name: str) -> list[str]:
     if isinstance(value, dict):
         value = next((value[key] for key in _THINKING if value.get(key)), None)
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        readable = [part for part in value if not _is_encrypted(part)]
+        readable = [part for part in value if not isinstance(part, dict) or not _is_encrypted(part)]
         return ["".join(parts(readable or value, name))]
     texts = value if isinstance(value, list) else [value] if isinstance(value, str) else []
     if not all(text is None or isinstance(text, str) for text in texts):

@@ -300,6 +300,7 @@ HOSTILE = [
     '{"prompt": "p", "completion": "c", "token_ids": [1' + "0" * 400 + "]}",
     '{"prompt": "p", "completion": "c", "history": [1]}',
     '{"prompt": "p", "completion": "c", "tools": "x"}',
+    '{"prompt": "p", "completion": "c", "reasoning": [{"type": "text", "text": "t"}, [1]]}',
     '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": {}}]}',
     '{"messages": [{"role": [], "content": "a"}]}',
     '{"prompt": "p", "outputs": [{"text": 5}]}',
