@@ -66,8 +66,10 @@ def answer_of(record: Record) -> Record | None:
     """The part of a record that is an API's answer, or its failure; None where none is."""
     response, result = record.get("response"), record.get("result")
     if isinstance(response, dict):
+        schema.check(response, schema.RESPONSE, "response")
         return response.get("body") or {} if "body" in response else response
     if "custom_id" in record and isinstance(result, dict):  # Anthropic's batches
+        schema.check(result, {"message": dict}, "result")
         return result.get("message") or {"error": result.get("error") or result.get("type")}
     if batch_name(record) is not None and record.get("error"):
         return {"error": record["error"]}
@@ -101,7 +103,8 @@ def read(row: Row) -> tuple[list[Message], list[RawTrace], Record]:
     status = envelope.get("status_code") if isinstance(envelope, dict) else None
     request = record.get("request")
     request = request if request and isinstance(request, dict) else record
-    asked = request.get("body") or request.get("params") or request
+    bodies = (part for key in ("body", "params") if isinstance(part := request.get(key), dict))
+    asked = next(filter(None, bodies), request)
     asked = asked["request"] if isinstance(asked.get("request"), dict) else asked  # Gemini's files
     problem = record.get("error") or body.get("error") or body.get("promptFeedback")
     choices = [] if problem or status not in (None, 200) else _choices(body)

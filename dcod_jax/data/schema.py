@@ -71,9 +71,9 @@ _BESIDE = ([object], _LOGPROBS)
 SAMPLE = {"finish_reason": _FINISH, "token_ids": [_token_id], "logprobs": _BESIDE}
 _OUTPUT = {"text": str, "token_ids": [_token_id], "finish_reason": _FINISH, "logprobs": [object]}
 _SGLANG = {"finish_reason": _FINISH, "output_token_logprobs": [[object]]}
-_RESPONSE = {"status_code": int, "body": dict}
+RESPONSE = {"status_code": int, "body": dict}
 RECORD = {
-    "response": (str, [object], _RESPONSE),
+    "response": (str, [object], RESPONSE),
     "request": (str, {"body": ASKED, "params": ASKED, **ASKED}),
     "choices": ([_CHOICE], [str], str, {}),  # of a question, too
     "outputs": (str, [_OUTPUT], [str]),
