@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 
 from dcod_jax.evaluate.equality import MAX_ANSWER_CHARS
-from dcod_jax.evaluate.expressions import last_expression, lone, value
+from dcod_jax.evaluate.expressions import last_expression, lone
 from dcod_jax.evaluate.prose import (
     JSON_KEY,
     LETTERS,
@@ -23,6 +23,7 @@ from dcod_jax.evaluate.prose import (
     json_answer,
     json_value,
     unwrapped,
+    value,
 )
 from dcod_jax.evaluate.spelling import braced, without_blanks
 
@@ -55,9 +56,6 @@ _PLAIN = dict.fromkeys(map(ord, "‐‑‒﹣－"), "-") | {ord("∶"): ":"} | {
     ord(sign) + 0xFEE0: sign
     for sign in "%+0123456789<=>ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 }  # fmt: skip
-_NEXT_PROBLEM = re.compile(
-    r"^[ \t>*#]*(?:Question|Problem|Q|Human|User|Instruction)[ *]*:", re.MULTILINE
-)
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
 _UNBRACED = re.compile(r"\\[dt]?frac\s*(?:\d\s*\d|\{[^{}]*\}\{[^{}]*\})|[^\s$\\]+")
 _BOX_LABEL = re.compile(r"(?<![A-Za-z\\])([A-Za-z](?:_\{?\w\}?)?)\s*=\s*$")
@@ -114,7 +112,7 @@ _TAG = re.compile(
 _CHOICE = re.compile(
     r"(?i:\b(?:(?:option|choice|alternative)s?|choose|pick|select|go with)"
     r"(?: would be| must be| is| are)?:?"
-    r"|故?选(?:项|择)?[是为]?[:：]?(?= *（?)|正确的是)\s{0,3}(?:\\text(?:bf)?\{)?[*_$(（`\"']{0,4}"
+    r"|故?选(?:项|择)?[是为]?[:：]?|正确的是)\s{0,3}(?:\\text(?:bf)?\{)?[*_$(\"']{0,4}"
     rf"({LETTERS}|[A-J]|(?<=\()[a-j](?=\)))(?![A-Za-z'])(?! [a-z]+ing)"
     r"(?![)*_]{0,3} (?:is|are)(?: both)? (?:wrong|incorrect|false|not)\b)"
 )
@@ -127,7 +125,7 @@ _BARE = re.compile(
     r"|\A[\s(\[*]{0,6}([a-e])[)\].*]{0,4}\s*\Z"
     r"|\A[\s(\[*]{0,6}([A-J])[)\].*]{0,4}, (?:because|since|as) [^\n]{0,200}\Z"
     r"|\b(?i:so|hence|thus|therefore|must be|(?:best|correct|right|true)(?: (?:one|choice))? is"
-    r"|it's|it is|answer|(?:leaving|that leaves)(?: only)?)[,:]? (?:it's |it is |it must be )?"
+    r"|it's|it is|answer|leaving(?: only)?)[,:]? (?:it's |it is |it must be )?"
     r"[*(]{0,3}([A-J])[)*]{0,3}(?:, not \(?[A-J]\)?)?[.!]?\s*\Z"
     r"|\b[Oo]nly ([A-J]) [a-z]+[.!]?\s*\Z"
     rf"|\A\s*(?:[Bb]oth\s+)?({LETTERS})[).!]{{0,2}}\s*\Z",
@@ -330,25 +328,10 @@ def extract_answer(text: str, *, complete: bool = True) -> Extraction | None:
     if _first(text, ("<", "__", "~~")) >= 0:
         text = _MARKUP.sub("", text)
     thoughts = list(_THOUGHT.finditer(text)) if _first(text, ("<", "[/", "◁")) >= 0 else ()
-    if not thoughts and text.startswith("<think>"):  # a thought that was cut off
-        complete = False
     for part in (text[thoughts[-1].end() :], text) if thoughts else (text,):
-        part = _first_problem(part)
         if found := _corrected(part, complete=complete) or _final(part, complete=complete):
             return found
     return None
-
-
-def _first_problem(part: str) -> str:
-    """What stands before the next problem that a base model goes on with."""
-    if any(word in part for word in ("Question", "Problem", "Q:", "Human:", "User:", "Instruc")):
-        if _NEXT_PROBLEM.match(part.lstrip()):  # it begins with one itself
-            return part
-        for match in itertools.islice(_NEXT_PROBLEM.finditer(part), _TRIED):
-            before = part[: match.start()]
-            if boxed(before) or _marked(before, complete=True):
-                return before
-    return part
 
 
 def _final(part: str, *, complete: bool) -> Extraction | None:

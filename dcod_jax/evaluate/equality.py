@@ -193,21 +193,13 @@ def _of_others(left: str, right: str) -> bool:
     """Whether two labels are known to name different things: x and y, x and |x|, f(2) and f(3)."""
     one, other = (re.sub(r"[\s(){}_]", "", label) for label in (left, right))
     functions = sum(bool(_OF_A_VARIABLE.match(label)) for label in (left, right))
-    named = [match for match in map(_NAMED.fullmatch, (one, other)) if match]
-    of = [match.group(2) for match in named]
-    known = len(of) == 2 and (  # not f(x) and f(t), S_n and S_10
-        of[0].isalpha() == of[1].isalpha() and not ("(" in left and (of[0] + of[1]).islower())
-    )
+    named = [match.group(1, 3) for match in map(_NAMED.fullmatch, (one, other)) if match]
     return one != other and (
         functions > (1 not in (len(left), len(right)))
         or any(map(_CALCULATED.search, (left, right)))
         or all(map(_ONE_LETTER.fullmatch, (left, right)))
         or bool(_DERIVED.match(left)) != bool(_DERIVED.match(right))
-        or (
-            known
-            and set(one) != set(other)
-            and (named[0].group(1, 3) == named[1].group(1, 3) or (one + other).isupper())
-        )  # AB, BC
+        or (len(named) == 2 and named[0] == named[1] and set(one) != set(other))
     )
 
 

@@ -9,7 +9,7 @@ import re
 
 from dcod_jax.evaluate import prose
 from dcod_jax.evaluate.numerals import IN_CHINESE, IN_WORDS
-from dcod_jax.evaluate.prose import NUMBER, SPAN, VULGAR, right_side, sentence, words_behind
+from dcod_jax.evaluate.prose import NUMBER, SPAN, VULGAR, right_side, sentence, value
 from dcod_jax.evaluate.spelling import MONTHS
 from dcod_jax.evaluate.units import measured
 
@@ -28,7 +28,6 @@ _RICH = rf"(?:{_DIGITS}(?:{_LETTER}|[A-Za-z](?![A-Za-z]))?{_POWER}?(?: ?{_CALL}{
 _TERM = rf"{_RICH}|(?<!\d ){_LETTER}{_POWER}?|{_CALL}{_POWER}?(?:{_CALL}{_POWER}?){{0,3}})"
 _PRODUCT = (
     rf"(?:{_DIGITS}(?: ?{_CALL}{_POWER}?){{1,3}}|{_DIGITS}{_POWER}"
-    rf"|{_DIGITS}[a-z]{_POWER}(?:[a-z]{_POWER}?)?(?![A-Za-z])"
     rf"|{_CALL}{_POWER}?(?:{_CALL}{_POWER}?){{0,3}})"
 )
 _SIGN = r"(?:(?<=[^\s\d)]) [-−–] ?|(?<![\d)A-Za-z])[-−–]|± ?|\b(?:negative|minus) )?"
@@ -45,7 +44,7 @@ _EXPRESSION = re.compile(
     r"|(?<![A-Za-z0-9_.^])\d{1,2}\s?[apAP]\.?[mM]\b\.?)"
     rf"|(?P<number>{_SIGN}(?:\\?[$€£¥₹]\s?)?(?<![A-Za-z0-9_.^])"
     rf"(?:\d{{1,3}}(?: \d{{3}})+(?![\d,]|\.\d)|(?:{NUMBER}){_MORE}?)"
-    rf"(?:\s?\\?%| percent\b)?|[-−+]?[{VULGAR}∞∅]))"
+    rf"(?:\s?\\?%| percent\b)?|[-−+]?[{VULGAR}∞]))"
 )
 _REAL = r"[-−]?(?:\d[\d.,/]*+|∞|[a-z](?![a-z]))"
 _LESS = r"\s?(?:<=?|≤|>=?|≥|≠)\s?"
@@ -89,9 +88,7 @@ _JOINS = re.compile(r"\s*(?:[,，、或和]|,?\s*\b(?:and|or)\b)\s*(?:[a-z]\s*=\
 _GIVEN = re.compile(r"\b(?:when|if|for|let|since)\s+(?:[a-z]\s*=\s*)?\Z", re.IGNORECASE)
 _COMPARED = re.compile(r"(?<![A-Za-z])[a-z]\s*(?:[<>]=?|[≤≥≦≧⩽⩾≠])\s*$")
 _REJECTED = re.compile(
-    r"(?:\bnot|n't(?: be)?|rather than|instead of|other than|unlike|for (?:all|any|every|each)"
-    r"|不是|而非)\s*$",
-    re.IGNORECASE,
+    r"(?:\bnot|n't(?: be)?|rather than|instead of|other than|unlike|不是|而非)\s*$", re.IGNORECASE
 )
 _LABELLED = re.compile(
     r"[\s>*#_-]*(?!.*\b(?:is|are|was|gets?|gives?|equals?|becomes?|be|by|to|of|and)\b)"
@@ -122,8 +119,7 @@ _REFUSED = re.compile(
 )
 _VERDICT = re.compile(
     r"[\W_]*(yes|no|true|false)\b(?:[\W_]*$|,? (?:because|since|as)\b|,(?!.*\d))"
-    r"|.*\b(?:is|therefore,?|thus,?|hence,?|so,?)[\s*_\"]+(true|false|yes|no)"
-    r"(?:[\W_]*$|,? (?:because|since|as)\b)",
+    r"|.*\b(?:is|therefore,?|thus,?|hence,?|so,?)[\s*_\"]+(true|false|yes|no)[\W_]*$",
     re.IGNORECASE,
 )
 _NAME = re.compile(
@@ -131,56 +127,40 @@ _NAME = re.compile(
     r"|\b((?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day|January|February|March|April|June|July"
     r"|August|September|October|November|December)[.!*]*$"
 )
-_SENTENCE_END = re.compile(r"[.!?;。]\$?\s")
-_TO_THE_END = r"(?:[^,]|,(?=\d))*"
-# What the last part of a sentence begins with where it is the result of what stands before.
-_CONCLUDES = re.compile(
-    r"\b(?:so(?! that)|thus|hence|therefore|then|giving|leaving|(?:for a )?total(?:l?ing| of)"
-    r"|meaning|i\.e\.?|which is|(?:which|that) (?:has|gives|means|equals|leaves|makes))\b,?"
-    rf"|,? or(?= \D{{0,3}}\d{_TO_THE_END}$)"
-    rf"|,(?: and)? (?={_TO_THE_END}\b(?:(?:in )?(?:all|total)|altogether)\.?$)"
-    r"|,(?= \$?[\d.]+[a-z]{0,2}(?: times)?\.?$)",
-    re.IGNORECASE,
-)
-_INTRO = re.compile(
-    r"\s*(?:if|when|since|because|as|after|for|in|with|at|by|of|from|to|out of|given|on|during"
-    r"|while)\b[^,]*?,\s",
-    re.IGNORECASE,
-)
-_SUBORDINATE = re.compile(
-    r"\b(?:because|since|as|who|which|that|where|when|if|while|though|although|whereas|whose"
-    r"|given|provided)\b|\(",
-    re.IGNORECASE,
-)
-_ADVERBIAL = re.compile(r"\b(?:after|before|than|for|with|by|until|at|to)\b", re.IGNORECASE)
-_STATES = re.compile(
-    r"\b(?P<is>is|are|was|were|equals?|becomes?|yields?|gives?|that)\b"
-    r"|\b(?:find|has|have|had|needs?|gets?|makes?|made|pays?|paid|costs?|earns?|earned|takes?|took"
-    r"|spends?|spent|remains?|left|contains?|weighs?|sells?|sold|buys?|bought|saves?|saved|eats?"
-    r"|ate|runs?|ran|gives?|gave|receives?|received|owes?|should|will|can|be|there's)\b"
-    r"|\b(?!his |its |this |radius|plus|minus|times|units|less|axis|class|bus|towards"
-    r"|degrees)[a-z]+(?:s|ed) (?:at )?(?=\$?\d)"
-)
+_REST = r"(?:(?!\.\s+\S)[^=])*$"  # to the end of the line, of which it is the last sentence
+_NO_VERB = r"(?!.*\b(?:is|are|so|has|have|gives?|makes?)\b)"
 # What stands behind an answer and has numbers of its own.
 _ASIDE = re.compile(
-    r"(?<=\d)(?P<share>(?: [a-z]+){0,2}?)(?: (?:in|for|on|to|from) (?:each|all|every one))?"
+    r"(?<=\d) (?:such )?(?:(?!is|are|was|and|or|by|more|less)[a-z]+ ){1,3}(?:between|less than"
+    r"|greater than|smaller than|below|under|up to|at most|not exceeding) "
+    r"(?!.*\b(?:is|are|so|has|have|gives|we|then)\b)[^=:]*$"
+    r"|(?<=\d)(?P<share>(?: [a-z]+){0,2}?)(?: (?:in|for|on|to|from) (?:each|all|every one))?"
     r" (?:out )?of (?:the|these|those|his|her|their|its|our) \d+(?! ?[=/])[^=\d]*$"
-    r"|, not (?:[A-Z][a-z]+|\$?-?\d+\$?)(?=[.!]?$)"
-    r"|(?<=\d)(?: [a-z]+){0,2},? (?:after|found) (?!.*\b(?:is|are|was|were|has|have|he|she|it)\b)"
+    r"|, not (?:[A-Z][a-z]+|\$?-?\d+\$?)(?=[.!]?$)|"
+    r"(?<=\d)(?: [a-z]+){0,2},? (?:after|found) (?!.*\b(?:is|are|was|were|has|have|he|she|it)\b)"
     r"[^.!?'=]*(?=[.!?]?\s*$)"
-    r"|\[\d{1,2}\](?=[\s.,]|$)| \((?:(?=[^()]*[A-Za-z]{3})|[≈~])[^()\\\n=]{1,60}\)"
+    r"|\[\d{1,2}\](?=[\s.,]|$)"
+    r"|\((?:(?:from|see|by|using|as|via|word|to|rounded|step|eq|equation|including|since|because"
+    r"|not|or|with|each|about|approx\w*|roughly|i\.e|where|when)\b|[≈~]|\d[\d.]*%? [a-z]{3})"
+    r"[^(),\n]{0,60}\)"
     # "-4, occurring at x = 2", "9 is reached when x = 3", "5 when x = 2"
-    r"|(?<=[\d$)}]),?(?: which)?(?: is)? (?:(?:attained|achieved|reached|obtained"
-    r"|occurr(?:s|ing)) (?:at|when|for|if)|when|for|at)(?= \$?[a-z] ?=)"
-    r"(?!.*\b(?:is|are|so|has|have|gives?|makes?)\b)[^=]*=(?:(?!\.\s+\S)[^=])*$"
+    rf"|(?<=[\d$)}}]),?(?: which)?(?: is)? (?:(?:attained|achieved|reached|obtained"
+    rf"|occurr(?:s|ing)) (?:at|when|for|if)|when|for|at)(?= \$?[a-z] ?=){_NO_VERB}[^=]*={_REST}"
     r"|(?<=[\d$)%]),? (?:because|since) (?!.*\b(?:so|has|have|then|gives)\b)(?:(?!\.\s+\S).)*$"
     r"|[，,]?(?:当且仅当|此时)[^，。]*时?[^。]*|（[^（）]*舍[^（）]*）"
-    r"|, which is [^,=]*\bthan\b[^,=]*$"
+    # "55 girls: 25 big and 30 small ones", "4 pens, with 2 left", "8 weeks to save $9"
+    rf"|, which is [^,=]*\bthan\b[^,=]*$|(?<=\d)(?P<kept>(?: [a-z]+){{0,2}}){_NO_VERB}"
+    r"(?: (?:in|by|during|at the end of) (?:year|week|day|month|hour|round|grade) (?=\d+\.?$)"
+    r"|: \d+ [a-z ]+(?:,|and) |, with | with (?=\$[^,]*$)|(?:(?<=days)|(?<=hours)|(?<=weeks)"
+    r"|(?<=months)|(?<=years)|(?<=minutes)) to (?!get|make|give|about)(?=[a-z]+ [^=]*\d))"
+    + _REST
+    + r"|,? or (?:about|approximately|roughly|around) [^,;=]*?(?=\.?$)"
     r"|,? (?:when|if|after) (?:[a-z]+ ){0,3}divided by \$?\d+\$?|,? \(?mod(?:ulo)? \$?\d+\$?\)?"
+    r"|(?:,? (?:by|from|in|see|as shown in|using) )"
+    r"(?:step|equation|eq\.|figure|table|theorem|lemma)s? \(?\d+\)?"
     r"|^[ \t>*_(]*(?:confidence|word count|note|difficulty|time taken|tokens?)\b[^\n:]{0,30}:.*$"
-    r"|(?<=[.!?]) note that[^\n]{0,200}$|(?:(?<=[.!?]) |^)(?:let me know|i hope|hope (?:this|that)"
-    r"|feel free|please let|if you (?:have|need|want))[^\n]{0,200}$"
-    r"|(?:(?<=[.!?] )|^)(?:would|do|shall|can|could|want|need|is there)\b[^.!?\n]*\?$",
+    r"|(?:(?<=[.!?]) |^)(?:let me know|i hope|hope (?:this|that)|feel free|please let"
+    r"|if you (?:have|need|want))[^\n]{0,200}$",
     re.IGNORECASE | re.MULTILINE,
 )
 
@@ -196,28 +176,6 @@ _LONE = re.compile(
 
 
 _NOT_LONE = (prose.VERB, _REFUSED, _WHOLE, _NAME, _PHRASE, _LIST)
-
-
-_LAST_CONCLUSION = re.compile(r"(?<=[.!?] )(?:so|thus|hence|therefore)\b[^\d.!?$]*[.!]?\s*$", re.I)
-# A program, which states no answer.
-_SOURCE = re.compile(r"```(?:python|py|cpp|java|javascript|js|bash)\n.*?(?:```|\Z)", re.DOTALL)
-# A paragraph that checks or explains the result of the one before it.
-_CHECKED = re.compile(
-    r"^[^\n]*(?:\b(?:so|thus|hence|therefore|total)\b|\*\*)[^\n]*\d[^\n]*\n\s*\n"
-    r"([\W_]*(?:(?:let me|let us|let's|to) )?(?:double-?\s?)?"
-    r"(?:check|verif|explanation|reason:)\w*)",
-    re.IGNORECASE | re.MULTILINE,
-)
-_CONCLUSION = re.compile(r"^[\W_]*(?:so|thus|hence|therefore|the|answer|final)\b", re.I | re.M)
-_IN_BOLD = re.compile(
-    r"^(?!.*(?:\*\*|textbf).*(?:\*\*|\})[^.]*\.\s+\S).*(?:\*\*(?=\S)([^*:]{1,40})\*\*(?!:)|\\textbf\{([^{}:]{1,40})\})"
-)
-
-
-def value(text: str) -> str:
-    """The answer that a text behind a mark begins with, without the words around it."""
-    words = words_behind(text)
-    return (len(words.split()) > 3 and stated(words)) or words
 
 
 def lone(text: str) -> str:
@@ -239,30 +197,18 @@ def last_expression(text: str) -> str:
         text = _ALIGNED.sub(_rows, text)
     if "$$" in text or "\\[" in text:
         text = _DISPLAY.sub(lambda m: f" ${' '.join((m.group(1) or m.group(2)).split())}$ ", text)
-    if "```" in text:
-        rest = _SOURCE.sub("", text)
-        text = rest if re.search(r"\d", rest) else text
-    if (check := _CHECKED.search(text)) and not _CONCLUSION.search(text, check.end()):
-        text = text[: check.start(1)]
     for whole in reversed(text.splitlines()):
-        line = whole[-_LINE:].replace("{,}", ",")
-        if bold := _IN_BOLD.search(line):
-            inside = bold[1] or bold[2]
-            if re.search(r"\d", inside):
-                line = (lone(inside) or inside) + measured(line[bold.end() :])
-            elif not re.search(r"\d", line):
-                return inside
-        line = prose.BOLD.sub("", line)
-        last = _LAST_CONCLUSION.search(line)
-        line = last[0] if last else line
-        line = _ASIDE.sub(r"\g<share>", line)
+        line = prose.BOLD.sub("", whole[-_LINE:].replace("{,}", ","))
+        line = _ASIDE.sub(r"\g<kept>\g<share>", line)
         line = prose.PRECISION.sub("", line) if "to " in line else line
         if refusal := _REFUSED.search(line):
             known = re.search("be determined|information|data", refusal.group(0))
             return "cannot be determined" if known else ""
         if match := _VERDICT.match(line):
             return match.group(1) or match.group(2)
-        found = _values(line)
+        found = [m for m in _EXPRESSION.finditer(line)
+                 if re.search(rf"[\d{VULGAR}∞]", m.group(0)) or m.lastgroup == "span"]  # fmt: skip
+        found = [m for m in found if not _REJECTED.search(line, 0, m.start())]
         best = next((m for m in reversed(found) if m.lastgroup != "ordinal"), None)
         best = best or (found[-1] if found else None)
         if phrase := _PHRASE.search(sentence(line[best.end() if best else 0 :])):
@@ -294,51 +240,8 @@ def last_expression(text: str) -> str:
             given = _CONCLUDED.fullmatch(between) and _PREMISE.search(line, 0, results[-1].start())
             if behind and best.lastgroup != "span" and not (listed or given):
                 best = behind
-        elif best.lastgroup != "ordinal":
-            best = _stated(line, [m for m in found if m.lastgroup != "ordinal"]) or best
         return _with_neighbours(line, found, best)
     return ""
-
-
-def _stated(line: str, found: list[re.Match[str]]) -> re.Match[str] | None:
-    """The value that a sentence states: the first one behind the verb of its last main clause."""
-    last, start = found[-1].start(), 0
-    for boundary in (_SENTENCE_END, _CONCLUDES):
-        ends = [match.end() for match in boundary.finditer(line, start) if match.end() <= last]
-        start = ends[-1] if ends else start
-    if (intro := _INTRO.match(line, start)) and intro.end() <= last:
-        start = intro.end()
-    best = None
-    for verb in _STATES.finditer(line, start):
-        if verb.end() > last + 1:
-            break
-        later = next(match for match in found if match.start() >= verb.end() - 1)
-        between = line[best.end() : verb.end()] if best else ""
-        if _SUBORDINATE.search(between) or (not verb["is"] and _ADVERBIAL.search(between)):
-            break
-        if _SUBORDINATE.search(line, verb.end(), later.start()):
-            break
-        best = later
-    if best is None and line[:start].rstrip(" ,").endswith(
-        ("of", "ing", "is", "gives", "has", "means")
-    ):
-        best = next(match for match in found if match.start() >= start)
-    for match in found:  # the rest of its list
-        if best and match.start() >= best.end():
-            best = match if _JOINS.fullmatch(line[best.end() : match.start()]) else best
-    return best
-
-
-def stated(words: str) -> str:
-    """The answer in a sentence that states one behind its verb; "" where none is."""
-    found = _values(words)
-    return last_expression(words) if found and _stated(words, found) else ""
-
-
-def _values(line: str) -> list[re.Match[str]]:
-    found = [m for m in _EXPRESSION.finditer(line)
-             if re.search(rf"[\d{VULGAR}∞∅]", m.group(0)) or m.lastgroup == "span"]  # fmt: skip
-    return [match for match in found if not _REJECTED.search(line, 0, match.start())]
 
 
 def _rows(match: re.Match[str]) -> str:

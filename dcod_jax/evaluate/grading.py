@@ -10,7 +10,7 @@ from typing import Any
 from dcod_jax.evaluate.answers import extract_answer, reference_answer
 from dcod_jax.evaluate.equality import equal
 
-RULES = 10  # raised when verdicts change: older evaluations are not gone on with
+RULES = 9  # raised when verdicts change: older evaluations are not gone on with
 REJECTED_AS = {"wrong": "wrong_answer", "no_answer": "no_answer"}  # why a trace is dropped
 
 

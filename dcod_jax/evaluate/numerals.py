@@ -52,9 +52,8 @@ _SPELLED = re.compile(
 )
 # A number in words inside a sentence; "one" alone is mostly a pronoun.
 IN_WORDS = re.compile(
-    rf"(?<![A-Za-z-])(?:(?:minus|negative) )?(?:half(?: a (?:dozen|million)| (?=of ))"
-    rf"|(?!one\b(?! hundred| thousand| and|[ -]{_PART})){_WORD}(?:(?:[ -]| and ){_WORD})*"
-    rf"(?:[ -]{_PART}| and an? {_PART})?)",
+    rf"(?<![A-Za-z-])(?:(?:minus|negative) )?(?:half a (?:dozen|million)"
+    rf"|(?!one\b(?! hundred| thousand| and)){_WORD}(?:(?:[ -]| and ){_WORD})*(?:[ -]{_PART})?)",
     re.IGNORECASE,
 )
 _CHINESE = {sign: value for value, sign in enumerate("零一二三四五六七八九")} | {"两": 2, "〇": 0}

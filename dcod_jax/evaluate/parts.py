@@ -134,7 +134,7 @@ def _line(text: str) -> Parsed:
 def _matrix(match: re.Match[str], text: str) -> Parsed:
     rows = [row.strip() for row in re.split(r"\\\\", match.group("rows")) if row.strip()]
     if match.group("kind") in ("cases", "aligned", "gathered"):
-        return parse(", ".join(re.sub(r"[,\s]*&", " ", row).rstrip(",;. ") for row in rows))
+        return parse(", ".join(row.replace("&", "").rstrip(",;. ") for row in rows))
     if match.group("kind") == "vmatrix":
         return Parsed(_determinant([row.split("&") for row in rows[:_MOST_ROWS]]) or text)
     cells = [tuple(parse(cell) for cell in row.split("&")) for row in rows]

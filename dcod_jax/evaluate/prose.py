@@ -46,8 +46,7 @@ _LEADING = re.compile(
     rf"(?:\s*(?:,|;|and|or)\s*(?:{SPAN}|{_VALUE}))*)(.*)"
 )
 _LEAD = re.compile(
-    r"(?:that|simply|just|donc|also|quindi|probably|(?:most )?likely|"
-    r"therefore|thus|clearly|equal to|equals|given by|approx(?:imately|\.)?|"
+    r"(?:that|simply|just|therefore|thus|clearly|equal to|equals|given by|approx(?:imately|\.)?|"
     r"about|either|both|around|exactly|option|choice|(?:(?:la |a )?(?:opci[óo]n|opção|alternativa)"
     r"|l['’]option|l['’]opzione|die option|вариант)(?= [A-J]\b)|"
     r"indeed|now|then|hence|is:?|out of (?:the )?\d+ [a-z]+(?=,)|"
@@ -56,8 +55,7 @@ _LEAD = re.compile(
 )
 _CLAUSE = re.compile(
     r"(?<=\S)(?:,\s*|\s+)\(?(?:because|since|so that|so|who|which|when|where|if|as|but|"
-    r"(?<!(?-i:[a-z]) )(?:and )?not|(?:even )?though|although"
-    r"|after|instead|assuming|given that|while|whereas|rather)\b.*"
+    r"(?<!(?-i:[a-z]) )(?:and )?not|after|instead|assuming|given that|while|whereas|rather)\b.*"
     r"|[，,（(]?(?:因为|而?不是|而非).*",
     re.IGNORECASE | re.DOTALL,
 )
@@ -82,6 +80,10 @@ SUBJECT = re.compile(  # "Mrs. Hilt has more"
     r"(?!(?:It|This|That|There|The|Th[eo]se|Yes|No|He|She|They|We|You|Both|None|Each|All|Neither"
     r"|What|Who|Which|How) )"
     r"((?:[A-Z][a-z]+\.? )*[A-Z][a-z]+) (?:is|was|has|had|have|will|wins|won|runs|ran|gets|got)\b"
+)
+_OTHER_VERB = re.compile(
+    r"\b(?!radius|plus|minus|times|units|less|axis|is|class|bus|towards|degrees)[a-z]+(?:s|ed) "
+    r"(?:at )?(?=\$?\d)"
 )
 _MULTIPLIER = re.compile(
     r"\s*\b(?:dozen|hundred|thousand|million|billion|trillion|percent|times|half|over|plus|"
@@ -172,7 +174,7 @@ def sentence(text: str) -> str:
     return text.strip()
 
 
-def words_behind(text: str) -> str:
+def value(text: str) -> str:
     """The answer that a text behind a mark begins with, without the words around it."""
     if plain := _NUMBER.fullmatch(text):
         return plain[1]
@@ -206,8 +208,19 @@ def words_behind(text: str) -> str:
         return choices.group(1)
     if not re.search(r"\d", words) and (name := SUBJECT.match(words)):
         return name.group(1)
-    found = _before_words(words) or words
+    found = _number_of(words) or words
     return re.sub(r"^\$([^$]+)\$(?=$| [a-z]+$)|^\$(?=[\d.,]+(?: [a-z]+)?$)", r"\1", found)
+
+
+def _number_of(words: str) -> str | None:
+    """The value that a sentence states; None where it is not known to be a number."""
+    if (leading := _before_words(words)) is not None:
+        return leading
+    if len(words.split()) > 3 and (verb := VERB.search(words) or _OTHER_VERB.search(words)):
+        for place in range(verb.end(), len(words)):
+            if (leading := _before_words(words[place:].strip())) is not None:
+                return leading
+    return None
 
 
 def right_side(text: str) -> str:

@@ -276,8 +276,8 @@ _PHRASES = _table(
      ""),
     (":", r"(^|, )([A-Za-z]{3,}(?: [A-Za-z]+)*) ?: (?=[-\d\\￥])", r"\1\2 = "),
     (",", r"(?<=\d) ?, (?:the|an?|which) [a-z ]+$", ""),
-    ("=", r"(=.*?\S)\s*(?:,? (?:for|where) (?:all|any|every|each) [^=]*"
-     r"|\([a-z] ?\\in(?![a-z])[^=()]*\))$", r"\1"),
+    ("=", r"(?<=\S)\s*(?:,? (?:for|where) (?:all|any|every|each) [^=]*"
+     r"|\([a-z] ?\\in(?![a-z])[^=()]*\))$", ""),
     ("\\cdot", r"(?<=[A-Za-z}])\s*\\cdot\s*(?=[A-Za-z])", " "),
     ("base", r"_\{\s*base\s*", "_{"),
     ("not ", r"^not .+?,?\s*\bbut\s+(?=\S)", ""),
