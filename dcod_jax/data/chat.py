@@ -52,6 +52,7 @@ _KEEPING = (
     f"give a template that keeps earlier text (student.chat_template: a file, or "
     f"{' or '.join(READY)}), or leave the earlier turns unsupervised (weight 0)"
 )
+_ANSWER = "7q3x"  # is in no template
 EMPTY_THINKING = "<think></think>"  # some templates write it before a turn without reasoning
 
 
@@ -137,6 +138,12 @@ def _template_spans(
     prompt, _ = render_chat(tokenizer, messages[:last], prompt=True, **options)
     check_shown(tokenizer, messages[:last], prompt=True, **options)
     content = _behind(prompt, messages[last]["content"])
+    if not opened(prompt):  # blanks that the template writes before an answer, as Mistral's
+        asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
+        bare, _ = render_chat(tokenizer, asked[:1], prompt=True, **options)
+        whole, _ = render_chat(tokenizer, asked, **options)
+        _, header, lead = whole.partition(_ANSWER)[0].rpartition(bare[-8:])
+        content = lead + content if header and not lead.strip() else content
     text = prompt + content + turn_ending(tokenizer, template)[1]
     return text, [(len(prompt), len(text))]
 

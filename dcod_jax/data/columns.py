@@ -144,6 +144,7 @@ def missing(record: Record, fields: Fields, part: str) -> BadRecordError:
     """The error for a record without a prompt or completion."""
     chosen: str = getattr(fields, part)
     names = [chosen] if chosen else list({"prompt": presets.PROMPTS}.get(part, presets.COMPLETIONS))
+    names.sort(key="question_concat".__eq__)  # SVAMP's is no name to choose
     known = " or ".join(names[:6]) + (" (docs/data.md names all)" if len(names) > 6 else "")
     known += "" if chosen or part == "prompt" else ", or messages"
     have = [name if value is not None else f"{name} (null)" for name, value in record.items()]
@@ -249,14 +250,16 @@ class Row:
             return [*earlier, *raw.read_messages(value, name, self.fields).messages]
         text = raw.read_text(value, name)
         known = ("input", "context", "passage", "body")  # Alpaca, Dolly, DROP, SVAMP
+        parts = find_each(self.record, self.fields.chosen())  # what is asked for stands elsewhere
         for own in find_each(self.record, known[name.lower() != "instruction" :]):
             more = self.record[own]
-            if isinstance(more, list) and all(isinstance(part, str) for part in more):
-                more = "\n\n".join(more)
-            if own != name and isinstance(more, str):
+            several = isinstance(more, list) and all(isinstance(part, str) for part in more)
+            if own not in (name, *parts) and (several or isinstance(more, str)):
                 self.used.add(own)
-                none = more.strip() in ("", "<noinput>") or more.strip() in text  # Alpaca's word
-                text += "" if none else f"\n\n{more}"
+                there = "".join(text.split())
+                given = [part for part in (more if several else [more]) if part.strip()]
+                new = [part for part in given if "".join(part.split()) not in there]
+                text += "".join(f"\n\n{part}" for part in new if part.strip() != "<noinput>")
         return [*earlier, {"role": "user", "content": text}]
 
     def _history(self) -> list[Message]:

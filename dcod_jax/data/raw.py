@@ -112,7 +112,8 @@ def thoughts(value: object, name: str) -> list[str]:
         value = next((value[key] for key in _THINKING if value.get(key)), None)
     if isinstance(value, list) and value and isinstance(value[0], dict):
         readable = [part for part in value if not isinstance(part, dict) or not _is_encrypted(part)]
-        return ["".join(parts(readable or value, name))]
+        text = "".join(parts(readable or value, name))
+        return [text] if text.strip() else []
     texts = value if isinstance(value, list) else [value] if isinstance(value, str) else []
     if not all(text is None or isinstance(text, str) for text in texts):
         raise BadRecordError(f"{name} must be a string or strings, found {kind_of(value)}")

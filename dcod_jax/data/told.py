@@ -46,7 +46,7 @@ _RIGHT = re.compile(
 _WRONG = re.compile(rf"{_OF}(incorrect|wrong|failed)")
 _BOOLEAN = re.compile(
     r"label|ktotag|pass|(is)?(valid|right|equivalent)|(is|exact|gold|answer)?match|judge|result|"
-    r"verificationresult|(grade|score|reward|accuracy)s?"
+    r"verificationresult|(grade|score|reward)s?"
 )
 _REJECTED = {"empty": True, "truncated": True, "wrong_answer": False, "no_answer": False}
 _KINDS = {"finish": _FINISH, "rejected": re.compile("rejected"), "complete": _COMPLETE, "cut": _CUT}

@@ -259,8 +259,8 @@ def _rule(tokenizer: Tokenizer, template: str | None, policy: str) -> Reasoning:
     asked = [{"role": "user", "content": "a"}]
     thought = _PROBE[::-1]
     parts = [{"type": "thinking", "thinking": thought}, {"type": "text", "text": _PROBE}]
-    keys = dict.fromkeys(("reasoning_content", "reasoning"), thought)  # the latter: Gemma 4
-    for said in ({"content": _PROBE, **keys}, {"content": parts}):  # Mistral
+    keys = ("reasoning_content", "reasoning")  # the latter: Gemma 4
+    for said in (*({"content": _PROBE, key: thought} for key in keys), {"content": parts}):
         answer = {"role": "assistant", **said}
         try:
             prompt, _ = render_chat(tokenizer, asked, template=template, prompt=True)

@@ -1,5 +1,7 @@
 """Chat templates that strip or open reasoning, show tools, write tool calls or take variables."""
 
+import re
+
 import pytest
 from test_chat import CHATML, COUNTS_TURNS, DROPS_REASONING, build, conversation, supervised
 
@@ -50,6 +52,10 @@ def test_a_last_turn_is_behind_the_prompt_that_sampling_sees(template) -> None:
     assert ids[~mask].tolist() == chat.encode_prompt(tokenizer, messages[:-1])
     assert supervised(tokenizer, messages, unsupervised={2}) == ["two<|im_end|>"]
     assert "Be kind." in tokenizer.decode(ids[~mask])
+    blank = re.sub(
+        r"{{ (m|message)\W.*?content.*? }}", r"{{ ' ' if \1.role[0] == 'a' }}\g<0>", template
+    )
+    assert supervised(build(blank), messages, unsupervised={2}) == [" two<|im_end|>"]
 
 
 QWEN3 = (  # drops the reasoning of turns before the last question, as Qwen3 does

@@ -61,6 +61,24 @@ def test_calls_of_tools_in_any_dialect_are_one_form(call, result) -> None:
     assert trace.supervised() == [1, 3]
 
 
+@pytest.mark.parametrize("name", ["body", "passage", "context"])
+def test_what_is_named_or_there_already_is_not_added_to_the_prompt(name) -> None:
+    [trace] = reading({"prompt": ASKED, name: SAID}, completion=name)
+    assert (trace.prompt_text(), trace.completion_text()) == (ASKED, SAID)
+    [trace] = reading({"prompt": ASKED, "completion": SAID, name: "5"}, answer=name)
+    assert (trace.prompt_text(), trace.answer) == (ASKED, "5")
+    [trace] = reading(
+        {"prompt": f"{ASKED}\nOf  two\nsums.", "completion": SAID, name: "Of two sums."}
+    )
+    assert trace.prompt_text() == f"{ASKED}\nOf  two\nsums."
+
+
+def test_reasoning_beside_empty_parts_is_read() -> None:
+    turn = {"reasoning_content": [{"type": "text", "text": ""}], "reasoning": THOUGHT}
+    [trace] = reading({"messages": [USER, PLAIN_TURN | turn]})
+    assert trace.completion_text() == WHOLE
+
+
 def test_one_id_of_two_requests_is_refused_before_an_output() -> None:
     answer = {"custom_id": "1", "response": {"body": {"choices": [{"message": WHOLE_TURN}]}}}
     other = {"custom_id": "1", "body": {"messages": [{"role": "user", "content": "Else?"}]}}

@@ -251,7 +251,7 @@ DROPPED = {
         {"prompt": ASKED, "choices": [{"message": PLAIN_TURN, "correct": False}]},
         *(ENDED | {name: False} for name in (
             "valid", "accepted", "exact_match", "llm_judge_correct", "is_right", "rule_verify",
-            "verification_passed", "unit_tests_passed", "gen_correct", "accuracy")),
+            "verification_passed", "unit_tests_passed", "gen_correct")),
         *(ENDED | {name: "incorrect"} for name in ("label", "judge", "result", "grade")),
         *(ENDED | {name: 0.0} for name in ("resolved", "is_success", "acc", "symbolic_correct")),
         ENDED | {"solved": "no"},
