@@ -75,7 +75,7 @@ CONDITIONS = (
     "main-other-weights study.only=sft+eaft,sft+idft,sft+drift-share",
     "main-offline-on-policy study.only=lightning-opd",
     "main-other-losses study.only=fkl,fkl+sigmoid,fkl+auto,jsd+auto",
-    f"nine-times-the-steps train.steps=1800 study.seeds=4 study.only={NLL}",
+    f"nine-times-the-steps train.steps=1800 study.only={NLL}",
 )
 
 
