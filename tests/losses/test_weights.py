@@ -71,7 +71,7 @@ def signal_by_hand(cfg, q, p, extra):
         return math.log(extra / math.log(20))
     parties = {"student": q, "teacher": p, "start": extra}
     above, below = cfg.ratio.split("/")
-    return parties[above] - parties[below]
+    return p if cfg.name == "confident" else parties[above] - parties[below]
 
 
 def weight_by_hand(cfg, x):
