@@ -252,12 +252,12 @@ class Row:
         known = ("input", "context", "passage", "body")  # Alpaca, Dolly, DROP, SVAMP
         parts = find_each(self.record, self.fields.chosen())  # what is asked for stands elsewhere
         for own in find_each(self.record, known[name.lower() != "instruction" :]):
-            more = self.record[own]
-            several = isinstance(more, list) and all(isinstance(part, str) for part in more)
-            if own not in (name, *parts) and (several or isinstance(more, str)):
+            value = self.record[own]
+            more: list[Any] = value if isinstance(value, list) else [value]
+            if own not in (name, *parts) and all(isinstance(part, str) for part in more):
                 self.used.add(own)
                 there = "".join(text.split())
-                given = [part for part in (more if several else [more]) if part.strip()]
+                given = [part for part in more if part.strip()]
                 new = [part for part in given if "".join(part.split()) not in there]
                 text += "".join(f"\n\n{part}" for part in new if part.strip() != "<noinput>")
         return [*earlier, {"role": "user", "content": text}]
