@@ -17,6 +17,7 @@ and completion being plain strings.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -138,14 +139,19 @@ def _template_spans(
     prompt, _ = render_chat(tokenizer, messages[:last], prompt=True, **options)
     check_shown(tokenizer, messages[:last], prompt=True, **options)
     content = _behind(prompt, messages[last]["content"])
-    if not opened(prompt):  # blanks that the template writes before an answer, as Mistral's
-        asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
-        bare, _ = render_chat(tokenizer, asked[:1], prompt=True, **options)
-        whole, _ = render_chat(tokenizer, asked, **options)
-        _, header, lead = whole.partition(_ANSWER)[0].rpartition(bare[-8:])
-        content = lead + content if header and not lead.strip() else content
+    content = content if opened(prompt) else _blanks(tokenizer, template) + content
     text = prompt + content + turn_ending(tokenizer, template)[1]
     return text, [(len(prompt), len(text))]
+
+
+@functools.lru_cache(maxsize=8)
+def _blanks(tokenizer: Tokenizer, template: str) -> str:
+    """What a template writes between generation prompt and answer, if blank, as Mistral's does."""
+    asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
+    bare, _ = render_chat(tokenizer, asked[:1], template=template, prompt=True)
+    whole, _ = render_chat(tokenizer, asked, template=template)
+    _, header, lead = whole.partition(_ANSWER)[0].rpartition(bare[-8:])
+    return lead if header and not lead.strip() else ""
 
 
 def _whole_spans(
